@@ -1,0 +1,327 @@
+#!/usr/bin/env bash
+# The one command of this repository. `./run.sh --help` lists what it does.
+# Written for bash 3.2 (macOS) and later. Notes go to stderr, so `./run.sh config > file` stays clean.
+set -euo pipefail
+
+help() {
+    cat <<'EOF'
+usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
+
+  train [key=value...]   train, export the artifact, score it, draw the plot; the default command
+                           ./run.sh train seed=42 run_id=first
+                           ./run.sh                     everything chosen for this machine
+  eval ARTIFACT [key=value...]
+                         score an artifact from its file       ./run.sh eval logs/first.int6.xz
+  config [key=value...]  print the resolved configuration      ./run.sh config preset=record
+  bench [key=value...]   time the pieces on this machine       ./run.sh bench
+  data VERB              get or make training data             ./run.sh data --help
+  record VERB            make, check and list records          ./run.sh record verify
+  test [pytest args]     run the tests                         ./run.sh test -k style
+
+The first use makes .venv and installs requirements.txt into it (once: again only when that file changes).
+Unless told, train chooses (eval its data and preset, bench and config their preset, in the same way):
+  data_path=   what `data/prepare.py auto` finds or makes
+  preset=      8 NVIDIA GPUs or more: record (8 processes);  1 or more: h100x1 (1 process);  none: cpu
+  run_id=      time, preset and seed; names the log and the artifact in out_dir= (logs)
+Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
+
+environment: NPROC            number of processes for train and eval
+             PYTHON           interpreter that makes .venv (3.10 to 3.14)
+             BANKSHOT_PYTHON  interpreter to use as it is: no .venv, nothing is installed
+EOF
+}
+
+say() { printf '[run.sh %ds] %s\n' "$SECONDS" "$*" >&2; }
+die() { printf 'run.sh: %s\n' "$*" >&2; exit 2; }
+
+caller=$PWD
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+py=
+
+# A path that the caller gave is relative to where the caller stands; the trainer runs in the root.
+absolute() {
+    case $1 in
+        /*) printf '%s\n' "$1" ;;
+        *) if [ "$caller" = "$root" ]; then printf '%s\n' "$1"; else printf '%s\n' "$caller/$1"; fi ;;
+    esac
+}
+
+needs() { [ -f "$root/$1" ] || die "$1 is missing from $root: get a complete copy of the repository"; }
+
+# ----------------------------------------------------------------------------- the interpreter
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+supported() { case $1 in 3.10 | 3.11 | 3.12 | 3.13 | 3.14) return 0 ;; *) return 1 ;; esac; }
+
+find_python() {  # prints the first fit interpreter
+    local candidate version seen=''
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.10; do
+        command -v "$candidate" >/dev/null 2>&1 || continue
+        version=$(version_of "$candidate") || continue
+        if supported "$version"; then printf '%s\n' "$candidate"; return 0; fi
+        seen="$seen${seen:+, }$candidate is $version"
+    done
+    die "needs Python 3.10 to 3.14 (${seen:-no python3 found}): install one or set PYTHON=/path/to/python"
+}
+
+venv_python() {
+    local name
+    for name in bin/python Scripts/python.exe; do
+        if [ -x "$venv/$name" ]; then printf '%s\n' "$venv/$name"; return 0; fi
+    done
+    return 1
+}
+
+wanted_stamp() {  # sha256 of requirements.txt, and the Python it was installed for
+    "$1" -c 'import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" % sys.version_info[:2])' \
+        "$root/requirements.txt" 2>/dev/null
+}
+
+use_python() {  # sets $py; makes .venv and installs into it where that is not done yet
+    local stamp=$venv/.requirements.sha256 want='' base began
+    if [ -n "${BANKSHOT_PYTHON:-}" ]; then
+        py=$BANKSHOT_PYTHON
+        case $py in */*) py=$(absolute "$py") ;; esac
+        command -v "$py" >/dev/null 2>&1 ||
+            die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is no program: give the path of a Python interpreter"
+        return
+    fi
+    needs requirements.txt
+    if py=$(venv_python); then want=$(wanted_stamp "$py") || want=; fi
+    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
+
+    if [ -z "$want" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
+        base=$(find_python)
+        "$base" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
+            die "$base has no venv module: get it (Debian, Ubuntu: apt install python3-venv) or set PYTHON"
+        say "making .venv with $base (Python $(version_of "$base"))"
+        "$base" -m venv --clear "$venv" >&2 ||
+            die "making $venv failed (message above): it needs free disk and write permission there"
+        py=$(venv_python) || die "$venv holds no interpreter: delete that folder and run again"
+        want=$(wanted_stamp "$py") || die "$venv/bin/python does not run: delete $venv and run again"
+    fi
+    rm -f "$stamp"
+    began=$SECONDS
+    say "installing requirements.txt into .venv: once, some minutes (torch for NVIDIA GPUs is several GB)"
+    "$py" -m pip install --disable-pip-version-check --no-input -r "$root/requirements.txt" >&2 ||
+        die "installing requirements.txt failed (pip's message is above): run the same command again to retry"
+    printf '%s\n' "$want" >"$stamp"    # last, so that an install cut short is done again
+    say "installed in $((SECONDS - began)) s"
+}
+
+# ----------------------------------------------------------------------------- what to run, and on how much
+
+count_gpus() {
+    local listed='' shown count
+    if command -v nvidia-smi >/dev/null 2>&1; then listed=$(nvidia-smi -L 2>/dev/null) || listed=; fi
+    count=$(printf '%s\n' "$listed" | grep -c '^GPU ' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then    # torch sees at most these; an empty list or -1 hides all
+        case $CUDA_VISIBLE_DEVICES in
+            '' | -1*) shown=0 ;;
+            *) shown=$(printf '%s\n' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .) ;;
+        esac
+        if [ "$shown" -lt "$count" ]; then count=$shown; fi
+    fi
+    printf '%s\n' "$count"
+}
+
+# setting KEY DEFAULT ARGS...: the value of KEY as the trainer sees it (key=value beats the environment)
+setting() {
+    local key=$1 value=$2 name arg
+    name=$(printf '%s' "$key" | tr '[:lower:]' '[:upper:]')
+    if [ -n "${!name:-}" ]; then value=${!name}; fi
+    shift 2
+    for arg in "$@"; do
+        case $arg in "$key="*) value=${arg#*=} ;; esac
+    done
+    printf '%s\n' "$value"
+}
+
+machine_preset() {  # machine_preset GPUS
+    if [ "$1" -ge 8 ]; then echo record; elif [ "$1" -ge 1 ]; then echo h100x1; else echo cpu; fi
+}
+
+check_nproc() {
+    case ${NPROC:-1} in
+        *[!0-9]* | 0*) die "NPROC=$NPROC is not a number of processes: give 1, 2, 4 or 8" ;;
+    esac
+}
+
+# launch PROCESSES ARGS...: one process without a GPU is plain python, the rest goes through torchrun.
+# The trainer keeps this terminal as its own: no pipe in between, so its status line stays live.
+launch() {
+    local processes=$1
+    shift
+    if [ "$processes" = plain ]; then
+        set -- "$py" train_gpt.py "$@"
+    else
+        set -- "$py" -m torch.distributed.run --standalone "--nproc_per_node=$processes" train_gpt.py "$@"
+    fi
+    say "running: $*"
+    "$@"
+}
+
+# processes PRESET GPUS: how many. NPROC decides; else one per GPU for the record preset, one for the others.
+processes() {
+    local preset=$1 gpus=$2
+    if [ -n "${NPROC:-}" ]; then
+        if [ "$NPROC" = 1 ] && [ "$gpus" -eq 0 ]; then echo plain; else echo "$NPROC"; fi
+    elif [ "$gpus" -eq 0 ] || [ "$preset" = cpu ]; then echo plain
+    elif [ "$preset" != record ] || [ "$gpus" -lt 2 ]; then echo 1
+    elif [ "$gpus" -lt 4 ]; then echo 2
+    elif [ "$gpus" -lt 8 ]; then echo 4
+    else echo 8
+    fi
+}
+
+find_data() {  # find_data [OPTIONS]: prints data_path=DIR, what data/prepare.py auto prints last; shows all
+    local last
+    needs data/prepare.py
+    say "no data_path given: data/prepare.py auto${*:+ $*}"
+    last=$(PYTHONUNBUFFERED=1 "$py" data/prepare.py auto "$@" | while IFS= read -r line; do
+        printf '%s\n' "$line" >&2
+        printf '%s\n' "$line"
+    done | tail -n 1) || die "data/prepare.py auto found no data (message above): give data_path=DIR"
+    case $last in
+        data_path=?*) printf '%s\n' "$last" ;;
+        *) die "data/prepare.py auto did not end with data_path=DIR but with '$last': give data_path=DIR" ;;
+    esac
+}
+
+# ----------------------------------------------------------------------------- the commands
+
+check_settings() {
+    local arg
+    for arg in "$@"; do
+        case $arg in
+            -h | --help) help; exit 0 ;;
+            [a-z]*=*) ;;
+            *) die "'$arg' is no setting: settings are key=value, ./run.sh config prints them all" ;;
+        esac
+    done
+}
+
+train() {
+    local gpus preset data_path run_id out_dir seed log artifact plot score status=0 arg
+    gpus=$(count_gpus)
+    preset=$(setting preset "$(machine_preset "$gpus")" "$@")
+    data_path=$(setting data_path '' "$@")
+    out_dir=$(setting out_dir logs "$@")
+    seed=$(setting seed "$(sed -n 's/^    seed: int = \([0-9]*\).*/\1/p' train_gpt.py)" "$@")
+    run_id=$(setting run_id "$(date -u +%Y%m%d_%H%M%S)_${preset}_seed$seed" "$@")
+    log=$out_dir/$run_id.txt
+    artifact=$out_dir/$run_id.int6.xz
+    if [ -e "$log" ] || [ -e "$artifact" ]; then
+        die "run_id=$run_id is taken ($out_dir/$run_id.* exists): choose another run_id, or move those files"
+    fi
+    if [ -z "$data_path" ]; then
+        case $preset in    # FineWeb shards of 100 M tokens and 200 MB, enough that no token is seen twice
+            record) data_path=$(find_data --train-shards 80) ;;
+            h100x1) data_path=$(find_data --train-shards 10) ;;
+            *) data_path=$(find_data) ;;
+        esac
+        data_path=${data_path#*=}
+    fi
+
+    for arg in "$@"; do    # what is settled goes first, once each
+        shift
+        case $arg in preset=* | data_path=* | run_id=*) ;; *) set -- "$@" "$arg" ;; esac
+    done
+    say "$gpus NVIDIA GPU(s), preset $preset, log $log"
+    launch "$(processes "$preset" "$gpus")" train \
+        "preset=$preset" "data_path=$data_path" "run_id=$run_id" "$@" || status=$?
+
+    if [ ! -f "$log" ]; then
+        say "the trainer ended with status $status and left no log at $log"
+        if [ "$status" -eq 0 ]; then status=1; fi
+        exit "$status"
+    fi
+    if plot=$("$py" records/record.py plot "$log"); then
+        plot=$(printf '%s\n' "$plot" | tail -n 1)
+        plot=${plot#plot: }
+    else
+        plot="none (records/record.py plot failed, message above)"
+    fi
+    echo
+    score=$(sed -n 's/^final_score //p' "$log" | tail -n 1)
+    echo "score: ${score:-none (the log has no final_score line)}"
+    if [ -f "$artifact" ]; then echo "artifact: $artifact"; else echo "artifact: none"; fi
+    echo "log: $log"
+    echo "plot: $plot"
+    say "done, the trainer's exit status is $status"
+    exit "$status"
+}
+
+score() {  # score ARTIFACT [key=value...]
+    local artifact=$1 gpus preset data_path
+    shift
+    gpus=$(count_gpus)
+    preset=$(setting preset '' "$@")
+    if [ -z "$preset" ]; then set -- "preset=$(machine_preset "$gpus")" "$@"; fi
+    data_path=$(setting data_path '' "$@")
+    if [ -z "$data_path" ]; then data_path=$(find_data); set -- "$data_path" "$@"; fi
+    launch "$(processes record "$gpus")" eval "$artifact" "$@"
+}
+
+command=train
+case ${1:-} in
+    -h | --help | help) help; exit 0 ;;
+    -*) die "unknown option '$1': ./run.sh --help lists the commands" ;;
+    '' | *=*) ;;
+    *) command=$1; shift ;;
+esac
+
+case $command in
+    test)
+        use_python
+        cd "$root"
+        exec "$py" -m pytest "$@"
+        ;;
+    data | record)    # these take paths of the caller's, so they run where the caller stands
+        tool=data/prepare.py
+        if [ "$command" = record ]; then tool=records/record.py; fi
+        needs "$tool"
+        use_python
+        exec "$py" "$root/$tool" "$@"
+        ;;
+    train | eval | bench | config) ;;
+    *) die "unknown command '$command': train, eval, config, bench, data, record or test (./run.sh --help)" ;;
+esac
+
+# What is left are the commands of train_gpt.py: the same settings, the same care for paths.
+artifact=
+if [ "$command" = eval ]; then
+    case ${1:-} in
+        -h | --help) ;;
+        '' | *=*) die "eval needs an artifact: ./run.sh eval logs/RUN.int6.xz" ;;
+        *)
+            [ -f "$1" ] || die "no artifact at $1: train writes them as logs/RUN.int6.xz"
+            artifact=$(absolute "$1")
+            shift
+            ;;
+    esac
+fi
+check_settings "$@"
+check_nproc
+needs train_gpt.py
+if [ "$command" = train ]; then needs records/record.py; fi
+for arg in "$@"; do
+    shift
+    case $arg in data_path=?* | out_dir=?* | tokenizer_path=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;; esac
+    set -- "$@" "$arg"
+done
+for name in DATA_PATH OUT_DIR TOKENIZER_PATH; do
+    if [ -n "${!name:-}" ]; then export "$name=$(absolute "${!name}")"; fi
+done
+use_python
+cd "$root"
+case $command in
+    train) train "$@" ;;
+    eval) score "$artifact" "$@" ;;
+    *)
+        if [ -z "$(setting preset '' "$@")" ]; then set -- "preset=$(machine_preset "$(count_gpus)")" "$@"; fi
+        exec "$py" train_gpt.py "$command" "$@"
+        ;;
+esac

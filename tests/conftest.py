@@ -1,0 +1,40 @@
+"""For every test: the root importable, few threads, no network, gpu tests skipped without a GPU."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Before torch is imported anywhere; child processes inherit these.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+real_connect = socket.socket.connect
+
+
+def loopback_connect(self, address):
+    if isinstance(address, tuple) and address[0] not in LOOPBACK:
+        raise OSError(f"tests have no network: connect to {address[0]!r} refused")
+    return real_connect(self, address)
+
+
+socket.socket.connect = loopback_connect
+
+
+def pytest_collection_modifyitems(items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in gpu_items:
+        item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

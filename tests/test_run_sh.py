@@ -1,0 +1,339 @@
+"""run.sh and .ci/run in a copy of the tree with stand-ins for interpreter, GPUs and tools."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ["train", "eval", "config", "bench", "data", "record", "test"]
+
+# Notes every call, then does as little as run.sh needs to go on. Questions (-c) go to a real interpreter.
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+    "-c "*version_info*) if [ -n "$FAKE_VERSION" ]; then echo "$FAKE_VERSION"; exit 0; fi ;;
+    "-c import venv"*) exit ${VENV_MODULE_STATUS:-0} ;;
+    "-c import pip"*) exit 0 ;;
+esac
+if [ "$1" = -c ]; then exec "@REAL@" "$@"; fi
+printf '%s\\n' "$*" >>"$CALLS"
+case "$1 $2" in
+    "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit ;;
+    "-m pip") exit ${PIP_STATUS:-0} ;;
+    "-m pytest") exit ${PYTEST_STATUS:-0} ;;
+    "data/prepare.py auto") echo "working"; echo "${DATA_LINE-data_path=made/here}"; exit ${DATA_STATUS:-0} ;;
+    "records/record.py plot") echo "plot: ${3%.txt}.svg"; exit ${PLOT_STATUS:-0} ;;
+esac
+case "$*" in
+    *"train_gpt.py train "*)
+        out_dir=${OUT_DIR:-logs}
+        for a in "$@"; do case $a in run_id=*) run_id=${a#*=} ;; out_dir=*) out_dir=${a#*=} ;; esac; done
+        if [ -t 1 ]; then echo "stdout is a terminal"; else echo "stdout is no terminal"; fi
+        if [ -n "$NO_LOG" ]; then exit ${TRAIN_STATUS:-0}; fi
+        mkdir -p "$out_dir"
+        echo "final_score metric:x val_bpb:1.5" >"$out_dir/$run_id.txt"
+        echo weights >"$out_dir/$run_id.int6.xz"
+        exit ${TRAIN_STATUS:-0} ;;
+esac
+"""
+
+
+class Tree:
+    def __init__(self, folder: Path):
+        self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
+        for sub in (self.root / "data", self.root / "records", self.root / ".ci", self.bin):
+            sub.mkdir(parents=True)
+        for name in ("run.sh", "requirements.txt", ".ci/run"):
+            shutil.copy(ROOT / name, self.root / name)
+        (self.root / "train_gpt.py").write_text("class Config:\n    seed: int = 7\n")
+        (self.root / "data/prepare.py").touch()
+        (self.root / "records/record.py").touch()
+        self.tool("python3", FAKE_PYTHON.replace("@REAL@", sys.executable))
+        self.gpus(0)
+
+    def tool(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def gpus(self, count: int) -> None:
+        lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(count))
+        self.tool("nvidia-smi", f"#!/bin/sh\n{lines}exit {0 if count else 9}\n")
+
+    def env(self, **extra: str) -> dict:
+        base = {"PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin", "CALLS": str(self.calls_file)}
+        return base | {"BANKSHOT_PYTHON": str(self.bin / "python3")} | extra
+
+    def run(self, *args: str, cwd: Path | None = None, script: str = "run.sh", **extra: str):
+        return subprocess.run(
+            ["bash", str(self.root / script), *args],
+            cwd=cwd or self.root,
+            env=self.env(**extra),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list:
+        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+    def train_call(self) -> str:
+        found = [line for line in self.calls() if "train_gpt.py train " in line]
+        assert len(found) == 1, self.calls()
+        return found[0]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path)
+
+
+def refused(done, *words: str) -> None:
+    """Non-zero, nothing on stdout, and one line of run.sh's that holds the words."""
+    assert done.returncode != 0 and done.stdout == "", done
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[run.sh ")]
+    assert len(lines) == 1 and lines[0].startswith("run.sh: "), done.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+# ---------------------------------------------------------------- help, bad commands
+
+
+def test_bash_accepts_it():
+    subprocess.run(["bash", "-n", str(ROOT / "run.sh")], check=True)
+    assert os.access(ROOT / "run.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.parametrize("ask", ["--help", "-h", "help"])
+def test_help_lists_every_command_with_an_example(tree, ask):
+    done = tree.run(ask)
+    assert done.returncode == 0 and tree.calls() == []
+    for command in COMMANDS:
+        assert re.search(rf"^  {command}\b", done.stdout, re.M), command
+        assert re.search(rf"\./run\.sh {command}\b", done.stdout), command
+    dispatched = re.findall(
+        r"^    ([a-z |]+)\)", (ROOT / "run.sh").read_text().split("case $command in")[1], re.M
+    )
+    assert sorted(" ".join(dispatched).replace("|", " ").split()) == sorted(COMMANDS)
+
+
+def test_bad_input_is_one_line(tree):
+    refused(tree.run("fly"), "'fly'", "train", "record", "--help")
+    refused(tree.run("--fast"), "--fast", "--help")
+    refused(tree.run("train", "fast"), "'fast'", "key=value")
+    refused(tree.run("eval"), "an artifact", "./run.sh eval")
+    refused(tree.run("eval", "gone.int6.xz"), "gone.int6.xz")
+    refused(tree.run(NPROC="two"), "NPROC=two")
+    refused(tree.run(NPROC="0"), "NPROC=0")
+    refused(tree.run(BANKSHOT_PYTHON="/no/python"), "BANKSHOT_PYTHON=/no/python")
+    assert tree.calls() == []
+    (tree.root / "train_gpt.py").unlink()
+    refused(tree.run(), "train_gpt.py is missing")
+
+
+# ---------------------------------------------------------------- set-up, once
+
+
+def test_too_old_python(tree):
+    for name in ("python3.12", "python3.11", "python3.10"):
+        shutil.copy(tree.bin / "python3", tree.bin / name)
+    refused(tree.run("test", BANKSHOT_PYTHON="", FAKE_VERSION="3.9"), "3.10", "python3 is 3.9", "PYTHON=")
+    assert not (tree.root / ".venv").exists()
+
+
+def test_older_python_is_passed_over_for_a_fit_one(tree):
+    shutil.copy(tree.bin / "python3", tree.bin / "python3.12")
+    tree.tool("python3", "#!/bin/sh\necho 3.9\n")
+    done = tree.run("test", BANKSHOT_PYTHON="")
+    assert done.returncode == 0 and "making .venv with python3.12" in done.stderr, done.stderr
+
+
+def test_venv_module_missing(tree):
+    refused(
+        tree.run("test", BANKSHOT_PYTHON="", VENV_MODULE_STATUS="1"),
+        "python3 has no venv module",
+        "python3-venv",
+    )
+
+
+def test_installs_once_and_again_only_when_needed(tree):
+    def pip_calls():
+        return sum(line.startswith("-m pip install") for line in tree.calls())
+
+    failed = tree.run("test", BANKSHOT_PYTHON="", PIP_STATUS="1")
+    refused(failed, "requirements.txt failed", "again")
+    assert pip_calls() == 1 and "-m pytest" not in tree.calls()
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0  # the half-finished install is done again
+    assert pip_calls() == 2
+    done = tree.run("test", BANKSHOT_PYTHON="")  # nothing to do, nothing said
+    assert done.returncode == 0 and done.stderr == "" and pip_calls() == 2
+    with open(tree.root / "requirements.txt", "a") as file:
+        file.write("# a new line\n")
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
+    assert pip_calls() == 3
+    assert sum(line.startswith("-m venv") for line in tree.calls()) == 1
+    (tree.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # its Python went away
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
+    assert sum(line.startswith("-m venv") for line in tree.calls()) == 2 and pip_calls() == 4
+
+
+def test_a_prepared_interpreter_installs_nothing(tree):
+    assert tree.run("test", "-k", "style").returncode == 0
+    assert tree.calls() == ["-m pytest -k style"] and not (tree.root / ".venv").exists()
+
+
+# ---------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize(
+    "gpus, preset, launcher",
+    [
+        (0, "cpu", "train_gpt.py"),
+        (1, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
+        (4, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
+        (8, "record", "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"),
+    ],
+)
+def test_preset_by_machine(tree, gpus, preset, launcher):
+    tree.gpus(gpus)
+    done = tree.run()
+    assert done.returncode == 0, done.stderr
+    settings = rf"preset={preset} data_path=made/here run_id=\d{{8}}_\d{{6}}_{preset}_seed7"
+    pattern = rf"{re.escape(launcher)} train {settings}"
+    assert re.fullmatch(pattern, tree.train_call()), tree.train_call()
+    shards = {"record": " --train-shards 80", "h100x1": " --train-shards 10", "cpu": ""}[preset]
+    assert tree.calls()[0] == "data/prepare.py auto" + shards
+
+
+@pytest.mark.parametrize(
+    "gpus, args, env, launcher",
+    [
+        (8, ["preset=cpu"], {}, "train_gpt.py"),
+        (8, ["preset=h100x1"], {}, "--nproc_per_node=1 train_gpt.py"),
+        (4, ["preset=record"], {}, "--nproc_per_node=4 train_gpt.py"),
+        (8, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
+        (0, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
+        (8, [], {"CUDA_VISIBLE_DEVICES": "3"}, "--nproc_per_node=1 train_gpt.py"),
+        (8, [], {"CUDA_VISIBLE_DEVICES": ""}, "train_gpt.py"),
+    ],
+)
+def test_process_count(tree, gpus, args, env, launcher):
+    tree.gpus(gpus)
+    assert tree.run(*args, **env).returncode == 0
+    call = tree.train_call().split(" train ")[0]
+    assert call.endswith(launcher) and ("nproc" in call) == ("nproc" in launcher), call
+
+
+def test_arguments_pass_through(tree):
+    done = tree.run(
+        "train", "seed=3", "note=two words; $HOME", "data_path=d", "run_id=r", "preset=smoke", "out_dir=o"
+    )
+    assert done.returncode == 0, done.stderr
+    assert tree.calls()[0] == (
+        "train_gpt.py train preset=smoke data_path=d run_id=r seed=3 note=two words; $HOME out_dir=o"
+    )
+    assert tree.calls()[1] == "records/record.py plot o/r.txt"
+    assert done.stdout.splitlines()[-4:] == [
+        "score: metric:x val_bpb:1.5",
+        "artifact: o/r.int6.xz",
+        "log: o/r.txt",
+        "plot: o/r.svg",
+    ]
+    again = tree.run("run_id=r", "out_dir=o", "data_path=d")
+    assert again.returncode == 2 and "run_id=r is taken" in again.stderr
+
+
+def test_environment_settings(tree):
+    done = tree.run(PRESET="smoke", SEED="5", DATA_PATH="d", OUT_DIR="o")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"train_gpt.py train preset=smoke data_path=d run_id=\w+_smoke_seed5", tree.train_call()
+    )
+    assert not any("prepare.py" in line for line in tree.calls())
+
+
+def test_paths_from_another_directory(tree, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert tree.run("data_path=d", "run_id=r", f"out_dir={elsewhere}", cwd=elsewhere).returncode == 0
+    assert f"data_path={elsewhere}/d" in tree.train_call()
+    done = tree.run("eval", "r.int6.xz", "data_path=d", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert tree.calls()[-1] == f"train_gpt.py eval {elsewhere}/r.int6.xz preset=cpu data_path={elsewhere}/d"
+    assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"{tree.root}/records/record.py verify here"
+    assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"{tree.root}/data/prepare.py auto"
+
+
+def test_trainer_status_is_kept_and_the_plot_still_drawn(tree):
+    done = tree.run("run_id=big", TRAIN_STATUS="3")
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-1] == "plot: logs/big.svg"
+    done = tree.run("run_id=bad", TRAIN_STATUS="4", NO_LOG="1")
+    assert done.returncode == 4 and not any("plot logs/bad" in line for line in tree.calls())
+    assert tree.run("run_id=none", NO_LOG="1").returncode != 0  # a trainer that leaves no log did not succeed
+    done = tree.run("run_id=noplot", PLOT_STATUS="1")
+    assert done.returncode == 0 and "plot: none" in done.stdout
+
+
+def test_data_that_cannot_be_had(tree):
+    done = tree.run(DATA_STATUS="1")
+    assert done.returncode == 2 and "data_path=DIR" in done.stderr.splitlines()[-1]
+    done = tree.run(DATA_LINE="nothing")
+    assert done.returncode == 2 and "'nothing'" in done.stderr.splitlines()[-1]
+    assert not any("train_gpt.py" in line for line in tree.calls())
+
+
+def test_the_trainer_keeps_the_terminal(tree):
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    done = subprocess.Popen(
+        ["bash", str(tree.root / "run.sh"), "run_id=tty"],
+        env=tree.env(),
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert done.wait(timeout=60) == 0 and b"stdout is a terminal" in shown, shown
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def test_the_other_commands(tree):
+    (tree.root / "x.int6.xz").touch()
+    for args, call in [
+        (["config", "preset=record"], "train_gpt.py config preset=record"),
+        (["bench"], "train_gpt.py bench preset=cpu"),
+        (
+            ["eval", "x.int6.xz", "eval_stride=64"],
+            "train_gpt.py eval x.int6.xz data_path=made/here preset=cpu eval_stride=64",
+        ),
+        (["data", "text", "a b.txt"], f"{tree.root}/data/prepare.py text a b.txt"),
+        (["record", "verify"], f"{tree.root}/records/record.py verify"),
+    ]:
+        done = tree.run(*args)
+        assert done.returncode == 0 and done.stdout == "" and tree.calls()[-1] == call, (done, tree.calls())
+
+
+def test_ci_keeps_the_exit_status(tree):
+    assert tree.run(script=".ci/run", cwd=Path("/")).returncode == 0
+    assert tree.run(script=".ci/run", PYTEST_STATUS="3").returncode == 3
+    assert tree.calls() == ["-m pytest", "-m pytest"]
