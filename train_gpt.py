@@ -90,7 +90,7 @@ class Config:
     max_wallclock_seconds: float = 600.0  # training clock; 0: no limit
     iterations: int = 20000
     warmup_steps: int = 10               # compile and touch every shape, then everything is restored
-    val_loss_every: int = 1000           # steps; 0: only before and after
+    val_loss_every: int = 0              # steps; 0: no validation file is opened before the clock stops
     train_log_every: int = 50
     val_tokens: int = 0                  # score only the first this many targets; 0: the whole split
     # batch
@@ -461,12 +461,7 @@ def split_files(data_path: str, split: str) -> list[str]:
 def load_split(h: Config, split: str) -> np.ndarray:
     """A whole evaluation split as one uint16 array, cut to `val_tokens` targets where that is set."""
     tokens = np.concatenate([load_shard(f, h.vocab_size) for f in split_files(h.data_path, split)])
-    if h.val_tokens:
-        tokens = tokens[: h.val_tokens + 1]
-    if len(tokens) <= h.eval_seq_len:
-        raise InputError(f"{h.data_path}: the {split} split has {len(tokens)} tokens, less than one sequence "
-                         f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len")
-    return tokens
+    return tokens[: h.val_tokens + 1] if h.val_tokens else tokens
 
 
 class TokenLoader:
@@ -1571,11 +1566,11 @@ class Run:
     m: Machine
     log: Log
     dataset: Dataset
-    val: np.ndarray
     model: GPT
     loss_fn: Callable
     nats_fn: Callable
     phases: dict[str, float]         # ms
+    splits: dict[str, np.ndarray]    # held-out tokens, opened when first scored
 
     def timed(self, phase: str, fn: Callable, *args):
         """fn(*args), its time added to a phase."""
@@ -1586,30 +1581,33 @@ class Run:
         self.phases[phase] = self.phases.get(phase, 0.0) + 1000 * (time.perf_counter() - start)
         return out
 
-    def score(self, label: str, stride: int, tokens: np.ndarray | None = None) -> Score:
-        """Score the model's current weights on the validation split (or `tokens`)."""
-        h = self.h
+    def held_out(self, split: str) -> np.ndarray:
+        """The tokens of a split, (N,) uint16. With val_loss_every=0 the clock has stopped before this."""
+        if split not in self.splits:
+            tokens = self.splits[split] = self.timed("load", load_split, self.h, split)
+            weight = int(self.dataset.counts.of(tokens).sum())
+            self.log(f"data split:{split} {split}_tokens:{len(tokens) - 1} {split}_bytes:{weight}")
+        return self.splits[split]
+
+    def score(self, label: str, stride: int, split: str = "val") -> Score:
+        """Score the model's current weights on a held-out split."""
+        tokens, h = self.held_out(split), self.h
         how = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
-        tokens = self.val if tokens is None else tokens
         return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
 
 
 def start_run(h: Config, m: Machine, log: Log, started: float) -> Run:
     """Load data and tokenizer, build the model, write the log's head. started: perf_counter at the start."""
-    dataset, val = load_dataset(h), load_split(h, "val")
-    num_bytes = int(dataset.counts.of(val).sum())
+    dataset = load_dataset(h)
     log.header(h, m)
     train_tokens = sum(map(shard_tokens, split_files(h.data_path, "train")))
     log(f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
-        f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens} "
-        f"val_tokens:{len(val) - 1} val_bytes:{num_bytes}")
-    floor = unigram_score(h, val, dataset.counts)
-    log(f"unigram val_loss:{floor.loss:.4f} val_bpb:{floor.bpb:.4f}")
+        f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}")
     torch.manual_seed(h.seed)
     model = GPT(h, m.ops, m.dtype).to(m.device)
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    return Run(h, m, log, dataset, val, model, m.compile(model.loss), m.compile(model.nats),
-               {"load": 1000 * (time.perf_counter() - started)})
+    return Run(h, m, log, dataset, model, m.compile(model.loss), m.compile(model.nats),
+               {"load": 1000 * (time.perf_counter() - started)}, {})
 
 
 def train_step(loss_fn: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
@@ -1632,7 +1630,9 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Non
         if i + 1 == run.h.warmup_steps or i < 2:
             run.m.sync()
             run.log(f"warmup_step:{i + 1}/{run.h.warmup_steps}")
-    run.score("warm-up", run.h.eval_seq_len, run.val[: run.h.eval_seq_len * run.m.world_size + 1])
+    x = torch.zeros(run.h.eval_batch_tokens // run.h.eval_seq_len, run.h.eval_seq_len, dtype=torch.long)
+    with torch.no_grad():
+        run.nats_fn(x.to(run.m.device), x.to(run.m.device), run.h.eval_seq_len)
     optimizer.restore(saved)
     ema.reset()
     loader.seek(0)
@@ -1658,12 +1658,11 @@ def train(run: Run) -> Ema:
     while True:
         average = clock_ms / max(step, 1)
         stop = step == h.iterations or (limit_ms > 0 and step > 0 and clock_ms + 2 * average > limit_ms)
-        if stop or step == 0 or (h.val_loss_every and step % h.val_loss_every == 0):
+        if stop or (h.val_loss_every and step % h.val_loss_every == 0):
             m.sync()
             train_ms += 1000 * (time.perf_counter() - start)
-            score = run.score("validation", h.eval_seq_len)
-            log(f"step:{step}/{h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-                f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms")
+            if not stop:
+                validate(run, step, train_ms)
             m.sync()
             start = time.perf_counter()
         if stop:
@@ -1682,6 +1681,14 @@ def train(run: Run) -> Ema:
         log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
     run.phases |= {"train": train_ms, "steps": step}
     return ema
+
+
+def validate(run: Run, step: int, train_ms: float) -> Score:
+    """The chunked score of the current weights as a step line."""
+    score = run.score("validation", run.h.eval_seq_len)
+    run.log(f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms")
+    return score
 
 
 def show_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> None:
@@ -1716,7 +1723,7 @@ def score_artifact(run: Run, blob: bytes) -> tuple[Score, float]:
         log(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         total_ms += score.ms
     if h.report_split:
-        extra = run.score(h.report_split, h.eval_seq_len, load_split(h, h.report_split))
+        extra = run.score(h.report_split, h.eval_seq_len, h.report_split)
         log(f"report split:{h.report_split} metric:int6_lzma_chunked "
             f"val_loss:{extra.loss:.8f} val_bpb:{extra.bpb:.8f}")
     run.phases["eval"] = total_ms
@@ -1738,6 +1745,34 @@ def share_file(path: str, m: Machine) -> bytes:
     return box[0]
 
 
+def check_data(h: Config) -> None:
+    """InputError when data and tokenizer do not fit; held-out shards are only measured, not opened."""
+    load_dataset(h)
+    for split in ["val"] + [h.report_split] * bool(h.report_split):
+        tokens = sum(map(shard_tokens, split_files(h.data_path, split)))
+        tokens = min(tokens, h.val_tokens + 1) if h.val_tokens else tokens
+        if tokens <= h.eval_seq_len:
+            raise InputError(f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
+                             f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len")
+
+
+def export(run: Run, ema: Ema, path: str) -> int:
+    """Write the artifact of the configured weights, before any score. Returns the packed code's bytes."""
+    with open(__file__, encoding="utf-8") as f:
+        code_bytes = len(packed_code(f.read()))
+    if run.h.artifact_weights == "ema":
+        ema.swap()
+    if run.m.is_main:
+        params = dict(run.model.named_parameters())
+        blob, step, times = fit_artifact(params, run.h, run.h.size_cap - code_bytes)
+        run.phases |= times
+        write_atomic(path, blob)
+        run.log(f"artifact weights:{run.h.artifact_weights} int6_step:{step}")
+    if run.h.artifact_weights == "ema":
+        ema.swap()
+    return code_bytes
+
+
 def command_train(h: Config, env: Mapping[str, str]) -> int:
     """Train, export, read back, score. Exit status 1 when the submission is over the cap."""
     started = time.perf_counter()
@@ -1745,25 +1780,21 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     stamp = [h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_{h.preset}_seed{h.seed}"]
     dist.broadcast_object_list(stamp, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, stamp[0])
-    load_dataset(h)                                # bad data ends here, before a log is begun
+    check_data(h)                                  # bad data ends here, before a log is begun
     log = Log(base + ".txt", m)
     run = start_run(h, m, log, started)
     ema = train(run)
     if m.pin:
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2 ** 20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2 ** 20} MiB")
-    for label in ("live", "ema"):
-        score = run.score(label, h.eval_seq_len)
+    code_bytes = export(run, ema, base + ".int6.xz")
+    scores = {"live": validate(run, run.phases["steps"], run.phases["train"])}
+    ema.swap()
+    scores["ema"] = run.score("ema", h.eval_seq_len)
+    for label, score in scores.items():
         log(f"final_{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{score.ms:.0f}ms")
-        if label == "live" or h.artifact_weights == "live":
-            ema.swap()
-    with open(__file__, encoding="utf-8") as f:
-        code_bytes = len(packed_code(f.read()))
-    if m.is_main:
-        blob, step, times = fit_artifact(dict(run.model.named_parameters()), h, h.size_cap - code_bytes)
-        run.phases |= times
-        write_atomic(base + ".int6.xz", blob)
-        log(f"artifact weights:{h.artifact_weights} int6_step:{step}")
+    floor = unigram_score(h, run.held_out("val"), run.dataset.counts)
+    log(f"unigram val_loss:{floor.loss:.4f} val_bpb:{floor.bpb:.4f}")
     blob = share_file(base + ".int6.xz", m)
     bytes_total = len(blob) + code_bytes
     log(f"Serialized model int6+lzma: {len(blob)} bytes")
@@ -1774,7 +1805,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
         "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
     over = bytes_total - h.size_cap
     if over > 0:
-        log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; the file is kept")
+        log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
     log(f"final_score metric:int6_lzma_sliding val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
         f"bytes_total:{bytes_total} bytes_code:{code_bytes} steps:{run.phases['steps']} "
         f"train_time:{run.phases['train']:.0f}ms eval_time:{eval_ms:.0f}ms seed:{h.seed} "
@@ -1797,6 +1828,7 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
         config = {k: v for k, v in open_artifact(blob)[0]["config"].items() if k not in given}
         h = dataclasses.replace(h, **config)
         check_config(h)
+        check_data(h)
         run_id = time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
         log = Log(os.path.join(h.out_dir, (h.run_id or run_id) + ".txt"), m)
         run = start_run(h, m, log, time.perf_counter())
