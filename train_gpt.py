@@ -6,6 +6,7 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
           python train_gpt.py train preset=h100x1 data_path=DIR                 one GPU, 300 s of training
           python train_gpt.py train preset=cpu data_path=DIR                    a laptop, minutes
           python train_gpt.py eval ARTIFACT data_path=DIR                       score a file again
+          python train_gpt.py audit ARTIFACT data_path=DIR                      is it legal? tests T1-T9
           python train_gpt.py bench | config                                  time the step | print the knobs
           Any knob of Config: `key=value` behind the command, or KEY=value in the environment.
 
@@ -24,7 +25,8 @@ Contents
  12. Artifact          quantize, byte layout, pack, unpack, packed source
  13. Score             windows that tile, one evaluator
  14. Training          warm-up, clock, loop
- 15. Commands          train, eval, bench, config
+ 15. Audit             nine tests of legality, of an artifact and the code that scores it
+ 16. Commands          train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
   Importing this file has no effect. After Optimizer.step parameters are bit-equal on all ranks. Table, order
@@ -52,6 +54,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -161,8 +164,8 @@ PRESETS: dict[str, dict] = {
         val_loss_every=500, muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02),
     "cpu": dict(
         max_wallclock_seconds=120.0, iterations=100_000, warmup_steps=2, val_loss_every=0, train_log_every=25,
-        val_tokens=65_536, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=256,
-        eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1,
+        val_tokens=65_536, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=256,
+        eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1,
         xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64,
         muon_momentum=0.95, muon_momentum_start=0.85,
         warmdown_frac=0.6, ema_frac=0.02),
@@ -345,10 +348,10 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
 class Log:
     """The record: lines to the log file and the console of rank 0, and one live status line on a terminal."""
 
-    def __init__(self, path: str, machine: Machine) -> None:
-        """Open `path` for a new run. InputError when it exists or cannot be written."""
+    def __init__(self, path: str, machine: Machine | None) -> None:
+        """Open `path` for a new run; without a machine: silent. InputError when it exists or is read-only."""
         self.path, self.file, self.live = path, None, False
-        if not machine.is_main:
+        if machine is None or not machine.is_main:
             return
         self.live = sys.stderr.isatty()
         try:
@@ -575,8 +578,8 @@ class ByteCounts:
         return weights
 
 
-def sentencepiece_counts(path: str) -> ByteCounts:
-    """ByteCounts of a SentencePiece model. InputError when the file is missing or is not one."""
+def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
+    """ByteCounts and decoder of a SentencePiece model. InputError when the file is missing or is not one."""
     import sentencepiece
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such tokenizer; tokenizer_path=FILE names one")
@@ -597,17 +600,19 @@ def sentencepiece_counts(path: str) -> ByteCounts:
             base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
     has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
     spelled = None if has_space else tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
-    return ByteCounts(base, space, boundary, spelled)
+    decode = lambda documents: [text.replace("\u2581", " ").removeprefix(" " if spelled else "")
+                                for text in sp.decode(documents)]
+    return ByteCounts(base, space, boundary, spelled), decode
 
 
-def tiktoken_counts(encoding: str) -> ByteCounts:
-    """ByteCounts of a tiktoken encoding: every token is its bytes, special tokens are boundaries."""
+def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
+    """ByteCounts and decoder of a tiktoken encoding: a token is its bytes, special tokens are boundaries."""
     import tiktoken
     enc = tiktoken.get_encoding(encoding)
     base, boundary = np.zeros(enc.n_vocab, np.int64), np.ones(enc.n_vocab, bool)
     for i in enc._mergeable_ranks.values():
         base[i], boundary[i] = len(enc.decode_single_token_bytes(i)), False
-    return ByteCounts(base, np.zeros(enc.n_vocab, bool), boundary)
+    return ByteCounts(base, np.zeros(enc.n_vocab, bool), boundary), enc.decode_batch
 
 
 def bpb(nats: float, num_bytes: int) -> float:
@@ -625,6 +630,8 @@ def sha256_file(path: str) -> str:
 class Dataset:
     """Where the tokens came from: tokenizer and manifest, checked against each other."""
     counts: ByteCounts
+    decode: Callable[[list[list[int]]], list[str]]       # documents' token ids -> texts
+    manifest: dict
     manifest_sha256: str
     tokenizer_sha256: str
 
@@ -647,17 +654,17 @@ def load_dataset(h: Config) -> Dataset:
     elif not h.tokenizer_path:
         raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
     if manifest and encoding and not h.tokenizer_path:
-        counts, tokenizer_sha = tiktoken_counts(encoding), sha
+        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
     else:
         file = h.tokenizer_path or os.path.join(h.data_path, named["file"])
-        counts, tokenizer_sha = sentencepiece_counts(file), sha256_file(file)
+        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256_file(file)
         if manifest and tokenizer_sha != sha:
             raise InputError(f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha[:12]}, "
                              f"manifest says {sha[:12]}); use that one or make the shards again")
     if len(counts.base) != h.vocab_size:
         raise InputError(f"config key vocab_size: {h.vocab_size}, the tokenizer has {len(counts.base)}; "
                          f"set vocab_size={len(counts.base)}")
-    return Dataset(counts, manifest_sha, tokenizer_sha)
+    return Dataset(counts, decode, manifest, manifest_sha, tokenizer_sha)
 
 
 # -----------------------------------------------------------------------------
@@ -1481,6 +1488,16 @@ class Score:
     ms: float
 
 
+@dataclass(frozen=True)
+class ScoreRun:
+    """How to score: window length, stride, windows per batch; a label and the log for progress."""
+    seq_len: int
+    stride: int
+    batch: int
+    label: str
+    log: Log
+
+
 def score_windows(total: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(start, end, score_from) for `total` targets: the ranges [score_from, end) tile [0, total) in order.
 
@@ -1494,23 +1511,26 @@ def score_windows(total: int, seq_len: int, stride: int) -> Iterator[tuple[int, 
 
 
 @torch.no_grad()
-def window_nats(nats_fn: Callable, tokens: Tensor, windows: list, seq_len: int, last: int) -> Tensor:
-    """Summed nats of each window's scored targets, (len(windows),) float64.
+def add_window_nats(nats_fn: Callable, tokens: Tensor, windows: list, last: int, run: ScoreRun,
+                    out: Tensor) -> None:
+    """Add the scored targets of a batch of windows to out (2, N - 1) float64: nats, and how often scored.
 
     tokens (N,) on the device; nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on
-    the right, behind what it scores; every batch has the one shape that was compiled.
+    the right, behind what it scores, a short batch with empty windows: each batch has the compiled shape.
     """
-    start, end, score_from = (torch.tensor(c, device=tokens.device) for c in zip(*windows))
-    column = torch.arange(seq_len, device=tokens.device)
-    index = (start[:, None] + column).clamp_max(tokens.numel() - 2)
-    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last)
-    position = start[:, None] + column[-last:]
-    scored = (position >= score_from[:, None]) & (position < end[:, None])
-    return torch.where(scored, nats.double(), 0.0).sum(1)
+    padded = windows + [(0, 0, 0)] * (run.batch - len(windows))
+    start, end, score_from = (torch.tensor(c, device=tokens.device)[:, None] for c in zip(*padded))
+    column = torch.arange(run.seq_len, device=tokens.device)
+    index = (start + column).clamp_max(tokens.numel() - 2)
+    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
+    position = start + column[-last:]
+    scored = (position >= score_from) & (position < end)
+    values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
+    out.index_add_(1, position.clamp_max(tokens.numel() - 2).flatten(), values)
 
 
-def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: ScoreRun, m: Machine) -> Score:
-    """Score every target of `tokens` (N,) once. All ranks share the work; sums are float64."""
+def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
+    """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored."""
     start_time = time.perf_counter()
     device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     windows = list(score_windows(len(tokens) - 1, run.seq_len, run.stride))
@@ -1518,32 +1538,27 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
     for w in windows[m.rank::m.world_size]:      # one that scores more than the stride needs every position
         full = w[2] - w[0] >= run.seq_len - run.stride and w[1] - w[0] == run.seq_len
         groups.setdefault(run.stride if full else run.seq_len, []).append(w)
-    nats = torch.zeros((), dtype=torch.float64, device=m.device)
+    out = torch.zeros(2, len(tokens) - 1, dtype=torch.float64, device=m.device)
     done, mine = 0, sum(map(len, groups.values()))
     for last, group in sorted(groups.items()):
         for i in range(0, len(group), run.batch):
-            batch = group[i: i + run.batch]
-            padded = batch + batch[:1] * (run.batch - len(batch))
-            nats += window_nats(nats_fn, device_tokens, padded, run.seq_len, last)[: len(batch)].sum()
-            done += len(batch)
+            add_window_nats(nats_fn, device_tokens, group[i: i + run.batch], last, run, out)
+            done = min(done + run.batch, mine)
             if i // run.batch % 16 == 0:
                 m.sync()
                 eta = (time.perf_counter() - start_time) / done * (mine - done)
                 run.log.status(f"scoring {run.label}: {done}/{mine} windows, ETA {eta:.0f} s")
+    return out
+
+
+def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: ScoreRun, m: Machine) -> Score:
+    """Score every target of `tokens` (N,) once. All ranks share the work; sums are float64."""
+    start_time = time.perf_counter()
+    nats = score_targets(nats_fn, tokens, run, m)[0].sum()
     dist.all_reduce(nats)
     total, num_bytes = len(tokens) - 1, int(counts.of(tokens).sum())
     return Score(nats.item() / total, bpb(nats.item(), num_bytes), total, num_bytes,
                  1000 * (time.perf_counter() - start_time))
-
-
-@dataclass(frozen=True)
-class ScoreRun:
-    """How to score: window length, stride, windows per batch; a label and the log for progress."""
-    seq_len: int
-    stride: int
-    batch: int
-    label: str
-    log: Log
 
 
 def unigram_score(h: Config, tokens: np.ndarray, counts: ByteCounts) -> Score:
@@ -1702,11 +1717,239 @@ def show_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 15. Commands: what the command line reaches.
+# 15. Audit: nine tests of legality, run on an artifact and the very code that scores it.
+#
+# They answer the challenge's conditions (parameter-golf #1017: causal, normalised, scored before any update,
+# one pass) and the ways in which published numbers went wrong. tests/test_audit.py plants a fault for each.
 
 
-def score_artifact(run: Run, blob: bytes) -> tuple[Score, float]:
-    """Put an artifact's weights into the model; score chunked and sliding. The sliding score, ms of both."""
+class Verdict(NamedTuple):
+    test: str
+    ok: bool
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the tests share: the run under test, a piece of its validation split, and how it is scored."""
+    run: Run
+    blob: bytes
+    piece: np.ndarray        # (N,) tokens: a few windows from the middle of the split, document starts too
+    how: ScoreRun            # sliding, as the final score
+
+    def nats(self, tokens: np.ndarray) -> Tensor:
+        """Score of every target, as the final score computes it, (N - 1,) float64."""
+        out = score_targets(self.run.nats_fn, tokens, self.how, self.run.m)[0]
+        dist.all_reduce(out)
+        return out
+
+
+def earlier_scores_move(audit: Audit, cuts: list[int], seed: int) -> tuple[int, float]:
+    """Replace every token from each cut on; how many earlier tokens' scores changed, and by how much at most.
+
+    Target j is token j + 1: with tokens >= cut replaced, targets up to cut - 2 must keep their score.
+    """
+    random, vocab = np.random.default_rng(seed), audit.run.h.vocab_size
+    before, moved, worst = audit.nats(audit.piece), 0, 0.0
+    for cut in cuts:
+        changed = audit.piece.copy()
+        changed[cut:] = random.integers(0, vocab, len(changed) - cut)
+        gap = (audit.nats(changed) - before).abs()[: max(0, cut - 1)]
+        moved, worst = moved + int((gap > 0).sum()), max(worst, gap.max().item() if len(gap) else 0.0)
+    return moved, worst
+
+
+def audit_flip(audit: Audit) -> Verdict:
+    """T1: no score depends on a later token; the embedding at a document start does not see the last one."""
+    n, how, h = len(audit.piece), audit.how, audit.run.h
+    starts = np.flatnonzero(audit.piece == h.bos_id)
+    random = np.random.default_rng(1)
+    cuts = {2, how.stride, how.seq_len, how.seq_len + 1, how.seq_len + how.stride, n - 1}
+    cuts |= set(random.integers(2, n, 4).tolist()) | {int(b) + d for b in starts[:2] for d in (0, 1)}
+    cuts = sorted(c for c in cuts if 2 <= c < n)
+    moved, worst = earlier_scores_move(audit, cuts, 2)
+    leaks = 0
+    for b in starts[starts > 0][:8]:
+        pair = torch.from_numpy(np.stack([audit.piece[b - 1: b + 1]] * 2).astype(np.int64))
+        pair[1, 0] = (pair[1, 0] + 1) % h.vocab_size
+        with torch.no_grad():
+            x = audit.run.model.embed(pair.to(audit.run.m.device))[:, 1]
+        leaks += int((x[0] != x[1]).any())
+    return Verdict("T1 causality", moved == 0 and leaks == 0,
+                   f"{len(cuts)} cuts, {moved} earlier scores moved (most by {worst:.2g} nats); "
+                   f"{leaks} document starts see the token before")
+
+
+def audit_normalised(audit: Audit) -> Verdict:
+    """T2: over the whole vocabulary exp(-nats) sums to 1 at every position of a context."""
+    h, m, length = audit.run.h, audit.run.m, min(64, len(audit.piece))
+    x = torch.from_numpy(audit.piece[:length].astype(np.int64)).to(m.device)
+    total = torch.zeros(length, dtype=torch.float64, device=m.device)
+    with torch.no_grad():
+        for ids in torch.arange(h.vocab_size, device=m.device).split(64):
+            rows = x.expand(len(ids), length)
+            nats = audit.run.nats_fn(rows, ids[:, None].expand(len(ids), length).contiguous(), length)
+            total += (-nats.double()).exp().sum(0)
+    off = (total - 1).abs().max().item()
+    return Verdict("T2 normalisation", off < 1e-3, f"{length} positions, largest |sum - 1| = {off:.1e}")
+
+
+def audit_first_score(audit: Audit) -> Verdict:
+    """T3: the first score of a chunk comes from a state that has seen nothing of the chunk."""
+    step = audit.how.stride
+    cuts = [c for c in range(step, len(audit.piece) - 1, max(step, len(audit.piece) // 6))]
+    moved, worst = earlier_scores_move(audit, [c + 1 for c in cuts], 3)
+    return Verdict("T3 score before update", moved == 0,
+                   f"{len(cuts)} chunk starts, {moved} scores moved (most by {worst:.2g} nats)")
+
+
+def audit_coverage(audit: Audit) -> Verdict:
+    """T4: every target of the split scored exactly once; totals equal the manifest's."""
+    run, tokens = audit.run, audit.run.held_out("val")
+    ones = lambda x, y, last: torch.ones(x.size(0), last, device=x.device)
+    count = score_targets(ones, tokens, audit.how, run.m)[1]
+    dist.all_reduce(count)
+    wrong = int((count != 1).sum())
+    split = run.dataset.manifest.get("splits", {}).get("val", {})
+    weight = int(run.dataset.counts.of(tokens).sum())
+    if not split or run.h.val_tokens:
+        fits, known = True, "a part of the split" if split else "no manifest to compare with"
+    else:
+        fits = len(tokens) == split.get("tokens") and split.get("decoded_bytes") in (None, weight)
+        known = "manifest agrees" if fits else f"manifest says {split.get('decoded_bytes')} bytes"
+    return Verdict("T4 coverage", wrong == 0 and fits,
+                   f"{count.numel()} targets, {wrong} not scored exactly once; {weight} bytes; {known}")
+
+
+def audit_bytes(audit: Audit) -> Verdict:
+    """T5: the denominator is the UTF-8 length of the decoded documents, document by document."""
+    run, tokens = audit.run, audit.run.held_out("val")[:2_000_000]
+    starts = np.flatnonzero(tokens == run.h.bos_id)
+    ends = np.append(starts[1:], len(tokens))
+    weights = np.concatenate([[0], np.cumsum(run.dataset.counts.of(tokens))])
+    texts = run.dataset.decode([tokens[a + 1: b].tolist() for a, b in zip(starts, ends)])
+    whole = range(len(starts) - 1)                      # the last one may be cut inside a character
+    bad = [i for i in whole if weights[ends[i] - 1] - weights[starts[i]] != len(texts[i].encode())]
+    return Verdict("T5 byte accounting", not bad,
+                   f"{len(whole)} documents decoded, {len(bad)} of another length")
+
+
+def word_ngrams(tokens: np.ndarray, counts: ByteCounts, bos_id: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """64-bit hashes of all spans of n words, and of whole documents, in a token stream.
+
+    A word begins at a token with a leading space or behind a document start; hashes are polynomials modulo
+    2^64 over a random value per token: a span's is a difference of prefix sums times an inverse power.
+    """
+    base, inverse = np.uint64(0x9E3779B97F4A7C15), np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
+    values = np.random.default_rng(13).integers(0, 1 << 64, len(counts.base), dtype=np.uint64)
+    power = np.cumprod(np.full(len(tokens), base), dtype=np.uint64)
+    prefix = np.concatenate([[np.uint64(0)], np.cumsum(values[tokens] * power, dtype=np.uint64)])
+    undo = np.cumprod(np.full(len(tokens), inverse), dtype=np.uint64)
+    documents = np.flatnonzero(tokens == bos_id)
+    first = np.zeros(len(tokens), bool)
+    first[np.minimum(documents + 1, len(tokens) - 1)] = True
+    words = np.flatnonzero((counts.space[tokens] | first) & (tokens != bos_id))
+    a, b = words[:-n], words[n:]
+    inside = np.searchsorted(documents, a) == np.searchsorted(documents, b)      # not across a document start
+    a, b = a[inside], b[inside]
+    span = lambda a, b: (prefix[b] - prefix[a]) * undo[a]
+    starts = documents + 1
+    return span(a, b), span(starts[:-1], documents[1:])
+
+
+LEAK_RATE = 0.05      # of 13-word spans: clean web text shares well under 1 %, a leaked split nearly all
+
+
+def audit_leak(audit: Audit) -> Verdict:
+    """T6: no validation document is in the training shards; the rate of 13-word spans that are."""
+    run, h = audit.run, audit.run.h
+    grams, documents = word_ngrams(run.held_out("val"), run.dataset.counts, h.bos_id, 13)
+    grams, documents = np.unique(grams), np.unique(documents)
+    seen, found = np.zeros(len(grams), bool), np.zeros(len(documents), bool)
+    files = split_files(h.data_path, "train")
+    for i, f in enumerate(files):
+        run.log.status(f"audit T6: training shard {i + 1}/{len(files)}")
+        train = np.asarray(load_shard(f, h.vocab_size))
+        train_grams, train_documents = word_ngrams(train, run.dataset.counts, h.bos_id, 13)
+        seen |= np.isin(grams, train_grams)
+        found |= np.isin(documents, train_documents)
+    rate = seen.mean() if len(seen) else 0.0
+    return Verdict("T6 leak", not found.any() and rate < LEAK_RATE,
+                   f"{found.sum()} of {len(documents)} documents and {100 * rate:.3f} % of {len(grams)} "
+                   f"13-word spans occur in {len(files)} training shards (limit {100 * LEAK_RATE:.0f} %)")
+
+
+def audit_repeat(audit: Audit) -> Verdict:
+    """T7: the container packs to the same bytes again, and scoring twice gives the same bits."""
+    header, payload = open_artifact(audit.blob)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    again = lzma.compress(b"".join([MAGIC, struct.pack("<I", len(text)), text, payload]), **XZ)
+    same = bool((audit.nats(audit.piece) == audit.nats(audit.piece)).all())
+    words = {True: "equal", False: "different"}
+    return Verdict("T7 size and determinism", again == audit.blob and same,
+                   f"{len(audit.blob)} bytes, repacked {len(again)}, {words[again == audit.blob]}; "
+                   f"scored twice: {words[same]}")
+
+
+@contextmanager
+def watch(*events: str) -> Iterator[list]:
+    """The interpreter's audit events of these names, with arguments, that happen inside the block."""
+    seen, live = [], [True]
+    sys.addaudithook(lambda event, args: seen.append((event, args)) if live and event in events else None)
+    try:
+        yield seen
+    finally:
+        live.clear()       # a hook cannot be removed; an empty list silences it
+
+
+def audit_files(audit: Audit) -> Verdict:
+    """T8: a two-step training of this code, one layer deep, opens no held-out file before its clock stops."""
+    run = audit.run
+    h = dataclasses.replace(run.h, num_layers=1, xsa_last_n=1, ve_last_n=1, iterations=2, warmup_steps=1,
+                            max_wallclock_seconds=0.0, micro_batch_tokens=run.h.train_seq_len,
+                            train_batch_tokens=run.h.train_seq_len * run.m.world_size, val_loss_every=0)
+    held_out = {os.path.abspath(f) for split in ["val"] + [h.report_split] * bool(h.report_split)
+                for f in split_files(h.data_path, split)}
+    small = GPT(h, run.m.ops, run.m.dtype).to(run.m.device)
+    with watch("open") as opened:
+        train(dataclasses.replace(run, h=h, model=small, loss_fn=small.loss, nats_fn=small.nats, phases={},
+                                  splits={}, log=Log("", None)))
+    paths = [os.path.abspath(a[0]) for _, a in opened if isinstance(a[0], str)]
+    early = sorted(held_out & set(paths))
+    return Verdict("T8 file access", not early and bool(paths),
+                   f"{len(paths)} files opened while training, {len(early)} of them held out" +
+                   (f": {early[0]}" if early else ""))
+
+
+def audit_network(audit: Audit) -> Verdict:
+    """T9: nothing reaches for the network while scoring."""
+    with watch("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request") as calls:
+        audit.nats(audit.piece[: audit.how.seq_len + 1])
+    first = f", first {calls[0]}" if calls else ""
+    return Verdict("T9 network", not calls, f"{len(calls)} network calls{first}")
+
+
+AUDIT = (audit_flip, audit_normalised, audit_first_score, audit_coverage, audit_bytes, audit_leak,
+         audit_repeat, audit_files, audit_network)
+
+
+def make_audit(run: Run, blob: bytes) -> Audit:
+    """An audit of `run`, whose model holds the artifact's weights, on windows around a document start."""
+    h, tokens = run.h, run.held_out("val")
+    length = min(len(tokens), 2 * h.eval_seq_len + 4 * h.eval_stride + 1)
+    starts = np.flatnonzero(tokens[: len(tokens) - length + 1] == h.bos_id)
+    middle = int(starts[len(starts) // 2]) if len(starts) else 0
+    begin = max(0, min(middle - h.eval_seq_len // 2, len(tokens) - length))
+    how = ScoreRun(h.eval_seq_len, h.eval_stride, h.eval_batch_tokens // h.eval_seq_len, "audit", run.log)
+    return Audit(run, blob, np.array(tokens[begin: begin + length]), how)
+
+
+# -----------------------------------------------------------------------------
+# 16. Commands: what the command line reaches.
+
+
+def load_weights(run: Run, blob: bytes) -> None:
+    """Put an artifact's weights into the model. ValueError when they are not those of this model."""
     tensors = run.timed("decompress", unpack_artifact, blob)
     params = dict(run.model.named_parameters())
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in params.items()}:
@@ -1714,6 +1957,10 @@ def score_artifact(run: Run, blob: bytes) -> tuple[Score, float]:
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(tensors[name])
+
+
+def score_artifact(run: Run) -> tuple[Score, float]:
+    """Score the weights that load_weights put there, chunked and sliding. The sliding score, ms of both."""
     log, h, total_ms = run.log, run.h, 0.0
     kinds = (("final_int6_roundtrip", h.eval_seq_len), ("final_int6_sliding_window", h.eval_stride))
     for label, stride in kinds:
@@ -1800,7 +2047,8 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     log(f"Serialized model int6+lzma: {len(blob)} bytes")
     log(f"Code size: {code_bytes} bytes")
     log(f"Total submission size int6+lzma: {bytes_total} bytes")
-    score, eval_ms = score_artifact(run, blob)
+    load_weights(run, blob)
+    score, eval_ms = score_artifact(run)
     log("phase_times " + " ".join(f"{k}:{run.phases.get(k, 0):.0f}ms" for k in (
         "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
     over = bytes_total - h.size_cap
@@ -1815,8 +2063,8 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     return 1 if over > 0 else 0
 
 
-def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """Score an artifact: its header says what the model is, `argv` where the data is."""
+def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
+    """A run whose model is the artifact's: its header says what the model is, `argv` where the data is."""
     fixed = [a for a in argv if a.split("=")[0] in MODEL_FIELDS and not a.startswith("eval_")]
     if fixed:
         raise InputError(f"{fixed[0]}: fixed by the artifact; only data and eval_ knobs can be set")
@@ -1825,19 +2073,39 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     try:
         blob = share_file(path, m)
         given = {a.split("=")[0] for a in argv}
-        config = {k: v for k, v in open_artifact(blob)[0]["config"].items() if k not in given}
-        h = dataclasses.replace(h, **config)
+        config = open_artifact(blob)[0]["config"]
+        h = dataclasses.replace(h, **{k: v for k, v in config.items() if k not in given})
         check_config(h)
         check_data(h)
-        run_id = time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
-        log = Log(os.path.join(h.out_dir, (h.run_id or run_id) + ".txt"), m)
-        run = start_run(h, m, log, time.perf_counter())
-        score, ms = score_artifact(run, blob)
+        run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
+        run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), time.perf_counter())
+        load_weights(run, blob)
     except (ValueError, TypeError) as e:
         raise InputError(f"{path}: {e}") from None
-    log(f"eval_score metric:int6_lzma_sliding val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-        f"eval_time:{ms:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
+    return run, blob
+
+
+def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
+    """Score an artifact, chunked and sliding."""
+    run, blob = load_run(path, argv, env)
+    score, ms = score_artifact(run)
+    run.log(f"eval_score metric:int6_lzma_sliding val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+            f"eval_time:{ms:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
     return 0
+
+
+def command_audit(path: str, argv: list[str], env: Mapping[str, str]) -> int:
+    """Tests T1-T9 on an artifact. Exit status 1 when one fails."""
+    run, blob = load_run(path, argv, env)
+    audit, failed = make_audit(run, blob), 0
+    for test in AUDIT:
+        start = time.perf_counter()
+        verdict = test(audit)
+        failed += not verdict.ok
+        run.log(f"audit {verdict.test}: {'ok' if verdict.ok else 'FAIL'} ({verdict.evidence}) "
+                f"[{time.perf_counter() - start:.1f} s]")
+    run.log(f"audit {len(AUDIT) - failed} of {len(AUDIT)} tests passed")
+    return 1 if failed else 0
 
 
 def command_bench(h: Config, env: Mapping[str, str]) -> int:
@@ -1876,7 +2144,7 @@ def command_bench(h: Config, env: Mapping[str, str]) -> int:
     return 0
 
 
-USAGE = "usage: train_gpt.py [train | eval ARTIFACT | bench | config] [key=value ...]"
+USAGE = "usage: train_gpt.py [train | eval ARTIFACT | audit ARTIFACT | bench | config] [key=value ...]"
 
 
 def main(argv: list[str]) -> int:
@@ -1890,8 +2158,8 @@ def main(argv: list[str]) -> int:
             knobs = dataclasses.asdict(load_config(rest, os.environ))
             print("\n".join(f"{k}: {v}" for k, v in sorted(knobs.items())))
             return 0
-        if command == "eval" and rest and "=" not in rest[0]:
-            return command_eval(rest[0], rest[1:], os.environ)
+        if command in ("eval", "audit") and rest and "=" not in rest[0]:
+            return {"eval": command_eval, "audit": command_audit}[command](rest[0], rest[1:], os.environ)
         if command not in ("train", "bench"):
             raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
         run_command = {"train": command_train, "bench": command_bench}[command]
