@@ -211,11 +211,15 @@ def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
 
 def check_config(h: Config) -> None:
     """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
+    for key, value in dataclasses.asdict(h).items():
+        if not isinstance(value, str) and not 0 <= value < math.inf:       # also refuses nan
+            raise InputError(f"config key {key}: {value} must be a number of at least 0")
     for key in ("iterations", "train_batch_tokens", "micro_batch_tokens", "train_seq_len", "eval_seq_len",
-                "eval_stride", "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "ve_dim",
-                "bigram_dim", "train_log_every"):
+                "eval_stride", "eval_batch_tokens", "vocab_size", "num_layers", "model_dim", "num_heads",
+                "num_kv_heads", "mlp_dim", "ve_dim", "bigram_dim", "train_log_every"):
         if getattr(h, key) < 1:
-            raise InputError(f"config key {key}: {getattr(h, key)} must be at least 1")
+            name = "mlp_mult * model_dim" if key == "mlp_dim" else key
+            raise InputError(f"config key {name}: {getattr(h, key)} must be at least 1")
     for key, table in (("ortho", ORTHO), ("step_rule", STEP_RULES), ("artifact_weights", ("ema", "live"))):
         if getattr(h, key) not in table:
             raise InputError(f"config key {key}: {getattr(h, key)!r} is not one of {', '.join(table)}")
@@ -232,6 +236,7 @@ def check_config(h: Config) -> None:
         (h.ve_last_n >= 1 and h.bigram_vocab_size >= 2, "ve_last_n must be at least 1, bigram_vocab_size 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
+        (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
     for holds, rule in rules:
         if not holds:
@@ -478,6 +483,8 @@ class TokenLoader:
     def __init__(self, h: Config, m: Machine) -> None:
         self.h, self.m = h, m
         self.files = split_files(h.data_path, "train")
+        for f in self.files[m.rank::m.world_size]:           # now, not in the middle of the run
+            load_shard(f, h.vocab_size)
         self.sizes = np.array([shard_tokens(f) for f in self.files])
         self.total = int(self.sizes.sum())
         if self.total <= h.train_seq_len:
@@ -608,7 +615,11 @@ def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
 def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
     """ByteCounts and decoder of a tiktoken encoding: a token is its bytes, special tokens are boundaries."""
     import tiktoken
-    enc = tiktoken.get_encoding(encoding)
+    try:
+        enc = tiktoken.get_encoding(encoding)
+    except Exception as e:       # unknown name, or no network to fetch the vocabulary: tiktoken raises many
+        raise InputError(f"tokenizer {encoding!r}: tiktoken cannot load it ({type(e).__name__}); "
+                         "check the name and the network") from None
     base, boundary = np.zeros(enc.n_vocab, np.int64), np.ones(enc.n_vocab, bool)
     for i in enc._mergeable_ranks.values():
         base[i], boundary[i] = len(enc.decode_single_token_bytes(i)), False
@@ -646,17 +657,19 @@ def load_dataset(h: Config) -> Dataset:
                 manifest = json.load(f)
             named = manifest["tokenizer"]
             sha, encoding, bos = named["sha256"], named.get("encoding"), manifest["bos_id"]
+            file = h.tokenizer_path or (None if encoding else os.path.join(h.data_path, named["file"]))
         except (ValueError, KeyError, TypeError, OSError) as e:
             raise InputError(f"{path}: not a manifest ({type(e).__name__}: {e}); make it again") from None
         manifest_sha = sha256_file(path)
         if bos != h.bos_id:
             raise InputError(f"{path}: documents begin with {bos}, not bos_id={h.bos_id}; set bos_id={bos}")
-    elif not h.tokenizer_path:
+    elif h.tokenizer_path:
+        file = h.tokenizer_path
+    else:
         raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
-    if manifest and encoding and not h.tokenizer_path:
+    if file is None:
         (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
     else:
-        file = h.tokenizer_path or os.path.join(h.data_path, named["file"])
         (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256_file(file)
         if manifest and tokenizer_sha != sha:
             raise InputError(f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha[:12]}, "
@@ -1405,7 +1418,7 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[b
 
 def open_artifact(blob: bytes) -> tuple[dict, bytes]:
     """Header and payload. ValueError with the reason when the blob is damaged or not an artifact."""
-    reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
+    reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
     try:
         raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
     except lzma.LZMAError as e:
@@ -1421,13 +1434,20 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
         header = json.loads(raw[8:end])
         if set(header) != {"config", "tensors"} or set(header["config"]) != set(MODEL_FIELDS):
             raise ValueError("unexpected keys")
+        if any(type(v) is not type(getattr(Config, k)) for k, v in header["config"].items()):
+            raise ValueError("a config value of another type")
+        if type(header["tensors"]) is not list:
+            raise ValueError("tensors is not a list")
     except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"artifact: header is not valid ({e})") from None
     return header, raw[end:]
 
 
 def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
-    """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it."""
+    """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it.
+
+    No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory.
+    """
     header, payload = open_artifact(blob)
     out, expected = {}, 0
     for row in header["tensors"]:
@@ -1949,13 +1969,10 @@ def make_audit(run: Run, blob: bytes) -> Audit:
 
 
 def load_weights(run: Run, blob: bytes) -> None:
-    """Put an artifact's weights into the model. ValueError when they are not those of this model."""
+    """Put an artifact's weights into the model; every parameter must be in it."""
     tensors = run.timed("decompress", unpack_artifact, blob)
-    params = dict(run.model.named_parameters())
-    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in params.items()}:
-        raise ValueError("artifact: its tensors are not those of the model that its header describes")
     with torch.no_grad():
-        for name, p in params.items():
+        for name, p in run.model.named_parameters():
             p.copy_(tensors[name])
 
 
@@ -2073,9 +2090,12 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     try:
         blob = share_file(path, m)
         given = {a.split("=")[0] for a in argv}
-        config = open_artifact(blob)[0]["config"]
-        h = dataclasses.replace(h, **{k: v for k, v in config.items() if k not in given})
+        header, _ = open_artifact(blob)
+        unpack_artifact(blob)                            # sound throughout before a model is built from it
+        h = dataclasses.replace(h, **{k: v for k, v in header["config"].items() if k not in given})
         check_config(h)
+        if {n: tuple(s) for n, _, s, _ in header["tensors"]} != {n: s for n, (s, _) in parameter_table(h).items()}:
+            raise ValueError("artifact: its tensors are not those of the model that its header describes")
         check_data(h)
         run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
         run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), time.perf_counter())
