@@ -2094,7 +2094,8 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         unpack_artifact(blob)                            # sound throughout before a model is built from it
         h = dataclasses.replace(h, **{k: v for k, v in header["config"].items() if k not in given})
         check_config(h)
-        if {n: tuple(s) for n, _, s, _ in header["tensors"]} != {n: s for n, (s, _) in parameter_table(h).items()}:
+        shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
+        if shapes != {name: shape for name, (shape, _) in parameter_table(h).items()}:
             raise ValueError("artifact: its tensors are not those of the model that its header describes")
         check_data(h)
         run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
