@@ -12,6 +12,8 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
                            ./run.sh                     everything chosen for this machine
   eval ARTIFACT [key=value...]
                          score an artifact from its file       ./run.sh eval logs/first.int6.xz
+  audit ARTIFACT [key=value...]
+                         is the score legal? nine tests        ./run.sh audit logs/first.int6.xz
   config [key=value...]  print the resolved configuration      ./run.sh config preset=record
   bench [key=value...]   time the pieces on this machine       ./run.sh bench
   data VERB              get or make training data             ./run.sh data --help
@@ -19,7 +21,7 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
   test [pytest args]     run the tests                         ./run.sh test -k style
 
 The first use makes .venv and installs requirements.txt into it (once: again only when that file changes).
-Unless told, train chooses (eval its data and preset, bench and config their preset, in the same way):
+Unless told, train chooses (eval and audit its data and preset, bench and config their preset, in the same way):
   data_path=   what `data/prepare.py auto` finds or makes
   preset=      8 NVIDIA GPUs or more: record (8 processes);  1 or more: h100x1 (1 process);  none: cpu
   run_id=      time, preset and seed; names the log and the artifact in out_dir= (logs)
@@ -254,15 +256,15 @@ train() {
     exit "$status"
 }
 
-score() {  # score ARTIFACT [key=value...]
-    local artifact=$1 gpus preset data_path
-    shift
+score() {  # score eval|audit ARTIFACT [key=value...]
+    local command=$1 artifact=$2 gpus preset data_path
+    shift 2
     gpus=$(count_gpus)
     preset=$(setting preset '' "$@")
     if [ -z "$preset" ]; then set -- "preset=$(machine_preset "$gpus")" "$@"; fi
     data_path=$(setting data_path '' "$@")
     if [ -z "$data_path" ]; then data_path=$(find_data); set -- "$data_path" "$@"; fi
-    launch "$(processes record "$gpus")" eval "$artifact" "$@"
+    launch "$(processes record "$gpus")" "$command" "$artifact" "$@"
 }
 
 command=train
@@ -286,16 +288,16 @@ case $command in
         use_python
         exec "$py" "$root/$tool" "$@"
         ;;
-    train | eval | bench | config) ;;
-    *) die "unknown command '$command': train, eval, config, bench, data, record or test (./run.sh --help)" ;;
+    train | eval | audit | bench | config) ;;
+    *) die "unknown command '$command': train, eval, audit, config, bench, data, record or test (./run.sh --help)" ;;
 esac
 
 # What is left are the commands of train_gpt.py: the same settings, the same care for paths.
 artifact=
-if [ "$command" = eval ]; then
+if [ "$command" = eval ] || [ "$command" = audit ]; then
     case ${1:-} in
         -h | --help) ;;
-        '' | *=*) die "eval needs an artifact: ./run.sh eval logs/RUN.int6.xz" ;;
+        '' | *=*) die "$command needs an artifact: ./run.sh $command logs/RUN.int6.xz" ;;
         *)
             [ -f "$1" ] || die "no artifact at $1: train writes them as logs/RUN.int6.xz"
             artifact=$(absolute "$1")
@@ -319,7 +321,7 @@ use_python
 cd "$root"
 case $command in
     train) train "$@" ;;
-    eval) score "$artifact" "$@" ;;
+    eval | audit) score "$command" "$artifact" "$@" ;;
     *)
         if [ -z "$(setting preset '' "$@")" ]; then set -- "preset=$(machine_preset "$(count_gpus)")" "$@"; fi
         exec "$py" train_gpt.py "$command" "$@"

@@ -606,7 +606,8 @@ def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
             space[i] = piece.startswith("\u2581")
             base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
     has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
-    spelled = None if has_space else tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
+    spelled = tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
+    spelled = None if has_space or not all(map(sp.is_byte, spelled)) else spelled
     decode = lambda documents: [text.replace("\u2581", " ").removeprefix(" " if spelled else "")
                                 for text in sp.decode(documents)]
     return ByteCounts(base, space, boundary, spelled), decode
@@ -810,10 +811,10 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
         "kv_bank": ((2 * L, h.kv_dim, D), "orthogonal"),        # K at i, V at L + i
         "tok_emb": ((V, D), f"normal {h.tied_embed_init_std}"),   # also the output head
         "bigram_emb": ((h.bigram_vocab_size, h.bigram_dim), "zeros"),
-        "bigram_proj": ((D, h.bigram_dim), "zeros"),
+        "bigram_proj": ((D, h.bigram_dim), "orthogonal"),       # not zeros too: neither would ever move
         "bigram_scale": ((1,), "constant 0.05"),
         "ve_emb": ((V, h.ve_dim), "normal 0.01"),
-        "ve_proj": ((h.kv_dim, h.ve_dim), "zeros"),
+        "ve_proj": ((h.kv_dim, h.ve_dim), "orthogonal"),
         "ve_scale": ((1,), "constant 0.1"),
         "ve_layer_scale": ((h.ve_last_n,), "constant 1"),
         "smear_gate": ((D,), "zeros"),
@@ -834,7 +835,8 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
         return torch.randn(shape, generator=generator) * float(value)
     out = torch.zeros(shape)
     if kind in ("orthogonal", "half_orthogonal"):
-        for matrix in out[: len(out) if kind == "orthogonal" else len(out) // 2]:
+        matrices = out.view(-1, *shape[-2:])
+        for matrix in matrices[: len(matrices) // (1 if kind == "orthogonal" else 2)]:
             nn.init.orthogonal_(matrix, generator=generator)
     elif kind == "first_of_two":
         out[:, 0] = 1
