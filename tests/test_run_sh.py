@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "eval", "config", "bench", "data", "record", "test"]
+COMMANDS = ["train", "eval", "audit", "config", "bench", "data", "record", "test"]
 
 # Notes every call, then does as little as run.sh needs to go on. Questions (-c) go to a real interpreter.
 FAKE_PYTHON = """#!/bin/sh
