@@ -134,7 +134,7 @@ class Config:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip: float = 0.3               # global norm of the reduced gradients
+    grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
     min_lr_frac: float = 0.0
     # averaging and artifact
@@ -187,8 +187,11 @@ def parse_value(key: str, text: str, type_name: str):
         raise InputError(f"config key {key}: {text!r} is not of type {type_name}") from None
 
 
-def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
-    """Defaults < preset < environment (KEY in upper case) < `key=value`. InputError on a bad key or value."""
+def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
+    """Defaults < preset < artifact < environment (KEY in upper case) < `key=value`.
+
+    artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value.
+    """
     types = {f.name: f.type for f in dataclasses.fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
     for arg in argv:
@@ -203,8 +206,8 @@ def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
     preset = given.get("preset", "record")
     if preset not in PRESETS:
         raise InputError(f"config key preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    values = PRESETS[preset] | {k: parse_value(k, v, types[k]) for k, v in given.items()}
-    h = Config(**values)
+    values = {k: parse_value(k, v, types[k]) for k, v in given.items()}
+    h = Config(**(PRESETS[preset] | dict(artifact or {}) | values))
     check_config(h)
     return h
 
@@ -245,6 +248,17 @@ def check_config(h: Config) -> None:
 
 # -----------------------------------------------------------------------------
 # 2. Machine: what differs between a laptop and eight GPUs, bound once. There is always a process group.
+
+
+def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
+    """(accum, B): micro-batches of a step on each rank, sequences in each. InputError when nothing fits."""
+    sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
+    accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
+    if left or sequences == 0 or sequences % accum:
+        raise InputError(f"WORLD_SIZE={world_size} does not cut train_batch_tokens={h.train_batch_tokens} "
+                         f"into equal micro-batches of at most micro_batch_tokens={h.micro_batch_tokens} and "
+                         f"sequences of {h.train_seq_len}; change one of them or the number of processes")
+    return accum, sequences // accum
 
 
 @dataclass(frozen=True)
@@ -327,10 +341,13 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. Host tensors
     travel over gloo, device tensors over NCCL. InputError when the batch cannot be cut by the world size.
     """
-    world, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
-    if h.train_batch_tokens % (world * h.train_seq_len):
-        raise InputError(f"WORLD_SIZE={world} does not cut train_batch_tokens={h.train_batch_tokens} into "
-                         f"sequences of {h.train_seq_len}; change train_batch_tokens or the process count")
+    world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
+    both = ("RANK" in env) == ("WORLD_SIZE" in env)
+    if not (both and world.isdigit() and rank.isdigit() and int(rank) < int(world)):
+        raise InputError(f"WORLD_SIZE={env.get('WORLD_SIZE')} RANK={env.get('RANK')}: not a process group; "
+                         "start several processes with torchrun, or unset both")
+    world, rank = int(world), int(rank)
+    cut_batch(h, world)
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", int(env.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -490,12 +507,7 @@ class TokenLoader:
         if self.total <= h.train_seq_len:
             raise InputError(f"{h.data_path}: the train split has {self.total} tokens, not one sequence; "
                              "use more text")
-        per_rank = h.train_batch_tokens // m.world_size
-        self.accum = -(-per_rank // h.micro_batch_tokens)      # micro-batches of a step on each rank
-        self.rows = per_rank // self.accum // h.train_seq_len   # B
-        if self.rows * self.accum * m.world_size * h.train_seq_len != h.train_batch_tokens:
-            raise InputError(f"train_batch_tokens={h.train_batch_tokens} does not cut into {self.accum} "
-                             f"micro-batches on {m.world_size} processes; change micro_batch_tokens")
+        self.accum, self.rows = cut_batch(h, m.world_size)
         self.shuffled = lru_cache(maxsize=2)(self.shuffle_shard)
         self.pool = ThreadPoolExecutor(1)
         self.seek(0)
@@ -1248,7 +1260,7 @@ class Optimizer:
         squares = torch.stack([g.square().sum() for g in self.shard_grad.values()]).sum()
         dist.all_reduce(squares)
         norm = (squares + self.flat_grad.square().sum()).sqrt()
-        return (self.h.grad_clip / (norm + 1e-6)).clamp_max(1.0)
+        return ((self.h.grad_clip or math.inf) / (norm + 1e-6)).clamp_max(1.0)
 
     def scalars(self, hp: Hyper, clip: Tensor) -> StepScalars:
         self.steps += 1
@@ -1397,25 +1409,26 @@ def entropy_bytes(raw: bytes) -> float:
 def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[bytes, float, dict]:
     """The artifact of at most `room` bytes with the finest int6 step; that step; ms of quantize and compress.
 
-    Steps whose entropy says that xz cannot reach `room` are passed over; how far xz stays above the entropy
-    is learnt from the first one compressed. Without fit_cap, or when no step fits, the last is over the cap.
+    Steps of the ladder that xz cannot bring down to `room` (it never came below 0.9 of the order-0 entropy)
+    are passed over; the others are compressed six at a time, in threads, finest first. Without fit_cap, or
+    when no step fits, the artifact is over the cap.
     """
-    times = {"quantize": 0.0, "compress": 0.0}
     steps = sorted({h.int6_step} | {s for s in INT6_STEPS if h.fit_cap and s > h.int6_step})
-    above = 1.0
+    tries, start = [], time.perf_counter()
     for step in steps:
-        start = time.perf_counter()
         raw = raw_artifact(tensors, dataclasses.replace(h, int6_step=step))
-        entropy, quantized = entropy_bytes(raw), time.perf_counter()
-        times["quantize"] += 1000 * (quantized - start)
-        if entropy * above > room and step != steps[-1]:
-            continue
-        blob = lzma.compress(raw, **XZ)
-        times["compress"] += 1000 * (time.perf_counter() - quantized)
-        if len(blob) <= room:
-            break
-        above = len(blob) / entropy
-    return blob, step, times
+        if 0.9 * entropy_bytes(raw) <= room or step == steps[-1]:
+            tries.append((step, raw))
+    quantized = time.perf_counter()
+    with ThreadPoolExecutor(6) as pool:              # lzma works outside the interpreter's lock
+        for i in range(0, len(tries), 6):
+            blobs = list(pool.map(lambda t: lzma.compress(t[1], **XZ), tries[i: i + 6]))
+            fits = [j for j, blob in enumerate(blobs) if len(blob) <= room]
+            if fits:
+                break
+    chosen = fits[0] if fits else -1
+    times = {"quantize": 1000 * (quantized - start), "compress": 1000 * (time.perf_counter() - quantized)}
+    return blobs[chosen], tries[i: i + 6][chosen][0], times
 
 
 def open_artifact(blob: bytes) -> tuple[dict, bytes]:
@@ -1469,6 +1482,8 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
         values = np.frombuffer(payload, {"f16": "<f2", "f32": "<f4"}.get(kind, np.int8), count, offset)
         tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
         if kind in CODE_LIMIT:
+            if tensor.abs().max() > CODE_LIMIT[kind]:
+                raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {CODE_LIMIT[kind]}")
             scales = np.frombuffer(payload, "<f2", rows, offset + count).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
         out[name] = tensor
@@ -1713,10 +1728,9 @@ def train(run: Run) -> Ema:
         clock_ms = m.agree(train_ms + 1000 * (time.perf_counter() - start))
         if step % h.train_log_every == 0 or step == 1:
             show_step(run, step, loss, clock_ms)
-    assert compiled_graphs() == graphs, "a graph was compiled while the clock ran"
     if step < h.iterations:
         log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
-    run.phases |= {"train": train_ms, "steps": step}
+    run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled_graphs() - graphs}
     return ema
 
 
@@ -2013,9 +2027,14 @@ def share_file(path: str, m: Machine) -> bytes:
 
 def check_data(h: Config) -> None:
     """InputError when data and tokenizer do not fit; held-out shards are only measured, not opened."""
-    load_dataset(h)
+    manifest = load_dataset(h).manifest
     for split in ["val"] + [h.report_split] * bool(h.report_split):
-        tokens = sum(map(shard_tokens, split_files(h.data_path, split)))
+        files = split_files(h.data_path, split)
+        known = {s["file"]: s["tokens"] for s in manifest.get("splits", {}).get(split, {}).get("shards", [])}
+        for f in files:
+            if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
+                raise InputError(f"{f}: not as long as manifest.json says; fetch or make it again")
+        tokens = sum(map(shard_tokens, files))
         tokens = min(tokens, h.val_tokens + 1) if h.val_tokens else tokens
         if tokens <= h.eval_seq_len:
             raise InputError(f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
@@ -2073,38 +2092,42 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     over = bytes_total - h.size_cap
     if over > 0:
         log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
+    if run.phases["late_graphs"]:
+        log(f"late compilation: {run.phases['late_graphs']} graphs were compiled while the clock ran; "
+            "raise warmup_steps or report it")
     log(f"final_score metric:int6_lzma_sliding val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
         f"bytes_total:{bytes_total} bytes_code:{code_bytes} steps:{run.phases['steps']} "
         f"train_time:{run.phases['train']:.0f}ms eval_time:{eval_ms:.0f}ms seed:{h.seed} "
         f"sha256:{hashlib.sha256(blob).hexdigest()}")
     if m.is_main:
         print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
-    return 1 if over > 0 else 0
+    return 1 if over > 0 or run.phases["late_graphs"] else 0
 
 
 def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
     """A run whose model is the artifact's: its header says what the model is, `argv` where the data is."""
-    fixed = [a for a in argv if a.split("=")[0] in MODEL_FIELDS and not a.startswith("eval_")]
-    if fixed:
-        raise InputError(f"{fixed[0]}: fixed by the artifact; only data and eval_ knobs can be set")
-    h = load_config(argv, env)
-    m = init_machine(h, env)
+    fixed = [k for k in MODEL_FIELDS if not k.startswith("eval_")]
+    for arg in argv:
+        if arg.split("=")[0] in fixed:
+            raise InputError(f"{arg}: fixed by the artifact; only data and eval_ knobs can be set")
     try:
-        blob = share_file(path, m)
-        given = {a.split("=")[0] for a in argv}
+        with open(path, "rb") as f:
+            blob = f.read()
         header, _ = open_artifact(blob)
         unpack_artifact(blob)                            # sound throughout before a model is built from it
-        h = dataclasses.replace(h, **{k: v for k, v in header["config"].items() if k not in given})
-        check_config(h)
+        h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
         shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         if shapes != {name: shape for name, (shape, _) in parameter_table(h).items()}:
             raise ValueError("artifact: its tensors are not those of the model that its header describes")
-        check_data(h)
-        run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
-        run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), time.perf_counter())
-        load_weights(run, blob)
-    except (ValueError, TypeError) as e:
+    except OSError as e:
+        raise InputError(f"{path}: cannot read the artifact ({e.strerror})") from None
+    except ValueError as e:
         raise InputError(f"{path}: {e}") from None
+    check_data(h)
+    m = init_machine(h, env)
+    run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
+    run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), time.perf_counter())
+    load_weights(run, blob)
     return run, blob
 
 
@@ -2137,7 +2160,7 @@ def command_bench(h: Config, env: Mapping[str, str]) -> int:
     model = GPT(h, m.ops, m.dtype).to(m.device)
     optimizer, loss_fn, ema = Optimizer(model, h, m), m.compile(model.loss), Ema(model, h)
     hp = hyper_at(h, 0, 0.0)
-    rows = h.micro_batch_tokens // h.train_seq_len
+    accum, rows = cut_batch(h, m.world_size)
     batches = [torch.randint(h.vocab_size, (rows, h.train_seq_len + 1), device=m.device) for _ in range(4)]
     fresh = iter(lambda: batches[torch.randint(4, ()).item()], None)
 
@@ -2145,7 +2168,6 @@ def command_bench(h: Config, env: Mapping[str, str]) -> int:
         x = next(fresh)
         loss_fn(x[:, :-1].contiguous(), x[:, 1:].contiguous()).backward()
 
-    accum = h.train_batch_tokens // h.micro_batch_tokens // m.world_size
     cases = {"forward+backward": forward_backward, "optimizer": lambda: optimizer.step(hp),
              "ema": lambda: ema.update(0.0),
              "step": lambda: train_step(loss_fn, optimizer, [next(fresh)] * accum, hp)}

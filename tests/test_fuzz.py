@@ -1,0 +1,259 @@
+"""No bytes make the artifact reader do more than refuse in one line; tests/fuzz_artifact.py tries more."""
+
+import copy
+import json
+import lzma
+import math
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import fuzz_artifact as fuzz
+import train_gpt as t
+from helpers import english_dataset, stop_one_line
+
+
+@pytest.fixture(scope="module")
+def base():
+    return fuzz.small_artifact()
+
+
+def edited(base, change):
+    header = copy.deepcopy(base.header)
+    change(header)
+    return fuzz.with_header(base, header)
+
+
+def test_the_sound_artifact_is_read(base):
+    assert fuzz.outcome(base.blob) == ("read", "")
+    assert fuzz.outcome(fuzz.with_header(base, base.header)) == ("read", "")
+
+
+def test_every_truncation_is_refused(base):
+    for length in range(len(base.blob)):
+        assert fuzz.outcome(base.blob[:length])[0] == "refused", length
+
+
+def test_every_truncation_below_the_compression_is_refused(base):
+    """As if written by a process that died: a sound stream of less than the artifact."""
+    head = len(base.raw) - len(base.payload)
+    for length in [*range(0, head, 7), *range(head, len(base.raw), 101), len(base.raw) - 1]:
+        assert fuzz.outcome(fuzz.compress(base.raw[:length]))[0] == "refused", length
+
+
+def test_every_single_bit_matters_to_the_container(base):
+    """One bit in each byte: what xz does not notice it leaves as it was."""
+    rng, tensors = random.Random(0), t.unpack_artifact(base.blob)
+    for i in range(len(base.blob)):
+        blob = bytearray(base.blob)
+        blob[i] ^= 1 << rng.randrange(8)
+        if fuzz.outcome(bytes(blob))[0] == "read":
+            assert all((v == tensors[k]).all() for k, v in t.unpack_artifact(bytes(blob)).items()), i
+
+
+@pytest.mark.parametrize("name", fuzz.MUTATIONS)
+def test_mutations(name, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "MARK", str(tmp_path / "ran"))
+    bad, seen = [], set()
+    for i in range(150):
+        blob = fuzz.MUTATIONS[name](random.Random(f"{name} {i}"), base)
+        try:
+            seen.add(fuzz.outcome(blob)[0])
+        except fuzz.Violation as e:
+            bad.append(f"case {i}: {e}")
+    assert not bad, bad[:5]
+    assert seen - {"read"} or name == "odd_values", "nothing was refused: the mutation does nothing"
+    assert not list(tmp_path.iterdir()), "code in the blob ran"
+
+
+def test_the_pickle_would_have_an_effect(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "MARK", str(tmp_path / "ran"))
+    pickle.loads(pickle.dumps(fuzz.Payload())).close()
+    assert (tmp_path / "ran").exists()
+
+
+def set_row(i, field, value):
+    return lambda header: header["tensors"][i].__setitem__(field, value)
+
+
+def config_list(header):
+    header["config"] = sorted(header["config"])
+
+
+REFUSED = {
+    "config is the list of its keys": config_list,
+    "an offset of 0.0": set_row(0, 3, 0.0),
+    "an offset of -0.0": set_row(0, 3, -0.0),
+    "an offset of false": set_row(0, 3, False),
+    "an offset of nan": set_row(0, 3, math.nan),
+    "a shape of true": set_row(0, 2, [True]),
+    "a shape of one float": set_row(0, 2, [8.0]),
+    "a shape of null": set_row(0, 2, None),
+    "a shape of text": set_row(0, 2, "88"),
+    "a shape of huge numbers": set_row(0, 2, [2**27] * 20),
+    "a shape of more than int64": set_row(0, 2, [2**70]),
+    "a shape of zero": set_row(0, 2, [0]),
+    "a kind of 5,000 letters": set_row(0, 1, "x" * 5000),
+    "a kind over two lines": set_row(0, 1, "a\nb"),
+    "a kind of null": set_row(0, 1, None),
+    "a kind of list": set_row(0, 1, ["int6"]),
+    "a name of null": set_row(0, 0, None),
+    "a name that comes twice": lambda header: header["tensors"].append(list(header["tensors"][0])),
+    "no config": lambda header: header.pop("config"),
+    "a third key": lambda header: header.update(more=1),
+    "a bool for an int": lambda header: header["config"].update(num_layers=True),
+    "an int for a float": lambda header: header["config"].update(rope_base=10000),
+    "a string for an int": lambda header: header["config"].update(vocab_size="16"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_headers_that_must_be_refused(name, base):
+    verdict, reason = fuzz.outcome(edited(base, REFUSED[name]))
+    assert verdict == "refused" and len(reason) < 200, reason
+
+
+def test_a_seeded_run_of_all_mutations_is_the_same_twice():
+    assert fuzz.fuzz(90, 5)[0] == fuzz.fuzz(90, 5)[0]
+
+
+def test_hand_made_streams_are_xz():
+    parts = [b"one", b"two" * 1000, b"x"]
+    blob = fuzz.blocks((parts[0], 1), (parts[1], 50), (parts[2], 2))
+    assert lzma.decompress(blob) == parts[0] + parts[1] * 50 + parts[2] * 2
+
+
+CI_BOMBS = ["1 GiB of zeros", "streams of zeros", "a dictionary of 4 GiB", "a header of empty lists"]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return {r["bomb"]: r for r in fuzz.bomb_reports(CI_BOMBS)}
+
+
+@pytest.mark.parametrize("name", CI_BOMBS)
+def test_bombs(name, reports):
+    """Refused in seconds, in bounded memory. The file is a few hundred kilobytes."""
+    report = reports[name]
+    assert report["outcome"] == "refused", report
+    assert report["bytes"] < 1_000_000
+
+
+@pytest.mark.slow
+def test_all_bombs():
+    bad = [r for r in fuzz.bomb_reports() if r["outcome"] == "VIOLATION"]
+    assert not bad, bad
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """An artifact that fits a dataset: what the command reads when nothing is wrong."""
+    data = english_dataset()
+    return fuzz.small_artifact(
+        vocab_size=data.vocab_size, eval_seq_len=32, eval_stride=16, train_seq_len=16, eval_batch_tokens=64
+    )
+
+
+def knobs(tmp_path):
+    return [f"data_path={english_dataset().path}", f"out_dir={tmp_path / 'logs'}", "run_id=x"]
+
+
+def refuse(base, change):
+    return lambda: edited(base, change)
+
+
+def with_config(**values):
+    return lambda header: header["config"].update(values)
+
+
+def without_last(header):
+    header["tensors"].pop()
+
+
+FILES = {
+    "empty": lambda a: b"",
+    "truncated": lambda a: a.blob[:-100],
+    "bytes behind it": lambda a: a.blob + b"x",
+    "a pickle": lambda a: pickle.dumps(fuzz.Payload()),
+    "xz around a pickle": lambda a: lzma.compress(pickle.dumps(fuzz.Payload())),
+    "a page": lambda a: b"<html>Not found</html>",
+    "a config list": lambda a: edited(a, config_list),
+    "an offset of 0.0": lambda a: edited(a, set_row(0, 3, 0.0)),
+    "an unknown kind": lambda a: edited(a, set_row(0, 1, "int4")),
+    "a tensor of another name": lambda a: edited(a, set_row(0, 0, "another")),
+    "one layer more": lambda a: edited(a, with_config(num_layers=3)),
+    "a million layers": lambda a: edited(a, with_config(num_layers=10**6)),
+    "no layers": lambda a: edited(a, with_config(num_layers=0)),
+    "no heads": lambda a: edited(a, with_config(num_heads=0)),
+    "a negative stride": lambda a: edited(a, with_config(eval_stride=-1)),
+    "a stride of zero": lambda a: edited(a, with_config(eval_stride=0)),
+    "a softcap of nan": lambda a: edited(a, with_config(logit_softcap=math.nan)),
+    "a softcap of infinity": lambda a: edited(a, with_config(logit_softcap=math.inf)),
+    "a width of 400 digits": lambda a: edited(a, with_config(model_dim=10**400)),
+    "an mlp of 1e308": lambda a: edited(a, with_config(mlp_mult=1e308)),
+    "a sequence of 400 digits": lambda a: edited(a, with_config(eval_seq_len=10**400)),
+    "a start of 400 digits": lambda a: edited(a, with_config(bos_id=10**400)),
+    "another vocabulary": lambda a: edited(a, with_config(vocab_size=7)),
+}
+
+
+@pytest.mark.parametrize("command", ["eval", "audit"])
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_refuses_in_one_line(command, name, scored, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fuzz, "MARK", str(tmp_path / "ran"))
+    file = tmp_path / "bad.int6.xz"
+    file.write_bytes(FILES[name](scored))
+    said = stop_one_line([command, str(file), *knobs(tmp_path)], capsys)
+    assert len(said) < 1000, said
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "logs").exists(), "something was done first"
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("command", ["eval", "audit"])
+def test_the_command_refuses_what_is_no_file(command, tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "missing.xz", Path("x" * 300)):
+        assert str(path)[:100] in stop_one_line([command, str(path), *knobs(tmp_path)], capsys)
+
+
+def test_configs_at_random(scored, tmp_path, monkeypatch):
+    """A header of any values is refused with InputError, or gives a model that can be scored."""
+    rng, refused = random.Random(3), 0
+    argv = knobs(tmp_path)[:2]
+    for i in range(60):
+        key = rng.choice(t.MODEL_FIELDS)
+        kind = type(getattr(t.Config, key))
+        value = rng.choice(
+            [0, 1, 2, 3, 7, 16, 64, -1, 2**31, 2**63, 10**30, 10**400, 10**308, 1e-300 * 1e-20]
+        )
+        try:
+            value = kind(value)
+        except OverflowError:
+            value = math.inf
+        file = tmp_path / f"{i}.xz"
+        file.write_bytes(edited(scored, with_config(**{key: value})))
+        try:
+            run, _ = t.load_run(str(file), [*argv, f"run_id={i}"], {})
+            x = t.torch.zeros(1, run.h.eval_seq_len, dtype=t.torch.long)
+            run.nats_fn(x, x, 1)
+        except t.InputError as e:
+            refused += 1
+            assert "\n" not in str(e), (key, value)
+        except Exception as e:
+            raise AssertionError(f"{key}={value!r:.40}: {type(e).__name__}: {e}") from None
+        finally:
+            dist.destroy_process_group()
+    assert 20 < refused < 60
+
+
+def test_the_same_artifact_is_scored_when_nothing_is_wrong(scored, tmp_path, capsys):
+    file = tmp_path / "good.int6.xz"
+    file.write_bytes(scored.blob)
+    assert t.main(["eval", str(file), *knobs(tmp_path), "eval_batch_tokens=2048"]) == 0
+    assert "eval_score metric:" in capsys.readouterr().out
+    assert json.loads(json.dumps(scored.header))["config"]["eval_seq_len"] == 32

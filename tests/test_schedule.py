@@ -1,0 +1,347 @@
+"""The optimizer on 1, 2 and 4 gloo ranks, snapshot and warm-up, clipping, schedules and the average."""
+
+import dataclasses
+import math
+import os
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from helpers import group_of_one, noisy_model, random_tokens, run_ranks, shard_folder, temporary_folder, tiny
+
+STEPS = 6
+# Ranks and micro-batches sum the same numbers in another order: float32 rounding, 6e-8 a sum. Newton-Schulz
+# stretches small singular values of a gradient, and its rounding, by up to 3.4445^5 = 485. Measured after six
+# steps: at most 3e-6 of a parameter's norm; a rank that is left out or counted twice changes it by over 1e-2.
+TOLERANCE = 3e-5
+
+
+@lru_cache(maxsize=None)
+def data_folder():
+    folder = temporary_folder() / "data"
+    shard_folder(folder, tiny(), [60, 40], seed=5)
+    return str(folder)
+
+
+def setup(m, **knobs):
+    """A noisy model (all gradients alive), its optimizer, average and loader."""
+    if "data_path" not in knobs:  # a rank is told: a folder of its own would outlive it
+        knobs["data_path"] = data_folder()
+    h = tiny(**({"grad_clip": 0.3} | knobs))
+    model = noisy_model(h, seed=3)
+    optimizer = t.Optimizer(model, h, m)
+    return model, optimizer, t.Ema(model, h), t.TokenLoader(h, m)
+
+
+def parameters(model):
+    return {k: p.detach().clone() for k, p in model.named_parameters()}
+
+
+def env_machine(h):
+    """The Machine of this torchrun-like process."""
+    return t.init_machine(h, os.environ)
+
+
+def train_rank(rank, folder, knobs):
+    """STEPS training steps on this rank; parameters, clip factors, padding, and what restore gives."""
+    knobs = knobs | {"data_path": folder}
+    m = env_machine(tiny(**knobs))
+    assert m.rank == rank and m.is_main == (rank == 0)
+    model, optimizer, ema, loader = setup(m, **knobs)
+    factors, scalars = [], optimizer.scalars
+    optimizer.scalars = lambda hp, clip: factors.append(clip.item()) or scalars(hp, clip)
+    losses, saved = [], None
+    for step in range(STEPS):
+        if step == 2:
+            saved = optimizer.snapshot()
+        loss = t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
+        ema.update(step / STEPS)
+        t.dist.all_reduce(loss, t.dist.ReduceOp.AVG)
+        losses.append(loss.item())
+    first = parameters(model)
+    padding = {k: optimizer.bank[k][p.size(0) :].abs().sum().item() for k, p in first.items() if k in optimizer.bank}
+    state = [x.clone() for x in optimizer.state()]
+    optimizer.restore(saved)
+    loader.seek(2)
+    for step in range(2, STEPS):
+        t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
+    again = all(torch.equal(a, b) for a, b in zip(state, optimizer.state()))
+    return dict(
+        params=first, ema=[x.clone() for x in ema.average], factors=factors, padding=padding, losses=losses,
+        again=again, steps=optimizer.steps, agreed=m.agree(rank + 0.5),
+    )  # fmt: skip
+
+
+CASES = {"four layers": {}, "one layer": dict(num_layers=1, xsa_last_n=1, ve_last_n=1), "three layers": dict(num_layers=3)}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
+def worlds(request):
+    """world size -> results of its ranks."""
+    return {w: run_ranks(train_rank, w, data_folder(), CASES[request.param]) for w in (1, 2, 4)}
+
+
+def test_ranks_hold_the_same_bits(worlds):
+    for world, ranks in worlds.items():
+        for other in ranks[1:]:
+            assert all(torch.equal(p, other["params"][k]) for k, p in ranks[0]["params"].items()), world
+            assert all(torch.equal(a, b) for a, b in zip(ranks[0]["ema"], other["ema"]))
+            assert other["factors"] == ranks[0]["factors"] and other["losses"] == ranks[0]["losses"]
+        assert [r["agreed"] for r in ranks] == [0.5] * world  # rank 0's clock
+
+
+def test_the_world_size_changes_only_rounding(worlds):
+    one = worlds[1][0]
+    start = {k: p.detach() for k, p in noisy_model(tiny(num_layers=one["params"]["q_gain"].size(0), xsa_last_n=1,
+                                                       ve_last_n=one["params"]["ve_layer_scale"].size(0)), seed=3).named_parameters()}  # fmt: skip
+    for world in (2, 4):
+        for k, p in worlds[world][0]["params"].items():
+            moved = (one["params"][k] - start[k]).norm().item()
+            error = (p - one["params"][k]).norm().item()
+            assert error <= TOLERANCE * one["params"][k].norm().item(), (world, k, error, moved)
+            assert k == "skip_weights" or moved > 100 * error, k  # training moved it, and far more than that
+        assert worlds[world][0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+
+
+def test_padding_stays_zero(worlds):
+    """One layer on four ranks: two ranks own nothing but padding."""
+    for ranks in worlds.values():
+        assert all(v == 0.0 for r in ranks for v in r["padding"].values())
+        assert all(torch.isfinite(p).all() for p in ranks[0]["params"].values())
+
+
+def test_restore_and_train_again_is_bit_equal(worlds):
+    assert all(r["again"] and r["steps"] == STEPS for ranks in worlds.values() for r in ranks)
+
+
+def test_clipping_acts_on_the_global_norm_of_the_mean_gradient(worlds):
+    """The factor of the first step against a float64 norm over all parameters on the whole batch."""
+    params = worlds[1][0]["params"]
+    h = tiny(data_path=data_folder(), num_layers=params["q_gain"].size(0), xsa_last_n=min(2, params["q_gain"].size(0)),
+             ve_last_n=params["ve_layer_scale"].size(0))  # fmt: skip
+    with group_of_one() as m:
+        rows = torch.cat(t.TokenLoader(h, m).next())
+    model = noisy_model(h, seed=3, dtype=torch.float64)
+    model.loss(rows[:, :-1], rows[:, 1:]).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+    assert norm > 0.6  # it does clip
+    for ranks in worlds.values():
+        assert ranks[0]["factors"][0] == pytest.approx(0.3 / norm, rel=1e-4)
+
+
+# ---------------------------------------------------------------- one process
+
+
+@pytest.fixture
+def one():
+    with group_of_one() as m:
+        yield m
+
+
+def test_a_step_is_the_float64_step(one):
+    """Three steps of the whole optimizer against AdamW by hand and SVD-based Newton-Schulz, per parameter."""
+    model, optimizer, _, loader = setup(one)
+    h = optimizer.h
+    params = {k: p.detach().double().numpy() for k, p in parameters(model).items()}
+    m1, m2 = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
+    rows = {s.name: s for s in t.PARAM_TABLE}
+    for step in range(1, 4):
+        batch, hp = loader.next(), t.Hyper(0.0, 1.0 / step, 0.9)
+        exact = noisy_model(h, dtype=torch.float64)
+        with torch.no_grad():
+            for k, p in exact.named_parameters():
+                p.copy_(torch.from_numpy(params[k]))
+        tokens = torch.cat(batch)
+        exact.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+        grads = {k: p.grad.numpy() for k, p in exact.named_parameters()}
+        clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
+        for k, g in grads.items():
+            lr, wd, g = getattr(h, rows[k].lr) * hp.lr_mul, getattr(h, rows[k].wd), clip * g
+            if rows[k].update == "adam":
+                m1[k] = h.adam_beta1 * m1[k] + (1 - h.adam_beta1) * g
+                m2[k] = h.adam_beta2 * m2[k] + (1 - h.adam_beta2) * g * g
+                update = m1[k] / (1 - h.adam_beta1**step) / (np.sqrt(m2[k] / (1 - h.adam_beta2**step)) + h.adam_eps)
+                params[k] = params[k] * (1 - lr * wd) - lr * update
+                continue
+            m1[k] = 0.9 * m1[k] + 0.1 * g
+            for i in range(len(g)):
+                U, S, Vh = np.linalg.svd(0.1 * g[i] + 0.9 * m1[k][i], full_matrices=False)
+                S = S / np.linalg.norm(S)
+                for _ in range(5):
+                    S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+                scale = math.sqrt(max(1.0, g[i].shape[0] / g[i].shape[1]))
+                params[k][i] = params[k][i] * (1 - lr * wd) - lr * scale * (U * S) @ Vh
+        t.train_step(model.loss, optimizer, batch, hp)
+        for k, p in model.named_parameters():
+            got, expected = p.detach().double().numpy(), params[k]
+            # Adam divides by sqrt(v): where a gradient is near zero its rounding decides the sign
+            bad = np.abs(got - expected) > 1e-4 + 1e-3 * np.abs(expected)
+            assert bad.mean() <= 0.002, (step, k, np.abs(got - expected).max())
+
+
+def test_gradients_accumulate_over_micro_batches_and_are_cleared(one):
+    results = []
+    for micro in (16, 128):
+        model, optimizer, _, loader = setup(one, micro_batch_tokens=micro)
+        batch = loader.next()
+        assert len(batch) == 128 // micro
+        loss = t.train_step(model.loss, optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0))
+        results.append((loss.item(), optimizer.flat.clone()))
+        assert all(p.grad.abs().max() == 0 for p in model.parameters())
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-3, rtol=0)
+
+
+def test_parameters_live_in_the_optimizers_buffers(one):
+    model, optimizer, _, _ = setup(one)
+    for k, p in model.named_parameters():
+        home = optimizer.bank.get(k, optimizer.flat)
+        grad = optimizer.bank_grad.get(k, optimizer.flat_grad)
+        assert p.untyped_storage().data_ptr() == home.untyped_storage().data_ptr(), k
+        assert p.grad.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr(), k
+        assert p.data_ptr() % 64 == 0
+    assert {s.name for s in t.PARAM_TABLE} == dict(model.named_parameters()).keys()
+    torch.manual_seed(0)
+    before = parameters(noisy_model(optimizer.h, seed=3))
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())  # moving kept the contents
+
+
+def test_snapshot_is_exact_and_a_copy(one):
+    model, optimizer, _, loader = setup(one)
+    step = lambda i: t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, i, 0.0))
+    step(0), step(1)
+    saved = optimizer.snapshot()
+    frozen = [x.clone() for x in saved[1]]
+    step(2)
+    assert optimizer.steps == 3 and any(not torch.equal(a, b) for a, b in zip(saved[1], optimizer.state()))
+    assert all(torch.equal(a, b) for a, b in zip(saved[1], frozen))  # a copy, not a view
+    model.loss(*(random_tokens(optimizer.h, (2, 16), s) for s in (1, 2))).backward()  # half a step's gradients
+    optimizer.restore(saved)
+    assert optimizer.steps == 2 and all(torch.equal(a, b) for a, b in zip(frozen, optimizer.state()))
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
+    named = {x.data_ptr() for x in optimizer.state()}  # nothing that a step changes is left out
+    kept = [optimizer.flat, optimizer.flat_m, optimizer.flat_v, *optimizer.bank.values(), *optimizer.momentum.values()]
+    assert {x.data_ptr() for x in kept} == named
+
+
+def test_warmup_leaves_no_trace(one):
+    model, optimizer, ema, loader = setup(one, warmup_steps=3)
+    lines, calls = [], []
+    nats = lambda x, y, last: calls.append((tuple(x.shape), last)) or model.nats(x, y, last)
+    run = t.Run(optimizer.h, one, lines.append, None, model, model.loss, nats, {}, {})
+    before = [x.clone() for x in optimizer.state()], [x.clone() for x in ema.average]
+    reference = [x.clone() for x in loader.build(0)]
+    hidden = []
+    real = optimizer.step
+    optimizer.step = lambda hp: real(hp) or hidden.append(any(not torch.equal(a, b) for a, b in zip(before[0], optimizer.state())))
+    t.warmup(run, optimizer, ema, loader)
+    assert hidden == [True] * 3  # it did train
+    assert all(torch.equal(a, b) for a, b in zip(before[0], optimizer.state())) and optimizer.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before[1], ema.average)) and ema.progress == 0
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
+    assert loader.index == 0 and all(torch.equal(a, b) for a, b in zip(reference, loader.next()))
+    assert calls and calls[0][0] == (4, 16)  # the scoring forward is warm, too
+    assert "warmup_step:3/3" in lines
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_clip_factor(one, clip):
+    model, optimizer, _, _ = setup(one, grad_clip=clip)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad.copy_(torch.randn(p.shape, generator=generator))
+    for name in optimizer.bank:
+        optimizer.reduce_bank(name).wait()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert optimizer.clip_factor().item() == pytest.approx(min(1.0, clip / norm), rel=1e-5)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_hyper_at_is_pure_and_falls_to_the_floor():
+    h = tiny(iterations=200, warmdown_frac=0.4, min_lr_frac=0.1, muon_momentum_warmup_frac=0.2,
+             muon_momentum_start=0.8, muon_momentum=0.95)  # fmt: skip
+    points = [t.hyper_at(h, i, 0.0) for i in range(201)]
+    assert points == [t.hyper_at(h, i, 0.0) for i in range(201)]
+    lr = [p.lr_mul for p in points]
+    assert lr[:121] == [1.0] * 121 and lr[200] == 0.1
+    assert all(a > b or b == 0.1 for a, b in zip(lr[120:], lr[121:]))
+    assert lr[160] == pytest.approx(0.5) and lr[140] == pytest.approx(0.75)  # linear
+    momentum = [p.momentum for p in points]
+    assert momentum[0] == 0.8 and momentum[20] == pytest.approx(0.875) and momentum[40:] == pytest.approx([0.95] * 161)
+    assert all(a < b for a, b in zip(momentum[:40], momentum[1:41]))
+    assert t.hyper_at(h, 500, 0.0).progress == 1.0
+    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).lr_mul == 0.0
+    assert t.hyper_at(dataclasses.replace(h, muon_momentum_warmup_frac=0.0), 0, 0.0).momentum == 0.95
+
+
+def test_the_tighter_budget_drives():
+    h = tiny(iterations=100, max_wallclock_seconds=10.0)
+    assert t.hyper_at(h, 10, 5000.0).progress == 0.5  # time is shorter
+    assert t.hyper_at(h, 80, 5000.0).progress == 0.8  # iterations are
+    assert t.hyper_at(h, 0, 99_000.0) == t.hyper_at(h, 100, 0.0)  # both end at 1
+    unlimited = tiny(iterations=100, max_wallclock_seconds=0.0)
+    assert t.hyper_at(unlimited, 10, 1e9).progress == 0.1
+
+
+# ---------------------------------------------------------------- the average
+
+
+def averaged(steps, frac):
+    """The average at the end of a run whose weights follow one trajectory of progress."""
+    h = tiny(num_layers=1, xsa_last_n=1, ve_last_n=1, ema_frac=frac)
+    model = t.GPT(h)
+    start = parameters(model)
+    ema = t.Ema(model, h)
+    for i in range(1, steps + 1):
+        x = i / steps
+        with torch.no_grad():
+            for k, p in model.named_parameters():
+                p.copy_(start[k] + 1 + x + math.sin(3 * x))
+        ema.update(x)
+    return ema.average[0] - start["mlp_up_bank"]
+
+
+@pytest.mark.parametrize("frac", [0.05, 0.3])
+def test_the_horizon_is_a_share_of_the_run(frac):
+    """100 and 1000 steps agree to the step length; the limit is the integral of exp(-age / frac)."""
+    short, long = (averaged(n, frac).mean().item() for n in (100, 1000))
+    x = (np.arange(200_000) + 0.5) / 200_000
+    weight = np.exp((x - 1) / frac) / frac / 200_000
+    limit = (weight * (1 + x + np.sin(3 * x))).sum()  # the start's share decays with weight exp(-1 / frac) of 0
+    assert long == pytest.approx(limit, abs=0.005) and short == pytest.approx(limit, abs=0.05)
+    assert abs(averaged(100, 2 * frac).mean().item() - short) > 0.01  # another horizon is another average
+
+
+def test_swap_and_reset():
+    h = tiny()
+    model = noisy_model(h)
+    ema = t.Ema(model, h)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    live, average = parameters(model), [x.clone() for x in ema.average]
+    ema.swap()
+    assert all(torch.equal(p, a) for p, a in zip(model.parameters(), average))
+    assert all(torch.equal(x, p) for x, p in zip(ema.average, live.values()))
+    ema.swap()
+    assert all(torch.equal(p, live[k]) for k, p in model.named_parameters())
+    assert all(torch.equal(x, a) for x, a in zip(ema.average, average))
+    ema.update(0.5)
+    ema.reset()
+    assert ema.progress == 0.0 and all(torch.equal(x, p) for x, p in zip(ema.average, live.values()))
+
+
+def test_no_progress_no_change():
+    model = noisy_model(tiny())
+    ema = t.Ema(model, tiny())
+    before = [x.clone() for x in ema.average]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema.update(0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, ema.average))

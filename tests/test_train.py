@@ -1,0 +1,398 @@
+"""Whole runs through main: training, the log as a record, the artifact as the score's only source, the cap."""
+
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from helpers import ROOT, english_args, english_dataset, run_ranks, stop_one_line, temporary_folder
+
+# The formats that parsers of modded-nanogpt and parameter-golf logs take, to the letter.
+TRAIN_LINE = re.compile(r"^step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$")
+VAL_LINE = re.compile(
+    r"^step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
+)
+COMMUNITY = [re.compile(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+)"), re.compile(r"step:(\d+)/\d+ val_loss:([\d.]+)")]
+SCORE_LINES = [
+    r"^final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms$",
+    r"^final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
+    r"^final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:8 eval_time:\d+ms$",
+    r"^final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
+    r"^Serialized model int6\+lzma: \d+ bytes$",
+    r"^Code size: \d+ bytes$",
+    r"^Total submission size int6\+lzma: \d+ bytes$",
+    r"^warmup_step:1/2$",
+    r"^warmup_step:2/2$",
+]
+FINAL = re.compile(
+    r"^final_score metric:int6_lzma_sliding val_loss:(?P<val_loss>\d+\.\d{8}) val_bpb:(?P<val_bpb>\d+\.\d{8}) "
+    r"bytes_total:(?P<bytes_total>\d+) bytes_code:(?P<bytes_code>\d+) steps:(?P<steps>\d+) "
+    r"train_time:(?P<train_time>\d+)ms eval_time:(?P<eval_time>\d+)ms seed:(?P<seed>\d+) "
+    r"sha256:(?P<sha256>[0-9a-f]{64})$"
+)
+STEPS = 24
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for f in dataclasses.fields(t.Config):
+        monkeypatch.delenv(f.name.upper(), raising=False)
+
+
+def read_run(folder, status):
+    log = (folder / "run.txt").read_text(encoding="utf-8")
+    blob = (folder / "run.int6.xz").read_bytes()
+    lines = log.splitlines()
+    return SimpleNamespace(folder=folder, status=status, log=log, lines=lines, blob=blob, final=FINAL.match(lines[-1]))
+
+
+@lru_cache(maxsize=None)
+def finished(**knobs):
+    """A finished training in this process; its folder, status, log and artifact."""
+    folder = temporary_folder() / "out"
+    return read_run(folder, t.main(english_args(**({"iterations": STEPS, "out_dir": folder} | knobs))))
+
+
+def finished_with(**knobs):
+    return finished(**dict(sorted(knobs.items())))
+
+
+def value(run, pattern):
+    found = [m for m in (re.match(pattern, x) for x in run.lines) if m]
+    assert len(found) == 1, (pattern, len(found))
+    return found[0].group(1)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def test_a_run_ends_well_and_the_loss_falls():
+    run = finished_with()
+    assert run.status == 0
+    losses = [float(m[3]) for m in map(TRAIN_LINE.match, run.lines) if m]
+    assert len(losses) == STEPS
+    uniform = math.log(english_dataset().vocab_size)
+    assert losses[0] == pytest.approx(uniform, abs=0.3)
+    assert np.mean(losses[-4:]) < losses[0] - 0.5
+    assert all(a is not None for a in (run.final,))
+    assert float(run.final["val_loss"]) < uniform - 0.5
+    live, floor = value(run, r"final_live val_loss:([\d.]+)"), value(run, r"unigram val_loss:([\d.]+)")
+    assert float(live) < losses[0] and float(floor) < uniform
+
+
+def test_the_log_begins_with_the_source():
+    run = finished_with()
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    rule = "=" * 100
+    assert run.lines.count(rule) == 2 and rule not in source.splitlines()
+    parts = run.log.split("\n" + rule + "\n")
+    assert len(parts) == 3
+    assert parts[0].rstrip("\n") == source.rstrip("\n")
+    versions = parts[1].splitlines()
+    assert versions[0].startswith(f"Running Python {sys.version.split()[0]}")
+    assert versions[1] == f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"
+    assert versions[2].startswith("Running Triton version ") and len(versions) >= 4
+
+
+def test_the_log_holds_the_resolved_config():
+    run = finished_with()
+    after = run.log.rsplit("=" * 100 + "\n", 1)[1].splitlines()
+    assert after[0] == "config:"
+    block = [line[2:] for line in after[1:] if line.startswith("  ")]
+    assert block == sorted(block)
+    knobs = t.load_config(english_args(iterations=STEPS, out_dir=run.folder), {})
+    assert dict(x.split(": ", 1) for x in block) == {k: str(v) for k, v in dataclasses.asdict(knobs).items()}
+    assert after[1 + len(block)] == "preset: record"
+
+
+def test_log_lines_are_the_communitys():
+    run = finished_with()
+    for pattern in SCORE_LINES:
+        assert len([x for x in run.lines if re.match(pattern, x)]) == 1, pattern
+    steps = [m for m in map(TRAIN_LINE.match, run.lines) if m]
+    assert [int(m[1]) for m in steps] == list(range(1, STEPS + 1)) and {m[2] for m in steps} == {str(STEPS)}
+    times = [int(m[4]) for m in steps]
+    assert times == sorted(times)
+    for m in steps:
+        assert float(m[5]) == pytest.approx(int(m[4]) / int(m[1]), abs=1.01)
+    scores = [m for m in map(VAL_LINE.match, run.lines) if m]
+    assert [int(m[1]) for m in scores] == [STEPS]
+    assert all(len(r.findall("\n".join(run.lines))) == 1 for r in COMMUNITY)
+    assert re.match(r"model_params:\d+$", [x for x in run.lines if x.startswith("model_params")][0])
+
+
+def test_final_score_is_last_and_agrees_with_the_file():
+    run = finished_with()
+    f = run.final
+    assert f and len([x for x in run.lines if x.startswith("final_score")]) == 1
+    assert f["sha256"] == hashlib.sha256(run.blob).hexdigest()
+    code = len(t.packed_code((ROOT / "train_gpt.py").read_text(encoding="utf-8")))
+    assert int(f["bytes_code"]) == code == int(value(run, r"Code size: (\d+) bytes$"))
+    assert int(f["bytes_total"]) == len(run.blob) + code
+    assert int(value(run, r"Serialized model int6\+lzma: (\d+) bytes$")) == len(run.blob)
+    assert value(run, r"Total submission size int6\+lzma: (\d+) bytes$") == f["bytes_total"]
+    assert (int(f["steps"]), f["seed"]) == (STEPS, "1337")
+    exact = [x for x in run.lines if x.startswith("final_int6_sliding_window_exact")][0]
+    assert exact.endswith(f"val_loss:{f['val_loss']} val_bpb:{f['val_bpb']}")
+    phases = [x for x in run.lines if x.startswith("phase_times")][0]
+    for phase in ("load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval"):
+        assert re.search(rf"\b{phase}:\d+ms", phases), phase
+
+
+def score_by_hand(blob, stride):
+    """Mean nats and bpb of an artifact on the English val split, one window and one forward at a time."""
+    data = english_dataset()
+    config = t.open_artifact(blob)[0]["config"]
+    h = t.load_config([x for x in english_args() if x.split("=")[0] not in config] + [f"{k}={v}" for k, v in config.items()], {})
+    model = t.GPT(h)
+    with torch.no_grad():
+        for k, p in model.named_parameters():
+            p.copy_(t.unpack_artifact(blob)[k])
+        tokens, nats = torch.tensor(data.val), 0.0
+        for start, end, score_from in t.score_windows(len(tokens) - 1, h.eval_seq_len, stride):
+            logits = model.logits(tokens[None, start:end])[0].double()
+            each = torch.logsumexp(logits, -1) - logits.gather(1, tokens[start + 1 : end + 1, None])[:, 0]
+            nats += each[score_from - start :].sum().item()
+    return nats / (len(tokens) - 1), nats / math.log(2) / data.val_bytes
+
+
+def test_the_score_is_the_files():
+    """Recomputed from the bytes on disk: chunked and sliding, nats and bits per byte of the decoded text."""
+    run = finished_with()
+    loss, bits = score_by_hand(run.blob, 8)
+    assert float(run.final["val_loss"]) == pytest.approx(loss, abs=2e-6)
+    assert float(run.final["val_bpb"]) == pytest.approx(bits, abs=2e-6)
+    chunked, _ = score_by_hand(run.blob, 32)
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(chunked, abs=2e-6)
+
+
+def test_sliding_beats_chunked_after_training():
+    run = finished_with(iterations=120, ema_frac=0.02)
+    sliding = float(run.final["val_loss"])
+    assert sliding < float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+    assert sliding < float(value(run, r"unigram val_loss:([\d.]+)")) - 0.5  # it has learnt which word follows
+
+
+def eval_again(run, folder, name, *args):
+    """`eval` of a finished run's artifact: the last line of its log."""
+    argv = ["eval", str(run.folder / "run.int6.xz"), f"data_path={english_dataset().path}", f"out_dir={folder}"]
+    assert t.main([*argv, f"run_id={name}", "eval_batch_tokens=2048", *args]) == 0
+    return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def loss_in(line):
+    return float(re.search(r"val_loss:([\d.]+)", line)[1])
+
+
+def test_eval_gives_the_same_score(tmp_path):
+    run = finished_with()
+    line = eval_again(run, tmp_path, "again")
+    assert line.startswith("eval_score metric:int6_lzma_sliding ") and line.endswith(run.final["sha256"])
+    assert loss_in(line) == pytest.approx(float(run.final["val_loss"]), abs=2e-8)  # batches of another size
+    assert re.search(r"val_bpb:([\d.]+)", line)[1][:8] == run.final["val_bpb"][:8]
+    chunked = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+    assert loss_in(eval_again(run, tmp_path, "chunked", "eval_stride=32")) == pytest.approx(chunked, abs=2e-6)
+
+
+def test_eval_with_the_batch_of_the_training_is_equal_to_the_digit(tmp_path):
+    """eval_batch_tokens must fit the artifact's eval_seq_len, not the default's."""
+    run = finished_with()
+    line = eval_again(run, tmp_path, "batch", "eval_batch_tokens=512")
+    assert f"val_loss:{run.final['val_loss']} val_bpb:{run.final['val_bpb']} " in line
+
+
+def test_eval_reads_the_environment_like_arguments(tmp_path, monkeypatch):
+    run = finished_with()
+    argument = eval_again(run, tmp_path, "argument", "eval_stride=32")
+    monkeypatch.setenv("EVAL_STRIDE", "32")
+    assert loss_in(eval_again(run, tmp_path, "environment")) == loss_in(argument)
+
+
+def test_eval_of_something_else_is_one_line(tmp_path, capsys):
+    run = finished_with()
+    damaged = {"cut": run.blob[:-9], "empty": b"", "text": b"hello", "tail": run.blob + b"x"}
+    for name, blob in damaged.items():
+        (tmp_path / name).write_bytes(blob)
+        err = stop_one_line(["eval", str(tmp_path / name), f"data_path={english_dataset().path}", f"out_dir={tmp_path}/x"], capsys)
+        assert str(tmp_path / name) in err
+    assert not (tmp_path / "x").exists()
+    stop_one_line(["eval", str(tmp_path), f"data_path={english_dataset().path}"], capsys)  # a folder
+
+
+# ---------------------------------------------------------------- what runs depend on
+
+
+def test_the_seed_decides_every_bit():
+    first, again, other = finished_with(), finished_with(run_id="run", train_log_every=2), finished_with(seed=7)
+    assert again.folder != first.folder
+    assert first.final["sha256"] == again.final["sha256"] and first.blob == again.blob
+    assert first.final["val_loss"] == again.final["val_loss"]
+    assert other.final["sha256"] != first.final["sha256"] and other.final["seed"] == "7"
+
+
+def test_ema_and_live_weights_are_different_artifacts():
+    ema, live = finished_with(), finished_with(artifact_weights="live")
+    assert ema.blob != live.blob
+    assert "artifact weights:ema int6_step:0.0" in ema.lines and "artifact weights:live int6_step:0.0" in live.lines
+    for name in ("final_live", "final_ema"):  # the training was the same
+        assert value(ema, rf"{name} val_loss:([\d.]+)") == value(live, rf"{name} val_loss:([\d.]+)")
+    for run, name in ((ema, "ema"), (live, "live")):  # the artifact is near the weights that it names
+        exact = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+        gaps = {n: abs(exact - float(value(run, rf"final_{n} val_loss:([\d.]+)"))) for n in ("live", "ema")}
+        assert gaps[name] == min(gaps.values()) and gaps[name] < 0.05, gaps
+
+
+def test_validation_during_training_changes_nothing():
+    plain, watched = finished_with(), finished_with(val_loss_every=10)
+    assert plain.blob == watched.blob
+    scores = [m for m in map(VAL_LINE.match, watched.lines) if m]
+    assert [int(m[1]) for m in scores] == [0, 10, 20, STEPS]
+    assert float(scores[0][3]) > float(scores[-1][3])
+
+
+def test_no_validation_token_before_the_clock_stops():
+    opens = next(i for i, x in enumerate(finished_with().lines) if x.startswith("data split:val "))
+    last_step = max(i for i, x in enumerate(finished_with().lines) if TRAIN_LINE.match(x))
+    assert opens > last_step
+    line = finished_with().lines[opens]
+    data = english_dataset()
+    assert f"val_tokens:{len(data.val) - 1} val_bytes:{data.val_bytes}" in line
+
+
+def test_the_wall_clock_stops_a_run():
+    run = finished_with(iterations=100_000, max_wallclock_seconds=1.0, train_log_every=50)
+    stop = [x for x in run.lines if x.startswith("stopping_early")]
+    assert len(stop) == 1
+    found = re.match(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", stop[0])
+    assert found and found[2] == run.final["steps"] and found[1] == run.final["train_time"]
+    assert 300 < int(found[1]) <= 2000  # slack for a busy machine; alone it ends below 1000
+    assert 1 < int(run.final["steps"]) < 100_000 and run.status == 0
+
+
+def test_val_tokens_cuts_the_split():
+    run = finished_with(val_tokens=1000)
+    assert any(x.startswith("data split:val val_tokens:1000 ") for x in run.lines)
+
+
+def test_a_report_split_is_scored_apart():
+    run = finished_with(report_split="other")
+    assert run.blob == finished_with().blob and run.final["val_loss"] == finished_with().final["val_loss"]
+    line = [x for x in run.lines if x.startswith("report split:other ")]
+    assert len(line) == 1 and run.final["val_loss"] not in line[0]
+
+
+# ---------------------------------------------------------------- the cap
+
+
+def test_over_the_cap_is_status_1_and_the_file_is_kept():
+    run = finished_with(size_cap=1000)
+    assert run.status == 1
+    total = int(run.final["bytes_total"])
+    assert len(run.blob) > 0 and total > 1000  # still the last line, still scored
+    assert f"artifact over the cap: {total} bytes, {total - 1000} over size_cap=1000; file kept" in run.lines
+
+
+def test_a_cap_in_reach_is_met_by_a_coarser_step():
+    plain = finished_with()
+    cap = int(plain.final["bytes_total"]) - len(plain.blob) // 20
+    run = finished_with(size_cap=cap)
+    assert run.status == 0 and int(run.final["bytes_total"]) <= cap
+    step = float(value(run, r"artifact weights:ema int6_step:([\d.]+)"))
+    assert step > 0
+    refused = finished_with(size_cap=cap, fit_cap="false")
+    assert refused.status == 1 and refused.blob == plain.blob
+
+
+# ---------------------------------------------------------------- files in the way
+
+
+def test_a_log_that_exists_is_refused(capsys):
+    run = finished_with()
+    before = run.log
+    err = stop_one_line(english_args(iterations=1, out_dir=run.folder), capsys)
+    assert "run.txt" in err and "run_id" in err
+    assert (run.folder / "run.txt").read_text(encoding="utf-8") == before
+    assert (run.folder / "run.int6.xz").read_bytes() == run.blob
+
+
+def test_an_out_dir_below_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    err = stop_one_line(english_args(iterations=1, out_dir=tmp_path / "file" / "below"), capsys)
+    assert str(tmp_path / "file" / "below") in err and "out_dir" in err
+
+
+def test_a_disk_that_fills_up_at_export_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(path, blob):
+        raise t.InputError(f"{path}: cannot write the artifact (No space left on device); free space")
+
+    monkeypatch.setattr(t, "write_atomic", full)
+    err = stop_one_line(english_args(iterations=1, warmup_steps=0, out_dir=tmp_path), capsys)
+    assert "run.int6.xz" in err and "No space" in err
+
+
+def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
+    assert t.main(english_args(iterations=1, warmup_steps=0, run_id="", out_dir=tmp_path, seed=4)) == 0
+    names = sorted(os.listdir(tmp_path))
+    assert len(names) == 2 and all(re.match(r"^\d{8}_\d{6}_record_seed4\.(txt|int6\.xz)$", n) for n in names)
+
+
+# ---------------------------------------------------------------- more processes, other ways in
+
+
+def main_rank(rank, argv):
+    return t.main(argv)
+
+
+def test_two_ranks_train_and_score_like_one(tmp_path):
+    one = finished_with()
+    status = run_ranks(main_rank, 2, english_args(iterations=STEPS, out_dir=tmp_path))
+    assert status == [0, 0] and sorted(os.listdir(tmp_path)) == ["run.int6.xz", "run.txt"]
+    two = read_run(tmp_path, 0)
+    assert float(two.final["val_loss"]) == pytest.approx(float(one.final["val_loss"]), abs=0.01)
+    get = lambda run: [float(m[3]) for m in map(TRAIN_LINE.match, run.lines) if m]
+    assert get(two) == pytest.approx(get(one), abs=0.005)
+    assert len([x for x in two.lines if x.startswith("final_score")]) == 1
+    assert "world_size:2" in two.log
+
+
+def test_two_ranks_refuse_bad_input_together(tmp_path):
+    (tmp_path / "file").write_text("x")
+    argv = english_args(iterations=1, data_path="/nowhere/at/all", out_dir=tmp_path / "out")
+    assert run_ranks(main_rank, 2, argv) == [2, 2]
+    argv = ["eval", str(tmp_path / "none.xz"), f"data_path={english_dataset().path}"]
+    assert run_ranks(main_rank, 2, argv) == [2, 2]
+
+
+def test_as_a_program(tmp_path):
+    """A shell's view: status, progress on stdout, nothing on stderr, knobs from the environment."""
+    env = {k: v for k, v in os.environ.items()} | {"ITERATIONS": "2", "OMP_NUM_THREADS": "1"}
+    argv = [a for a in english_args(out_dir="out") if not a.startswith("iterations=")]
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *argv], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["log: out/run.txt", "artifact: out/run.int6.xz"] and FINAL.match(lines[-3])
+    assert "steps:2 " in lines[-3]
+    assert "def main" not in done.stdout  # the source goes to the log only
+    assert sorted(p.name for p in Path(tmp_path, "out").iterdir()) == ["run.int6.xz", "run.txt"]
+
+
+def test_bench_runs(capsys):
+    assert t.main(["bench", *english_args()]) == 0
+    out = capsys.readouterr().out
+    for name in ("forward+backward", "optimizer", "ema", "step"):
+        assert re.search(rf"^bench {re.escape(name)}: median [\d.]+ ms", out, re.M), out
+
+
+def test_bench_runs_where_a_micro_batch_is_more_than_a_ranks_share():
+    assert run_ranks(main_rank, 2, ["bench", *english_args(micro_batch_tokens=512)]) == [0, 0]

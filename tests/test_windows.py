@@ -1,0 +1,141 @@
+"""Score windows tile, and the evaluator counts every target exactly once."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from helpers import group_of_one, noisy_model, random_tokens, run_ranks, tiny
+
+SILENT = SimpleNamespace(status=lambda text: None)
+
+
+def sizes(count, seed):
+    """(total, seq_len, stride) at random, small totals and strides that divide nothing included."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        seq_len = int(rng.integers(1, 40))
+        yield int(rng.integers(1, 5 * seq_len)), seq_len, int(rng.integers(1, seq_len + 1))
+
+
+EDGES = [(1, 1, 1), (1, 16, 4), (16, 16, 4), (17, 16, 4), (15, 16, 16), (32, 16, 16), (33, 16, 16), (20, 16, 5)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_tile_with_the_promised_context(seed):
+    for total, seq_len, stride in [*EDGES, *sizes(150, seed)]:
+        case = (total, seq_len, stride)
+        windows = list(t.score_windows(total, seq_len, stride))
+        scored = [i for start, end, score_from in windows for i in range(score_from, end)]
+        assert scored == list(range(total)), case
+        for i, (start, end, score_from) in enumerate(windows):
+            assert 0 <= start <= score_from < end <= total and end - start <= seq_len, case
+            if i:
+                assert end - start == seq_len, case  # a full window, the last one moved back
+                assert score_from - start >= seq_len - stride, case
+                if i + 1 < len(windows):
+                    assert end - score_from == stride, case
+        assert windows[0][2] == 0 and windows[0][1] == min(seq_len, total)
+
+
+class Probe:
+    """A nats_fn whose answer names the target: f(position), with tokens = arange. Checks what it is handed."""
+
+    def __init__(self, total, seq_len):
+        self.total, self.seq_len, self.shapes = total, seq_len, set()
+
+    def __call__(self, x, y, last):
+        self.shapes.add((tuple(x.shape), last))
+        assert x.shape == y.shape and x.size(1) == self.seq_len and 1 <= last <= self.seq_len
+        assert ((y == x + 1) | (y == self.total)).all()  # a target follows its token
+        return self.value(y[:, -last:] - 1)
+
+    @staticmethod
+    def value(position):
+        """Powers of two modulo 50: a target counted twice cannot hide behind one left out."""
+        return 2.0 ** (position % 20) + position
+
+
+ONE_BYTE = SimpleNamespace(of=lambda tokens: np.ones(len(tokens) - 1, np.int64))
+
+
+def probe_sum(total, seq_len, stride, batch, m):
+    tokens = np.arange(total + 1)
+    probe = Probe(total, seq_len)
+    run = t.ScoreRun(seq_len, stride, batch, "probe", SILENT)
+    score = t.evaluate(probe, tokens, ONE_BYTE, run, m)
+    assert score.tokens == score.bytes == total
+    assert len(probe.shapes) <= 2 and {s[0] for s in probe.shapes} <= {(batch, seq_len)}  # what was compiled
+    return score.loss * total
+
+
+def cases():
+    return [*EDGES, *sizes(60, 9)]
+
+
+def test_every_target_is_scored_exactly_once():
+    with group_of_one() as m:
+        for i, (total, seq_len, stride) in enumerate(cases()):
+            expected = Probe.value(torch.arange(total, dtype=torch.float64)).sum().item()
+            got = probe_sum(total, seq_len, stride, 1 + i % 4, m)
+            assert got == pytest.approx(expected, rel=1e-12), (total, seq_len, stride)
+
+
+def ranks_score(rank, world):
+    """Scores on this rank's share: the probe's, and a model's."""
+    h = tiny(train_batch_tokens=16 * 12)
+    m = t.init_machine(h, {"WORLD_SIZE": str(world), "RANK": str(rank)})
+    sums = [probe_sum(total, seq_len, stride, 1 + i % 4, m) for i, (total, seq_len, stride) in enumerate(cases())]
+    tokens = random_tokens(h, (301,), 4).numpy()
+    model = noisy_model(h)
+    run = t.ScoreRun(16, 4, 4, "model", SILENT)
+    score = t.evaluate(model.nats, tokens, ONE_BYTE, run, m)
+    return sums, score.loss, score.bpb
+
+
+def test_the_score_does_not_depend_on_the_world_size():
+    one = run_ranks(ranks_score, 1, 1)[0]
+    for world in (2, 3):
+        ranks = run_ranks(ranks_score, world, world)
+        assert ranks[0] == ranks[1] == ranks[-1]  # every rank knows the score
+        assert ranks[0][0] == pytest.approx(one[0], rel=1e-12)
+        assert ranks[0][1:] == pytest.approx(one[1:], rel=1e-9)
+    expected = [Probe.value(torch.arange(n, dtype=torch.float64)).sum().item() for n, _, _ in cases()]
+    assert one[0] == pytest.approx(expected, rel=1e-12)
+
+
+def brute_force(model, tokens, seq_len, stride):
+    """Mean nats of every target, each from its own forward on its own window."""
+    total, nats = len(tokens) - 1, []
+    for start, end, score_from in t.score_windows(total, seq_len, stride):
+        x, y = torch.from_numpy(tokens[start:end])[None], torch.from_numpy(tokens[start + 1 : end + 1])[None]
+        logits = model.logits(x)[0].double()
+        each = torch.nn.functional.cross_entropy(logits, y[0], reduction="none")
+        nats += each[score_from - start :].tolist()
+    assert len(nats) == total
+    return sum(nats) / total
+
+
+@pytest.mark.parametrize("total,stride", [(100, 4), (100, 16), (9, 4), (16, 16), (17, 5)])
+def test_evaluate_equals_single_forwards(total, stride):
+    """Batches, padding on the right and the shorter output of sliding windows change nothing."""
+    h = tiny()
+    model, tokens = noisy_model(h), random_tokens(h, (total + 1,), 5).numpy()
+    with group_of_one() as m, torch.no_grad():
+        score = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, stride, 4, "x", SILENT), m)
+        assert score.loss == pytest.approx(brute_force(model, tokens, 16, stride), rel=1e-6)
+        assert score.bpb == pytest.approx(score.loss / np.log(2), rel=1e-12)  # one byte a token
+
+
+def test_stride_seq_len_is_the_chunked_score():
+    h = tiny()
+    model, tokens = noisy_model(h), random_tokens(h, (16 * 7 + 1,), 6).numpy()
+    rows = torch.from_numpy(tokens)
+    x, y = rows[:-1].view(7, 16), rows[1:].view(7, 16)
+    with group_of_one() as m, torch.no_grad():
+        chunked = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, 16, 4, "x", SILENT), m)
+        assert chunked.loss == pytest.approx(model.loss(x, y).item(), rel=1e-6)
+        sliding = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, 4, 4, "x", SILENT), m)
+        assert sliding.loss != chunked.loss
