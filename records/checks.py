@@ -228,7 +228,7 @@ class Case:
         """submission.json, or NotCheckable."""
         try:
             sub = json.loads(read_text(self.folder / "submission.json"))
-        except (BadInput, ValueError):
+        except (BadInput, ValueError, RecursionError):
             raise NotCheckable("submission.json cannot be read") from None
         if not isinstance(sub, dict) or schema_errors(sub, schema()):
             raise NotCheckable("submission.json breaks the schema")
@@ -304,7 +304,7 @@ def claim_schema(case: Case) -> str:
     text = case.file("submission.json")
     try:
         sub = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Wrong(f"submission.json is not JSON: {error}") from None
     errors = schema_errors(sub, schema())
     demand(not errors, "; ".join(errors[:3]))
@@ -484,7 +484,7 @@ def claim_syntax(case: Case) -> str:
     try:
         ast.parse(case.source, feature_version=(3, 10))
         found = newer_fstrings(case.source)
-    except (SyntaxError, ValueError, tokenize.TokenError) as error:
+    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError) as error:
         found = f"line {getattr(error, 'lineno', '?')}: {getattr(error, 'msg', error)}"
     demand(found is None, f"train_gpt.py is not Python 3.10: {found}")
     return "train_gpt.py parses as Python 3.10"
