@@ -135,10 +135,10 @@ def split_log(path: Path) -> tuple[str, list[str], list[str]]:
 
 STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\S+)(?: val_bpb:(\S+))? "
                   r"train_time:(\d+)ms step_avg:([\d.]+)ms$")
-SIZES = {"artifact": re.compile(r"Serialized model \S+: (\d+) bytes"),
-         "code": re.compile(r"Code size: (\d+) bytes"),
-         "total": re.compile(r"Total submission size \S+: (\d+) bytes"),
-         "peak": re.compile(r"peak memory allocated: (\d+) MiB")}
+SIZES = {"artifact": re.compile(r"Serialized model \S+: (\d{1,18}) bytes"),
+         "code": re.compile(r"Code size: (\d{1,18}) bytes"),
+         "total": re.compile(r"Total submission size \S+: (\d{1,18}) bytes"),
+         "peak": re.compile(r"peak memory allocated: (\d{1,18}) MiB")}
 VERSIONS = {"python": re.compile(r"Running Python (\S+)"), "torch": re.compile(r"Running PyTorch (\S+)"),
             "cuda": re.compile(r"Running PyTorch \S+ compiled for CUDA (\S+)"),
             "triton": re.compile(r"Running Triton version (\S+)")}

@@ -364,9 +364,21 @@ def payload_length(rng, base):
     return with_header(base, base.header, payload)
 
 
+def spans(base):
+    """(kind, first byte, count of values) of each tensor in the payload."""
+    return [(kind, at, math.prod(shape)) for _, kind, shape, at in base.header["tensors"]]
+
+
 def odd_values(rng, base):
-    """Any bytes are codes and floats: NaN, infinities, codes past the limit."""
-    return with_header(base, base.header, rng.randbytes(len(base.payload)))
+    """Any bytes are floats, NaN and infinities too; codes are kept to their limit in half of the cases."""
+    payload = bytearray(rng.randbytes(len(base.payload)))
+    if rng.random() < 0.5:
+        for kind, at, count in spans(base):
+            limit = t.CODE_LIMIT.get(kind)
+            if limit:
+                codes = [rng.randint(-limit, limit) for _ in range(count)]
+                payload[at : at + count] = struct.pack(f"{count}b", *codes)
+    return with_header(base, base.header, bytes(payload))
 
 
 def around(rng, base):

@@ -286,12 +286,11 @@ def test_fit_raises_the_step_only_as_far_as_needed():
     loose = t.fit_artifact(tensors, h, 10**9)
     assert loose[0] == t.pack_artifact(tensors, h) and loose[1] == h.int6_step == 0.0
     assert set(loose[2]) == {"quantize", "compress"}
-    sizes = {s: len(t.pack_artifact(tensors, tiny(**size, int6_step=s))) for s in t.INT6_STEPS}
-    for room in (sizes[0.0] - 1, sizes[0.2], sizes[0.3] + 5, sizes[0.4]):
+    sizes = {s: len(t.pack_artifact(tensors, tiny(**size, int6_step=s))) for s in (0.0, 0.2, 0.4, 0.8)}
+    for room in (sizes[0.0] - 1, sizes[0.2], sizes[0.4] + 5, sizes[0.8]):
         blob, step, _ = t.fit_artifact(tensors, h, room)
-        assert len(blob) <= room and len(blob) == sizes[step]
-        fitting = [s for s in t.INT6_STEPS if sizes[s] <= room]
-        assert step in fitting[:2], (room, sizes)  # entropy may pass a step over, not more
+        assert 0.98 * room <= len(blob) <= room, (room, len(blob), sizes)
+        assert blob == t.pack_artifact(tensors, tiny(**size, int6_step=step))
 
 
 def test_fit_never_goes_below_the_configured_step(tensors):
@@ -302,7 +301,7 @@ def test_fit_never_goes_below_the_configured_step(tensors):
 def test_fit_reports_what_cannot_fit(h, tensors):
     for room in (10, -5):
         blob, step, _ = t.fit_artifact(tensors, h, room)
-        assert len(blob) > room and step == max(t.INT6_STEPS)  # the best it could do, still an artifact
+        assert len(blob) > room and step == 1.0  # the best it could do, still an artifact
         assert t.unpack_artifact(blob).keys() == tensors.keys()
     fixed = tiny(**SMALL, fit_cap="false")
     blob, step, _ = t.fit_artifact(tensors, fixed, 10)

@@ -1,12 +1,12 @@
 """Submissions in the challenge's layout, sound and with the failures that published ones have had.
 
-`record verify` is made for folders of this repository. What holds for any folder: a line per claim, exit
-status 1, no traceback, and nothing called ok that was not looked at. What it cannot yet say about the
-challenge's own layout is marked as expected to fail, with the evidence that it should give.
+What `record verify` owes any folder: a line per claim, no traceback, and nothing called ok that was not
+looked at. Of the challenge's layout it names the failures that published folders have had, and runs no code.
 """
 
 import json
 import math
+import random
 import re
 import shutil
 import sys
@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records")]
 
 import checks  # noqa: E402
+import dialects  # noqa: E402
+import foreign  # noqa: E402
 import record  # noqa: E402
 import runlog  # noqa: E402
 
@@ -171,6 +173,22 @@ FAULTS = {
 }
 
 
+FAILS = {
+    "none": set(),
+    "oversize": {"bytes"},
+    "oversize_for_one_seed": {"bytes"},
+    "seeds_as_dict": {"schema"},
+    "bpb_as_loss": {"schema", "numbers"},
+    "another_script": {"code"},
+    "one_seed": {"seeds", "bytes"},
+    "seconds_601": {"clock", "numbers"},
+    "other_bpb": {"numbers", "readme"},
+    "no_submission": {"schema", "files"},
+    "no_logs": {"logs"},
+    "no_script": {"files"},
+}
+
+
 # ---------------------------------------------------------------- what holds for any folder
 
 
@@ -194,10 +212,19 @@ def test_the_fixtures_are_sound():
 @pytest.mark.parametrize("name", DIALECTS)
 @pytest.mark.parametrize("fault", ["none", *FAULTS])
 def test_a_foreign_folder_gets_a_line_per_claim(name, fault, place, capsys):
+    """The failed claims are those of the fault, no more; the phased one is over the clock anyway."""
     folder = place(name)
     FAULTS.get(fault, lambda folder: None)(folder)
     rows, status = verify(folder, capsys)
-    assert status == 1 and rows["schema"][0] == "fail"
+    fails = {claim for claim, (found, _) in rows.items() if found == "fail"}
+    assert status == (1 if fails else 0)
+    if fault != "nothing":
+        wanted = set(FAILS[fault])
+        if name == PHASED and fault != "no_logs":
+            wanted.add("clock")
+        if name == EARLY and fault == "another_script":
+            wanted.add("source")
+        assert fails == wanted
 
 
 @pytest.mark.parametrize("name", DIALECTS)
@@ -327,9 +354,8 @@ def test_other_verbs_refuse_in_one_line(verb, name, place, capsys):
     assert status == 0 or (said.err.startswith("record: ") and said.err.count("\n") == 1)
 
 
-# ---------------------------------------------------------------- what verify should say of this layout
+# ---------------------------------------------------------------- what verify says of this layout
 
-unread = pytest.mark.xfail(strict=True, reason="verify reads logs/seedN.txt of its own trainer only")
 WANTED = {
     "oversize": ("bytes", "16,"),
     "oversize_for_one_seed": ("bytes", "16,004,321"),
@@ -341,20 +367,22 @@ WANTED = {
 }
 
 
-@unread
 @pytest.mark.parametrize("name", DIALECTS)
 @pytest.mark.parametrize("fault", WANTED)
 def test_a_fault_is_named(name, fault, place, capsys):
     """The claim fails with the figure in its evidence, and holds in the sound folder."""
     claim, evidence = WANTED[fault]
     folder = place(name)
-    assert verify(folder, capsys)[0][claim][0] == "ok"
+    status, told = verify(folder, capsys)[0][claim]
+    if (name, claim) == (PHASED, "clock"):      # as published: over the limit by its calibration
+        assert status == "fail" and evidence not in told
+    else:
+        assert status == "ok"
     FAULTS[fault](folder)
     status, told = verify(folder, capsys)[0][claim]
     assert status == "fail" and evidence in told
 
 
-@unread
 def test_a_log_of_another_script_is_named(place, capsys):
     """Only the early form of log holds its source."""
     folder = place(EARLY)
@@ -363,9 +391,180 @@ def test_a_log_of_another_script_is_named(place, capsys):
     assert verify(folder, capsys)[0]["source"][0] == "fail"
 
 
-@unread
+@pytest.mark.parametrize("name", [SECOND, PHASED])
+def test_a_log_without_a_source_proves_none(name, place, capsys):
+    assert verify(place(name), capsys)[0]["source"][0] == "not checkable"
+
+
 @pytest.mark.parametrize("name", [SECOND, PHASED])
 def test_calibration_counts_as_training(name, place, capsys):
     """588 s and 11.3 s are within 600 s; 599.6 s and 4.7 s are not."""
     status, told = verify(place(name), capsys)[0]["clock"]
     assert (status, "604.3" in told) == (("ok", False) if name == SECOND else ("fail", True))
+
+
+def test_untimed_calibration_is_not_called_ok(place, capsys):
+    folder = place(SECOND)
+    edit_logs(folder, r"(collected 67 Hessians) in 11.3s", lambda m: m[1])
+    assert verify(folder, capsys)[0]["clock"][0] == "not checkable"
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_facts_of_a_log(name):
+    """Sizes, steps, times, score and seed, whichever way they are printed."""
+    run = dialects.parse(FIXTURES / name / "train_seed1337.log")
+    entry = json.loads((FIXTURES / name / "submission.json").read_text())["seed_results"]["1337"]
+    final = {key: run.number("final_score", key) for key in ("val_loss", "val_bpb", "steps", "train_time")}
+    final["train_time_s"] = final.pop("train_time") / 1000
+    assert final | {"artifact_bytes": run.size("artifact")} == entry and run.seed == 1337
+    assert run.steps[-1].step == entry["steps"] and run.steps[0].loss > 6.9
+    hessians = {EARLY: None, SECOND: 11.3, PHASED: 4.7}[name]
+    timed = run.has("phase_times", "calibrate_s")
+    assert (run.number("phase_times", "calibrate_s") if timed else None) == hessians
+    assert run.number("phase_times", "eval_s") == {EARLY: 75.0, SECOND: 81.234, PHASED: 508.8}[name]
+
+
+def test_a_reprinted_label_is_not_believed(place, capsys):
+    """The last line of the early logs repeats the sliding score under the label of another."""
+    assert verify(place(EARLY), capsys)[0]["score"][1].startswith("final_int6_sliding_window_exact ")
+
+
+def test_a_source_behind_the_settings_is_found(place, capsys):
+    """And its format strings are not read as results."""
+    folder = place(SECOND)
+    with open(folder / "train_gpt.py", "a") as f:
+        f.write("if 0:\n    '''\nquantized val_loss:1.0 val_bpb:0.5\nCode size: 7 bytes\n'''\n")
+    source = (folder / "train_gpt.py").read_text()
+    edit_logs(folder, rf"(  world_size: 8\n)({runlog.SEPARATOR})", lambda m: f"{m[1]}{source}\n{m[2]}")
+    rows, _ = verify(folder, capsys)
+    assert rows["source"][0] == "ok" and rows["numbers"][0] == "ok"
+
+
+PACKED = b"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode('x'),format=L.FORMAT_RAW))\n"
+
+
+@pytest.mark.parametrize(
+    "name, script, convention",
+    [
+        (EARLY, None, "raw source"),
+        (SECOND, PACKED, "packed train_gpt.py"),
+        (PHASED, None, "compressed wrapper"),
+    ],
+)
+def test_the_code_convention_is_said(name, script, convention, place, capsys):
+    folder = place(name)
+    if script:
+        (folder / "train_gpt.py").write_bytes(script)
+        edit_logs(folder, r"(Code size: )\d+", lambda m: f"{m[1]}{len(script)}")
+    status, told = verify(folder, capsys)[0]["code"]
+    assert convention in told and status == ("not checkable" if name == PHASED else "ok")
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_foreign_script_never_runs(name, place, tmp_path, capsys):
+    folder, mark = place(name), tmp_path / "ran"
+    (folder / "train_gpt.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (folder / "sitecustomize.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    rows, _ = verify(folder, capsys)
+    assert rows["import"][0] == "not checkable" and rows["syntax"][0] == "ok" and not mark.exists()
+
+
+def test_code_beside_the_script_is_named(place, capsys):
+    folder = place(SECOND)
+    (folder / "train_gpt_human.py").write_text("x = 1\n")
+    status, told = verify(folder, capsys)[0]["files"]
+    assert status == "ok" and "train_gpt_human.py" in told
+    (folder / "flash_attn_interface_of_nobody.py").write_text("x = 1\n")
+    status, told = verify(folder, capsys)[0]["files"]
+    assert status == "fail" and "flash_attn_interface_of_nobody" in told
+
+
+@pytest.mark.parametrize(
+    "changes, claim, evidence",
+    [
+        ({"val_bpb_std": 0.0009}, "numbers", "val_bpb_std"),
+        ({"val_bpb": 1.2}, "numbers", "mean of 3"),
+        ({"val_bpb": 1.22366237}, "numbers", "val_bpb"),
+        ({"val_loss": 1.22330701}, "schema", "not nats per token"),
+        ({"val_loss": 20.655}, "schema", "bytes per token"),
+        ({"seeds": [42, 1337]}, "seeds", "42, 1337"),
+        ({"bytes_total": 15_700_706}, "bytes", "15700706"),
+        ({"bytes_code": 604}, "numbers", "bytes_code"),
+        ({"val_bpb": None, "mean_bpb": 1.2233}, "schema", "mean_bpb is there"),
+        ({"pytorch_version": "2.8"}, "requirements", "2.9.1"),
+        ({"track": "non_record_16mb"}, "seeds", ""),
+    ],
+)
+def test_figures_that_are_not_of_the_logs(changes, claim, evidence, place, capsys):
+    folder = place(EARLY)
+    edit(folder, **changes)
+    status, told = verify(folder, capsys)[0][claim]
+    assert (status, evidence in told) == ("fail" if evidence else "ok", True)
+
+
+def test_rounded_figures_are_of_the_logs(place, capsys):
+    """Four digits or more; the spread is the sample's."""
+    folder = place(EARLY)
+    edit(folder, val_bpb=1.2233, val_loss=2.0655, val_bpb_std=0.00036, val_loss_std=0.0006)
+    assert verify(folder, capsys)[0]["numbers"][0] == "ok"
+
+
+def test_a_non_record_needs_no_three_seeds(place, capsys):
+    folder = place(SECOND)
+    one_seed(folder)
+    edit(folder, track="non_record_16mb", bytes_total=15_700_220)
+    rows, status = verify(folder, capsys)
+    assert rows["seeds"][0] == "ok" and status == 0
+
+
+def test_a_lone_train_log(place, capsys):
+    """Its seed is in its text; nothing of its name says it."""
+    folder = place(SECOND)
+    one_seed(folder)
+    (folder / "train_seed42.log").rename(folder / "train.log")
+    assert verify(folder, capsys)[0]["seeds"] == ("fail", "1 seed, a record needs 3")
+
+
+@pytest.mark.parametrize(
+    "line", ["Serialized model a+b: {} bytes", "seed:{}", "{}/2 train_loss: 1.0", "step:{}/2 x"]
+)
+def test_figures_of_any_length(line, place, capsys):
+    folder = place(SECOND)
+    with open(folder / "train_seed42.log", "a") as f:
+        f.write(line.format("9" * 900) + "\n" + " " * 500_000 + "\n")
+    verify(folder, capsys)
+
+
+ODD = [None, True, 0, -1, 1.5, 10**400, 1e308, math.nan, math.inf, "", "x\ny", [], [[]], {"a": 1}, "\ud800"]
+NOISE = (b"9", b"0", b".", b"-", b"\n", b" ", b"e9", b":", b"nan", b"\xff", b"")
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_damaged_folders_get_a_line_per_claim(name, place, capsys):
+    """Any values in submission.json, bytes of a log replaced: never an exception."""
+    folder, rng = place(name), random.Random(name)
+    log, text = folder / "train_seed42.log", (folder / "submission.json").read_text()
+    sound = log.read_bytes()
+    for _ in range(150):
+        sub, data = json.loads(text), bytearray(sound)
+        entry = sub["seed_results"]["42"]
+        for at in rng.sample((entry, sub["seed_results"], sub), rng.randrange(4)):
+            at[rng.choice(sorted(at))] = rng.choice(ODD)
+        (folder / "submission.json").write_text(json.dumps(sub))
+        for _ in range(rng.randrange(30)):
+            k = rng.randrange(len(data))
+            data[k : k + rng.randrange(3)] = rng.choice(NOISE)
+        log.write_bytes(data)
+        verify(folder, capsys)
+
+
+def test_folders_of_this_ledger_are_not_foreign(place):
+    folder = place(EARLY)
+    assert foreign.is_foreign(folder)
+    (folder / "logs").mkdir()
+    edit(folder, schema=1)
+    assert not foreign.is_foreign(folder)
+    no_logs(folder)
+    edit(folder, schema=None)
+    (folder / "logs" / "seed42.txt").write_text("")
+    assert not foreign.is_foreign(folder)
