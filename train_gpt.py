@@ -131,6 +131,10 @@ class Config:
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2   # of the run
+    row_equalize: bool = False           # unit rows before the polar step (MuonEq-R)
+    cautious_wd: bool = False            # matrices decay only where the step shrinks the weight, too
+    normuon_beta2: float = 0.95          # horizon of the normuon rules' second moment
+    proj_init_std: float = 0.0           # O and MLP-down; 0: zeros, hyperball 0.8/sqrt(model_dim)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -813,13 +817,16 @@ def layer(x: Tensor, x0: Tensor, w: LayerWeights, spec: LayerSpec, attend: Calla
 def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every parameter: name -> (shape, initialisation).
 
-    orthogonal: each matrix on its own; half_orthogonal: the first L matrices so, the last L (outputs) zero.
+    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L (outputs)
+    normal. What writes into the residual stream starts at zero, except under a rule that keeps norms: there
+    0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (.026 for O, .031 for MLP-down at D = 768).
     """
     L, D, V = h.num_layers, h.model_dim, h.vocab_size
+    std = h.proj_init_std or (0.8 * D ** -0.5 if STEP_RULES[h.step_rule] is step_hyperball else 0.0)
     return {
         "mlp_up_bank": ((L, h.mlp_dim, D), "orthogonal"),
-        "mlp_down_bank": ((L, D, h.mlp_dim), "zeros"),
-        "qo_bank": ((2 * L, D, D), "half_orthogonal"),          # Q of layer i at i, O at L + i
+        "mlp_down_bank": ((L, D, h.mlp_dim), f"normal {std}" if std else "zeros"),
+        "qo_bank": ((2 * L, D, D), f"half_orthogonal {std}"),   # Q of layer i at i, O at L + i
         "kv_bank": ((2 * L, h.kv_dim, D), "orthogonal"),        # K at i, V at L + i
         "tok_emb": ((V, D), f"normal {h.tied_embed_init_std}"),   # also the output head
         "bigram_emb": ((h.bigram_vocab_size, h.bigram_dim), "zeros"),
@@ -848,8 +855,11 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
     out = torch.zeros(shape)
     if kind in ("orthogonal", "half_orthogonal"):
         matrices = out.view(-1, *shape[-2:])
-        for matrix in matrices[: len(matrices) // (1 if kind == "orthogonal" else 2)]:
+        count = len(matrices) // (1 if kind == "orthogonal" else 2)
+        for matrix in matrices[:count]:
             nn.init.orthogonal_(matrix, generator=generator)
+        if float(value or 0):
+            matrices[count:].normal_(0, float(value), generator=generator)
     elif kind == "first_of_two":
         out[:, 0] = 1
     elif kind != "zeros":
@@ -1079,44 +1089,196 @@ def ax_plus_bx(X: Tensor, B: Tensor, a: float) -> Tensor:
 # -----------------------------------------------------------------------------
 # 8. Directions: two tables. A row of ORTHO whitens a momentum, a row of STEP_RULES makes a step of it.
 
-NS5 = ((3.4445, -4.7750, 2.0315),) * 5      # Jordan, Muon (2024): fixed coefficients, five steps
+NS5 = ((3.4445, -4.7750, 2.0315),) * 5      # Jordan, Muon (2024): five steps end in about [0.68, 1.13]
+TURBO = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790),       # thib-s/flash-newton-schulz, a genetic
+         (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))       # search for what AOL leaves; slope 147
+SAFETY = 2e-2                               # bf16 rounding must not lift a singular value out of [0, 1]
 
 
-def quintic(X: Tensor, coefficients: tuple) -> Tensor:
-    """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay."""
+def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
+    """(a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least.
+
+    Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays.
+    A narrow interval has the Newton-Schulz limit (15, -10, 3) / 8.
+    """
+    if low / high >= 1 - 5e-6:
+        return 15 / 8 / high, -10 / 8 / high ** 3, 3 / 8 / high ** 5
+    q, r, before = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
+    for _ in range(100):
+        x = np.array([low, q, r, high])
+        nodes = np.stack([x, x ** 3, x ** 5, [1, -1, 1, -1]], 1)
+        a, b, c, error = np.linalg.solve(nodes, np.ones(4)).tolist()
+        if abs(error - before) <= 1e-15:
+            break
+        root, before = math.sqrt(9 * b * b - 20 * a * c), error      # extrema: a + 3b x^2 + 5c x^4 = 0
+        q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
+    return a, b, c
+
+
+@lru_cache(maxsize=None)
+def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
+    """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932).
+
+    Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
+    composition. cushion: fit no more than [cushion * u, u], which bounds the slopes, and centre the true
+    interval's image on 1. safety: every polynomial but the last reads x / (1 + safety).
+    """
+    rows, u = [], 1.0
+    for k in range(steps):
+        a, b, c = minimax_quintic(max(low, cushion * u), u)
+        if cushion * u > low:
+            centre = 2 / sum(a * x + b * x ** 3 + c * x ** 5 for x in (low, u))
+            a, b, c = a * centre, b * centre, c * centre
+        shrink = 1 + safety if k < steps - 1 else 1.0
+        rows.append((a / shrink, b / shrink ** 3, c / shrink ** 5))
+        low = sum(w * low ** power for w, power in zip(rows[-1], (1, 3, 5)))
+        u = 2 - low
+    return tuple(rows)
+
+
+# PE5 ends in [0.86, 1.14]. Four steps from 1e-3 do not converge ([0.42, 1.58]); PE4's from 3e-3 end in
+# [0.78, 1.22], and Schatten-4 makes up for the 3. From 1e-2 ([0.98, 1.02]) the slope at zero is only 147 and
+# the lowest third of a momentum's spectrum (10 % and 50 % quantile: .0006, .017) would stay low.
+PE5 = polar_express(1e-3, 5, SAFETY, 2e-2)
+PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
+
+
+def quintic(X: Tensor, coefficients: tuple, A: Tensor | None = None) -> Tensor:
+    """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay.
+
+    X (B, M, N). A: the first Gram matrix (B, M, M), when it is known already.
+    """
     for a, b, c in coefficients:
-        X = ax_plus_bx(X, ba_plus_caa(xxt(X), b, c), a)
+        A = xxt(X) if A is None else A
+        X, A = ax_plus_bx(X, ba_plus_caa(A, b, c), a), None
     return X
 
 
-def ortho_ns5(X: Tensor) -> Tensor:
-    """Five Newton-Schulz steps from unit Frobenius norm; singular values end in about [0.68, 1.13]."""
-    return quintic(X, NS5)
+def quintic_from(X: Tensor, A: Tensor, s: Tensor, coefficients: tuple) -> Tensor:
+    """quintic of diag(s) X, whose Gram matrix is diag(s) A diag(s). s (B, M, 1) or (B, 1, 1) float32."""
+    return quintic((X * s).to(X.dtype), coefficients, (A * s * s.mT).to(A.dtype))
 
 
-ORTHO: dict[str, Callable[[Tensor], Tensor]] = {"ns5": ortho_ns5}
+def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
+    """Polar Express from unit Schatten-4 norm |XX'|^(1/2): it bounds the largest singular value like the
+    Frobenius norm, 1.7 to 4 times tighter, and is free, as the first step needs the Gram matrix anyway."""
+    A = xxt(X)
+    norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True, dtype=torch.float32).sqrt()
+    norm = norm.clamp_min(1e-2)                     # it is at least M^(-1/4), or the matrix is zero
+    return quintic_from(X, A, 1 / ((1 + SAFETY) * norm), coefficients)
+
+
+def ortho_turbo(X: Tensor) -> Tensor:
+    """Turbo-Muon (arXiv:2512.04632): rows scaled by (sum_j |A_ij|)^(-1/2) (AOL, arXiv:2208.03160) bound the
+    spectrum by 1 but turn singular vectors; the first Gram matrix is scaled, not made again."""
+    A = xxt(X)
+    s = A.abs().sum(-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12).rsqrt()
+    return quintic_from(X, A, s, TURBO)
+
+
+def unit_rows(X: Tensor) -> Tensor:
+    """Rows over (norm + 1e-8). A zero row stays zero."""
+    return X / (X.norm(dim=-1, keepdim=True) + 1e-8)
+
+
+def ortho_mud(X: Tensor, passes: int, symmetric: bool = False) -> Tensor:
+    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2), float32.
+
+    A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
+    Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm.
+    symmetric (not in the paper): (T^-1 + T^-T)Q / 2, polar to first order in QQ' - I.
+    """
+    for _ in range(passes):
+        Q = unit_rows(X)
+        T = xxt(Q).tril() + 1e-8 * torch.eye(Q.size(-2), device=Q.device)      # a zero row is 0 / 1e-8
+        Y = torch.linalg.solve_triangular(T, Q, upper=False)
+        if symmetric:
+            Y = (Y + torch.linalg.solve_triangular(T.mT, Q, upper=True)) / 2
+        X = unit_rows(Y)
+    return X
+
+
+class Direction(NamedTuple):
+    """A row of ORTHO. whiten: (B, M, N) with M <= N and unit Frobenius norm -> the same shape."""
+    whiten: Callable[[Tensor], Tensor]
+    gpu_dtype: torch.dtype = torch.bfloat16
+
+
+ORTHO: dict[str, Direction] = {
+    "ns5": Direction(lambda X: quintic(X, NS5)),
+    "polar_express": Direction(lambda X: ortho_polar_express(X, PE5)),
+    "polar_express4": Direction(lambda X: ortho_polar_express(X, PE4)),
+    "turbo": Direction(ortho_turbo),
+    "mud": Direction(lambda X: ortho_mud(X, 1), torch.float32),
+    "mud2": Direction(lambda X: ortho_mud(X, 2), torch.float32),
+    "symmud": Direction(lambda X: ortho_mud(X, 1, symmetric=True), torch.float32),
+}
 
 
 def orthogonalize(G: Tensor, method: str) -> Tensor:
     """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO.
 
     Iterates on the short side, each matrix scaled to unit Frobenius norm in float32 first: a matrix scaled by
-    1e-20 gives the same result and a zero matrix gives zero. bf16 on the GPU; CPUs mostly lack its units.
+    1e-20 gives the same result and a zero matrix gives zero. CPUs mostly lack bf16 units: float32 there.
     """
     X = G.float().reshape(-1, *G.shape[-2:])
     X = X.mT if G.size(-2) > G.size(-1) else X
     X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)      # squares of 1e-20 would underflow
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    X = ORTHO[method](X.to(torch.bfloat16 if X.is_cuda else torch.float32))
+    X = ORTHO[method].whiten(X.to(ORTHO[method].gpu_dtype if X.is_cuda else torch.float32))
     return (X.mT if G.size(-2) > G.size(-1) else X).reshape(G.shape).to(G.dtype)
 
 
-def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float) -> None:
+def equalize_rows(U: Tensor) -> Tensor:
+    """MuonEq-R (arXiv:2603.28254): unit rows of the matrix as stored. (b, M, N); zero rows stay zero."""
+    return unit_rows(U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30))
+
+
+def frobenius(X: Tensor) -> Tensor:
+    """(b, M, N) -> (b, 1, 1)."""
+    return X.norm(dim=(-2, -1), keepdim=True)
+
+
+def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
+    """One number per line of the long side: rows of tall and square matrices, columns of wide ones."""
+    return (b, M, 1) if M >= N else (b, 1, N)
+
+
+def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv:2510.05491): lines of U (b, M, N) over the root of their mean square's average v.
+
+    The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt, followed
+    here, takes its columns. Each matrix keeps its norm, as there (paper: RMS 0.2), so that a bias correction
+    of v would cancel. v, shaped by neuron_shape, is updated in place.
+    """
+    v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    out = U * v.clamp_min(1e-10).rsqrt()
+    return out * (frobenius(U) / frobenius(out).clamp_min(1e-10))
+
+
+def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
     """Decoupled decay, then lr * sqrt(max(1, rows/columns)) along U (Jordan's scale)."""
     W.mul_(1 - lr * wd).sub_(U * (lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5))
 
 
-STEP_RULES: dict[str, Callable] = {"muon": step_muon}
+def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
+    """MuonH: a step of lr |W| along U / |U|, then back to |W| (Frobenius). lr is an angle; wd is not read.
+
+    After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
+    The authors' nanochat submission (PR 498) instead multiplies each block's output by a learned vector that
+    starts at zero (attn_scale and mlp_scale here start at one), and lowers the matrices' rate over the whole
+    run, Adam's over the last 30 %.
+    """
+    R = frobenius(W)
+    step = W - U * (lr * R / frobenius(U).clamp_min(1e-10))
+    W.copy_(step * (R / frobenius(step).clamp_min(1e-10)))
+
+
+STEP_RULES: dict[str, Callable] = {
+    "muon": step_muon, "hyperball": step_hyperball, "normuon": step_muon, "normuon_hyperball": step_hyperball,
+}
+# Rules that divide the direction by a second moment: the shape of that state for a (b, M, N) shard.
+RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}
 
 # -----------------------------------------------------------------------------
 # 9. Optimizer: one table, sharded state, and the schedule that holds every collective of a step.
@@ -1166,12 +1328,20 @@ class StepScalars(NamedTuple):
     correction2: Tensor     # 1 - beta2^t
 
 
-def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config) -> None:
-    """Nesterov momentum, direction, step; in place on this rank's matrices W (b, M, N) and their momentum."""
+def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config,
+                  second: Tensor | None = None) -> None:
+    """Nesterov momentum, direction, step; in place on this rank's matrices W (b, M, N) and their state.
+
+    second: the rule's own state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree.
+    """
     g = g * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
-    U = orthogonalize(g * (1 - s.momentum) + momentum * s.momentum, h.ortho)
-    STEP_RULES[h.step_rule](W, U, h.matrix_lr * s.lr_mul, h.muon_wd)
+    U = g * (1 - s.momentum) + momentum * s.momentum
+    U = orthogonalize(equalize_rows(U) if h.row_equalize else U, h.ortho)
+    if h.step_rule in RULE_STATE:
+        U = normalize_neurons(U, second, h.normuon_beta2)
+    wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
+    STEP_RULES[h.step_rule](W, U, h.matrix_lr * s.lr_mul, wd)
 
 
 def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
@@ -1189,8 +1359,8 @@ class Optimizer:
 
     Parameters and gradients are re-homed in padded buffers so that every collective runs in place: a bank's
     buffer holds ceil(n / world) matrices per rank (the last ranks may hold padding, which stays zero); all
-    small tensors share one flat buffer. Momentum is kept for owned matrices only. Outside step() every rank
-    holds the same parameters.
+    small tensors share one flat buffer. Momentum and RULE_STATE's are kept for owned matrices only. Outside
+    step() every rank holds the same parameters.
     """
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
@@ -1202,6 +1372,7 @@ class Optimizer:
         self.bank_grad: dict[str, Tensor] = {}
         self.shard_grad: dict[str, Tensor] = {}  # name -> (per_rank, M, N)
         self.momentum: dict[str, Tensor] = {}
+        self.second: dict[str, Tensor] = {}      # name -> RULE_STATE's shape; empty: no state
         for s in MATRICES:
             p = params[s.name]
             per_rank = -(-p.size(0) // m.world_size)
@@ -1209,6 +1380,9 @@ class Optimizer:
             self.bank_grad[s.name] = torch.zeros_like(self.bank[s.name])
             self.shard_grad[s.name] = torch.zeros(per_rank, *p.shape[1:], device=m.device)
             self.momentum[s.name] = torch.zeros_like(self.shard_grad[s.name])
+            if h.step_rule in RULE_STATE:
+                shape = RULE_STATE[h.step_rule](per_rank, *p.shape[1:])
+                self.second[s.name] = torch.zeros(shape, device=m.device)
             self.rehome(p, self.bank[s.name][: p.size(0)], self.bank_grad[s.name][: p.size(0)])
         sizes = [-(-params[s.name].numel() // 64) * 64 for s in SMALL]    # 256-byte alignment of every view
         self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd = (
@@ -1240,7 +1414,8 @@ class Optimizer:
         self.adam_update(self.adam_buffers, scalars, self.h)        # 3. replicated: every rank does the same
         departures = []
         for name in WORK_ORDER:                                     # 4. update what is owned here, send it
-            self.matrix_update(self.owned(name), self.shard_grad[name], self.momentum[name], scalars, self.h)
+            self.matrix_update(self.owned(name), self.shard_grad[name], self.momentum[name], scalars, self.h,
+                               self.second.get(name))
             departures.append(all_gather(self.bank[name], self.owned(name), async_op=True))
         torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad])
         for work in departures:
@@ -1271,7 +1446,8 @@ class Optimizer:
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes, parameters included."""
-        return [*self.bank.values(), *self.momentum.values(), self.flat, self.flat_m, self.flat_v]
+        matrices = [*self.bank.values(), *self.momentum.values(), *self.second.values()]
+        return [*matrices, self.flat, self.flat_m, self.flat_v]
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
         return self.steps, [t.clone() for t in self.state()]
@@ -1747,7 +1923,10 @@ def train(run: Run) -> Ema:
         in_flight()
         clock_ms = m.agree(train_ms + 1000 * (time.perf_counter() - start))
         if step % h.train_log_every == 0 or step == 1:
-            show_step(run, step, loss, clock_ms)
+            shown = log_step(run, step, loss, clock_ms)
+        eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
+        speed = step * h.train_batch_tokens / clock_ms * 1000
+        log.status(f"step {step} loss {shown:.4f} {speed:,.0f} tokens/s ETA {eta:.0f} s")
     if step < h.iterations:
         log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
     run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled_graphs() - graphs}
@@ -1762,14 +1941,12 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     return score
 
 
-def show_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> None:
-    """The step's log line and, on a terminal, the live status line. All ranks' losses are averaged."""
+def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
+    """The step's log line. Returns the loss, averaged over the ranks."""
     dist.all_reduce(loss, dist.ReduceOp.AVG)
-    h, speed = run.h, step * run.h.train_batch_tokens / clock_ms * 1000
-    run.log(f"step:{step}/{h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
+    run.log(f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
             f"step_avg:{clock_ms / step:.2f}ms")
-    eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
-    run.log.status(f"step {step} loss {loss.item():.4f} {speed:,.0f} tokens/s ETA {eta:.0f} s")
+    return loss.item()
 
 
 # -----------------------------------------------------------------------------
