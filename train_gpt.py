@@ -2118,11 +2118,13 @@ def word_ngrams(tokens: np.ndarray, counts: ByteCounts, bos_id: int, n: int) -> 
     return span(a, b), span(starts[full], ends[full])
 
 
-LEAK_RATE = 0.05      # of 13-word spans: clean web text shares well under 1 %, a leaked split nearly all
+# Whole documents: web text honestly repeats short ones. 13-word spans: clean text shares well under 1 %,
+# a leaked split nearly all.
+LEAKED_DOCUMENTS, LEAKED_SPANS = 0.001, 0.05
 
 
 def audit_leak(audit: Audit) -> Verdict:
-    """T6: no validation document is in the training shards; the rate of 13-word spans that are."""
+    """T6: which share of validation documents, and of their 13-word spans, is in the training shards."""
     run, h = audit.run, audit.run.h
     grams, documents = word_ngrams(run.held_out("val"), run.dataset.counts, h.bos_id, 13)
     grams, documents = np.unique(grams), np.unique(documents)
@@ -2134,10 +2136,11 @@ def audit_leak(audit: Audit) -> Verdict:
         train_grams, train_documents = word_ngrams(train, run.dataset.counts, h.bos_id, 13)
         seen |= np.isin(grams, train_grams)
         found |= np.isin(documents, train_documents)
-    rate = seen.mean() if len(seen) else 0.0
-    return Verdict("T6 leak", not found.any() and rate < LEAK_RATE,
-                   f"{found.sum()} of {len(documents)} documents and {100 * rate:.3f} % of {len(grams)} "
-                   f"13-word spans occur in {len(files)} training shards (limit {100 * LEAK_RATE:.0f} %)")
+    rate, whole = seen.sum() / max(1, len(seen)), found.sum() / max(1, len(found))
+    return Verdict("T6 leak", bool(whole <= LEAKED_DOCUMENTS and rate < LEAKED_SPANS),
+                   f"{found.sum()} of {len(documents)} documents (limit {100 * LEAKED_DOCUMENTS:.1f} %) and "
+                   f"{100 * rate:.3f} % of {len(grams)} 13-word spans (limit {100 * LEAKED_SPANS:.0f} %) are "
+                   f"in {len(files)} training shards")
 
 
 def audit_repeat(audit: Audit) -> Verdict:
