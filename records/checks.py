@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cache, cached_property
@@ -215,8 +216,46 @@ class NotCheckable(Exception):
     """Nothing can be said here; the message says what is missing."""
 
 
+def finished_run(path: Path) -> Run:
+    """The run of a log that has every figure a record needs; BadInput names the first one missing."""
+    run = parse_log(path)
+    seed_result(run), run.seed, run.count("final_score", "bytes_total"), run.hardware
+    return run
+
+
+class LogFolder:
+    """What every folder with logs and a script has, whatever its layout. Mixed into classes with these fields."""
+    folder: Path
+    log_errors: list[str]
+    all_runs: list[Run]         # logs that parse and are finished; the others are in log_errors
+
+    def finished(self, paths: list[Path], read: Callable[[Path], Run]) -> list[Run]:
+        """The runs that `read` accepts, by seed; what it says of the others goes to log_errors."""
+        runs = []
+        for path in paths:
+            try:
+                runs.append(read(path))
+            except BadInput as error:
+                self.log_errors.append(str(error).replace(f"{self.folder}/", ""))
+        return sorted(runs, key=lambda run: run.seed)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every log, when all of them are finished."""
+        if not self.all_runs or self.log_errors:
+            raise NotCheckable("a log is missing or cannot be read")
+        return self.all_runs
+
+    @cached_property
+    def source(self) -> str:
+        try:
+            return read_text(self.folder / "train_gpt.py")
+        except BadInput:
+            raise NotCheckable("train_gpt.py cannot be read") from None
+
+
 @dataclass
-class Case:
+class Case(LogFolder):
     """One folder under examination. Properties raise NotCheckable where an earlier claim already failed."""
     folder: Path
     records: Path                       # the ledger's records/, where parents live
@@ -236,30 +275,7 @@ class Case:
 
     @cached_property
     def all_runs(self) -> list[Run]:
-        """Logs that parse and are finished; the others are in log_errors."""
-        runs = []
-        for path in sorted((self.folder / "logs").glob("*")):
-            try:
-                run = parse_log(path)
-                seed_result(run), run.seed, run.count("final_score", "bytes_total"), run.hardware
-                runs.append(run)
-            except BadInput as error:
-                self.log_errors.append(str(error).replace(f"{self.folder}/", ""))
-        return sorted(runs, key=lambda run: run.seed)
-
-    @property
-    def runs(self) -> list[Run]:
-        """Every log, when all of them are finished."""
-        if not self.all_runs or self.log_errors:
-            raise NotCheckable("a log is missing or cannot be read")
-        return self.all_runs
-
-    @cached_property
-    def source(self) -> str:
-        try:
-            return read_text(self.folder / "train_gpt.py")
-        except BadInput:
-            raise NotCheckable("train_gpt.py cannot be read") from None
+        return self.finished(sorted((self.folder / "logs").glob("*")), finished_run)
 
     @cached_property
     def answer(self) -> dict:

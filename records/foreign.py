@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import stats
-from checks import CLAIMS, RECORD_SEEDS, TRACKS, NotCheckable, Wrong, demand, seconds
+from checks import CLAIMS, RECORD_SEEDS, TRACKS, LogFolder, NotCheckable, Wrong, demand, seconds
 from dialects import parse
 from runlog import CAP_BYTES, FREE_KEYS, BadInput, Run, is_type, read_text
 
@@ -47,7 +47,7 @@ def is_foreign(folder: Path) -> bool:
 # ---- the folder ----------------------------------------------------------------------------------
 
 @dataclass
-class Foreign:
+class Foreign(LogFolder):
     """One folder under examination. Properties raise NotCheckable where an earlier claim already failed."""
     folder: Path
     log_errors: list[str] = field(default_factory=list)
@@ -72,33 +72,12 @@ class Foreign:
 
     @cached_property
     def all_runs(self) -> list[Run]:
-        """Logs that parse and are finished; the others are in log_errors."""
-        runs = []
-        for path in [*top_logs(self.folder), *sorted((self.folder / "logs").glob("*"))]:
-            try:
-                runs.append(parse(path))
-            except BadInput as error:
-                self.log_errors.append(str(error).replace(f"{self.folder}/", ""))
-        return sorted(runs, key=lambda run: run.seed)
-
-    @property
-    def runs(self) -> list[Run]:
-        """Every log, when all of them are finished."""
-        if not self.all_runs or self.log_errors:
-            raise NotCheckable("a log is missing or cannot be read")
-        return self.all_runs
+        return self.finished([*top_logs(self.folder), *sorted((self.folder / "logs").glob("*"))], parse)
 
     @property
     def record(self) -> bool:
         """Whether it claims to be a record: the track says otherwise by name."""
         return "non" not in f"{self.folder.parent.name} {self.told.get('track', '')}".lower()
-
-    @cached_property
-    def source(self) -> str:
-        try:
-            return read_text(self.folder / "train_gpt.py")
-        except BadInput:
-            raise NotCheckable("train_gpt.py cannot be read") from None
 
     @cached_property
     def tree(self) -> ast.Module | None:
