@@ -154,7 +154,7 @@ def readme(runs: list[Run], sub: dict, answer: dict) -> str:
     spread = "" if sub["val_bpb_std"] is None else f" (std {sub['val_bpb_std']:.5f})"
     stride = "" if sub["eval_stride"] is None else f", stride {sub['eval_stride']}"
     folder = f"{sub['date']}_{sub['name']}"
-    again = " ".join(command(runs[0], answer, f"records/{sub['track']}/{folder}/train_gpt.py", runs[0].seed))
+    again = " ".join(command(runs[0], answer, "train_gpt.py", runs[0].seed))
     where, data = "", []
     if "data_path=DIR" in again:
         where = " --data DIR"
@@ -177,8 +177,10 @@ def readme(runs: list[Run], sub: dict, answer: dict) -> str:
         *seed_table(runs, sub), "",
         "live, ema, int6 chunked and int6 sliding are bpb of the training weights, of their average, and of",
         "the artifact read back from disk. Total bytes are the artifact and the packed code.", "",
-        "From the root of the repository:", "", "```", again,
-        f"./run.sh record reproduce {sub['track']}/{folder}{where}", "```", "", *data,
+        "Again, from a copy of this folder anywhere:", "",
+        "```", "pip install -r requirements.txt", again, "```", "", *data,
+        "In the repository, compared with the figures above:", "",
+        "```", f"./run.sh record reproduce {sub['track']}/{folder}{where}", "```", "",
         "![loss curves](loss.png)", "", NOTES]
     return "\n".join(lines)
 
