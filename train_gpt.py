@@ -1654,12 +1654,8 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
     return header, raw[end:]
 
 
-def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
-    """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it.
-
-    No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory.
-    """
-    header, payload = open_artifact(blob)
+def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
+    """The tensors of an opened artifact. ValueError when header and payload do not fit."""
     out, expected = {}, 0
     for row in header["tensors"]:
         try:
@@ -1686,6 +1682,14 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     if expected != len(payload):
         raise ValueError("artifact: bytes after the last tensor")
     return out
+
+
+def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
+    """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it.
+
+    No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory.
+    """
+    return read_tensors(*open_artifact(blob))
 
 
 def packed_code(source: str) -> bytes:
@@ -1844,9 +1848,8 @@ class Run:
         return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
 
 
-def start_run(h: Config, m: Machine, log: Log, started: float) -> Run:
-    """Load data and tokenizer, build the model, write the log's head. started: perf_counter at the start."""
-    dataset = load_dataset(h)
+def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
+    """Build the model and write the log's head. started: perf_counter at the start of loading."""
     log.header(h, m)
     train_tokens = sum(map(shard_tokens, split_files(h.data_path, "train")))
     log(f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
@@ -2214,9 +2217,8 @@ def make_audit(run: Run, blob: bytes) -> Audit:
 # 16. Commands: what the command line reaches.
 
 
-def load_weights(run: Run, blob: bytes) -> None:
-    """Put an artifact's weights into the model; every parameter must be in it."""
-    tensors = run.timed("decompress", unpack_artifact, blob)
+def load_weights(run: Run, tensors: Mapping[str, Tensor]) -> None:
+    """Put an artifact's tensors into the model; every parameter must be among them."""
     with torch.no_grad():
         for name, p in run.model.named_parameters():
             p.copy_(tensors[name])
@@ -2255,12 +2257,13 @@ def share_file(path: str, m: Machine) -> bytes:
     return box[0]
 
 
-def check_data(h: Config) -> None:
-    """InputError when data and tokenizer do not fit; held-out shards are only measured, not opened."""
-    manifest = load_dataset(h).manifest
+def check_data(h: Config) -> Dataset:
+    """load_dataset, and InputError when a held-out split does not fit; its shards are only measured."""
+    dataset = load_dataset(h)
     for split in ["val"] + [h.report_split] * bool(h.report_split):
         files = split_files(h.data_path, split)
-        known = {s["file"]: s["tokens"] for s in manifest.get("splits", {}).get(split, {}).get("shards", [])}
+        listed = dataset.manifest.get("splits", {}).get(split, {}).get("shards", [])
+        known = {s["file"]: s["tokens"] for s in listed}
         for f in files:
             if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
                 raise InputError(f"{f}: not as long as manifest.json says; fetch or make it again")
@@ -2269,6 +2272,7 @@ def check_data(h: Config) -> None:
         if tokens <= h.eval_seq_len:
             raise InputError(f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
                              f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len")
+    return dataset
 
 
 def export(run: Run, ema: Ema, path: str) -> int:
@@ -2295,9 +2299,9 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     stamp = [h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_{h.preset}_seed{h.seed}"]
     dist.broadcast_object_list(stamp, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, stamp[0])
-    check_data(h)                                  # bad data ends here, before a log is begun
+    dataset = check_data(h)                        # bad data ends here, before a log is begun
     log = Log(base + ".txt", m)
-    run = start_run(h, m, log, started)
+    run = start_run(h, m, log, dataset, started)
     ema = train(run)
     if m.pin:
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2 ** 20} MiB "
@@ -2315,7 +2319,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     log(f"Serialized model int6+lzma: {len(blob)} bytes")
     log(f"Code size: {code_bytes} bytes")
     log(f"Total submission size int6+lzma: {bytes_total} bytes")
-    load_weights(run, blob)
+    load_weights(run, run.timed("decompress", unpack_artifact, blob))
     score, eval_ms = score_artifact(run)
     log("phase_times " + " ".join(f"{k}:{run.phases.get(k, 0):.0f}ms" for k in (
         "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
@@ -2343,8 +2347,8 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     try:
         with open(path, "rb") as f:
             blob = f.read()
-        header, _ = open_artifact(blob)
-        unpack_artifact(blob)                            # sound throughout before a model is built from it
+        header, payload = open_artifact(blob)
+        tensors = read_tensors(header, payload)          # sound throughout before a model is built from it
         h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
         shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         if shapes != {name: shape for name, (shape, _) in parameter_table(h).items()}:
@@ -2353,11 +2357,11 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         raise InputError(f"{path}: cannot read the artifact ({e.strerror})") from None
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
-    check_data(h)
+    started, dataset = time.perf_counter(), check_data(h)
     m = init_machine(h, env)
     run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
-    run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), time.perf_counter())
-    load_weights(run, blob)
+    run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), dataset, started)
+    load_weights(run, tensors)
     return run, blob
 
 
