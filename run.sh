@@ -12,7 +12,7 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
                            ./run.sh                     everything chosen for this machine
   eval ARTIFACT [key=value...]
                          score an artifact from its file       ./run.sh eval logs/first.int6.xz
-  audit ARTIFACT [key=value...]
+  audit ARTIFACT [--script PATH] [key=value...]
                          is the score legal? nine tests        ./run.sh audit logs/first.int6.xz
   config [key=value...]  print the resolved configuration      ./run.sh config preset=record
   bench [key=value...]   time the pieces on this machine       ./run.sh bench
@@ -151,15 +151,15 @@ check_nproc() {
     esac
 }
 
-# launch PROCESSES ARGS...: one process without a GPU is plain python, the rest goes through torchrun.
-# The trainer keeps this terminal as its own: no pipe in between, so its status line stays live.
+# launch PROCESSES SCRIPT ARGS...: one process without a GPU is plain python, the rest goes through torchrun.
+# The script keeps this terminal as its own: no pipe in between, so its status line stays live.
 launch() {
     local processes=$1
     shift
     if [ "$processes" = plain ]; then
-        set -- "$py" train_gpt.py "$@"
+        set -- "$py" "$@"
     else
-        set -- "$py" -m torch.distributed.run --standalone "--nproc_per_node=$processes" train_gpt.py "$@"
+        set -- "$py" -m torch.distributed.run --standalone "--nproc_per_node=$processes" "$@"
     fi
     say "running: $*"
     "$@"
@@ -232,7 +232,7 @@ train() {
         case $arg in preset=* | data_path=* | run_id=*) ;; *) set -- "$@" "$arg" ;; esac
     done
     say "$gpus NVIDIA GPU(s), preset $preset, log $log"
-    launch "$(processes "$preset" "$gpus")" train \
+    launch "$(processes "$preset" "$gpus")" train_gpt.py train \
         "preset=$preset" "data_path=$data_path" "run_id=$run_id" "$@" || status=$?
 
     if [ ! -f "$log" ]; then
@@ -256,15 +256,18 @@ train() {
     exit "$status"
 }
 
-score() {  # score eval|audit ARTIFACT [key=value...]
-    local command=$1 artifact=$2 gpus preset data_path
-    shift 2
+score() {  # score [key=value...]: eval or audit of $artifact
+    local gpus preset data_path
     gpus=$(count_gpus)
     preset=$(setting preset '' "$@")
     if [ -z "$preset" ]; then set -- "preset=$(machine_preset "$gpus")" "$@"; fi
     data_path=$(setting data_path '' "$@")
     if [ -z "$data_path" ]; then data_path=$(find_data); set -- "$data_path" "$@"; fi
-    launch "$(processes record "$gpus")" "$command" "$artifact" "$@"
+    if [ "$command" = eval ]; then set -- train_gpt.py eval "$artifact" "$@"
+    elif [ -n "$script" ]; then set -- records/audit.py "$artifact" --script "$script" "$@"
+    else set -- records/audit.py "$artifact" "$@"
+    fi
+    launch "$(processes record "$gpus")" "$@"
 }
 
 command=train
@@ -294,6 +297,7 @@ esac
 
 # What is left are the commands of train_gpt.py: the same settings, the same care for paths.
 artifact=
+script=    # of audit: whose code is audited
 if [ "$command" = eval ] || [ "$command" = audit ]; then
     case ${1:-} in
         -h | --help) ;;
@@ -305,10 +309,16 @@ if [ "$command" = eval ] || [ "$command" = audit ]; then
             ;;
     esac
 fi
+if [ "$command" = audit ] && [ "${1:-}" = --script ]; then
+    [ -f "${2:-}" ] || die "no script at '${2:-}': --script names the train_gpt.py to audit"
+    script=$(absolute "$2")
+    shift 2
+fi
 check_settings "$@"
 check_nproc
 needs train_gpt.py
 if [ "$command" = train ]; then needs records/record.py; fi
+if [ "$command" = audit ]; then needs records/audit.py; fi
 for arg in "$@"; do
     shift
     case $arg in data_path=?* | out_dir=?* | tokenizer_path=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;; esac
@@ -321,7 +331,7 @@ use_python
 cd "$root"
 case $command in
     train) train "$@" ;;
-    eval | audit) score "$command" "$artifact" "$@" ;;
+    eval | audit) score "$@" ;;
     *)
         if [ -z "$(setting preset '' "$@")" ]; then set -- "preset=$(machine_preset "$(count_gpus)")" "$@"; fi
         exec "$py" train_gpt.py "$command" "$@"

@@ -5,13 +5,19 @@ test named is the one made for it, the others fail with it for a good reason (wi
 every test not named must still pass.
 """
 
+import ast
 import dataclasses
 import hashlib
 import json
 import lzma
+import py_compile
 import shutil
 import socket
+import subprocess
+import sys
 import time
+from importlib.util import cache_from_source
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +27,11 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import BOS, TINY, WORDS, group_of_one, train_tokenizer, write_shard
+from helpers import BOS, ROOT, TINY, WORDS, group_of_one, run_ranks, stop_one_line, train_tokenizer, write_shard
+
+sys.path.insert(0, str(ROOT / "records"))
+
+import audit  # noqa: E402
 
 KNOBS = TINY | dict(
     num_layers=2,
@@ -119,8 +129,8 @@ def group():
 
 def failing(run, blob):
     """The tests (T1...T9) that fail, as text, and all verdicts."""
-    audit = t.make_audit(run, blob)
-    verdicts = [test(audit) for test in t.AUDIT]
+    subject = audit.make_audit(t, run, blob)
+    verdicts = [test(subject) for test in audit.AUDIT]
     return " ".join(v.test[:2] for v in verdicts if not v.ok), verdicts
 
 
@@ -755,7 +765,7 @@ def test_a_scorer_that_calls_out_fails(how, honest, group):
         CALLS[how]()
         return honest.run.model.nats(x, y, last)
 
-    verdict = t.audit_network(t.make_audit(with_nats(honest.run, nats_fn), honest.blob))
+    verdict = audit.audit_network(audit.make_audit(t, with_nats(honest.run, nats_fn), honest.blob))
     assert not verdict.ok, verdict
 
 
@@ -805,11 +815,170 @@ def test_the_command_names_a_leak(honest, tmp_path, capsys):
     assert out.count("FAIL") == 1
 
 
-def test_the_command_names_a_scorer_that_looks_ahead(honest, tmp_path, capsys, monkeypatch):
-    """The code that is audited is the code that scores: a fault in GPT needs no other plant."""
-    real = t.GPT.embed
-    ahead = lambda self, x: real(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)
-    monkeypatch.setattr(t.GPT, "embed", ahead)
-    assert t.main(audit_args(honest, tmp_path)) == 1
+def changed_script(folder, old, new):
+    """A train_gpt.py in `folder` with `old` replaced, which must stand in it once."""
+    source = Path(t.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, old
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_gpt.py").write_text(source.replace(old, new), encoding="utf-8")
+    return str(folder / "train_gpt.py")
+
+
+LOOKS_AHEAD = (
+    "\n# 15. Commands",
+    "\nreal_embed = GPT.embed\n"
+    "GPT.embed = lambda self, x: real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
+    "# 15. Commands",
+)
+
+
+def by_auditor(args, script):
+    """The exit status of records/audit.py on a script, for the arguments of `train_gpt.py audit`."""
+    return audit.main([args[1], "--script", script, *args[2:]], {})
+
+
+def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
+    """A fault in a script's GPT needs no other plant, and the repository's own GPT plays no part."""
+    script = changed_script(tmp_path, *LOOKS_AHEAD)
+    assert by_auditor(audit_args(honest, tmp_path), script) == 1
     out = capsys.readouterr().out
     assert "audit T1 causality: FAIL" in out and out.count("FAIL") <= 2
+    assert f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
+
+
+def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
+    """Both ways: the command of the folder's script, and the auditor on an artifact that lies in the folder."""
+    folder = tmp_path / "records" / "track_cpu" / "2026-01-01_Ahead"
+    script = changed_script(folder, *LOOKS_AHEAD)
+    (folder / "submission.json").write_text("{}")
+    (folder / "logs").mkdir()
+    args = audit_args(honest, folder / "logs")
+    assert str(audit.default_script(args[1])) == script
+    assert audit.default_script(tmp_path / "x.int6.xz") == ROOT / "train_gpt.py"
+    assert audit.main(args[1:], {}) == 1
+    assert "audit T1 causality: FAIL" in capsys.readouterr().out
+    shutil.copy(audit.__file__, tmp_path / "records" / "audit.py")  # the repository's, above the folder
+    args = [a if not a.startswith("run_id=") else "run_id=again" for a in args]
+    command = [sys.executable, script, *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1 and done.stderr == "", done
+    assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
+    assert f"auditing {script} " in done.stdout and f" with {tmp_path / 'records' / 'audit.py'} " in done.stdout
+
+
+def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
+    script = shutil.copy(t.__file__, tmp_path / "train_gpt.py")
+    args = audit_args(honest, tmp_path)
+    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+    assert f"python records/audit.py {args[1]} --script {script}" in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def audit_rank(rank, args):
+    return t.main(args)
+
+
+def test_two_ranks_audit_together(honest, tmp_path):
+    assert run_ranks(audit_rank, 2, audit_args(honest, tmp_path)) == [0, 0]
+    lines = (tmp_path / "logs" / "audited.txt").read_text().splitlines()
+    assert lines[-1] == "audit 9 of 9 tests passed" and sum("audit T" in line for line in lines[-10:]) == 9
+
+
+def test_the_status_of_the_command_is_the_auditors(tmp_path, capsys):
+    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capsys)
+    assert said.startswith("audit.py: ") and "missing.xz" in said
+    argv = list(sys.argv)
+    assert t.main(["audit", "--help"]) == 0 and sys.argv == argv
+    assert "records/audit.py ARTIFACT [--script PATH]" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the script under audit
+
+
+def refused(capsys, *args):
+    """The one line with which the auditor refuses these arguments."""
+    capsys.readouterr()
+    assert audit.main([str(a) for a in args], {}) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("audit.py: "), said
+    return said.err
+
+
+@pytest.mark.parametrize("name", ["score_targets", "load_run"])
+def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, capsys):
+    script = changed_script(tmp_path, f"\ndef {name}(", f"\ndef old_{name}(")
+    args = audit_args(honest, tmp_path)
+    said = refused(capsys, args[1], "--script", script, *args[2:])
+    assert f"{script}: this script has no {name}, which the audit needs" in said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_every_need_is_checked(monkeypatch):
+    """One by one: a script without it lacks just that, be it a function, a method or a field."""
+    assert audit.missing_names(t) == []
+    for name in audit.NEEDS:
+        owner, _, member = name.partition(".")
+        parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in audit.NEEDS}}
+        if member:
+            kind = parts[owner]
+            shape = {n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member}
+            fields = {n: f for n, f in vars(kind).get("__dataclass_fields__", {}).items() if n != member}
+            parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
+            assert audit.missing_names(SimpleNamespace(**parts)) == [name]
+        else:
+            del parts[owner]
+            lacking = audit.missing_names(SimpleNamespace(**parts))
+            assert lacking == [n for n in audit.NEEDS if n.partition(".")[0] == owner]
+
+
+def test_needs_are_what_the_auditor_reaches():
+    """Every script.NAME of the auditor, and every attribute of the run that a dataclass or class must have."""
+    tree = ast.parse(Path(audit.__file__).read_text(encoding="utf-8"))
+    reached, shape = set(), {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+        if owner == "script" and not node.attr.startswith("__"):
+            reached.add(node.attr)
+        if owner in shape and (shape[owner], node.attr) != ("GPT", "to"):
+            reached.add(f"{shape[owner]}.{node.attr}")
+    assert reached == set(audit.NEEDS)
+
+
+def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
+    artifact = audit_args(honest, tmp_path)[1]
+    for text, word in (("import no_such_module\n", "no_such_module"), ("x = (\n", "SyntaxError"),
+                       ("raise SystemExit(3)\n", "SystemExit"), ("x = 1\n", "has no InputError, Log")):
+        (tmp_path / "other.py").write_text(text)
+        assert word in refused(capsys, artifact, "--script", tmp_path / "other.py"), text
+    for path in (tmp_path, tmp_path / "missing.py"):
+        assert f"{path}: cannot read the script" in refused(capsys, artifact, "--script", path)
+    for args in ([], ["--script", t.__file__], ["data_path=x"], [artifact, "--script"]):
+        assert "usage: audit.py ARTIFACT [--script PATH] [key=value ...]" in refused(capsys, *args)
+
+
+def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
+    """The text that the log shows is what runs: a planted .pyc that python would take is passed over."""
+    script = changed_script(tmp_path, 'MAGIC = b"GPT6"', 'MAGIC = b"TEXT"')
+    evil, mode = tmp_path / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
+    evil.write_text(Path(script).read_text().replace('b"TEXT"', 'b"EVIL"'))
+    py_compile.compile(str(evil), cfile=cache_from_source(script), invalidation_mode=mode)
+    found = subprocess.run(
+        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "EVIL" in found.stdout, "the plant does not work"
+    assert audit.load_script(Path(script)).MAGIC == b"TEXT"
+
+
+RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
+
+
+@pytest.mark.parametrize("script", RECORDS, ids=lambda p: p.parent.name)
+def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
+    """The honest artifact, scored by the code of each record."""
+    before = sorted(script.parent.rglob("*"))
+    assert by_auditor(audit_args(honest, tmp_path), str(script)) == 0
+    assert "audit 9 of 9 tests passed" in capsys.readouterr().out
+    assert sorted(script.parent.rglob("*")) == before, "the audit left something in the record's folder"

@@ -52,6 +52,7 @@ class Tree:
         (self.root / "train_gpt.py").write_text("class Config:\n    seed: int = 7\n")
         (self.root / "data/prepare.py").touch()
         (self.root / "records/record.py").touch()
+        (self.root / "records/audit.py").touch()
         self.tool("python3", FAKE_PYTHON.replace("@REAL@", sys.executable))
         self.gpus(0)
 
@@ -128,10 +129,15 @@ def test_bad_input_is_one_line(tree):
     refused(tree.run("train", "fast"), "'fast'", "key=value")
     refused(tree.run("eval"), "an artifact", "./run.sh eval")
     refused(tree.run("eval", "gone.int6.xz"), "gone.int6.xz")
+    refused(tree.run("audit", "run.sh", "--script"), "no script", "--script")
+    refused(tree.run("audit", "run.sh", "--script", "gone.py"), "gone.py", "--script")
+    refused(tree.run("eval", "run.sh", "--script", "train_gpt.py"), "--script")
     refused(tree.run(NPROC="two"), "NPROC=two")
     refused(tree.run(NPROC="0"), "NPROC=0")
     refused(tree.run(BANKSHOT_PYTHON="/no/python"), "BANKSHOT_PYTHON=/no/python")
     assert tree.calls() == []
+    (tree.root / "records/audit.py").unlink()
+    refused(tree.run("audit", "run.sh"), "records/audit.py is missing")
     (tree.root / "train_gpt.py").unlink()
     refused(tree.run(), "train_gpt.py is missing")
 
@@ -265,6 +271,13 @@ def test_paths_from_another_directory(tree, tmp_path):
     done = tree.run("eval", "r.int6.xz", "data_path=d", cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert tree.calls()[-1] == f"train_gpt.py eval {elsewhere}/r.int6.xz preset=cpu data_path={elsewhere}/d"
+    (elsewhere / "their.py").touch()
+    args = ("audit", "r.int6.xz", "--script", "their.py", "data_path=d")
+    assert tree.run(*args, cwd=elsewhere, NPROC="2").returncode == 0
+    assert tree.calls()[-1] == (
+        "-m torch.distributed.run --standalone --nproc_per_node=2 records/audit.py "
+        f"{elsewhere}/r.int6.xz --script {elsewhere}/their.py preset=cpu data_path={elsewhere}/d"
+    )
     assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"{tree.root}/records/record.py verify here"
     assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
@@ -325,6 +338,11 @@ def test_the_other_commands(tree):
         (
             ["eval", "x.int6.xz", "eval_stride=64"],
             "train_gpt.py eval x.int6.xz data_path=made/here preset=cpu eval_stride=64",
+        ),
+        (["audit", "x.int6.xz"], "records/audit.py x.int6.xz data_path=made/here preset=cpu"),
+        (
+            ["audit", "x.int6.xz", "--script", "train_gpt.py", "data_path=d"],
+            "records/audit.py x.int6.xz --script train_gpt.py preset=cpu data_path=d",
         ),
         (["data", "text", "a b.txt"], f"{tree.root}/data/prepare.py text a b.txt"),
         (["record", "verify"], f"{tree.root}/records/record.py verify"),
