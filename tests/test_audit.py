@@ -858,8 +858,7 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     assert audit.main(args[1:], {}) == 1
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
     shutil.copy(audit.__file__, tmp_path / "records" / "audit.py")  # the repository's, above the folder
-    args = [a if not a.startswith("run_id=") else "run_id=again" for a in args]
-    command = [sys.executable, script, *args]
+    command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and done.stderr == "", done
     assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
