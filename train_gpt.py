@@ -1524,6 +1524,7 @@ class Ema:
 MAGIC = b"GPT6"
 KINDS = {s.name: s.kind for s in PARAM_TABLE}
 CODE_LIMIT = {"int6": 31, "int8": 127}
+STORED = {kind: np.dtype(d) for kind, d in (("int6", "i1"), ("int8", "i1"), ("f16", "<f2"), ("f32", "<f4"))}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)    # of the row's largest magnitude
 MAX_RAW_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 16
 # Measured on Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %,
@@ -1540,14 +1541,11 @@ def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Ten
     limit, W = CODE_LIMIT[kind], W.float()
     peak = W.abs().amax(-1, keepdim=True)
     floor = (W.square().mean(-1, keepdim=True).sqrt() * least_step).clamp_min(2.0 ** -24)     # least f16
-    best_scale, best_error = None, None
-    for clip in CLIPS:
-        scale = torch.maximum(clip * peak / limit, floor).half().float()
-        error = ((W / scale).round().clamp(-limit, limit) * scale - W).square().sum(-1, keepdim=True)
-        better = error < best_error if best_error is not None else torch.ones_like(error, dtype=torch.bool)
-        best_scale = torch.where(better, scale, best_scale) if best_scale is not None else scale
-        best_error = torch.where(better, error, best_error) if best_error is not None else error
-    return (W / best_scale).round().clamp(-limit, limit).to(torch.int8), best_scale.half()
+    codes = lambda scale: (W / scale).round().clamp(-limit, limit)
+    scales = [torch.maximum(clip * peak / limit, floor).half().float() for clip in CLIPS]
+    errors = torch.stack([(codes(scale) * scale - W).square().sum(-1, keepdim=True) for scale in scales])
+    best = torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]       # the first of equals
+    return codes(best).to(torch.int8), best.half()
 
 
 def encode(W: Tensor, kind: str, h: Config) -> bytes:
@@ -1555,7 +1553,7 @@ def encode(W: Tensor, kind: str, h: Config) -> bytes:
     if kind in CODE_LIMIT:
         codes, scales = quantize(W, kind, h.int6_step if kind == "int6" else 0.0)
         return codes.cpu().numpy().tobytes() + scales.cpu().numpy().astype("<f2").tobytes()
-    return W.float().cpu().numpy().astype({"f16": "<f2", "f32": "<f4"}[kind]).tobytes()
+    return W.float().cpu().numpy().astype(STORED[kind]).tobytes()
 
 
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
@@ -1660,7 +1658,7 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     for row in header["tensors"]:
         try:
             name, kind, shape, offset = row
-            width = {"int6": 1, "int8": 1, "f16": 2, "f32": 4}[kind]
+            dtype = STORED[kind]
             sizes_ok = shape and len(shape) <= 8 and all(type(n) is int and 0 < n < 1 << 28 for n in shape)
             if type(name) is not str or not sizes_ok or type(offset) is not int:
                 raise ValueError("bad name, shape or offset")
@@ -1668,10 +1666,10 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
             raise ValueError(f"artifact: bad tensor entry {str(row)[:80]} ({str(e)[:60]})") from None
         count = math.prod(shape)
         rows = count // shape[-1] if kind in CODE_LIMIT else 0
-        if offset != expected or name in out or offset + count * width + 2 * rows > len(payload):
+        end = offset + count * dtype.itemsize + 2 * rows
+        if offset != expected or name in out or end > len(payload):
             raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
-        expected = offset + count * width + 2 * rows
-        values = np.frombuffer(payload, {"f16": "<f2", "f32": "<f4"}.get(kind, np.int8), count, offset)
+        expected, values = end, np.frombuffer(payload, dtype, count, offset)
         tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
         if kind in CODE_LIMIT:
             if max(int(values.max()), -int(values.min())) > CODE_LIMIT[kind]:
@@ -2118,8 +2116,8 @@ def command_audit(argv: list[str]) -> int:
     script = Path(__file__).resolve()
     auditor = next((str(p) for f in script.parents if (p := f / "records" / "audit.py").is_file()), None)
     if auditor is None:
-        raise InputError(f"{script}: the auditor is records/audit.py of the bankshot repository; run there: "
-                         f"python records/audit.py {os.path.abspath(argv[0])} --script {script}")
+        raise InputError(f"{script}: the auditor is records/audit.py of the bankshot repository; there, run "
+                         f"python records/audit.py {os.path.abspath(argv[0])} --script {script} KEY=VALUE")
     outer, sys.argv = sys.argv, [auditor, argv[0], "--script", str(script), *argv[1:]]
     try:
         runpy.run_path(auditor, run_name="__main__")
@@ -2182,10 +2180,10 @@ def main(argv: list[str]) -> int:
             return command_eval(rest[0], rest[1:], os.environ)
         if command == "audit" and rest and "=" not in rest[0]:
             return command_audit(rest)
-        if command not in ("train", "bench"):
+        commands = {"train": command_train, "bench": command_bench}
+        if command not in commands:
             raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
-        run_command = {"train": command_train, "bench": command_bench}[command]
-        return run_command(load_config(rest, os.environ), os.environ)
+        return commands[command](load_config(rest, os.environ), os.environ)
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
         return 2
