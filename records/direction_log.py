@@ -1,7 +1,7 @@
 """What a measurement of the directions says: its log read back, its tables, its picture, and their proof.
 
-records/directions.py measures and writes log.txt; everything else in the folder follows from that file, so that
-`record verify` can make it again and compare. No torch here: the ledger reads these folders on any machine.
+records/directions.py measures and writes log.txt; everything else in the folder follows from that file, so
+that `record verify` can make it again and compare. No torch here: the ledger reads these folders anywhere.
 """
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from pathlib import Path
 from runlog import SEPARATOR, BadInput, read_text
 
 FILES = ("log.txt", "result.json", "spectrum.png", "tables.md")
-FOLDER = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9.-]+?)(?:_(\d+))?$")      # date, device, a later run's number
+FOLDER = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9.-]+?)(?:_(\d+))?$")      # date, device, number
 START, END = "<!-- directions:start -->", "<!-- directions:end -->"
 PAIR = re.compile(r"(\w+):(\S+)")
+SHARES = {"all": "all", "eighth": "an eighth"}
 MODES = {"eager": "eager ms", "graph": "graph ms", "graph4": "4 streams ms"}
-TITLES = {("update", "all"): "Whole update, all matrices", ("update", "eighth"): "Whole update, an eighth of them",
+TITLES = {("update", "all"): "Whole update, all matrices",
+          ("update", "eighth"): "Whole update, an eighth of them",
           ("direction", "all"): "Direction only, all matrices",
           ("direction", "eighth"): "Direction only, an eighth of them"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the tool, here so that record.py knows them without torch."""
-    parser.add_argument("knobs", nargs="*", metavar="key=value", help="settings of train_gpt.py; preset= gives the "
-                        "sizes (default: h100x1 on a GPU, else cpu), data_path= adds real momentum matrices")
-    parser.add_argument("--steps", type=int, default=100, help="of training before momentum is read (default: 100)")
+    parser.add_argument("knobs", nargs="*", metavar="key=value", help="settings of train_gpt.py; preset= "
+                        "gives the sizes (default: h100x1 on a GPU, else cpu), data_path= adds real momentum")
+    parser.add_argument("--steps", type=int, default=100, help="of training before momentum is read (100)")
     parser.add_argument("--seconds", type=float, default=145.0,
                         help="start no timing after this; 0: no limit (default: 145)")
-    parser.add_argument("--tiny", action="store_true", help="small matrices: tries the tool, measures nothing")
+    parser.add_argument("--tiny", action="store_true", help="small matrices: a trial of the tool")
     parser.add_argument("--out", type=Path, help="folder of the results (default: records/directions)")
     parser.add_argument("--log", type=Path, help="measure nothing: make the folder of this log.txt")
-    parser.add_argument("--script", type=Path, help="the train_gpt.py to measure (default: this repository's)")
+    parser.add_argument("--script", type=Path, help="the train_gpt.py to measure (default: the one here)")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)     # a child that only compiles one group
 
 
@@ -78,7 +80,7 @@ def parse(text: str, path: object = "log.txt") -> dict:
 
 
 def derive(log: dict) -> dict:
-    """Adds to every `time` what follows from it: GFLOP, TFLOP/s, and its floors by `bmm` and `copy`, in ms."""
+    """Adds to every `time` what follows: GFLOP, TFLOP/s, and its floors by `bmm` and `copy`, in ms."""
     rate = {(b["share"], b["bank"]): b["tflops"] for b in log.get("bmm", [])}
     copied = log["copy"][0]["gbps"] if "copy" in log else math.nan
     for row in log.get("time", []):
@@ -139,7 +141,8 @@ def time_table(log: dict, part: str, share: str) -> list[str]:
         rows.append([name, *cells, ms(best["min_ms"]), ms(best["q3_ms"] - best["q1_ms"]), gflop, tflops,
                      share_of(best.get("bmm_ms"), best["median_ms"]),
                      share_of(best.get("memory_ms"), best["median_ms"])])
-    return table(["direction", *MODES.values(), "min", "IQR", "GFLOP", "TFLOP/s", "of bmm", "of memory"], rows)
+    figures = ["min", "IQR", "GFLOP", "TFLOP/s", "of bmm", "of memory"]
+    return table(["direction", *MODES.values(), *figures], rows)
 
 
 def rule_table(log: dict) -> list[str]:
@@ -170,11 +173,11 @@ def floor_lines(log: dict) -> list[str]:
     if "copy" in log:
         gbps = log["copy"][0]["gbps"]
         moved = {(m["part"], m["share"]): m["mb"] for m in log.get("moved", [])}
-        floors = ", ".join(f"{part} of {'all' if share == 'all' else 'an eighth'} {mb:,.1f} MB = {ms(mb / gbps)} ms"
+        floors = ", ".join(f"{part} of {SHARES[share]} {mb:,.1f} MB = {ms(mb / gbps)} ms"
                            for (part, share), mb in moved.items())
         out += [f"Copy bandwidth {gbps:,.0f} GB/s; the least that must move: {floors}.", ""]
     if "bmm" in log:
-        rows = [[f"{b['bank']} ({'all' if b['share'] == 'all' else 'an eighth'})",
+        rows = [[f"{b['bank']} ({SHARES[b['share']]})",
                  f"{b['matrices']} x {b['rows']} x {b['columns']}", ms(b["ms"]), f"{b['tflops']:.4g}"]
                 for b in log["bmm"]]
         out += table(["XX' and AX by bmm", "shape", "ms", "TFLOP/s"], rows)
@@ -198,8 +201,8 @@ def cosine_table(log: dict) -> list[str]:
 
 def quality_table(log: dict, name: str) -> list[str]:
     """One direction: every family and shape."""
-    keys = {"polar": "polar error", "orth": "orth. error", "smin": "min", "s05": "5 %", "s50": "median", "s95": "95 %",
-            "smax": "max", "cosine": "cosine", "efficiency": "efficiency"}
+    keys = {"polar": "polar error", "orth": "orth. error", "smin": "min", "s05": "5 %", "s50": "median",
+            "s95": "95 %", "smax": "max", "cosine": "cosine", "efficiency": "efficiency"}
     rows = [[f"{q['family']} {q['shape']}", *(f"{q[key]:.4f}" for key in keys)]
             for q in log.get("quality", []) if q["row"] == name]
     return table([name, *keys.values()], rows)
@@ -208,8 +211,8 @@ def quality_table(log: dict, name: str) -> list[str]:
 def summary(log: dict) -> list[str]:
     """The tables that fit on a page, without a title."""
     m, config = log["machine"][0], log["config"][0]
-    out = [f"PyTorch {m['torch']}, Triton {m['triton']}, train_gpt.py sha256 {m['source_sha256'][:16]}, preset "
-           f"{config['preset']}, {log['done'][0]['seconds']:.0f} s in all. Directions run in "
+    out = [f"PyTorch {m['torch']}, Triton {m['triton']}, train_gpt.py sha256 {m['source_sha256'][:16]}, "
+           f"preset {config['preset']}, {log['done'][0]['seconds']:.0f} s in all. Directions run in "
            + ", ".join(f"{dtype} ({', '.join(r['row'] for r in log['row'] if r['dtype'] == dtype)})"
                        for dtype in dict.fromkeys(r["dtype"] for r in log["row"])) + ".", ""]
     out += floor_lines(log)
@@ -245,15 +248,16 @@ def plot(log: dict, out: Path) -> None:
     curves = log.get("curve", [])
     columns = min(4, max(1, len(curves)))
     lines = max(1, -(-len(curves) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(2.9 * columns, 2.7 * lines), squeeze=False, sharex=True,
-                                sharey=True, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(2.9 * columns, 2.7 * lines), squeeze=False,
+                                sharex=True, sharey=True, layout="constrained")
     for axis in axes.flat[len(curves):]:
         axis.set_visible(False)
     for axis, curve in zip(axes.flat, curves):
         axis.axhline(1, color="black", linewidth=0.8)
         axis.plot(curve["input"], curve["length"], "o", color="C1", markersize=5, markerfacecolor="none",
                   markeredgewidth=0.7, label="length of the image")
-        axis.plot(curve["input"], curve["along"], ".", color="C0", markersize=4, label="along its singular pair")
+        axis.plot(curve["input"], curve["along"], ".", color="C0", markersize=4,
+                  label="along its singular pair")
         axis.set_xscale("log")
         axis.set_title(curve["row"], loc="left")
     axes[0][0].set_ylim(-0.1, 2.2)
@@ -284,7 +288,8 @@ def block_text(records: Path) -> str:
         log = parse(read_text(path / "log.txt"), path / "log.txt")
         m = log["machine"][0]
         out += [f"**Directions and step rules on {m['note']}**, {m['date']} "
-                f"([every table](directions/{path.name}/tables.md), [log](directions/{path.name}/log.txt))", "",
+                f"([every table](directions/{path.name}/tables.md), [log](directions/{path.name}/log.txt))",
+                "",
                 *summary(log), f"![singular values in and out](directions/{path.name}/spectrum.png)", ""]
     return "\n".join(out or ["Not measured yet.", ""])
 

@@ -1,12 +1,12 @@
 """Measures the rows of ORTHO and STEP_RULES of train_gpt.py on this machine: time, floors, quality.
 
     ./run.sh record directions                                    everything but real momentum
-    ./run.sh record directions preset=h100x1 data_path=DIR        100 steps of training first, for its momentum
+    ./run.sh record directions preset=h100x1 data_path=DIR        and the momentum of 100 steps of training
     python records/directions.py --tiny                           a trial in seconds
 
-Writes records/directions/DATE_DEVICE/: log.txt, and made from it (direction_log.py) result.json, tables.md and
-spectrum.png. What fails is logged with its reason and the rest goes on. On a GPU children compile each row into
-the on-disk cache while this process trains; they end before anything is timed.
+Writes records/directions/DATE_DEVICE/: log.txt, and made from it (direction_log.py) result.json, tables.md
+and spectrum.png. What fails is logged with its reason and the rest goes on. On a GPU children compile each
+row into the on-disk cache while this process trains; they end before anything is timed.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -34,18 +35,19 @@ import direction_log
 from runlog import SEPARATOR, BadInput, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
-REPLAYS, SETS = 40, 4               # timed repetitions; sets of inputs in turn, more where these fit into the L2
+REPLAYS, SETS = 40, 4               # timed repetitions; sets of inputs in turn, more where they fit the L2
 HOST_SECONDS = 2.0                  # on a CPU a case ends after this long, with three repetitions at least
 RANKS = 8                           # whose largest share is "an eighth"
 LAYERS = 4                          # matrices of each bank whose momentum is looked at
 POINTS = 96                         # singular values in the picture
-# Momentum needs gradients, not speed: no compilation (a minute), so smaller micro-batches that fit without it.
+# Momentum needs gradients, not speed: no compilation (a minute), so micro-batches that fit without it.
 GPU_KNOBS = ["preset=h100x1", "train_batch_tokens=65536", "micro_batch_tokens=32768"]
 CPU_KNOBS = ["preset=cpu"]
 TINY_KNOBS = [
-    "num_layers=2", "model_dim=32", "num_heads=4", "num_kv_heads=2", "mlp_mult=3.0", "rope_dims=4", "xsa_last_n=1",
-    "ve_last_n=1", "ve_dim=8", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32", "eval_seq_len=32",
-    "eval_stride=8", "eval_batch_tokens=512", "train_batch_tokens=512", "micro_batch_tokens=256"]
+    "num_layers=2", "model_dim=32", "num_heads=4", "num_kv_heads=2", "mlp_mult=3.0", "rope_dims=4",
+    "xsa_last_n=1", "ve_last_n=1", "ve_dim=8", "bigram_vocab_size=64", "bigram_dim=8", "train_seq_len=32",
+    "eval_seq_len=32", "eval_stride=8", "eval_batch_tokens=512", "train_batch_tokens=512",
+    "micro_batch_tokens=256"]
 
 
 class Bank(NamedTuple):
@@ -96,8 +98,8 @@ def load_script(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (OSError, ImportError, SyntaxError) as error:
         raise BadInput(f"{path}: cannot be loaded: {error}") from None
-    lost = [name for name in ("ORTHO", "STEP_RULES", "orthogonalize", "matrix_update", "StepScalars", "Optimizer")
-            if not hasattr(module, name)]
+    needed = ("ORTHO", "STEP_RULES", "orthogonalize", "matrix_update", "StepScalars", "Optimizer")
+    lost = [name for name in needed if not hasattr(module, name)]
     if lost:
         raise BadInput(f"{path}: has no {lost[0]}; records/directions.py measures by that name")
     return module
@@ -126,7 +128,8 @@ def all_cases(b: Bench) -> list[Case]:
     return [*(Case("direction", "all", row) for row in rows), *(Case("update", "all", row) for row in rows),
             *(Case("update", "all", b.h.ortho, rule) for rule in rules),
             Case("update", "all", b.h.ortho, "muon", 1),
-            *(Case("update", "eighth", row) for row in rows), *(Case("direction", "eighth", row) for row in rows)]
+            *(Case("update", "eighth", row) for row in rows),
+            *(Case("direction", "eighth", row) for row in rows)]
 
 
 def groups(cases: list[Case]) -> list[list[Case]]:
@@ -140,14 +143,15 @@ def groups(cases: list[Case]) -> list[list[Case]]:
 def step_scalars(b: Bench) -> tuple:
     """StepScalars as tensors on the device; BadInput when it has a field that this file does not know."""
     known = dict(clip=1.0, momentum=0.95, lr_mul=1.0, correction1=0.1, correction2=0.05)
-    lost = [name for name in b.t.StepScalars._fields if name not in known]
+    fields = b.t.StepScalars._fields
+    lost = [name for name in fields if name not in known]
     if lost:
         raise BadInput(f"StepScalars.{lost[0]}: give it a value in step_scalars of records/directions.py")
-    return b.t.StepScalars(**{name: torch.tensor(known[name], device=b.m.device) for name in b.t.StepScalars._fields})
+    return b.t.StepScalars(**{name: torch.tensor(known[name], device=b.m.device) for name in fields})
 
 
 def update_arguments(b: Bench, values: dict) -> list:
-    """`values` in the order of matrix_update's parameters; BadInput when it has one that is not known here."""
+    """`values` in the order of matrix_update's parameters; BadInput when one of them is not known here."""
     out = []
     for name, parameter in inspect.signature(b.t.matrix_update).parameters.items():
         if name not in values and parameter.default is inspect.Parameter.empty:
@@ -176,7 +180,8 @@ def calls_of(b: Bench, case: Case, sets: list[list[dict]], wrap: Callable) -> li
     h = dataclasses.replace(b.h, ortho=case.row, step_rule=case.rule, cautious_wd=bool(case.cautious))
     shape = getattr(b.t, "RULE_STATE", {}).get(case.rule)
     state = lambda W: torch.zeros(shape(*W.shape), device=W.device) if shape else None
-    rows = [[update_arguments(b, {**x, "s": s, "h": h, "second": state(x["W"])}) for x in one] for one in sets]
+    arguments = lambda x: update_arguments(b, {**x, "s": s, "h": h, "second": state(x["W"])})
+    rows = [[arguments(x) for x in one] for one in sets]
     return [[lambda row=row: fn(*row) for row in one] for one in rows]
 
 
@@ -194,7 +199,8 @@ def measure(calls: list[Callable], cuda: bool) -> list[float]:
             out.append(1000 * (time.perf_counter() - start))
         return out
     torch.cuda.synchronize()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    event = lambda: torch.cuda.Event(enable_timing=True)
+    events = [(event(), event()) for _ in range(REPLAYS)]
     for i, (start, end) in enumerate(events):
         start.record()
         calls[i % len(calls)]()
@@ -212,7 +218,7 @@ def quartiles(values: list[float]) -> str:
 
 
 def on_streams(calls: list[Callable], streams: list[torch.cuda.Stream]) -> None:
-    """The calls, each on its stream behind what is queued now, joined at the end; without streams one by one."""
+    """The calls, each on its stream behind what is queued, joined at the end; without streams one by one."""
     main = torch.cuda.current_stream()
     for i, call in enumerate(calls):
         stream = streams[i] if streams else main
@@ -253,11 +259,11 @@ def one_by_one(calls: list[Callable]) -> Callable[[], None]:
 
 
 def modes_of(b: Bench, case: Case, sets: list[list[dict]]) -> Iterator[tuple[str, Callable[[], list[float]]]]:
-    """(mode, its measurement): eager lines; on a GPU the compiled function in a graph, on one stream and on four."""
+    """(mode, its measurement): eager lines; on a GPU its compilation in a graph, one stream and four."""
     yield "eager", lambda: measure([one_by_one(one) for one in calls_of(b, case, sets, lambda f: f)], b.cuda)
     if not b.cuda:
         return
-    torch._dynamo.reset()           # one code object compiles eight times at most, and this is a row of its own
+    torch._dynamo.reset()           # one code object compiles eight times at most; this is another row
     calls = calls_of(b, case, sets, b.m.compile)
 
     def graphed(fork: bool) -> list[float]:
@@ -304,8 +310,9 @@ def solve_flops(a: tuple, right: tuple, *args, out_val=None, **kwargs) -> int:
 
 
 def flops_of(b: Bench, row: str, bank: Bank) -> int:
-    """Products of a direction on a bank, 2nmk each, whole even where the result is symmetric; counted, not run."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: solve_flops}) as c:
+    """Products of a direction on a bank, 2nmk each, even of symmetric results; counted, not run."""
+    solve = {torch.ops.aten.linalg_solve_triangular: solve_flops}
+    with FlopCounterMode(display=False, custom_mapping=solve) as c:
         b.t.orthogonalize(torch.empty(bank[1:], device="meta"), row)
     return c.get_total_flops()
 
@@ -316,8 +323,8 @@ def log_work(b: Bench) -> None:
     for share in ("all", "eighth"):
         banks = banks_of(b, share)
         numel = sum(bank.numel for bank in banks)
-        b.log(f"moved part:direction share:{share} mb:{numel * (4 + 2) / 1e6:.4f}")           # momentum; direction
-        b.log(f"moved part:update share:{share} mb:{numel * (3 * 4 + 2 * 4 + 2) / 1e6:.4f}")  # g, m, W; m, W, dir.
+        for part, each in (("direction", 4 + 2), ("update", 3 * 4 + 2 * 4 + 2)):   # g, m, W; m, W; direction
+            b.log(f"moved part:{part} share:{share} mb:{numel * each / 1e6:.4f}")
         for row in b.t.ORTHO:
             try:
                 for gflop, bank in [(flops_of(b, row, bank) / 1e9, bank) for bank in banks]:
@@ -346,8 +353,9 @@ def log_floors(b: Bench) -> None:
 
             took = sorted(measure([products], b.cuda))
             took = took[len(took) // 2] / rounds
-            b.log(f"bmm share:{share} bank:{bank.name} matrices:{bank.count} rows:{bank.rows} columns:{bank.columns} "
-                  f"ms:{took:.5f} tflops:{4 * bank.count * n * n * long / took / 1e9:.6f}")
+            tflops = 4 * bank.count * n * n * long / took / 1e9
+            b.log(f"bmm share:{share} bank:{bank.name} matrices:{bank.count} rows:{bank.rows} "
+                  f"columns:{bank.columns} ms:{took:.5f} tflops:{tflops:.6f}")
 
 
 # ---- quality -------------------------------------------------------------------------------------
@@ -355,7 +363,8 @@ def log_floors(b: Bench) -> None:
 def with_spectrum(shape: tuple[int, int], values: Tensor, generator: torch.Generator) -> Tensor:
     """A float64 matrix with these singular values and random singular vectors."""
     n = min(shape)
-    U, V = (torch.linalg.qr(torch.randn(size, n, generator=generator, dtype=torch.float64))[0] for size in shape)
+    draw = lambda size: torch.randn(size, n, generator=generator, dtype=torch.float64)
+    U, V = (torch.linalg.qr(draw(size))[0] for size in shape)
     return (U * values) @ V.T
 
 
@@ -368,8 +377,8 @@ def heavy_rows(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 FAMILIES: dict[str, Callable] = {
     "gaussian": lambda shape, g: torch.randn(shape, generator=g, dtype=torch.float64),
-    "log1e3": lambda shape, g: with_spectrum(shape, torch.logspace(0, -3, min(shape), dtype=torch.float64), g),
-    "harmonic": lambda shape, g: with_spectrum(shape, 1 / torch.arange(1, min(shape) + 1, dtype=torch.float64), g),
+    "log1e3": lambda shape, g: with_spectrum(shape, torch.logspace(0, -3, min(shape)).double(), g),
+    "harmonic": lambda shape, g: with_spectrum(shape, 1 / torch.arange(1, min(shape) + 1).double(), g),
     "heavy_rows": heavy_rows,
 }
 
@@ -394,7 +403,8 @@ def train_momentum(b: Bench, steps: int) -> list[tuple[str, Tensor]]:
         loss = t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
     manifest = Path(h.data_path) / "manifest.json"
     data = t.sha256_file(str(manifest))[:16] if manifest.is_file() else "none"
-    b.log(f"real steps:{steps} batch:{h.train_batch_tokens} loss:{loss.item():.4f} data_manifest_sha256:{data}")
+    b.log(f"real steps:{steps} batch:{h.train_batch_tokens} loss:{loss.item():.4f} "
+          f"data_manifest_sha256:{data}")
     out = []
     for spec in t.MATRICES:
         momentum = optimizer.momentum[spec.name].float().cpu()
@@ -433,7 +443,8 @@ def figures(O: Tensor, f: Factor) -> dict:
 def quality_line(found: list[dict]) -> str:
     """Pairs of several matrices' figures: means, and the band of all their singular values together."""
     band = torch.cat([one["band"] for one in found])
-    average = {key: sum(one[key] for one in found) / len(found) for key in ("polar", "orth", "cosine", "efficiency")}
+    average = {key: sum(one[key] for one in found) / len(found)
+               for key in ("polar", "orth", "cosine", "efficiency")}
     at = torch.quantile(band, torch.tensor([0, 0.05, 0.5, 0.95, 1], dtype=band.dtype)).tolist()
     pairs = average | dict(zip(("smin", "s05", "s50", "s95", "smax"), at))
     if not all(abs(value) < float("inf") for value in pairs.values()):
@@ -446,32 +457,44 @@ def curve_line(O: Tensor, f: Factor) -> str:
     pick = torch.linspace(0, len(f.S) - 1, min(POINTS, len(f.S))).round().long()
     image = O.double() @ f.Vh[pick].T                           # (M, points)
     columns = dict(input=f.S[pick] / f.S[0], along=(f.U[:, pick] * image).sum(0), length=image.norm(dim=0))
-    return " ".join(f"{key}:" + ",".join(f"{value:.5f}" for value in values) for key, values in columns.items())
+    return " ".join(f"{key}:" + ",".join(f"{value:.5f}" for value in values)
+                    for key, values in columns.items())
 
 
 @torch.no_grad()
 def log_quality(b: Bench, momentum: list[tuple[str, Tensor]]) -> None:
-    """A `quality` line for every row, family and shape, and a `curve` line for every row, as this device computes."""
-    drawn = False
-    for family, u in [*synthetic(b), *momentum]:
-        factors = [factor_of(one) for one in u]
-        shape = f"{u.size(1)}x{u.size(2)}"
-        for row in b.t.ORTHO:
+    """A `quality` line for every row, family and shape, a `curve` line for every row, as computed here.
+
+    Decompositions go to one-thread workers: of this size they gain little from a second core.
+    """
+    inputs, threads, jobs = [*synthetic(b), *momentum], torch.get_num_threads(), []
+    curved = next(i for i, (family, _) in enumerate(inputs) if family == "log1e3")
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        factors = [list(pool.map(factor_of, u)) for _, u in inputs]
+        for i, (family, u) in enumerate(inputs):
+            for row in b.t.ORTHO:
+                where = f"row:{row} family:{family} shape:{u.size(1)}x{u.size(2)}"
+                try:
+                    O = b.t.orthogonalize(u.to(b.m.device), row).float().cpu()
+                except Exception as error:
+                    b.log(f"skip {where} | {reason(error)}")
+                    continue
+                curve = [pool.submit(curve_line, O[0], factors[i][0])] * (i == curved)
+                jobs.append((where, row, [pool.submit(figures, *pair) for pair in zip(O, factors[i])], curve))
+        for where, row, found, curve in jobs:
             try:
-                O = b.t.orthogonalize(u.to(b.m.device), row).float().cpu()
-                line = quality_line([figures(*pair) for pair in zip(O, factors)])
-                b.log(f"quality row:{row} family:{family} shape:{shape} {line}")
-                if family == "log1e3" and not drawn:
-                    b.log(f"curve row:{row} {curve_line(O[0], factors[0])}")
+                b.log(f"quality {where} {quality_line([one.result() for one in found])}")
+                for one in curve:
+                    b.log(f"curve row:{row} {one.result()}")
             except Exception as error:
-                b.log(f"skip row:{row} family:{family} shape:{shape} | {reason(error)}")
-        drawn = drawn or family == "log1e3"
+                b.log(f"skip {where} | {reason(error)}")
+    torch.set_num_threads(threads)      # in some libraries the workers' setting holds for the whole process
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 def open_bench(args: argparse.Namespace, log: Callable) -> Bench:
-    """The trainer, its config and its machine: alone in a process group of its own, whatever the environment."""
+    """The trainer, its config and its machine: a process group of one, whatever the environment."""
     t = load_script(args.script or ROOT / "train_gpt.py")
     defaults = (GPU_KNOBS if torch.cuda.is_available() else CPU_KNOBS) + TINY_KNOBS * args.tiny
     try:
@@ -497,8 +520,9 @@ def start_children(b: Bench, args: argparse.Namespace) -> list[subprocess.Popen]
         return []
     argv = [*args.knobs, *["--tiny"] * args.tiny, *(["--script", str(args.script)] if args.script else [])]
     env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *argv, "--warm", str(i)], env=env,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--warm"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return [subprocess.Popen([*command, str(i)], env=env, **quiet)
             for i in range(len(groups(all_cases(b))))]
 
 
@@ -520,8 +544,8 @@ def head_lines(b: Bench, script: Path) -> list[str]:
     knobs = {key: os.path.basename(value) if isinstance(value, str) else value
              for key, value in sorted(dataclasses.asdict(b.h).items())}
     try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu",
-                 "--format=csv,noheader"]
+        what = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+        query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
         smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         smi = b.t.machine_report(b.m)
@@ -539,16 +563,17 @@ def facts(b: Bench, script: Path) -> list[str]:
         version = triton.__version__
     except ImportError:
         version = "none"
-    dtype = lambda d: str(getattr(d, "gpu_dtype", "unknown") if b.cuda else torch.float32).removeprefix("torch.")
-    return [f"machine date:{time.strftime('%Y-%m-%d', time.gmtime())} tiny:{int(b.tiny)} torch:{torch.__version__} "
-            f"triton:{version} source_sha256:{b.t.sha256_file(str(script))} | {b.m.names['device']}",
+    dtype = lambda d: str(getattr(d, "gpu_dtype", "unknown") if b.cuda else torch.float32).split(".")[-1]
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    return [f"machine date:{today} tiny:{int(b.tiny)} torch:{torch.__version__} triton:{version} "
+            f"source_sha256:{b.t.sha256_file(str(script))} | {b.m.names['device']}",
             f"config preset:{b.h.preset} ortho:{b.h.ortho}",
             *(f"row row:{name} dtype:{dtype(direction)}" for name, direction in b.t.ORTHO.items()),
             *(f"rule rule:{name}" for name in b.t.STEP_RULES)]
 
 
 def measure_all(b: Bench, args: argparse.Namespace, script: Path) -> None:
-    """Every line behind the separator. BadInput comes at once, before the children and before the long part."""
+    """Every line behind the separator. BadInput comes before the long part."""
     began = time.perf_counter()
     deadline = began + args.seconds if args.seconds > 0 else float("inf")
     for line in facts(b, script):
@@ -569,7 +594,8 @@ def measure_all(b: Bench, args: argparse.Namespace, script: Path) -> None:
             b.log("real | no training: give data_path=DIR and --steps")
         log_quality(b, momentum)
         log_work(b)
-        b.log(f"warm {await_children(children, began + 0.55 * (args.seconds or 600))} after_s:{time.perf_counter() - began:.1f}")
+        ended = await_children(children, began + 0.55 * (args.seconds or 600))
+        b.log(f"warm {ended} after_s:{time.perf_counter() - began:.1f}")
     finally:
         for child in children:
             child.kill()
@@ -610,7 +636,7 @@ def publish(text: str, out: Path) -> Path:
 
 
 def measured(args: argparse.Namespace, out: Path) -> str:
-    """The text of a new log. While it grows it lies in `out` as .running-PID.txt, and a failure leaves it there."""
+    """The text of a new log. While it grows it is `out`/.running-PID.txt, and a failure leaves that there."""
     lines: list[str] = []
     script, running = args.script or ROOT / "train_gpt.py", out / f".running-{os.getpid()}.txt"
 

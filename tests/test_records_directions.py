@@ -21,7 +21,16 @@ import record  # noqa: E402
 import train_gpt as t  # noqa: E402
 from helpers import english_dataset, machine, tiny  # noqa: E402
 
-MARKERS = "# R\n\n<!-- board:start -->\n<!-- board:end -->\n\n<!-- directions:start -->\nold\n<!-- directions:end -->\nend\n"
+MARKERS = """# R
+
+<!-- board:start -->
+<!-- board:end -->
+
+<!-- directions:start -->
+old
+<!-- directions:end -->
+end
+"""
 BENCH = directions.Bench(t, tiny(), machine(), print, True)
 
 
@@ -115,6 +124,27 @@ def test_the_timed_call_is_the_trainers_update(rule):
     for x, old in zip(sets[0], before):
         assert not torch.equal(x["W"], old) and torch.isfinite(x["W"]).all()
     assert [call() for call in directions.calls_of(BENCH, case._replace(part="direction"), sets, lambda f: f)[0]]
+
+
+@pytest.mark.parametrize("part", ["direction", "update"])
+def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
+    """What a CUDA graph needs: all of it in one piece, and nothing left to compile for the other sets."""
+    compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend="eager")
+    sets = directions.input_sets(BENCH, "eighth")
+    torch._dynamo.reset()
+    before = t.compiled_graphs()
+    with torch.no_grad():
+        for calls in directions.calls_of(BENCH, directions.Case(part, "eighth", "ns5", "normuon"), sets, compiler):
+            [call() for call in calls]
+    assert t.compiled_graphs() - before == 4
+    torch._dynamo.reset()
+
+
+def test_children_share_out_every_case():
+    cases = directions.all_cases(BENCH)
+    shared = directions.groups(cases)
+    assert sorted(sum(shared, [])) == sorted(cases) and len(set(cases)) == len(cases)
+    assert len(shared) == len(t.ORTHO) + len(t.STEP_RULES)
 
 
 def test_an_unknown_field_is_named(monkeypatch):
@@ -247,20 +277,18 @@ def test_board_and_verify(repo, capsys):
     assert "6 ok, 0 fail" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file, pattern, claim", [
-    ("tables.md", r"\| ns5 \| \d", "tables"),
-    ("result.json", r'"cosine": 0', "result"),
-    ("log.txt", r"median_ms:0", "figures"),
-    ("log.txt", r"polar:0", "result"),
-    ("log.txt", r"time part:direction share:all row:mud .*\n", "rows"),
-    ("log.txt", r"quality row:mud .*\n", "rows"),
-    ("log.txt", r"done .*\n", "log"),
-    ("../../README.md", r"\| turbo \| 0", "board"),
+@pytest.mark.parametrize("file, pattern, new, claim", [
+    ("tables.md", r"\| ns5 \| \d", "| ns5 | 9", "tables"),
+    ("result.json", r'"cosine": 0', '"cosine": 9', "result"),
+    ("log.txt", r"median_ms:\d", "median_ms:9999", "figures"),
+    ("log.txt", r"polar:0", "polar:9", "result"),
+    ("log.txt", r"time part:direction share:all row:mud .*\n", "", "rows"),
+    ("log.txt", r"quality row:mud .*\n", "", "rows"),
+    ("log.txt", r"done .*\n", "", "log"),
+    ("../../README.md", r"\| turbo \| \d", "| turbo | 9", "board"),
 ])  # fmt: skip
-def test_a_doctored_number_is_caught(repo, capsys, file, pattern, claim):
+def test_a_doctored_number_is_caught(repo, capsys, file, pattern, new, claim):
     assert run(repo, "board") == 0
-    new = {"figures": "median_ms:9", "rows": "", "log": ""}.get(claim, {
-        "tables": "| ns5 | 9", "board": "| turbo | 9"}.get(claim, '"cosine": 9' if "json" in file else "polar:9"))  # fmt: skip
     doctor(folder_of(repo) / file, pattern, new)
     capsys.readouterr()
     assert run(repo, "verify", "--quiet") == 1
@@ -289,6 +317,17 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert err.startswith("directions: ") and err.count("\n") == 1
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
     sys.modules["train_gpt"] = t
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu(tmp_path):
+    assert directions.main(["--tiny", "--out", str(tmp_path), "--seconds", "0"]) == 0
+    sys.modules["train_gpt"] = t
+    (folder,) = tmp_path.iterdir()
+    log = direction_log.parse((folder / "log.txt").read_text())
+    done = {(x["part"], x["share"], x["row"]) for x in log["time"] if x["mode"] == "graph4"}
+    assert len(done) == 4 * len(t.ORTHO), log.get("skip")
+    assert log["warm"][0]["failed"] == 0
 
 
 def test_names_of_devices_and_reasons():
