@@ -126,6 +126,18 @@ def test_the_timed_call_is_the_trainers_update(rule):
     assert [call() for call in directions.calls_of(BENCH, case._replace(part="direction"), sets, lambda f: f)[0]]
 
 
+def test_each_case_is_its_own():
+    weights = {}
+    for change in ({}, {"cautious": 1}, {"row": "ns5"}, {"rule": "normuon"}):
+        sets = directions.input_sets(BENCH, "all")  # seeded: the same numbers each time
+        case = directions.Case("update", "all", "turbo")._replace(**change)
+        with torch.no_grad():
+            directions.calls_of(BENCH, case, sets, lambda f: f)[0][0]()
+        weights[case] = sets[0][0]["W"]
+    cases = list(weights)
+    assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(cases) for b in cases[:i])
+
+
 @pytest.mark.parametrize("part", ["direction", "update"])
 def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
     """What a CUDA graph needs: all of it in one piece, and nothing left to compile for the other sets."""
