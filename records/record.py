@@ -7,6 +7,7 @@
     ./run.sh record diff A B [--html FILE]                    config first, then source by section
     ./run.sh record compare A B                               t-tests between two sets of seeds
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
+    ./run.sh record directions [key=value...]                 time and quality of ORTHO and STEP_RULES, here
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
 """
@@ -28,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 
 import checks
+import direction_log
 import foreign
 import stats
 import views
@@ -144,11 +146,15 @@ def print_rows(rows: list[tuple[str, str, str]]) -> None:
 def verb_verify(args: argparse.Namespace, root: Path) -> int:
     """Examines folders; exit status 1 when a claim fails."""
     records = root / "records"
-    folders = [find_folder(text, records) for text in args.folders] or all_folders(records)
+    folders = [find_folder(text, records) for text in args.folders] or \
+        all_folders(records) + direction_log.folders(records)
     totals = {"ok": 0, "fail": 0, "not checkable": 0}
     for folder in folders:
-        layout_of_others = foreign.is_foreign(folder)
-        rows = foreign.examine(folder) if layout_of_others else checks.examine(folder, records)
+        if direction_log.is_measurement(folder):
+            rows = direction_log.examine(folder)
+        else:
+            layout_of_others = foreign.is_foreign(folder)
+            rows = foreign.examine(folder) if layout_of_others else checks.examine(folder, records)
         for status, _, _ in rows:
             totals[status] += 1
         rows = [row for row in rows if row[0] == "fail"] if args.quiet else rows
@@ -227,6 +233,7 @@ def verb_board(args: argparse.Namespace, root: Path) -> int:
     pages = {root / "README.md": board_text(subs, "records/", True),
              records / "README.md": board_text(subs, "", False)}
     texts = {page: with_board(page, text) for page, text in pages.items()}
+    texts[records / "README.md"] = direction_log.with_block(texts[records / "README.md"], records)
     winners = [sub for sub in subs if sub["record"]]
     by_track = {track: [sub for sub in winners if sub["track"] == track]
                 for track in checks.TRACKS if any(sub["track"] == track for sub in winners)}
@@ -404,6 +411,14 @@ def verb_reproduce(args: argparse.Namespace, root: Path) -> int:
     return 0 if abs(gap) <= reach else 1
 
 
+# ---- directions ----------------------------------------------------------------------------------
+
+def verb_directions(args: argparse.Namespace, root: Path) -> int:
+    """records/directions.py; torch is imported only here."""
+    import directions
+    return directions.run(args, root)
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def parser() -> argparse.ArgumentParser:
@@ -446,11 +461,13 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--seed", type=int, help="default: the first of the record")
     reproduce.add_argument("--data", metavar="DIR", help="data folder (default: the script's)")
     reproduce.add_argument("--dry-run", action="store_true", help="only check and print the command")
+    directions = verb("directions", "measure the directions and step rules of train_gpt.py on this machine")
+    direction_log.arguments(directions)
     return main_parser
 
 
 VERBS = {"new": verb_new, "verify": verb_verify, "board": verb_board, "plot": verb_plot, "diff": verb_diff,
-         "compare": verb_compare, "reproduce": verb_reproduce}
+         "compare": verb_compare, "reproduce": verb_reproduce, "directions": verb_directions}
 
 
 def main(argv: list[str]) -> int:
