@@ -1584,9 +1584,9 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[b
     """The artifact of at most `room` bytes, the int6 step it took, and ms of quantize and compress.
 
     When the configured step does not fit, a coarser one is sought that fills the room. Twice a step is one bit
-    less for each code, so Newton's method on the entropy finds the step of a size without compressing; xz needs
-    up to 3 % more than the entropy, in jumps, so eight steps are compressed side by side and the largest that
-    fits is kept. Without fit_cap, or when not even a step of one deviation fits, the artifact is over the cap.
+    less for each code, so Newton's method on the entropy finds the step of a size without compressing; xz
+    needs up to 3 % more than the entropy, in jumps, so eight steps are compressed side by side and the largest
+    that fits is kept. Without fit_cap, or when not even a step of one deviation fits, it is over the cap.
     """
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     raw = lambda step: raw_artifact(tensors, dataclasses.replace(h, int6_step=step))
