@@ -14,7 +14,7 @@ from helpers import noisy_model, random_tokens, tiny
 def test_parameter_count_of_the_default_model():
     with torch.device("meta"):
         shapes = {k: shape for k, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
-    assert sum(map(math.prod, shapes.values())) == 26_928_220
+    assert sum(map(math.prod, shapes.values())) == 26_939_484
     h = tiny()
     model = t.GPT(h)
     assert {k: tuple(p.shape) for k, p in model.named_parameters()} == {
@@ -87,9 +87,9 @@ def reference_logits(p, h, row):
             x = x + p["skip_weights"][i - L // 2] * outputs[mirror]
         x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         values = ve * p["ve_layer_scale"][i - (L - h.ve_last_n)] if i >= L - h.ve_last_n else None
-        z = norm(x) / math.sqrt(i + 1)
+        z = norm(x) / math.sqrt(i + 1) * p["attn_gain"][i]
         x = x + p["attn_scale"][i] * reference_attention(p, h, i, z, values)
-        z = norm(x) / math.sqrt(i + 1)
+        z = norm(x) / math.sqrt(i + 1) * p["mlp_gain"][i]
         u = z @ p["mlp_up_bank"][i].T
         u = np.where(u > 0, u, 0.5 * u) ** 2
         x = x + p["mlp_scale"][i] * (u @ p["mlp_down_bank"][i].T)

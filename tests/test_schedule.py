@@ -51,8 +51,8 @@ def train_rank(rank, folder, knobs):
     m = env_machine(tiny(**knobs))
     assert m.rank == rank and m.is_main == (rank == 0)
     model, optimizer, ema, loader = setup(m, **knobs)
-    factors, scalars = [], optimizer.scalars
-    optimizer.scalars = lambda hp, clip: factors.append(clip.item()) or scalars(hp, clip)
+    factors, clip_factor = [], optimizer.clip_factor
+    optimizer.clip_factor = lambda: factors.append(clip_factor()) or factors[-1]
     losses, saved = [], None
     for step in range(STEPS):
         if step == 2:
@@ -70,7 +70,7 @@ def train_rank(rank, folder, knobs):
         t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
     again = all(torch.equal(a, b) for a, b in zip(state, optimizer.state()))
     return dict(
-        params=first, ema=[x.clone() for x in ema.average], factors=factors, padding=padding, losses=losses,
+        params=first, ema=[x.clone() for x in ema.average], factors=[x.item() for x in factors], padding=padding, losses=losses,
         again=again, steps=optimizer.steps, agreed=m.agree(rank + 0.5),
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_a_step_is_the_float64_step(one):
     m1, m2 = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
     rows = {s.name: s for s in t.PARAM_TABLE}
     for step in range(1, 4):
-        batch, hp = loader.next(), t.Hyper(0.0, 1.0 / step, 0.9)
+        batch, hp = loader.next(), t.Hyper(0.0, 0.9, 1.0 / step, 0.7 / step)
         exact = noisy_model(h, dtype=torch.float64)
         with torch.no_grad():
             for k, p in exact.named_parameters():
@@ -159,7 +159,8 @@ def test_a_step_is_the_float64_step(one):
         grads = {k: p.grad.numpy() for k, p in exact.named_parameters()}
         clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
         for k, g in grads.items():
-            lr, wd, g = getattr(h, rows[k].lr) * hp.lr_mul, getattr(h, rows[k].wd), clip * g
+            lr_mul = hp.matrix_lr_mul if rows[k].update == "matrix" else hp.adam_lr_mul
+            lr, wd, g = getattr(h, rows[k].lr) * lr_mul, getattr(h, rows[k].wd), clip * g
             if rows[k].update == "adam":
                 m1[k] = h.adam_beta1 * m1[k] + (1 - h.adam_beta1) * g
                 m2[k] = h.adam_beta2 * m2[k] + (1 - h.adam_beta2) * g * g
@@ -267,7 +268,7 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
              muon_momentum_start=0.8, muon_momentum=0.95)  # fmt: skip
     points = [t.hyper_at(h, i, 0.0) for i in range(201)]
     assert points == [t.hyper_at(h, i, 0.0) for i in range(201)]
-    lr = [p.lr_mul for p in points]
+    lr = [p.adam_lr_mul for p in points]
     assert lr[:121] == [1.0] * 121 and lr[200] == 0.1
     assert all(a > b or b == 0.1 for a, b in zip(lr[120:], lr[121:]))
     assert lr[160] == pytest.approx(0.5) and lr[140] == pytest.approx(0.75)  # linear
@@ -275,7 +276,7 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
     assert momentum[0] == 0.8 and momentum[20] == pytest.approx(0.875) and momentum[40:] == pytest.approx([0.95] * 161)
     assert all(a < b for a, b in zip(momentum[:40], momentum[1:41]))
     assert t.hyper_at(h, 500, 0.0).progress == 1.0
-    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).lr_mul == 0.0
+    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0)[2:] == (0.0, 0.0)
     assert t.hyper_at(dataclasses.replace(h, muon_momentum_warmup_frac=0.0), 0, 0.0).momentum == 0.95
 
 
