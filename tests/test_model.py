@@ -328,6 +328,27 @@ def test_the_skips_are_a_u(layers):
     assert [s.norm_scale for s in table] == pytest.approx([1 / math.sqrt(i + 1) for i in range(layers)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gains_of_one_change_no_bit(dtype):
+    """The same layer written without gains; and a gain of two is an input of twice the size."""
+    h = tiny()
+    model = noisy_model(h)
+    for name in ("attn_gain", "mlp_gain"):
+        getattr(model, name).data.fill_(1)
+    model.dtype = dtype
+    w, spec = model.layer_weights()[1], model.layers[1]
+    x, x0 = (torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
+    attend = lambda z: F.linear(z, w.q)
+    mixed = w.resid_mix[0].to(dtype) * x + w.resid_mix[1].to(dtype) * x0
+    y = mixed + w.attn_scale.to(dtype) * attend(t.rms_norm(mixed) * spec.norm_scale)
+    plain = y + w.mlp_scale.to(dtype) * t.mlp_block(t.rms_norm(y) * spec.norm_scale, w)
+    assert torch.equal(t.layer(x, x0, w, spec, attend), plain)
+    seen = []
+    for gains in ({}, {"attn_gain": 2 * w.attn_gain}):
+        t.layer(x, x0, w._replace(**gains), spec, lambda z: seen.append(z) or attend(z))
+    assert torch.equal(seen[1], 2 * seen[0])
+
+
 # ---------------------------------------------------------------- initialisation
 
 

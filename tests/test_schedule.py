@@ -249,8 +249,10 @@ def test_warmup_leaves_no_trace(one):
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e9])
-def test_clip_factor(one, clip):
-    model, optimizer, _, _ = setup(one, grad_clip=clip)
+@pytest.mark.parametrize("knobs", [{}, dict(bigram_vocab_size=600_000)], ids=["tiny", "5 million"])
+def test_clip_factor(one, clip, knobs):
+    """A float32 sum over millions would be short by more than the tolerance."""
+    model, optimizer, _, _ = setup(one, grad_clip=clip, **knobs)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.grad.copy_(torch.randn(p.shape, generator=generator))
@@ -278,6 +280,88 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
     assert t.hyper_at(h, 500, 0.0).progress == 1.0
     assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0)[2:] == (0.0, 0.0)
     assert t.hyper_at(dataclasses.replace(h, muon_momentum_warmup_frac=0.0), 0, 0.0).momentum == 0.95
+
+
+def test_matrices_have_a_warmdown_of_their_own():
+    h = tiny(iterations=200, warmdown_frac=0.3, matrix_warmdown_frac=1.0, min_lr_frac=0.1)
+    points = [t.hyper_at(h, i, 0.0) for i in range(201)]
+    assert [p.matrix_lr_mul for p in points] == pytest.approx([max(0.1, 1 - i / 200) for i in range(201)])
+    assert [p.adam_lr_mul for p in points] == pytest.approx([max(0.1, min(1.0, (200 - i) / 60)) for i in range(201)])
+    for preset in t.PRESETS:  # by default one warmdown drives both
+        h = t.load_config([f"preset={preset}", "iterations=50", "max_wallclock_seconds=0"], {})
+        assert all(a == b for a, b in (t.hyper_at(h, i, 0.0)[2:] for i in range(51)))
+
+
+def test_each_multiplier_drives_its_own_parameters(one):
+    for matrix, adam in ((0.0, 1.0), (1.0, 0.0)):
+        model, optimizer, _, loader = setup(one)
+        before = parameters(model)
+        t.train_step(model.loss, optimizer, loader.next(), t.Hyper(0.0, 0.9, matrix, adam))
+        moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+        assert moved == {s.name for s in (t.MATRICES if matrix else t.SMALL)}
+
+
+# ---------------------------------------------------------------- gains and output scales
+
+
+def steps_of(one, count, model=None, **knobs):
+    """Parameters at the start and after each of `count` steps at full rate."""
+    h = tiny(data_path=data_folder(), **knobs)
+    model = model or t.GPT(h)
+    optimizer, loader = t.Optimizer(model, h, one), t.TokenLoader(h, one)
+    out = [parameters(model)]
+    for _ in range(count):
+        t.train_step(model.loss, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0, 1.0))
+        out.append(parameters(model))
+    return model, out
+
+
+GAINS = ("attn_gain", "mlp_gain")
+
+
+def test_gains_are_frozen_at_one_by_default(one):
+    """No gradient is made for them, no decay moves them, and the others train as they would without them."""
+    assert t.Config().norm_gain_lr == 0.0
+    model, states = steps_of(one, 4, norm_gain_lr=0.0, adam_wd=0.5, proj_init_std=0.1)
+    for name in GAINS:
+        p = getattr(model, name)
+        assert not p.requires_grad and p.grad.abs().max() == 0 and bool((states[-1][name] == 1).all())
+    learning = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert learning == {s.name for s in t.PARAM_TABLE} - set(GAINS)
+    assert all(not torch.equal(states[0][k], states[-1][k]) for k in learning)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.005])
+def test_gains_learn_at_their_rate(one, rate):
+    model, states = steps_of(one, 1, norm_gain_lr=rate, adam_wd=0.0, proj_init_std=0.1)
+    for name in GAINS:  # Adam's first step is the rate along the gradient's sign
+        moved = (states[1][name] - states[0][name]).abs()
+        assert bool((states[0][name] == 1).all()) and moved.max().item() == pytest.approx(rate, rel=1e-3)
+        assert (moved > 0.9 * rate).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("knobs", [dict(step_rule="hyperball"), dict(step_rule="muon", proj_init_std=0.1)], ids=str)
+def test_zero_output_scales_learn_first_and_the_banks_after_them(one, knobs):
+    scales, banks = ("attn_scale", "mlp_scale"), [s.name for s in t.MATRICES]
+    model, states = steps_of(one, 2, out_scale_init=0.0, muon_wd=0.0, **knobs)
+    assert all(states[0][k].abs().max() == 0 for k in scales)
+    for k in scales:
+        assert (states[1][k].abs() > 0).float().mean() > 0.9
+    rounding = 1e-6  # hyperball renews the norm of what it does not turn
+    for k in banks:
+        assert (states[1][k] - states[0][k]).norm() <= rounding * states[0][k].norm(), k
+        assert (states[2][k] - states[1][k]).norm() > 1e-3 * states[1][k].norm(), k
+    h = tiny(out_scale_init=0.5)
+    assert all(bool((getattr(t.GPT(h), k) == 0.5).all()) and bool((getattr(t.GPT(tiny()), k) == 1).all()) for k in scales)
+
+
+def test_the_published_hyperball_recipe_trains(one):
+    knobs = dict(step_rule="hyperball", out_scale_init=0.0, norm_gain_lr=0.02, matrix_warmdown_frac=1.0, warmdown_frac=0.3)
+    model, states = steps_of(one, 6, **knobs)
+    assert all(not torch.equal(states[0][k], states[-1][k]) for k in states[0] if k != "skip_weights")
+    norms = lambda state, k: state[k].flatten(1).norm(dim=1)
+    for s in t.MATRICES:
+        torch.testing.assert_close(norms(states[0], s.name), norms(states[-1], s.name))
 
 
 def test_the_tighter_budget_drives():
