@@ -323,8 +323,7 @@ class Machine:
         free = [s for s in self.streams if s != current]
         for stream in free:
             stream.wait_stream(current)
-        turns = cycle(free)
-        yield lambda: torch.cuda.stream(next(turns)) if free else nullcontext()
+        yield lambda turns=cycle(free): torch.cuda.stream(next(turns)) if free else nullcontext()
         for stream in free:
             current.wait_stream(stream)
 
@@ -469,9 +468,8 @@ class Log:
         lines = [f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items())]
         self("\n".join(["config:"] + lines), console=False)
         self(f"preset: {h.preset}")
-        self(f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} "
-             f"attention:{m.names['attention']} qk:{m.names['qk']} compile:{m.names['compile']} "
-             f"update:{m.names['update']}")
+        bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "compile", "update"))
+        self(f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}")
 
 
 def machine_report(m: Machine) -> str:
@@ -938,8 +936,7 @@ class GPT(nn.Module):
         q, o = self.qo_bank.to(self.dtype).view(2, self.h.num_layers, *self.qo_bank.shape[1:]).unbind(0)
         k, v = self.kv_bank.to(self.dtype).view(2, self.h.num_layers, *self.kv_bank.shape[1:]).unbind(0)
         columns = (q, k, v, o, self.mlp_up_bank.to(self.dtype), self.mlp_down_bank.to(self.dtype),
-                   self.q_gain, self.attn_scale, self.mlp_scale, self.attn_gain, self.mlp_gain,
-                   self.resid_mix)
+                   *(getattr(self, name) for name in LayerWeights._fields[6:]))
         return [LayerWeights(*row) for row in zip(*(c.unbind(0) for c in columns))]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -2418,8 +2415,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         odd = shapes.items() ^ {name: shape for name, (shape, _) in parameter_table(h).items()}.items()
         if odd:
-            raise ValueError(f"artifact: its tensor {min(odd)[0][:40]!r} is missing, or unknown to this "
-                             "script; score it with the script that wrote it")
+            raise ValueError(f"artifact: {min(odd)[0][:40]!r} does not fit; use the script that wrote it")
     except OSError as e:
         raise InputError(f"{path}: cannot read the artifact ({e.strerror})") from None
     except ValueError as e:

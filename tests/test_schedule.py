@@ -27,10 +27,10 @@ def data_folder():
 
 
 def setup(m, **knobs):
-    """A noisy model (all gradients alive), its optimizer, average and loader."""
+    """A noisy model (all gradients alive, those of the gains, too), its optimizer, average and loader."""
     if "data_path" not in knobs:  # a rank is told: a folder of its own would outlive it
         knobs["data_path"] = data_folder()
-    h = tiny(**({"grad_clip": 0.3} | knobs))
+    h = tiny(**({"grad_clip": 0.3, "norm_gain_lr": 0.02} | knobs))
     model = noisy_model(h, seed=3)
     optimizer = t.Optimizer(model, h, m)
     return model, optimizer, t.Ema(model, h), t.TokenLoader(h, m)
