@@ -52,10 +52,13 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -120,12 +123,14 @@ class Config:
     logit_softcap: float = 30.0
     qk_gain_init: float = 1.5
     tied_embed_init_std: float = 0.005
+    out_scale_init: float = 1.0          # attn_scale and mlp_scale: what a block's output is multiplied by
     # optimizer
     ortho: str = "ns5"                   # row of ORTHO
     step_rule: str = "muon"              # row of STEP_RULES
     matrix_lr: float = 0.025
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
+    norm_gain_lr: float = 0.0            # of attn_gain and mlp_gain behind the pre-norms; 0: they stay at one
     muon_wd: float = 0.04
     adam_wd: float = 0.04
     muon_momentum: float = 0.99
@@ -140,6 +145,7 @@ class Config:
     adam_eps: float = 1e-8
     grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
+    matrix_warmdown_frac: float = 0.0    # the same for matrix_lr; 0: warmdown_frac
     min_lr_frac: float = 0.0
     # averaging and artifact
     ema_frac: float = 0.045              # horizon of the average, as a fraction of the run
@@ -171,8 +177,7 @@ PRESETS: dict[str, dict] = {
         val_tokens=65_536, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=256,
         eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1,
         xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64,
-        muon_momentum=0.95, muon_momentum_start=0.85,
-        warmdown_frac=0.6, ema_frac=0.02),
+        muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02),
 }
 
 # What an artifact must carry to be scored: its header holds these and no other knob.
@@ -243,6 +248,9 @@ def check_config(h: Config) -> None:
         (h.ve_last_n >= 1 and h.bigram_vocab_size >= 2, "ve_last_n must be at least 1, bigram_vocab_size 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
+        (h.matrix_warmdown_frac <= 1, "matrix_warmdown_frac must be in [0, 1]"),
+        (h.out_scale_init or parameter_table(h)["mlp_down_bank"][1] != "zeros",
+         "out_scale_init=0 needs proj_init_std above 0, or neither factor of a block's output ever moves"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
     for holds, rule in rules:
@@ -265,6 +273,15 @@ def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
     return accum, sequences // accum
 
 
+def record_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
+    """What launches the device work that fn queues; nothing runs now. The outer context brings the current
+    stream back when the recording cannot end; thread_local: NCCL's watchdog may go on meanwhile."""
+    graph, mode = torch.cuda.CUDAGraph(), "thread_local"
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+        fn()
+    return graph.replay
+
+
 @dataclass(frozen=True)
 class Machine:
     """This process's place and its bindings; no code below asks which device it runs on.
@@ -279,7 +296,9 @@ class Machine:
     compile: Callable
     ops: Ops
     pin: bool
-    names: dict[str, str]                # for the log: device, attention, qk, compile
+    names: dict[str, str]                # for the log: device, attention, qk, compile, update
+    streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
+    record: Callable | None = None       # fn -> what launches its device work
 
     @property
     def is_main(self) -> bool:
@@ -296,6 +315,37 @@ class Machine:
         event = torch.cuda.Event()
         event.record()
         return event.synchronize
+
+    @contextmanager
+    def lanes(self) -> Iterator[Callable]:
+        """`with lanes() as lane`: what is queued inside one `with lane()` runs beside the others; all of it
+        behind what was queued before and ahead of what is queued after this block. A CPU takes turns."""
+        current = torch.cuda.current_stream() if self.streams else None
+        free = [s for s in self.streams if s != current]
+        for stream in free:
+            stream.wait_stream(current)
+        yield lambda turns=cycle(free): torch.cuda.stream(next(turns)) if free else nullcontext()
+        for stream in free:
+            current.wait_stream(stream)
+
+    def replay(self, fn: Callable[[], None]) -> tuple[Callable[[], None], str]:
+        """fn, which queues the same work on the same tensors every time, as one launch; or fn, and why not.
+
+        Before that fn runs three times, off the default stream as CUDA asks: this compiles kernels and opens
+        communicators. What one rank cannot record no rank replays.
+        """
+        if self.record is None:
+            return fn, ""
+        for _ in range(3):
+            with self.lanes() as lane, lane():
+                fn()
+        launch, reasons = fn, [""] * self.world_size
+        try:
+            launch, reason = self.record(fn), ""
+        except Exception as e:      # whatever a driver or NCCL raises: fn itself is always right
+            reason = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
+        dist.all_gather_object(reasons, reason)
+        return (fn, max(reasons)) if any(reasons) else (launch, "")
 
     def agree(self, value: float) -> float:
         """Rank 0's `value` on every rank, over the host network: schedules must not differ by a bit."""
@@ -360,15 +410,16 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, **store)
     if not cuda:
-        names = dict(device=platform.machine(), attention="cpu", qk="torch", compile="none")
+        names = dict(device=platform.machine(), attention="cpu", qk="torch", compile="none", update="eager")
         return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, names)
     torch.set_float32_matmul_precision("high")
     attend, attention = bind_attention(device, h.head_dim)
     qk, qk_name = bind_qk(device, h)
-    name = torch.cuda.get_device_name(device)
-    names = dict(device=name, attention=attention, qk=qk_name, compile="inductor")
+    name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
+    names = dict(device=name, attention=attention, qk=qk_name, compile="inductor", update="graph")
     compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True)
-    return Machine(rank, world, device, torch.bfloat16, compiler, Ops(attend, qk), True, names)
+    return Machine(rank, world, device, torch.bfloat16, compiler, Ops(attend, qk), True, names, streams,
+                   partial(record_graph, streams[0]))
 
 
 class Log:
@@ -410,21 +461,16 @@ class Log:
         with open(__file__, encoding="utf-8") as f:
             self(f.read(), console=False)
         self("=" * 100, console=False)
-        try:
-            import triton
-            triton_version = triton.__version__
-        except ImportError:
-            triton_version = "none"
         self(f"Running Python {sys.version}".replace("\n", " "), console=False)
         self(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}", console=False)
-        self(f"Running Triton version {triton_version}", console=False)
+        self(f"Running Triton version {getattr(triton, '__version__', 'none')}", console=False)
         self(machine_report(m), console=False)
         self("=" * 100, console=False)
         lines = [f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items())]
         self("\n".join(["config:"] + lines), console=False)
         self(f"preset: {h.preset}")
-        self(f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} "
-             f"attention:{m.names['attention']} qk:{m.names['qk']} compile:{m.names['compile']}")
+        bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "compile", "update"))
+        self(f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}")
 
 
 def machine_report(m: Machine) -> str:
@@ -730,6 +776,8 @@ class LayerWeights(NamedTuple):
     q_gain: Tensor          # (H,)
     attn_scale: Tensor      # (D,)
     mlp_scale: Tensor       # (D,)
+    attn_gain: Tensor       # (D,)
+    mlp_gain: Tensor        # (D,)
     resid_mix: Tensor       # (2, D)
 
 
@@ -806,8 +854,9 @@ def layer(x: Tensor, x0: Tensor, w: LayerWeights, spec: LayerSpec, attend: Calla
     """One block: x and the embedding stream x0 mixed, attention added, MLP added. attend: x -> (B, T, D)."""
     mix = w.resid_mix.to(x.dtype)
     x = mix[0] * x + mix[1] * x0
-    x = x + w.attn_scale.to(x.dtype) * attend(rms_norm(x) * spec.norm_scale)
-    return x + w.mlp_scale.to(x.dtype) * mlp_block(rms_norm(x) * spec.norm_scale, w)
+    pre_norm = lambda x, gain: rms_norm(x) * spec.norm_scale * gain.to(x.dtype)
+    x = x + w.attn_scale.to(x.dtype) * attend(pre_norm(x, w.attn_gain))
+    return x + w.mlp_scale.to(x.dtype) * mlp_block(pre_norm(x, w.mlp_gain), w)
 
 
 # -----------------------------------------------------------------------------
@@ -839,8 +888,10 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
         "smear_gate": ((D,), "zeros"),
         "skip_weights": ((max(1, L // 2), D), "constant 1"),
         "resid_mix": ((L, 2, D), "first_of_two"),
-        "attn_scale": ((L, D), "constant 1"),
-        "mlp_scale": ((L, D), "constant 1"),
+        "attn_scale": ((L, D), f"constant {h.out_scale_init}"),
+        "mlp_scale": ((L, D), f"constant {h.out_scale_init}"),
+        "attn_gain": ((L, D), "constant 1"),                    # of the normalised input
+        "mlp_gain": ((L, D), "constant 1"),
         "q_gain": ((L, h.num_heads), f"constant {h.qk_gain_init}"),
     }
 
@@ -868,7 +919,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
 
 
 class GPT(nn.Module):
-    """The model: 18 named tensors and the functions that use them.
+    """The model: 20 named tensors and the functions that use them.
 
     A bank holds all layers' matrices of a kind in one tensor, so that the optimizer works on four batches and
     not on 66 matrices (parameter-golf #399). Parameters are float32 masters; products run in `dtype`.
@@ -886,7 +937,7 @@ class GPT(nn.Module):
         q, o = self.qo_bank.to(self.dtype).view(2, self.h.num_layers, *self.qo_bank.shape[1:]).unbind(0)
         k, v = self.kv_bank.to(self.dtype).view(2, self.h.num_layers, *self.kv_bank.shape[1:]).unbind(0)
         columns = (q, k, v, o, self.mlp_up_bank.to(self.dtype), self.mlp_down_bank.to(self.dtype),
-                   self.q_gain, self.attn_scale, self.mlp_scale, self.resid_mix)
+                   *(getattr(self, name) for name in LayerWeights._fields[6:]))
         return [LayerWeights(*row) for row in zip(*(c.unbind(0) for c in columns))]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -1266,8 +1317,8 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
 
     After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
     The authors' nanochat submission (PR 498) instead multiplies each block's output by a learned vector that
-    starts at zero (attn_scale and mlp_scale here start at one), and lowers the matrices' rate over the whole
-    run, Adam's over the last 30 %.
+    starts at zero (out_scale_init=0) and its input by one that starts at one (norm_gain_lr), and lowers the
+    matrices' rate over the whole run, Adam's over the last 30 % (matrix_warmdown_frac=1 warmdown_frac=0.3).
     """
     R = frobenius(W)
     step = W - U * (lr * R / frobenius(U).clamp_min(1e-10))
@@ -1307,6 +1358,8 @@ PARAM_TABLE = (
     ParamSpec("resid_mix", "adam", "scalar_lr", "adam_wd", "f16"),
     ParamSpec("attn_scale", "adam", "scalar_lr", "adam_wd", "f16"),
     ParamSpec("mlp_scale", "adam", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("attn_gain", "adam", "norm_gain_lr", "adam_wd", "f16"),
+    ParamSpec("mlp_gain", "adam", "norm_gain_lr", "adam_wd", "f16"),
     ParamSpec("skip_weights", "adam", "scalar_lr", "adam_wd", "f16"),
     ParamSpec("smear_gate", "adam", "scalar_lr", "adam_wd", "f16"),
     ParamSpec("q_gain", "adam", "scalar_lr", "adam_wd", "f32"),
@@ -1323,7 +1376,8 @@ class StepScalars(NamedTuple):
     """0-dimensional tensors, so that a new value is not a new compilation."""
     clip: Tensor            # factor on every gradient
     momentum: Tensor
-    lr_mul: Tensor
+    matrix_lr_mul: Tensor
+    adam_lr_mul: Tensor
     correction1: Tensor     # 1 - beta1^t
     correction2: Tensor     # 1 - beta2^t
 
@@ -1341,7 +1395,7 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
     wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
-    STEP_RULES[h.step_rule](W, U, h.matrix_lr * s.lr_mul, wd)
+    STEP_RULES[h.step_rule](W, U, h.matrix_lr * s.matrix_lr_mul, wd)
 
 
 def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
@@ -1351,7 +1405,7 @@ def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
     v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
     step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
-    p.sub_(s.lr_mul * lr * (wd * p + step))
+    p.sub_(s.adam_lr_mul * lr * (wd * p + step))
 
 
 class Optimizer:
@@ -1368,18 +1422,17 @@ class Optimizer:
         assert set(params) == {s.name for s in PARAM_TABLE}, "PARAM_TABLE and model disagree"
         assert set(WORK_ORDER) == {s.name for s in MATRICES}, "WORK_ORDER and PARAM_TABLE disagree"
         self.h, self.m, self.steps = h, m, 0
-        self.bank: dict[str, Tensor] = {}        # name -> (world * per_rank, M, N)
-        self.bank_grad: dict[str, Tensor] = {}
-        self.shard_grad: dict[str, Tensor] = {}  # name -> (per_rank, M, N)
-        self.momentum: dict[str, Tensor] = {}
-        self.second: dict[str, Tensor] = {}      # name -> RULE_STATE's shape; empty: no state
+        self.bank, self.bank_grad = {}, {}                            # name -> (world * per_rank, M, N)
+        self.owned, self.shard_grad, self.momentum = {}, {}, {}       # (per_rank, M, N); owned: views of bank
+        self.second: dict[str, Tensor] = {}                           # RULE_STATE's shape; empty: no state
         for s in MATRICES:
             p = params[s.name]
             per_rank = -(-p.size(0) // m.world_size)
             self.bank[s.name] = torch.zeros(per_rank * m.world_size, *p.shape[1:], device=m.device)
             self.bank_grad[s.name] = torch.zeros_like(self.bank[s.name])
-            self.shard_grad[s.name] = torch.zeros(per_rank, *p.shape[1:], device=m.device)
-            self.momentum[s.name] = torch.zeros_like(self.shard_grad[s.name])
+            self.owned[s.name] = self.bank[s.name].chunk(m.world_size)[m.rank]
+            self.shard_grad[s.name] = torch.zeros_like(self.owned[s.name])
+            self.momentum[s.name] = torch.zeros_like(self.owned[s.name])
             if h.step_rule in RULE_STATE:
                 shape = RULE_STATE[h.step_rule](per_rank, *p.shape[1:])
                 self.second[s.name] = torch.zeros(shape, device=m.device)
@@ -1392,10 +1445,15 @@ class Optimizer:
             p = params[s.name]
             self.rehome(p, value[: p.numel()].view_as(p), grad[: p.numel()].view_as(p))
             lr.fill_(getattr(h, s.lr))
+            p.requires_grad_(getattr(h, s.lr) > 0)             # what does not move needs no gradient
             wd.fill_(getattr(h, s.wd))
         self.adam_buffers = (self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd)
         self.matrix_update = m.compile(matrix_update)
         self.adam_update = m.compile(adam_update)
+        self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)     # all of it but clip
+        saved = self.snapshot()
+        self.update, self.failure = m.replay(self.schedule)
+        self.restore(saved)                                # a recorder has run it
 
     @staticmethod
     def rehome(p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
@@ -1403,20 +1461,32 @@ class Optimizer:
         value.copy_(p.data)
         p.data, p.grad = value, grad
 
-    @torch.no_grad()
     def step(self, hp: Hyper) -> None:
-        """The schedule. Every collective of a step is launched from these lines; then all ranks are whole."""
+        """The host's part: this step's numbers to the device, then one launch. The pinned memory is new each
+        time, for the host may run ahead: its allocator reuses it only when the copy from it has ended."""
+        self.steps += 1
+        corrections = [1 - beta ** self.steps for beta in (self.h.adam_beta1, self.h.adam_beta2)]
+        host = torch.tensor([*hp[1:], *corrections], dtype=torch.float32, pin_memory=self.m.pin)
+        self.numbers.copy_(host, non_blocking=True)
+        self.update()
+
+    @torch.no_grad()
+    def schedule(self) -> None:
+        """Every collective of a step is launched from these lines; then all ranks are whole."""
         arrivals = [self.reduce_bank(s.name) for s in MATRICES]     # 1. gradients on the wire, biggest first
         arrivals.append(dist.all_reduce(self.flat_grad, dist.ReduceOp.AVG, async_op=True))
         for work in arrivals:
             work.wait()
-        scalars = self.scalars(hp, self.clip_factor())              # 2. one norm over all reduced gradients
-        self.adam_update(self.adam_buffers, scalars, self.h)        # 3. replicated: every rank does the same
+        scalars = StepScalars(self.clip_factor(), *self.numbers.unbind())     # 2. one norm over all of them
         departures = []
-        for name in WORK_ORDER:                                     # 4. update what is owned here, send it
-            self.matrix_update(self.owned(name), self.shard_grad[name], self.momentum[name], scalars, self.h,
-                               self.second.get(name))
-            departures.append(all_gather(self.bank[name], self.owned(name), async_op=True))
+        with self.m.lanes() as lane:                                # side by side:
+            with lane():                                            # 3. replicated: every rank does the same
+                self.adam_update(self.adam_buffers, scalars, self.h)
+            for name in WORK_ORDER:                                 # 4. update what is owned here, send it
+                with lane():
+                    self.matrix_update(self.owned[name], self.shard_grad[name], self.momentum[name], scalars,
+                                       self.h, self.second.get(name))
+                    departures.append(all_gather(self.bank[name], self.owned[name], async_op=True))
         torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad])
         for work in departures:
             work.wait()
@@ -1426,23 +1496,12 @@ class Optimizer:
         shard, full = self.shard_grad[name], self.bank_grad[name]
         return reduce_scatter(shard, full, dist.ReduceOp.AVG, async_op=True)
 
-    def owned(self, name: str) -> Tensor:
-        """This rank's matrices of a bank, (per_rank, M, N), a view."""
-        return self.bank[name].chunk(self.m.world_size)[self.m.rank]
-
     def clip_factor(self) -> Tensor:
         """min(1, grad_clip / global norm), (); the same on every rank and for every world size."""
-        squares = torch.stack([g.square().sum() for g in self.shard_grad.values()]).sum()
-        dist.all_reduce(squares)
-        norm = (squares + self.flat_grad.square().sum()).sqrt()
-        return ((self.h.grad_clip or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-
-    def scalars(self, hp: Hyper, clip: Tensor) -> StepScalars:
-        self.steps += 1
-        h = self.h
-        values = (hp.momentum, hp.lr_mul, 1 - h.adam_beta1 ** self.steps, 1 - h.adam_beta2 ** self.steps)
-        host = torch.tensor(values, dtype=torch.float32, pin_memory=self.m.pin)
-        return StepScalars(clip, *host.to(self.m.device, non_blocking=True).unbind())
+        gradients = [*self.shard_grad.values(), self.flat_grad]     # float32 on a CPU would be 2e-4 short
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
+        dist.all_reduce(squares[:-1])                               # the last is whole on every rank
+        return ((self.h.grad_clip or math.inf) / (squares.sum().sqrt() + 1e-6)).clamp_max(1.0).float()
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes, parameters included."""
@@ -1464,20 +1523,21 @@ class Optimizer:
 # 10. Schedules: pure functions of progress through the run.
 
 
-@dataclass(frozen=True)
-class Hyper:
-    progress: float     # in [0, 1]: the larger share of the two budgets, time and iterations
-    lr_mul: float
+class Hyper(NamedTuple):
+    progress: float         # in [0, 1]: the larger share of the two budgets, time and iterations
     momentum: float
+    matrix_lr_mul: float
+    adam_lr_mul: float
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """What a step at this point uses: constant rate, then linear warmdown; momentum rising at first."""
+    """What a step at this point uses: constant rates, then linear warmdowns; momentum rising at first."""
     time_share = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
     progress = min(1.0, max(time_share, step / h.iterations))
-    lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
+    fall = lambda frac: max(min(1.0, (1 - progress) / frac), h.min_lr_frac)
     ramp = min(1.0, progress / h.muon_momentum_warmup_frac) if h.muon_momentum_warmup_frac > 0 else 1.0
-    return Hyper(progress, lr_mul, h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start))
+    momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
+    return Hyper(progress, momentum, fall(h.matrix_warmdown_frac or h.warmdown_frac), fall(h.warmdown_frac))
 
 
 # -----------------------------------------------------------------------------
@@ -1873,6 +1933,8 @@ def train_step(loss_fn: Callable, optimizer: Optimizer, batch: list[Tensor], hp:
 
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> None:
     """Compile and touch everything that the clock will see, through the same code, then put it all back."""
+    if optimizer.failure:
+        run.log(f"update:eager, no graph ({optimizer.failure})")
     saved = optimizer.snapshot()
     for i in range(run.h.warmup_steps):
         train_step(run.loss_fn, optimizer, loader.next(), hyper_at(run.h, 0, 0.0))
@@ -1900,7 +1962,8 @@ def train(run: Run) -> Ema:
     expected to end within max_wallclock_seconds, by rank 0's clock.
     """
     h, m, log = run.h, run.m, run.log
-    optimizer, ema, loader = Optimizer(run.model, h, m), Ema(run.model, h), TokenLoader(h, m)
+    optimizer = run.timed("compile", Optimizer, run.model, h, m)
+    ema, loader = Ema(run.model, h), TokenLoader(h, m)
     run.timed("compile", warmup, run, optimizer, ema, loader)
     graphs, limit_ms = compiled_graphs(), 1000 * h.max_wallclock_seconds
     step, train_ms, clock_ms, loss, reached = 0, 0.0, 0.0, None, m.mark()
@@ -2089,8 +2152,9 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         tensors = read_tensors(header, payload)          # sound throughout before a model is built from it
         h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
         shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
-        if shapes != {name: shape for name, (shape, _) in parameter_table(h).items()}:
-            raise ValueError("artifact: its tensors are not those of the model that its header describes")
+        odd = shapes.items() ^ {name: shape for name, (shape, _) in parameter_table(h).items()}.items()
+        if odd:
+            raise ValueError(f"artifact: {min(odd)[0][:40]!r} does not fit; use the script that wrote it")
     except OSError as e:
         raise InputError(f"{path}: cannot read the artifact ({e.strerror})") from None
     except ValueError as e:
@@ -2190,6 +2254,7 @@ def main(argv: list[str]) -> int:
         return 2
     finally:
         if dist.is_initialized():
+            traceback.clear_frames(sys.exc_info()[2])      # NCCL waits for every graph that holds its work
             dist.destroy_process_group()
 
 

@@ -42,7 +42,7 @@ def tiny(**knobs):
 
 def machine(rank=0, world=1):
     """A CPU Machine as init_machine makes it, without a process group."""
-    names = dict(device="cpu", attention="cpu", qk="torch", compile="none")
+    names = dict(device="cpu", attention="cpu", qk="torch", compile="none", update="eager")
     return t.Machine(rank, world, torch.device("cpu"), torch.float32, lambda f: f, t.Ops(), False, names)
 
 

@@ -119,6 +119,8 @@ def test_an_unknown_key_is_named_with_a_hint(arg, words):
         ("ema_frac=0", ["ema_frac"]),
         ("warmdown_frac=0", ["warmdown_frac"]),
         ("warmdown_frac=1.5", ["warmdown_frac"]),
+        ("matrix_warmdown_frac=1.5", ["matrix_warmdown_frac"]),
+        ("out_scale_init=0", ["out_scale_init", "proj_init_std"]),  # under muon the projections are zero, too
     ],
 )
 def test_a_bad_value_is_named(arg, names, capsys):

@@ -120,8 +120,9 @@ def test_step_rule_is_its_formula(rule, shape):
     np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-6)
 
 
-def scalars(clip=1.0, momentum=0.9, lr_mul=1.0, c1=1.0, c2=1.0):
-    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, lr_mul, c1, c2)))
+def scalars(clip=1.0, momentum=0.9, matrix=math.nan, adam=math.nan, c1=1.0, c2=1.0):
+    """nan: what an update must not read."""
+    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, matrix, adam, c1, c2)))
 
 
 def polar_quintic(G):
@@ -164,7 +165,7 @@ def test_adam_update_is_adamw():
     m, v, lr, wd = torch.zeros(57), torch.zeros(57), per_element(lrs), per_element(wds)
     for step in range(1, 7):
         g, clip, lr_mul = gaussian(57, seed=step), [1.0, 0.2][step % 2], 1.0 - 0.1 * step
-        t.adam_update((p, g, m, v, lr, wd), scalars(clip, 0.9, lr_mul, 1 - 0.8**step, 1 - 0.9**step), h)
+        t.adam_update((p, g, m, v, lr, wd), scalars(clip, math.nan, adam=lr_mul, c1=1 - 0.8**step, c2=1 - 0.9**step), h)
         for x, part, group, rate in zip(reference, g.split(sizes), adamw.param_groups, lrs):
             x.grad, group["lr"] = clip * part.double(), rate * lr_mul
         adamw.step()
@@ -174,5 +175,5 @@ def test_adam_update_is_adamw():
 
 def test_adam_leaves_padding_at_zero():
     p, g, m, v = torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.zeros(4)
-    t.adam_update((p, g, m, v, torch.zeros(4), torch.zeros(4)), scalars(c1=0.1, c2=0.05), tiny())
+    t.adam_update((p, g, m, v, torch.zeros(4), torch.zeros(4)), scalars(adam=1.0, c1=0.1, c2=0.05), tiny())
     assert torch.equal(p, torch.zeros(4))

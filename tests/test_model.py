@@ -14,7 +14,7 @@ from helpers import noisy_model, random_tokens, tiny
 def test_parameter_count_of_the_default_model():
     with torch.device("meta"):
         shapes = {k: shape for k, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
-    assert sum(map(math.prod, shapes.values())) == 26_928_220
+    assert sum(map(math.prod, shapes.values())) == 26_939_484
     h = tiny()
     model = t.GPT(h)
     assert {k: tuple(p.shape) for k, p in model.named_parameters()} == {
@@ -87,9 +87,9 @@ def reference_logits(p, h, row):
             x = x + p["skip_weights"][i - L // 2] * outputs[mirror]
         x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         values = ve * p["ve_layer_scale"][i - (L - h.ve_last_n)] if i >= L - h.ve_last_n else None
-        z = norm(x) / math.sqrt(i + 1)
+        z = norm(x) / math.sqrt(i + 1) * p["attn_gain"][i]
         x = x + p["attn_scale"][i] * reference_attention(p, h, i, z, values)
-        z = norm(x) / math.sqrt(i + 1)
+        z = norm(x) / math.sqrt(i + 1) * p["mlp_gain"][i]
         u = z @ p["mlp_up_bank"][i].T
         u = np.where(u > 0, u, 0.5 * u) ** 2
         x = x + p["mlp_scale"][i] * (u @ p["mlp_down_bank"][i].T)
@@ -326,6 +326,27 @@ def test_the_skips_are_a_u(layers):
             kept.append(i)
     assert kept == [] and pairs == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
     assert [s.norm_scale for s in table] == pytest.approx([1 / math.sqrt(i + 1) for i in range(layers)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gains_of_one_change_no_bit(dtype):
+    """The same layer written without gains; and a gain of two is an input of twice the size."""
+    h = tiny()
+    model = noisy_model(h)
+    for name in ("attn_gain", "mlp_gain"):
+        getattr(model, name).data.fill_(1)
+    model.dtype = dtype
+    w, spec = model.layer_weights()[1], model.layers[1]
+    x, x0 = (torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
+    attend = lambda z: F.linear(z, w.q)
+    mixed = w.resid_mix[0].to(dtype) * x + w.resid_mix[1].to(dtype) * x0
+    y = mixed + w.attn_scale.to(dtype) * attend(t.rms_norm(mixed) * spec.norm_scale)
+    plain = y + w.mlp_scale.to(dtype) * t.mlp_block(t.rms_norm(y) * spec.norm_scale, w)
+    assert torch.equal(t.layer(x, x0, w, spec, attend), plain)
+    seen = []
+    for gains in ({}, {"attn_gain": 2 * w.attn_gain}):
+        t.layer(x, x0, w._replace(**gains), spec, lambda z: seen.append(z) or attend(z))
+    assert torch.equal(seen[1], 2 * seen[0])
 
 
 # ---------------------------------------------------------------- initialisation

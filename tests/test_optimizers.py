@@ -43,7 +43,7 @@ def gaussian(*shape, seed=0):
 
 
 def scalars(momentum=0.9, lr_mul=1.0, clip=1.0):
-    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, lr_mul, 1.0, 1.0)))
+    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, lr_mul, math.nan, 1.0, 1.0)))
 
 
 def poly(x, coefficients):

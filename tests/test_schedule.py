@@ -27,10 +27,10 @@ def data_folder():
 
 
 def setup(m, **knobs):
-    """A noisy model (all gradients alive), its optimizer, average and loader."""
+    """A noisy model (all gradients alive, those of the gains, too), its optimizer, average and loader."""
     if "data_path" not in knobs:  # a rank is told: a folder of its own would outlive it
         knobs["data_path"] = data_folder()
-    h = tiny(**({"grad_clip": 0.3} | knobs))
+    h = tiny(**({"grad_clip": 0.3, "norm_gain_lr": 0.02} | knobs))
     model = noisy_model(h, seed=3)
     optimizer = t.Optimizer(model, h, m)
     return model, optimizer, t.Ema(model, h), t.TokenLoader(h, m)
@@ -51,8 +51,8 @@ def train_rank(rank, folder, knobs):
     m = env_machine(tiny(**knobs))
     assert m.rank == rank and m.is_main == (rank == 0)
     model, optimizer, ema, loader = setup(m, **knobs)
-    factors, scalars = [], optimizer.scalars
-    optimizer.scalars = lambda hp, clip: factors.append(clip.item()) or scalars(hp, clip)
+    factors, clip_factor = [], optimizer.clip_factor
+    optimizer.clip_factor = lambda: factors.append(clip_factor()) or factors[-1]
     losses, saved = [], None
     for step in range(STEPS):
         if step == 2:
@@ -70,7 +70,7 @@ def train_rank(rank, folder, knobs):
         t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
     again = all(torch.equal(a, b) for a, b in zip(state, optimizer.state()))
     return dict(
-        params=first, ema=[x.clone() for x in ema.average], factors=factors, padding=padding, losses=losses,
+        params=first, ema=[x.clone() for x in ema.average], factors=[x.item() for x in factors], padding=padding, losses=losses,
         again=again, steps=optimizer.steps, agreed=m.agree(rank + 0.5),
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_a_step_is_the_float64_step(one):
     m1, m2 = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
     rows = {s.name: s for s in t.PARAM_TABLE}
     for step in range(1, 4):
-        batch, hp = loader.next(), t.Hyper(0.0, 1.0 / step, 0.9)
+        batch, hp = loader.next(), t.Hyper(0.0, 0.9, 1.0 / step, 0.7 / step)
         exact = noisy_model(h, dtype=torch.float64)
         with torch.no_grad():
             for k, p in exact.named_parameters():
@@ -159,7 +159,8 @@ def test_a_step_is_the_float64_step(one):
         grads = {k: p.grad.numpy() for k, p in exact.named_parameters()}
         clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
         for k, g in grads.items():
-            lr, wd, g = getattr(h, rows[k].lr) * hp.lr_mul, getattr(h, rows[k].wd), clip * g
+            lr_mul = hp.matrix_lr_mul if rows[k].update == "matrix" else hp.adam_lr_mul
+            lr, wd, g = getattr(h, rows[k].lr) * lr_mul, getattr(h, rows[k].wd), clip * g
             if rows[k].update == "adam":
                 m1[k] = h.adam_beta1 * m1[k] + (1 - h.adam_beta1) * g
                 m2[k] = h.adam_beta2 * m2[k] + (1 - h.adam_beta2) * g * g
@@ -248,8 +249,10 @@ def test_warmup_leaves_no_trace(one):
 
 
 @pytest.mark.parametrize("clip", [0.05, 1e9])
-def test_clip_factor(one, clip):
-    model, optimizer, _, _ = setup(one, grad_clip=clip)
+@pytest.mark.parametrize("knobs", [{}, dict(bigram_vocab_size=600_000)], ids=["tiny", "5 million"])
+def test_clip_factor(one, clip, knobs):
+    """A float32 sum over millions would be short by more than the tolerance."""
+    model, optimizer, _, _ = setup(one, grad_clip=clip, **knobs)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.grad.copy_(torch.randn(p.shape, generator=generator))
@@ -267,7 +270,7 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
              muon_momentum_start=0.8, muon_momentum=0.95)  # fmt: skip
     points = [t.hyper_at(h, i, 0.0) for i in range(201)]
     assert points == [t.hyper_at(h, i, 0.0) for i in range(201)]
-    lr = [p.lr_mul for p in points]
+    lr = [p.adam_lr_mul for p in points]
     assert lr[:121] == [1.0] * 121 and lr[200] == 0.1
     assert all(a > b or b == 0.1 for a, b in zip(lr[120:], lr[121:]))
     assert lr[160] == pytest.approx(0.5) and lr[140] == pytest.approx(0.75)  # linear
@@ -275,8 +278,90 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
     assert momentum[0] == 0.8 and momentum[20] == pytest.approx(0.875) and momentum[40:] == pytest.approx([0.95] * 161)
     assert all(a < b for a, b in zip(momentum[:40], momentum[1:41]))
     assert t.hyper_at(h, 500, 0.0).progress == 1.0
-    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).lr_mul == 0.0
+    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0)[2:] == (0.0, 0.0)
     assert t.hyper_at(dataclasses.replace(h, muon_momentum_warmup_frac=0.0), 0, 0.0).momentum == 0.95
+
+
+def test_matrices_have_a_warmdown_of_their_own():
+    h = tiny(iterations=200, warmdown_frac=0.3, matrix_warmdown_frac=1.0, min_lr_frac=0.1)
+    points = [t.hyper_at(h, i, 0.0) for i in range(201)]
+    assert [p.matrix_lr_mul for p in points] == pytest.approx([max(0.1, 1 - i / 200) for i in range(201)])
+    assert [p.adam_lr_mul for p in points] == pytest.approx([max(0.1, min(1.0, (200 - i) / 60)) for i in range(201)])
+    for preset in t.PRESETS:  # by default one warmdown drives both
+        h = t.load_config([f"preset={preset}", "iterations=50", "max_wallclock_seconds=0"], {})
+        assert all(a == b for a, b in (t.hyper_at(h, i, 0.0)[2:] for i in range(51)))
+
+
+def test_each_multiplier_drives_its_own_parameters(one):
+    for matrix, adam in ((0.0, 1.0), (1.0, 0.0)):
+        model, optimizer, _, loader = setup(one)
+        before = parameters(model)
+        t.train_step(model.loss, optimizer, loader.next(), t.Hyper(0.0, 0.9, matrix, adam))
+        moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+        assert moved == {s.name for s in (t.MATRICES if matrix else t.SMALL)}
+
+
+# ---------------------------------------------------------------- gains and output scales
+
+
+def steps_of(one, count, model=None, **knobs):
+    """Parameters at the start and after each of `count` steps at full rate."""
+    h = tiny(data_path=data_folder(), **knobs)
+    model = model or t.GPT(h)
+    optimizer, loader = t.Optimizer(model, h, one), t.TokenLoader(h, one)
+    out = [parameters(model)]
+    for _ in range(count):
+        t.train_step(model.loss, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0, 1.0))
+        out.append(parameters(model))
+    return model, out
+
+
+GAINS = ("attn_gain", "mlp_gain")
+
+
+def test_gains_are_frozen_at_one_by_default(one):
+    """No gradient is made for them, no decay moves them, and the others train as they would without them."""
+    assert t.Config().norm_gain_lr == 0.0
+    model, states = steps_of(one, 4, norm_gain_lr=0.0, adam_wd=0.5, proj_init_std=0.1)
+    for name in GAINS:
+        p = getattr(model, name)
+        assert not p.requires_grad and p.grad.abs().max() == 0 and bool((states[-1][name] == 1).all())
+    learning = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert learning == {s.name for s in t.PARAM_TABLE} - set(GAINS)
+    assert all(not torch.equal(states[0][k], states[-1][k]) for k in learning)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.005])
+def test_gains_learn_at_their_rate(one, rate):
+    model, states = steps_of(one, 1, norm_gain_lr=rate, adam_wd=0.0, proj_init_std=0.1)
+    for name in GAINS:  # Adam's first step is the rate along the gradient's sign
+        moved = (states[1][name] - states[0][name]).abs()
+        assert bool((states[0][name] == 1).all()) and moved.max().item() == pytest.approx(rate, rel=1e-3)
+        assert (moved > 0.9 * rate).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("knobs", [dict(step_rule="hyperball"), dict(step_rule="muon", proj_init_std=0.1)], ids=str)
+def test_zero_output_scales_learn_first_and_the_banks_after_them(one, knobs):
+    scales, banks = ("attn_scale", "mlp_scale"), [s.name for s in t.MATRICES]
+    model, states = steps_of(one, 2, out_scale_init=0.0, muon_wd=0.0, **knobs)
+    assert all(states[0][k].abs().max() == 0 for k in scales)
+    for k in scales:
+        assert (states[1][k].abs() > 0).float().mean() > 0.9
+    rounding = 1e-6  # hyperball renews the norm of what it does not turn
+    for k in banks:
+        assert (states[1][k] - states[0][k]).norm() <= rounding * states[0][k].norm(), k
+        assert (states[2][k] - states[1][k]).norm() > 1e-3 * states[1][k].norm(), k
+    h = tiny(out_scale_init=0.5)
+    assert all(bool((getattr(t.GPT(h), k) == 0.5).all()) and bool((getattr(t.GPT(tiny()), k) == 1).all()) for k in scales)
+
+
+def test_the_published_hyperball_recipe_trains(one):
+    knobs = dict(step_rule="hyperball", out_scale_init=0.0, norm_gain_lr=0.02, matrix_warmdown_frac=1.0, warmdown_frac=0.3)
+    model, states = steps_of(one, 6, **knobs)
+    assert all(not torch.equal(states[0][k], states[-1][k]) for k in states[0] if k != "skip_weights")
+    norms = lambda state, k: state[k].flatten(1).norm(dim=1)
+    for s in t.MATRICES:
+        torch.testing.assert_close(norms(states[0], s.name), norms(states[-1], s.name))
 
 
 def test_the_tighter_budget_drives():
