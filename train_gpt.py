@@ -1107,7 +1107,7 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
         k = start + tl.arange(0, BK)
         left = load_tile(x_ptr, rows, k, M, N, stride_m, stride_n, EVEN)
         right = load_tile(x_ptr, columns, k, M, N, stride_m, stride_n, EVEN)
-        acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+        acc = tl.dot(left, tl.trans(right), acc)
     if POLY:
         acc = c * acc + b * load_tile(x_ptr, rows, columns, M, M, stride_m, stride_n, EVEN).to(tl.float32)
         acc += tl.where(rows[:, None] == columns[None, :], a, 0.0)
@@ -1118,7 +1118,7 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
         if POLY:
             acc, mirror = acc * r_columns, acc * r_rows
         else:
-            acc = acc * r_rows * r_columns
+            acc = acc * (r_rows * r_columns)
             mirror = acc
     store_tile(out_ptr, acc, rows, columns, M, M, M, 1)
     if i != j:
@@ -1149,7 +1149,7 @@ def ax_plus_bx_kernel(x_ptr, b_ptr, r_ptr, out_ptr, M, N, stride_b, stride_m, st
         k = start + tl.arange(0, BK)
         left = load_tile(b_ptr, rows, k, M, M, M, 1, EVEN)
         right = load_tile(x_ptr, k, columns, M, N, stride_m, stride_n, EVEN)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc = tl.dot(left, right, acc)
     store_tile(out_ptr, acc, rows, columns, M, N, out_m, out_n)
 
 
@@ -1197,11 +1197,12 @@ def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M,
         for start in range(0, i * BLOCK, BLOCK):
             left = load_tile(t_ptr, rows, start + n, M, M, M, 1, False)
             right = load_tile(y_ptr, start + n, columns, M, N, out_m, out_n, False)
-            acc = tl.dot(left, right, acc, input_precision="ieee")
-        acc = tl.dot(inverse, (d * x - acc).to(y_ptr.dtype.element_ty), input_precision="ieee")
-        store_tile(y_ptr, acc, rows, columns, M, N, out_m, out_n)
+            acc = tl.dot(left, right, acc)
+        acc = tl.dot(inverse, (d * x - acc).to(y_ptr.dtype.element_ty))
+        y = acc.to(y_ptr.dtype.element_ty)
+        store_tile(y_ptr, y, rows, columns, M, N, out_m, out_n)
         squares = squares_ptr + (batch * tl.num_programs(0) + panel) * M + rows
-        tl.store(squares, tl.sum(acc * acc, 1), mask=rows < M)
+        tl.store(squares, tl.sum(y.to(tl.float32) * y.to(tl.float32), 1), mask=rows < M)
         tl.debug_barrier()
 
 
@@ -1261,7 +1262,7 @@ WINS = (
 
 def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
     """The tile of WINS for a product of X (B, M, N); None: the torch line."""
-    if X.is_cuda and X.dtype != torch.float32 and torch.cuda.get_device_properties(X.device).major == 9:
+    if X.is_cuda and X.dtype.itemsize == 2 and torch.cuda.get_device_properties(X.device).major == 9:
         for name, short, matrices, tile in WINS:
             if name == product and X.size(1) <= short and X.size(0) <= matrices:
                 return tile
@@ -1313,7 +1314,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         Y, squares = solve_op(T, X, d, tile)
         return Y, squares.sum(1)
     Y = torch.linalg.solve_triangular(T.float(), X.float() * d[:, :, None], upper=False, unitriangular=True)
-    return Y.to(T.dtype), Y.square().sum(-1)
+    return Y.to(T.dtype), Y.to(T.dtype).float().square().sum(-1)
 
 
 # -----------------------------------------------------------------------------
