@@ -1122,19 +1122,250 @@ def bind_qk(device: torch.device, h: Config) -> tuple[Callable, str]:
         return qk_norm_rope, f"torch ({type(e).__name__})"
 
 
-def xxt(X: Tensor) -> Tensor:
-    """A = X X'. (B, M, N) -> (B, M, M)."""
-    return torch.bmm(X, X.mT)
+@triton.jit
+def load_tile(ptr, rows, columns, M, N, stride_m, stride_n, EVEN: tl.constexpr):
+    """ptr[rows, columns] of an (M, N) matrix, zero outside. EVEN: no tile reaches outside."""
+    at = ptr + rows[:, None] * stride_m + columns[None, :] * stride_n
+    if EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0)
+    return tile
 
 
-def ba_plus_caa(A: Tensor, b: float, c: float) -> Tensor:
-    """bA + cA^2. (B, M, M) -> (B, M, M)."""
-    return torch.baddbmm(A, A, A, beta=b, alpha=c)
+@triton.jit
+def store_tile(ptr, tile, rows, columns, M, N, stride_m, stride_n):
+    at = ptr + rows[:, None] * stride_m + columns[None, :] * stride_n
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
-def ax_plus_bx(X: Tensor, B: Tensor, a: float) -> Tensor:
-    """aX + BX. (B, M, N), (B, M, M) -> (B, M, N)."""
-    return torch.baddbmm(X, B, X, beta=a)
+@triton.jit
+def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, stride_n, a, b, c,
+                     POLY: tl.constexpr, SCALED: tl.constexpr, POWER: tl.constexpr, EVEN: tl.constexpr,
+                     BLOCK: tl.constexpr, BK: tl.constexpr):
+    """One program: a tile (i, j <= i) of XX' and its mirror image; only half of the products are made.
+
+    SCALED: times r_row r_column. POLY: X is symmetric, the tile is of aI + bX + cXX', SCALED: times r_column.
+    POWER: the tile's sums of |.|^POWER go to sums[j, rows] and, for the mirror image, to sums[i, columns].
+    """
+    pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = ((tl.sqrt(8 * pid + 1.5) - 1) / 2).to(tl.int32)      # i (i + 1) / 2 <= pid; 1.5, not 1: sqrt rounds
+    j = pid - i * (i + 1) // 2
+    rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    x_ptr, out_ptr, r_ptr = x_ptr + batch * stride_b, out_ptr + batch * M * M, r_ptr + batch * M
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, N, BK):
+        k = start + tl.arange(0, BK)
+        left = load_tile(x_ptr, rows, k, M, N, stride_m, stride_n, EVEN)
+        right = load_tile(x_ptr, columns, k, M, N, stride_m, stride_n, EVEN)
+        acc = tl.dot(left, tl.trans(right), acc)
+    if POLY:
+        acc = c * acc + b * load_tile(x_ptr, rows, columns, M, M, stride_m, stride_n, EVEN).to(tl.float32)
+        acc += tl.where(rows[:, None] == columns[None, :], a, 0.0)
+    mirror = acc
+    if SCALED:
+        r_rows = tl.load(r_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        r_columns = tl.load(r_ptr + columns, mask=columns < M, other=0.0)[None, :]
+        if POLY:
+            acc, mirror = acc * r_columns, acc * r_rows
+        else:
+            acc = acc * (r_rows * r_columns)
+            mirror = acc
+    store_tile(out_ptr, acc, rows, columns, M, M, M, 1)
+    if i != j:
+        store_tile(out_ptr, tl.trans(mirror), columns, rows, M, M, M, 1)
+    if POWER:
+        size = tl.abs(acc) if POWER == 1 else acc * acc
+        sums_ptr += batch * tl.cdiv(M, BLOCK) * M
+        tl.store(sums_ptr + j * M + rows, tl.sum(size, 1), mask=rows < M)
+        if i != j:
+            tl.store(sums_ptr + i * M + columns, tl.sum(size, 0), mask=columns < M)
+
+
+@triton.jit
+def ax_plus_bx_kernel(x_ptr, b_ptr, r_ptr, out_ptr, M, N, stride_b, stride_m, stride_n, out_b, out_m, out_n,
+                      a, TERM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr, BK: tl.constexpr):
+    """One program: a (BM, BN) tile of BX. With TERM the sum starts from a diag(r) X: no copy as for beta."""
+    pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = pid // tl.cdiv(N, BN) * BM + tl.arange(0, BM)
+    columns = pid % tl.cdiv(N, BN) * BN + tl.arange(0, BN)
+    x_ptr, b_ptr, out_ptr = x_ptr + batch * stride_b, b_ptr + batch * M * M, out_ptr + batch * out_b
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TERM:
+        acc = a * load_tile(x_ptr, rows, columns, M, N, stride_m, stride_n, EVEN).to(tl.float32)
+        if SCALED:
+            acc *= tl.load(r_ptr + batch * M + rows, mask=rows < M, other=0.0)[:, None]
+    for start in range(0, M, BK):
+        k = start + tl.arange(0, BK)
+        left = load_tile(b_ptr, rows, k, M, M, M, 1, EVEN)
+        right = load_tile(x_ptr, k, columns, M, N, stride_m, stride_n, EVEN)
+        acc = tl.dot(left, right, acc)
+    store_tile(out_ptr, acc, rows, columns, M, N, out_m, out_n)
+
+
+@triton.jit
+def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+                         PRECISION: tl.constexpr):
+    """One program: the inverse of a diagonal block of the unit lower triangle of T, by doubling.
+
+    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. P and Q are triangles of correlation matrices again,
+    whose inverses have norm <= 2 and entries <= 1: no level loses digits, as products of powers of C would.
+    """
+    batch, n = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + n
+    T = load_tile(t_ptr + batch * M * M, at, at, M, M, M, 1, False).to(tl.float32)
+    row, column = n[:, None], n[None, :]
+    inverse = tl.where(row == column, 1.0, 0.0)
+    for level in tl.static_range(LEVELS):
+        C = tl.where(row >> level == (column >> level) + 1, T, 0.0)
+        C = tl.where(row >> (level + 1) == column >> (level + 1), C, 0.0)
+        if level > 0:
+            C = tl.dot(inverse, tl.dot(C, inverse, input_precision=PRECISION), input_precision=PRECISION)
+        inverse -= C
+    out_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
+    store_tile(out_ptr, inverse, n, n, BLOCK, BLOCK, BLOCK, 1)
+
+
+@triton.jit
+def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M, N, stride_b, stride_m,
+                        stride_n, out_b, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr):
+    """One program: BN columns of Y, TY = diag(d) X, by blocks: Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k).
+
+    Its own Y_k come back through the cache, behind a barrier. Only T's blocks below the diagonal are read.
+    """
+    panel, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns, n = panel * BN + tl.arange(0, BN), tl.arange(0, BLOCK)
+    t_ptr, x_ptr, y_ptr = t_ptr + batch * M * M, x_ptr + batch * stride_b, y_ptr + batch * out_b
+    blocks = tl.cdiv(M, BLOCK)
+    for i in range(blocks):
+        rows = i * BLOCK + n
+        d = tl.load(d_ptr + batch * M + rows, mask=rows < M, other=0.0)[:, None]
+        x = load_tile(x_ptr, rows, columns, M, N, stride_m, stride_n, False).to(tl.float32)
+        at = inverse_ptr + (batch * blocks + i) * BLOCK * BLOCK
+        inverse = load_tile(at, n, n, BLOCK, BLOCK, BLOCK, 1, True)
+        acc = tl.zeros((BLOCK, BN), tl.float32)
+        for start in range(0, i * BLOCK, BLOCK):
+            left = load_tile(t_ptr, rows, start + n, M, M, M, 1, False)
+            right = load_tile(y_ptr, start + n, columns, M, N, out_m, out_n, False)
+            acc = tl.dot(left, right, acc)
+        acc = tl.dot(inverse, (d * x - acc).to(y_ptr.dtype.element_ty))
+        y = acc.to(y_ptr.dtype.element_ty)
+        store_tile(y_ptr, y, rows, columns, M, N, out_m, out_n)
+        squares = squares_ptr + (batch * tl.num_programs(0) + panel) * M + rows
+        tl.store(squares, tl.sum(y.to(tl.float32) * y.to(tl.float32), 1), mask=rows < M)
+        tl.debug_barrier()
+
+
+@torch.library.custom_op("bankshot::symmetric", mutates_args=(), schema=(
+    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"))
+def symmetric_op(X, r, poly, power, dtype, tile):
+    """symmetric_kernel: (matrices, partial sums). poly: (a, b, c) or (). tile: (BLOCK, BK, warps, stages)."""
+    (B, M, N), (block, bk, warps, stages), n = X.shape, tile, -(-X.size(1) // tile[0])
+    out, sums = X.new_empty(B, M, M, dtype=dtype), X.new_empty(B, n if power else 0, M, dtype=torch.float32)
+    symmetric_kernel[(n * (n + 1) // 2, B)](
+        X, X if r is None else r, out, sums, M, N, *X.stride(), *(poly or (0.0, 0.0, 0.0)), len(poly) > 0,
+        r is not None, power, M % block == 0 and N % bk == 0, block, bk, num_warps=warps, num_stages=stages)
+    return out, sums
+
+
+@torch.library.custom_op("bankshot::apply", mutates_args=(),
+                         schema="(Tensor X, Tensor B, float a, Tensor? r, int[] tile) -> Tensor")
+def apply_op(X, B, a, r, tile):
+    """ax_plus_bx_kernel, in the layout of X. tile: (BM, BN, BK, warps, stages)."""
+    (b, M, N), (bm, bn, bk, warps, stages), out = X.shape, tile, torch.empty_like(X)
+    even = M % bm == 0 and M % bk == 0 and N % bn == 0
+    ax_plus_bx_kernel[(-(-M // bm) * -(-N // bn), b)](
+        X, B, X if r is None else r, out, M, N, *X.stride(), *out.stride(), a, a != 0, r is not None, even,
+        bm, bn, bk, num_warps=warps, num_stages=stages)
+    return out
+
+
+@torch.library.custom_op("bankshot::solve", mutates_args=(),
+                         schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
+def solve_op(T, X, d, tile):
+    """Inverses of blocks of 64, then substitution: Y, partial row sums of Y^2. tile: (BN, warps, stages)."""
+    (B, M, N), (bn, warps, stages), blocks = X.shape, tile, -(-X.size(1) // 64)
+    Y, squares = torch.empty_like(X, dtype=T.dtype), d.new_empty(B, -(-N // bn), M)
+    inverses = T.new_empty(B, blocks, 64, 64)
+    block_inverse_kernel[(blocks, B)](T, inverses, M, 64, 6, "tf32x3", num_warps=4)
+    substitution_kernel[(-(-N // bn), B)](T, inverses, X, d, Y, squares, M, N, *X.stride(), *Y.stride(), 64,
+                                          bn, num_warps=warps, num_stages=stages)
+    return Y, squares
+
+
+symmetric_op.register_fake(lambda X, r, poly, power, dtype, tile: (
+    X.new_empty(X.size(0), X.size(1), X.size(1), dtype=dtype),
+    X.new_empty(X.size(0), -(-X.size(1) // tile[0]) if power else 0, X.size(1), dtype=torch.float32)))
+apply_op.register_fake(lambda X, B, a, r, tile: torch.empty_like(X))
+solve_op.register_fake(lambda T, X, d, tile: (
+    torch.empty_like(X, dtype=T.dtype), d.new_empty(X.size(0), -(-X.size(2) // tile[0]), X.size(1))))
+
+# What kernels make on Hopper: (product, short side at most, matrices at most, tile as its operator takes it).
+# The first row that fits counts; without one, and elsewhere, the torch line does it.
+WINS = (
+    ("xxt", 256, 24, (64, 64, 4, 4)), ("xxt", 512, 4, (64, 64, 4, 4)), ("xxt", 512, 24, (128, 64, 8, 3)),
+    ("ba_plus_caa", 256, 24, (64, 64, 4, 4)), ("ba_plus_caa", 512, 4, (64, 64, 4, 4)),
+    ("ba_plus_caa", 512, 24, (128, 64, 8, 3)),
+    ("lower_solve", 512, 4, (32, 4, 3)), ("lower_solve", 512, 24, (64, 4, 3)),
+)
+
+
+def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
+    """The tile of WINS for a product of X (B, M, N); None: the torch line."""
+    if X.is_cuda and X.dtype.itemsize == 2 and torch.cuda.get_device_properties(X.device).major == 9:
+        for name, short, matrices, tile in WINS:
+            if name == product and X.size(1) <= short and X.size(0) <= matrices:
+                return tile
+    return None
+
+
+def xxt(X: Tensor, r: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A = diag(r) XX' diag(r). (B, M, N), (B, M) -> (B, M, M)."""
+    if tile := tile_of("xxt", X):
+        return symmetric_op(X, r, (), 0, dtype or X.dtype, tile)[0]
+    A = torch.bmm(X, X.mT)
+    return (A if r is None else A * r[:, :, None] * r[:, None]).to(dtype or X.dtype)
+
+
+def xxt_and_sums(X: Tensor, r: Tensor | None, power: int) -> tuple[Tensor, Tensor]:
+    """xxt and sum_j |A_ij|^power, power 1 or 2. (B, M, N), (B, M) -> (B, M, M), (B, M) float32."""
+    if tile := tile_of("xxt", X):
+        A, sums = symmetric_op(X, r, (), power, X.dtype, tile)
+        return A, sums.sum(1)
+    A = xxt(X, r)
+    return A, A.float().abs().pow(power).sum(-1)
+
+
+def ba_plus_caa(A: Tensor, b: float, c: float, a: float = 0.0, r: Tensor | None = None) -> Tensor:
+    """(aI + bA + cA^2) diag(r) for a symmetric A. (B, M, M), (B, M) -> (B, M, M)."""
+    if tile := tile_of("ba_plus_caa", A):
+        return symmetric_op(A, r, (a, b, c), 0, A.dtype, tile)[0]
+    C = torch.baddbmm(A, A, A, beta=b, alpha=c)
+    C = C if a == 0 else C + a * torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
+    return C if r is None else (C * r[:, None]).to(A.dtype)
+
+
+def ax_plus_bx(X: Tensor, B: Tensor, a: float, r: Tensor | None = None) -> Tensor:
+    """a diag(r) X + BX, in the layout of X. (B, M, N), (B, M, M), (B, M) -> (B, M, N)."""
+    if tile := tile_of("ax_plus_bx", X):
+        return apply_op(X, B, a, r, tile)
+    Z = X if r is None or a == 0 else (X * r[:, :, None]).to(X.dtype)
+    if X.stride(-1) == 1:
+        return torch.baddbmm(Z, B, X, beta=a) if a else torch.bmm(B, X)
+    return (torch.baddbmm(Z.mT, X.mT, B.mT, beta=a) if a else torch.bmm(X.mT, B.mT)).mT
+
+
+def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Y with TY = diag(d) X, and its rows' squared norms. T: the triangle below a unit diagonal is read.
+
+    (B, M, M), (B, M, N), (B, M) float32 -> (B, M, N) of T's dtype, (B, M) float32.
+    """
+    if tile := tile_of("lower_solve", X):
+        Y, squares = solve_op(T, X, d, tile)
+        return Y, squares.sum(1)
+    Y = torch.linalg.solve_triangular(T.float(), X.float() * d[:, :, None], upper=False, unitriangular=True)
+    return Y.to(T.dtype), Y.to(T.dtype).float().square().sum(-1)
 
 
 # -----------------------------------------------------------------------------
@@ -1143,6 +1374,7 @@ def ax_plus_bx(X: Tensor, B: Tensor, a: float) -> Tensor:
 NS5 = ((3.4445, -4.7750, 2.0315),) * 5      # Jordan, Muon (2024): five steps end in about [0.68, 1.13]
 TURBO = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790),       # thib-s/flash-newton-schulz, a genetic
          (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))       # search for what AOL leaves; slope 147
+GPU_SCALE = 2.0 ** 40                       # squares of entries from 1e-30 to 1e5 then fit float32 and bf16
 SAFETY = 2e-2                               # bf16 rounding must not lift a singular value out of [0, 1]
 
 
@@ -1194,37 +1426,46 @@ PE5 = polar_express(1e-3, 5, SAFETY, 2e-2)
 PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
 
 
-def quintic(X: Tensor, coefficients: tuple, A: Tensor | None = None) -> Tensor:
+def inverse_root(x: Tensor) -> Tensor:
+    """x^(-1/2), and 0 for 0: a zero row or matrix stays zero."""
+    return torch.where(x > 0, x.rsqrt(), 0.0)
+
+
+def frobenius_scale(X: Tensor) -> Tensor:
+    """1 / |X|, for every row of X. (B, M, N) -> (B, M) float32."""
+    return inverse_root(X.float().square().sum((-2, -1)))[:, None].repeat(1, X.size(1))
+
+
+def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
     """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay.
 
-    X (B, M, N). A: the first Gram matrix (B, M, M), when it is known already.
+    It starts from diag(r) X, which is never written: r (B, M) scales the first A and the columns of the first
+    polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. With a kernel for it,
+    aI goes inside the polynomial and a plain product is left.
     """
     for a, b, c in coefficients:
-        A = xxt(X) if A is None else A
-        X, A = ax_plus_bx(X, ba_plus_caa(A, b, c), a), None
+        A = xxt(X, r) if A is None else A
+        fold = a if tile_of("ba_plus_caa", A) else 0.0
+        X, r, A = ax_plus_bx(X, ba_plus_caa(A, b, c, fold, r), a - fold, r), None, None
     return X
-
-
-def quintic_from(X: Tensor, A: Tensor, s: Tensor, coefficients: tuple) -> Tensor:
-    """quintic of diag(s) X, whose Gram matrix is diag(s) A diag(s). s (B, M, 1) or (B, 1, 1) float32."""
-    return quintic((X * s).to(X.dtype), coefficients, (A * s * s.mT).to(A.dtype))
 
 
 def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
     """Polar Express from unit Schatten-4 norm |XX'|^(1/2): it bounds the largest singular value like the
     Frobenius norm, 1.7 to 4 times tighter, and is free, as the first step needs the Gram matrix anyway."""
-    A = xxt(X)
-    norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True, dtype=torch.float32).sqrt()
-    norm = norm.clamp_min(1e-2)                     # it is at least M^(-1/4), or the matrix is zero
-    return quintic_from(X, A, 1 / ((1 + SAFETY) * norm), coefficients)
+    r = frobenius_scale(X)
+    A, sums = xxt_and_sums(X, r, 2)
+    norm = sums.sum(-1).sqrt().sqrt().clamp_min(1e-2)       # it is at least M^(-1/4), or the matrix is zero
+    s = (1 / ((1 + SAFETY) * norm))[:, None]
+    return quintic(X, coefficients, r * s, (A * (s * s)[:, None]).to(A.dtype))
 
 
 def ortho_turbo(X: Tensor) -> Tensor:
     """Turbo-Muon (arXiv:2512.04632): rows scaled by (sum_j |A_ij|)^(-1/2) (AOL, arXiv:2208.03160) bound the
     spectrum by 1 but turn singular vectors; the first Gram matrix is scaled, not made again."""
-    A = xxt(X)
-    s = A.abs().sum(-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12).rsqrt()
-    return quintic_from(X, A, s, TURBO)
+    A, sums = xxt_and_sums(X, None, 1)
+    r = inverse_root(sums)
+    return quintic(X, TURBO, r, (A * r[:, :, None] * r[:, None]).to(A.dtype))
 
 
 def unit_rows(X: Tensor) -> Tensor:
@@ -1233,35 +1474,39 @@ def unit_rows(X: Tensor) -> Tensor:
 
 
 def ortho_mud(X: Tensor, passes: int, symmetric: bool = False) -> Tensor:
-    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2), float32.
+    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2).
 
     A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
     Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm.
-    symmetric (not in the paper): (T^-1 + T^-T)Q / 2, polar to first order in QQ' - I.
+    Unit rows are factors d of the next product, never written; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times
+    finer than bf16. symmetric (not in the paper): (T^-1 + T^-T)Q / 2, polar to first order in QQ' - I.
     """
+    dtype, fine = X.dtype, torch.half if X.dtype == torch.bfloat16 else X.dtype
+    d = inverse_root(X.float().square().sum(-1))
     for _ in range(passes):
-        Q = unit_rows(X)
-        T = xxt(Q).tril() + 1e-8 * torch.eye(Q.size(-2), device=Q.device)      # a zero row is 0 / 1e-8
-        Y = torch.linalg.solve_triangular(T, Q, upper=False)
+        T = xxt(X, d, fine)
+        Y, squares = lower_solve(T, X, d)
         if symmetric:
-            Y = (Y + torch.linalg.solve_triangular(T.mT, Q, upper=True)) / 2
-        X = unit_rows(Y)
-    return X
+            Q = X * d[:, :, None]
+            Y = (Y + torch.linalg.solve_triangular(T, Q, upper=True, unitriangular=True)) / 2
+            squares = Y.square().sum(-1)
+        X, d = Y, inverse_root(squares)
+    return (X * d[:, :, None]).to(dtype)
 
 
 class Direction(NamedTuple):
-    """A row of ORTHO. whiten: (B, M, N) with M <= N and unit Frobenius norm -> the same shape."""
+    """A row of ORTHO. whiten: (B, M, N), M <= N, of norms whose squares float32 holds -> the same shape."""
     whiten: Callable[[Tensor], Tensor]
     gpu_dtype: torch.dtype = torch.bfloat16
 
 
 ORTHO: dict[str, Direction] = {
-    "ns5": Direction(lambda X: quintic(X, NS5)),
+    "ns5": Direction(lambda X: quintic(X, NS5, frobenius_scale(X))),
     "polar_express": Direction(lambda X: ortho_polar_express(X, PE5)),
     "polar_express4": Direction(lambda X: ortho_polar_express(X, PE4)),
     "turbo": Direction(ortho_turbo),
-    "mud": Direction(lambda X: ortho_mud(X, 1), torch.float32),
-    "mud2": Direction(lambda X: ortho_mud(X, 2), torch.float32),
+    "mud": Direction(lambda X: ortho_mud(X, 1)),
+    "mud2": Direction(lambda X: ortho_mud(X, 2)),
     "symmud": Direction(lambda X: ortho_mud(X, 1, symmetric=True), torch.float32),
 }
 
@@ -1269,15 +1514,16 @@ ORTHO: dict[str, Direction] = {
 def orthogonalize(G: Tensor, method: str) -> Tensor:
     """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO.
 
-    Iterates on the short side, each matrix scaled to unit Frobenius norm in float32 first: a matrix scaled by
-    1e-20 gives the same result and a zero matrix gives zero. CPUs mostly lack bf16 units: float32 there.
+    Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
+    CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own.
     """
-    X = G.float().reshape(-1, *G.shape[-2:])
-    X = X.mT if G.size(-2) > G.size(-1) else X
-    X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)      # squares of 1e-20 would underflow
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    X = ORTHO[method].whiten(X.to(ORTHO[method].gpu_dtype if X.is_cuda else torch.float32))
-    return (X.mT if G.size(-2) > G.size(-1) else X).reshape(G.shape).to(G.dtype)
+    row, tall, X = ORTHO[method], G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
+    if X.is_cuda:
+        X = (X * GPU_SCALE).to(row.gpu_dtype)
+    else:
+        X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
+    X = row.whiten(X.mT if tall else X)
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
 def equalize_rows(U: Tensor) -> Tensor:

@@ -66,6 +66,17 @@ def test_the_scale_of_the_input_does_not_matter(method):
     torch.testing.assert_close(t.orthogonalize(-G, method), -out)
 
 
+@pytest.mark.parametrize("method", t.ORTHO)
+def test_the_gpus_constant_scale_leaves_room(method):
+    """GPU_SCALE before the cast to 16 bits: entries of 1e-20 and of 1e4 whiten alike; powers of two are exact."""
+    row, G = t.ORTHO[method], gaussian(2, 48, 96)
+    outs = [row.whiten((G * 2.0**k * t.GPU_SCALE).to(row.gpu_dtype)).float() for k in (-66, -10, 0, 14)]
+    assert outs[0].norm() > 5 and torch.isfinite(outs[0]).all()
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-2, rtol=0)
+    assert not row.whiten(torch.zeros(1, 16, 24, dtype=row.gpu_dtype)).any()
+
+
 @pytest.mark.parametrize("method", BANDS)
 def test_zero_and_rank_one(method):
     zero = t.orthogonalize(torch.zeros(2, 16, 24), method)
@@ -88,6 +99,17 @@ def test_kernel_lines_are_their_formulas():
     torch.testing.assert_close(t.xxt(X), X @ X.mT)
     torch.testing.assert_close(t.ba_plus_caa(A, -4.0, 2.0), -4.0 * A + 2.0 * A @ A)
     torch.testing.assert_close(t.ax_plus_bx(X, A, 3.0), 3.0 * X + A @ X)
+    r = torch.rand(2, 6, generator=torch.Generator().manual_seed(2)).double() + 0.5
+    R, eye = r.diag_embed(), torch.eye(6).double()
+    torch.testing.assert_close(t.xxt(X, r), R @ X @ X.mT @ R)
+    torch.testing.assert_close(t.xxt_and_sums(X, r, 2)[1], (R @ X @ X.mT @ R).square().sum(-1), check_dtype=False)
+    torch.testing.assert_close(t.ba_plus_caa(A, -4.0, 2.0, 3.0, r), (3.0 * eye - 4.0 * A + 2.0 * A @ A) @ R)
+    torch.testing.assert_close(t.ax_plus_bx(X, A, 3.0, r), 3.0 * R @ X + A @ X)
+    torch.testing.assert_close(t.ax_plus_bx(X.mT.contiguous().mT, A, 3.0, r), 3.0 * R @ X + A @ X)
+    torch.testing.assert_close(t.ax_plus_bx(X, A, 0.0, r), A @ X)
+    Y, squares = t.lower_solve(A, X, r)
+    torch.testing.assert_close((A.tril(-1) + eye) @ Y.double(), R @ X, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(squares, Y.float().square().sum(-1))
 
 
 # ---------------------------------------------------------------- step rules

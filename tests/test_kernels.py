@@ -79,3 +79,250 @@ def test_binding_takes_the_kernel_only_when_it_is_right(monkeypatch):
         raise RuntimeError("no such chip")
     monkeypatch.setattr(t, "triton_qk", broken)
     assert t.bind_qk(DEVICE, h) == (t.qk_norm_rope, "torch (RuntimeError)")
+
+
+# ---------------------------------------------------------------- products of a direction
+
+TILES = {"xxt": (64, 64, 4, 2), "ba_plus_caa": (64, 128, 4, 2), "ax_plus_bx": (64, 128, 64, 4, 2), "lower_solve": (64, 4, 2)}
+SIZES = [(3, 70, 131), (1, 128, 64)]  # batch, sides
+
+
+in_float32 = pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's; 16-bit tests follow for the GPU")
+
+
+def matrices(B, M, N, layout, seed=0):
+    """(B, M, N): contiguous, a transposed view, or a slice of a wider and deeper tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)
+    if layout == "slice":
+        return make(2 * B, M + 3, N + 5)[::2, 2: 2 + M, 1: 1 + N]
+    return make(B, N, M).mT if layout == "tall" else make(B, M, N)
+
+
+def assert_no_worse(got, plain, exact, factor=2.0):
+    """Error against float64: at most `factor` times the torch line's, or float32 rounding."""
+    assert got.shape == exact.shape
+    assert relative(got, exact) < max(factor * relative(plain, exact), 3e-7), (relative(got, exact), relative(plain, exact))
+
+
+@in_float32
+@pytest.mark.parametrize("layout", ["wide", "tall", "slice"])
+@pytest.mark.parametrize("B,M,N", SIZES)
+@pytest.mark.parametrize("tile", [(32, 128, 4, 2), (64, 64, 4, 3)], ids=str)
+def test_symmetric_products_match_float64(B, M, N, layout, tile):
+    """Tiles that divide the sizes and that do not; rows scaled or not; both kinds of partial sums."""
+    X = matrices(B, M, N, layout)
+    r = (torch.rand(B, M, generator=torch.Generator().manual_seed(1)) + 0.5).to(DEVICE)
+    for scale, power in ((r, 1), (None, 2)):
+        exact = t.xxt(X.double(), None if scale is None else r.double())
+        A, sums = t.symmetric_op(X, scale, (), power, torch.float32, tile)
+        assert_no_worse(A, t.xxt(X, scale), exact)
+        assert_no_worse(sums.sum(1), t.xxt_and_sums(X, scale, power)[1], exact.abs().pow(power).sum(-1))
+        for i in range(0, M, tile[0]):      # off the diagonal tiles the mirror image is exact
+            assert torch.equal(A[:, i + tile[0]:, i: i + tile[0]], A[:, i: i + tile[0], i + tile[0]:].mT)
+    A = A / 30
+    for scale in (r, None):
+        line = lambda x: t.ba_plus_caa(x, -4.0, 2.5, 3.5, None if scale is None else r.to(x.dtype))
+        C, sums = t.symmetric_op(A, scale, (3.5, -4.0, 2.5), 0, torch.float32, tile)
+        assert_no_worse(C, line(A), line(A.double()))
+        assert sums.numel() == 0
+    zero, sums = t.symmetric_op(torch.zeros_like(X), r, (), 1, torch.float32, tile)
+    assert not zero.any() and not sums.any()
+
+
+@in_float32
+@pytest.mark.parametrize("layout", ["wide", "tall", "slice"])
+@pytest.mark.parametrize("B,M,N", SIZES)
+def test_ax_plus_bx_matches_float64_in_the_layout_of_x(B, M, N, layout):
+    X, C = matrices(B, M, N, layout), matrices(B, M, M, "wide", seed=1)      # C is not symmetric: scaled columns
+    r = (torch.rand(B, M, generator=torch.Generator().manual_seed(1)) + 0.5).to(DEVICE)
+    for a, scale in ((0.0, None), (0.0, r), (-3.25, None), (-3.25, r)):
+        exact = a * (X.double() if scale is None else r.double()[:, :, None] * X.double()) + C.double() @ X.double()
+        plain = t.ax_plus_bx(X, C, a, scale)
+        assert_no_worse(plain, exact, exact, 1.0)
+        for tile in ((32, 128, 64, 4, 2), (64, 64, 32, 4, 3)):
+            got = t.apply_op(X, C, a, scale, tile)
+            assert_no_worse(got, plain, exact)
+            for y in (got, plain):
+                assert y.stride(-2 if layout == "tall" else -1) == 1
+
+
+CORRELATED = {
+    "gaussian": lambda X: X,
+    "nearly equal rows": lambda X: X[:, :1] + 1e-3 * X,
+    "rank 5 and noise": lambda X: X[:, :, :5] @ X[:, :5] + 1e-2 * X,
+    "alternating": lambda X: (X[:, :1] + 0.1 * X) * (1 - 2 * (torch.arange(X.size(1), device=X.device) % 2))[:, None],
+}
+
+
+def correlated(case, B, M, N, layout):
+    X = CORRELATED[case](matrices(B, M, N, "wide"))
+    return X.mT.contiguous().mT if layout == "tall" else X
+
+
+def solve_inputs(X, dtype):
+    """X, d, and T with NaN where nothing may be read."""
+    d = X.float().norm(dim=-1).reciprocal()
+    T = t.xxt(X.double(), d.double()).to(dtype)
+    return T.masked_fill(torch.ones_like(T, dtype=torch.bool).triu(), torch.nan), d
+
+
+def solve_exactly(T, X, d):
+    return torch.linalg.solve_triangular(T.double(), X.double() * d.double()[:, :, None], upper=False, unitriangular=True)
+
+
+@in_float32
+@pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
+@pytest.mark.parametrize("B,M,N,layout", [(2, 70, 131, "wide"), (1, 193, 200, "tall"), (1, 64, 64, "wide"), (1, 7, 30, "tall")])
+def test_substitution_matches_float64_on_any_correlation(case, B, M, N, layout):
+    """Also where the powers of T - I that a product formula needs reach 1e30; the upper half holds NaN."""
+    X = correlated(case, B, M, N, layout)
+    for dtype in (torch.float32, torch.float16):
+        T, d = solve_inputs(X, dtype)
+        exact = solve_exactly(T, X, d)
+        Y, squares = t.lower_solve(T, X, d)
+        got, partial = t.solve_op(T, X, d, (128, 4, 2))
+        assert got.dtype == Y.dtype == dtype and got.stride() == X.stride()
+        if dtype == torch.float32:
+            assert_no_worse(got, Y, exact, 4.0)
+        else:       # the inverse and every Y_i are rounded on the way; relative to the largest row
+            assert (got - exact).norm(dim=-1).max() < 1e-2 * exact.norm(dim=-1).max()
+        torch.testing.assert_close(partial.sum(1), got.float().square().sum(-1))
+        torch.testing.assert_close(squares, Y.float().square().sum(-1))
+
+
+@in_float32
+def test_substitution_of_zero_rows_and_matrices():
+    X = matrices(3, 70, 40, "wide")
+    X[0], X[1, ::3] = 0, 0
+    d = t.inverse_root(X.square().sum(-1))
+    for fn in (t.lower_solve, lambda *args: t.solve_op(*args, (32, 4, 2))):
+        Y, squares = fn(t.xxt(X, d), X, d)
+        assert not Y[0].any() and not Y[1, ::3].any() and torch.isfinite(Y).all() and Y[2].any(-1).all()
+        assert (squares.sum(1) if squares.dim() == 3 else squares)[0].eq(0).all()
+
+
+def in_kernels(monkeypatch):
+    """Every product through its kernel in float32; returns the list of operators called."""
+    calls = []
+    monkeypatch.setattr(t, "tile_of", lambda product, X: TILES[product])
+    for name in ("symmetric_op", "apply_op", "solve_op"):
+        op = getattr(t, name)
+        monkeypatch.setattr(t, name, lambda *args, op=op, name=name: calls.append(name) or op(*args))
+    return calls
+
+
+@in_float32
+@pytest.mark.parametrize("method", t.ORTHO)
+@pytest.mark.parametrize("shape", [(2, 70, 90), (1, 90, 70)], ids=str)
+def test_a_direction_in_kernels_is_the_direction_in_torch_lines(method, shape, monkeypatch):
+    """Scales folded into products, aI into the polynomial, sums from partial sums; rows of unequal size."""
+    G = matrices(*shape, "wide") * torch.logspace(0, -2, shape[1], device=DEVICE)[:, None]
+    G[0] *= 1e-20
+    plain = t.orthogonalize(G, method)
+    calls = in_kernels(monkeypatch)
+    torch.testing.assert_close(t.orthogonalize(G, method), plain, atol=3e-5, rtol=0)
+    steps = {"ns5": 5, "polar_express": 5, "polar_express4": 4, "turbo": 4}
+    expected = ["symmetric_op", "symmetric_op", "apply_op"] * steps.get(method, 0) or ["symmetric_op", "solve_op"] * (
+        2 if method == "mud2" else 1)
+    assert calls == expected
+    assert not t.orthogonalize(G[:1] * 0, method).any()
+
+
+@in_float32
+@pytest.mark.parametrize("method", ["ns5", "turbo", "mud2"])
+def test_kernels_stay_whole_in_a_compiled_update(method, monkeypatch):
+    """One graph, the fake results' shapes and strides right, transposed bank included."""
+    monkeypatch.setattr(t, "tile_of", lambda product, X: TILES[product])
+    compiled = torch.compile(t.orthogonalize, dynamic=False, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 40, 70), (2, 70, 40)):
+        G = matrices(*shape, "wide")
+        torch.testing.assert_close(compiled(G, method), t.orthogonalize(G, method), atol=1e-6, rtol=0)
+    for layout in ("wide", "tall"):
+        X = matrices(2, 40, 70, layout)
+        d = X.norm(dim=-1).reciprocal()
+        T = t.xxt(X, d)
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(t.symmetric_op, (X, d, [], 1, torch.float32, [64, 64, 4, 2]), test_utils=checks)
+        torch.library.opcheck(t.symmetric_op, (T, None, [1.0, 2.0, 3.0], 0, torch.float16, [64, 64, 4, 2]), test_utils=checks)
+        torch.library.opcheck(t.apply_op, (X, T, 2.0, d, [64, 64, 64, 4, 2]), test_utils=checks)
+        torch.library.opcheck(t.solve_op, (T.half(), X, d, [64, 4, 2]), test_utils=checks)
+
+
+def test_the_table_of_wins(monkeypatch):
+    """Every row is a tile that its operator takes; the first row that fits counts, on Hopper, in 16 bits."""
+    lengths = {name: len(tile) for name, tile in TILES.items()}
+    for name, short, count, tile in t.WINS:
+        assert len(tile) == lengths[name] and short >= 64 and count >= 1
+        *blocks, warps, stages = tile
+        assert all(b in (16, 32, 64, 128, 256) for b in blocks) and warps in (4, 8) and 1 <= stages <= 6
+    class Fake:
+        is_cuda, dtype, device = True, torch.bfloat16, "cuda"
+
+        def __init__(self, *shape):
+            self.shape = shape
+
+        def size(self, i):
+            return self.shape[i]
+
+    monkeypatch.setattr(t, "WINS", (("xxt", 256, 4, "a"), ("xxt", 512, 8, "b"), ("xxt", 256, 24, "c"), ("lower_solve", 256, 1, "d")))
+    capability = type("P", (), {"major": 9})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: capability)
+    assert [t.tile_of("xxt", Fake(*shape)) for shape in ((3, 256, 512), (8, 200, 512), (9, 256, 512), (9, 257, 512), (1, 513, 600))] == [
+        "a", "b", "c", None, None]
+    assert t.tile_of("lower_solve", Fake(1, 64, 64)) == "d" and t.tile_of("ax_plus_bx", Fake(1, 64, 64)) is None
+    for Fake.dtype in (torch.float32, torch.float64):
+        assert t.tile_of("xxt", Fake(1, 64, 64)) is None
+    Fake.dtype, capability.major = torch.float16, 8
+    assert t.tile_of("xxt", Fake(1, 64, 64)) is None
+    assert t.tile_of("xxt", torch.zeros(1, 64, 64)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["wide", "tall"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("B,M,N", [(3, 512, 512), (2, 256, 512), (2, 512, 1536), (1, 200, 328), (2, 70, 131)])
+def test_products_in_16_bits_are_no_worse_than_the_torch_lines(B, M, N, layout, dtype, monkeypatch):
+    monkeypatch.setattr(t, "tile_of", lambda product, X: None)
+    X = matrices(B, M, N, layout).to(dtype)
+    r = (torch.rand(B, M, device=DEVICE) + 0.5) / N ** 0.5
+    exact = t.xxt(X.double(), r.double())
+    for tile in ((64, 64, 4, 4), (128, 64, 8, 3)):
+        A, sums = t.symmetric_op(X, r, (), 1, dtype, tile)
+        assert_no_worse(A, t.xxt(X, r).to(dtype), exact, 1.05)
+        assert_no_worse(sums.sum(1), exact.abs().sum(-1).float(), exact.abs().sum(-1), 1.0) if dtype == torch.half else None
+        line = lambda x: t.ba_plus_caa(x, -0.4, 0.2, 3.5, r.to(torch.promote_types(x.dtype, r.dtype)))
+        C = t.symmetric_op(A, r, (3.5, -0.4, 0.2), 0, dtype, tile)[0]
+        assert_no_worse(C, line(A.float()).to(dtype), line(A.double()), 1.05)
+    C = t.xxt(X, r)
+    exact = 2.5 * r.double()[:, :, None] * X.double() + C.double() @ X.double()
+    for tile in ((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)):
+        assert_no_worse(t.apply_op(X, C, 2.5, r, tile), t.ax_plus_bx(X, C, 2.5, r), exact, 1.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", t.ORTHO)
+@pytest.mark.parametrize("shape", [(3, 512, 512), (2, 1536, 512), (2, 256, 512)], ids=str)
+def test_a_direction_on_the_gpu_is_the_direction_in_float32(method, shape, monkeypatch):
+    G = matrices(*shape, "wide")
+    exact = t.orthogonalize(G.cpu(), method).to(DEVICE)
+    kernels = t.orthogonalize(G, method)
+    monkeypatch.setattr(t, "tile_of", lambda product, X: None)
+    lines = t.orthogonalize(G, method)
+    assert_no_worse(kernels, lines, exact.double(), 1.25)
+    assert relative(kernels, exact) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
+@pytest.mark.parametrize("B,M,N,layout", [(22, 512, 512, "wide"), (3, 512, 1536, "tall"), (5, 200, 328, "wide")])
+def test_substitution_in_fp16_is_right_and_the_same_every_time(case, B, M, N, layout):
+    X = correlated(case, B, M, N, layout).bfloat16()
+    T, d = solve_inputs(X, torch.half)
+    exact = solve_exactly(T, X, d)
+    for tile in ((32, 4, 3), (64, 4, 3), (128, 8, 2)):
+        Y, squares = t.solve_op(T, X, d, tile)
+        assert (Y - exact).norm(dim=-1).max() < 1e-2 * exact.norm(dim=-1).max()
+        for _ in range(20):     # a panel reads back its own rows: a race would show
+            again = t.solve_op(T, X, d, tile)
+            assert torch.equal(again[0], Y) and torch.equal(again[1], squares)
