@@ -219,7 +219,7 @@ def markdown(table: dict) -> list[str]:
     side = "one at a time" if workers == [1] else f"{' or '.join(map(str, workers))} side by side"
     time = "no time limit" if float(config["max_wallclock_seconds"]) == 0 else \
         f"{float(config['max_wallclock_seconds']):g} s of training each"
-    against = f"- {table['baseline']}"
+    against = f"to {table['baseline']}"
     heads = ["row", "what differs", "best rate", "n", "val bpb", "±", against, "p paired", "p Welch", "live",
              "averaged", f"at {table['equal_step']}", "steps", "ms/step", "bytes", "bits/weight"]
     lost = f", {table['diverged']} of them diverged" if table["diverged"] else ""

@@ -83,8 +83,8 @@ def test_a_sweep_trains_what_train_trains(bench, tmp_path):
     for job in jobs:
         bench.train({"argv": job.argv, "line": LINE}, folder)
     torch.distributed.destroy_process_group()
-    starts = []
-    for job in jobs:
+    start = lambda job: runlog.parse_log(folder / "logs" / f"{job.name}.txt").text("sweep", "init_sha256")
+    for job in jobs[:2]:
         assert t.main([*job.argv, f"out_dir={tmp_path}/alone"]) == 0
         alone = (tmp_path / "alone" / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()
         log = (folder / "logs" / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()
@@ -95,9 +95,8 @@ def test_a_sweep_trains_what_train_trains(bench, tmp_path):
         losses = [[x.split(" train_time")[0] for x in lines if x.startswith("step:")] for lines in (alone, log)]
         assert len(losses[0]) > STEPS and losses[0] == losses[1]
         h = t.load_config(list(job.argv), {})
-        starts.append(runlog.parse_log(folder / "logs" / f"{job.name}.txt").text("sweep", "init_sha256"))
-        assert starts[-1] == sweep.weights_sha256(t.GPT(h))
-    assert starts[0] == starts[2] != starts[1]
+        assert start(job) == sweep.weights_sha256(t.GPT(h))
+    assert start(jobs[0]) == start(jobs[2]) != start(jobs[1])
     bench.m = t.init_machine(t.load_config(list(jobs[0].argv), {}), {})
     assert sorted(p.name for p in (folder / ".work").iterdir()) == []  # no artifact stays behind
 
@@ -131,7 +130,8 @@ def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, compile=compiler))
     monkeypatch.setattr(bench, "kept", None)
-    plan, folder = tiny_plan(base=base(iterations=3, val_loss_every=0)), folder_for(tmp_path)
+    one_layer = base(iterations=2, val_loss_every=0, num_layers=1, xsa_last_n=1, ve_last_n=1)
+    plan, folder = tiny_plan(base=one_layer), folder_for(tmp_path)
 
     def graphs(row, rate, seed):
         before = dict(counts)
@@ -144,15 +144,15 @@ def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
     assert graphs("ns5", "0.02", 2) == {}
     matrices = first["matrix_update"]
     assert graphs("ns5", "0.04", 1) == graphs("turbo", "0.02", 1) == {"matrix_update": matrices}
-    assert graphs("turbo", "0.04", 1) == {"matrix_update": matrices}  # beyond torch's default limit of 8
-    assert graphs("ns5", "0.04", 2) == graphs("turbo", "0.02", 2) == {}
+    assert 3 * matrices > 8  # more than torch's default limit, which is an error with fullgraph
+    assert graphs("turbo", "0.02", 2) == {}
     for log in (folder / "logs").iterdir():
         assert not runlog.parse_log(log).late
     torch._dynamo.reset()
 
 
 def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
-    plan, folder = tiny_plan(), folder_for(tmp_path)
+    plan, folder = tiny_plan(base=base(iterations=2)), folder_for(tmp_path)
     real = t.train
 
     def broken(run):
