@@ -257,6 +257,7 @@ class Bench:
 
         A compiled function guards on types, shapes and the settings it reads, not on where parameters lie, so
         neither new contents nor Optimizer.rehome's new storage compile it again; settings it does read would.
+        torch 2.13 would take a new model of the same shapes as well; to rely on identity alone is safer.
         """
         run = t.start_run(h, self.m, log, self.dataset, time.perf_counter())
         if self.kept is None:

@@ -101,6 +101,19 @@ def test_a_sweep_trains_what_train_trains(bench, tmp_path):
     assert sorted(p.name for p in (folder / ".work").iterdir()) == []  # no artifact stays behind
 
 
+def test_one_model_holds_all_configurations(bench, tmp_path):
+    """Whatever a torch version guards on, be it the module's or a parameter's identity, stays the same."""
+    plan, runs, parameters = tiny_plan(), [], []
+    for job in (plan.job("ns5", "0.02", 1), plan.job("turbo", "0.04", 2)):
+        h = t.load_config(list(job.argv), {})
+        runs.append(bench.prepare(h, sweep.SweepLog(tmp_path / job.name, bench.m, "0" * 64)))
+        parameters.append([id(p) for p in runs[-1].model.parameters()])
+        assert runs[-1].h == runs[-1].model.h == h
+        t.Optimizer(runs[-1].model, h, bench.m)
+    assert runs[0].model is runs[1].model is bench.kept.model and parameters[0] == parameters[1]
+    assert runs[0].loss_fn is runs[1].loss_fn and runs[0].nats_fn is runs[1].nats_fn
+
+
 def test_the_entropy_is_that_of_the_artifacts_codes(bench, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(Path, "unlink", lambda p, **_: kept.append(p.read_bytes()) if p.exists() else None)
