@@ -18,6 +18,7 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
   bench [key=value...]   time the pieces on this machine       ./run.sh bench
   data VERB              get or make training data             ./run.sh data --help
   record VERB            make, check and list records          ./run.sh record verify
+                         compare many settings fairly          ./run.sh record sweep --help
   test [pytest args]     run the tests                         ./run.sh test -k style
 
 The first use makes .venv and installs requirements.txt into it (once: again only when that file changes).

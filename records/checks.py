@@ -664,8 +664,13 @@ CLAIMS = {fn.__name__.removeprefix("claim_"): fn for fn in (
 
 def examine(folder: Path, records: Path) -> list[tuple[str, str, str]]:
     """(ok | fail | not checkable, claim, evidence) for every claim about the folder."""
-    case, out = Case(folder, records), []
-    for name, claim in CLAIMS.items():
+    return results(Case(folder, records), CLAIMS)
+
+
+def results(case, claims: dict[str, Callable]) -> list[tuple[str, str, str]]:
+    """The same for any case that has a folder, and its own claims."""
+    out = []
+    for name, claim in claims.items():
         try:
             out.append(("ok", name, claim(case)))
         except Wrong as wrong:
@@ -673,5 +678,5 @@ def examine(folder: Path, records: Path) -> list[tuple[str, str, str]]:
         except NotCheckable as reason:
             out.append(("not checkable", name, str(reason)))
         except BadInput as error:
-            out.append(("fail", name, str(error).replace(f"{folder}/", "")))
+            out.append(("fail", name, str(error).replace(f"{case.folder}/", "")))
     return out

@@ -8,6 +8,7 @@
     ./run.sh record compare A B                               t-tests between two sets of seeds
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
     ./run.sh record directions [key=value...]                 time and quality of ORTHO and STEP_RULES, here
+    ./run.sh record sweep PLAN [key=value...] [--workers N]   train many configurations, tabulate them
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
 """
@@ -32,6 +33,7 @@ import checks
 import direction_log
 import foreign
 import stats
+import sweep_table
 import views
 from runlog import BadInput, Run, parse_log, read_text, same, sha256
 
@@ -45,7 +47,8 @@ def find_folder(text: str, records: Path) -> Path:
     """
     name = Path(text).name
     exact = [path.resolve() for path in (Path(text), records / text) if path.is_dir()]
-    found = exact[:1] or [path for path in all_folders(records) if name in (path.name, path.name[11:])]
+    folders = all_folders(records) + sweep_table.all_sweeps(records)
+    found = exact[:1] or [path for path in folders if name in (path.name, path.name[11:])]
     if len(found) > 1:
         listed = ", ".join(f"{path.parent.name}/{path.name}" for path in found)
         raise BadInput(f"{text}: more than one folder: {listed}")
@@ -147,14 +150,15 @@ def verb_verify(args: argparse.Namespace, root: Path) -> int:
     """Examines folders; exit status 1 when a claim fails."""
     records = root / "records"
     folders = [find_folder(text, records) for text in args.folders] or \
-        all_folders(records) + direction_log.folders(records)
+        all_folders(records) + direction_log.folders(records) + sweep_table.all_sweeps(records)
     totals = {"ok": 0, "fail": 0, "not checkable": 0}
     for folder in folders:
         if direction_log.is_measurement(folder):
             rows = direction_log.examine(folder)
+        elif sweep_table.is_sweep(folder):
+            rows = sweep_table.examine(folder)
         else:
-            layout_of_others = foreign.is_foreign(folder)
-            rows = foreign.examine(folder) if layout_of_others else checks.examine(folder, records)
+            rows = foreign.examine(folder) if foreign.is_foreign(folder) else checks.examine(folder, records)
         for status, _, _ in rows:
             totals[status] += 1
         rows = [row for row in rows if row[0] == "fail"] if args.quiet else rows
@@ -169,6 +173,7 @@ def verb_verify(args: argparse.Namespace, root: Path) -> int:
 # ---- board ---------------------------------------------------------------------------------------
 
 START, END = "<!-- board:start -->", "<!-- board:end -->"
+SWEEPS = "<!-- sweeps:start -->", "<!-- sweeps:end -->"
 
 
 def cell(text: object) -> str:
@@ -210,12 +215,15 @@ def board_text(subs: list[dict], link: str, short: bool) -> str:
     return "\n".join(lines)
 
 
-def with_board(page: Path, text: str) -> str:
-    """The page with its board replaced; BadInput when a marker is missing or the pair is out of order."""
-    old = read_text(page)
-    if old.count(START) != 1 or old.count(END) != 1 or old.index(START) > old.index(END):
-        raise BadInput(f"{page}: needs the line {START} and below it {END}, once each, around the table")
-    return f"{old[:old.index(START)]}{START}\n{text}{old[old.index(END):]}"
+def with_board(page: Path, text: str, old: str | None = None, markers: tuple[str, str] = (START, END)) -> str:
+    """The page (or `old`, its text so far) with what stands between the markers replaced.
+
+    BadInput when a marker is missing or the pair is out of order.
+    """
+    old, (start, end) = read_text(page) if old is None else old, markers
+    if old.count(start) != 1 or old.count(end) != 1 or old.index(start) > old.index(end):
+        raise BadInput(f"{page}: needs the line {start} and below it {end}, once each, around the table")
+    return f"{old[:old.index(start)]}{start}\n{text}{old[old.index(end):]}"
 
 
 def verb_board(args: argparse.Namespace, root: Path) -> int:
@@ -234,6 +242,9 @@ def verb_board(args: argparse.Namespace, root: Path) -> int:
              records / "README.md": board_text(subs, "", False)}
     texts = {page: with_board(page, text) for page, text in pages.items()}
     texts[records / "README.md"] = direction_log.with_block(texts[records / "README.md"], records)
+    sweeps, ledger = sweep_table.all_sweeps(records), records / "README.md"
+    if sweeps or SWEEPS[0] in texts[ledger]:
+        texts[ledger] = with_board(ledger, sweep_table.board(records), texts[ledger], SWEEPS)
     winners = [sub for sub in subs if sub["record"]]
     by_track = {track: [sub for sub in winners if sub["track"] == track]
                 for track in checks.TRACKS if any(sub["track"] == track for sub in winners)}
@@ -241,7 +252,8 @@ def verb_board(args: argparse.Namespace, root: Path) -> int:
         views.plot_history(by_track, records / "history.png")
     for page, text in texts.items():
         views.write_atomic(page, text)
-    print(f"{len(subs)} folders, {len(winners)} records: README.md and records/README.md rewritten")
+    print(f"{len(subs)} folders, {len(winners)} records, {len(sweeps)} sweeps: README.md and "
+          "records/README.md rewritten")
     return 0
 
 
@@ -419,6 +431,14 @@ def verb_directions(args: argparse.Namespace, root: Path) -> int:
     return directions.run(args, root)
 
 
+# ---- sweep ---------------------------------------------------------------------------------------
+
+def verb_sweep(args: argparse.Namespace, root: Path) -> int:
+    """Trains; the only verb that needs torch in this process."""
+    import sweep
+    return sweep.command(args)
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def parser() -> argparse.ArgumentParser:
@@ -463,16 +483,36 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--dry-run", action="store_true", help="only check and print the command")
     directions = verb("directions", "measure the directions and step rules of train_gpt.py on this machine")
     direction_log.arguments(directions)
+    sweep = verb("sweep", "train rows of settings at several rates and seeds, and tabulate them")
+    sweep.add_argument("words", nargs="*", metavar="PLAN.json|FOLDER|key=value",
+                       help="a plan, or a finished sweep to tabulate again; settings of all rows")
+    sweep.add_argument("--row", action="append", default=[], metavar="NAME:key=value,...",
+                       help="one more row")
+    sweep.add_argument("--key", help="the knob that rates are values of (default: matrix_lr)")
+    sweep.add_argument("--rates", metavar="X,Y,...", help="values to try")
+    sweep.add_argument("--multipliers", metavar="X,Y,...", help="instead: factors of a row's own value")
+    sweep.add_argument("--seeds", metavar="S,T,...", help="the first one chooses the rate (default: 1337)")
+    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with its GPU")
+    sweep.add_argument("--budget", type=float, default=0.0, metavar="SECONDS",
+                       help="begin nothing that would end later (default: no limit)")
+    sweep.add_argument("--out", metavar="DIR", help="logs and tables (default: logs/sweeps/PLAN)")
+    sweep.add_argument("--sliding", action="store_true", help="score with the preset's stride, too (slow)")
     return main_parser
 
 
 VERBS = {"new": verb_new, "verify": verb_verify, "board": verb_board, "plot": verb_plot, "diff": verb_diff,
-         "compare": verb_compare, "reproduce": verb_reproduce, "directions": verb_directions}
+         "compare": verb_compare, "reproduce": verb_reproduce, "directions": verb_directions,
+         "sweep": verb_sweep}
 
 
 def main(argv: list[str]) -> int:
     """Runs a verb; what a user can mend is said in one line. Returns the exit status."""
-    args = parser().parse_args(argv)
+    reader = parser()
+    args, rest = reader.parse_known_args(argv)
+    if rest and (args.verb != "sweep" or any(word.startswith("-") for word in rest)):
+        reader.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words += rest                              # argparse takes key=value only in front of options
     try:
         return VERBS[args.verb](args, args.root.resolve())
     except BadInput as error:

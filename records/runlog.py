@@ -6,9 +6,11 @@ the second separator is read as a result.
 """
 from __future__ import annotations
 
+import gzip
 import hashlib
 import math
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +55,7 @@ class Run:
     stopped: dict[str, str] = field(default_factory=dict)       # the stopping_early line
     over_cap: bool = False
     final_scores: int = 0
+    late: str = ""                      # the line that says that something compiled while the clock ran
     trailing: str = ""                  # first line after final_score, if there is one
 
     def has(self, line: str, key: str) -> bool:
@@ -115,11 +118,13 @@ def pairs(line: str) -> dict[str, str]:
 
 
 def read_text(path: Path) -> str:
-    """The file's UTF-8 text with its newlines untouched; BadInput names the file."""
+    """The file's UTF-8 text, newlines untouched, unzipped if it is a .gz. BadInput names the file."""
     try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot read: {error.strerror}") from None
+        blob = path.read_bytes()
+        return (gzip.decompress(blob) if path.suffix == ".gz" else blob).decode("utf-8")
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path}: cannot read: {why}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
@@ -144,10 +149,29 @@ VERSIONS = {"python": re.compile(r"Running Python (\S+)"), "torch": re.compile(r
             "triton": re.compile(r"Running Triton version (\S+)")}
 
 
+NAMED = re.compile(r"train_gpt\.py sha256:([0-9a-f]{64})\n")
+
+
+def named_source(path: Path, head: str) -> str:
+    """The source at the head of a log. A sweep's log holds its hash: then the folder's train_gpt.py.
+
+    BadInput when that file is missing or of another hash.
+    """
+    match = NAMED.fullmatch(head)
+    if match is None:
+        return head
+    script = path.parent.parent / "train_gpt.py"
+    source = read_text(script)
+    if sha256(source) != match[1]:
+        raise BadInput(f"{path}: was written by a train_gpt.py of sha256 {match[1][:16]}, {script} has "
+                       f"{sha256(source)[:16]}")
+    return source
+
+
 def parse_log(path: Path) -> Run:
     """The whole log, finished or not; unknown lines are ignored. BadInput when the file is no log."""
     source, environment, lines = split_log(path)
-    run = Run(path, source)
+    run = Run(path, named_source(path, source))
     for name, pattern in VERSIONS.items():
         run.versions[name] = next((m[1] for m in map(pattern.match, environment) if m), "none")
     in_config = False
@@ -175,7 +199,8 @@ def read_run_line(run: Run, line: str) -> None:
             raise BadInput(f"{run.path}: not a number in: {line}") from None
     elif line.startswith("step:"):
         run.malformed.append(line)
-    elif head in ("machine", "data", "phase_times") or head.startswith("final_") and "val_loss:" in rest:
+    elif (head in ("machine", "data", "phase_times") or head.startswith("sweep")
+          or head.startswith("final_") and "val_loss:" in rest):
         run.facts.setdefault(head, {}).update(pairs(rest))
         run.final_scores += head == "final_score"
     elif head == "report":
@@ -187,6 +212,8 @@ def read_run_line(run: Run, line: str) -> None:
         run.preset = rest.strip()
     elif line.startswith("artifact over the cap"):
         run.over_cap = True
+    elif line.startswith("late compilation"):
+        run.late = line
     else:
         for name, pattern in SIZES.items():
             if match := pattern.match(line):

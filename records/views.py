@@ -49,11 +49,12 @@ def save(plt, figure, out: Path) -> None:
 
 
 def logs_of(target: Path) -> list[Path]:
-    """The log itself, or the logs of a record folder or of any folder of .txt files. BadInput if none."""
+    """The log itself, or those of a folder (or of its logs/), .txt or .txt.gz. BadInput if none."""
     if target.is_file():
         return [target]
     where = target / "logs" if (target / "logs").is_dir() else target
-    logs = sorted(path for path in where.glob("*.txt") if path.name != "requirements.txt")
+    found = [*where.glob("*.txt"), *where.glob("*.txt.gz")]
+    logs = sorted(path for path in found if path.name != "requirements.txt")
     if not logs:
         raise BadInput(f"{target}: no such log, and no folder with logs/*.txt")
     return logs

@@ -285,6 +285,16 @@ def test_val_tokens_cuts_the_split():
     assert any(x.startswith("data split:val val_tokens:1000 ") for x in run.lines)
 
 
+def test_a_stride_of_a_window_is_the_chunked_score():
+    run = finished_with(eval_stride=32)
+    assert run.lines[-1].startswith("final_score metric:int6_lzma_chunked ") and "sliding" not in run.lines[-1]
+    assert not any(x.startswith("final_int6_sliding") for x in run.lines)
+    exact = [x for x in run.lines if x.startswith("final_int6_roundtrip_exact ")]
+    assert len(exact) == 1 and loss_in(exact[0]) == loss_in(run.lines[-1])
+    chunked = float(value(finished_with(), r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+    assert loss_in(exact[0]) == chunked
+
+
 def test_a_report_split_is_scored_apart():
     run = finished_with(report_split="other")
     assert run.blob == finished_with().blob and run.final["val_loss"] == finished_with().final["val_loss"]
