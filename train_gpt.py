@@ -17,7 +17,7 @@ Contents
   4. Bytes             what a token weighs; the definition of bpb
   5. Blocks            norm, rope, attention, mlp as functions of their weights
   6. GPT               parameter banks, one init table, one trunk
-  7. Kernels           the three products of a polynomial iteration
+  7. Kernels           Triton and torch lines: QK, and the products of a direction
   8. Directions        ORTHO and STEP_RULES: how a momentum becomes a step
   9. Optimizer         the parameter table, sharded state, every collective of a step
  10. Schedules         pure functions of progress
