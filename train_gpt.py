@@ -17,7 +17,7 @@ Contents
   4. Bytes             what a token weighs; the definition of bpb
   5. Blocks            norm, rope, attention, mlp as functions of their weights
   6. GPT               parameter banks, one init table, one trunk
-  7. Kernels           the three products of a polynomial iteration
+  7. Kernels           Triton and torch lines: QK, and the products of a direction
   8. Directions        ORTHO and STEP_RULES: how a momentum becomes a step
   9. Optimizer         the parameter table, sharded state, every collective of a step
  10. Schedules         pure functions of progress
@@ -1302,7 +1302,7 @@ solve_op.register_fake(lambda T, X, d, tile: (
     torch.empty_like(X, dtype=T.dtype), d.new_empty(X.size(0), -(-X.size(2) // tile[0]), X.size(1))))
 
 # What kernels make on Hopper: (product, short side at most, matrices at most, tile as its operator takes it).
-# The first row that fits counts; without one, and elsewhere, the torch line does it.
+# The first row that fits counts; tile None, no row and other chips: the torch line does it.
 WINS = (
     ("xxt", 256, 24, (64, 64, 4, 4)), ("xxt", 512, 4, (64, 64, 4, 4)), ("xxt", 512, 24, (128, 64, 8, 3)),
     ("ba_plus_caa", 256, 24, (64, 64, 4, 4)), ("ba_plus_caa", 512, 4, (64, 64, 4, 4)),
@@ -1312,7 +1312,7 @@ WINS = (
 
 
 def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
-    """The tile of WINS for a product of X (B, M, N); None: the torch line."""
+    """The tile of WINS for a product with X (B, M, N); None: the torch line."""
     if X.is_cuda and X.dtype.itemsize == 2 and torch.cuda.get_device_properties(X.device).major == 9:
         for name, short, matrices, tile in WINS:
             if name == product and X.size(1) <= short and X.size(0) <= matrices:
