@@ -1003,6 +1003,7 @@ try:
     import triton.language as tl
 except ImportError:                       # without Triton the kernels are defined and never launched
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
+OPS = f"bankshot_{__name__.strip('_')}::"    # operators are global: a second copy of this file has its own
 
 
 @triton.jit
@@ -1070,7 +1071,7 @@ def triton_qk() -> Callable:
     """
     block = 32
 
-    @torch.library.custom_op("bankshot::qk_forward", mutates_args=(),
+    @torch.library.custom_op(OPS + "qk_forward", mutates_args=(),
                              schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
     def forward(x, gain, cos, sin):
         B, T, H, Dh = x.shape
@@ -1079,7 +1080,7 @@ def triton_qk() -> Callable:
             x, y, gain, cos, sin, B * T, T, *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, block)
         return y
 
-    @torch.library.custom_op("bankshot::qk_backward", mutates_args=(),
+    @torch.library.custom_op(OPS + "qk_backward", mutates_args=(),
                              schema="(Tensor dy, Tensor x, Tensor gain, Tensor cos, Tensor sin)"
                                     " -> (Tensor, Tensor)")
     def backward(dy, x, gain, cos, sin):
@@ -1183,28 +1184,6 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
 
 
 @triton.jit
-def ax_plus_bx_kernel(x_ptr, b_ptr, r_ptr, out_ptr, M, N, stride_b, stride_m, stride_n, out_b, out_m, out_n,
-                      a, TERM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
-                      BN: tl.constexpr, BK: tl.constexpr):
-    """One program: a (BM, BN) tile of BX. With TERM the sum starts from a diag(r) X: no copy as for beta."""
-    pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = pid // tl.cdiv(N, BN) * BM + tl.arange(0, BM)
-    columns = pid % tl.cdiv(N, BN) * BN + tl.arange(0, BN)
-    x_ptr, b_ptr, out_ptr = x_ptr + batch * stride_b, b_ptr + batch * M * M, out_ptr + batch * out_b
-    acc = tl.zeros((BM, BN), tl.float32)
-    if TERM:
-        acc = a * load_tile(x_ptr, rows, columns, M, N, stride_m, stride_n, EVEN).to(tl.float32)
-        if SCALED:
-            acc *= tl.load(r_ptr + batch * M + rows, mask=rows < M, other=0.0)[:, None]
-    for start in range(0, M, BK):
-        k = start + tl.arange(0, BK)
-        left = load_tile(b_ptr, rows, k, M, M, M, 1, EVEN)
-        right = load_tile(x_ptr, k, columns, M, N, stride_m, stride_n, EVEN)
-        acc = tl.dot(left, right, acc)
-    store_tile(out_ptr, acc, rows, columns, M, N, out_m, out_n)
-
-
-@triton.jit
 def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
                          PRECISION: tl.constexpr):
     """One program: the inverse of a diagonal block of the unit lower triangle of T, by doubling.
@@ -1257,7 +1236,7 @@ def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M,
         tl.debug_barrier()
 
 
-@torch.library.custom_op("bankshot::symmetric", mutates_args=(), schema=(
+@torch.library.custom_op(OPS + "symmetric", mutates_args=(), schema=(
     "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"))
 def symmetric_op(X, r, poly, power, dtype, tile):
     """symmetric_kernel: (matrices, partial sums). poly: (a, b, c) or (). tile: (BLOCK, BK, warps, stages)."""
@@ -1269,19 +1248,7 @@ def symmetric_op(X, r, poly, power, dtype, tile):
     return out, sums
 
 
-@torch.library.custom_op("bankshot::apply", mutates_args=(),
-                         schema="(Tensor X, Tensor B, float a, Tensor? r, int[] tile) -> Tensor")
-def apply_op(X, B, a, r, tile):
-    """ax_plus_bx_kernel, in the layout of X. tile: (BM, BN, BK, warps, stages)."""
-    (b, M, N), (bm, bn, bk, warps, stages), out = X.shape, tile, torch.empty_like(X)
-    even = M % bm == 0 and M % bk == 0 and N % bn == 0
-    ax_plus_bx_kernel[(-(-M // bm) * -(-N // bn), b)](
-        X, B, X if r is None else r, out, M, N, *X.stride(), *out.stride(), a, a != 0, r is not None, even,
-        bm, bn, bk, num_warps=warps, num_stages=stages)
-    return out
-
-
-@torch.library.custom_op("bankshot::solve", mutates_args=(),
+@torch.library.custom_op(OPS + "solve", mutates_args=(),
                          schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
 def solve_op(T, X, d, tile):
     """Inverses of blocks of 64, then substitution: Y, partial row sums of Y^2. tile: (BN, warps, stages)."""
@@ -1297,17 +1264,22 @@ def solve_op(T, X, d, tile):
 symmetric_op.register_fake(lambda X, r, poly, power, dtype, tile: (
     X.new_empty(X.size(0), X.size(1), X.size(1), dtype=dtype),
     X.new_empty(X.size(0), -(-X.size(1) // tile[0]) if power else 0, X.size(1), dtype=torch.float32)))
-apply_op.register_fake(lambda X, B, a, r, tile: torch.empty_like(X))
 solve_op.register_fake(lambda T, X, d, tile: (
     torch.empty_like(X, dtype=T.dtype), d.new_empty(X.size(0), -(-X.size(2) // tile[0]), X.size(1))))
 
-# What kernels make on Hopper: (product, short side at most, matrices at most, tile as its operator takes it).
-# The first row that fits counts; tile None, no row and other chips: the torch line does it.
+# Where a kernel wins on an H100: (product, short side at most, matrices at most, its operator's tile). The
+# first row that fits counts; without one the torch line does it. us in a CUDA graph, torch line / kernel:
 WINS = (
-    ("xxt", 256, 24, (64, 64, 4, 4)), ("xxt", 512, 4, (64, 64, 4, 4)), ("xxt", 512, 24, (128, 64, 8, 3)),
-    ("ba_plus_caa", 256, 24, (64, 64, 4, 4)), ("ba_plus_caa", 512, 4, (64, 64, 4, 4)),
-    ("ba_plus_caa", 512, 24, (128, 64, 8, 3)),
-    ("lower_solve", 512, 4, (32, 4, 3)), ("lower_solve", 512, 24, (64, 4, 3)),
+    ("xxt", 256, 24, (64, 64, 4, 4)),              # 22 x 256 x 512: 6.2 / 5.9
+    ("xxt", 512, 4, (64, 128, 4, 3)),              # 3 x 512 x 512: 4.9 / 4.3, 2 x 512 x 1536: 6.6 / 7.2
+    ("xxt", 512, 12, (128, 64, 8, 4)),             # 11 x 512 x 1536: 18.0 (tall), 15.0 (wide) / 14.7, 15.5
+    ("xxt", 512, 24, (128, 64, 4, 3)),             # 22 x 512 x 512: 12.4 / 13.5, but half the SMs' time
+    ("ba_plus_caa", 256, 24, (64, 64, 4, 3)),      # 22 x 256: 8.6 / 5.5
+    ("ba_plus_caa", 512, 4, (64, 128, 4, 3)),      # 3 x 512: 7.6 / 4.8
+    ("ba_plus_caa", 512, 12, (64, 64, 4, 3)),      # 11 x 512: 14.7 / 8.8
+    ("ba_plus_caa", 512, 24, (128, 64, 4, 3)),     # 22 x 512: 25.4 / 16.6
+    ("lower_solve", 512, 4, (32, 4, 3)),           # 3 x 512 x 512: 197 / 40
+    ("lower_solve", 512, 24, (64, 4, 3)),          # 22 x 512 x 512: 449 / 56
 )
 
 
@@ -1347,9 +1319,11 @@ def ba_plus_caa(A: Tensor, b: float, c: float, a: float = 0.0, r: Tensor | None 
 
 
 def ax_plus_bx(X: Tensor, B: Tensor, a: float, r: Tensor | None = None) -> Tensor:
-    """a diag(r) X + BX, in the layout of X. (B, M, N), (B, M, M), (B, M) -> (B, M, N)."""
-    if tile := tile_of("ax_plus_bx", X):
-        return apply_op(X, B, a, r, tile)
+    """a diag(r) X + BX, in the layout of X. (B, M, N), (B, M, M), (B, M) -> (B, M, N).
+
+    Always torch's product. With a inside B (a = 0) 22 x 512 x 512 takes 17.8 us and 11 x 512 x 1536 18.5;
+    baddbmm copies X first, 27.3 and 34.4; a kernel that starts its sum from aX took 21.5 and 28.8 (H100).
+    """
     Z = X if r is None or a == 0 else (X * r[:, :, None]).to(X.dtype)
     if X.stride(-1) == 1:
         return torch.baddbmm(Z, B, X, beta=a) if a else torch.bmm(B, X)
@@ -1622,7 +1596,7 @@ class StepScalars(NamedTuple):
     """0-dimensional tensors, so that a new value is not a new compilation."""
     clip: Tensor            # factor on every gradient
     momentum: Tensor
-    matrix_lr_mul: Tensor
+    matrix_lr: Tensor
     adam_lr_mul: Tensor
     correction1: Tensor     # 1 - beta1^t
     correction2: Tensor     # 1 - beta2^t
@@ -1641,7 +1615,7 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
     wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
-    STEP_RULES[h.step_rule](W, U, h.matrix_lr * s.matrix_lr_mul, wd)
+    STEP_RULES[h.step_rule](W, U, s.matrix_lr, wd)
 
 
 def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
@@ -1712,7 +1686,8 @@ class Optimizer:
         time, for the host may run ahead: its allocator reuses it only when the copy from it has ended."""
         self.steps += 1
         corrections = [1 - beta ** self.steps for beta in (self.h.adam_beta1, self.h.adam_beta2)]
-        host = torch.tensor([*hp[1:], *corrections], dtype=torch.float32, pin_memory=self.m.pin)
+        rates = [self.h.matrix_lr * hp.matrix_lr_mul, hp.adam_lr_mul]
+        host = torch.tensor([hp.momentum, *rates, *corrections], dtype=torch.float32, pin_memory=self.m.pin)
         self.numbers.copy_(host, non_blocking=True)
         self.update()
 
@@ -1889,9 +1864,9 @@ def entropy_bytes(raw: bytes) -> float:
 def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[bytes, float, dict]:
     """The artifact of at most `room` bytes, the int6 step it took, and ms of quantize and compress.
 
-    When the configured step does not fit, a coarser one is sought that fills the room. Twice a step is one bit
+    When the configured step does not fit, a coarser one that fills the room is sought. Twice a step is a bit
     less for each code, so Newton's method on the entropy finds the step of a size without compressing; xz
-    needs up to 3 % more than the entropy, in jumps, so eight steps are compressed side by side and the largest
+    needs up to 3 % more than that, in jumps, so eight steps are compressed side by side and the largest
     that fits is kept. Without fit_cap, or when not even a step of one deviation fits, it is over the cap.
     """
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")

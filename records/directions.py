@@ -142,7 +142,7 @@ def groups(cases: list[Case]) -> list[list[Case]]:
 
 def step_scalars(b: Bench) -> tuple:
     """StepScalars as tensors on the device; BadInput when it has a field that this file does not know."""
-    known = dict(clip=1.0, momentum=0.95, lr_mul=1.0, correction1=0.1, correction2=0.05)
+    known = dict(clip=1.0, momentum=0.95, matrix_lr=0.025, adam_lr_mul=1.0, correction1=0.1, correction2=0.05)
     fields = b.t.StepScalars._fields
     lost = [name for name in fields if name not in known]
     if lost:

@@ -164,7 +164,7 @@ def test_matrix_update_over_several_steps(shape):
     for step in range(5):
         g, mu, lr_mul, clip = gaussian(*shape, seed=10 + step), 0.85 + 0.02 * step, 1 - 0.1 * step, [1.0, 0.3][step % 2]
         before = g.clone()
-        t.matrix_update(W, g, momentum, scalars(clip, mu, lr_mul), h)
+        t.matrix_update(W, g, momentum, scalars(clip, mu, 0.02 * lr_mul), h)
         assert torch.equal(g, before)
         d = clip * before.double().numpy()
         m = mu * m + (1 - mu) * d

@@ -83,7 +83,7 @@ def test_binding_takes_the_kernel_only_when_it_is_right(monkeypatch):
 
 # ---------------------------------------------------------------- products of a direction
 
-TILES = {"xxt": (64, 64, 4, 2), "ba_plus_caa": (64, 128, 4, 2), "ax_plus_bx": (64, 128, 64, 4, 2), "lower_solve": (64, 4, 2)}
+TILES = {"xxt": (64, 64, 4, 2), "ba_plus_caa": (64, 128, 4, 2), "lower_solve": (64, 4, 2)}
 SIZES = [(3, 70, 131), (1, 128, 64)]  # batch, sides
 
 
@@ -140,11 +140,7 @@ def test_ax_plus_bx_matches_float64_in_the_layout_of_x(B, M, N, layout):
         exact = a * (X.double() if scale is None else r.double()[:, :, None] * X.double()) + C.double() @ X.double()
         plain = t.ax_plus_bx(X, C, a, scale)
         assert_no_worse(plain, exact, exact, 1.0)
-        for tile in ((32, 128, 64, 4, 2), (64, 64, 32, 4, 3)):
-            got = t.apply_op(X, C, a, scale, tile)
-            assert_no_worse(got, plain, exact)
-            for y in (got, plain):
-                assert y.stride(-2 if layout == "tall" else -1) == 1
+        assert plain.stride(-2 if layout == "tall" else -1) == 1
 
 
 CORRELATED = {
@@ -206,7 +202,7 @@ def in_kernels(monkeypatch):
     """Every product through its kernel in float32; returns the list of operators called."""
     calls = []
     monkeypatch.setattr(t, "tile_of", lambda product, X: TILES[product])
-    for name in ("symmetric_op", "apply_op", "solve_op"):
+    for name in ("symmetric_op", "solve_op"):
         op = getattr(t, name)
         monkeypatch.setattr(t, name, lambda *args, op=op, name=name: calls.append(name) or op(*args))
     return calls
@@ -223,7 +219,7 @@ def test_a_direction_in_kernels_is_the_direction_in_torch_lines(method, shape, m
     calls = in_kernels(monkeypatch)
     torch.testing.assert_close(t.orthogonalize(G, method), plain, atol=3e-5, rtol=0)
     steps = {"ns5": 5, "polar_express": 5, "polar_express4": 4, "turbo": 4}
-    expected = ["symmetric_op", "symmetric_op", "apply_op"] * steps.get(method, 0) or ["symmetric_op", "solve_op"] * (
+    expected = ["symmetric_op", "symmetric_op"] * steps.get(method, 0) or ["symmetric_op", "solve_op"] * (
         2 if method == "mud2" else 1)
     assert calls == expected
     assert not t.orthogonalize(G[:1] * 0, method).any()
@@ -245,7 +241,6 @@ def test_kernels_stay_whole_in_a_compiled_update(method, monkeypatch):
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(t.symmetric_op, (X, d, [], 1, torch.float32, [64, 64, 4, 2]), test_utils=checks)
         torch.library.opcheck(t.symmetric_op, (T, None, [1.0, 2.0, 3.0], 0, torch.float16, [64, 64, 4, 2]), test_utils=checks)
-        torch.library.opcheck(t.apply_op, (X, T, 2.0, d, [64, 64, 64, 4, 2]), test_utils=checks)
         torch.library.opcheck(t.solve_op, (T.half(), X, d, [64, 4, 2]), test_utils=checks)
 
 
@@ -270,7 +265,7 @@ def test_the_table_of_wins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: capability)
     assert [t.tile_of("xxt", Fake(*shape)) for shape in ((3, 256, 512), (8, 200, 512), (9, 256, 512), (9, 257, 512), (1, 513, 600))] == [
         "a", "b", "c", None, None]
-    assert t.tile_of("lower_solve", Fake(1, 64, 64)) == "d" and t.tile_of("ax_plus_bx", Fake(1, 64, 64)) is None
+    assert t.tile_of("lower_solve", Fake(1, 64, 64)) == "d" and t.tile_of("ba_plus_caa", Fake(1, 64, 64)) is None
     for Fake.dtype in (torch.float32, torch.float64):
         assert t.tile_of("xxt", Fake(1, 64, 64)) is None
     Fake.dtype, capability.major = torch.float16, 8
@@ -294,10 +289,6 @@ def test_products_in_16_bits_are_no_worse_than_the_torch_lines(B, M, N, layout, 
         line = lambda x: t.ba_plus_caa(x, -0.4, 0.2, 3.5, r.to(torch.promote_types(x.dtype, r.dtype)))
         C = t.symmetric_op(A, r, (3.5, -0.4, 0.2), 0, dtype, tile)[0]
         assert_no_worse(C, line(A.float()).to(dtype), line(A.double()), 1.05)
-    C = t.xxt(X, r)
-    exact = 2.5 * r.double()[:, :, None] * X.double() + C.double() @ X.double()
-    for tile in ((64, 64, 64, 4, 4), (128, 128, 64, 8, 3)):
-        assert_no_worse(t.apply_op(X, C, 2.5, r, tile), t.ax_plus_bx(X, C, 2.5, r), exact, 1.05)
 
 
 @pytest.mark.gpu

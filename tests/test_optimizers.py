@@ -42,8 +42,8 @@ def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scalars(momentum=0.9, lr_mul=1.0, clip=1.0):
-    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, lr_mul, math.nan, 1.0, 1.0)))
+def scalars(momentum=0.9, matrix_lr=0.025, clip=1.0):
+    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, matrix_lr, math.nan, 1.0, 1.0)))
 
 
 def poly(x, coefficients):
@@ -273,7 +273,7 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
     axis = 1 if shape[1] >= shape[2] else 0  # of a matrix: the short side is averaged away
     for step in range(5):
         g, mu, lr_mul = gaussian(*shape, seed=10 + step), 0.85 + 0.02 * step, 1 - 0.1 * step
-        t.matrix_update(W, g, momentum, scalars(mu, lr_mul, 0.5), h, second)
+        t.matrix_update(W, g, momentum, scalars(mu, 0.02 * lr_mul, 0.5), h, second)
         d = 0.5 * g.double().numpy()
         m = mu * m + (1 - mu) * d
         for i in range(len(w)):
@@ -310,7 +310,7 @@ def test_hyperball_keeps_every_norm(rule, method):
     momentum, norms, start = torch.zeros_like(W), t.frobenius(W), W.clone()
     second = torch.zeros(t.RULE_STATE[rule](*W.shape)) if rule in t.RULE_STATE else None
     for step in range(60):
-        t.matrix_update(W, gaussian(3, 24, 16, seed=step), momentum, scalars(), h, second)
+        t.matrix_update(W, gaussian(3, 24, 16, seed=step), momentum, scalars(matrix_lr=0.05), h, second)
         torch.testing.assert_close(t.frobenius(W), norms, rtol=1e-5, atol=0)
         if step == 0:  # tan(angle) is at most the rate
             cosine = (W[:2] * start[:2]).sum((-2, -1)) / norms[:2].flatten() ** 2
@@ -356,7 +356,7 @@ def test_matrix_update_compiles_into_one_graph(method, rule):
             W, momentum = gaussian(3, 12, 20), torch.zeros(3, 12, 20)
             second = torch.zeros(t.RULE_STATE[rule](*W.shape)) if rule in t.RULE_STATE else None
             for step in range(3):
-                update(W, gaussian(3, 12, 20, seed=step), momentum, scalars(0.8 + 0.05 * step, 1 - 0.2 * step), h, second)
+                update(W, gaussian(3, 12, 20, seed=step), momentum, scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step)), h, second)
             sides.append((W, momentum, *([] if second is None else [second])))
     assert counter.frame_count == 1
     for eager, graph in zip(*sides):
