@@ -324,15 +324,9 @@ def test_settings_may_stand_behind_options(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "records" / "plans").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_plans(path):
-    """Every plan resolves; one whose knobs this train_gpt.py does not have says which."""
+    """Every plan resolves with the knobs that train_gpt.py has, and no two rows are one."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     assert raw["name"] == path.stem and list(raw["rows"])[0] == "ns5" and raw["seeds"] == [1337, 42, 2025]
-    wanted = {k for row in raw["rows"].values() for k in row if k not in sweep.ROW_KEYS}
-    lacking = wanted - {f.name for f in dataclasses.fields(t.Config)}
-    if lacking:
-        with pytest.raises(runlog.BadInput, match="unknown config key"):
-            sweep.make_plan(raw, path.name)
-        return
     plan = sweep.make_plan(raw, path.name)
     assert all(len(row.rates) == 3 for row in plan.rows.values()) and len(set(map(repr, plan.rows.values()))) == len(
         plan.rows
