@@ -58,9 +58,18 @@ class Violation(AssertionError):
     """The reader broke its claim; the message says how."""
 
 
+def clock():
+    """Seconds of this process: on a busy machine the wall's go to others, so the lesser of both passes counts."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start):
+    return min(now - then for now, then in zip(clock(), start))
+
+
 def outcome(blob):
     """("read" | "refused", reason) of the reader, or Violation."""
-    start = time.perf_counter()
+    start = clock()
     try:
         tensors, verdict = t.unpack_artifact(blob), ("read", "")
         good = type(tensors) is dict and all(
@@ -83,8 +92,8 @@ def outcome(blob):
         raise
     except BaseException as e:
         raise Violation(f"{type(e).__name__}: {str(e)[:120]}") from None
-    if time.perf_counter() - start > SECONDS:
-        raise Violation(f"took {time.perf_counter() - start:.1f} s")
+    if since(start) > SECONDS:
+        raise Violation(f"took {since(start):.1f} s")
     return verdict
 
 
@@ -595,7 +604,7 @@ def bomb_report(name):
         with open("/proc/self/statm") as f:
             limit = int(f.read().split()[0]) * resource.getpagesize() + 6_000_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    before, start = peak(), time.perf_counter()
+    before, start = peak(), clock()
     try:
         result, reason = outcome(blob)
     except Violation as e:
@@ -609,7 +618,7 @@ def bomb_report(name):
         outcome=result,
         reason=reason,
         grown=grown,
-        seconds=time.perf_counter() - start,
+        seconds=since(start),
     )
 
 
