@@ -568,7 +568,7 @@ def compact(header):
 
 
 ARTIFACTS = {
-    "another xz preset": lambda head, data: container(compact(head), data, preset=1),
+    "another xz preset": lambda head, data: container(compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]),
     "another xz check": lambda head, data: container(compact(head), data, check=lzma.CHECK_CRC64),
     "a header of another layout": lambda head, data: container(json.dumps(head).encode(), data),
     "keys in another order": lambda head, data: container(
