@@ -137,11 +137,14 @@ def test_a_graph_holds_every_call(monkeypatch):
         yield contextlib.nullcontext
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    m = SimpleNamespace(device=torch.device("cuda"), lanes=lanes, sync=lambda: None)
+    m = SimpleNamespace(device=torch.device("cuda"), lanes=lanes, sync=lambda: None, is_main=True)
     m.record = lambda fn: recorded.append(list(ran)) or fn
     b = a_bench()._replace(m=m)
     assert bench.call_ms(b, [lambda: ran.append(0), lambda: ran.append(1), lambda: ran.append(2)]) == 4.0
     assert recorded == [[0, 1, 2] * 2] and ran == [0, 1, 2] * (2 + bench.REPLAYS + 1)
+    m.record = lambda fn: fn() or 1 / 0  # what cannot be recorded is launched, and the report says so
+    assert bench.call_ms(b, [lambda: None] * 6) == 2.0
+    assert b.report["skipped"][0]["why"].startswith("ZeroDivisionError")
 
 
 def test_inputs_are_fresh_where_they_would_stay_in_the_cache(monkeypatch):
@@ -221,7 +224,7 @@ def test_candidates(tmp_path, capsys):
     assert list(rows) == ["lean", "gradient", "rope", "nan", "two"]
     for name in ("lean", "two"):
         assert rows[name]["errors"] == rows[name]["plain"] and max(list(rows[name]["errors"].values())[:3]) < 1e-3
-        assert re.match(r"keep|drop \(not faster", rows[name]["verdict"])
+        assert re.match(r"keep|drop \(takes", rows[name]["verdict"])
     assert [s["section"] for s in rows["lean"]["sections"]] == ["mlp block", "layer"]
     assert [s["section"] for s in rows["two"]["sections"]] == ["XSA", "mlp block", "layer"]
     xsa = rows["gradient"]["sections"][0]
@@ -241,13 +244,30 @@ def test_candidates(tmp_path, capsys):
 
 def test_verdicts():
     errors = dict(loss=1e-6, gradients=1e-2, worst=2e-2)
-    row = dict(errors=errors, plain=errors, sections=[], ms=9.0, plain_ms=10.0)
-    assert bench.verdict(row) == "keep (10.0 % faster)"
-    assert bench.verdict(row | dict(ms=9.99)) == "drop (not faster: 99.9 %)"
+    row = dict(errors=errors, plain=errors, sections=[], ms=9.0, plain_ms=10.0, wins=8, pairs=10)
+    assert bench.verdict(row) == "keep (10.0 % faster, faster in 8 of 10 pairs)"
+    assert bench.verdict(row | dict(ms=9.99)) == "drop (takes 99.9 % of the time, faster in 8 of 10 pairs)"
+    assert bench.verdict(row | dict(wins=7)) == "drop (takes 90.0 % of the time, faster in 7 of 10 pairs)"
     assert bench.verdict(row | dict(errors=errors | dict(gradients=1.6e-2))).startswith("drop (gradients error")
     assert bench.verdict(row | dict(errors=errors | dict(worst=math.nan))).startswith("drop (worst error nan")
     part = dict(section="XSA", errors=dict(forward=4e-3), plain_errors=dict(forward=2e-3))
     assert bench.verdict(row | dict(sections=[part])).startswith("drop (XSA, forward error")
+
+
+def test_pairs_take_turns(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def runs(name, seconds):
+        def both():
+            order.append(name)
+            clock[0] += seconds
+
+        return SimpleNamespace(both=both)
+
+    pairs = bench.in_pairs(a_bench(), runs("plain", 2.0), runs("other", 1.0))
+    assert len(pairs) == 10 and all(math.isclose(p, 2000) and math.isclose(c, 1000) for p, c in pairs)
+    assert order[:4] == ["other", "plain", "plain", "other"]
 
 
 def test_the_reference_is_the_model_in_float64():
