@@ -8,7 +8,8 @@ Columns. ms: one call, median; x: calls in a pass of the model; MB: the least th
 read and write, each input and output once; GFLOP: 2mkn for each matrix product; floor: the larger of MB over
 the copy bandwidth and GFLOP over the rate of that product's shape, both measured in this run; %: floor / ms.
 Backward is forward + backward less forward. On a GPU a section is a CUDA graph of several calls, on fresh
-inputs where they would fit the L2 cache, so that launches by the host do not count.
+inputs where they would fit the L2 cache, so that launches by the host do not count. `zero gradients` is also
+a part of `optimizer`, `loader.build` runs in a thread beside the step.
 
 FILE.py defines CANDIDATES = {name: (path, function)}: `mlp_block`, `exclude_self`, `qk_norm_rope`, `layer`,
 `GPT.nats`, ...: what to replace in a copy of train_gpt.py, by a function of the same signature. (path,
@@ -899,8 +900,8 @@ def run_bench(args: argparse.Namespace, t: ModuleType, env: Mapping[str, str]) -
     source = args.script.read_bytes()
     report = dict(schema=1, device=m.names["device"], machine=m.names, torch=torch.__version__,
                   dtype=str(m.dtype)[6:], script_sha256=hashlib.sha256(source).hexdigest(),
-                  world_size=m.world_size, rows=rows, seq_len=h.train_seq_len, accum=accum, config=dataclasses.asdict(h), whole=[], sections=[],
-                  candidates=[], skipped=[])
+                  world_size=m.world_size, rows=rows, seq_len=h.train_seq_len, accum=accum, config=dataclasses.asdict(h),
+                  whole=[], sections=[], candidates=[], skipped=[])
     b = Bench(t, h, m, rows, report, started + args.seconds)
     trained = build(b)
     time_whole(b, trained, accum)
