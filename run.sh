@@ -15,7 +15,8 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
   audit ARTIFACT [--script PATH] [key=value...]
                          is the score legal? nine tests        ./run.sh audit logs/first.int6.xz
   config [key=value...]  print the resolved configuration      ./run.sh config preset=record
-  bench [key=value...]   time the pieces on this machine       ./run.sh bench
+  bench [--json FILE] [--candidates FILE.py] [key=value...]
+                         time the step and its sections        ./run.sh bench --json bench.json
   data VERB              get or make training data             ./run.sh data --help
   record VERB            make, check and list records          ./run.sh record verify
                          compare many settings fairly          ./run.sh record sweep --help
@@ -315,11 +316,27 @@ if [ "$command" = audit ] && [ "${1:-}" = --script ]; then
     script=$(absolute "$2")
     shift 2
 fi
+options=()    # of bench, which come first; its files are the caller's
+if [ "$command" = bench ]; then
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --json | --candidates | --script | --only | --seconds)
+                [ $# -gt 1 ] || die "bench: $1 needs a value: python records/bench.py --help lists the options"
+                case $1 in
+                    --only | --seconds) options+=("$1" "$2") ;;
+                    *) options+=("$1" "$(absolute "$2")") ;;
+                esac
+                shift 2
+                ;;
+            *) break ;;
+        esac
+    done
+fi
 check_settings "$@"
 check_nproc
 needs train_gpt.py
 if [ "$command" = train ]; then needs records/record.py; fi
-if [ "$command" = audit ]; then needs records/audit.py; fi
+if [ "$command" = audit ] || [ "$command" = bench ]; then needs "records/$command.py"; fi
 for arg in "$@"; do
     shift
     case $arg in data_path=?* | out_dir=?* | tokenizer_path=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;; esac
@@ -335,6 +352,7 @@ case $command in
     eval | audit) score "$@" ;;
     *)
         if [ -z "$(setting preset '' "$@")" ]; then set -- "preset=$(machine_preset "$(count_gpus)")" "$@"; fi
-        exec "$py" train_gpt.py "$command" "$@"
+        if [ "$command" = config ]; then exec "$py" train_gpt.py config "$@"; fi
+        exec "$py" records/bench.py ${options[@]+"${options[@]}"} "$@"
         ;;
 esac

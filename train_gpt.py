@@ -7,7 +7,7 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
           python train_gpt.py train preset=cpu data_path=DIR                    a laptop, minutes
           python train_gpt.py eval ARTIFACT data_path=DIR                       score a file again
           python train_gpt.py audit ARTIFACT data_path=DIR                      is it legal? records/audit.py
-          python train_gpt.py bench | config                                  time the step | print the knobs
+          python train_gpt.py bench | config         time the step, records/bench.py | print the knobs
           Any knob of Config: `key=value` behind the command, or KEY=value in the environment.
 
 Contents
@@ -2411,55 +2411,24 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     return 0
 
 
-def command_audit(argv: list[str]) -> int:
-    """Hand over to the repository's auditor, which is no part of what it audits. Its exit status."""
-    script = Path(__file__).resolve()
-    auditor = next((str(p) for f in script.parents if (p := f / "records" / "audit.py").is_file()), None)
-    if auditor is None:
-        raise InputError(f"{script}: the auditor is records/audit.py of the bankshot repository; there, run "
-                         f"python records/audit.py {os.path.abspath(argv[0])} --script {script} KEY=VALUE")
-    outer, sys.argv = sys.argv, [auditor, argv[0], "--script", str(script), *argv[1:]]
+TOOLS = {"audit": 1, "bench": 0}      # commands of records/NAME.py: their arguments ahead of --script
+
+
+def command_tool(name: str, argv: list[str]) -> int:
+    """Hand over to the repository's tool, which is no part of what it judges. Its exit status."""
+    script, first = Path(__file__).resolve(), argv[:TOOLS[name]]
+    tool = next((str(p) for f in script.parents if (p := f / "records" / f"{name}.py").is_file()), None)
+    if tool is None:
+        files = " ".join([os.path.abspath(a) for a in first] + ["--script", str(script)])
+        raise InputError(f"{script}: {name} is records/{name}.py of the bankshot repository; there, run "
+                         f"python records/{name}.py {files} KEY=VALUE")
+    outer, sys.argv = sys.argv, [tool, *first, "--script", str(script), *argv[TOOLS[name]:]]
     try:
-        runpy.run_path(auditor, run_name="__main__")
+        runpy.run_path(tool, run_name="__main__")
     except SystemExit as e:
         return e.code
     finally:
         sys.argv = outer
-
-
-def command_bench(h: Config, env: Mapping[str, str]) -> int:
-    """Median ms of forward + backward of a micro-batch, of the update and of a step, on random tokens."""
-    m = init_machine(h, env)
-    model = GPT(h, m.ops, m.dtype).to(m.device)
-    optimizer, loss_fn, ema = Optimizer(model, h, m), m.compile(model.loss), Ema(model, h)
-    hp = hyper_at(h, 0, 0.0)
-    accum, rows = cut_batch(h, m.world_size)
-    batches = [torch.randint(h.vocab_size, (rows, h.train_seq_len + 1), device=m.device) for _ in range(4)]
-    fresh = iter(lambda: batches[torch.randint(4, ()).item()], None)
-
-    def forward_backward() -> None:
-        x = next(fresh)
-        loss_fn(x[:, :-1].contiguous(), x[:, 1:].contiguous()).backward()
-
-    cases = {"forward+backward": forward_backward, "optimizer": lambda: optimizer.step(hp),
-             "ema": lambda: ema.update(0.0),
-             "step": lambda: train_step(loss_fn, optimizer, [next(fresh)] * accum, hp)}
-    for name, fn in cases.items():
-        times = []
-        for i in range(14):
-            m.sync()
-            start = time.perf_counter()
-            fn()
-            m.sync()
-            times.append(1000 * (time.perf_counter() - start))
-        if m.is_main:
-            times = sorted(times[4:])
-            print(f"bench {name}: median {times[5]:.2f} ms, min {times[0]:.2f}, max {times[-1]:.2f} "
-                  f"(device {m.names['device']}, attention {m.names['attention']})", flush=True)
-    if m.is_main and m.pin:
-        print(f"bench rows:{rows} seq_len:{h.train_seq_len} accum:{accum} peak memory allocated: "
-              f"{torch.cuda.max_memory_allocated() // 2 ** 20} MiB", flush=True)
-    return 0
 
 
 USAGE = "usage: train_gpt.py [train | eval ARTIFACT | audit ARTIFACT | bench | config] [key=value ...]"
@@ -2478,12 +2447,11 @@ def main(argv: list[str]) -> int:
             return 0
         if command == "eval" and rest and "=" not in rest[0]:
             return command_eval(rest[0], rest[1:], os.environ)
-        if command == "audit" and rest and "=" not in rest[0]:
-            return command_audit(rest)
-        commands = {"train": command_train, "bench": command_bench}
-        if command not in commands:
+        if command == "bench" or command == "audit" and rest and "=" not in rest[0]:
+            return command_tool(command, rest)
+        if command != "train":
             raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
-        return commands[command](load_config(rest, os.environ), os.environ)
+        return command_train(load_config(rest, os.environ), os.environ)
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
         return 2

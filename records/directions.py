@@ -36,6 +36,7 @@ from runlog import SEPARATOR, BadInput, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 REPLAYS, SETS = 40, 4               # timed repetitions; sets of inputs in turn, more where they fit the L2
+PRODUCTS = 20                       # calls of a floor's products in one CUDA graph, each on inputs of its own
 HOST_SECONDS = 2.0                  # on a CPU a case ends after this long, with three repetitions at least
 RANKS = 8                           # whose largest share is "an eighth"
 LAYERS = 4                          # matrices of each bank whose momentum is looked at
@@ -160,11 +161,15 @@ def update_arguments(b: Bench, values: dict) -> list:
     return out
 
 
+def cache_bytes(b: Bench) -> int:
+    """Of the device's L2; 0 on a CPU."""
+    return torch.cuda.get_device_properties(b.m.device).L2_cache_size if b.cuda else 0
+
+
 def input_sets(b: Bench, share: str) -> list[list[dict]]:
     """[set][bank] -> W, g, momentum (count, rows, columns) float32; together at least twice the L2 cache."""
     banks = banks_of(b, share)
-    cache = torch.cuda.get_device_properties(b.m.device).L2_cache_size if b.cuda else 0
-    sets = max(SETS, -(-2 * cache // (4 * sum(bank.numel for bank in banks))))
+    sets = max(SETS, -(-2 * cache_bytes(b) // (4 * sum(bank.numel for bank in banks))))
     generator = torch.Generator(b.m.device).manual_seed(0)
     draw = lambda bank: torch.randn(bank[1:], device=b.m.device, generator=generator)
     return [[dict(W=0.02 * draw(bank), g=1e-3 * draw(bank), momentum=1e-3 * draw(bank)) for bank in banks]
@@ -333,6 +338,25 @@ def log_work(b: Bench) -> None:
                 b.log(f"skip work:{row} share:{share} | {reason(error)}")
 
 
+def products_ms(b: Bench, bank: Bank) -> float:
+    """ms of XX' and then AX of a bank: the mean of at least PRODUCTS calls in a row, on fresh inputs.
+
+    On a GPU these are one CUDA graph: launched one by one, the host takes longer than a small product.
+    """
+    n, long = sorted(bank[2:])
+    size = bank.numel * b.m.dtype.itemsize
+    rounds = max(PRODUCTS, -(-2 * cache_bytes(b) // size))
+    X = [torch.randn(bank.count, n, long, device=b.m.device, dtype=b.m.dtype) for _ in range(rounds)]
+    calls = [lambda x=x: torch.bmm(torch.bmm(x, x.mT), x) for x in X]
+    if not b.cuda:
+        took = measure([one_by_one(calls)], False)
+    else:
+        graph, = graphs_of([calls], False)
+        took = measure([graph.replay], True)
+        torch.cuda.synchronize()                # before the graph and its memory go
+    return sorted(took)[len(took) // 2] / rounds
+
+
 @torch.no_grad()
 def log_floors(b: Bench) -> None:
     """`copy`: GB/s read and written by a device copy. `bmm`: rate of XX' and AX at each bank's shape."""
@@ -341,18 +365,9 @@ def log_floors(b: Bench) -> None:
     best = sorted(measure([lambda: target.copy_(source)], b.cuda))
     b.log(f"copy gbps:{2 * 4 * size / best[len(best) // 2] / 1e6:.2f} mb:{4 * size / 1e6:.1f}")
     del source, target
-    rounds = 8                      # in one measurement, so that starting the clock weighs little
     for share in ("all", "eighth"):
         for bank in banks_of(b, share):
-            n, long = sorted(bank[2:])
-            X = [torch.randn(bank.count, n, long, device=b.m.device, dtype=b.m.dtype) for _ in range(rounds)]
-
-            def products() -> None:
-                for x in X:
-                    torch.bmm(torch.bmm(x, x.mT), x)
-
-            took = sorted(measure([products], b.cuda))
-            took = took[len(took) // 2] / rounds
+            took, (n, long) = products_ms(b, bank), sorted(bank[2:])
             tflops = 4 * bank.count * n * n * long / took / 1e9
             b.log(f"bmm share:{share} bank:{bank.name} matrices:{bank.count} rows:{bank.rows} "
                   f"columns:{bank.columns} ms:{took:.5f} tflops:{tflops:.6f}")

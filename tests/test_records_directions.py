@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,6 +275,29 @@ def test_derived_figures_by_hand(repo):
     assert math.isclose(row["bmm_ms"], sum(w / r for w, r in zip(work, rates)), abs_tol=1e-5)
     numel = sum(x["matrices"] * x["rows"] * x["columns"] for x in log["bmm"] if x["share"] == row["share"])
     assert math.isclose(row["memory_ms"], 22 * numel / 1e6 / log["copy"][0]["gbps"], abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_products_are_timed_together_on_fresh_inputs(monkeypatch, cuda):
+    """Small products are hidden by their launches: on a GPU one graph holds all calls, each on its own input."""
+    bank, seen, graphs = directions.Bank("b", 3, 8, 4), [], []
+    bench = SimpleNamespace(cuda=cuda, m=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
+    real = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, y: seen.append((x, y)) or real(x, y))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(directions, "cache_bytes", lambda b: 50 * 96 * 4 if b.cuda else 0)
+
+    def graphs_of(sets, fork):
+        graphs.append(sets)
+        return [SimpleNamespace(replay=directions.one_by_one(one)) for one in sets]
+
+    monkeypatch.setattr(directions, "graphs_of", graphs_of)
+    monkeypatch.setattr(directions, "measure", lambda calls, on: [call() for call in calls] and [9.0, 1.0, 5.0])
+    rounds = 100 if cuda else directions.PRODUCTS  # twice the cache, 20 calls at least
+    assert directions.products_ms(bench, bank) == 5.0 / rounds
+    assert [len(one) for sets in graphs for one in sets] == [rounds] * cuda
+    assert len({y.data_ptr() for _, y in seen[1::2]}) == rounds == len(seen) / 2
+    assert all(y.shape == (3, 4, 8) for _, y in seen[1::2])
 
 
 def test_board_and_verify(repo, capsys):

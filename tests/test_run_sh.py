@@ -53,6 +53,7 @@ class Tree:
         (self.root / "data/prepare.py").touch()
         (self.root / "records/record.py").touch()
         (self.root / "records/audit.py").touch()
+        (self.root / "records/bench.py").touch()
         self.tool("python3", FAKE_PYTHON.replace("@REAL@", sys.executable))
         self.gpus(0)
 
@@ -132,12 +133,16 @@ def test_bad_input_is_one_line(tree):
     refused(tree.run("audit", "run.sh", "--script"), "no script", "--script")
     refused(tree.run("audit", "run.sh", "--script", "gone.py"), "gone.py", "--script")
     refused(tree.run("eval", "run.sh", "--script", "train_gpt.py"), "--script")
+    refused(tree.run("bench", "--json"), "--json needs a value")
+    refused(tree.run("bench", "--fast"), "'--fast'", "key=value")
     refused(tree.run(NPROC="two"), "NPROC=two")
     refused(tree.run(NPROC="0"), "NPROC=0")
     refused(tree.run(BANKSHOT_PYTHON="/no/python"), "BANKSHOT_PYTHON=/no/python")
     assert tree.calls() == []
     (tree.root / "records/audit.py").unlink()
     refused(tree.run("audit", "run.sh"), "records/audit.py is missing")
+    (tree.root / "records/bench.py").unlink()
+    refused(tree.run("bench"), "records/bench.py is missing")
     (tree.root / "train_gpt.py").unlink()
     refused(tree.run(), "train_gpt.py is missing")
 
@@ -278,6 +283,8 @@ def test_paths_from_another_directory(tree, tmp_path):
         "-m torch.distributed.run --standalone --nproc_per_node=2 records/audit.py "
         f"{elsewhere}/r.int6.xz --script {elsewhere}/their.py preset=cpu data_path={elsewhere}/d"
     )
+    assert tree.run("bench", "--candidates", "c.py", "--json", "/b.json", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"records/bench.py --candidates {elsewhere}/c.py --json /b.json preset=cpu"
     assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"{tree.root}/records/record.py verify here"
     assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
@@ -334,7 +341,11 @@ def test_the_other_commands(tree):
     (tree.root / "x.int6.xz").touch()
     for args, call in [
         (["config", "preset=record"], "train_gpt.py config preset=record"),
-        (["bench"], "train_gpt.py bench preset=cpu"),
+        (["bench"], "records/bench.py preset=cpu"),
+        (
+            ["bench", "--json", "b c.json", "--only", "a,b", "seed=1"],
+            "records/bench.py --json b c.json --only a,b preset=cpu seed=1",
+        ),
         (
             ["eval", "x.int6.xz", "eval_stride=64"],
             "train_gpt.py eval x.int6.xz data_path=made/here preset=cpu eval_stride=64",
