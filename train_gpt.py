@@ -1271,9 +1271,9 @@ solve_op.register_fake(lambda T, X, d, tile: (
 # first row that fits counts; without one the torch line does it. us in a CUDA graph, torch line / kernel:
 WINS = (
     ("xxt", 256, 24, (64, 64, 4, 4)),              # 22 x 256 x 512: 6.2 / 5.9
-    ("xxt", 512, 4, (64, 128, 4, 3)),              # 3 x 512 x 512: 4.9 / 4.3, 2 x 512 x 1536: 6.6 / 7.2
+    ("xxt", 512, 4, (64, 128, 4, 3)),              # 3 x 512 x 512: 4.9 / 4.3; an eighth of ns5: 221 / 214
     ("xxt", 512, 12, (128, 64, 8, 4)),             # 11 x 512 x 1536: 18.0 (tall), 15.0 (wide) / 14.7, 15.5
-    ("xxt", 512, 24, (128, 64, 4, 3)),             # 22 x 512 x 512: 12.4 / 13.5, but half the SMs' time
+    ("xxt", 512, 24, (128, 64, 4, 3)),             # 22 x 512 x 512: 12.4 / 13.5; all of ns5: 868 / 842
     ("ba_plus_caa", 256, 24, (64, 64, 4, 3)),      # 22 x 256: 8.6 / 5.5
     ("ba_plus_caa", 512, 4, (64, 128, 4, 3)),      # 3 x 512: 7.6 / 4.8
     ("ba_plus_caa", 512, 12, (64, 64, 4, 3)),      # 11 x 512: 14.7 / 8.8
