@@ -137,6 +137,7 @@ class Config:
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2   # of the run
     row_equalize: bool = False           # unit rows before the polar step (MuonEq-R)
+    snap_norm: bool = False              # sqrt(short side) as its Frobenius norm after it (Muon+)
     cautious_wd: bool = False            # matrices decay only where the step shrinks the weight, too
     normuon_beta2: float = 0.95          # horizon of the normuon rules' second moment
     proj_init_std: float = 0.0           # O and MLP-down; 0: zeros, hyperball 0.8/sqrt(model_dim)
@@ -1510,6 +1511,14 @@ def frobenius(X: Tensor) -> Tensor:
     return X.norm(dim=(-2, -1), keepdim=True)
 
 
+def snap_norm(U: Tensor) -> Tensor:
+    """Muon+ (arXiv:2602.21545): each matrix to the Frobenius norm that an exact polar factor has. (b, M, N).
+
+    A quintic's last polynomial sets the length of a step, too; so that one rate means one length.
+    """
+    return U * (min(U.shape[-2:]) ** 0.5 / frobenius(U).clamp_min(1e-10))
+
+
 def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
     """One number per line of the long side: rows of tall and square matrices, columns of wide ones."""
     return (b, M, 1) if M >= N else (b, 1, N)
@@ -1612,6 +1621,7 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
     U = g * (1 - s.momentum) + momentum * s.momentum
     U = orthogonalize(equalize_rows(U) if h.row_equalize else U, h.ortho)
+    U = snap_norm(U) if h.snap_norm else U
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
     wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd

@@ -263,7 +263,9 @@ def step_by_hand(W, U, lr, h):
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 @pytest.mark.parametrize("shape", [(3, 24, 12), (3, 12, 24), (2, 16, 16)], ids=str)
-@pytest.mark.parametrize("flags", [{}, dict(cautious_wd=True), dict(row_equalize=True, cautious_wd=True)], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, dict(cautious_wd=True), dict(snap_norm=True), dict(row_equalize=True, cautious_wd=True)], ids=str
+)
 def test_matrix_update_is_a_float64_loop(rule, shape, flags):
     """Five steps: momentum, equalised rows, polar step, second moment per line of the long side, rule."""
     h = tiny(matrix_lr=0.02, muon_wd=0.3, ortho="polar_express", step_rule=rule, normuon_beta2=0.8, **flags)
@@ -280,6 +282,7 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
             u = (1 - mu) * d[i] + mu * m[i]
             u = u / np.linalg.norm(u, axis=1, keepdims=True) if h.row_equalize else u
             O = polar_by_hand(u, FIVE)
+            O = O * np.sqrt(min(shape[1:])) / np.linalg.norm(O) if h.snap_norm else O
             if rule in t.RULE_STATE:
                 v[i] = 0.8 * v[i] + 0.2 * (O**2).mean(axis)
                 line = O / np.sqrt(v[i])[:, None] if axis == 1 else O / np.sqrt(v[i])[None]
@@ -449,6 +452,8 @@ def test_every_pair_trains_other_parameters(worlds):
     [
         ("muon", dict(row_equalize=True)),
         ("muon", dict(cautious_wd=True)),
+        ("muon", dict(snap_norm=True)),
+        ("normuon", dict(snap_norm=True)),
         ("normuon", dict(cautious_wd=True)),
         ("normuon", dict(normuon_beta2=0.5)),
         ("normuon_hyperball", dict(normuon_beta2=0.5)),
@@ -471,6 +476,15 @@ def test_knobs_that_a_rule_does_not_read_change_nothing():
         run = lambda rule, **k: trained(m, 3, ("ns5", rule), data_path=data_folder(), **k)[0]["qo_bank"]
         assert torch.equal(run("muon"), run("muon", normuon_beta2=0.5))
         assert torch.equal(run("hyperball"), run("hyperball", muon_wd=0.5, cautious_wd=True))  # no decay
+        torch.testing.assert_close(run("hyperball"), run("hyperball", snap_norm=True))  # an angle has no length
+
+
+def test_a_snapped_step_has_the_norm_of_a_polar_factor():
+    U = t.orthogonalize(gaussian(3, 24, 40), "polar_express4")
+    snapped = t.snap_norm(torch.cat([U, 0 * U[:1]]))
+    torch.testing.assert_close(t.frobenius(snapped[:3]).flatten(), torch.full((3,), 24**0.5))
+    torch.testing.assert_close(snapped[:3] / U, t.frobenius(snapped[:3]) / t.frobenius(U) + 0 * U)  # length alone
+    assert not snapped[3].any()
 
 
 @pytest.mark.parametrize("pair", [("polar_express", "normuon"), ("turbo", "hyperball"), ("mud2", "muon"),
