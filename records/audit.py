@@ -67,36 +67,38 @@ def default_script(artifact: str) -> Path:
     return Path(__file__).resolve().parent.parent / "train_gpt.py"
 
 
-def missing_names(script: ModuleType) -> list[str]:
-    """The NEEDS that the script does not have."""
+def missing_names(script: ModuleType, needs: tuple[str, ...] = NEEDS) -> list[str]:
+    """What the script does not have of the needs."""
     def has(name: str) -> bool:
         owner, _, member = name.partition(".")
         kind = getattr(script, owner, None)
         fields = getattr(kind, "__dataclass_fields__", {})
         return hasattr(script, owner) and (not member or hasattr(kind, member) or member in fields)
 
-    return [name for name in NEEDS if not has(name)]
+    return [name for name in needs if not has(name)]
 
 
-def load_script(path: Path) -> ModuleType:
+def load_script(path: Path, name: str = MODULE, needs: tuple[str, ...] = NEEDS,
+                tool: str = "audit") -> ModuleType:
     """The script as a module, from its text: bytecode that lies beside it is not used, and none is written.
 
-    BadInput when it cannot be read, does not import or lacks one of NEEDS.
+    name: its name in sys.modules. needs: what records/TOOL.py reaches in it. BadInput when it cannot be read,
+    does not import or lacks one of them.
     """
-    loader = SourceFileLoader(MODULE, str(path))
+    loader = SourceFileLoader(name, str(path))
     try:
         source = loader.get_data(str(path))
     except OSError as e:
         raise BadInput(f"{path}: cannot read the script ({e.strerror}); --script PATH names one") from None
-    module = sys.modules[MODULE] = module_from_spec(spec_from_loader(MODULE, loader))
+    module = sys.modules[name] = module_from_spec(spec_from_loader(name, loader))
     try:
         exec(loader.source_to_code(source, str(path)), module.__dict__)
     except (Exception, SystemExit) as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise BadInput(f"{path}: does not import here ({why}); mend it or audit another") from None
-    if lacking := missing_names(module):
-        raise BadInput(f"{path}: this script has no {', '.join(lacking)}, which the audit needs; "
-                       "audit it with a records/audit.py of its own age")
+        raise BadInput(f"{path}: does not import here ({why}); mend it or {tool} another") from None
+    if lacking := missing_names(module, needs):
+        raise BadInput(f"{path}: this script has no {', '.join(lacking)}, which the {tool} needs; "
+                       f"{tool} it with a records/{tool}.py of its own age")
     return module
 
 

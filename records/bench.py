@@ -36,8 +36,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -46,6 +44,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))       # train_gpt.py may have handed over
+
+import audit  # noqa: E402
+from audit import BadInput  # noqa: E402
 
 NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "train_step", "log_step", "hyper_at")
 MODULE = "benched_script"           # its name in sys.modules; copies with a candidate get a suffix
@@ -56,10 +59,6 @@ TOP = 25                            # kernels listed
 ERROR_SLACK = 1.5                   # a candidate may be this much less exact than the plain lines,
 FEW, CHANCE = 64, 0.1               # and of a tensor of so few numbers this is forgiven: signs may cancel
 GAIN, WINS = 0.998, 0.8             # it is faster when it takes less than this of their time, so often
-
-
-class BadInput(Exception):
-    """What a user can mend: one line that names the file, key or value and says what to do."""
 
 
 class Work(NamedTuple):
@@ -121,19 +120,7 @@ class Bench(NamedTuple):
 
 def load_script(path: Path, name: str = MODULE) -> ModuleType:
     """A fresh copy of the script as a module, with code objects of its own. BadInput: it does not load."""
-    loader = SourceFileLoader(name, str(path))
-    module = sys.modules[name] = module_from_spec(spec_from_loader(name, loader))
-    try:
-        exec(loader.source_to_code(loader.get_data(str(path)), str(path)), module.__dict__)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot read the script ({e.strerror}); --script PATH names one") from None
-    except (Exception, SystemExit) as e:
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise BadInput(f"{path}: does not import here ({why}); mend it or time another") from None
-    if lacking := [name for name in NEEDS if not hasattr(module, name)]:
-        raise BadInput(f"{path}: this script has no {', '.join(lacking)}, which the bench needs; "
-                       "time it with a records/bench.py of its own age")
-    return module
+    return audit.load_script(path, name, NEEDS, "bench")
 
 
 # ---- clocks --------------------------------------------------------------------------------------
