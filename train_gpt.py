@@ -1511,12 +1511,17 @@ def frobenius(X: Tensor) -> Tensor:
     return X.norm(dim=(-2, -1), keepdim=True)
 
 
+def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
+    """Each matrix of X (b, M, N) scaled to a Frobenius norm, number or (b, 1, 1); zero stays zero."""
+    return X * (norm / frobenius(X).clamp_min(1e-10))
+
+
 def snap_norm(U: Tensor) -> Tensor:
     """Muon+ (arXiv:2602.21545): each matrix to the Frobenius norm that an exact polar factor has. (b, M, N).
 
     A quintic's last polynomial sets the length of a step, too; so that one rate means one length.
     """
-    return U * (min(U.shape[-2:]) ** 0.5 / frobenius(U).clamp_min(1e-10))
+    return with_norm(U, min(U.shape[-2:]) ** 0.5)
 
 
 def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
@@ -1532,8 +1537,7 @@ def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     of v would cancel. v, shaped by neuron_shape, is updated in place.
     """
     v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
-    out = U * v.clamp_min(1e-10).rsqrt()
-    return out * (frobenius(U) / frobenius(out).clamp_min(1e-10))
+    return with_norm(U * v.clamp_min(1e-10).rsqrt(), frobenius(U))
 
 
 def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
@@ -1550,8 +1554,7 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
     matrices' rate over the whole run, Adam's over the last 30 % (matrix_warmdown_frac=1 warmdown_frac=0.3).
     """
     R = frobenius(W)
-    step = W - U * (lr * R / frobenius(U).clamp_min(1e-10))
-    W.copy_(step * (R / frobenius(step).clamp_min(1e-10)))
+    W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
 
 STEP_RULES: dict[str, Callable] = {
