@@ -227,6 +227,8 @@ def test_a_batch_is_its_matrices_and_a_transpose_its_transpose(method):
     out = t.orthogonalize(G, method)
     for i in range(3):
         torch.testing.assert_close(out[i], t.orthogonalize(G[i], method), atol=2e-5, rtol=0)
+    four = t.orthogonalize(G.reshape(3, 1, 20, 12), method)
+    torch.testing.assert_close(four[:, 0], out, atol=2e-5, rtol=0)
     torch.testing.assert_close(t.orthogonalize(G.mT, method), out.mT, atol=2e-5, rtol=0)
     torch.testing.assert_close(t.orthogonalize(-G, method), -out)
     assert t.orthogonalize(G.double(), method).dtype == torch.float64
