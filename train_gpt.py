@@ -1285,8 +1285,9 @@ WINS = (
 
 
 def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
-    """The tile of WINS for a product with X (B, M, N); None: the torch line."""
-    if X.is_cuda and X.dtype.itemsize == 2 and torch.cuda.get_device_properties(X.device).major == 9:
+    """The tile of WINS for a product with X (B, M, N); None: the torch line. Measured: sides of whole 64s."""
+    hopper = X.is_cuda and torch.cuda.get_device_properties(X.device).major == 9
+    if hopper and X.dtype.itemsize == 2 and X.size(1) % 64 == 0 == X.size(2) % 64:
         for name, short, matrices, tile in WINS:
             if name == product and X.size(1) <= short and X.size(0) <= matrices:
                 return tile
@@ -1448,41 +1449,30 @@ def unit_rows(X: Tensor) -> Tensor:
     return X / (X.norm(dim=-1, keepdim=True) + 1e-8)
 
 
-def ortho_mud(X: Tensor, passes: int, symmetric: bool = False) -> Tensor:
+def ortho_mud(X: Tensor, passes: int) -> Tensor:
     """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2).
 
     A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
     Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm.
     Unit rows are factors d of the next product, never written; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times
-    finer than bf16. symmetric (not in the paper): (T^-1 + T^-T)Q / 2, polar to first order in QQ' - I.
+    finer than bf16.
     """
     dtype, fine = X.dtype, torch.half if X.dtype == torch.bfloat16 else X.dtype
     d = inverse_root(X.float().square().sum(-1))
     for _ in range(passes):
-        T = xxt(X, d, fine)
-        Y, squares = lower_solve(T, X, d)
-        if symmetric:
-            Q = X * d[:, :, None]
-            Y = (Y + torch.linalg.solve_triangular(T, Q, upper=True, unitriangular=True)) / 2
-            squares = Y.square().sum(-1)
-        X, d = Y, inverse_root(squares)
+        X, squares = lower_solve(xxt(X, d, fine), X, d)
+        d = inverse_root(squares)
     return (X * d[:, :, None]).to(dtype)
 
 
-class Direction(NamedTuple):
-    """A row of ORTHO. whiten: (B, M, N), M <= N, of norms whose squares float32 holds -> the same shape."""
-    whiten: Callable[[Tensor], Tensor]
-    gpu_dtype: torch.dtype = torch.bfloat16
-
-
-ORTHO: dict[str, Direction] = {
-    "ns5": Direction(lambda X: quintic(X, NS5, frobenius_scale(X))),
-    "polar_express": Direction(lambda X: ortho_polar_express(X, PE5)),
-    "polar_express4": Direction(lambda X: ortho_polar_express(X, PE4)),
-    "turbo": Direction(ortho_turbo),
-    "mud": Direction(lambda X: ortho_mud(X, 1)),
-    "mud2": Direction(lambda X: ortho_mud(X, 2)),
-    "symmud": Direction(lambda X: ortho_mud(X, 1, symmetric=True), torch.float32),
+# (B, M, N), M <= N, of norms whose squares float32 holds -> the same shape. In bf16 on a GPU.
+ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
+    "ns5": lambda X: quintic(X, NS5, frobenius_scale(X)),
+    "polar_express": lambda X: ortho_polar_express(X, PE5),
+    "polar_express4": lambda X: ortho_polar_express(X, PE4),
+    "turbo": ortho_turbo,
+    "mud": lambda X: ortho_mud(X, 1),
+    "mud2": lambda X: ortho_mud(X, 2),
 }
 
 
@@ -1492,12 +1482,12 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
     Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
     CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own.
     """
-    row, tall, X = ORTHO[method], G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
+    tall, X = G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
     if X.is_cuda:
-        X = (X * GPU_SCALE).to(row.gpu_dtype)
+        X = (X * GPU_SCALE).bfloat16()
     else:
         X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
-    X = row.whiten(X.mT if tall else X)
+    X = ORTHO[method](X.mT if tall else X)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 

@@ -578,12 +578,12 @@ def facts(b: Bench, script: Path) -> list[str]:
         version = triton.__version__
     except ImportError:
         version = "none"
-    dtype = lambda d: str(getattr(d, "gpu_dtype", "unknown") if b.cuda else torch.float32).split(".")[-1]
+    dtype = "bfloat16" if b.cuda else "float32"
     today = time.strftime("%Y-%m-%d", time.gmtime())
     return [f"machine date:{today} tiny:{int(b.tiny)} torch:{torch.__version__} triton:{version} "
             f"source_sha256:{b.t.sha256_file(str(script))} | {b.m.names['device']}",
             f"config preset:{b.h.preset} ortho:{b.h.ortho}",
-            *(f"row row:{name} dtype:{dtype(direction)}" for name, direction in b.t.ORTHO.items()),
+            *(f"row row:{name} dtype:{dtype}" for name in b.t.ORTHO),
             *(f"rule rule:{name}" for name in b.t.STEP_RULES)]
 
 

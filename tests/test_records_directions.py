@@ -213,7 +213,7 @@ def broken_script(path):
     def whiten(X):
         raise RuntimeError("no kernel at /some/where/kernel.py\nsecond line")
 
-    module.ORTHO["broken"] = module.Direction(whiten)
+    module.ORTHO["broken"] = whiten
     return module
 
 
@@ -306,7 +306,7 @@ def test_board_and_verify(repo, capsys):
     assert run(repo, "board") == 0
     page = (repo / "records" / "README.md").read_text()
     assert "old" not in page and page.endswith("end\n") and f"directions/{folder.name}/tables.md" in page
-    assert "| symmud |" in page and run(repo, "board") == 0
+    assert "| mud2 |" in page and run(repo, "board") == 0
     assert (repo / "records" / "README.md").read_text() == page
     capsys.readouterr()
     assert run(repo, "verify") == 0 and run(repo, "verify", folder) == 0
