@@ -1,0 +1,2478 @@
+"""bankshot: the best small language model that ten minutes on 8 GPUs can train, shipped in 16 MB.
+
+Task      minimise bits per byte (bpb) on the FineWeb validation split. Rules of openai/parameter-golf: 600 s
+          of training on 8xH100, artifact + packed code <= 16,000,000 bytes, score read back from that file.
+Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 the ten-minute attempt
+          python train_gpt.py train preset=h100x1 data_path=DIR                 one GPU, 300 s of training
+          python train_gpt.py train preset=cpu data_path=DIR                    a laptop, minutes
+          python train_gpt.py eval ARTIFACT data_path=DIR                       score a file again
+          python train_gpt.py audit ARTIFACT data_path=DIR                      is it legal? records/audit.py
+          python train_gpt.py bench | config         time the step, records/bench.py | print the knobs
+          Any knob of Config: `key=value` behind the command, or KEY=value in the environment.
+
+Contents
+  1. Config            every knob once, with its default; presets
+  2. Machine           process group, device, compile and attention bindings, log
+  3. Tokens            shards on disk, the seeded document-aware loader
+  4. Bytes             what a token weighs; the definition of bpb
+  5. Blocks            norm, rope, attention, mlp as functions of their weights
+  6. GPT               parameter banks, one init table, one trunk
+  7. Kernels           Triton and torch lines: QK, and the products of a direction
+  8. Directions        ORTHO and STEP_RULES: how a momentum becomes a step
+  9. Optimizer         the parameter table, sharded state, every collective of a step
+ 10. Schedules         pure functions of progress
+ 11. Averaging         EMA whose horizon is a fraction of the run
+ 12. Artifact          quantize, byte layout, pack, unpack, packed source
+ 13. Score             windows that tile, one evaluator
+ 14. Training          warm-up, clock, loop
+ 15. Commands          train, eval, audit, bench, config
+
+Invariants (tests/ holds them)
+  Importing this file has no effect. After Optimizer.step parameters are bit-equal on all ranks. Table, order
+  and model name the same parameters. restore(snapshot()) is exact and warm-up runs what training runs. The
+  result depends on the seed, data order included, and not on the world size beyond reduction order. Score
+  windows tile the split. The bpb denominator is the UTF-8 length of the decoded text. The score comes from
+  the file on disk. Nothing compiles after the clock starts. No token's score depends on a later token.
+
+Artifact rule: bytes_total = artifact file + packed_code(this source) <= 16,000,000, for every seed.
+"""
+from __future__ import annotations
+
+import base64
+import dataclasses
+import glob
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import runpy
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import cycle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# torch 2.13 renames these two; 2.11 knows only the old names
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# -----------------------------------------------------------------------------
+# 1. Config: every knob once, with its default. The defaults are the eight-GPU attempt.
+
+
+class InputError(Exception):
+    """What a user can mend: one line that names the file, key or value and says what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # the run
+    preset: str = "record"
+    run_id: str = ""                     # "": UTC time, preset and seed
+    seed: int = 1337                     # initialisation and data order
+    out_dir: str = "logs"                # OUT_DIR/RUN_ID.txt is the log, OUT_DIR/RUN_ID.int6.xz the artifact
+    data_path: str = "data/datasets/fineweb10B_sp1024"
+    tokenizer_path: str = ""             # "": the one that DATA_PATH/manifest.json names
+    report_split: str = ""               # a second split: scored and reported, never chosen by
+    bos_id: int = 1                      # first token of every document
+    # budget
+    max_wallclock_seconds: float = 600.0  # training clock; 0: no limit
+    iterations: int = 20000
+    warmup_steps: int = 10               # compile and touch every shape, then everything is restored
+    val_loss_every: int = 0              # steps; 0: no validation file is opened before the clock stops
+    train_log_every: int = 50
+    val_tokens: int = 0                  # score only the first this many targets; 0: the whole split
+    # batch
+    train_batch_tokens: int = 786_432    # per optimizer step, over all ranks
+    micro_batch_tokens: int = 98_304     # per forward and rank
+    train_seq_len: int = 2048
+    eval_seq_len: int = 2048
+    eval_stride: int = 64                # sliding score: fresh tokens per window
+    eval_batch_tokens: int = 131_072     # per forward and rank
+    # model
+    vocab_size: int = 1024
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 3.0
+    rope_dims: int = 16                  # rotated dimensions of each head; the others are position-free
+    rope_base: float = 10_000.0
+    xsa_last_n: int = 4                  # layers whose attention output drops its own value's direction
+    ve_last_n: int = 2                   # layers whose values get a token embedding added
+    ve_dim: int = 128
+    bigram_vocab_size: int = 1536
+    bigram_dim: int = 128
+    logit_softcap: float = 30.0
+    qk_gain_init: float = 1.5
+    tied_embed_init_std: float = 0.005
+    out_scale_init: float = 1.0          # attn_scale and mlp_scale: what a block's output is multiplied by
+    # optimizer
+    ortho: str = "ns5"                   # row of ORTHO
+    step_rule: str = "muon"              # row of STEP_RULES
+    matrix_lr: float = 0.025
+    embed_lr: float = 0.035
+    scalar_lr: float = 0.025
+    norm_gain_lr: float = 0.0            # of attn_gain and mlp_gain behind the pre-norms; 0: they stay at one
+    muon_wd: float = 0.04
+    adam_wd: float = 0.04
+    muon_momentum: float = 0.99
+    muon_momentum_start: float = 0.92
+    muon_momentum_warmup_frac: float = 0.2   # of the run
+    row_equalize: bool = False           # unit rows before the polar step (MuonEq-R)
+    snap_norm: bool = False              # sqrt(short side) as its Frobenius norm after it (Muon+)
+    cautious_wd: bool = False            # matrices decay only where the step shrinks the weight, too
+    normuon_beta2: float = 0.95          # horizon of the normuon rules' second moment
+    proj_init_std: float = 0.0           # O and MLP-down; 0: zeros, hyperball 0.8/sqrt(model_dim)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
+    warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
+    matrix_warmdown_frac: float = 0.0    # the same for matrix_lr; 0: warmdown_frac
+    min_lr_frac: float = 0.0
+    # averaging and artifact
+    ema_frac: float = 0.045              # horizon of the average, as a fraction of the run
+    artifact_weights: str = "ema"        # ema | live
+    int6_step: float = 0.0               # least int6 step, in standard deviations of the row
+    fit_cap: bool = True                 # over the cap: raise int6_step until the submission fits
+    size_cap: int = 16_000_000           # decimal bytes, packed code included
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+
+PRESETS: dict[str, dict] = {
+    "record": {},
+    "h100x1": dict(
+        max_wallclock_seconds=300.0, train_batch_tokens=262_144, micro_batch_tokens=131_072,
+        val_loss_every=500, muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02),
+    "cpu": dict(
+        max_wallclock_seconds=120.0, iterations=100_000, warmup_steps=2, val_loss_every=0, train_log_every=25,
+        val_tokens=65_536, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=256,
+        eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1,
+        xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64,
+        muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02),
+}
+
+# What an artifact must carry to be scored: its header holds these and no other knob.
+MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims",
+                "rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
+                "logit_softcap", "bos_id", "eval_seq_len", "eval_stride")
+
+
+def parse_value(key: str, text: str, type_name: str):
+    """`text` as the type of Config field `key`. InputError when it is not one."""
+    try:
+        if type_name == "bool":
+            return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
+        return {"int": int, "float": float, "str": str}[type_name](text)
+    except (ValueError, KeyError):
+        raise InputError(f"config key {key}: {text!r} is not of type {type_name}") from None
+
+
+def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
+    """Defaults < preset < artifact < environment (KEY in upper case) < `key=value`.
+
+    artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value.
+    """
+    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    given = {k: env[k.upper()] for k in types if k.upper() in env}
+    for arg in argv:
+        key, equals, value = arg.partition("=")
+        if not equals:
+            raise InputError(f"argument {arg!r}: knobs are given as key=value")
+        if key not in types:
+            close = [k for k in types if key.lower() in k or k in key.lower()]
+            hint = f"did you mean {', '.join(close)}?" if close else "`train_gpt.py config` lists them"
+            raise InputError(f"unknown config key {key!r}; {hint}")
+        given[key] = value
+    preset = given.get("preset", "record")
+    if preset not in PRESETS:
+        raise InputError(f"config key preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    values = {k: parse_value(k, v, types[k]) for k, v in given.items()}
+    h = Config(**(PRESETS[preset] | dict(artifact or {}) | values))
+    check_config(h)
+    return h
+
+
+def check_config(h: Config) -> None:
+    """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
+    for key, value in dataclasses.asdict(h).items():
+        if not isinstance(value, str) and not 0 <= value < 1 << 53:        # also refuses nan
+            raise InputError(f"config key {key}: {str(value)[:40]} must be a number from 0 to 2^53")
+    for key in ("iterations", "train_batch_tokens", "micro_batch_tokens", "train_seq_len", "eval_seq_len",
+                "eval_stride", "eval_batch_tokens", "vocab_size", "num_layers", "model_dim", "num_heads",
+                "num_kv_heads", "mlp_dim", "ve_dim", "bigram_dim", "train_log_every"):
+        if getattr(h, key) < 1:
+            name = "mlp_mult * model_dim" if key == "mlp_dim" else key
+            raise InputError(f"config key {name}: {getattr(h, key)} must be at least 1")
+    for key, table in (("ortho", ORTHO), ("step_rule", STEP_RULES), ("artifact_weights", ("ema", "live"))):
+        if getattr(h, key) not in table:
+            raise InputError(f"config key {key}: {getattr(h, key)!r} is not one of {', '.join(table)}")
+    rules = [
+        (h.train_batch_tokens % h.micro_batch_tokens == 0,
+         "micro_batch_tokens must divide train_batch_tokens"),
+        (h.micro_batch_tokens % h.train_seq_len == 0, "train_seq_len must divide micro_batch_tokens"),
+        (h.eval_batch_tokens % h.eval_seq_len == 0, "eval_seq_len must divide eval_batch_tokens"),
+        (h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len"),
+        (h.model_dim % h.num_heads == 0, "num_heads must divide model_dim"),
+        (h.num_heads % h.num_kv_heads == 0, "num_kv_heads must divide num_heads"),
+        (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
+        (max(h.xsa_last_n, h.ve_last_n) <= h.num_layers, "xsa_last_n, ve_last_n must not exceed num_layers"),
+        (h.ve_last_n >= 1 and h.bigram_vocab_size >= 2, "ve_last_n must be at least 1, bigram_vocab_size 2"),
+        (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
+        (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
+        (h.matrix_warmdown_frac <= 1, "matrix_warmdown_frac must be in [0, 1]"),
+        (h.out_scale_init or parameter_table(h)["mlp_down_bank"][1] != "zeros",
+         "out_scale_init=0 needs proj_init_std above 0, or neither factor of a block's output ever moves"),
+        (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
+    ]
+    for holds, rule in rules:
+        if not holds:
+            raise InputError(f"config: {rule}")
+
+
+# -----------------------------------------------------------------------------
+# 2. Machine: what differs between a laptop and eight GPUs, bound once. There is always a process group.
+
+
+def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
+    """(accum, B): micro-batches of a step on each rank, sequences in each. InputError when nothing fits."""
+    sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
+    accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
+    if left or sequences == 0 or sequences % accum:
+        raise InputError(f"WORLD_SIZE={world_size} does not cut train_batch_tokens={h.train_batch_tokens} "
+                         f"into equal micro-batches of at most micro_batch_tokens={h.micro_batch_tokens} and "
+                         f"sequences of {h.train_seq_len}; change one of them or the number of processes")
+    return accum, sequences // accum
+
+
+def record_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
+    """What launches the device work that fn queues; nothing runs now. The outer context brings the current
+    stream back when the recording cannot end; thread_local: NCCL's watchdog may go on meanwhile."""
+    graph, mode = torch.cuda.CUDAGraph(), "thread_local"
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+        fn()
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This process's place and its bindings; no code below asks which device it runs on.
+
+    dtype: of activations and matrix products. compile: torch.compile or the identity. ops: attention and the
+    other functions with a faster form here. pin: whether host batches are page-locked.
+    """
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: Callable
+    ops: Ops
+    pin: bool
+    names: dict[str, str]                # for the log: device, attention, qk, compile, update
+    streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
+    record: Callable | None = None       # fn -> what launches its device work
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sync(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        torch.accelerator.synchronize() if self.pin else None
+
+    def mark(self) -> Callable[[], None]:
+        """A point in the device's queue; calling the result waits until the device has passed it."""
+        if not self.pin:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+    @contextmanager
+    def lanes(self) -> Iterator[Callable]:
+        """`with lanes() as lane`: what is queued inside one `with lane()` runs beside the others; all of it
+        behind what was queued before and ahead of what is queued after this block. A CPU takes turns."""
+        current = torch.cuda.current_stream() if self.streams else None
+        free = [s for s in self.streams if s != current]
+        for stream in free:
+            stream.wait_stream(current)
+        yield lambda turns=cycle(free): torch.cuda.stream(next(turns)) if free else nullcontext()
+        for stream in free:
+            current.wait_stream(stream)
+
+    def replay(self, fn: Callable[[], None]) -> tuple[Callable[[], None], str]:
+        """fn, which queues the same work on the same tensors every time, as one launch; or fn, and why not.
+
+        Before that fn runs three times, off the default stream as CUDA asks: this compiles kernels and opens
+        communicators. What one rank cannot record no rank replays.
+        """
+        if self.record is None:
+            return fn, ""
+        for _ in range(3):
+            with self.lanes() as lane, lane():
+                fn()
+        launch, reasons = fn, [""] * self.world_size
+        try:
+            launch, reason = self.record(fn), ""
+        except Exception as e:      # whatever a driver or NCCL raises: fn itself is always right
+            reason = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
+        dist.all_gather_object(reasons, reason)
+        return (fn, max(reasons)) if any(reasons) else (launch, "")
+
+    def agree(self, value: float) -> float:
+        """Rank 0's `value` on every rank, over the host network: schedules must not differ by a bit."""
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, 0)
+        return box.item()
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention with grouped heads. q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def attend_repeat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attend_sdpa for kernels without grouped heads: key-value heads are repeated."""
+    repeat = q.size(2) // k.size(2)
+    return attend_sdpa(q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2))
+
+
+def bind_attention(device: torch.device, head_dim: int) -> tuple[Callable, str]:
+    """The fastest attention that runs forward and backward here, and its name for the log.
+
+    cuDNN leads FlashAttention-2 on H100; the order is fastest first. The choice is global to the process
+    (torch.backends.cuda), so that no context manager stands in the compiled graph.
+    """
+    sdp = torch.backends.cuda
+    flags = {"cudnn": sdp.enable_cudnn_sdp, "flash": sdp.enable_flash_sdp,
+             "efficient": sdp.enable_mem_efficient_sdp, "math": sdp.enable_math_sdp}
+    for name in flags:
+        for other, enable in flags.items():
+            enable(other == name)
+        for attend, suffix in ((attend_sdpa, ""), (attend_repeat, "+repeat")):
+            try:
+                q = torch.randn(1, 128, 2, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+                k = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+                attend(q, k, k).sum().backward()
+                return attend, name + suffix
+            except RuntimeError:
+                continue
+    raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
+
+
+def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
+    """Join or make the process group and bind device, dtype, compiler and attention.
+
+    Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. Host tensors
+    travel over gloo, device tensors over NCCL. InputError when the batch cannot be cut by the world size.
+    """
+    world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
+    both = ("RANK" in env) == ("WORLD_SIZE" in env)
+    if not (both and world.isdigit() and rank.isdigit() and int(rank) < int(world)):
+        raise InputError(f"WORLD_SIZE={env.get('WORLD_SIZE')} RANK={env.get('RANK')}: not a process group; "
+                         "start several processes with torchrun, or unset both")
+    world, rank = int(world), int(rank)
+    cut_batch(h, world)
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device = torch.device("cuda", int(env.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **store)
+    if not cuda:
+        names = dict(device=platform.machine(), attention="cpu", qk="torch", compile="none", update="eager")
+        return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, names)
+    torch.set_float32_matmul_precision("high")
+    attend, attention = bind_attention(device, h.head_dim)
+    qk, qk_name = bind_qk(device, h)
+    name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
+    names = dict(device=name, attention=attention, qk=qk_name, compile="inductor", update="graph")
+    compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True)
+    return Machine(rank, world, device, torch.bfloat16, compiler, Ops(attend, qk), True, names, streams,
+                   partial(record_graph, streams[0]))
+
+
+class Log:
+    """The record: lines to the log file and the console of rank 0, and one live status line on a terminal."""
+
+    def __init__(self, path: str, machine: Machine | None) -> None:
+        """Open `path` for a new run; without a machine: silent. InputError when it exists or is read-only."""
+        self.path, self.file, self.live = path, None, False
+        if machine is None or not machine.is_main:
+            return
+        self.live = sys.stderr.isatty()
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            self.file = open(path, "x", encoding="utf-8")
+        except FileExistsError:
+            raise InputError(f"{path}: a log of that name exists; choose another run_id") from None
+        except OSError as e:
+            raise InputError(f"{path}: cannot write the log ({e.strerror}); choose another out_dir") from None
+
+    def __call__(self, line: str, console: bool = True) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise InputError(f"{self.path}: cannot write the log ({e.strerror}); free space") from None
+        if console:
+            print(("\r\033[K" if self.live else "") + line, flush=True)
+
+    def status(self, text: str) -> None:
+        if self.live:
+            print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
+
+    def header(self, h: Config, m: Machine) -> None:
+        """Source, versions, machine and resolved config: what a reader needs to run it again."""
+        if self.file is None:
+            return
+        with open(__file__, encoding="utf-8") as f:
+            self(f.read(), console=False)
+        self("=" * 100, console=False)
+        self(f"Running Python {sys.version}".replace("\n", " "), console=False)
+        self(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}", console=False)
+        self(f"Running Triton version {getattr(triton, '__version__', 'none')}", console=False)
+        self(machine_report(m), console=False)
+        self("=" * 100, console=False)
+        lines = [f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items())]
+        self("\n".join(["config:"] + lines), console=False)
+        self(f"preset: {h.preset}")
+        bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "compile", "update"))
+        self(f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}")
+
+
+def machine_report(m: Machine) -> str:
+    """nvidia-smi's report, or the processor's name and core count where there is none."""
+    try:
+        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=True).stdout.rstrip()
+    except (OSError, subprocess.CalledProcessError):
+        name = m.names["device"]
+        if os.path.exists("/proc/cpuinfo"):
+            with open("/proc/cpuinfo") as f:
+                models = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+            name = models[0] if models else name
+        return f"cpu: {name} cores:{os.cpu_count()}"
+
+
+# -----------------------------------------------------------------------------
+# 3. Tokens: shards on disk (the challenge's format) and the seeded document-aware loader.
+
+SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
+
+
+def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
+    """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
+
+    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the tokens as uint16.
+    Raises InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size.
+    """
+    try:
+        header = np.fromfile(path, dtype="<i4", count=256)
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot read the shard ({e.strerror}); prepare the data again") from None
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise InputError(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); "
+                         "make it again")
+    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise InputError(f"{path}: {size} bytes, its header says {expected}: truncated or damaged; "
+                         "fetch or make it again")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+    top = int(tokens.max()) if len(tokens) else 0
+    if top >= vocab_size:
+        raise InputError(f"{path}: token {top} >= vocab_size {vocab_size}; set vocab_size or the data_path")
+    return tokens
+
+
+def shard_tokens(path: str) -> int:
+    """Tokens in a shard by its size."""
+    return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
+
+
+def split_files(data_path: str, split: str) -> list[str]:
+    """The shards `*_SPLIT_<digits>.bin` of a split, sorted. InputError when there are none."""
+    if not os.path.isdir(data_path):
+        raise InputError(f"{data_path}: no such data folder; `./run.sh data auto` makes one, "
+                         "data_path=DIR names one")
+    files = sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin")))
+    if not files:
+        raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
+    return files
+
+
+def load_split(h: Config, split: str) -> np.ndarray:
+    """A whole evaluation split as one uint16 array, cut to `val_tokens` targets where that is set."""
+    tokens = np.concatenate([load_shard(f, h.vocab_size) for f in split_files(h.data_path, split)])
+    return tokens[: h.val_tokens + 1] if h.val_tokens else tokens
+
+
+class TokenLoader:
+    """An endless stream of shuffled documents, cut into global batches by index; its state is one integer.
+
+    Epoch e visits the shards, and the documents inside each, in an order drawn from (seed, e). Rows of T + 1
+    tokens overlap by one. Global batch n is the same for every world size: rank r's micro-batch a holds its
+    rows [(a * world + r) * B, ...). The next batch is built in a thread while the device works on this one.
+    """
+
+    def __init__(self, h: Config, m: Machine) -> None:
+        self.h, self.m = h, m
+        self.files = split_files(h.data_path, "train")
+        for f in self.files[m.rank::m.world_size]:           # now, not in the middle of the run
+            load_shard(f, h.vocab_size)
+        self.sizes = np.array([shard_tokens(f) for f in self.files])
+        self.total = int(self.sizes.sum())
+        if self.total <= h.train_seq_len:
+            raise InputError(f"{h.data_path}: the train split has {self.total} tokens, not one sequence; "
+                             "use more text")
+        self.accum, self.rows = cut_batch(h, m.world_size)
+        self.shuffled = lru_cache(maxsize=2)(self.shuffle_shard)
+        self.pool = ThreadPoolExecutor(1)
+        self.seek(0)
+
+    def shuffle_shard(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of a shard, its document starts in this epoch's order, and where each comes to lie."""
+        tokens = load_shard(self.files[shard], self.h.vocab_size)
+        starts = np.flatnonzero(tokens == self.h.bos_id)
+        if len(starts) == 0:
+            raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
+        if starts[0] != 0:
+            starts = np.concatenate([[0], starts])
+        lengths = np.diff(starts, append=len(tokens))
+        order = np.random.default_rng([self.h.seed, epoch, shard]).permutation(len(starts))
+        return tokens, starts[order], np.concatenate([[0], np.cumsum(lengths[order])])
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """Tokens [position, position + count) of the endless stream, (count,) int64."""
+        out, filled = np.empty(count, np.int64), 0
+        while filled < count:
+            epoch, offset = divmod(position + filled, self.total)
+            order = np.random.default_rng([self.h.seed, epoch]).permutation(len(self.files))
+            ends = np.cumsum(self.sizes[order])
+            slot = int(np.searchsorted(ends, offset, side="right"))
+            tokens, starts, bounds = self.shuffled(epoch, int(order[slot]))
+            offset -= int(ends[slot] - self.sizes[order[slot]])
+            doc = int(np.searchsorted(bounds, offset, side="right")) - 1
+            while filled < count and doc < len(starts):
+                skip = offset - bounds[doc]
+                take = int(min(bounds[doc + 1] - offset, count - filled))
+                out[filled: filled + take] = tokens[starts[doc] + skip: starts[doc] + skip + take]
+                filled, offset, doc = filled + take, offset + take, doc + 1
+        return out
+
+    def build(self, index: int) -> list[Tensor]:
+        """This rank's micro-batches of global batch `index`: `accum` host tensors (B, T + 1), int64."""
+        T, B = self.h.train_seq_len, self.rows
+        batch = []
+        for a in range(self.accum):
+            row = (a * self.m.world_size + self.m.rank) * B
+            flat = self.read(index * self.h.train_batch_tokens + row * T, B * T + 1)
+            rows = np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
+            tensor = torch.from_numpy(rows.copy())
+            batch.append(tensor.pin_memory() if self.m.pin else tensor)
+        return batch
+
+    def seek(self, index: int) -> None:
+        """Make global batch `index` the next one."""
+        self.index = index
+        self.pending = self.pool.submit(self.build, index)
+
+    def next(self) -> list[Tensor]:
+        """The next global batch's micro-batches of this rank on the device, and the one after it begun."""
+        batch = self.pending.result()
+        self.seek(self.index + 1)
+        return [t.to(self.m.device, non_blocking=True) for t in batch]
+
+
+# -----------------------------------------------------------------------------
+# 4. Bytes: what a token weighs, and the definition of bits per byte.
+
+
+@dataclass(frozen=True)
+class ByteCounts:
+    """UTF-8 bytes of the decoded text that each target stands for.
+
+    base (V,): bytes of the piece without its leading-space mark; 0 for control, unknown and unused pieces.
+    space (V,): the piece begins with U+2581, worth one byte unless the previous token is a boundary.
+    boundary (V,): control, unknown and unused pieces; a space after one is not part of the text.
+    spelled: ids of the byte pieces E2 96 81 in a vocabulary without a piece U+2581 of its own, where a space
+    can be spelled as those three bytes and still is one byte of text; otherwise None.
+    """
+    base: np.ndarray
+    space: np.ndarray
+    boundary: np.ndarray
+    spelled: tuple[int, int, int] | None = None
+
+    def of(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
+        previous, target = tokens[:-1], tokens[1:]
+        weights = self.base[target] + (self.space[target] & ~self.boundary[previous])
+        if self.spelled is not None:
+            e2, b96, b81 = self.spelled
+            first = np.flatnonzero((target[:-2] == e2) & (target[1:-1] == b96) & (target[2:] == b81))
+            weights[first] = ~self.boundary[previous[first]]
+            weights[first + 1] = weights[first + 2] = 0
+        return weights
+
+
+def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
+    """ByteCounts and decoder of a SentencePiece model. InputError when the file is missing or is not one."""
+    import sentencepiece
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such tokenizer; tokenizer_path=FILE names one")
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as e:
+        raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]})") from None
+    size = sp.vocab_size()
+    base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
+    for i in range(size):
+        piece = sp.id_to_piece(i)
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            boundary[i] = True
+        elif sp.is_byte(i):
+            base[i] = 1
+        else:
+            space[i] = piece.startswith("\u2581")
+            base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
+    has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
+    spelled = tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
+    spelled = None if has_space or not all(map(sp.is_byte, spelled)) else spelled
+    decode = lambda documents: [text.replace("\u2581", " ").removeprefix(" " if spelled else "")
+                                for text in sp.decode(documents)]
+    return ByteCounts(base, space, boundary, spelled), decode
+
+
+def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
+    """ByteCounts and decoder of a tiktoken encoding: a token is its bytes, special tokens are boundaries."""
+    import tiktoken
+    try:
+        enc = tiktoken.get_encoding(encoding)
+    except Exception as e:       # unknown name, or no network to fetch the vocabulary: tiktoken raises many
+        raise InputError(f"tokenizer {encoding!r}: tiktoken cannot load it ({type(e).__name__}); "
+                         "check the name and the network") from None
+    base, boundary = np.zeros(enc.n_vocab, np.int64), np.ones(enc.n_vocab, bool)
+    for i in enc._mergeable_ranks.values():
+        base[i], boundary[i] = len(enc.decode_single_token_bytes(i)), False
+    return ByteCounts(base, np.zeros(enc.n_vocab, bool), boundary), enc.decode_batch
+
+
+def bpb(nats: float, num_bytes: int) -> float:
+    """Bits per byte: summed negative log-likelihood in nats over the UTF-8 bytes it explains."""
+    return nats / math.log(2) / num_bytes
+
+
+def sha256_file(path: str) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where the tokens came from: tokenizer and manifest, checked against each other."""
+    counts: ByteCounts
+    decode: Callable[[list[list[int]]], list[str]]       # documents' token ids -> texts
+    manifest: dict
+    manifest_sha256: str
+    tokenizer_sha256: str
+
+
+def load_dataset(h: Config) -> Dataset:
+    """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree."""
+    path, manifest, manifest_sha = os.path.join(h.data_path, "manifest.json"), {}, "none"
+    split_files(h.data_path, "val")
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as f:
+                manifest = json.load(f)
+            named = manifest["tokenizer"]
+            sha, encoding, bos = named["sha256"], named.get("encoding"), manifest["bos_id"]
+            file = h.tokenizer_path or (None if encoding else os.path.join(h.data_path, named["file"]))
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            raise InputError(f"{path}: not a manifest ({type(e).__name__}: {e}); make it again") from None
+        manifest_sha = sha256_file(path)
+        if bos != h.bos_id:
+            raise InputError(f"{path}: documents begin with {bos}, not bos_id={h.bos_id}; set bos_id={bos}")
+    elif h.tokenizer_path:
+        file = h.tokenizer_path
+    else:
+        raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
+    if file is None:
+        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
+    else:
+        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256_file(file)
+        if manifest and tokenizer_sha != sha:
+            raise InputError(f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha[:12]}, "
+                             f"manifest says {sha[:12]}); use that one or make the shards again")
+    if len(counts.base) != h.vocab_size:
+        raise InputError(f"config key vocab_size: {h.vocab_size}, the tokenizer has {len(counts.base)}; "
+                         f"set vocab_size={len(counts.base)}")
+    return Dataset(counts, decode, manifest, manifest_sha, tokenizer_sha)
+
+
+# -----------------------------------------------------------------------------
+# 5. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Topology of one layer as data."""
+    push: bool              # its input is kept for a skip connection
+    skip: int               # row of skip_weights that brings a kept input back in, or -1
+    xsa: bool               # exclusive self-attention
+    ve: int                 # row of ve_layer_scale, or -1
+    norm_scale: float       # 1/sqrt(depth) on both normalised inputs
+
+
+def layer_table(h: Config) -> tuple[LayerSpec, ...]:
+    """A U-Net: the first half of the layers keeps its outputs, the second takes them back, last first."""
+    L, half = h.num_layers, h.num_layers // 2
+    return tuple(LayerSpec(push=i < half, skip=i - half if half <= i < 2 * half else -1,
+                           xsa=i >= L - h.xsa_last_n, ve=max(-1, i - (L - h.ve_last_n)),
+                           norm_scale=(i + 1) ** -0.5) for i in range(L))
+
+
+class LayerWeights(NamedTuple):
+    """One layer's slices of the banks (compute dtype) and of the control tensors."""
+    q: Tensor               # (D, D)
+    k: Tensor               # (Hkv*Dh, D)
+    v: Tensor               # (Hkv*Dh, D)
+    o: Tensor               # (D, D)
+    up: Tensor              # (F, D)
+    down: Tensor            # (D, F)
+    q_gain: Tensor          # (H,)
+    attn_scale: Tensor      # (D,)
+    mlp_scale: Tensor       # (D,)
+    attn_gain: Tensor       # (D,)
+    mlp_gain: Tensor        # (D,)
+    resid_mix: Tensor       # (2, D)
+
+
+RMS_EPS = 1e-6      # said explicitly: PyTorch's default depends on the dtype
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + RMS_EPS) over the last dimension, no weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def rope_tables(seq_len: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (T, 1, dims / 2) float32. Su et al., arXiv:2104.09864."""
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    angle = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequency)
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dimensions of each head, pairs (j, j + half). x (B, T, H, Dh)."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    half = cos.size(-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def qk_norm_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normalise, rotate and scale each head. x (B, T, H, Dh), gain (H,), cos and sin (T, 1, rope_dims/2)."""
+    return rotate(rms_norm(x), (cos, sin)) * gain.to(x.dtype)[:, None]
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: take from each head's output its component along the token's own value (parameter-golf #265).
+
+    y (B, T, H, Dh), v (B, T, Hkv, Dh); heads of one group share a value.
+    """
+    B, T, H, Dh = y.shape
+    y = y.view(B, T, v.size(2), H // v.size(2), Dh)
+    v = F.normalize(v, dim=-1).unsqueeze(3)
+    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, Dh)
+
+
+class Ops(NamedTuple):
+    """The functions that a machine may bind to faster ones of the same signature."""
+    attend: Callable = attend_sdpa
+    qk: Callable = qk_norm_rope
+
+
+def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, rope: tuple, xsa: bool,
+                    ops: Ops) -> Tensor:
+    """Causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D).
+
+    ve (B, T, Hkv*Dh) is added to the values when given. One product makes q, k and v.
+    """
+    B, T, D = x.shape
+    H, kv = w.q_gain.size(0), w.k.size(0)
+    Dh = D // H
+    q, k, v = F.linear(x, torch.cat([w.q, w.k, w.v])).split([D, kv, kv], dim=-1)
+    v = (v if ve is None else v + ve).view(B, T, kv // Dh, Dh)
+    q = ops.qk(q.view(B, T, H, Dh), w.q_gain, *rope)
+    k = ops.qk(k.view(B, T, kv // Dh, Dh), torch.ones(kv // Dh, device=x.device), *rope)
+    y = ops.attend(q, k, v)
+    if xsa:
+        y = exclude_self(y, v)
+    return F.linear(y.reshape(B, T, D), w.o)
+
+
+def mlp_block(x: Tensor, w: LayerWeights) -> Tensor:
+    """down(LeakyReLU(0.5)(up x)^2). x (B, T, D) -> (B, T, D). parameter-golf #549."""
+    return F.linear(F.leaky_relu(F.linear(x, w.up), 0.5).square(), w.down)
+
+
+def layer(x: Tensor, x0: Tensor, w: LayerWeights, spec: LayerSpec, attend: Callable) -> Tensor:
+    """One block: x and the embedding stream x0 mixed, attention added, MLP added. attend: x -> (B, T, D)."""
+    mix = w.resid_mix.to(x.dtype)
+    x = mix[0] * x + mix[1] * x0
+    pre_norm = lambda x, gain: rms_norm(x) * spec.norm_scale * gain.to(x.dtype)
+    x = x + w.attn_scale.to(x.dtype) * attend(pre_norm(x, w.attn_gain))
+    return x + w.mlp_scale.to(x.dtype) * mlp_block(pre_norm(x, w.mlp_gain), w)
+
+
+# -----------------------------------------------------------------------------
+# 6. GPT: parameter banks, one init table, one trunk for loss, logits and scoring.
+
+
+def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every parameter: name -> (shape, initialisation).
+
+    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L (outputs)
+    normal. What writes into the residual stream starts at zero, except under a rule that keeps norms: there
+    0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (.026 for O, .031 for MLP-down at D = 768).
+    """
+    L, D, V = h.num_layers, h.model_dim, h.vocab_size
+    std = h.proj_init_std or (0.8 * D ** -0.5 if STEP_RULES[h.step_rule] is step_hyperball else 0.0)
+    return {
+        "mlp_up_bank": ((L, h.mlp_dim, D), "orthogonal"),
+        "mlp_down_bank": ((L, D, h.mlp_dim), f"normal {std}" if std else "zeros"),
+        "qo_bank": ((2 * L, D, D), f"half_orthogonal {std}"),   # Q of layer i at i, O at L + i
+        "kv_bank": ((2 * L, h.kv_dim, D), "orthogonal"),        # K at i, V at L + i
+        "tok_emb": ((V, D), f"normal {h.tied_embed_init_std}"),   # also the output head
+        "bigram_emb": ((h.bigram_vocab_size, h.bigram_dim), "zeros"),
+        "bigram_proj": ((D, h.bigram_dim), "orthogonal"),       # not zeros too: neither would ever move
+        "bigram_scale": ((1,), "constant 0.05"),
+        "ve_emb": ((V, h.ve_dim), "normal 0.01"),
+        "ve_proj": ((h.kv_dim, h.ve_dim), "orthogonal"),
+        "ve_scale": ((1,), "constant 0.1"),
+        "ve_layer_scale": ((h.ve_last_n,), "constant 1"),
+        "smear_gate": ((D,), "zeros"),
+        "skip_weights": ((max(1, L // 2), D), "constant 1"),
+        "resid_mix": ((L, 2, D), "first_of_two"),
+        "attn_scale": ((L, D), f"constant {h.out_scale_init}"),
+        "mlp_scale": ((L, D), f"constant {h.out_scale_init}"),
+        "attn_gain": ((L, D), "constant 1"),                    # of the normalised input
+        "mlp_gain": ((L, D), "constant 1"),
+        "q_gain": ((L, h.num_heads), f"constant {h.qk_gain_init}"),
+    }
+
+
+def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
+    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation."""
+    kind, _, value = init.partition(" ")
+    if kind == "constant":
+        return torch.full(shape, float(value))
+    if kind == "normal":
+        return torch.randn(shape, generator=generator) * float(value)
+    out = torch.zeros(shape)
+    if kind in ("orthogonal", "half_orthogonal"):
+        matrices = out.view(-1, *shape[-2:])
+        count = len(matrices) // (1 if kind == "orthogonal" else 2)
+        for matrix in matrices[:count]:
+            nn.init.orthogonal_(matrix, generator=generator)
+        if float(value or 0):
+            matrices[count:].normal_(0, float(value), generator=generator)
+    elif kind == "first_of_two":
+        out[:, 0] = 1
+    elif kind != "zeros":
+        raise ValueError(f"unknown initialisation {init!r}")
+    return out
+
+
+class GPT(nn.Module):
+    """The model: 20 named tensors and the functions that use them.
+
+    A bank holds all layers' matrices of a kind in one tensor, so that the optimizer works on four batches and
+    not on 66 matrices (parameter-golf #399). Parameters are float32 masters; products run in `dtype`.
+    """
+
+    def __init__(self, h: Config, ops: Ops = Ops(), dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.h, self.ops, self.dtype, self.layers = h, ops, dtype, layer_table(h)
+        generator = torch.Generator().manual_seed(h.seed)
+        for name, (shape, init) in parameter_table(h).items():
+            self.register_parameter(name, nn.Parameter(init_tensor(shape, init, generator)))
+
+    def layer_weights(self) -> list[LayerWeights]:
+        """Slices of banks and control tensors, one row per layer. The backward of unbind is one stack."""
+        q, o = self.qo_bank.to(self.dtype).view(2, self.h.num_layers, *self.qo_bank.shape[1:]).unbind(0)
+        k, v = self.kv_bank.to(self.dtype).view(2, self.h.num_layers, *self.kv_bank.shape[1:]).unbind(0)
+        columns = (q, k, v, o, self.mlp_up_bank.to(self.dtype), self.mlp_down_bank.to(self.dtype),
+                   *(getattr(self, name) for name in LayerWeights._fields[6:]))
+        return [LayerWeights(*row) for row in zip(*(c.unbind(0) for c in columns))]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token plus hashed bigram embedding, normalised, smeared with the token before. (B, T) -> (B, T, D).
+
+        Neither the bigram nor the smear looks across a document start (parameter-golf #1851).
+        """
+        starts = (tokens == self.h.bos_id)
+        starts = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
+        previous = F.pad(tokens[:, :-1], (1, 0))
+        buckets = self.h.bigram_vocab_size - 1
+        bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % buckets
+        bigram = F.embedding(torch.where(starts, buckets, bucket), self.bigram_emb).to(self.dtype)
+        x = F.embedding(tokens, self.tok_emb).to(self.dtype)
+        x = x + F.linear(bigram, (self.bigram_scale * self.bigram_proj).to(self.dtype))
+        x = rms_norm(x)
+        gate = torch.sigmoid(self.smear_gate).to(self.dtype) * ~starts[..., None]
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """The only forward pass. tokens (B, T) -> (B, T, D), normalised."""
+        h = self.h
+        rope = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
+        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)      # cast late: gradients add up in float32
+        ve = F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
+        x = x0 = self.embed(tokens)
+        kept = []
+        for spec, w in zip(self.layers, self.layer_weights()):
+            if spec.skip >= 0:
+                x = x + self.skip_weights[spec.skip].to(self.dtype) * kept.pop()
+            values = ve * self.ve_layer_scale[spec.ve].to(self.dtype) if spec.ve >= 0 else None
+            attend = lambda z, w=w, s=spec, e=values: attention_block(z, w, e, rope, s.xsa, self.ops)
+            x = layer(x, x0, w, spec, attend)
+            if spec.push:
+                kept.append(x)
+        return rms_norm(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Softcapped logits of the tied head. (..., D) -> (..., V) float32."""
+        logits = F.linear(x, self.tok_emb.to(self.dtype)).float()
+        return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V) float32."""
+        return self.head(self.trunk(tokens))
+
+    def nats(self, tokens: Tensor, targets: Tensor, last: int) -> Tensor:
+        """Negative log-likelihood of the last `last` targets of each row. (B, T) x2 -> (B, last) float32."""
+        logits = self.head(self.trunk(tokens)[:, -last:])
+        nats = F.cross_entropy(logits.flatten(0, 1), targets[:, -last:].flatten(), reduction="none")
+        return nats.view(-1, last)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats per token. (B, T) x2 -> ()."""
+        return self.nats(tokens, targets, tokens.size(1)).mean()
+
+
+# -----------------------------------------------------------------------------
+# 7. Kernels: Triton, each beside a torch line of the same signature; and the products of a quintic iteration.
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                       # without Triton the kernels are defined and never launched
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
+OPS = f"bankshot_{__name__.strip('_')}::"    # operators are global: a second copy of this file has its own
+
+
+@triton.jit
+def load_head(ptr, n, T, stride_b, stride_t, d, live):
+    """Rows n = b * T + t of one head at dimensions d, float32. The pointer is already at the head."""
+    address = (n // T).to(tl.int64) * stride_b + (n % T).to(tl.int64) * stride_t
+    return tl.load(ptr + address[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF: tl.constexpr):
+    """cos and signed sin at dimensions d, and d's partner p: y_d = x_d cos_d + x_p sin_d."""
+    rotated = (d < 2 * HALF)[None, :] & live[:, None]
+    index = (n % T)[:, None] * HALF + (d % HALF)[None, :]
+    cos = tl.load(cos_ptr + index, mask=rotated, other=1.0)
+    sin = tl.load(sin_ptr + index, mask=rotated, other=0.0)
+    sin = tl.where((d < HALF)[None, :], sin, -sin)
+    partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
+    return cos, sin, partner
+
+
+@triton.jit
+def qk_forward_kernel(x_ptr, y_ptr, gain_ptr, cos_ptr, sin_ptr, N, T, stride_b, stride_t, stride_h,
+                      H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """One program: BLOCK tokens of one head. One read of x, one write of y."""
+    n, h, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.arange(0, DH)
+    live = n < N
+    cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
+    x = load_head(x_ptr + h * stride_h, n, T, stride_b, stride_t, d, live)
+    xp = load_head(x_ptr + h * stride_h, n, T, stride_b, stride_t, partner, live)      # same lines, from L1
+    scale = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS) * tl.load(gain_ptr + h)
+    y = (x * cos + xp * sin) * scale[:, None]
+    out = y_ptr + (n.to(tl.int64) * H + h)[:, None] * DH + d[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def qk_backward_kernel(dy_ptr, x_ptr, dx_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_ptr, N, T, dy_b, dy_t, dy_h,
+                       stride_b, stride_t, stride_h, H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr,
+                       EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """dx = rstd (R'(g dy) - z mean(z R'(g dy))), z = rstd x; dgain as one partial sum a program and head."""
+    n, h, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.arange(0, DH)
+    live = n < N
+    cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
+    x = load_head(x_ptr + h * stride_h, n, T, stride_b, stride_t, d, live)
+    dy = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, d, live)
+    dyp = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, partner, live)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
+    z, back = x * rstd, dy * cos - dyp * sin                     # the rotation's transpose is its inverse
+    dot = tl.sum(z * back, 1)                                    # = sum(dy * R z)
+    gain = tl.load(gain_ptr + h)
+    dx = rstd * gain * (back - z * (dot / DH)[:, None])
+    out = dx_ptr + (n.to(tl.int64) * H + h)[:, None] * DH + d[None, :]
+    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(dgain_ptr + tl.program_id(0) * H + h, tl.sum(dot, 0))
+
+
+@lru_cache(maxsize=None)
+def triton_qk() -> Callable:
+    """qk_norm_rope in one read and one write each way, an operator that torch.compile keeps whole.
+
+    Inductor's own backward of it reads through the rotation's slices: 1.2 ms a layer at 48 x 2048 against a
+    floor of 0.15 (H100). x may be a strided view with contiguous heads; Dh must be a power of two.
+    """
+    block = 32
+
+    @torch.library.custom_op(OPS + "qk_forward", mutates_args=(),
+                             schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
+    def forward(x, gain, cos, sin):
+        B, T, H, Dh = x.shape
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        qk_forward_kernel[(-(-B * T // block), H)](
+            x, y, gain, cos, sin, B * T, T, *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, block)
+        return y
+
+    @torch.library.custom_op(OPS + "qk_backward", mutates_args=(),
+                             schema="(Tensor dy, Tensor x, Tensor gain, Tensor cos, Tensor sin)"
+                                    " -> (Tensor, Tensor)")
+    def backward(dy, x, gain, cos, sin):
+        B, T, H, Dh = x.shape
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        programs = -(-B * T // block)
+        partial = torch.empty(programs, H, device=x.device)
+        qk_backward_kernel[(programs, H)](dy, x, dx, partial, gain, cos, sin, B * T, T, *dy.stride()[:3],
+                                          *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, block)
+        return dx, partial.sum(0)
+
+    forward.register_fake(lambda x, gain, cos, sin: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    backward.register_fake(lambda dy, x, gain, cos, sin: (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(gain)))
+    forward.register_autograd(lambda ctx, dy: (*backward(dy, *ctx.saved_tensors), None, None),
+                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return forward
+
+
+def bind_qk(device: torch.device, h: Config) -> tuple[Callable, str]:
+    """The Triton kernel when it runs here and agrees with the torch line to bf16 rounding, else that line."""
+    try:
+        torch.manual_seed(0)
+        rope = rope_tables(64, h.rope_dims, h.rope_base, device)
+        wide = torch.randn(2, 64, 2, 2 * h.head_dim, device=device).bfloat16()
+        x, dy = wide[..., : h.head_dim], wide[..., h.head_dim:].transpose(1, 2).contiguous().transpose(1, 2)
+        results = []
+        for fn, dtype in ((triton_qk(), torch.bfloat16), (qk_norm_rope, torch.float32)):
+            leaf = x.detach().to(dtype).requires_grad_()
+            gain = torch.tensor([1.5, 0.5], device=device, requires_grad=True)
+            y = fn(leaf, gain, *rope)
+            y.backward(dy.to(dtype))
+            results.append([t.detach().float() for t in (y, leaf.grad, gain.grad)])
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*results)]
+        if max(errors) < 0.01:
+            return triton_qk(), "triton"
+        return qk_norm_rope, f"torch (error {max(errors):.3f})"
+    except Exception as e:      # whatever a compiler or driver raises: the torch line is always right
+        return qk_norm_rope, f"torch ({type(e).__name__})"
+
+
+@triton.jit
+def load_tile(ptr, rows, columns, M, N, stride_m, stride_n, EVEN: tl.constexpr):
+    """ptr[rows, columns] of an (M, N) matrix, zero outside. EVEN: no tile reaches outside."""
+    at = ptr + rows[:, None] * stride_m + columns[None, :] * stride_n
+    if EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, columns, M, N, stride_m, stride_n):
+    at = ptr + rows[:, None] * stride_m + columns[None, :] * stride_n
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, stride_n, a, b, c,
+                     POLY: tl.constexpr, SCALED: tl.constexpr, POWER: tl.constexpr, EVEN: tl.constexpr,
+                     BLOCK: tl.constexpr, BK: tl.constexpr):
+    """One program: a tile (i, j <= i) of XX' and its mirror image; only half of the products are made.
+
+    SCALED: times r_row r_column. POLY: X is symmetric, the tile is of aI + bX + cXX', SCALED: times r_column.
+    POWER: the tile's sums of |.|^POWER go to sums[j, rows] and, for the mirror image, to sums[i, columns].
+    """
+    pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = ((tl.sqrt(8 * pid + 1.5) - 1) / 2).to(tl.int32)      # i (i + 1) / 2 <= pid; 1.5, not 1: sqrt rounds
+    j = pid - i * (i + 1) // 2
+    rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    x_ptr, out_ptr, r_ptr = x_ptr + batch * stride_b, out_ptr + batch * M * M, r_ptr + batch * M
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, N, BK):
+        k = start + tl.arange(0, BK)
+        left = load_tile(x_ptr, rows, k, M, N, stride_m, stride_n, EVEN)
+        right = load_tile(x_ptr, columns, k, M, N, stride_m, stride_n, EVEN)
+        acc = tl.dot(left, tl.trans(right), acc)
+    if POLY:
+        acc = c * acc + b * load_tile(x_ptr, rows, columns, M, M, stride_m, stride_n, EVEN).to(tl.float32)
+        acc += tl.where(rows[:, None] == columns[None, :], a, 0.0)
+    mirror = acc
+    if SCALED:
+        r_rows = tl.load(r_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        r_columns = tl.load(r_ptr + columns, mask=columns < M, other=0.0)[None, :]
+        if POLY:
+            acc, mirror = acc * r_columns, acc * r_rows
+        else:
+            acc = acc * (r_rows * r_columns)
+            mirror = acc
+    store_tile(out_ptr, acc, rows, columns, M, M, M, 1)
+    if i != j:
+        store_tile(out_ptr, tl.trans(mirror), columns, rows, M, M, M, 1)
+    if POWER:
+        size = tl.abs(acc) if POWER == 1 else acc * acc
+        sums_ptr += batch * tl.cdiv(M, BLOCK) * M
+        tl.store(sums_ptr + j * M + rows, tl.sum(size, 1), mask=rows < M)
+        if i != j:
+            tl.store(sums_ptr + i * M + columns, tl.sum(size, 0), mask=columns < M)
+
+
+@triton.jit
+def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+                         PRECISION: tl.constexpr):
+    """One program: the inverse of a diagonal block of the unit lower triangle of T, by doubling.
+
+    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. P and Q are triangles of correlation matrices again,
+    whose inverses have norm <= 2 and entries <= 1: no level loses digits, as products of powers of C would.
+    """
+    batch, n = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + n
+    T = load_tile(t_ptr + batch * M * M, at, at, M, M, M, 1, False).to(tl.float32)
+    row, column = n[:, None], n[None, :]
+    inverse = tl.where(row == column, 1.0, 0.0)
+    for level in tl.static_range(LEVELS):
+        C = tl.where(row >> level == (column >> level) + 1, T, 0.0)
+        C = tl.where(row >> (level + 1) == column >> (level + 1), C, 0.0)
+        if level > 0:
+            C = tl.dot(inverse, tl.dot(C, inverse, input_precision=PRECISION), input_precision=PRECISION)
+        inverse -= C
+    out_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
+    store_tile(out_ptr, inverse, n, n, BLOCK, BLOCK, BLOCK, 1)
+
+
+@triton.jit
+def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M, N, stride_b, stride_m,
+                        stride_n, out_b, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr):
+    """One program: BN columns of Y, TY = diag(d) X, by blocks: Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k).
+
+    Its own Y_k come back through the cache, behind a barrier. Only T's blocks below the diagonal are read.
+    """
+    panel, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    columns, n = panel * BN + tl.arange(0, BN), tl.arange(0, BLOCK)
+    t_ptr, x_ptr, y_ptr = t_ptr + batch * M * M, x_ptr + batch * stride_b, y_ptr + batch * out_b
+    blocks = tl.cdiv(M, BLOCK)
+    for i in range(blocks):
+        rows = i * BLOCK + n
+        d = tl.load(d_ptr + batch * M + rows, mask=rows < M, other=0.0)[:, None]
+        x = load_tile(x_ptr, rows, columns, M, N, stride_m, stride_n, False).to(tl.float32)
+        at = inverse_ptr + (batch * blocks + i) * BLOCK * BLOCK
+        inverse = load_tile(at, n, n, BLOCK, BLOCK, BLOCK, 1, True)
+        acc = tl.zeros((BLOCK, BN), tl.float32)
+        for start in range(0, i * BLOCK, BLOCK):
+            left = load_tile(t_ptr, rows, start + n, M, M, M, 1, False)
+            right = load_tile(y_ptr, start + n, columns, M, N, out_m, out_n, False)
+            acc = tl.dot(left, right, acc)
+        acc = tl.dot(inverse, (d * x - acc).to(y_ptr.dtype.element_ty))
+        y = acc.to(y_ptr.dtype.element_ty)
+        store_tile(y_ptr, y, rows, columns, M, N, out_m, out_n)
+        squares = squares_ptr + (batch * tl.num_programs(0) + panel) * M + rows
+        tl.store(squares, tl.sum(y.to(tl.float32) * y.to(tl.float32), 1), mask=rows < M)
+        tl.debug_barrier()
+
+
+@torch.library.custom_op(OPS + "symmetric", mutates_args=(), schema=(
+    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"))
+def symmetric_op(X, r, poly, power, dtype, tile):
+    """symmetric_kernel: (matrices, partial sums). poly: (a, b, c) or (). tile: (BLOCK, BK, warps, stages)."""
+    (B, M, N), (block, bk, warps, stages), n = X.shape, tile, -(-X.size(1) // tile[0])
+    out, sums = X.new_empty(B, M, M, dtype=dtype), X.new_empty(B, n if power else 0, M, dtype=torch.float32)
+    symmetric_kernel[(n * (n + 1) // 2, B)](
+        X, X if r is None else r, out, sums, M, N, *X.stride(), *(poly or (0.0, 0.0, 0.0)), len(poly) > 0,
+        r is not None, power, M % block == 0 and N % bk == 0, block, bk, num_warps=warps, num_stages=stages)
+    return out, sums
+
+
+@torch.library.custom_op(OPS + "solve", mutates_args=(),
+                         schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
+def solve_op(T, X, d, tile):
+    """Inverses of blocks of 64, then substitution: Y, partial row sums of Y^2. tile: (BN, warps, stages)."""
+    (B, M, N), (bn, warps, stages), blocks = X.shape, tile, -(-X.size(1) // 64)
+    Y, squares = torch.empty_like(X, dtype=T.dtype), d.new_empty(B, -(-N // bn), M)
+    inverses = T.new_empty(B, blocks, 64, 64)
+    block_inverse_kernel[(blocks, B)](T, inverses, M, 64, 6, "tf32x3", num_warps=4)
+    substitution_kernel[(-(-N // bn), B)](T, inverses, X, d, Y, squares, M, N, *X.stride(), *Y.stride(), 64,
+                                          bn, num_warps=warps, num_stages=stages)
+    return Y, squares
+
+
+symmetric_op.register_fake(lambda X, r, poly, power, dtype, tile: (
+    X.new_empty(X.size(0), X.size(1), X.size(1), dtype=dtype),
+    X.new_empty(X.size(0), -(-X.size(1) // tile[0]) if power else 0, X.size(1), dtype=torch.float32)))
+solve_op.register_fake(lambda T, X, d, tile: (
+    torch.empty_like(X, dtype=T.dtype), d.new_empty(X.size(0), -(-X.size(2) // tile[0]), X.size(1))))
+
+# Where a kernel wins on an H100: (product, short side at most, matrices at most, its operator's tile). The
+# first row that fits counts; without one the torch line does it. us in a CUDA graph, torch line / kernel:
+WINS = (
+    ("xxt", 256, 24, (64, 64, 4, 4)),              # 22 x 256 x 512: 6.2 / 5.9
+    ("xxt", 512, 4, (64, 128, 4, 3)),              # 3 x 512 x 512: 4.9 / 4.3; an eighth of ns5: 221 / 214
+    ("xxt", 512, 12, (128, 64, 8, 4)),             # 11 x 512 x 1536: 18.0 (tall), 15.0 (wide) / 14.7, 15.5
+    ("xxt", 512, 24, (128, 64, 4, 3)),             # 22 x 512 x 512: 12.4 / 13.5; all of ns5: 868 / 842
+    ("ba_plus_caa", 256, 24, (64, 64, 4, 3)),      # 22 x 256: 8.6 / 5.5
+    ("ba_plus_caa", 512, 4, (64, 128, 4, 3)),      # 3 x 512: 7.6 / 4.8
+    ("ba_plus_caa", 512, 12, (64, 64, 4, 3)),      # 11 x 512: 14.7 / 8.8
+    ("ba_plus_caa", 512, 24, (128, 64, 4, 3)),     # 22 x 512: 25.4 / 16.6
+    ("lower_solve", 512, 4, (32, 4, 3)),           # 3 x 512 x 512: 197 / 40
+    ("lower_solve", 512, 24, (64, 4, 3)),          # 22 x 512 x 512: 449 / 56
+)
+
+
+def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
+    """The tile of WINS for a product with X (B, M, N); None: the torch line."""
+    if X.is_cuda and X.dtype.itemsize == 2 and torch.cuda.get_device_properties(X.device).major == 9:
+        for name, short, matrices, tile in WINS:
+            if name == product and X.size(1) <= short and X.size(0) <= matrices:
+                return tile
+    return None
+
+
+def xxt(X: Tensor, r: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A = diag(r) XX' diag(r). (B, M, N), (B, M) -> (B, M, M)."""
+    if tile := tile_of("xxt", X):
+        return symmetric_op(X, r, (), 0, dtype or X.dtype, tile)[0]
+    A = torch.bmm(X, X.mT)
+    return (A if r is None else A * r[:, :, None] * r[:, None]).to(dtype or X.dtype)
+
+
+def xxt_and_sums(X: Tensor, r: Tensor | None, power: int) -> tuple[Tensor, Tensor]:
+    """xxt and sum_j |A_ij|^power, power 1 or 2. (B, M, N), (B, M) -> (B, M, M), (B, M) float32."""
+    if tile := tile_of("xxt", X):
+        A, sums = symmetric_op(X, r, (), power, X.dtype, tile)
+        return A, sums.sum(1)
+    A = xxt(X, r)
+    return A, A.float().abs().pow(power).sum(-1)
+
+
+def ba_plus_caa(A: Tensor, b: float, c: float, a: float = 0.0, r: Tensor | None = None) -> Tensor:
+    """(aI + bA + cA^2) diag(r) for a symmetric A. (B, M, M), (B, M) -> (B, M, M)."""
+    if tile := tile_of("ba_plus_caa", A):
+        return symmetric_op(A, r, (a, b, c), 0, A.dtype, tile)[0]
+    C = torch.baddbmm(A, A, A, beta=b, alpha=c)
+    C = C if a == 0 else C + a * torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
+    return C if r is None else (C * r[:, None]).to(A.dtype)
+
+
+def ax_plus_bx(X: Tensor, B: Tensor, a: float, r: Tensor | None = None) -> Tensor:
+    """a diag(r) X + BX, in the layout of X. (B, M, N), (B, M, M), (B, M) -> (B, M, N).
+
+    Always torch's product. With a inside B (a = 0) 22 x 512 x 512 takes 17.8 us and 11 x 512 x 1536 18.5;
+    baddbmm copies X first, 27.3 and 34.4; a kernel that starts its sum from aX took 21.5 and 28.8 (H100).
+    """
+    Z = X if r is None or a == 0 else (X * r[:, :, None]).to(X.dtype)
+    if X.stride(-1) == 1:
+        return torch.baddbmm(Z, B, X, beta=a) if a else torch.bmm(B, X)
+    return (torch.baddbmm(Z.mT, X.mT, B.mT, beta=a) if a else torch.bmm(X.mT, B.mT)).mT
+
+
+def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Y with TY = diag(d) X, and its rows' squared norms. T: the triangle below a unit diagonal is read.
+
+    (B, M, M), (B, M, N), (B, M) float32 -> (B, M, N) of T's dtype, (B, M) float32.
+    """
+    if tile := tile_of("lower_solve", X):
+        Y, squares = solve_op(T, X, d, tile)
+        return Y, squares.sum(1)
+    Y = torch.linalg.solve_triangular(T.float(), X.float() * d[:, :, None], upper=False, unitriangular=True)
+    return Y.to(T.dtype), Y.to(T.dtype).float().square().sum(-1)
+
+
+# -----------------------------------------------------------------------------
+# 8. Directions: two tables. A row of ORTHO whitens a momentum, a row of STEP_RULES makes a step of it.
+
+NS5 = ((3.4445, -4.7750, 2.0315),) * 5      # Jordan, Muon (2024): five steps end in about [0.68, 1.13]
+TURBO = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790),       # thib-s/flash-newton-schulz, a genetic
+         (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))       # search for what AOL leaves; slope 147
+GPU_SCALE = 2.0 ** 40                       # squares of entries from 1e-30 to 1e5 then fit float32 and bf16
+SAFETY = 2e-2                               # bf16 rounding must not lift a singular value out of [0, 1]
+
+
+def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
+    """(a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least.
+
+    Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays.
+    A narrow interval has the Newton-Schulz limit (15, -10, 3) / 8.
+    """
+    if low / high >= 1 - 5e-6:
+        return 15 / 8 / high, -10 / 8 / high ** 3, 3 / 8 / high ** 5
+    q, r, before = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
+    for _ in range(100):
+        x = np.array([low, q, r, high])
+        nodes = np.stack([x, x ** 3, x ** 5, [1, -1, 1, -1]], 1)
+        a, b, c, error = np.linalg.solve(nodes, np.ones(4)).tolist()
+        if abs(error - before) <= 1e-15:
+            break
+        root, before = math.sqrt(9 * b * b - 20 * a * c), error      # extrema: a + 3b x^2 + 5c x^4 = 0
+        q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
+    return a, b, c
+
+
+@lru_cache(maxsize=None)
+def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
+    """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932).
+
+    Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
+    composition. cushion: fit no more than [cushion * u, u], which bounds the slopes, and centre the true
+    interval's image on 1. safety: every polynomial but the last reads x / (1 + safety).
+    """
+    rows, u = [], 1.0
+    for k in range(steps):
+        a, b, c = minimax_quintic(max(low, cushion * u), u)
+        if cushion * u > low:
+            centre = 2 / sum(a * x + b * x ** 3 + c * x ** 5 for x in (low, u))
+            a, b, c = a * centre, b * centre, c * centre
+        shrink = 1 + safety if k < steps - 1 else 1.0
+        rows.append((a / shrink, b / shrink ** 3, c / shrink ** 5))
+        low = sum(w * low ** power for w, power in zip(rows[-1], (1, 3, 5)))
+        u = 2 - low
+    return tuple(rows)
+
+
+# PE5 ends in [0.86, 1.14]. Four steps from 1e-3 do not converge ([0.42, 1.58]); PE4's from 3e-3 end in
+# [0.78, 1.22], and Schatten-4 makes up for the 3. From 1e-2 ([0.98, 1.02]) the slope at zero is only 147 and
+# the lowest third of a momentum's spectrum (10 % and 50 % quantile: .0006, .017) would stay low.
+PE5 = polar_express(1e-3, 5, SAFETY, 2e-2)
+PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    """x^(-1/2), and 0 for 0: a zero row or matrix stays zero."""
+    return torch.where(x > 0, x.rsqrt(), 0.0)
+
+
+def frobenius_scale(X: Tensor) -> Tensor:
+    """1 / |X|, for every row of X. (B, M, N) -> (B, M) float32."""
+    return inverse_root(X.float().square().sum((-2, -1)))[:, None].repeat(1, X.size(1))
+
+
+def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
+    """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay.
+
+    It starts from diag(r) X, which is never written: r (B, M) scales the first A and the columns of the first
+    polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. With a kernel for it,
+    aI goes inside the polynomial and a plain product is left.
+    """
+    for a, b, c in coefficients:
+        A = xxt(X, r) if A is None else A
+        fold = a if tile_of("ba_plus_caa", A) else 0.0
+        X, r, A = ax_plus_bx(X, ba_plus_caa(A, b, c, fold, r), a - fold, r), None, None
+    return X
+
+
+def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
+    """Polar Express from unit Schatten-4 norm |XX'|^(1/2): it bounds the largest singular value like the
+    Frobenius norm, 1.7 to 4 times tighter, and is free, as the first step needs the Gram matrix anyway."""
+    r = frobenius_scale(X)
+    A, sums = xxt_and_sums(X, r, 2)
+    norm = sums.sum(-1).sqrt().sqrt().clamp_min(1e-2)       # it is at least M^(-1/4), or the matrix is zero
+    s = (1 / ((1 + SAFETY) * norm))[:, None]
+    return quintic(X, coefficients, r * s, (A * (s * s)[:, None]).to(A.dtype))
+
+
+def ortho_turbo(X: Tensor) -> Tensor:
+    """Turbo-Muon (arXiv:2512.04632): rows scaled by (sum_j |A_ij|)^(-1/2) (AOL, arXiv:2208.03160) bound the
+    spectrum by 1 but turn singular vectors; the first Gram matrix is scaled, not made again."""
+    A, sums = xxt_and_sums(X, None, 1)
+    r = inverse_root(sums)
+    return quintic(X, TURBO, r, (A * r[:, :, None] * r[:, None]).to(A.dtype))
+
+
+def unit_rows(X: Tensor) -> Tensor:
+    """Rows over (norm + 1e-8). A zero row stays zero."""
+    return X / (X.norm(dim=-1, keepdim=True) + 1e-8)
+
+
+def ortho_mud(X: Tensor, passes: int, symmetric: bool = False) -> Tensor:
+    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2).
+
+    A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
+    Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm.
+    Unit rows are factors d of the next product, never written; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times
+    finer than bf16. symmetric (not in the paper): (T^-1 + T^-T)Q / 2, polar to first order in QQ' - I.
+    """
+    dtype, fine = X.dtype, torch.half if X.dtype == torch.bfloat16 else X.dtype
+    d = inverse_root(X.float().square().sum(-1))
+    for _ in range(passes):
+        T = xxt(X, d, fine)
+        Y, squares = lower_solve(T, X, d)
+        if symmetric:
+            Q = X * d[:, :, None]
+            Y = (Y + torch.linalg.solve_triangular(T, Q, upper=True, unitriangular=True)) / 2
+            squares = Y.square().sum(-1)
+        X, d = Y, inverse_root(squares)
+    return (X * d[:, :, None]).to(dtype)
+
+
+class Direction(NamedTuple):
+    """A row of ORTHO. whiten: (B, M, N), M <= N, of norms whose squares float32 holds -> the same shape."""
+    whiten: Callable[[Tensor], Tensor]
+    gpu_dtype: torch.dtype = torch.bfloat16
+
+
+ORTHO: dict[str, Direction] = {
+    "ns5": Direction(lambda X: quintic(X, NS5, frobenius_scale(X))),
+    "polar_express": Direction(lambda X: ortho_polar_express(X, PE5)),
+    "polar_express4": Direction(lambda X: ortho_polar_express(X, PE4)),
+    "turbo": Direction(ortho_turbo),
+    "mud": Direction(lambda X: ortho_mud(X, 1)),
+    "mud2": Direction(lambda X: ortho_mud(X, 2)),
+    "symmud": Direction(lambda X: ortho_mud(X, 1, symmetric=True), torch.float32),
+}
+
+
+def orthogonalize(G: Tensor, method: str) -> Tensor:
+    """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO.
+
+    Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
+    CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own.
+    """
+    row, tall, X = ORTHO[method], G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
+    if X.is_cuda:
+        X = (X * GPU_SCALE).to(row.gpu_dtype)
+    else:
+        X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
+    X = row.whiten(X.mT if tall else X)
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+
+def equalize_rows(U: Tensor) -> Tensor:
+    """MuonEq-R (arXiv:2603.28254): unit rows of the matrix as stored. (b, M, N); zero rows stay zero."""
+    return unit_rows(U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30))
+
+
+def frobenius(X: Tensor) -> Tensor:
+    """(b, M, N) -> (b, 1, 1)."""
+    return X.norm(dim=(-2, -1), keepdim=True)
+
+
+def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
+    """Each matrix of X (b, M, N) scaled to a Frobenius norm, number or (b, 1, 1); zero stays zero."""
+    return X * (norm / frobenius(X).clamp_min(1e-10))
+
+
+def snap_norm(U: Tensor) -> Tensor:
+    """Muon+ (arXiv:2602.21545): each matrix to the Frobenius norm that an exact polar factor has. (b, M, N).
+
+    A quintic's last polynomial sets the length of a step, too; so that one rate means one length.
+    """
+    return with_norm(U, min(U.shape[-2:]) ** 0.5)
+
+
+def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
+    """One number per line of the long side: rows of tall and square matrices, columns of wide ones."""
+    return (b, M, 1) if M >= N else (b, 1, N)
+
+
+def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv:2510.05491): lines of U (b, M, N) over the root of their mean square's average v.
+
+    The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt, followed
+    here, takes its columns. Each matrix keeps its norm, as there (paper: RMS 0.2), so that a bias correction
+    of v would cancel. v, shaped by neuron_shape, is updated in place.
+    """
+    v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    return with_norm(U * v.clamp_min(1e-10).rsqrt(), frobenius(U))
+
+
+def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
+    """Decoupled decay, then lr * sqrt(max(1, rows/columns)) along U (Jordan's scale)."""
+    W.mul_(1 - lr * wd).sub_(U * (lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5))
+
+
+def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
+    """MuonH: a step of lr |W| along U / |U|, then back to |W| (Frobenius). lr is an angle; wd is not read.
+
+    After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
+    The authors' nanochat submission (PR 498) instead multiplies each block's output by a learned vector that
+    starts at zero (out_scale_init=0) and its input by one that starts at one (norm_gain_lr), and lowers the
+    matrices' rate over the whole run, Adam's over the last 30 % (matrix_warmdown_frac=1 warmdown_frac=0.3).
+    """
+    R = frobenius(W)
+    W.copy_(with_norm(W - with_norm(U, lr * R), R))
+
+
+STEP_RULES: dict[str, Callable] = {
+    "muon": step_muon, "hyperball": step_hyperball, "normuon": step_muon, "normuon_hyperball": step_hyperball,
+}
+# Rules that divide the direction by a second moment: the shape of that state for a (b, M, N) shard.
+RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}
+
+# -----------------------------------------------------------------------------
+# 9. Optimizer: one table, sharded state, and the schedule that holds every collective of a step.
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A parameter's treatment. Row order is the order in which reductions are launched: biggest first."""
+    name: str
+    update: str      # "matrix": sharded by matrix, ORTHO and STEP_RULES | "adam": replicated, one flat buffer
+    lr: str          # Config field
+    wd: str          # Config field
+    kind: str        # encoding in the artifact
+
+
+PARAM_TABLE = (
+    ParamSpec("mlp_up_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("mlp_down_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("qo_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("kv_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("tok_emb", "adam", "embed_lr", "adam_wd", "int8"),
+    ParamSpec("bigram_emb", "adam", "embed_lr", "adam_wd", "int8"),
+    ParamSpec("ve_emb", "adam", "embed_lr", "adam_wd", "int8"),
+    ParamSpec("bigram_proj", "adam", "scalar_lr", "adam_wd", "int8"),
+    ParamSpec("ve_proj", "adam", "scalar_lr", "adam_wd", "int8"),
+    ParamSpec("resid_mix", "adam", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("attn_scale", "adam", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("mlp_scale", "adam", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("attn_gain", "adam", "norm_gain_lr", "adam_wd", "f16"),
+    ParamSpec("mlp_gain", "adam", "norm_gain_lr", "adam_wd", "f16"),
+    ParamSpec("skip_weights", "adam", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("smear_gate", "adam", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("q_gain", "adam", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("ve_layer_scale", "adam", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("bigram_scale", "adam", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("ve_scale", "adam", "scalar_lr", "adam_wd", "f32"),
+)
+MATRICES = tuple(s for s in PARAM_TABLE if s.update == "matrix")
+SMALL = tuple(s for s in PARAM_TABLE if s.update == "adam")
+WORK_ORDER = ("kv_bank", "qo_bank", "mlp_down_bank", "mlp_up_bank")    # after the small ones: cheapest first
+
+
+class StepScalars(NamedTuple):
+    """0-dimensional tensors, so that a new value is not a new compilation."""
+    clip: Tensor            # factor on every gradient
+    momentum: Tensor
+    matrix_lr: Tensor
+    adam_lr_mul: Tensor
+    correction1: Tensor     # 1 - beta1^t
+    correction2: Tensor     # 1 - beta2^t
+
+
+def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config,
+                  second: Tensor | None = None) -> None:
+    """Nesterov momentum, direction, step; in place on this rank's matrices W (b, M, N) and their state.
+
+    second: the rule's own state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree.
+    """
+    g = g * s.clip
+    momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
+    U = g * (1 - s.momentum) + momentum * s.momentum
+    U = orthogonalize(equalize_rows(U) if h.row_equalize else U, h.ortho)
+    U = snap_norm(U) if h.snap_norm else U
+    if h.step_rule in RULE_STATE:
+        U = normalize_neurons(U, second, h.normuon_beta2)
+    wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
+    STEP_RULES[h.step_rule](W, U, s.matrix_lr, wd)
+
+
+def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
+    """AdamW (arXiv:1711.05101) on flat buffers (parameters, gradients, m, v, lr, wd), decay decoupled."""
+    p, g, m, v, lr, wd = buffers
+    g = g * s.clip
+    m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
+    v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
+    step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
+    p.sub_(s.adam_lr_mul * lr * (wd * p + step))
+
+
+class Optimizer:
+    """All of the update and all of its communication.
+
+    Parameters and gradients are re-homed in padded buffers so that every collective runs in place: a bank's
+    buffer holds ceil(n / world) matrices per rank (the last ranks may hold padding, which stays zero); all
+    small tensors share one flat buffer. Momentum and RULE_STATE's are kept for owned matrices only. Outside
+    step() every rank holds the same parameters.
+    """
+
+    def __init__(self, model: GPT, h: Config, m: Machine) -> None:
+        params = dict(model.named_parameters())
+        assert set(params) == {s.name for s in PARAM_TABLE}, "PARAM_TABLE and model disagree"
+        assert set(WORK_ORDER) == {s.name for s in MATRICES}, "WORK_ORDER and PARAM_TABLE disagree"
+        self.h, self.m, self.steps = h, m, 0
+        self.bank, self.bank_grad = {}, {}                            # name -> (world * per_rank, M, N)
+        self.owned, self.shard_grad, self.momentum = {}, {}, {}       # (per_rank, M, N); owned: views of bank
+        self.second: dict[str, Tensor] = {}                           # RULE_STATE's shape; empty: no state
+        for s in MATRICES:
+            p = params[s.name]
+            per_rank = -(-p.size(0) // m.world_size)
+            self.bank[s.name] = torch.zeros(per_rank * m.world_size, *p.shape[1:], device=m.device)
+            self.bank_grad[s.name] = torch.zeros_like(self.bank[s.name])
+            self.owned[s.name] = self.bank[s.name].chunk(m.world_size)[m.rank]
+            self.shard_grad[s.name] = torch.zeros_like(self.owned[s.name])
+            self.momentum[s.name] = torch.zeros_like(self.owned[s.name])
+            if h.step_rule in RULE_STATE:
+                shape = RULE_STATE[h.step_rule](per_rank, *p.shape[1:])
+                self.second[s.name] = torch.zeros(shape, device=m.device)
+            self.rehome(p, self.bank[s.name][: p.size(0)], self.bank_grad[s.name][: p.size(0)])
+        sizes = [-(-params[s.name].numel() // 64) * 64 for s in SMALL]    # 256-byte alignment of every view
+        self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd = (
+            torch.zeros(sum(sizes), device=m.device) for _ in range(6))
+        pieces = zip(SMALL, *(t.split(sizes) for t in (self.flat, self.flat_grad, flat_lr, flat_wd)))
+        for s, value, grad, lr, wd in pieces:
+            p = params[s.name]
+            self.rehome(p, value[: p.numel()].view_as(p), grad[: p.numel()].view_as(p))
+            lr.fill_(getattr(h, s.lr))
+            p.requires_grad_(getattr(h, s.lr) > 0)             # what does not move needs no gradient
+            wd.fill_(getattr(h, s.wd))
+        self.adam_buffers = (self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd)
+        self.matrix_update = m.compile(matrix_update)
+        self.adam_update = m.compile(adam_update)
+        self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)     # all of it but clip
+        saved = self.snapshot()
+        self.update, self.failure = m.replay(self.schedule)
+        self.restore(saved)                                # a recorder has run it
+
+    @staticmethod
+    def rehome(p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
+        """Make `value` the parameter's storage, contents kept, and `grad` the place its gradients add up."""
+        value.copy_(p.data)
+        p.data, p.grad = value, grad
+
+    def step(self, hp: Hyper) -> None:
+        """The host's part: this step's numbers to the device, then one launch. The pinned memory is new each
+        time, for the host may run ahead: its allocator reuses it only when the copy from it has ended."""
+        self.steps += 1
+        corrections = [1 - beta ** self.steps for beta in (self.h.adam_beta1, self.h.adam_beta2)]
+        rates = [self.h.matrix_lr * hp.matrix_lr_mul, hp.adam_lr_mul]
+        host = torch.tensor([hp.momentum, *rates, *corrections], dtype=torch.float32, pin_memory=self.m.pin)
+        self.numbers.copy_(host, non_blocking=True)
+        self.update()
+
+    @torch.no_grad()
+    def schedule(self) -> None:
+        """Every collective of a step is launched from these lines; then all ranks are whole."""
+        arrivals = [self.reduce_bank(s.name) for s in MATRICES]     # 1. gradients on the wire, biggest first
+        arrivals.append(dist.all_reduce(self.flat_grad, dist.ReduceOp.AVG, async_op=True))
+        for work in arrivals:
+            work.wait()
+        scalars = StepScalars(self.clip_factor(), *self.numbers.unbind())     # 2. one norm over all of them
+        departures = []
+        with self.m.lanes() as lane:                                # side by side:
+            with lane():                                            # 3. replicated: every rank does the same
+                self.adam_update(self.adam_buffers, scalars, self.h)
+            for name in WORK_ORDER:                                 # 4. update what is owned here, send it
+                with lane():
+                    self.matrix_update(self.owned[name], self.shard_grad[name], self.momentum[name], scalars,
+                                       self.h, self.second.get(name))
+                    departures.append(all_gather(self.bank[name], self.owned[name], async_op=True))
+        torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad])
+        for work in departures:
+            work.wait()
+
+    def reduce_bank(self, name: str):
+        """Start averaging a bank's gradient; this rank's matrices arrive in shard_grad."""
+        shard, full = self.shard_grad[name], self.bank_grad[name]
+        return reduce_scatter(shard, full, dist.ReduceOp.AVG, async_op=True)
+
+    def clip_factor(self) -> Tensor:
+        """min(1, grad_clip / global norm), (); the same on every rank and for every world size."""
+        gradients = [*self.shard_grad.values(), self.flat_grad]     # float32 on a CPU would be 2e-4 short
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
+        dist.all_reduce(squares[:-1])                               # the last is whole on every rank
+        return ((self.h.grad_clip or math.inf) / (squares.sum().sqrt() + 1e-6)).clamp_max(1.0).float()
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes, parameters included."""
+        matrices = [*self.bank.values(), *self.momentum.values(), *self.second.values()]
+        return [*matrices, self.flat, self.flat_m, self.flat_v]
+
+    def snapshot(self) -> tuple[int, list[Tensor]]:
+        return self.steps, [t.clone() for t in self.state()]
+
+    @torch.no_grad()
+    def restore(self, saved: tuple[int, list[Tensor]]) -> None:
+        """Back to a snapshot, bit for bit; gradients are cleared."""
+        self.steps = saved[0]
+        torch._foreach_copy_(self.state(), saved[1])
+        torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad])
+
+
+# -----------------------------------------------------------------------------
+# 10. Schedules: pure functions of progress through the run.
+
+
+class Hyper(NamedTuple):
+    progress: float         # in [0, 1]: the larger share of the two budgets, time and iterations
+    momentum: float
+    matrix_lr_mul: float
+    adam_lr_mul: float
+
+
+def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
+    """What a step at this point uses: constant rates, then linear warmdowns; momentum rising at first."""
+    time_share = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
+    progress = min(1.0, max(time_share, step / h.iterations))
+    fall = lambda frac: max(min(1.0, (1 - progress) / frac), h.min_lr_frac)
+    ramp = min(1.0, progress / h.muon_momentum_warmup_frac) if h.muon_momentum_warmup_frac > 0 else 1.0
+    momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
+    return Hyper(progress, momentum, fall(h.matrix_warmdown_frac or h.warmdown_frac), fall(h.warmdown_frac))
+
+
+# -----------------------------------------------------------------------------
+# 11. Averaging: an exponential average of the weights whose horizon is a fraction of the run.
+
+
+class Ema:
+    """Average with weight exp(-age / ema_frac), age in shares of the run, so that run lengths compare."""
+
+    def __init__(self, model: GPT, h: Config) -> None:
+        self.h, self.progress = h, 0.0
+        self.params = [p.data for p in model.parameters()]
+        self.average = [p.clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, progress: float) -> None:
+        """Move towards the current weights, by the progress made since the last call."""
+        weight = 1 - math.exp((self.progress - progress) / self.h.ema_frac)
+        torch._foreach_lerp_(self.average, self.params, weight)
+        self.progress = progress
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.progress = 0.0
+        torch._foreach_copy_(self.average, self.params)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange average and weights; twice is the identity."""
+        live = [p.clone() for p in self.params]
+        torch._foreach_copy_(self.params, self.average)
+        torch._foreach_copy_(self.average, live)
+
+
+# -----------------------------------------------------------------------------
+# 12. Artifact: quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
+#
+#   artifact := xz( MAGIC "GPT6" | u32 header_bytes | header | payload )          little-endian throughout
+#   header   := compact sorted JSON {"config": {...}, "tensors": [[name, kind, shape, offset], ...]}, by name
+#   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
+#   int8     := the same with codes in [-127, 127]          f16, f32 := the values
+# One byte per int6 code on purpose: xz models bytes better than packed bits (measured 6.5 % smaller).
+
+MAGIC = b"GPT6"
+KINDS = {s.name: s.kind for s in PARAM_TABLE}
+CODE_LIMIT = {"int6": 31, "int8": 127}
+STORED = {kind: np.dtype(d) for kind, d in (("int6", "i1"), ("int8", "i1"), ("f16", "<f2"), ("f32", "<f4"))}
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)    # of the row's largest magnitude
+MAX_RAW_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 16
+# Measured on Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %,
+# other lc, lp, pb no better.
+# Codes repeat nothing, so a large dictionary only lets xz try vain matches: with the least one the int6 codes
+# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %.
+XZ = dict(format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32,
+          filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096}])
+
+
+def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Per-row symmetric codes with a clip search. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
+
+    Of the candidate clips the one with the least squared error wins, row by row; the step is never below
+    `least_step` standard deviations of the row (a coarser step means fewer bits after entropy coding).
+    """
+    limit, W = CODE_LIMIT[kind], W.float()
+    peak = W.abs().amax(-1, keepdim=True)
+    floor = (W.square().mean(-1, keepdim=True).sqrt() * least_step).clamp_min(2.0 ** -24)     # least f16
+    codes = lambda scale: (W / scale).round().clamp(-limit, limit)
+    scales = [torch.maximum(clip * peak / limit, floor).half().float() for clip in CLIPS]
+    errors = torch.stack([(codes(scale) * scale - W).square().sum(-1, keepdim=True) for scale in scales])
+    best = torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]       # the first of equals
+    return codes(best).to(torch.int8), best.half()
+
+
+def encode(W: Tensor, kind: str, h: Config) -> bytes:
+    """A tensor's bytes in the payload."""
+    if kind in CODE_LIMIT:
+        codes, scales = quantize(W, kind, h.int6_step if kind == "int6" else 0.0)
+        return codes.cpu().numpy().tobytes() + scales.cpu().numpy().astype("<f2").tobytes()
+    return W.float().cpu().numpy().astype(STORED[kind]).tobytes()
+
+
+def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
+    """The artifact before compression. `tensors`: the model's parameters by name."""
+    index, payload, offset = [], [], 0
+    for name in sorted(tensors):
+        payload.append(encode(tensors[name].detach(), KINDS[name], h))
+        index.append([name, KINDS[name], list(tensors[name].shape), offset])
+        offset += len(payload[-1])
+    config = {k: getattr(h, k) for k in MODEL_FIELDS}
+    header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
+    return b"".join([MAGIC, struct.pack("<I", len(header)), header, *payload])
+
+
+def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
+    """Quantize and compress. A function of the tensors: same tensors, same bytes."""
+    return lzma.compress(raw_artifact(tensors, h), **XZ)
+
+
+def entropy_bytes(raw: bytes) -> float:
+    """Order-0 entropy of a byte string in bytes: what xz comes within a few percent of on int6 codes."""
+    counts = np.bincount(np.frombuffer(raw, np.uint8), minlength=256)
+    p = counts[counts > 0] / len(raw)
+    return float(-(p * np.log2(p)).sum() * len(raw) / 8)
+
+
+def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[bytes, float, dict]:
+    """The artifact of at most `room` bytes, the int6 step it took, and ms of quantize and compress.
+
+    When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
+    is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
+    within a few compressions. Without fit_cap, or when not even a step of one deviation fits, the artifact is
+    over the cap.
+    """
+    codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
+    times, best = {"quantize": 0.0, "compress": 0.0}, None
+
+    def attempt(step: float, compress: bool) -> tuple[bytes, float]:
+        """Artifact (or nothing) and entropy in bytes at a step."""
+        start = time.perf_counter()
+        raw = raw_artifact(tensors, dataclasses.replace(h, int6_step=step))
+        entropy, quantized = entropy_bytes(raw), time.perf_counter()
+        blob = lzma.compress(raw, **XZ) if compress else b""
+        times["quantize"] += 1000 * (quantized - start)
+        times["compress"] += 1000 * (time.perf_counter() - quantized)
+        return blob, entropy
+
+    step, ratio = h.int6_step, 0.9            # xz never came below 0.9 of the order-0 entropy
+    if not h.fit_cap or attempt(step, False)[1] * ratio <= room:
+        blob, entropy = attempt(step, True)
+        if len(blob) <= room or not h.fit_cap:
+            return blob, step, times
+        ratio = len(blob) / entropy
+    step, ratio = max(step, 0.1), max(ratio, 0.99)
+    for _ in range(6):
+        for _ in range(3):
+            step *= 2 ** (8 * (ratio * attempt(step, False)[1] - 0.999 * room) / codes)
+            step = min(max(step, h.int6_step, 0.01), 1.0)
+        blob, entropy = attempt(step, True)
+        if len(blob) <= room and (best is None or len(blob) > len(best[0])):
+            best = (blob, step)
+        if 0.998 * room <= len(blob) <= room or step == 1.0:
+            break
+        ratio = len(blob) / entropy
+    return *(best or (blob, step)), times
+
+
+def open_artifact(blob: bytes) -> tuple[dict, bytes]:
+    """Header and payload. ValueError with the reason when the blob is damaged or not an artifact."""
+    reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
+    try:
+        raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
+    except lzma.LZMAError as e:
+        raise ValueError(f"artifact: damaged xz stream ({e})") from None
+    if not reader.eof:
+        raise ValueError("artifact: truncated, or larger than any model of this format")
+    if reader.unused_data:
+        raise ValueError("artifact: bytes after the end of the xz stream")
+    if raw[:4] != MAGIC or len(raw) < 8:
+        raise ValueError(f"artifact: magic is not {MAGIC!r}")
+    end = 8 + struct.unpack("<I", raw[4:8])[0]
+    if end > min(len(raw), MAX_HEADER_BYTES):
+        raise ValueError("artifact: header is longer than the file or than any header")
+    try:
+        header = json.loads(raw[8:end])
+        if type(header) is not dict or type(header.get("config")) is not dict:
+            raise ValueError("not an object with a config")
+        if set(header) != {"config", "tensors"} or set(header["config"]) != set(MODEL_FIELDS):
+            raise ValueError("unexpected keys")
+        if any(type(v) is not type(getattr(Config, k)) for k, v in header["config"].items()):
+            raise ValueError("a config value of another type")
+        if type(header["tensors"]) is not list:
+            raise ValueError("tensors is not a list")
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"artifact: header is not valid ({e})") from None
+    return header, raw[end:]
+
+
+def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
+    """The tensors of an opened artifact. ValueError when header and payload do not fit."""
+    out, expected = {}, 0
+    for row in header["tensors"]:
+        try:
+            name, kind, shape, offset = row
+            dtype = STORED[kind]
+            sizes_ok = shape and len(shape) <= 8 and all(type(n) is int and 0 < n < 1 << 28 for n in shape)
+            if type(name) is not str or not sizes_ok or type(offset) is not int:
+                raise ValueError("bad name, shape or offset")
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"artifact: bad tensor entry {str(row)[:80]} ({str(e)[:60]})") from None
+        count = math.prod(shape)
+        rows = count // shape[-1] if kind in CODE_LIMIT else 0
+        end = offset + count * dtype.itemsize + 2 * rows
+        if offset != expected or name in out or end > len(payload):
+            raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
+        expected, values = end, np.frombuffer(payload, dtype, count, offset)
+        tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
+        if kind in CODE_LIMIT:
+            if max(int(values.max()), -int(values.min())) > CODE_LIMIT[kind]:
+                raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {CODE_LIMIT[kind]}")
+            scales = np.frombuffer(payload, "<f2", rows, offset + count).astype(np.float32)
+            tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
+        out[name] = tensor
+    if expected != len(payload):
+        raise ValueError("artifact: bytes after the last tensor")
+    return out
+
+
+def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
+    """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it.
+
+    No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory.
+    """
+    return read_tensors(*open_artifact(blob))
+
+
+def packed_code(source: str) -> bytes:
+    """The source as a program that unpacks and runs itself: what counts as code. Deterministic."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    raw = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=filters)
+    return (b"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode('" + base64.b85encode(raw) +
+            b"'),format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]))\n")
+
+
+def write_atomic(path: str, blob: bytes) -> None:
+    """Write under a temporary name, then rename: the old file or the new one, never half. Or InputError."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(blob)
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise InputError(f"{path}: cannot write the artifact ({e.strerror}); free space") from None
+
+
+# -----------------------------------------------------------------------------
+# 13. Score: windows that tile the split, one evaluator for the chunked and the sliding score.
+
+
+@dataclass(frozen=True)
+class Score:
+    loss: float         # mean nats per token
+    bpb: float
+    tokens: int
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """How to score: window length, stride, windows per batch; a label and the log for progress."""
+    seq_len: int
+    stride: int
+    batch: int
+    label: str
+    log: Log
+
+
+def score_windows(total: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, score_from) for `total` targets: the ranges [score_from, end) tile [0, total) in order.
+
+    The first window scores all of itself; each later one `stride` targets behind seq_len - stride of context.
+    """
+    end = min(seq_len, total)
+    yield 0, end, 0
+    while end < total:
+        score_from, end = end, min(end + stride, total)
+        yield max(0, end - seq_len), end, score_from
+
+
+@torch.no_grad()
+def add_window_nats(nats_fn: Callable, tokens: Tensor, windows: list, last: int, run: ScoreRun,
+                    out: Tensor) -> None:
+    """Add the scored targets of a batch of windows to out (2, N - 1) float64: nats, and how often scored.
+
+    tokens (N,) on the device; nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on
+    the right, behind what it scores, a short batch with empty windows: each batch has the compiled shape.
+    """
+    padded = windows + [(0, 0, 0)] * (run.batch - len(windows))
+    start, end, score_from = (torch.tensor(c, device=tokens.device)[:, None] for c in zip(*padded))
+    column = torch.arange(run.seq_len, device=tokens.device)
+    index = (start + column).clamp_max(tokens.numel() - 2)
+    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
+    position = start + column[-last:]
+    scored = (position >= score_from) & (position < end)
+    values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
+    out.index_add_(1, position.clamp_max(tokens.numel() - 2).flatten(), values)
+
+
+def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
+    """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored."""
+    start_time = time.perf_counter()
+    device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
+    windows = list(score_windows(len(tokens) - 1, run.seq_len, run.stride))
+    groups: dict[int, list] = {}
+    for w in windows[m.rank::m.world_size]:      # one that scores more than the stride needs every position
+        full = w[2] - w[0] >= run.seq_len - run.stride and w[1] - w[0] == run.seq_len
+        groups.setdefault(run.stride if full else run.seq_len, []).append(w)
+    out = torch.zeros(2, len(tokens) - 1, dtype=torch.float64, device=m.device)
+    done, mine = 0, sum(map(len, groups.values()))
+    for last, group in sorted(groups.items()):
+        for i in range(0, len(group), run.batch):
+            add_window_nats(nats_fn, device_tokens, group[i: i + run.batch], last, run, out)
+            done = min(done + run.batch, mine)
+            if i // run.batch % 16 == 0:
+                m.sync()
+                eta = (time.perf_counter() - start_time) / done * (mine - done)
+                run.log.status(f"scoring {run.label}: {done}/{mine} windows, ETA {eta:.0f} s")
+    return out
+
+
+def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: ScoreRun, m: Machine) -> Score:
+    """Score every target of `tokens` (N,) once. All ranks share the work; sums are float64."""
+    start_time = time.perf_counter()
+    nats = score_targets(nats_fn, tokens, run, m)[0].sum()
+    dist.all_reduce(nats)
+    total, num_bytes = len(tokens) - 1, int(counts.of(tokens).sum())
+    return Score(nats.item() / total, bpb(nats.item(), num_bytes), total, num_bytes,
+                 1000 * (time.perf_counter() - start_time))
+
+
+def unigram_score(h: Config, tokens: np.ndarray, counts: ByteCounts) -> Score:
+    """What the token frequencies of the first training shard (add-one) alone would score."""
+    train = load_shard(split_files(h.data_path, "train")[0], h.vocab_size)
+    frequency = np.bincount(train, minlength=h.vocab_size) + 1.0
+    nats = float(-np.log(frequency / frequency.sum())[tokens[1:]].sum())
+    num_bytes = int(counts.of(tokens).sum())
+    return Score(nats / (len(tokens) - 1), bpb(nats, num_bytes), len(tokens) - 1, num_bytes, 0.0)
+
+
+# -----------------------------------------------------------------------------
+# 14. Training: warm-up, clock, loop.
+
+
+@dataclass
+class Run:
+    """Everything a run works with, built once by start_run and passed down."""
+    h: Config
+    m: Machine
+    log: Log
+    dataset: Dataset
+    model: GPT
+    loss_fn: Callable
+    nats_fn: Callable
+    phases: dict[str, float]         # ms
+    splits: dict[str, np.ndarray]    # held-out tokens, opened when first scored
+
+    def timed(self, phase: str, fn: Callable, *args):
+        """fn(*args), its time added to a phase."""
+        self.m.sync()
+        start = time.perf_counter()
+        out = fn(*args)
+        self.m.sync()
+        self.phases[phase] = self.phases.get(phase, 0.0) + 1000 * (time.perf_counter() - start)
+        return out
+
+    def held_out(self, split: str) -> np.ndarray:
+        """The tokens of a split, (N,) uint16. With val_loss_every=0 the clock has stopped before this."""
+        if split not in self.splits:
+            tokens = self.splits[split] = self.timed("load", load_split, self.h, split)
+            weight = int(self.dataset.counts.of(tokens).sum())
+            self.log(f"data split:{split} {split}_tokens:{len(tokens) - 1} {split}_bytes:{weight}")
+        return self.splits[split]
+
+    def score(self, label: str, stride: int, split: str = "val") -> Score:
+        """Score the model's current weights on a held-out split."""
+        tokens, h = self.held_out(split), self.h
+        how = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
+        return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
+
+
+def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
+    """Build the model and write the log's head. started: perf_counter at the start of loading."""
+    log.header(h, m)
+    train_tokens = sum(map(shard_tokens, split_files(h.data_path, "train")))
+    log(f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
+        f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}")
+    torch.manual_seed(h.seed)
+    model = GPT(h, m.ops, m.dtype).to(m.device)
+    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    return Run(h, m, log, dataset, model, m.compile(model.loss), m.compile(model.nats),
+               {"load": 1000 * (time.perf_counter() - started)}, {})
+
+
+def train_step(loss_fn: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
+    """Forward and backward of every micro-batch, then the update. Returns this rank's mean loss, ()."""
+    total = torch.zeros((), device=batch[0].device)
+    for rows in batch:                                            # (B, T + 1)
+        loss = loss_fn(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / len(batch)
+        loss.backward()
+        total += loss.detach()
+    optimizer.step(hp)
+    return total
+
+
+def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> None:
+    """Compile and touch everything that the clock will see, through the same code, then put it all back."""
+    if optimizer.failure:
+        run.log(f"update:eager, no graph ({optimizer.failure})")
+    saved = optimizer.snapshot()
+    for i in range(run.h.warmup_steps):
+        train_step(run.loss_fn, optimizer, loader.next(), hyper_at(run.h, 0, 0.0))
+        ema.update(0.0)
+        if i + 1 == run.h.warmup_steps or i < 2:
+            run.m.sync()
+            run.log(f"warmup_step:{i + 1}/{run.h.warmup_steps}")
+    x = torch.zeros(run.h.eval_batch_tokens // run.h.eval_seq_len, run.h.eval_seq_len, dtype=torch.long)
+    with torch.no_grad():
+        run.nats_fn(x.to(run.m.device), x.to(run.m.device), run.h.eval_seq_len)
+    optimizer.restore(saved)
+    ema.reset()
+    loader.seek(0)
+
+
+def compiled_graphs() -> int:
+    """Graphs compiled so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def train(run: Run) -> Ema:
+    """The whole of training; the clock runs between validations and sees no compilation.
+
+    The host runs at most one step ahead of the device. A step is begun only when it and the one in flight are
+    expected to end within max_wallclock_seconds, by rank 0's clock.
+    """
+    h, m, log = run.h, run.m, run.log
+    optimizer = run.timed("compile", Optimizer, run.model, h, m)
+    ema, loader = Ema(run.model, h), TokenLoader(h, m)
+    run.timed("compile", warmup, run, optimizer, ema, loader)
+    graphs, limit_ms = compiled_graphs(), 1000 * h.max_wallclock_seconds
+    step, train_ms, clock_ms, loss, reached = 0, 0.0, 0.0, None, m.mark()
+    start = time.perf_counter()
+    while True:
+        average = clock_ms / max(step, 1)
+        stop = step == h.iterations or (limit_ms > 0 and step > 0 and clock_ms + 2 * average > limit_ms)
+        if stop or (h.val_loss_every and step % h.val_loss_every == 0):
+            m.sync()
+            train_ms += 1000 * (time.perf_counter() - start)
+            if not stop:
+                validate(run, step, train_ms)
+            m.sync()
+            start = time.perf_counter()
+        if stop:
+            break
+        hp = hyper_at(h, step, clock_ms)
+        loss = train_step(run.loss_fn, optimizer, loader.next(), hp)
+        ema.update(hp.progress)
+        step += 1
+        in_flight, reached = reached, m.mark()
+        in_flight()
+        clock_ms = m.agree(train_ms + 1000 * (time.perf_counter() - start))
+        if step % h.train_log_every == 0 or step == 1:
+            shown = log_step(run, step, loss, clock_ms)
+        eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
+        speed = step * h.train_batch_tokens / clock_ms * 1000
+        log.status(f"step {step} loss {shown:.4f} {speed:,.0f} tokens/s ETA {eta:.0f} s")
+    if step < h.iterations:
+        log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
+    run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled_graphs() - graphs}
+    return ema
+
+
+def validate(run: Run, step: int, train_ms: float) -> Score:
+    """The chunked score of the current weights as a step line."""
+    score = run.score("validation", run.h.eval_seq_len)
+    run.log(f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms")
+    return score
+
+
+def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
+    """The step's log line. Returns the loss, averaged over the ranks."""
+    dist.all_reduce(loss, dist.ReduceOp.AVG)
+    run.log(f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
+            f"step_avg:{clock_ms / step:.2f}ms")
+    return loss.item()
+
+
+# -----------------------------------------------------------------------------
+# 15. Commands: what the command line reaches.
+
+
+def load_weights(run: Run, tensors: Mapping[str, Tensor]) -> None:
+    """Put an artifact's tensors into the model; every parameter must be among them."""
+    with torch.no_grad():
+        for name, p in run.model.named_parameters():
+            p.copy_(tensors[name])
+
+
+def metric(h: Config) -> str:
+    """Name of the score that counts: a stride of a whole window is the chunked one."""
+    return "int6_lzma_" + ("sliding" if h.eval_stride < h.eval_seq_len else "chunked")
+
+
+def score_artifact(run: Run) -> tuple[Score, float]:
+    """Score the weights that load_weights put there, chunked and, where that differs, sliding: (last, ms)."""
+    log, h, total_ms = run.log, run.h, 0.0
+    kinds = {h.eval_seq_len: "final_int6_roundtrip"}
+    kinds.setdefault(h.eval_stride, "final_int6_sliding_window")
+    for stride, label in kinds.items():
+        score = run.score(label, stride)
+        how = f"stride:{stride} " if stride != h.eval_seq_len else ""
+        log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {how}eval_time:{score.ms:.0f}ms")
+        log(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+        total_ms += score.ms
+    if h.report_split:
+        extra = run.score(h.report_split, h.eval_seq_len, h.report_split)
+        log(f"report split:{h.report_split} metric:int6_lzma_chunked "
+            f"val_loss:{extra.loss:.8f} val_bpb:{extra.bpb:.8f}")
+    run.phases["eval"] = total_ms
+    return score, total_ms
+
+
+def share_file(path: str, m: Machine) -> bytes:
+    """The bytes that rank 0 reads from `path`, on every rank. InputError when it cannot be read."""
+    box = [None]
+    if m.is_main:
+        try:
+            with open(path, "rb") as f:
+                box = [f.read()]
+        except OSError as e:
+            box = [InputError(f"{path}: cannot read the artifact ({e.strerror})")]
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    if isinstance(box[0], InputError):
+        raise box[0]
+    return box[0]
+
+
+def check_data(h: Config) -> Dataset:
+    """load_dataset, and InputError when a held-out split does not fit; its shards are only measured."""
+    dataset = load_dataset(h)
+    for split in ["val"] + [h.report_split] * bool(h.report_split):
+        files = split_files(h.data_path, split)
+        listed = dataset.manifest.get("splits", {}).get(split, {}).get("shards", [])
+        known = {s["file"]: s["tokens"] for s in listed}
+        for f in files:
+            if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
+                raise InputError(f"{f}: not as long as manifest.json says; fetch or make it again")
+        tokens = sum(map(shard_tokens, files))
+        tokens = min(tokens, h.val_tokens + 1) if h.val_tokens else tokens
+        if tokens <= h.eval_seq_len:
+            raise InputError(f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
+                             f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len")
+    return dataset
+
+
+def export(run: Run, ema: Ema, path: str) -> int:
+    """Write the artifact of the configured weights, before any score. Returns the packed code's bytes."""
+    with open(__file__, encoding="utf-8") as f:
+        code_bytes = len(packed_code(f.read()))
+    if run.h.artifact_weights == "ema":
+        ema.swap()
+    if run.m.is_main:
+        params = dict(run.model.named_parameters())
+        blob, step, times = fit_artifact(params, run.h, run.h.size_cap - code_bytes)
+        run.phases |= times
+        write_atomic(path, blob)
+        run.log(f"artifact weights:{run.h.artifact_weights} int6_step:{step}")
+    if run.h.artifact_weights == "ema":
+        ema.swap()
+    return code_bytes
+
+
+def conclude(run: Run, ema: Ema, path: str) -> int:
+    """What follows training: the artifact at `path`, every score. Exit status 1 when it is over the cap."""
+    h, m, log = run.h, run.m, run.log
+    if m.pin:
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2 ** 20} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() // 2 ** 20} MiB")
+    code_bytes = export(run, ema, path)
+    scores = {"live": validate(run, run.phases["steps"], run.phases["train"])}
+    ema.swap()
+    scores["ema"] = run.score("ema", h.eval_seq_len)
+    for label, score in scores.items():
+        log(f"final_{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{score.ms:.0f}ms")
+    floor = unigram_score(h, run.held_out("val"), run.dataset.counts)
+    log(f"unigram val_loss:{floor.loss:.4f} val_bpb:{floor.bpb:.4f}")
+    blob = share_file(path, m)
+    bytes_total = len(blob) + code_bytes
+    log(f"Serialized model int6+lzma: {len(blob)} bytes")
+    log(f"Code size: {code_bytes} bytes")
+    log(f"Total submission size int6+lzma: {bytes_total} bytes")
+    load_weights(run, run.timed("decompress", unpack_artifact, blob))
+    score, eval_ms = score_artifact(run)
+    log("phase_times " + " ".join(f"{k}:{run.phases.get(k, 0):.0f}ms" for k in (
+        "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
+    over = bytes_total - h.size_cap
+    if over > 0:
+        log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
+    if run.phases["late_graphs"]:
+        log(f"late compilation: {run.phases['late_graphs']} graphs were compiled while the clock ran; "
+            "raise warmup_steps or report it")
+    log(f"final_score metric:{metric(h)} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+        f"bytes_total:{bytes_total} bytes_code:{code_bytes} steps:{run.phases['steps']} "
+        f"train_time:{run.phases['train']:.0f}ms eval_time:{eval_ms:.0f}ms seed:{h.seed} "
+        f"sha256:{hashlib.sha256(blob).hexdigest()}")
+    return 1 if over > 0 or run.phases["late_graphs"] else 0
+
+
+def command_train(h: Config, env: Mapping[str, str]) -> int:
+    """Train, then conclude."""
+    started = time.perf_counter()
+    m = init_machine(h, env)
+    stamp = [h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_{h.preset}_seed{h.seed}"]
+    dist.broadcast_object_list(stamp, 0, device=torch.device("cpu"))
+    base = os.path.join(h.out_dir, stamp[0])
+    dataset = check_data(h)                        # bad data ends here, before a log is begun
+    log = Log(base + ".txt", m)
+    run = start_run(h, m, log, dataset, started)
+    status = conclude(run, train(run), base + ".int6.xz")
+    if m.is_main:
+        print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
+    return status
+
+
+def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
+    """A run whose model is the artifact's: its header says what the model is, `argv` where the data is."""
+    fixed = [k for k in MODEL_FIELDS if not k.startswith("eval_")]
+    for arg in argv:
+        if arg.split("=")[0] in fixed:
+            raise InputError(f"{arg}: fixed by the artifact; only data and eval_ knobs can be set")
+    try:
+        with open(path, "rb") as f:
+            blob = f.read()
+        header, payload = open_artifact(blob)
+        tensors = read_tensors(header, payload)          # sound throughout before a model is built from it
+        h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
+        shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
+        odd = shapes.items() ^ {name: shape for name, (shape, _) in parameter_table(h).items()}.items()
+        if odd:
+            raise ValueError(f"artifact: {min(odd)[0][:40]!r} does not fit; use the script that wrote it")
+    except OSError as e:
+        raise InputError(f"{path}: cannot read the artifact ({e.strerror})") from None
+    except ValueError as e:
+        raise InputError(f"{path}: {e}") from None
+    started, dataset = time.perf_counter(), check_data(h)
+    m = init_machine(h, env)
+    run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
+    run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), dataset, started)
+    load_weights(run, tensors)
+    return run, blob
+
+
+def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
+    """Score an artifact, chunked and sliding."""
+    run, blob = load_run(path, argv, env)
+    score, ms = score_artifact(run)
+    run.log(f"eval_score metric:{metric(run.h)} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+            f"eval_time:{ms:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
+    return 0
+
+
+TOOLS = {"audit": 1, "bench": 0}      # commands of records/NAME.py: their arguments ahead of --script
+
+
+def command_tool(name: str, argv: list[str]) -> int:
+    """Hand over to the repository's tool, which is no part of what it judges. Its exit status."""
+    script, first = Path(__file__).resolve(), argv[:TOOLS[name]]
+    tool = next((str(p) for f in script.parents if (p := f / "records" / f"{name}.py").is_file()), None)
+    if tool is None:
+        files = " ".join([os.path.abspath(a) for a in first] + ["--script", str(script)])
+        raise InputError(f"{script}: {name} is records/{name}.py of the bankshot repository; there, run "
+                         f"python records/{name}.py {files} KEY=VALUE")
+    outer, sys.argv = sys.argv, [tool, *first, "--script", str(script), *argv[TOOLS[name]:]]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = outer
+
+
+USAGE = "usage: train_gpt.py [train | eval ARTIFACT | audit ARTIFACT | bench | config] [key=value ...]"
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; what a user can mend is said in one line. Returns the exit status."""
+    command, rest = ("train", argv) if not argv or "=" in argv[0] else (argv[0], argv[1:])
+    try:
+        if command in ("-h", "--help"):
+            print(USAGE + "\n\n" + __doc__)
+            return 0
+        if command == "config":
+            knobs = dataclasses.asdict(load_config(rest, os.environ))
+            print("\n".join(f"{k}: {v}" for k, v in sorted(knobs.items())))
+            return 0
+        if command == "eval" and rest and "=" not in rest[0]:
+            return command_eval(rest[0], rest[1:], os.environ)
+        if command == "bench" or command == "audit" and rest and "=" not in rest[0]:
+            return command_tool(command, rest)
+        if command != "train":
+            raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
+        return command_train(load_config(rest, os.environ), os.environ)
+    except InputError as e:
+        print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            traceback.clear_frames(sys.exc_info()[2])      # NCCL waits for every graph that holds its work
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
