@@ -644,23 +644,17 @@ class ByteCounts:
 def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
     """ByteCounts and decoder of a SentencePiece model. InputError when the file is missing or is not one."""
     import sentencepiece
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such tokenizer; tokenizer_path=FILE names one")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as e:
-        raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]})") from None
-    size = sp.vocab_size()
-    base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
-    for i in range(size):
-        piece = sp.id_to_piece(i)
-        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-            boundary[i] = True
-        elif sp.is_byte(i):
-            base[i] = 1
-        else:
-            space[i] = piece.startswith("\u2581")
-            base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
+        raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]}); "
+                         "tokenizer_path=FILE names one") from None
+    ids = list(range(sp.vocab_size()))
+    pieces = sp.id_to_piece(ids)
+    boundary = np.array(sp.is_control(ids)) | sp.is_unknown(ids) | sp.is_unused(ids)
+    space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~boundary
+    lengths = [len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces]
+    base = np.where(boundary, 0, np.where(sp.is_byte(ids), 1, lengths))
     has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
     spelled = tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
     spelled = None if has_space or not all(map(sp.is_byte, spelled)) else spelled
@@ -688,12 +682,6 @@ def bpb(nats: float, num_bytes: int) -> float:
     return nats / math.log(2) / num_bytes
 
 
-def sha256_file(path: str) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Dataset:
     """Where the tokens came from: tokenizer and manifest, checked against each other."""
@@ -706,35 +694,32 @@ class Dataset:
 
 def load_dataset(h: Config) -> Dataset:
     """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree."""
-    path, manifest, manifest_sha = os.path.join(h.data_path, "manifest.json"), {}, "none"
+    sha256 = lambda data: hashlib.sha256(data).hexdigest()
+    path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
-    if os.path.exists(path):
+    if path.exists():
         try:
-            with open(path, encoding="utf-8") as f:
-                manifest = json.load(f)
+            manifest = json.loads(path.read_text(encoding="utf-8"))
             named = manifest["tokenizer"]
             sha, encoding, bos = named["sha256"], named.get("encoding"), manifest["bos_id"]
-            file = h.tokenizer_path or (None if encoding else os.path.join(h.data_path, named["file"]))
+            file = file or (None if encoding else os.path.join(h.data_path, named["file"]))
         except (ValueError, KeyError, TypeError, OSError) as e:
             raise InputError(f"{path}: not a manifest ({type(e).__name__}: {e}); make it again") from None
-        manifest_sha = sha256_file(path)
         if bos != h.bos_id:
             raise InputError(f"{path}: documents begin with {bos}, not bos_id={h.bos_id}; set bos_id={bos}")
-    elif h.tokenizer_path:
-        file = h.tokenizer_path
-    else:
-        raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
-    if file is None:
-        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
-    else:
-        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256_file(file)
+    if file:
+        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256(Path(file).read_bytes())
         if manifest and tokenizer_sha != sha:
             raise InputError(f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha[:12]}, "
                              f"manifest says {sha[:12]}); use that one or make the shards again")
+    elif encoding:
+        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
+    else:
+        raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
     if len(counts.base) != h.vocab_size:
         raise InputError(f"config key vocab_size: {h.vocab_size}, the tokenizer has {len(counts.base)}; "
                          f"set vocab_size={len(counts.base)}")
-    return Dataset(counts, decode, manifest, manifest_sha, tokenizer_sha)
+    return Dataset(counts, decode, manifest, sha256(path.read_bytes()) if manifest else "none", tokenizer_sha)
 
 
 # -----------------------------------------------------------------------------
