@@ -47,7 +47,6 @@ import math
 import os
 import platform
 import runpy
-import struct
 import subprocess
 import sys
 import time
@@ -671,10 +670,9 @@ def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
     except Exception as e:       # unknown name, or no network to fetch the vocabulary: tiktoken raises many
         raise InputError(f"tokenizer {encoding!r}: tiktoken cannot load it ({type(e).__name__}); "
                          "check the name and the network") from None
-    base, boundary = np.zeros(enc.n_vocab, np.int64), np.ones(enc.n_vocab, bool)
-    for i in enc._mergeable_ranks.values():
-        base[i], boundary[i] = len(enc.decode_single_token_bytes(i)), False
-    return ByteCounts(base, np.zeros(enc.n_vocab, bool), boundary), enc.decode_batch
+    base = np.zeros(enc.n_vocab, np.int64)
+    base[list(enc._mergeable_ranks.values())] = [len(piece) for piece in enc._mergeable_ranks]
+    return ByteCounts(base, np.zeros(enc.n_vocab, bool), base == 0), enc.decode_batch
 
 
 def bpb(nats: float, num_bytes: int) -> float:
@@ -1799,12 +1797,12 @@ CODE_LIMIT = {"int6": 31, "int8": 127}
 STORED = {kind: np.dtype(d) for kind, d in (("int6", "i1"), ("int8", "i1"), ("f16", "<f2"), ("f32", "<f4"))}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)    # of the row's largest magnitude
 MAX_RAW_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 16
-# Measured on Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %,
-# other lc, lp, pb no better.
 # Codes repeat nothing, so a large dictionary only lets xz try vain matches: with the least one the int6 codes
-# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %.
+# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %
+# (Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %).
 XZ = dict(format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32,
           filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096}])
+compress = partial(lzma.compress, **XZ)
 
 
 def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -1823,29 +1821,23 @@ def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Ten
     return codes(best).to(torch.int8), best.half()
 
 
-def encode(W: Tensor, kind: str, h: Config) -> bytes:
-    """A tensor's bytes in the payload."""
-    if kind in CODE_LIMIT:
-        codes, scales = quantize(W, kind, h.int6_step if kind == "int6" else 0.0)
-        return codes.cpu().numpy().tobytes() + scales.cpu().numpy().astype("<f2").tobytes()
-    return W.float().cpu().numpy().astype(STORED[kind]).tobytes()
-
-
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
     """The artifact before compression. `tensors`: the model's parameters by name."""
-    index, payload, offset = [], [], 0
+    index, payload = [], []
     for name in sorted(tensors):
-        payload.append(encode(tensors[name].detach(), KINDS[name], h))
-        index.append([name, KINDS[name], list(tensors[name].shape), offset])
-        offset += len(payload[-1])
+        kind, W = KINDS[name], tensors[name].detach()
+        index.append([name, kind, list(W.shape), sum(map(len, payload))])
+        step = h.int6_step if kind == "int6" else 0.0
+        parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
+        payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
     config = {k: getattr(h, k) for k in MODEL_FIELDS}
     header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
-    return b"".join([MAGIC, struct.pack("<I", len(header)), header, *payload])
+    return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
 
 def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
     """Quantize and compress. A function of the tensors: same tensors, same bytes."""
-    return lzma.compress(raw_artifact(tensors, h), **XZ)
+    return compress(raw_artifact(tensors, h))
 
 
 def entropy_bytes(raw: bytes) -> float:
@@ -1855,45 +1847,40 @@ def entropy_bytes(raw: bytes) -> float:
     return float(-(p * np.log2(p)).sum() * len(raw) / 8)
 
 
-def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[bytes, float, dict]:
-    """The artifact of at most `room` bytes, the int6 step it took, and ms of quantize and compress.
+def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Callable) -> tuple[bytes, float]:
+    """The artifact of at most `room` bytes and the int6 step it took. timed(phase, fn, *args) calls fn.
 
     When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
     within a few compressions. Without fit_cap, or when not even a step of one deviation fits, the artifact is
     over the cap.
     """
+    def quantized(step: float) -> tuple[bytes, float]:
+        """The artifact before compression at a step, and its entropy in bytes."""
+        raw = timed("quantize", raw_artifact, tensors, dataclasses.replace(h, int6_step=step))
+        return raw, timed("quantize", entropy_bytes, raw)
+
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
-    times, best = {"quantize": 0.0, "compress": 0.0}, None
-
-    def attempt(step: float, compress: bool) -> tuple[bytes, float]:
-        """Artifact (or nothing) and entropy in bytes at a step."""
-        start = time.perf_counter()
-        raw = raw_artifact(tensors, dataclasses.replace(h, int6_step=step))
-        entropy, quantized = entropy_bytes(raw), time.perf_counter()
-        blob = lzma.compress(raw, **XZ) if compress else b""
-        times["quantize"] += 1000 * (quantized - start)
-        times["compress"] += 1000 * (time.perf_counter() - quantized)
-        return blob, entropy
-
-    step, ratio = h.int6_step, 0.9            # xz never came below 0.9 of the order-0 entropy
-    if not h.fit_cap or attempt(step, False)[1] * ratio <= room:
-        blob, entropy = attempt(step, True)
+    step, ratio, best = h.int6_step, 0.9, None            # xz never came below 0.9 of the order-0 entropy
+    raw, entropy = quantized(step)
+    if not h.fit_cap or entropy * ratio <= room:
+        blob = timed("compress", compress, raw)
         if len(blob) <= room or not h.fit_cap:
-            return blob, step, times
+            return blob, step
         ratio = len(blob) / entropy
     step, ratio = max(step, 0.1), max(ratio, 0.99)
     for _ in range(6):
         for _ in range(3):
-            step *= 2 ** (8 * (ratio * attempt(step, False)[1] - 0.999 * room) / codes)
+            step *= 2 ** (8 * (ratio * quantized(step)[1] - 0.999 * room) / codes)
             step = min(max(step, h.int6_step, 0.01), 1.0)
-        blob, entropy = attempt(step, True)
+        raw, entropy = quantized(step)
+        blob = timed("compress", compress, raw)
         if len(blob) <= room and (best is None or len(blob) > len(best[0])):
             best = (blob, step)
         if 0.998 * room <= len(blob) <= room or step == 1.0:
             break
         ratio = len(blob) / entropy
-    return *(best or (blob, step)), times
+    return best or (blob, step)
 
 
 def open_artifact(blob: bytes) -> tuple[dict, bytes]:
@@ -1903,26 +1890,22 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
         raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
     except lzma.LZMAError as e:
         raise ValueError(f"artifact: damaged xz stream ({e})") from None
-    if not reader.eof:
-        raise ValueError("artifact: truncated, or larger than any model of this format")
-    if reader.unused_data:
-        raise ValueError("artifact: bytes after the end of the xz stream")
-    if raw[:4] != MAGIC or len(raw) < 8:
-        raise ValueError(f"artifact: magic is not {MAGIC!r}")
-    end = 8 + struct.unpack("<I", raw[4:8])[0]
-    if end > min(len(raw), MAX_HEADER_BYTES):
-        raise ValueError("artifact: header is longer than the file or than any header")
+    end = 8 + int.from_bytes(raw[4:8], "little")
+    faults = [(not reader.eof, "truncated, or larger than any model of this format"),
+              (reader.unused_data, "bytes after the end of the xz stream"),
+              (raw[:4] != MAGIC, f"magic is not {MAGIC!r}"),
+              (end > min(len(raw), MAX_HEADER_BYTES), "header is longer than the file or than any header")]
+    for wrong, reason in faults:
+        if wrong:
+            raise ValueError(f"artifact: {reason}")
     try:
         header = json.loads(raw[8:end])
-        if type(header) is not dict or type(header.get("config")) is not dict:
-            raise ValueError("not an object with a config")
-        if set(header) != {"config", "tensors"} or set(header["config"]) != set(MODEL_FIELDS):
-            raise ValueError("unexpected keys")
-        if any(type(v) is not type(getattr(Config, k)) for k, v in header["config"].items()):
-            raise ValueError("a config value of another type")
-        if type(header["tensors"]) is not list:
-            raise ValueError("tensors is not a list")
-    except (ValueError, TypeError, RecursionError) as e:
+        types = lambda value: type(value) is dict and {k: type(v) for k, v in value.items()}
+        if types(header) != {"config": dict, "tensors": list}:
+            raise ValueError("not an object of a config and a list of tensors")
+        if types(header["config"]) != types({k: getattr(Config, k) for k in MODEL_FIELDS}):
+            raise ValueError("the config has unexpected keys or a value of another type")
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"artifact: header is not valid ({e})") from None
     return header, raw[end:]
 
@@ -1989,8 +1972,7 @@ def write_atomic(path: str, blob: bytes) -> None:
 # 13. Score: windows that tile the split, one evaluator for the chunked and the sliding score.
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     loss: float         # mean nats per token
     bpb: float
     tokens: int
@@ -1998,8 +1980,7 @@ class Score:
     ms: float
 
 
-@dataclass(frozen=True)
-class ScoreRun:
+class ScoreRun(NamedTuple):
     """How to score: window length, stride, windows per batch; a label and the log for progress."""
     seq_len: int
     stride: int
@@ -2008,56 +1989,45 @@ class ScoreRun:
     log: Log
 
 
-def score_windows(total: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, score_from) for `total` targets: the ranges [score_from, end) tile [0, total) in order.
+def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
+    """(W, 3), start, end, score_from: the ranges [score_from, end) tile the targets [0, total) in order.
 
     The first window scores all of itself; each later one `stride` targets behind seq_len - stride of context.
     """
-    end = min(seq_len, total)
-    yield 0, end, 0
-    while end < total:
-        score_from, end = end, min(end + stride, total)
-        yield max(0, end - seq_len), end, score_from
+    end = np.append(np.arange(min(seq_len, total), total, stride), total)
+    return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
 
 
 @torch.no_grad()
-def add_window_nats(nats_fn: Callable, tokens: Tensor, windows: list, last: int, run: ScoreRun,
-                    out: Tensor) -> None:
-    """Add the scored targets of a batch of windows to out (2, N - 1) float64: nats, and how often scored.
-
-    tokens (N,) on the device; nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on
-    the right, behind what it scores, a short batch with empty windows: each batch has the compiled shape.
-    """
-    padded = windows + [(0, 0, 0)] * (run.batch - len(windows))
-    start, end, score_from = (torch.tensor(c, device=tokens.device)[:, None] for c in zip(*padded))
-    column = torch.arange(run.seq_len, device=tokens.device)
-    index = (start + column).clamp_max(tokens.numel() - 2)
-    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
-    position = start + column[-last:]
-    scored = (position >= score_from) & (position < end)
-    values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
-    out.index_add_(1, position.clamp_max(tokens.numel() - 2).flatten(), values)
-
-
 def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
-    """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored."""
-    start_time = time.perf_counter()
+    """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored.
+
+    nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on the right, behind what it
+    scores, a short batch with empty windows: each batch has the compiled shape.
+    """
+    start_time, total = time.perf_counter(), len(tokens) - 1
     device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    windows = list(score_windows(len(tokens) - 1, run.seq_len, run.stride))
-    groups: dict[int, list] = {}
-    for w in windows[m.rank::m.world_size]:      # one that scores more than the stride needs every position
-        full = w[2] - w[0] >= run.seq_len - run.stride and w[1] - w[0] == run.seq_len
-        groups.setdefault(run.stride if full else run.seq_len, []).append(w)
-    out = torch.zeros(2, len(tokens) - 1, dtype=torch.float64, device=m.device)
-    done, mine = 0, sum(map(len, groups.values()))
-    for last, group in sorted(groups.items()):
-        for i in range(0, len(group), run.batch):
-            add_window_nats(nats_fn, device_tokens, group[i: i + run.batch], last, run, out)
-            done = min(done + run.batch, mine)
-            if i // run.batch % 16 == 0:
+    windows = score_windows(total, run.seq_len, run.stride)[m.rank::m.world_size]
+    start, end, score_from = windows.T
+    full = (score_from - start >= run.seq_len - run.stride) & (end - start == run.seq_len)
+    lasts = np.where(full, run.stride, run.seq_len)         # one that scores more needs every position
+    column = torch.arange(run.seq_len, device=m.device)
+    out, done = torch.zeros(2, total, dtype=torch.float64, device=m.device), 0
+    for last in np.unique(lasts).tolist():
+        for i, batch in enumerate(torch.from_numpy(windows[lasts == last]).split(run.batch)):
+            padded = F.pad(batch, (0, 0, 0, run.batch - len(batch))).to(m.device)
+            start, end, score_from = padded.unsqueeze(-1).unbind(1)                         # (B, 1) each
+            index = (start + column).clamp_max(total - 1)
+            nats = nats_fn(device_tokens[index].long(), device_tokens[index + 1].long(), last).double()
+            position = start + column[-last:]
+            scored = (position >= score_from) & (position < end)
+            values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
+            out.index_add_(1, position.clamp_max(total - 1).flatten(), values)
+            done += len(batch)
+            if i % 16 == 0:
                 m.sync()
-                eta = (time.perf_counter() - start_time) / done * (mine - done)
-                run.log.status(f"scoring {run.label}: {done}/{mine} windows, ETA {eta:.0f} s")
+                eta = (time.perf_counter() - start_time) / done * (len(windows) - done)
+                run.log.status(f"scoring {run.label}: {done}/{len(windows)} windows, ETA {eta:.0f} s")
     return out
 
 
@@ -2304,8 +2274,7 @@ def export(run: Run, ema: Ema, path: str) -> int:
         ema.swap()
     if run.m.is_main:
         params = dict(run.model.named_parameters())
-        blob, step, times = fit_artifact(params, run.h, run.h.size_cap - code_bytes)
-        run.phases |= times
+        blob, step = fit_artifact(params, run.h, run.h.size_cap - code_bytes, run.timed)
         write_atomic(path, blob)
         run.log(f"artifact weights:{run.h.artifact_weights} int6_step:{step}")
     if run.h.artifact_weights == "ema":
