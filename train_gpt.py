@@ -1,7 +1,8 @@
 """bankshot: the best small language model that ten minutes on 8 GPUs can train, shipped in 16 MB.
 
 Task      minimise bits per byte (bpb) on the FineWeb validation split. Rules of openai/parameter-golf: 600 s
-          of training on 8xH100, artifact + packed code <= 16,000,000 bytes, score read back from that file.
+          of training on 8xH100; artifact + packed_code(this source) <= 16,000,000 bytes for every seed; the
+          score is read back from that file.
 Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 the ten-minute attempt
           python train_gpt.py train preset=h100x1 data_path=DIR                 one GPU, 300 s of training
           python train_gpt.py train preset=cpu data_path=DIR                    a laptop, minutes
@@ -33,8 +34,6 @@ Invariants (tests/ holds them)
   result depends on the seed, data order included, and not on the world size beyond reduction order. Score
   windows tile the split. The bpb denominator is the UTF-8 length of the decoded text. The score comes from
   the file on disk. Nothing compiles after the clock starts. No token's score depends on a later token.
-
-Artifact rule: bytes_total = artifact file + packed_code(this source) <= 16,000,000, for every seed.
 """
 from __future__ import annotations
 
@@ -48,7 +47,6 @@ import math
 import os
 import platform
 import runpy
-import struct
 import subprocess
 import sys
 import time
@@ -168,17 +166,16 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
 
+FEW_STEPS = dict(muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02)
 PRESETS: dict[str, dict] = {
     "record": {},
-    "h100x1": dict(
-        max_wallclock_seconds=300.0, train_batch_tokens=262_144, micro_batch_tokens=131_072,
-        val_loss_every=500, muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02),
-    "cpu": dict(
-        max_wallclock_seconds=120.0, iterations=100_000, warmup_steps=2, val_loss_every=0, train_log_every=25,
+    "h100x1": FEW_STEPS | dict(max_wallclock_seconds=300.0, train_batch_tokens=262_144,
+                               micro_batch_tokens=131_072, val_loss_every=500),
+    "cpu": FEW_STEPS | dict(
+        max_wallclock_seconds=120.0, iterations=100_000, warmup_steps=2, train_log_every=25,
         val_tokens=65_536, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=256,
         eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1,
-        xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64,
-        muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02),
+        xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
 }
 
 # What an artifact must carry to be scored: its header holds these and no other knob.
@@ -186,15 +183,8 @@ MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_he
                 "rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
                 "logit_softcap", "bos_id", "eval_seq_len", "eval_stride")
 
-
-def parse_value(key: str, text: str, type_name: str):
-    """`text` as the type of Config field `key`. InputError when it is not one."""
-    try:
-        if type_name == "bool":
-            return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
-        return {"int": int, "float": float, "str": str}[type_name](text)
-    except (ValueError, KeyError):
-        raise InputError(f"config key {key}: {text!r} is not of type {type_name}") from None
+FLAGS = {"0": False, "false": False, "1": True, "true": True}
+PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[text.lower()]}
 
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
@@ -213,27 +203,28 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
             hint = f"did you mean {', '.join(close)}?" if close else "`train_gpt.py config` lists them"
             raise InputError(f"unknown config key {key!r}; {hint}")
         given[key] = value
-    preset = given.get("preset", "record")
-    if preset not in PRESETS:
-        raise InputError(f"config key preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    values = {k: parse_value(k, v, types[k]) for k, v in given.items()}
-    h = Config(**(PRESETS[preset] | dict(artifact or {}) | values))
+    values = PRESETS.get(given.get("preset"), {}) | dict(artifact or {})
+    for key, text in given.items():
+        try:
+            values[key] = PARSERS[types[key]](text)
+        except (ValueError, KeyError):
+            raise InputError(f"config key {key}: {text!r} is not of type {types[key]}") from None
+    h = Config(**values)
     check_config(h)
     return h
 
 
 def check_config(h: Config) -> None:
     """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
-    for key, value in dataclasses.asdict(h).items():
-        if not isinstance(value, str) and not 0 <= value < 1 << 53:        # also refuses nan
-            raise InputError(f"config key {key}: {str(value)[:40]} must be a number from 0 to 2^53")
-    for key in ("iterations", "train_batch_tokens", "micro_batch_tokens", "train_seq_len", "eval_seq_len",
+    positive = ("iterations", "train_batch_tokens", "micro_batch_tokens", "train_seq_len", "eval_seq_len",
                 "eval_stride", "eval_batch_tokens", "vocab_size", "num_layers", "model_dim", "num_heads",
-                "num_kv_heads", "mlp_dim", "ve_dim", "bigram_dim", "train_log_every"):
-        if getattr(h, key) < 1:
-            name = "mlp_mult * model_dim" if key == "mlp_dim" else key
-            raise InputError(f"config key {name}: {getattr(h, key)} must be at least 1")
-    for key, table in (("ortho", ORTHO), ("step_rule", STEP_RULES), ("artifact_weights", ("ema", "live"))):
+                "num_kv_heads", "ve_last_n", "ve_dim", "bigram_dim", "train_log_every")
+    for key, value in dataclasses.asdict(h).items():
+        least = 1 if key in positive else 0
+        if not isinstance(value, str) and not least <= value < 1 << 53:        # also refuses nan
+            raise InputError(f"config key {key}: {str(value)[:40]} must be a number from {least} to 2^53")
+    tables = {"preset": PRESETS, "ortho": ORTHO, "step_rule": STEP_RULES, "artifact_weights": ("ema", "live")}
+    for key, table in tables.items():
         if getattr(h, key) not in table:
             raise InputError(f"config key {key}: {getattr(h, key)!r} is not one of {', '.join(table)}")
     rules = [
@@ -246,7 +237,8 @@ def check_config(h: Config) -> None:
         (h.num_heads % h.num_kv_heads == 0, "num_kv_heads must divide num_heads"),
         (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
         (max(h.xsa_last_n, h.ve_last_n) <= h.num_layers, "xsa_last_n, ve_last_n must not exceed num_layers"),
-        (h.ve_last_n >= 1 and h.bigram_vocab_size >= 2, "ve_last_n must be at least 1, bigram_vocab_size 2"),
+        (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
+        (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
         (h.matrix_warmdown_frac <= 1, "matrix_warmdown_frac must be in [0, 1]"),
@@ -651,23 +643,17 @@ class ByteCounts:
 def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
     """ByteCounts and decoder of a SentencePiece model. InputError when the file is missing or is not one."""
     import sentencepiece
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such tokenizer; tokenizer_path=FILE names one")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError) as e:
-        raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]})") from None
-    size = sp.vocab_size()
-    base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
-    for i in range(size):
-        piece = sp.id_to_piece(i)
-        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-            boundary[i] = True
-        elif sp.is_byte(i):
-            base[i] = 1
-        else:
-            space[i] = piece.startswith("\u2581")
-            base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
+        raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]}); "
+                         "tokenizer_path=FILE names one") from None
+    ids = list(range(sp.vocab_size()))
+    pieces = sp.id_to_piece(ids)
+    boundary = np.array(sp.is_control(ids)) | sp.is_unknown(ids) | sp.is_unused(ids)
+    space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~boundary
+    lengths = [len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces]
+    base = np.where(boundary, 0, np.where(sp.is_byte(ids), 1, lengths))
     has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
     spelled = tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
     spelled = None if has_space or not all(map(sp.is_byte, spelled)) else spelled
@@ -684,21 +670,14 @@ def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
     except Exception as e:       # unknown name, or no network to fetch the vocabulary: tiktoken raises many
         raise InputError(f"tokenizer {encoding!r}: tiktoken cannot load it ({type(e).__name__}); "
                          "check the name and the network") from None
-    base, boundary = np.zeros(enc.n_vocab, np.int64), np.ones(enc.n_vocab, bool)
-    for i in enc._mergeable_ranks.values():
-        base[i], boundary[i] = len(enc.decode_single_token_bytes(i)), False
-    return ByteCounts(base, np.zeros(enc.n_vocab, bool), boundary), enc.decode_batch
+    base = np.zeros(enc.n_vocab, np.int64)
+    base[list(enc._mergeable_ranks.values())] = [len(piece) for piece in enc._mergeable_ranks]
+    return ByteCounts(base, np.zeros(enc.n_vocab, bool), base == 0), enc.decode_batch
 
 
 def bpb(nats: float, num_bytes: int) -> float:
     """Bits per byte: summed negative log-likelihood in nats over the UTF-8 bytes it explains."""
     return nats / math.log(2) / num_bytes
-
-
-def sha256_file(path: str) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -713,35 +692,32 @@ class Dataset:
 
 def load_dataset(h: Config) -> Dataset:
     """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree."""
-    path, manifest, manifest_sha = os.path.join(h.data_path, "manifest.json"), {}, "none"
+    sha256 = lambda data: hashlib.sha256(data).hexdigest()
+    path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
-    if os.path.exists(path):
+    if path.exists():
         try:
-            with open(path, encoding="utf-8") as f:
-                manifest = json.load(f)
+            manifest = json.loads(path.read_text(encoding="utf-8"))
             named = manifest["tokenizer"]
             sha, encoding, bos = named["sha256"], named.get("encoding"), manifest["bos_id"]
-            file = h.tokenizer_path or (None if encoding else os.path.join(h.data_path, named["file"]))
+            file = file or (None if encoding else os.path.join(h.data_path, named["file"]))
         except (ValueError, KeyError, TypeError, OSError) as e:
             raise InputError(f"{path}: not a manifest ({type(e).__name__}: {e}); make it again") from None
-        manifest_sha = sha256_file(path)
         if bos != h.bos_id:
             raise InputError(f"{path}: documents begin with {bos}, not bos_id={h.bos_id}; set bos_id={bos}")
-    elif h.tokenizer_path:
-        file = h.tokenizer_path
-    else:
-        raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
-    if file is None:
-        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
-    else:
-        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256_file(file)
+    if file:
+        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256(Path(file).read_bytes())
         if manifest and tokenizer_sha != sha:
             raise InputError(f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha[:12]}, "
                              f"manifest says {sha[:12]}); use that one or make the shards again")
+    elif encoding:
+        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
+    else:
+        raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
     if len(counts.base) != h.vocab_size:
         raise InputError(f"config key vocab_size: {h.vocab_size}, the tokenizer has {len(counts.base)}; "
                          f"set vocab_size={len(counts.base)}")
-    return Dataset(counts, decode, manifest, manifest_sha, tokenizer_sha)
+    return Dataset(counts, decode, manifest, sha256(path.read_bytes()) if manifest else "none", tokenizer_sha)
 
 
 # -----------------------------------------------------------------------------
@@ -1811,12 +1787,12 @@ CODE_LIMIT = {"int6": 31, "int8": 127}
 STORED = {kind: np.dtype(d) for kind, d in (("int6", "i1"), ("int8", "i1"), ("f16", "<f2"), ("f32", "<f4"))}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)    # of the row's largest magnitude
 MAX_RAW_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 16
-# Measured on Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %,
-# other lc, lp, pb no better.
 # Codes repeat nothing, so a large dictionary only lets xz try vain matches: with the least one the int6 codes
-# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %.
+# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %
+# (Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %).
 XZ = dict(format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32,
           filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096}])
+compress = partial(lzma.compress, **XZ)
 
 
 def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -1835,29 +1811,23 @@ def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Ten
     return codes(best).to(torch.int8), best.half()
 
 
-def encode(W: Tensor, kind: str, h: Config) -> bytes:
-    """A tensor's bytes in the payload."""
-    if kind in CODE_LIMIT:
-        codes, scales = quantize(W, kind, h.int6_step if kind == "int6" else 0.0)
-        return codes.cpu().numpy().tobytes() + scales.cpu().numpy().astype("<f2").tobytes()
-    return W.float().cpu().numpy().astype(STORED[kind]).tobytes()
-
-
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
     """The artifact before compression. `tensors`: the model's parameters by name."""
-    index, payload, offset = [], [], 0
+    index, payload = [], []
     for name in sorted(tensors):
-        payload.append(encode(tensors[name].detach(), KINDS[name], h))
-        index.append([name, KINDS[name], list(tensors[name].shape), offset])
-        offset += len(payload[-1])
+        kind, W = KINDS[name], tensors[name].detach()
+        index.append([name, kind, list(W.shape), sum(map(len, payload))])
+        step = h.int6_step if kind == "int6" else 0.0
+        parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
+        payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
     config = {k: getattr(h, k) for k in MODEL_FIELDS}
     header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
-    return b"".join([MAGIC, struct.pack("<I", len(header)), header, *payload])
+    return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
 
 def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
     """Quantize and compress. A function of the tensors: same tensors, same bytes."""
-    return lzma.compress(raw_artifact(tensors, h), **XZ)
+    return compress(raw_artifact(tensors, h))
 
 
 def entropy_bytes(raw: bytes) -> float:
@@ -1867,45 +1837,40 @@ def entropy_bytes(raw: bytes) -> float:
     return float(-(p * np.log2(p)).sum() * len(raw) / 8)
 
 
-def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int) -> tuple[bytes, float, dict]:
-    """The artifact of at most `room` bytes, the int6 step it took, and ms of quantize and compress.
+def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Callable) -> tuple[bytes, float]:
+    """The artifact of at most `room` bytes and the int6 step it took. timed(phase, fn, *args) calls fn.
 
     When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
     within a few compressions. Without fit_cap, or when not even a step of one deviation fits, the artifact is
     over the cap.
     """
+    def quantized(step: float) -> tuple[bytes, float]:
+        """The artifact before compression at a step, and its entropy in bytes."""
+        raw = timed("quantize", raw_artifact, tensors, dataclasses.replace(h, int6_step=step))
+        return raw, timed("quantize", entropy_bytes, raw)
+
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
-    times, best = {"quantize": 0.0, "compress": 0.0}, None
-
-    def attempt(step: float, compress: bool) -> tuple[bytes, float]:
-        """Artifact (or nothing) and entropy in bytes at a step."""
-        start = time.perf_counter()
-        raw = raw_artifact(tensors, dataclasses.replace(h, int6_step=step))
-        entropy, quantized = entropy_bytes(raw), time.perf_counter()
-        blob = lzma.compress(raw, **XZ) if compress else b""
-        times["quantize"] += 1000 * (quantized - start)
-        times["compress"] += 1000 * (time.perf_counter() - quantized)
-        return blob, entropy
-
-    step, ratio = h.int6_step, 0.9            # xz never came below 0.9 of the order-0 entropy
-    if not h.fit_cap or attempt(step, False)[1] * ratio <= room:
-        blob, entropy = attempt(step, True)
+    step, ratio, best = h.int6_step, 0.9, None            # xz never came below 0.9 of the order-0 entropy
+    raw, entropy = quantized(step)
+    if not h.fit_cap or entropy * ratio <= room:
+        blob = timed("compress", compress, raw)
         if len(blob) <= room or not h.fit_cap:
-            return blob, step, times
+            return blob, step
         ratio = len(blob) / entropy
     step, ratio = max(step, 0.1), max(ratio, 0.99)
     for _ in range(6):
         for _ in range(3):
-            step *= 2 ** (8 * (ratio * attempt(step, False)[1] - 0.999 * room) / codes)
+            step *= 2 ** (8 * (ratio * quantized(step)[1] - 0.999 * room) / codes)
             step = min(max(step, h.int6_step, 0.01), 1.0)
-        blob, entropy = attempt(step, True)
+        raw, entropy = quantized(step)
+        blob = timed("compress", compress, raw)
         if len(blob) <= room and (best is None or len(blob) > len(best[0])):
             best = (blob, step)
         if 0.998 * room <= len(blob) <= room or step == 1.0:
             break
         ratio = len(blob) / entropy
-    return *(best or (blob, step)), times
+    return best or (blob, step)
 
 
 def open_artifact(blob: bytes) -> tuple[dict, bytes]:
@@ -1915,26 +1880,22 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
         raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
     except lzma.LZMAError as e:
         raise ValueError(f"artifact: damaged xz stream ({e})") from None
-    if not reader.eof:
-        raise ValueError("artifact: truncated, or larger than any model of this format")
-    if reader.unused_data:
-        raise ValueError("artifact: bytes after the end of the xz stream")
-    if raw[:4] != MAGIC or len(raw) < 8:
-        raise ValueError(f"artifact: magic is not {MAGIC!r}")
-    end = 8 + struct.unpack("<I", raw[4:8])[0]
-    if end > min(len(raw), MAX_HEADER_BYTES):
-        raise ValueError("artifact: header is longer than the file or than any header")
+    end = 8 + int.from_bytes(raw[4:8], "little")
+    faults = [(not reader.eof, "truncated, or larger than any model of this format"),
+              (reader.unused_data, "bytes after the end of the xz stream"),
+              (raw[:4] != MAGIC, f"magic is not {MAGIC!r}"),
+              (end > min(len(raw), MAX_HEADER_BYTES), "header is longer than the file or than any header")]
+    for wrong, reason in faults:
+        if wrong:
+            raise ValueError(f"artifact: {reason}")
     try:
         header = json.loads(raw[8:end])
-        if type(header) is not dict or type(header.get("config")) is not dict:
-            raise ValueError("not an object with a config")
-        if set(header) != {"config", "tensors"} or set(header["config"]) != set(MODEL_FIELDS):
-            raise ValueError("unexpected keys")
-        if any(type(v) is not type(getattr(Config, k)) for k, v in header["config"].items()):
-            raise ValueError("a config value of another type")
-        if type(header["tensors"]) is not list:
-            raise ValueError("tensors is not a list")
-    except (ValueError, TypeError, RecursionError) as e:
+        types = lambda value: type(value) is dict and {k: type(v) for k, v in value.items()}
+        if types(header) != {"config": dict, "tensors": list}:
+            raise ValueError("not an object of a config and a list of tensors")
+        if types(header["config"]) != types({k: getattr(Config, k) for k in MODEL_FIELDS}):
+            raise ValueError("the config has unexpected keys or a value of another type")
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"artifact: header is not valid ({e})") from None
     return header, raw[end:]
 
@@ -2001,8 +1962,7 @@ def write_atomic(path: str, blob: bytes) -> None:
 # 13. Score: windows that tile the split, one evaluator for the chunked and the sliding score.
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     loss: float         # mean nats per token
     bpb: float
     tokens: int
@@ -2010,8 +1970,7 @@ class Score:
     ms: float
 
 
-@dataclass(frozen=True)
-class ScoreRun:
+class ScoreRun(NamedTuple):
     """How to score: window length, stride, windows per batch; a label and the log for progress."""
     seq_len: int
     stride: int
@@ -2020,56 +1979,45 @@ class ScoreRun:
     log: Log
 
 
-def score_windows(total: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, score_from) for `total` targets: the ranges [score_from, end) tile [0, total) in order.
+def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
+    """(W, 3), start, end, score_from: the ranges [score_from, end) tile the targets [0, total) in order.
 
     The first window scores all of itself; each later one `stride` targets behind seq_len - stride of context.
     """
-    end = min(seq_len, total)
-    yield 0, end, 0
-    while end < total:
-        score_from, end = end, min(end + stride, total)
-        yield max(0, end - seq_len), end, score_from
+    end = np.append(np.arange(min(seq_len, total), total, stride), total)
+    return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
 
 
 @torch.no_grad()
-def add_window_nats(nats_fn: Callable, tokens: Tensor, windows: list, last: int, run: ScoreRun,
-                    out: Tensor) -> None:
-    """Add the scored targets of a batch of windows to out (2, N - 1) float64: nats, and how often scored.
-
-    tokens (N,) on the device; nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on
-    the right, behind what it scores, a short batch with empty windows: each batch has the compiled shape.
-    """
-    padded = windows + [(0, 0, 0)] * (run.batch - len(windows))
-    start, end, score_from = (torch.tensor(c, device=tokens.device)[:, None] for c in zip(*padded))
-    column = torch.arange(run.seq_len, device=tokens.device)
-    index = (start + column).clamp_max(tokens.numel() - 2)
-    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
-    position = start + column[-last:]
-    scored = (position >= score_from) & (position < end)
-    values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
-    out.index_add_(1, position.clamp_max(tokens.numel() - 2).flatten(), values)
-
-
 def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
-    """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored."""
-    start_time = time.perf_counter()
+    """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored.
+
+    nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on the right, behind what it
+    scores, a short batch with empty windows: each batch has the compiled shape.
+    """
+    start_time, total = time.perf_counter(), len(tokens) - 1
     device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    windows = list(score_windows(len(tokens) - 1, run.seq_len, run.stride))
-    groups: dict[int, list] = {}
-    for w in windows[m.rank::m.world_size]:      # one that scores more than the stride needs every position
-        full = w[2] - w[0] >= run.seq_len - run.stride and w[1] - w[0] == run.seq_len
-        groups.setdefault(run.stride if full else run.seq_len, []).append(w)
-    out = torch.zeros(2, len(tokens) - 1, dtype=torch.float64, device=m.device)
-    done, mine = 0, sum(map(len, groups.values()))
-    for last, group in sorted(groups.items()):
-        for i in range(0, len(group), run.batch):
-            add_window_nats(nats_fn, device_tokens, group[i: i + run.batch], last, run, out)
-            done = min(done + run.batch, mine)
-            if i // run.batch % 16 == 0:
+    windows = score_windows(total, run.seq_len, run.stride)[m.rank::m.world_size]
+    start, end, score_from = windows.T
+    full = (score_from - start >= run.seq_len - run.stride) & (end - start == run.seq_len)
+    lasts = np.where(full, run.stride, run.seq_len)         # one that scores more needs every position
+    column = torch.arange(run.seq_len, device=m.device)
+    out, done = torch.zeros(2, total, dtype=torch.float64, device=m.device), 0
+    for last in np.unique(lasts).tolist():
+        for i, batch in enumerate(torch.from_numpy(windows[lasts == last]).split(run.batch)):
+            padded = F.pad(batch, (0, 0, 0, run.batch - len(batch))).to(m.device)
+            start, end, score_from = padded.unsqueeze(-1).unbind(1)                         # (B, 1) each
+            index = (start + column).clamp_max(total - 1)
+            nats = nats_fn(device_tokens[index].long(), device_tokens[index + 1].long(), last).double()
+            position = start + column[-last:]
+            scored = (position >= score_from) & (position < end)
+            values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
+            out.index_add_(1, position.clamp_max(total - 1).flatten(), values)
+            done += len(batch)
+            if i % 16 == 0:
                 m.sync()
-                eta = (time.perf_counter() - start_time) / done * (mine - done)
-                run.log.status(f"scoring {run.label}: {done}/{mine} windows, ETA {eta:.0f} s")
+                eta = (time.perf_counter() - start_time) / done * (len(windows) - done)
+                run.log.status(f"scoring {run.label}: {done}/{len(windows)} windows, ETA {eta:.0f} s")
     return out
 
 
@@ -2316,8 +2264,7 @@ def export(run: Run, ema: Ema, path: str) -> int:
         ema.swap()
     if run.m.is_main:
         params = dict(run.model.named_parameters())
-        blob, step, times = fit_artifact(params, run.h, run.h.size_cap - code_bytes)
-        run.phases |= times
+        blob, step = fit_artifact(params, run.h, run.h.size_cap - code_bytes, run.timed)
         write_atomic(path, blob)
         run.log(f"artifact weights:{run.h.artifact_weights} int6_step:{step}")
     if run.h.artifact_weights == "ema":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -89,6 +90,11 @@ class Bench(NamedTuple):
     @property
     def cuda(self) -> bool:
         return self.m.device.type == "cuda"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_script(path: Path) -> ModuleType:
@@ -417,7 +423,7 @@ def train_momentum(b: Bench, steps: int) -> list[tuple[str, Tensor]]:
     for step in range(steps):
         loss = t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
     manifest = Path(h.data_path) / "manifest.json"
-    data = t.sha256_file(str(manifest))[:16] if manifest.is_file() else "none"
+    data = sha256_file(manifest)[:16] if manifest.is_file() else "none"
     b.log(f"real steps:{steps} batch:{h.train_batch_tokens} loss:{loss.item():.4f} "
           f"data_manifest_sha256:{data}")
     out = []
@@ -564,7 +570,7 @@ def head_lines(b: Bench, script: Path) -> list[str]:
         smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         smi = b.t.machine_report(b.m)
-    return [f"train_gpt.py sha256 {b.t.sha256_file(str(script))}",
+    return [f"train_gpt.py sha256 {sha256_file(script)}",
             f"Running Python {sys.version}".replace("\n", " "),
             f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
             f"nvidia-smi: {smi}" if b.cuda else smi,
@@ -581,7 +587,7 @@ def facts(b: Bench, script: Path) -> list[str]:
     dtype = "bfloat16" if b.cuda else "float32"
     today = time.strftime("%Y-%m-%d", time.gmtime())
     return [f"machine date:{today} tiny:{int(b.tiny)} torch:{torch.__version__} triton:{version} "
-            f"source_sha256:{b.t.sha256_file(str(script))} | {b.m.names['device']}",
+            f"source_sha256:{sha256_file(script)} | {b.m.names['device']}",
             f"config preset:{b.h.preset} ortho:{b.h.ortho}",
             *(f"row row:{name} dtype:{dtype}" for name in b.t.ORTHO),
             *(f"rule rule:{name}" for name in b.t.STEP_RULES)]

@@ -279,32 +279,39 @@ def test_other_containers_are_a_value_error(blob):
 # ---------------------------------------------------------------- the cap
 
 
+def fitted(tensors, h, room):
+    """What fit_artifact returns, and the phases that it had timed."""
+    phases = set()
+    timed = lambda phase, fn, *args: (phases.add(phase), fn(*args))[1]
+    return *t.fit_artifact(tensors, h, room, timed), phases
+
+
 def test_fit_raises_the_step_only_as_far_as_needed():
     size = SMALL | dict(model_dim=64, mlp_mult=8.0)  # six-bit banks outweigh the rest, as in a real model
     h = tiny(**size)
     tensors = {k: p.detach() for k, p in noisy_model(h, scale=0.2).named_parameters()}
-    loose = t.fit_artifact(tensors, h, 10**9)
+    loose = fitted(tensors, h, 10**9)
     assert loose[0] == t.pack_artifact(tensors, h) and loose[1] == h.int6_step == 0.0
-    assert set(loose[2]) == {"quantize", "compress"}
+    assert loose[2] == {"quantize", "compress"}
     sizes = {s: len(t.pack_artifact(tensors, tiny(**size, int6_step=s))) for s in (0.0, 0.2, 0.4, 0.8)}
     for room in (sizes[0.0] - 1, sizes[0.2], sizes[0.4] + 5, sizes[0.8]):
-        blob, step, _ = t.fit_artifact(tensors, h, room)
+        blob, step, _ = fitted(tensors, h, room)
         assert 0.98 * room <= len(blob) <= room, (room, len(blob), sizes)
         assert blob == t.pack_artifact(tensors, tiny(**size, int6_step=step))
 
 
 def test_fit_never_goes_below_the_configured_step(tensors):
-    blob, step, _ = t.fit_artifact(tensors, tiny(**SMALL, int6_step=0.5), 10**9)
+    blob, step, _ = fitted(tensors, tiny(**SMALL, int6_step=0.5), 10**9)
     assert step == 0.5 and blob == t.pack_artifact(tensors, tiny(**SMALL, int6_step=0.5))
 
 
 def test_fit_reports_what_cannot_fit(h, tensors):
     for room in (10, -5):
-        blob, step, _ = t.fit_artifact(tensors, h, room)
+        blob, step, _ = fitted(tensors, h, room)
         assert len(blob) > room and step == 1.0  # the best it could do, still an artifact
         assert t.unpack_artifact(blob).keys() == tensors.keys()
     fixed = tiny(**SMALL, fit_cap="false")
-    blob, step, _ = t.fit_artifact(tensors, fixed, 10)
+    blob, step, _ = fitted(tensors, fixed, 10)
     assert step == 0.0 and blob == t.pack_artifact(tensors, fixed)
 
 

@@ -175,10 +175,12 @@ def test_unused_pieces_and_inner_marks(vocabularies, tmp_path):
     unused = 5  # SentencePiece.Type.UNUSED
     source, sp = vocabularies["ordinary"]
     ids = [i for i in range(sp.vocab_size()) if not sp.is_byte(i) and i > 3]
-    a, b = sp.id_to_piece(ids[10]), sp.id_to_piece(ids[11])
-    change = lambda text, kind: (text, unused) if text == a else (f"{SPACE}q{SPACE}é", kind) if text == b else (text, kind)
+    a, b, c = (sp.id_to_piece(i) for i in ids[10:13])
+    edits = {a: lambda kind: (a, unused), b: lambda kind: (f"{SPACE}q{SPACE}é", kind), c: lambda kind: (f"{SPACE}zz", unused)}
+    change = lambda text, kind: edits[text](kind) if text in edits else (text, kind)
     counts, _ = t.sentencepiece_counts(edit_pieces(source, tmp_path / "edited.model", change))
     assert counts.of(np.array([ids[0], ids[10]]))[0] == 0 and counts.boundary[ids[10]]
+    assert counts.of(np.array([ids[0], ids[12]]))[0] == 0 and not counts.space[ids[12]]  # nor does its mark
     assert counts.of(np.array([ids[0], ids[11]]))[0] == 1 + 1 + 1 + 2
     assert counts.of(np.array([BOS, ids[11]]))[0] == 1 + 1 + 2
 
