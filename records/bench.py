@@ -11,7 +11,7 @@ Backward is forward + backward less forward. On a GPU a section is a CUDA graph 
 inputs where they would fit the L2 cache, so that launches by the host do not count. `zero gradients` is also
 a part of `optimizer`, `loader.build` runs in a thread beside the step.
 
-FILE.py defines CANDIDATES = {name: (path, function)}: `mlp_block`, `exclude_self`, `qk_norm_rope`, `layer`,
+FILE.py defines CANDIDATES = {name: (path, function)}: `mlp`, `exclude_self`, `qk_norm_rope`, `layer`,
 `GPT.nats`, ...: what to replace in a copy of train_gpt.py, by a function of the same signature. (path,
 function) may be a list of such pairs. The file sees that copy, still plain, as `t`. Errors are relative to
 float64: |x - x64| / |x64|, of the loss, of all gradients together and of the parameter with the worst.
@@ -254,6 +254,13 @@ def product(m: int, k: int, n: int, e: int) -> tuple[Work, Work]:
     return Work(moved, ((flops, shape),)), Work(moved + e * (m * k + k * n), ((2 * flops, shape),))
 
 
+def mlp_work(N: int, D: int, hidden: int, e: int, back: bool) -> Work:
+    """Of the MLP over N rows: the hidden layer is written and read once, in backward its gradient too."""
+    flops, streams = 2.0 * N * D * hidden * (2 if back else 1), 3 if back else 2
+    return Work(e * (streams * N * (D + hidden) + (4 if back else 2) * D * hidden),
+                ((flops, (N, D, hidden)), (flops, (N, hidden, D))))
+
+
 def one_layer(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> Any:
     """A model of one layer, with all the tensors that are not of a layer at full size."""
     h = dataclasses.replace(b.h, num_layers=1, xsa_last_n=1, ve_last_n=1)
@@ -281,14 +288,14 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         ve = F.embedding(ids, small.ve_emb).to(dtype)
         return F.linear(ve, (small.ve_scale * small.ve_proj).to(dtype))
 
-    def mix_norm(x, y, x0, scale, mix):         # the layer before ends here: x + mlp_scale * y
+    def mix_norm(x, y, x0, mix):                # the layer before ends here: x + y
         mix = mix.to(x.dtype)
-        x = mix[0] * (x + scale.to(x.dtype) * y) + mix[1] * x0
-        return x, t.rms_norm(x) * 0.5
+        x = mix[0] * (x + y) + mix[1] * x0
+        return x, t.rms_norm(x)
 
-    def add_norm(x, y, scale):
-        x = x + scale.to(x.dtype) * y
-        return x, t.rms_norm(x) * 0.5
+    def add_norm(x, y):
+        x = x + y
+        return x, t.rms_norm(x)
 
     def qk(q, k, gain):
         ones = torch.ones(kv // Dh, device=q.device)
@@ -314,9 +321,8 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
                 Work(8 * N + 4 * V * h.ve_dim + e * N * kv, ((2.0 * N * h.ve_dim * kv, (N, h.ve_dim, kv)),)),
                 Work(8 * N + 8 * V * h.ve_dim + e * N * kv, ((4.0 * N * h.ve_dim * kv, (N, h.ve_dim, kv)),)),
                 (), (small.ve_emb, small.ve_proj, small.ve_scale)),
-        Section("residual mix + norm", L, mix_norm, lambda: [*(draw(B, T, D) for _ in range(3)), vector(D),
-                                                             vector(2, D)],
-                Work(5 * stream), Work(8 * stream), ("rms_norm",)),
+        Section("residual mix + norm", L, mix_norm, lambda: [*(draw(B, T, D) for _ in range(3)), vector(2, D)],
+                Work(5 * stream), Work(7 * stream), ("rms_norm",)),
         linear("QKV product", L, D, D + 2 * kv),
         Section("QK norm + rope + gain", L, qk, qk_inputs, Work(2 * both), Work(3 * both),
                 ("qk_norm_rope", "rotate", "rms_norm")),
@@ -326,12 +332,10 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         Section("XSA", sum(s.xsa for s in specs), t.exclude_self, xsa_inputs, Work(stream + both),
                 Work(stream + 2 * both), ("exclude_self",)),
         linear("O product", L, D, D),
-        Section("residual add + norm", L, add_norm, lambda: [draw(B, T, D), draw(B, T, D), vector(D)],
-                Work(4 * stream), Work(6 * stream), ("rms_norm",)),
-        linear("MLP up", L, D, Fm),
-        Section("activation", L, lambda u: F.leaky_relu(u, 0.5).square(), lambda: [draw(B, T, Fm)],
-                Work(2 * e * N * Fm), Work(3 * e * N * Fm)),
-        linear("MLP down", L, Fm, D),
+        Section("residual add + norm", L, add_norm, lambda: [draw(B, T, D), draw(B, T, D)],
+                Work(4 * stream), Work(4 * stream), ("rms_norm",)),
+        Section("MLP", L, ops.mlp, lambda: [draw(B, T, D), draw(Fm, D), draw(D, Fm)],
+                mlp_work(N, D, Fm, e, False), mlp_work(N, D, Fm, e, True), ("mlp",)),
         Section("skip adds", sum(s.skip >= 0 for s in specs), lambda x, kept, w: x + w.to(x.dtype) * kept,
                 lambda: [draw(B, T, D), draw(B, T, D), vector(D)], Work(3 * stream), Work(3 * stream)),
         Section("head + softcap + cross-entropy", 1, lambda x, y: head.loss(x, y),
@@ -386,20 +390,19 @@ def composites(b: Bench, t: ModuleType, ops: Any, small: Any, parts: list[Sectio
                     tuple(p for w in works for p in w.products))
 
     def row(name: str, fn: Callable, first: int, sections: tuple, uses: tuple) -> Section:
-        matrices = size["attention"] * (name != "mlp block") + size["mlp"] * (name != "attention block")
+        matrices = size["attention"] + size["mlp"] * (name == "layer")
         return Section(name, 0, lambda *a: fn(*a[:first], t.LayerWeights(*a[first:])),
                        lambda: [*(draw() for _ in range(first)), *weights()],
                        work(first + 1, matrices, sections, False),
                        work(2 * first + 1, matrices, sections, True), uses)
 
-    assert names[:6] == ("q", "k", "v", "o", "up", "down"), "LayerWeights: the bench knows another order"
-    attention, mlp = ("QKV product", "attention", "O product"), ("MLP up", "MLP down")
+    assert names[:4] == ("qkv", "o", "up", "down"), "LayerWeights: the bench knows another order"
+    attention, mlp = ("QKV product", "attention", "O product"), ("MLP",)
     block = lambda x, w: t.attention_block(x, w, None, rope, spec.xsa, ops)
     return [
         row("attention block", block, 1, attention, ("attention_block",)),
-        row("mlp block", lambda x, w: t.mlp_block(x, w), 1, mlp, ("mlp_block",)),
-        row("layer", lambda x, x0, w: t.layer(x, x0, w, spec, lambda z: block(z, w)), 2, attention + mlp,
-            ("layer", "attention_block", "mlp_block")),
+        row("layer", lambda x, x0, w: t.layer(x, x0, w, lambda z: block(z, w), ops.mlp), 2, attention + mlp,
+            ("layer", "attention_block", "mlp")),
     ]
 
 

@@ -27,7 +27,7 @@ from helpers import english_args, machine, stop_one_line, tiny  # noqa: E402
 
 SECTIONS = [
     "embedding + bigram + smear", "value embedding", "residual mix + norm", "QKV product", "QK norm + rope + gain",
-    "attention", "XSA", "O product", "residual add + norm", "MLP up", "activation", "MLP down", "skip adds",
+    "attention", "XSA", "O product", "residual add + norm", "MLP", "skip adds",
     "head + softcap + cross-entropy", "bank casts",
 ]  # fmt: skip
 WHOLE = ["forward", "forward+backward", "optimizer", "ema", "zero gradients", "clock check", "step", "log line",
@@ -80,16 +80,18 @@ def test_work_by_hand():
     b = a_bench()
     h, N, found = b.h, 2 * b.h.train_seq_len, sections(b)
     assert [s.name for s in found.values() if s.count] == SECTIONS
-    assert [s.name for s in found.values() if not s.count] == ["attention block", "mlp block", "layer"]
+    assert [s.name for s in found.values() if not s.count] == ["attention block", "layer"]
     D, kv, F = h.model_dim, h.kv_dim, h.mlp_dim
-    assert found["activation"].forward.moved == 4 * 2 * N * F and found["activation"].backward.moved == 4 * 3 * N * F
-    assert found["MLP up"].forward == bench.Work(4 * (N * D + D * F + N * F), ((2 * N * D * F, (N, D, F)),))
-    assert found["MLP up"].backward.moved == 4 * (2 * N * D + 2 * D * F + N * F)
+    products = (N, D, F), (N, F, D)
+    assert found["MLP"].forward == bench.Work(4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products))
+    assert found["MLP"].backward.moved == 4 * (3 * N * (D + F) + 4 * D * F)
+    assert found["O product"].backward.moved == 4 * (3 * N * D + 2 * D * D)
     assert found["XSA"].forward.moved == 4 * (2 * N * D + N * kv) and found["XSA"].count == h.xsa_last_n
     pairs = h.train_seq_len**2 / 2  # of a query and a key that it sees
     assert found["attention"].forward.flops == 2 * (2 * 2 * h.num_heads * pairs * h.head_dim)
     assert found["attention"].backward.flops == 2.5 * found["attention"].forward.flops
-    assert found["mlp block"].forward.flops == found["MLP up"].forward.flops + found["MLP down"].forward.flops
+    parts = ("QKV product", "attention", "O product", "MLP")
+    assert found["layer"].forward.flops == sum(found[part].forward.flops for part in parts)
     assert found["skip adds"].count == h.num_layers // 2
     assert found["bank casts"].forward.moved == 0  # float32 to float32
 
@@ -202,16 +204,16 @@ class Half(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d): return 0.5 * d
 
-def lean(x, w): return F.linear(F.leaky_relu(F.linear(x, w.up), 0.5).square(), w.down)
+def lean(x, up, down): return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 def wrong_gradient(y, v): return Half.apply(plain_xsa(y, v))
 def wrong_forward(x, gain, cos, sin): return 1.01 * t.rotate(t.rms_norm(x), (cos, sin)) * gain.to(x.dtype)[:, None]
 def not_a_number(self, tokens, targets, last): return plain_nats(self, tokens, targets, last) * float("nan")
 def broken(*args): raise RuntimeError("no kernel\\nhere")
 
 CANDIDATES = {
-    "lean": ("t.mlp_block", lean), "gradient": ("exclude_self", wrong_gradient), "broken": ("layer", broken),
+    "lean": ("t.mlp", lean), "gradient": ("exclude_self", wrong_gradient), "broken": ("layer", broken),
     "rope": ("qk_norm_rope", wrong_forward), "nan": ("GPT.nats", not_a_number), "absent": ("no_such.thing", lean),
-    "two": [("mlp_block", lean), ("exclude_self", lambda y, v: plain_xsa(y, v))],
+    "two": [("mlp", lean), ("exclude_self", lambda y, v: plain_xsa(y, v))],
 }
 """
 
@@ -225,8 +227,8 @@ def test_candidates(tmp_path, capsys):
     for name in ("lean", "two"):
         assert rows[name]["errors"] == rows[name]["plain"] and max(list(rows[name]["errors"].values())[:3]) < 1e-3
         assert re.match(r"keep|drop \(takes", rows[name]["verdict"])
-    assert [s["section"] for s in rows["lean"]["sections"]] == ["mlp block", "layer"]
-    assert [s["section"] for s in rows["two"]["sections"]] == ["XSA", "mlp block", "layer"]
+    assert [s["section"] for s in rows["lean"]["sections"]] == ["MLP", "layer"]
+    assert [s["section"] for s in rows["two"]["sections"]] == ["XSA", "MLP", "layer"]
     xsa = rows["gradient"]["sections"][0]
     assert xsa["section"] == "XSA" and xsa["errors"]["forward"] < 1e-5 and math.isclose(xsa["errors"]["gradients"], 0.5, rel_tol=1e-3)
     assert rows["gradient"]["errors"]["loss"] < 1e-3 and rows["gradient"]["verdict"].startswith("drop (gradients error")
@@ -236,10 +238,10 @@ def test_candidates(tmp_path, capsys):
     assert "nan" in rows["nan"]["verdict"] and rows["nan"]["sections"][0]["section"].startswith("head")
     why = {s["what"]: s["why"] for s in report["skipped"]}
     assert why["candidate broken"] == "RuntimeError: no kernel" and "no_such" in why["candidate absent"]
-    assert why["section MLP up"] == "out of time (--seconds)"
+    assert why["section MLP"] == "out of time (--seconds)"
     assert "skipped candidate broken: RuntimeError: no kernel" in out
-    assert re.search(r"^candidate lean \(mlp_block\): forward\+backward [\d.]+ ms, plain [\d.]+; error of loss", out, re.M)
-    assert t.mlp_block(torch.zeros(1, 1, 2), SimpleNamespace(up=torch.zeros(3, 2), down=torch.zeros(2, 3))).shape == (1, 1, 2)
+    assert re.search(r"^candidate lean \(mlp\): forward\+backward [\d.]+ ms, plain [\d.]+; error of loss", out, re.M)
+    assert t.mlp(torch.zeros(1, 1, 2), torch.zeros(3, 2), torch.zeros(2, 3)).shape == (1, 1, 2)
 
 
 def test_verdicts():
@@ -302,14 +304,14 @@ def test_the_command_measures_everything(tmp_path, capsys):
     assert math.isclose(report["sums"]["floors_ms"], sum(r["floor_ms"] * r["count"] for r in rows))
     assert report["rates"]["copy_gbps"] > 0 and all(p["tflops"] > 0 for p in report["rates"]["products"])
     assert [s["what"] for s in report["skipped"]] == ["profile"] and report["config"]["num_layers"] == 2
-    assert re.search(r"^MLP down +backward +2 ", out, re.M) and "sum of floors" in out
+    assert re.search(r"^MLP +backward +2 ", out, re.M) and "sum of floors" in out
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     file = tmp_path / "c.py"
     file.write_text("CANDIDATES = {}\n")
     named = tmp_path / "d.py"
-    named.write_text("CANDIDATES = {'a': ('mlp_block', t.mlp_block)}\n")
+    named.write_text("CANDIDATES = {'a': ('mlp', t.mlp)}\n")
     for argv, word in [
         (["sead=1"], "sead"), (["--fast"], "--fast"), (["--json", str(tmp_path / "no" / "b.json")], "no such folder"),
         (["--candidates", str(tmp_path / "none.py")], "none.py"), (["--candidates", str(file)], "CANDIDATES"),

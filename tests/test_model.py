@@ -325,28 +325,23 @@ def test_the_skips_are_a_u(layers):
         if spec.push:
             kept.append(i)
     assert kept == [] and pairs == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
-    assert [s.norm_scale for s in table] == pytest.approx([1 / math.sqrt(i + 1) for i in range(layers)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gains_of_one_change_no_bit(dtype):
-    """The same layer written without gains; and a gain of two is an input of twice the size."""
+def test_diagonal_factors_lie_in_the_matrices(dtype):
+    """Gains and 1/sqrt(depth) in columns, output scales in rows, multiplied in float32 and rounded once."""
     h = tiny()
     model = noisy_model(h)
-    for name in ("attn_gain", "mlp_gain"):
-        getattr(model, name).data.fill_(1)
     model.dtype = dtype
-    w, spec = model.layer_weights()[1], model.layers[1]
-    x, x0 = (torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
-    attend = lambda z: F.linear(z, w.q)
-    mixed = w.resid_mix[0].to(dtype) * x + w.resid_mix[1].to(dtype) * x0
-    y = mixed + w.attn_scale.to(dtype) * attend(t.rms_norm(mixed) * spec.norm_scale)
-    plain = y + w.mlp_scale.to(dtype) * t.mlp_block(t.rms_norm(y) * spec.norm_scale, w)
-    assert torch.equal(t.layer(x, x0, w, spec, attend), plain)
-    seen = []
-    for gains in ({}, {"attn_gain": 2 * w.attn_gain}):
-        t.layer(x, x0, w._replace(**gains), spec, lambda z: seen.append(z) or attend(z))
-    assert torch.equal(seen[1], 2 * seen[0])
+    p, L = {k: v.detach() for k, v in model.named_parameters()}, h.num_layers
+    for i, w in enumerate(model.layer_weights()):
+        depth = torch.tensor(float(i + 1)) ** -0.5
+        qkv = torch.cat([p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][L + i]])
+        assert torch.equal(w.qkv, (qkv * (p["attn_gain"][i] * depth)).to(dtype))
+        assert torch.equal(w.o, (p["attn_scale"][i][:, None] * p["qo_bank"][L + i]).to(dtype))
+        assert torch.equal(w.up, (p["mlp_up_bank"][i] * (p["mlp_gain"][i] * depth)).to(dtype))
+        assert torch.equal(w.down, (p["mlp_scale"][i][:, None] * p["mlp_down_bank"][i]).to(dtype))
+        assert torch.equal(w.q_gain, p["q_gain"][i]) and torch.equal(w.resid_mix, p["resid_mix"][i])
 
 
 # ---------------------------------------------------------------- initialisation
@@ -363,7 +358,7 @@ def test_at_the_start_only_the_embedding_speaks():
     for w, spec in zip(model.layer_weights(), model.layers):
         rope = t.rope_tables(16, h.rope_dims, h.rope_base, torch.device("cpu"))
         assert t.attention_block(x, w, None, rope, spec.xsa, t.Ops()).abs().max() == 0
-        assert t.mlp_block(x, w).abs().max() == 0
+        assert t.mlp(x, w.up, w.down).abs().max() == 0
     h = t.load_config(["preset=cpu"], {})
     loss = t.GPT(h).loss(*(random_tokens(h, (2, 64), s) for s in (1, 2))).item()
     assert loss == pytest.approx(math.log(h.vocab_size), abs=0.05)
