@@ -6,6 +6,7 @@ import train_gpt as t
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+in_float32 = pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's; 16-bit tests follow for the GPU")
 
 
 def run(fn, x, gain, rope, dy, dtype):
@@ -67,27 +68,103 @@ def test_qk_in_a_compiled_model_trains_like_the_torch_line():
         assert relative(p.grad, q.grad) < 1e-4
 
 
-def test_binding_takes_the_kernel_only_when_it_is_right(monkeypatch):
-    h = t.load_config([], {})
-    fn, name = t.bind_qk(DEVICE, h)
-    assert name == "triton" and fn is t.triton_qk()
-    monkeypatch.setattr(t, "triton_qk", lambda: lambda x, gain, cos, sin: t.qk_norm_rope(x, gain * 1.1, cos, sin))
-    fn, name = t.bind_qk(DEVICE, h)
-    assert fn is t.qk_norm_rope and name.startswith("torch (error 0.")
+# ---------------------------------------------------------------- the MLP
+
+
+def mlp_inputs(B, T, D, hidden, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    return make(B, T, D), make(hidden, D) / D**0.5, make(D, hidden) / hidden**0.5
+
+
+def mlp_results(fn, inputs, dtype):
+    """Output and gradients in `dtype`, as float64; the gradient arrives transposed."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    y = fn(*leaves)
+    dy = torch.randn(y.transpose(0, 1).shape, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
+    y.backward(dy.transpose(0, 1))
+    return [v.detach().double() for v in (y, *(x.grad for x in leaves))]
+
+
+MLP_SIZES = [(2, 150, 64, 192), (1, 7, 32, 264), (3, 130, 72, 520)]  # no tile divides them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("size", MLP_SIZES + [pytest.param((4, 2048, 512, 1536), marks=pytest.mark.gpu)], ids=str)
+def test_fused_mlp_and_its_gradients(size, dtype):
+    """Against float64, no worse than the torch line. In float32 the bit that says u < 0 costs one bit of h."""
+    if DEVICE.type == "cuda" and dtype == torch.float32:
+        pytest.skip("the interpreter's; a float32 product is TF32 on the device")
+    inputs = mlp_inputs(*size, dtype)
+    exact, line, fused = (mlp_results(fn, inputs, kind) for fn, kind in (
+        (t.mlp, torch.float64), (t.mlp, dtype), (t.FusedMLP.apply, dtype)))
+    for got, reference, plain in zip(fused, exact, line):
+        assert relative(got, reference) < max(1.05 * relative(plain, reference), 6e-7)
+
+
+@in_float32
+def test_the_hidden_layer_carries_the_sign():
+    """h is LeakyReLU(u)^2 to rounding, its last bit is u < 0, zero stays zero; and both are its derivative."""
+    x, up, _ = mlp_inputs(1, 40, 32, 96, torch.float32)
+    x[0, 3] = 0
+    h, u = t.mlp_op(x[0], up, None), x[0].double() @ up.double().T
+    bits = h.view(torch.int32)
+    clear = u.abs() > 1e-5
+    assert torch.equal((bits & 1).bool()[clear], (u < 0)[clear]) and (~clear).sum() == 96
+    torch.testing.assert_close(h.double(), torch.where(u > 0, u, 0.5 * u).square(), rtol=2e-6, atol=2e-6)
+    assert not bits[3].any()
+    du = t.mlp_op(torch.ones(40, 8, device=DEVICE), torch.full((8, 96), 0.125, device=DEVICE), h)
+    torch.testing.assert_close(du.double()[clear], torch.where(u > 0, 2 * u, 0.5 * u)[clear], rtol=1e-4, atol=1e-6)
+
+
+def test_the_fused_mlp_in_a_compiled_model_trains_like_the_torch_line():
+    h = t.load_config(["preset=cpu", "num_layers=2", "model_dim=64", "num_heads=2"], {})
+    models = [t.GPT(h, t.Ops(mlp=t.FusedMLP.apply)).to(DEVICE), t.GPT(h).to(DEVICE)]
+    with torch.no_grad():
+        for p, q in zip(*(m.parameters() for m in models)):
+            q.copy_(p.add_(0.05 * torch.randn_like(p)))
+    x, y = torch.randint(0, h.vocab_size, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    losses = [torch.compile(models[0].loss, dynamic=False, fullgraph=True, backend="aot_eager")(x, y),
+              models[1].loss(x, y)]
+    for loss in losses:
+        loss.backward()
+    assert abs(losses[0].item() - losses[1].item()) < 1e-5
+    for p, q in zip(*(m.parameters() for m in models)):
+        assert relative(p.grad, q.grad) < 1e-4
+    checks = ("test_schema", "test_faketensor")
+    inputs = mlp_inputs(1, 16, 32, 64, torch.float32)
+    hidden = t.mlp_op(inputs[0][0], inputs[1], None)
+    torch.library.opcheck(t.mlp_op, (inputs[0][0], inputs[1], None), test_utils=checks)
+    torch.library.opcheck(t.mlp_op, (inputs[0][0], inputs[2], hidden), test_utils=checks)
+
+
+def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
+    """The interpreter's bf16 products are wrong, and the MLP is refused there; the binding says by how much."""
+    h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
+    attend = object()
+    ops, names = t.bind_ops(h, DEVICE, attend)
+    assert ops.attend is attend and ops.qk is t.triton_qk() and names["qk"] == "triton"
+    assert (ops.mlp is t.mlp) == names["mlp"].startswith("torch (") == (DEVICE.type == "cpu")
+    inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
+    assert t.bind(lambda: t.FusedMLP.apply, t.mlp, inputs) == (t.FusedMLP.apply, "triton")
+
+    class Skewed(t.FusedMLP):
+        @staticmethod
+        def backward(ctx, dy):
+            dx, up, down = t.FusedMLP.backward(ctx, dy)
+            return dx, 1.1 * up, down
+
+    assert t.bind(lambda: Skewed.apply, t.mlp, inputs) == (t.mlp, "torch (error 0.100)")
 
     def broken():
         raise RuntimeError("no such chip")
-    monkeypatch.setattr(t, "triton_qk", broken)
-    assert t.bind_qk(DEVICE, h) == (t.qk_norm_rope, "torch (RuntimeError)")
+    assert t.bind(broken, t.mlp, inputs) == (t.mlp, "torch (RuntimeError)")
 
 
 # ---------------------------------------------------------------- products of a direction
 
 TILES = {"xxt": (64, 64, 4, 2), "ba_plus_caa": (64, 128, 4, 2), "lower_solve": (64, 4, 2)}
 SIZES = [(3, 70, 131), (1, 128, 64)]  # batch, sides
-
-
-in_float32 = pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's; 16-bit tests follow for the GPU")
 
 
 def matrices(B, M, N, layout, seed=0):
