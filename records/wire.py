@@ -79,6 +79,7 @@ class Call(NamedTuple):
     payload: int
     ranks: tuple[int, ...]
     dtype: str
+    device: str = "cpu"
     given: int = 0          # what this rank puts in,
     zeros: int = 0          # and how much of that is exactly zero
 
@@ -149,12 +150,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list]:
-        """`with recording() as events`: these, from here on."""
-        self.events, self.on = [], True
+        """`with recording() as events`: these, from here on. An outer recording gets them at the end."""
+        outer, self.events, self.on = (self.events, self.on), [], True
         try:
             yield self.events
         finally:
-            self.on = False
+            inner, (self.events, self.on) = self.events, outer
+            self.events += inner if self.on else []
 
     def wrapped(self, fn: Callable, kind: str, given: str, whole: str) -> Callable:
         signature = inspect.signature(fn)
@@ -169,7 +171,7 @@ class Recorder:
             zeros = sum(int((x == 0).sum()) * x.element_size() for x in puts) if self.data else 0
             index = len(self.events)
             self.events.append(Call(kind, nbytes(buffer), tuple(dist.get_process_group_ranks(group)),
-                                    str(puts[0].dtype)[6:], nbytes(puts), zeros))
+                                    str(puts[0].dtype)[6:], puts[0].device.type, nbytes(puts), zeros))
             work = fn(*args, **kwargs)
             if not self.closely:
                 return work
@@ -374,7 +376,7 @@ def reference_schedule(shapes: dict[str, tuple], world: int) -> list:
 
     def launch(kind: str, payload: int, zeros: float, dtype: str = "bfloat16") -> int:
         given = payload // world if kind == "all-gather" else payload
-        events.append(Call(kind, payload, everyone, dtype, given, round(zeros)))
+        events.append(Call(kind, payload, everyone, dtype, "cuda", given, round(zeros)))
         return len(events) - 1
 
     size = lambda shape: functools.reduce(lambda a, b: a * b, shape, 1)
