@@ -860,7 +860,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--candidates", type=Path, metavar="FILE.py", help="compare the replacements in its CANDIDATES")
     add("--only", metavar="NAME,NAME", help="of the candidates")
     add("--timeline", type=Path, metavar="FILE.json",
-        help="instead: trace whole steps; compute, communication, what of it is exposed (records/timeline.py)")
+        help="instead: trace whole steps: compute, communication, what of it is seen (records/timeline.py)")
     add("--steps", type=int, default=5, metavar="N", help="that the timeline shows (5)")
     add("--seconds", type=float, default=100.0, metavar="S",
         help="begin no further section after this long (100; candidates are not counted)")

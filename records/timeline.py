@@ -1,18 +1,18 @@
-"""What a training step's time goes to: compute, communication that compute hides, communication seen, nothing.
+"""Where a training step's time goes: compute, communication that compute hides, communication seen, nothing.
 
     ./run.sh bench --timeline FILE.json [--steps 5] [--json REPORT.json] [key=value ...]
     torchrun --standalone --nproc_per_node=8 records/bench.py --timeline FILE.json preset=record
 
-Whole steps, compiled and warm, run back to back on random tokens under torch.profiler. On a GPU the lanes are
-the device's: NCCL kernels by name are communication, every other kernel, copy and fill is compute. A step begins
-with the first of its device work to start (launches tell which step that is; a recorded graph is a launch, too)
-and ends where the next one begins. On a CPU the lanes are the host's: what gloo's threads run is communication,
-operators on other threads are compute, and a step is its call.
+Whole steps, compiled and warm, run back to back on random tokens under torch.profiler. On a GPU the lanes
+are the device's: NCCL kernels by name are communication, every other kernel, copy and fill is compute. A step
+begins with the first of its device work to start (launches tell which step that is; a recorded graph is a
+launch, too) and ends where the next one begins. On a CPU the lanes are the host's: what gloo's threads run is
+communication, operators on other threads are compute, and a step is its call.
 
-A step = compute + exposed communication + idle: exposed is when a collective runs and no compute does, idle
-when neither does. Collectives side by side are each charged the whole of what they expose, so their figures may
-add up to more than the lane's. A rank that comes early waits inside the collective, so bus GB/s (bytes
-per link, as nccl-tests count them) is that of the last to come: the shortest of the ranks' times.
+step = compute + exposed + idle. Exposed: a collective runs and no compute does; idle: neither does. Of
+collectives side by side each is charged all that it exposes, so their figures may add up to more than the
+lane's. A rank that comes early waits inside the collective, so bus GB/s (bytes per link each way, as
+nccl-tests count them) is that of the last to come: the shortest of the ranks' times.
 
 Bytes come from watching torch.distributed's functions, inside a recorded graph too; where their number is not
 the number of collectives traced, they are unknown. FILE.json is a Chrome trace (chrome://tracing, Perfetto),
@@ -98,11 +98,12 @@ def clipped(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
 
 
 def account(window: Interval, compute: list[Interval], collectives: list[Interval]) -> dict:
-    """FIGURES of a step in the unit of the intervals, the exposed parts, and how much each collective exposes."""
-    busy = merged(clipped(compute, window))
-    exposed = minus(clipped(collectives, window), busy)
-    values = (window[1] - window[0], length(busy), length(merged(clipped(collectives, window))), length(exposed))
-    return dict(zip(FIGURES, (*values, values[0] - values[1] - values[3])), exposed=exposed,
+    """FIGURES of a step in the unit of the intervals, its exposed parts, how much each collective exposes."""
+    busy, talk = merged(clipped(compute, window)), merged(clipped(collectives, window))
+    exposed = minus(talk, busy)
+    step = window[1] - window[0]
+    values = (step, length(busy), length(talk), length(exposed), step - length(busy) - length(exposed))
+    return dict(zip(FIGURES, values), exposed=exposed,
                 each=[length(minus([c], busy)) for c in collectives])
 
 
@@ -148,12 +149,12 @@ def device_lanes(events: list[dict], starts: list[float]) -> Lanes:
             if step >= 0 and (bounds[step] is None or e["ts"] < bounds[step]):
                 bounds[step] = e["ts"]
     if None in bounds:
-        raise BadInput("--timeline: the profiler saw no device work in a step; is another profiler at this GPU?")
+        raise BadInput("--timeline: the profiler saw no device work in a step; does another use this GPU?")
     return Lanes(bounds, [s for s in spans if not s.kind], [s for s in spans if s.kind])
 
 
 def host_lanes(events: list[dict], starts: list[float]) -> Lanes:
-    """Lanes of a CPU's trace. The thread that runs a collective waits for others in it: that is no compute."""
+    """Lanes of a CPU's trace. The threads that run collectives do nothing else: theirs is no compute."""
     gloo = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("gloo:")]
     threads, compute, ends = {e["tid"] for e in gloo}, [], {}
     for e in sorted(events, key=lambda e: e["ts"]):
@@ -198,7 +199,8 @@ def one_step(lanes: Lanes, index: int, calls: list[wire.Call], by_kind: bool) ->
     found = account(window, [(s.start, s.end) for s in lanes.compute], spans)
     rows = [dict(kind=call.kind if call else s.kind, bytes=call.payload if call else None,
                  wire=call.wire if call else None, ranks=len(call.ranks) if call else None,
-                 start_ms=(s.start - window[0]) / 1000, ms=(s.end - s.start) / 1000, exposed_ms=exposed / 1000)
+                 start_ms=(s.start - window[0]) / 1000, ms=(s.end - s.start) / 1000,
+                 exposed_ms=exposed / 1000)
             for s, call, exposed in zip(mine, matched(mine, calls, by_kind), found["each"])]
     return {name: found[name] / 1000 for name in FIGURES} | dict(collectives=rows, exposed=found["exposed"])
 
@@ -292,7 +294,7 @@ def collective_rows(ranks: list[dict]) -> list[dict]:
     rows = []
     for j, one in enumerate(steps[0]):
         ms, exposed = ([s[j][key] for s in steps] for key in ("ms", "exposed_ms"))
-        last = [min(r["steps"][i]["collectives"][j]["ms"] for r in ranks) for i in range(len(ranks[0]["steps"]))]
+        last = [min(s["collectives"][j]["ms"] for s in same) for same in zip(*(r["steps"] for r in ranks))]
         row = {key: one[key] for key in ("kind", "bytes", "wire", "ranks")}
         row |= dict(ms=median(ms), last_ms=median(last), exposed_ms=median(exposed),
                     exposed_least=min(exposed), exposed_most=max(exposed))
@@ -371,7 +373,8 @@ def picture(ranks: list[dict], out: Path) -> None:
     for axis, zoomed in zip(axes, (False, True)):
         for row, r in enumerate(reversed(ranks)):
             draw_lanes(axis, row, r, index, zoomed)
-    axes[0].set_yticks([row + 0.42 for row in range(len(ranks))], [f"rank {r['rank']}" for r in reversed(ranks)])
+    names = [f"rank {r['rank']}" for r in reversed(ranks)]
+    axes[0].set_yticks([row + 0.42 for row in range(len(ranks))], names)
     axes[0].set_xlabel(f"ms of step {index}")
     axes[1].set_xlabel("ms of the same, from the first collective to the last")
     axes[0].legend(*axes[0].get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)

@@ -11,13 +11,14 @@ bit-equal on all ranks.
 
 Predicted: the same step is walked through without data (fake tensors, a fake process group) as every rank of
 one node of 8 and of 4 nodes of 8. Each collective takes LATENCY + bytes per link / BANDWIDTH on the link
-that its group needs, one after the other on a link, begins when the script launches it and is waited for where
-the script waits; the update of a rank takes the time of its share of the products. What the step takes beyond
-the update is exposed. The figures that this rests on stand in the output; --assume NAME=VALUE changes one.
+that its group needs, one after the other on a link, begins when the script launches it and is waited for
+where the script waits; the update of a rank takes the time of its share of the products. What the step takes
+beyond the update is exposed. The figures that this rests on stand in the output; --assume NAME=VALUE changes
+one.
 
 A group whose ranks lie on one node (rank // ranks per node) is intra, any other inter. Bytes per link are
-those of ring algorithms: (n-1)/n of the whole buffer for a reduce-scatter or an all-gather, twice that for an
-all-reduce. Next to it all stands the schedule of parameter-golf's Parallel Muon record (#399), from the same shapes.
+those of ring algorithms: (n-1)/n of the whole buffer for a reduce-scatter or an all-gather, twice that for
+an all-reduce. Beside it, from the same shapes: the schedule of parameter-golf's Parallel Muon record (#399).
 
 Exit status: 0 done; 1 the ranks disagree after the step; 2 bad input (one line says it).
 """
@@ -368,8 +369,8 @@ def reference_schedule(shapes: dict[str, tuple], world: int) -> list:
     """Events of parameter-golf's Parallel Muon record (#399, #549), on the shapes of this model.
 
     Behind the backward a reduce-scatter of each bank, bf16, largest first, padded to the world size; an
-    all-reduce of each small tensor, float32, one by one; then for each bank: wait for its gradient and for the
-    gather before it, direct, gather the bf16 update. It clips local gradients, so no norm is reduced.
+    all-reduce of each small tensor, float32, one by one; then for each bank: wait for its gradient and for
+    the gather before it, direct, gather the bf16 update. It clips local gradients, so no norm is reduced.
     """
     events: list = []
     everyone = tuple(range(world))
@@ -390,7 +391,7 @@ def reference_schedule(shapes: dict[str, tuple], world: int) -> list:
     departures: list[int] = []
     for n, s, arrival in zip(padded, banks, arrivals):
         events += [Wait(arrival), *(Wait(i) for i in departures[-1:]), Work(s[1:], n // world, n // world)]
-        zeros = 2 * (n - s[0]) * size(s[1:]) / world          # its mean over the ranks: padding lies on the last
+        zeros = 2 * (n - s[0]) * size(s[1:]) / world          # mean over the ranks: padding lies on the last
         departures.append(launch("all-gather", 2 * n * size(s[1:]), zeros))
     return events + [Wait(i) for i in departures[-1:]]
 
@@ -466,7 +467,7 @@ collective = latency + bytes per link / bandwidth; intra: nvlink; inter: min(nvl
 update     = a + b x share of the operations, through (1, update_ms) and (share of an eighth, eighth_ms)
 step       = walked in launch order: collectives of a scope one after the other, each from its launch on;
              directions one after the other, `update` together; a wait holds all that follows
-exposed    = end of the last collective or direction - update; before: the part ahead of the first direction"""
+exposed    = end of the last collective or direction - update; before: what is ahead of the first direction"""
 
 
 def collective_ms(call: Call, node_ranks: int, a: Assumptions) -> float:
@@ -481,7 +482,7 @@ def collective_ms(call: Call, node_ranks: int, a: Assumptions) -> float:
 
 
 def update_ms(share: float, eighth: float, a: Assumptions) -> float:
-    """Milliseconds of a rank's update by its share of the operations: a line through the two measured ones."""
+    """Milliseconds of a rank's update by its share of the operations: a line through the measured two."""
     slope = (a.update_ms - a.eighth_ms) / (1 - eighth) if eighth < 1 else 0.0
     return a.update_ms + slope * (share - 1)
 
@@ -489,7 +490,7 @@ def update_ms(share: float, eighth: float, a: Assumptions) -> float:
 def walk(events: list, costs: dict[int, float], lanes: dict[int, str], works: dict[int, float]) -> dict:
     """Time of a step: {end, before, update, exposed, communication} in ms.
 
-    costs, lanes: of each collective by its index; works: ms of each direction. before: until the first of them.
+    costs, lanes: of each collective by its index; works: ms of each direction. before: until the first one.
     """
     now, before, free, ends = 0.0, None, Counter(), {}
     for i, event in enumerate(events):
@@ -536,13 +537,15 @@ def order_table(steps: list[list], node_ranks: int) -> list[str]:
         share = sum(x.zeros for x in same) / max(1, sum(x.given for x in same))
         rows.append([f"{index + 1} {c.kind}", c.dtype, len(c.ranks), scope(c.ranks, node_ranks),
                      f"{c.payload:,}", f"{100 * share:.1f} %", mb(c.wire)])
-    return markdown(["collective", "type", "ranks", "scope", "bytes", "padding", "MB per link each way"], rows)
+    heads = ["collective", "type", "ranks", "scope", "bytes", "padding", "MB per link each way"]
+    return markdown(heads, rows)
 
 
 def totals_table(columns: list[tuple[str, dict]]) -> list[str]:
     """One column for each schedule."""
     kinds = sorted({kind for _, column in columns for kind in column["count"]})
     ratio = lambda loads, k: max(x[k] for x in loads) / (sum(x[k] for x in loads) / len(loads) or 1)
+    idle = lambda loads: 1 - sum(x[2] for x in loads) / (sum(x[3] for x in loads) or 1)
     spread = lambda loads, k: f"{min(x[k] for x in loads)} to {max(x[k] for x in loads)}"
     rows = {kind: lambda c, kind=kind: c["count"][kind] for kind in kinds} | {
         "collectives": lambda c: sum(c["count"].values()),
@@ -554,7 +557,7 @@ def totals_table(columns: list[tuple[str, dict]]) -> list[str]:
         "the same with padding": lambda c: spread(c["loads"], 1),
         "GFLOP of the busiest rank": lambda c: f"{max(x[3] for x in c['loads']) / 1e9:.2f}",
         "busiest over mean, matrices' operations": lambda c: f"{ratio(c['loads'], 2):.3f}",
-        "operations on padding": lambda c: f"{100 * (1 - sum(x[2] for x in c['loads']) / (sum(x[3] for x in c['loads']) or 1)):.1f} %",
+        "operations on padding": lambda c: f"{100 * idle(c['loads']):.1f} %",
     }
     return markdown(["a step, one rank", *(name for name, _ in columns)],
                     [[name, *(figure(column) for _, column in columns)] for name, figure in rows.items()])
@@ -647,9 +650,10 @@ def run(args: argparse.Namespace, root: Path) -> int:
     port = free_port()
     ranks = in_processes(real_step, [job._replace(rank=rank, port=port) for rank in range(job.world)])
     lines = report([r["events"] for r in ranks], dry, job, a)
-    lines[1:1] = ["", f"preset={ranks[0]['preset']} ortho={ranks[0]['ortho']} {' '.join(args.words)}".rstrip()]
+    given = " ".join(job.knobs) or "nothing"
+    lines[1:1] = ["", f"preset={ranks[0]['preset']} ortho={ranks[0]['ortho']}; given: {given}"]
     whole = len({r["digest"] for r in ranks}) == 1
-    lines.append(f"Parameters after the step are {'' if whole else 'NOT '}bit-equal on all {job.world} ranks.")
+    lines.append(f"Parameters after the step: {'' if whole else 'NOT '}bit-equal on all {job.world} ranks.")
     print("\n".join(lines), flush=True)
     if args.out:
         write_atomic(args.out, "\n".join(lines) + "\n")
