@@ -35,6 +35,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
@@ -263,17 +264,13 @@ def real_step(job: Job) -> dict:
     """One rank of N that really exchange data."""
     recorder = Recorder(closely=True, data=True)
     os.environ.update(place(job))                   # torch looks there for the address
-    try:
-        with recorder.installed():
-            t, h = open_script(job, recorder)
-            events, model = take_step(t, h, place(job), recorder)
-        digest = hashlib.sha256()
-        for p in model.parameters():
-            digest.update(p.detach().numpy().tobytes())
-        return dict(events=events, digest=digest.hexdigest(), ortho=h.ortho, preset=h.preset)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with recorder.installed():
+        t, h = open_script(job, recorder)
+        events, model = take_step(t, h, place(job), recorder)
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    return dict(events=events, digest=digest.hexdigest(), ortho=h.ortho, preset=h.preset)
 
 
 def dry_step(job: Job, recorder: Recorder, t: ModuleType, h: Any) -> tuple[list, Any]:
@@ -318,6 +315,18 @@ def entry(pipe: connection.Connection, fn: Callable, job: Any) -> None:
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         pipe.send((False, f"the step does not run ({text})"))
+    finally:                            # not before the word is out: then the other ranks fail, too
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def first_failure(processes: list, i: int, text: str) -> str:
+    """Why there is no result. A rank that died is the reason why others fail, however late that shows."""
+    time.sleep(0.3)
+    dead = [j for j, process in enumerate(processes) if process.exitcode not in (None, 0)]
+    if dead:
+        i, text = dead[0], f"it ended with status {processes[dead[0]].exitcode}: is there memory for all ranks?"
+    return f"rank {i} of {len(processes)}: {text}" if len(processes) > 1 else text
 
 
 def in_processes(fn: Callable, jobs: list) -> list:
@@ -342,9 +351,9 @@ def in_processes(fn: Callable, jobs: list) -> list:
                 try:
                     done, out[i] = reader.recv()
                 except EOFError:
-                    done, out[i] = False, "it ended without a word: is there memory for all ranks?"
+                    done, out[i] = False, "it ended without a word"
                 if not done:
-                    raise BadInput(f"rank {i} of {len(jobs)}: {out[i]}" if len(jobs) > 1 else out[i])
+                    raise BadInput(first_failure(processes, i, out[i]))
     finally:
         for process in processes:
             if process.is_alive() and waiting:

@@ -108,7 +108,7 @@ def gpu_trace():
         events += [
             host(f"{timeline.STEP}{i}", t0, 150, "user_annotation"),
             host(f"{timeline.STEP}{i}", d0, 900, "gpu_user_annotation", tid=7),
-            host("cuLaunchKernel", t0 + 10, 1, "cuda_driver", correlation=10 + i),
+            host("launch", t0 + 10, 1, ("cuda_driver", "cuda_runtime")[i % 2], correlation=10 + i),
             host("cudaGraphLaunch", t0 + 20, 1, "cuda_runtime", correlation=20 + i),
             host("triton_poi_fused_0", d0, 400, "kernel", stream=7, correlation=10 + i),
             host("ncclDevKernel_ReduceScatter_SumPostDiv_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", d0 + 400, 100,
