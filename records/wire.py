@@ -46,6 +46,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import audit
 import directions
@@ -132,7 +133,7 @@ class Recorder:
     """Calls of torch.distributed's functions while `on`, in order; with `closely`, waits and zeros, too.
 
     A script must be loaded and run inside installed(): it may bind the functions to names of its own.
-    Counting zeros reads the data, so it is for tensors of a CPU.
+    data: count zeros, too, which reads tensors of a CPU.
     """
 
     def __init__(self, closely: bool = False, data: bool = False) -> None:
@@ -245,12 +246,13 @@ def take_step(t: ModuleType, h: Any, env: dict[str, str], recorder: Recorder) ->
     except t.InputError as error:
         raise BadInput(str(error)) from None
     t.init_tensor = lambda shape, init, generator: torch.zeros(shape)       # orthogonal matrices take seconds
-    model = t.GPT(h, m.ops, m.dtype)
-    optimizer = t.Optimizer(model, h, m)
-    if recorder.data:
-        fill(model, m.rank)
-    with recorder.recording() as events:
-        optimizer.step(t.hyper_at(h, 0, 0.0))
+    with contextlib.nullcontext() if recorder.data else FakeTensorMode():
+        model = t.GPT(h, m.ops, m.dtype)
+        optimizer = t.Optimizer(model, h, m)
+        if recorder.data:
+            fill(model, m.rank)
+        with recorder.recording() as events:
+            optimizer.step(t.hyper_at(h, 0, 0.0))
     return events, model
 
 
@@ -275,13 +277,11 @@ def real_step(job: Job) -> dict:
 
 def dry_step(job: Job, recorder: Recorder, t: ModuleType, h: Any) -> tuple[list, Any]:
     """take_step without data: fake tensors, and a process group that exchanges nothing."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
     fake = dict(backend="fake", rank=job.rank, world_size=job.world, store=FakeStore())
     opened, dist.init_process_group = dist.init_process_group, lambda *a, **k: opened(**fake)
     try:
-        with FakeTensorMode():
-            return take_step(t, h, place(job), recorder)
+        return take_step(t, h, place(job), recorder)
     finally:
         dist.init_process_group = opened
         if dist.is_initialized():

@@ -174,12 +174,40 @@ def test_one_collective_more_is_counted(tmp_path):
         assert found["count"] != STEP and found["count"]["all-reduce"] == STEP["all-reduce"] + 1
 
 
+def bare(e):
+    """An event without what only data can tell."""
+    return e._replace(given=0, zeros=0) if isinstance(e, Call) else e._replace(real=0) if isinstance(e, Work) else e
+
+
+NODES = """
+_init = init_machine
+def init_machine(h, env):
+    global NODE, ACROSS
+    m, n, here = _init(h, env), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+    NODE = [dist.new_group(list(range(i, i + here))) for i in range(0, n, here)][m.rank // here]
+    ACROSS = [dist.new_group(list(range(i, n, here))) for i in range(here)][m.rank % here]
+    return m
+"""
+
+
+def test_groups_of_nodes(tmp_path):
+    """A script that knows its nodes: what stays on one is told from what crosses, with data and without."""
+    own = "dist.all_reduce(torch.ones(10), group=NODE); dist.all_reduce(torch.ones(100), group=ACROSS)"
+    script = changed(tmp_path, NODES + PATCH.format(before=own, after="pass"))
+    ranks = steps_of(4, 2, script)
+    calls = wire.calls_of(ranks[3]["events"])[:2]
+    assert [c.ranks for c in calls] == [(2, 3), (1, 3)]
+    found, plain = (wire.totals(events, 2)["wire"] for events in (ranks[3]["events"], ranks[3]["events"][4:]))
+    assert found["intra"] - plain["intra"] == 40 and found["inter"] - plain["inter"] == 400
+    dry = wire.in_processes(wire.dry_steps, [(wire.Job(script, KNOBS, 4, 2),)])[0]
+    for events, r in zip(dry["steps"][0], ranks):
+        assert [bare(e) for e in events] == [bare(e) for e in r["events"]]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_without_data_is_the_real_one(real, world):
     asked = (wire.Job(ROOT / "train_gpt.py", KNOBS, world, world), wire.Job(ROOT / "train_gpt.py", KNOBS, 1, 1))
     dry = wire.in_processes(wire.dry_steps, [asked])[0]
-    bare = lambda e: e._replace(given=0, zeros=0) if isinstance(e, Call) else e._replace(real=0) if isinstance(
-        e, Work) else e  # fmt: skip
     assert len(dry["steps"][0]) == world and len(dry["steps"][1]) == 1
     for events, r in zip(dry["steps"][0], real[world]):
         assert [bare(e) for e in events] == [bare(e) for e in r["events"]]
