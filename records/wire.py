@@ -130,7 +130,7 @@ class Waited:
 
 
 class Recorder:
-    """Calls of torch.distributed's functions while `on`, in order; with `closely`, waits and zeros, too.
+    """Calls of torch.distributed's functions while `on`, in order; with `closely`, waits, too.
 
     A script must be loaded and run inside installed(): it may bind the functions to names of its own.
     data: count zeros, too, which reads tensors of a CPU.
