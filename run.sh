@@ -17,6 +17,8 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
   config [key=value...]  print the resolved configuration      ./run.sh config preset=record
   bench [--json FILE] [--candidates FILE.py] [key=value...]
                          time the step and its sections        ./run.sh bench --json bench.json
+  bench --timeline FILE.json [--steps N] [--json FILE] [key=value...]
+                         compute, communication, exposed       NPROC=8 ./run.sh bench --timeline t.json
   data VERB              get or make training data             ./run.sh data --help
   record VERB            make, check and list records          ./run.sh record verify
                          compare many settings fairly          ./run.sh record sweep --help
@@ -29,7 +31,7 @@ Unless told, train chooses (eval and audit its data and preset, bench and config
   run_id=      time, preset and seed; names the log and the artifact in out_dir= (logs)
 Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
 
-environment: NPROC            number of processes for train and eval
+environment: NPROC            number of processes for train, eval, audit and bench
              PYTHON           interpreter that makes .venv (3.10 to 3.14)
              BANKSHOT_PYTHON  interpreter to use as it is: no .venv, nothing is installed
 EOF
@@ -320,10 +322,10 @@ options=()    # of bench, which come first; its files are the caller's
 if [ "$command" = bench ]; then
     while [ $# -gt 0 ]; do
         case $1 in
-            --json | --candidates | --script | --only | --seconds)
+            --json | --candidates | --timeline | --script | --only | --seconds | --steps)
                 [ $# -gt 1 ] || die "bench: $1 needs a value: python records/bench.py --help lists the options"
                 case $1 in
-                    --only | --seconds) options+=("$1" "$2") ;;
+                    --only | --seconds | --steps) options+=("$1" "$2") ;;
                     *) options+=("$1" "$(absolute "$2")") ;;
                 esac
                 shift 2
@@ -353,6 +355,7 @@ case $command in
     *)
         if [ -z "$(setting preset '' "$@")" ]; then set -- "preset=$(machine_preset "$(count_gpus)")" "$@"; fi
         if [ "$command" = config ]; then exec "$py" train_gpt.py config "$@"; fi
-        exec "$py" records/bench.py ${options[@]+"${options[@]}"} "$@"
+        if [ "${NPROC:-1}" = 1 ]; then exec "$py" records/bench.py ${options[@]+"${options[@]}"} "$@"; fi
+        launch "$NPROC" records/bench.py ${options[@]+"${options[@]}"} "$@"
         ;;
 esac

@@ -3,6 +3,7 @@
     ./run.sh bench [key=value ...]                                      or: python train_gpt.py bench ...
     python records/bench.py --json bench.json preset=h100x1
     python records/bench.py --candidates FILE.py [--only NAME,NAME]     plain lines against replacements
+    torchrun --nproc_per_node=8 records/bench.py --timeline FILE.json   what of the communication is seen
 
 Columns. ms: one call, median; x: calls in a pass of the model; MB: the least that any implementation must
 read and write, each input and output once; GFLOP: 2mkn for each matrix product; floor: the larger of MB over
@@ -861,6 +862,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--candidates", type=Path, metavar="FILE.py", help="compare the replacements in its CANDIDATES")
     add("--only", metavar="NAME,NAME", help="of the candidates")
+    add("--timeline", type=Path, metavar="FILE.json",
+        help="instead: trace whole steps: compute, communication, what of it is seen (records/timeline.py)")
+    add("--steps", type=int, default=5, metavar="N", help="that the timeline shows (5)")
     add("--seconds", type=float, default=100.0, metavar="S",
         help="begin no further section after this long (100; candidates are not counted)")
     args = parser.parse_intermixed_args(argv)
@@ -915,6 +919,9 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     mendable: tuple[type, ...] = (BadInput,)
     try:
         args = parse(argv)
+        if args.timeline:
+            import timeline
+            return timeline.run(args, env)
         t = load_script(args.script)
         mendable += (t.InputError,)
         return run_bench(args, t, env)

@@ -8,6 +8,7 @@
     ./run.sh record compare A B                               t-tests between two sets of seeds
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
     ./run.sh record directions [key=value...]                 time and quality of ORTHO and STEP_RULES, here
+    ./run.sh record wire [--ranks N] [key=value...]           count an optimizer step's bytes, predict their time
     ./run.sh record sweep PLAN [key=value...] [--workers N]   train many configurations, tabulate them
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
@@ -431,6 +432,14 @@ def verb_directions(args: argparse.Namespace, root: Path) -> int:
     return directions.run(args, root)
 
 
+# ---- wire ----------------------------------------------------------------------------------------
+
+def verb_wire(args: argparse.Namespace, root: Path) -> int:
+    """records/wire.py; torch is imported only here."""
+    import wire
+    return wire.run(args, root)
+
+
 # ---- sweep ---------------------------------------------------------------------------------------
 
 def verb_sweep(args: argparse.Namespace, root: Path) -> int:
@@ -497,19 +506,27 @@ def parser() -> argparse.ArgumentParser:
                        help="begin nothing that would end later (default: no limit)")
     sweep.add_argument("--out", metavar="DIR", help="logs and tables (default: logs/sweeps/PLAN)")
     sweep.add_argument("--sliding", action="store_true", help="score with the preset's stride, too (slow)")
+    wire = verb("wire", "count what one optimizer step puts on the wire, and predict what of it is seen")
+    wire.add_argument("words", nargs="*", metavar="key=value", help="knobs of Config: ortho=mud ...")
+    wire.add_argument("--ranks", type=int, default=8, metavar="N", help="processes (default: 8)")
+    wire.add_argument("--nodes", type=int, default=1, metavar="M", help="that they lie on (default: 1)")
+    wire.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE",
+                      help="another figure for the prediction; the output lists them")
+    wire.add_argument("--script", type=Path, metavar="PATH", help="default: the repository's train_gpt.py")
+    wire.add_argument("--out", type=Path, metavar="FILE.md", help="write the tables there, too")
     return main_parser
 
 
 VERBS = {"new": verb_new, "verify": verb_verify, "board": verb_board, "plot": verb_plot, "diff": verb_diff,
          "compare": verb_compare, "reproduce": verb_reproduce, "directions": verb_directions,
-         "sweep": verb_sweep}
+         "wire": verb_wire, "sweep": verb_sweep}
 
 
 def main(argv: list[str]) -> int:
     """Runs a verb; what a user can mend is said in one line. Returns the exit status."""
     reader = parser()
     args, rest = reader.parse_known_args(argv)
-    if rest and (args.verb != "sweep" or any(word.startswith("-") for word in rest)):
+    if rest and (args.verb not in ("sweep", "wire") or any(word.startswith("-") for word in rest)):
         reader.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.words += rest                              # argparse takes key=value only in front of options

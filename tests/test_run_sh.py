@@ -285,6 +285,11 @@ def test_paths_from_another_directory(tree, tmp_path):
     )
     assert tree.run("bench", "--candidates", "c.py", "--json", "/b.json", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"records/bench.py --candidates {elsewhere}/c.py --json /b.json preset=cpu"
+    assert tree.run("bench", "--timeline", "t.json", cwd=elsewhere, NPROC="2").returncode == 0
+    assert tree.calls()[-1] == (
+        f"-m torch.distributed.run --standalone --nproc_per_node=2 records/bench.py --timeline {elsewhere}/t.json "
+        "preset=cpu"
+    )
     assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"{tree.root}/records/record.py verify here"
     assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
@@ -346,6 +351,7 @@ def test_the_other_commands(tree):
             ["bench", "--json", "b c.json", "--only", "a,b", "seed=1"],
             "records/bench.py --json b c.json --only a,b preset=cpu seed=1",
         ),
+        (["bench", "--timeline", "t.json", "--steps", "3"], "records/bench.py --timeline t.json --steps 3 preset=cpu"),
         (
             ["eval", "x.int6.xz", "eval_stride=64"],
             "train_gpt.py eval x.int6.xz data_path=made/here preset=cpu eval_stride=64",
