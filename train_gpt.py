@@ -904,9 +904,9 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(init_tensor(shape, init, generator)))
 
     def layer_weights(self) -> list[LayerWeights]:
-        """The layers' weights. What is diagonal in a block goes into its matrices, in float32 before the cast:
+        """A row per layer. What is diagonal in a block goes into its matrices, in float32 before the cast:
         gain and 1/sqrt(depth) of a normalised input into columns, output scales into rows. No activation is
-        read or written for them, and their gradients come out of the matrices': 0.19 ms less a layer (H100)."""
+        read for them, their gradients come out of the matrices': 0.19 ms a layer at 48 x 2048 (H100)."""
         L, dtype = self.h.num_layers, self.dtype
         depth = torch.arange(1, L + 1, device=self.attn_gain.device)[:, None, None] ** -0.5
         q, o = self.qo_bank.unflatten(0, (2, L))
@@ -1154,8 +1154,8 @@ class FusedMLP(torch.autograd.Function):
 
 
 def bind(fast: Callable[[], Callable], line: Callable, inputs: list[Tensor]) -> tuple[Callable, str]:
-    """`fast()` when its output and gradients are the torch line's in float32, to bf16 rounding; else the line.
-    And its name for the log. inputs: bf16 or float32, each with or without requires_grad."""
+    """`fast()` when its output and gradients are the torch line's in float32, to bf16 rounding; else the
+    line. And its name for the log. inputs: bf16 or float32, each with or without requires_grad."""
     def results(fn: Callable, wide: bool) -> list[Tensor]:
         leaves = [(x.float() if wide else x).detach().requires_grad_(x.requires_grad) for x in inputs]
         y = fn(*leaves)
@@ -1164,8 +1164,8 @@ def bind(fast: Callable[[], Callable], line: Callable, inputs: list[Tensor]) -> 
         return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
 
     try:
-        pairs = zip(results(fast(), False), results(line, True))
-        error = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        got, exact = results(fast(), False), results(line, True)
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact))
         return (fast(), "triton") if error < 0.01 else (line, f"torch (error {error:.3f})")
     except Exception as e:      # whatever a compiler or driver raises: the torch line is always right
         return line, f"torch ({type(e).__name__})"
