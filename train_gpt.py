@@ -47,17 +47,19 @@ import math
 import os
 import platform
 import runpy
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -77,6 +79,12 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 class InputError(Exception):
     """What a user can mend: one line that names the file, key or value and says what to do."""
+    status = 2      # of the process
+
+
+class Fault(InputError):
+    """What went wrong in a run: one line that says where and when."""
+    status = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class Config:
     tokenizer_path: str = ""             # "": the one that DATA_PATH/manifest.json names
     report_split: str = ""               # a second split: scored and reported, never chosen by
     bos_id: int = 1                      # first token of every document
+    checkpoint_every: float = 0.0        # seconds of the training clock; 0: none
+    resume: str = ""                     # auto: newest checkpoint of RUN_ID, if there is one | its file
     # budget
     max_wallclock_seconds: float = 600.0  # training clock; 0: no limit
     iterations: int = 20000
@@ -266,6 +276,10 @@ def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
     return accum, sequences // accum
 
 
+PATIENCE = 60       # seconds that a step of the device or a batch from the disk may take
+DIVERGED = 1e6      # a loss or gradient norm beyond this ends the run
+
+
 def record_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
     """What launches the device work that fn queues; nothing runs now. The outer context brings the current
     stream back when the recording cannot end; thread_local: NCCL's watchdog may go on meanwhile."""
@@ -292,6 +306,7 @@ class Machine:
     names: dict[str, str]                # for the log: device, attention, qk, compile, update
     streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
     record: Callable | None = None       # fn -> what launches its device work
+    signals: list[int] = field(default_factory=list)     # that asked for an end so far, by `guarded`
 
     @property
     def is_main(self) -> bool:
@@ -301,13 +316,28 @@ class Machine:
         """Wait until the device has done all that was asked of it."""
         torch.accelerator.synchronize() if self.pin else None
 
-    def mark(self) -> Callable[[], None]:
-        """A point in the device's queue; calling the result waits until the device has passed it."""
+    def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
+        """Host copies of tensors as of this point of the queue, made beside it; calling the result waits for
+        them. Fault when they do not come: NCCL's watchdog sees nothing inside a graph."""
+        copies = [t.clone() for t in tensors]
         if not self.pin:
-            return lambda: None
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
+            return lambda: copies
+        side = self.streams[0]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            host = [t.to("cpu", non_blocking=True) for t in copies]     # page-locked, out of torch's cache
+            passed = side.record_event()
+        for t in copies:
+            t.record_stream(side)       # its memory is free when it has crossed
+
+        def arrived() -> list[Tensor]:
+            deadline = time.monotonic() + PATIENCE
+            while not passed.query():
+                if time.monotonic() > deadline:
+                    raise Fault(f"the device has been busy for {PATIENCE} s; is another rank gone?")
+                time.sleep(1e-4)
+            return host
+        return arrived
 
     @contextmanager
     def lanes(self) -> Iterator[Callable]:
@@ -340,11 +370,12 @@ class Machine:
         dist.all_gather_object(reasons, reason)
         return (fn, max(reasons)) if any(reasons) else (launch, "")
 
-    def agree(self, value: float) -> float:
-        """Rank 0's `value` on every rank, over the host network: schedules must not differ by a bit."""
-        box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, 0)
-        return box.item()
+    def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
+        """Rank 0's `value` >= 0 and the highest flag, over the host network: schedules must not differ by a
+        bit. When a rank is gone this fails at once, where a device collective waits."""
+        box = torch.tensor([value if self.is_main else 0.0, flag], dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return tuple(box.tolist())
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -353,14 +384,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def attend_repeat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attend_sdpa for kernels without grouped heads: key-value heads are repeated."""
-    repeat = q.size(2) // k.size(2)
-    return attend_sdpa(q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2))
-
-
-def bind_attention(device: torch.device, head_dim: int) -> tuple[Callable, str]:
-    """The fastest attention that runs forward and backward here, and its name for the log.
+def bind_attention(device: torch.device, head_dim: int) -> str:
+    """Choose the fastest attention that runs forward and backward here. Its name for the log.
 
     cuDNN leads FlashAttention-2 on H100; the order is fastest first. The choice is global to the process
     (torch.backends.cuda), so that no context manager stands in the compiled graph.
@@ -371,14 +396,11 @@ def bind_attention(device: torch.device, head_dim: int) -> tuple[Callable, str]:
     for name in flags:
         for other, enable in flags.items():
             enable(other == name)
-        for attend, suffix in ((attend_sdpa, ""), (attend_repeat, "+repeat")):
-            try:
-                q = torch.randn(1, 128, 2, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-                k = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-                attend(q, k, k).sum().backward()
-                return attend, name + suffix
-            except RuntimeError:
-                continue
+        with suppress(RuntimeError):
+            q = torch.randn(1, 128, 2, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            k = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            attend_sdpa(q, k, k).sum().backward()
+            return name
     raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
 
 
@@ -396,19 +418,17 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     world, rank = int(world), int(rank)
     cut_batch(h, world)
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", int(env.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, **store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
     if not cuda:
         names = dict(device=platform.machine(), attention="cpu", qk="torch", mlp="torch", compile="none",
                      update="eager")
         return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, names)
     torch.set_float32_matmul_precision("high")
-    attend, attention = bind_attention(device, h.head_dim)
-    ops, bound = bind_ops(h, device, attend)
+    attention, (ops, bound) = bind_attention(device, h.head_dim), bind_ops(h, device)
     name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
     names = dict(device=name, attention=attention, **bound, compile="inductor", update="graph")
     compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True)
@@ -419,19 +439,21 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
 class Log:
     """The record: lines to the log file and the console of rank 0, and one live status line on a terminal."""
 
-    def __init__(self, path: str, machine: Machine | None) -> None:
-        """Open `path` for a new run; without a machine: silent. InputError when it exists or is read-only."""
-        self.path, self.file, self.live = path, None, False
+    def __init__(self, path: str, machine: Machine | None, resume: bool = False) -> None:
+        """Open a new `path`, or go on; no machine: silent. InputError when it exists or is read-only."""
+        self.path, self.file, self.live, self.goes_on = path, None, False, False
         if machine is None or not machine.is_main:
             return
         self.live = sys.stderr.isatty()
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            self.file = open(path, "x", encoding="utf-8")
-        except FileExistsError:
-            raise InputError(f"{path}: a log of that name exists; choose another run_id") from None
+            if not resume:
+                open(path, "x").close()
+            self.file = open(path, "a", encoding="utf-8")       # other ranks may add lines
+            self.goes_on = self.file.tell() > 0
         except OSError as e:
-            raise InputError(f"{path}: cannot write the log ({e.strerror}); choose another out_dir") from None
+            raise InputError(f"{path}: cannot write the log ({e.strerror}); change run_id or out_dir, "
+                             "or resume=auto") from None
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.file is None:
@@ -449,35 +471,51 @@ class Log:
             print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
     def header(self, h: Config, m: Machine) -> None:
-        """Source, versions, machine and resolved config: what a reader needs to run it again."""
-        if self.file is None:
-            return
-        with open(__file__, encoding="utf-8") as f:
-            self(f.read(), console=False)
-        self("=" * 100, console=False)
-        self(f"Running Python {sys.version}".replace("\n", " "), console=False)
-        self(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}", console=False)
-        self(f"Running Triton version {getattr(triton, '__version__', 'none')}", console=False)
-        self(machine_report(m), console=False)
-        self("=" * 100, console=False)
-        lines = [f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items())]
-        self("\n".join(["config:"] + lines), console=False)
-        self(f"preset: {h.preset}")
+        """Source, versions, machine and resolved config: what a reader needs to run it again. Once."""
         bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "mlp", "compile", "update"))
-        self(f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}")
+        place = f"world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}"
+        if self.file is None or self.goes_on:
+            return self(f"\nmachine {place}")         # behind a line that may have been cut
+        self(Path(__file__).read_text(encoding="utf-8"), console=False)
+        rule, knobs = "=" * 100, sorted(dataclasses.asdict(h).items())
+        lines = [rule, f"Running Python {sys.version}".replace("\n", " "),
+                 f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+                 f"Running Triton version {getattr(triton, '__version__', 'none')}", machine_report(m), rule,
+                 "config:", *(f"  {k}: {v}" for k, v in knobs)]
+        self("\n".join(lines), console=False)
+        self(f"preset: {h.preset}\nmachine {place}")
+
+
+@contextmanager
+def guarded(m: Machine, log: Log) -> Iterator[None]:
+    """SIGTERM or SIGINT ends training after the step, a second one the process. Why a rank fails goes to the
+    log of all; one of several leaves at once, for a proper end would wait for the others."""
+    def heed(number: int, frame) -> None:
+        m.signals.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, heed) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except Exception as e:
+        told = f"rank {m.rank}: " + (str(e) if isinstance(e, InputError) else traceback.format_exc())
+        with suppress(OSError), open(log.path, "a", encoding="utf-8") as f:
+            f.write(told + "\n")
+        if m.world_size > 1:
+            print(f"train_gpt.py: {told}", file=sys.stderr, flush=True)
+            os._exit(getattr(e, "status", 1))
+        raise
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def machine_report(m: Machine) -> str:
-    """nvidia-smi's report, or the processor's name and core count where there is none."""
-    try:
-        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=True).stdout.rstrip()
-    except (OSError, subprocess.CalledProcessError):
-        name = m.names["device"]
-        if os.path.exists("/proc/cpuinfo"):
-            with open("/proc/cpuinfo") as f:
-                models = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-            name = models[0] if models else name
-        return f"cpu: {name} cores:{os.cpu_count()}"
+    """nvidia-smi's report, or the processor's name where there is none, and the core count."""
+    ask = "nvidia-smi || grep -m1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string"
+    done = subprocess.run(f"{ask} || echo {m.names['device']}", shell=True, capture_output=True, text=True)
+    return f"{done.stdout.rstrip()} cores:{os.cpu_count()}"
 
 
 # -----------------------------------------------------------------------------
@@ -553,7 +591,7 @@ class TokenLoader:
                              "use more text")
         self.accum, self.rows = cut_batch(h, m.world_size)
         self.shuffled = lru_cache(maxsize=2)(self.shuffle_shard)
-        self.pool = ThreadPoolExecutor(1)
+        self.reading = ""
         self.seek(0)
 
     def shuffle_shard(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -576,6 +614,7 @@ class TokenLoader:
             order = np.random.default_rng([self.h.seed, epoch]).permutation(len(self.files))
             ends = np.cumsum(self.sizes[order])
             slot = int(np.searchsorted(ends, offset, side="right"))
+            self.reading = self.files[order[slot]]
             tokens, starts, bounds = self.shuffled(epoch, int(order[slot]))
             offset -= int(ends[slot] - self.sizes[order[slot]])
             doc = int(np.searchsorted(bounds, offset, side="right")) - 1
@@ -593,18 +632,26 @@ class TokenLoader:
         for a in range(self.accum):
             row = (a * self.m.world_size + self.m.rank) * B
             flat = self.read(index * self.h.train_batch_tokens + row * T, B * T + 1)
-            rows = np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
-            tensor = torch.from_numpy(rows.copy())
-            batch.append(tensor.pin_memory() if self.m.pin else tensor)
+            rows = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
+            rows.numpy()[:] = np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
+            batch.append(rows)
         return batch
 
     def seek(self, index: int) -> None:
-        """Make global batch `index` the next one."""
-        self.index = index
-        self.pending = self.pool.submit(self.build, index)
+        """Make global batch `index` the next one, built in a thread that keeps no process from ending."""
+        self.index, self.pending = index, Future()
+        Thread(target=self.fill, args=(self.pending, index), daemon=True).start()
+
+    def fill(self, pending: Future, index: int) -> None:
+        try:
+            pending.set_result(self.build(index))
+        except Exception as e:
+            pending.set_exception(e)
 
     def next(self) -> list[Tensor]:
         """The next global batch's micro-batches of this rank on the device, and the one after it begun."""
+        if wait([self.pending], PATIENCE).not_done:
+            raise Fault(f"{self.reading}: not read within {PATIENCE} s; is the disk there?")
         batch = self.pending.result()
         self.seek(self.index + 1)
         return [t.to(self.m.device, non_blocking=True) for t in batch]
@@ -1171,7 +1218,7 @@ def bind(fast: Callable[[], Callable], line: Callable, inputs: list[Tensor]) -> 
         return line, f"torch ({type(e).__name__})"
 
 
-def bind_ops(h: Config, device: torch.device, attend: Callable) -> tuple[Ops, dict[str, str]]:
+def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
     """The kernels that are right on this device, and their names for the log."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device).bfloat16()
@@ -1180,7 +1227,7 @@ def bind_ops(h: Config, device: torch.device, attend: Callable) -> tuple[Ops, di
                                                  *rope_tables(64, h.rope_dims, h.rope_base, device)])
     shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
     fused, mlp_name = bind(lambda: FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
-    return Ops(attend, qk, fused), {"qk": qk_name, "mlp": mlp_name}
+    return Ops(qk=qk, mlp=fused), {"qk": qk_name, "mlp": mlp_name}
 
 
 @triton.jit
@@ -1733,6 +1780,7 @@ class Optimizer:
         self.matrix_update = m.compile(matrix_update)
         self.adam_update = m.compile(adam_update)
         self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)     # all of it but clip
+        self.norm = torch.zeros((), dtype=torch.float64, device=m.device)    # of the step's gradients
         saved = self.snapshot()
         self.update, self.failure = m.replay(self.schedule)
         self.restore(saved)                                # a recorder has run it
@@ -1784,7 +1832,8 @@ class Optimizer:
         gradients = [*self.shard_grad.values(), self.flat_grad]     # float32 on a CPU would be 2e-4 short
         squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
         dist.all_reduce(squares[:-1])                               # the last is whole on every rank
-        return ((self.h.grad_clip or math.inf) / (squares.sum().sqrt() + 1e-6)).clamp_max(1.0).float()
+        self.norm.copy_(squares.sum().sqrt())
+        return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
 
     def state(self) -> list[Tensor]:
         """Every tensor that a step changes, parameters included."""
@@ -2029,16 +2078,19 @@ def packed_code(source: str) -> bytes:
             b"'),format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]))\n")
 
 
-def write_atomic(path: str, blob: bytes) -> None:
+def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     """Write under a temporary name, then rename: the old file or the new one, never half. Or InputError."""
     try:
         with open(path + ".tmp", "wb") as f:
-            f.write(blob)
+            for chunk in chunks:
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except OSError as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise InputError(f"{path}: cannot write the artifact ({e.strerror}); free space") from None
+        raise InputError(f"{path}: cannot write it ({e.strerror}); free space") from None
 
 
 # -----------------------------------------------------------------------------
@@ -2108,6 +2160,7 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
     """Score every target of `tokens` (N,) once. All ranks share the work; sums are float64."""
     start_time = time.perf_counter()
     nats = score_targets(nats_fn, tokens, run, m)[0].sum()
+    m.agree(0.0)
     dist.all_reduce(nats)
     total, num_bytes = len(tokens) - 1, int(counts.of(tokens).sum())
     return Score(nats.item() / total, bpb(nats.item(), num_bytes), total, num_bytes,
@@ -2124,7 +2177,7 @@ def unigram_score(h: Config, tokens: np.ndarray, counts: ByteCounts) -> Score:
 
 
 # -----------------------------------------------------------------------------
-# 14. Training: warm-up, clock, loop.
+# 14. Training: warm-up, clock, loop. Checkpoints are records/checkpoints.py's.
 
 
 @dataclass
@@ -2207,56 +2260,86 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Non
     loader.seek(0)
 
 
+def check_ranks(run: Run, step: int) -> None:
+    """Fault when a rank's parameters are not, bit for bit, those of most ranks."""
+    names, params = zip(*run.model.named_parameters())
+    every = [torch.stack([p.detach().view(torch.int32).sum() for p in params]).tolist()] * run.m.world_size
+    dist.all_gather_object(every, every[0])
+    for rank, sums in enumerate(every):
+        if odd := [name for name, a, b in zip(names, sums, max(every, key=every.count)) if a != b]:
+            raise Fault(f"step {step}: {odd[0]} of rank {rank} differs from the others; is its memory sound?")
+
+
 def compiled_graphs() -> int:
     """Graphs compiled so far in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def repository_file(name: str, instead: str) -> str:
+    """The path of what is no part of this file, for a run in the repository. InputError elsewhere."""
+    script = Path(__file__).resolve()
+    for folder in script.parents:
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise InputError(f"{script}: {name} is of the bankshot repository; there, run {instead}")
 
 
 def train(run: Run) -> Ema:
     """The whole of training; the clock runs between validations and sees no compilation.
 
     The host runs at most one step ahead of the device. A step is begun only when it and the one in flight are
-    expected to end within max_wallclock_seconds, by rank 0's clock.
+    expected to end within max_wallclock_seconds, by rank 0's clock. Whether a step went well is known one
+    step later, when the host has waited for it anyway. Fault when it did not.
     """
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
     ema, loader = Ema(run.model, h), TokenLoader(h, m)
     run.timed("compile", warmup, run, optimizer, ema, loader)
-    graphs, limit_ms = compiled_graphs(), 1000 * h.max_wallclock_seconds
-    step, train_ms, clock_ms, loss, reached = 0, 0.0, 0.0, None, m.mark()
-    start = time.perf_counter()
-    while True:
-        average = clock_ms / max(step, 1)
-        stop = step == h.iterations or (limit_ms > 0 and step > 0 and clock_ms + 2 * average > limit_ms)
-        if stop or (h.val_loss_every and step % h.val_loss_every == 0):
+    keep = None
+    if h.checkpoint_every or h.resume:              # for long runs in the repository, no part of a submission
+        tool = runpy.run_path(repository_file("records/checkpoints.py", "this training"))
+        keep = tool["Checkpoints"](run, optimizer, ema)
+    step, train_ms = keep.resume() if h.resume else (0, 0.0)
+    loader.seek(step)
+    graphs, limit_ms = compiled_graphs(), 1000 * h.max_wallclock_seconds or math.inf
+    clock_ms, shown, ended, reached = train_ms, math.nan, 0, m.fetch(torch.zeros(2, device=m.device))
+    sound = lambda fetched: all(abs(x) < DIVERGED for x in fetched()[0].tolist())
+    run.phases["validate"], start = 0.0, time.perf_counter() - train_ms / 1000
+    clock = lambda: 1000 * (time.perf_counter() - start) - run.phases["validate"]
+    while step < h.iterations and not ended and clock_ms * (1 + 2 / max(step, 1)) <= limit_ms:
+        if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
-            train_ms += 1000 * (time.perf_counter() - start)
-            if not stop:
-                validate(run, step, train_ms)
-            m.sync()
-            start = time.perf_counter()
-        if stop:
-            break
+            run.timed("validate", validate, run, step, clock())
         hp = hyper_at(h, step, clock_ms)
         loss = train_step(run.loss_fn, optimizer, loader.next(), hp)
         ema.update(hp.progress)
         step += 1
-        in_flight, reached = reached, m.mark()
-        in_flight()
-        clock_ms = m.agree(train_ms + 1000 * (time.perf_counter() - start))
+        in_flight, reached = reached, m.fetch(torch.stack([loss.double(), optimizer.norm]))
+        verdict = bool(m.signals) if sound(in_flight) else 2         # 1: a signal asks for an end
+        clock_ms, ended = m.agree(clock(), verdict)
         if step % h.train_log_every == 0 or step == 1:
             shown = log_step(run, step, loss, clock_ms)
+        keep and keep.save(step, clock_ms)
         eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
-        speed = step * h.train_batch_tokens / clock_ms * 1000
-        log.status(f"step {step} loss {shown:.4f} {speed:,.0f} tokens/s ETA {eta:.0f} s")
-    if step < h.iterations:
-        log(f"stopping_early: wallclock_cap train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
+        log.status(f"step {step} loss {shown:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
+    m.sync()
+    train_ms = clock()
     run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled_graphs() - graphs}
+    if max(ended, m.agree(0.0, 0 if sound(reached) else 2)[1]) == 2:
+        bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
+        good, (last, norm) = keep and keep.last_good() or "none", reached()[0].tolist()
+        raise Fault(f"step {step}: diverged, loss {last:.4g}, gradient norm {norm:.4g}, "
+                    f"first bad tensor {bad}, last good checkpoint {good}")
+    keep and keep.save(step, train_ms, last=True)
+    if step < h.iterations:
+        why = "signal" if ended else "wallclock_cap"
+        log(f"stopping_early: {why} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
     return ema
 
 
 def validate(run: Run, step: int, train_ms: float) -> Score:
-    """The chunked score of the current weights as a step line."""
+    """The chunked score of the current weights as a step line. Fault when ranks disagree on them."""
+    check_ranks(run, step)
     score = run.score("validation", run.h.eval_seq_len)
     run.log(f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms")
@@ -2275,21 +2358,14 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 15. Commands: what the command line reaches.
 
 
-def load_weights(run: Run, tensors: Mapping[str, Tensor]) -> None:
-    """Put an artifact's tensors into the model; every parameter must be among them."""
-    with torch.no_grad():
-        for name, p in run.model.named_parameters():
-            p.copy_(tensors[name])
-
-
 def metric(h: Config) -> str:
     """Name of the score that counts: a stride of a whole window is the chunked one."""
     return "int6_lzma_" + ("sliding" if h.eval_stride < h.eval_seq_len else "chunked")
 
 
-def score_artifact(run: Run) -> tuple[Score, float]:
-    """Score the weights that load_weights put there, chunked and, where that differs, sliding: (last, ms)."""
-    log, h, total_ms = run.log, run.h, 0.0
+def score_artifact(run: Run) -> Score:
+    """Score the weights that came from an artifact, chunked and, where that differs, sliding: the last."""
+    log, h, run.phases["eval"] = run.log, run.h, 0.0
     kinds = {h.eval_seq_len: "final_int6_roundtrip"}
     kinds.setdefault(h.eval_stride, "final_int6_sliding_window")
     for stride, label in kinds.items():
@@ -2297,28 +2373,12 @@ def score_artifact(run: Run) -> tuple[Score, float]:
         how = f"stride:{stride} " if stride != h.eval_seq_len else ""
         log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {how}eval_time:{score.ms:.0f}ms")
         log(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-        total_ms += score.ms
+        run.phases["eval"] += score.ms
     if h.report_split:
         extra = run.score(h.report_split, h.eval_seq_len, h.report_split)
         log(f"report split:{h.report_split} metric:int6_lzma_chunked "
             f"val_loss:{extra.loss:.8f} val_bpb:{extra.bpb:.8f}")
-    run.phases["eval"] = total_ms
-    return score, total_ms
-
-
-def share_file(path: str, m: Machine) -> bytes:
-    """The bytes that rank 0 reads from `path`, on every rank. InputError when it cannot be read."""
-    box = [None]
-    if m.is_main:
-        try:
-            with open(path, "rb") as f:
-                box = [f.read()]
-        except OSError as e:
-            box = [InputError(f"{path}: cannot read the artifact ({e.strerror})")]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    if isinstance(box[0], InputError):
-        raise box[0]
-    return box[0]
+    return score
 
 
 def check_data(h: Config) -> Dataset:
@@ -2341,17 +2401,14 @@ def check_data(h: Config) -> Dataset:
 
 def export(run: Run, ema: Ema, path: str) -> int:
     """Write the artifact of the configured weights, before any score. Returns the packed code's bytes."""
-    with open(__file__, encoding="utf-8") as f:
-        code_bytes = len(packed_code(f.read()))
-    if run.h.artifact_weights == "ema":
-        ema.swap()
+    code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
     if run.m.is_main:
-        params = dict(run.model.named_parameters())
-        blob, step = fit_artifact(params, run.h, run.h.size_cap - code_bytes, run.timed)
+        weights = dict(run.model.named_parameters())
+        if run.h.artifact_weights == "ema":
+            weights = dict(zip(weights, ema.average))
+        blob, step = fit_artifact(weights, run.h, run.h.size_cap - code_bytes, run.timed)
         write_atomic(path, blob)
         run.log(f"artifact weights:{run.h.artifact_weights} int6_step:{step}")
-    if run.h.artifact_weights == "ema":
-        ema.swap()
     return code_bytes
 
 
@@ -2369,13 +2426,14 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
         log(f"final_{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{score.ms:.0f}ms")
     floor = unigram_score(h, run.held_out("val"), run.dataset.counts)
     log(f"unigram val_loss:{floor.loss:.4f} val_bpb:{floor.bpb:.4f}")
-    blob = share_file(path, m)
+    box = [Path(path).read_bytes() if m.is_main else b""]
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    blob = box[0]
     bytes_total = len(blob) + code_bytes
-    log(f"Serialized model int6+lzma: {len(blob)} bytes")
-    log(f"Code size: {code_bytes} bytes")
-    log(f"Total submission size int6+lzma: {bytes_total} bytes")
-    load_weights(run, run.timed("decompress", unpack_artifact, blob))
-    score, eval_ms = score_artifact(run)
+    log(f"Serialized model int6+lzma: {len(blob)} bytes\nCode size: {code_bytes} bytes\n"
+        f"Total submission size int6+lzma: {bytes_total} bytes")
+    run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
+    score = score_artifact(run)
     log("phase_times " + " ".join(f"{k}:{run.phases.get(k, 0):.0f}ms" for k in (
         "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
     over = bytes_total - h.size_cap
@@ -2386,7 +2444,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
             "raise warmup_steps or report it")
     log(f"final_score metric:{metric(h)} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
         f"bytes_total:{bytes_total} bytes_code:{code_bytes} steps:{run.phases['steps']} "
-        f"train_time:{run.phases['train']:.0f}ms eval_time:{eval_ms:.0f}ms seed:{h.seed} "
+        f"train_time:{run.phases['train']:.0f}ms eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} "
         f"sha256:{hashlib.sha256(blob).hexdigest()}")
     return 1 if over > 0 or run.phases["late_graphs"] else 0
 
@@ -2399,9 +2457,10 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     dist.broadcast_object_list(stamp, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, stamp[0])
     dataset = check_data(h)                        # bad data ends here, before a log is begun
-    log = Log(base + ".txt", m)
-    run = start_run(h, m, log, dataset, started)
-    status = conclude(run, train(run), base + ".int6.xz")
+    log = Log(base + ".txt", m, resume=bool(h.resume))
+    with guarded(m, log):
+        run = start_run(h, m, log, dataset, started)
+        status = conclude(run, train(run), base + ".int6.xz")
     if m.is_main:
         print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
     return status
@@ -2414,8 +2473,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         if arg.split("=")[0] in fixed:
             raise InputError(f"{arg}: fixed by the artifact; only data and eval_ knobs can be set")
     try:
-        with open(path, "rb") as f:
-            blob = f.read()
+        blob = Path(path).read_bytes()
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)          # sound throughout before a model is built from it
         h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
@@ -2431,31 +2489,26 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     m = init_machine(h, env)
     run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
     run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), dataset, started)
-    load_weights(run, tensors)
+    run.model.load_state_dict(tensors)
     return run, blob
 
 
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Score an artifact, chunked and sliding."""
     run, blob = load_run(path, argv, env)
-    score, ms = score_artifact(run)
+    score = score_artifact(run)
     run.log(f"eval_score metric:{metric(run.h)} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-            f"eval_time:{ms:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
+            f"eval_time:{run.phases['eval']:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
     return 0
-
-
-TOOLS = {"audit": 1, "bench": 0}      # commands of records/NAME.py: their arguments ahead of --script
 
 
 def command_tool(name: str, argv: list[str]) -> int:
     """Hand over to the repository's tool, which is no part of what it judges. Its exit status."""
-    script, first = Path(__file__).resolve(), argv[:TOOLS[name]]
-    tool = next((str(p) for f in script.parents if (p := f / "records" / f"{name}.py").is_file()), None)
-    if tool is None:
-        files = " ".join([os.path.abspath(a) for a in first] + ["--script", str(script)])
-        raise InputError(f"{script}: {name} is records/{name}.py of the bankshot repository; there, run "
-                         f"python records/{name}.py {files} KEY=VALUE")
-    outer, sys.argv = sys.argv, [tool, *first, "--script", str(script), *argv[TOOLS[name]:]]
+    script = ["--script", os.path.realpath(__file__)]
+    files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv if "=" not in a]
+    instead = " ".join([f"python records/{name}.py", *files, *script, "KEY=VALUE"])
+    tool = repository_file(f"records/{name}.py", instead)
+    outer, sys.argv = sys.argv, [tool, *argv, *script]
     try:
         runpy.run_path(tool, run_name="__main__")
     except SystemExit as e:
@@ -2487,7 +2540,7 @@ def main(argv: list[str]) -> int:
         return command_train(load_config(rest, os.environ), os.environ)
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
-        return 2
+        return e.status
     finally:
         if dist.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])      # NCCL waits for every graph that holds its work

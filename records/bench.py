@@ -51,7 +51,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))       # train_gpt.py ma
 import audit  # noqa: E402
 from audit import BadInput  # noqa: E402
 
-NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "train_step", "log_step", "hyper_at")
+NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "train_step", "log_step", "hyper_at",
+         "Machine.fetch")
 MODULE = "benched_script"           # its name in sys.modules; copies with a candidate get a suffix
 ROUNDS, REPLAYS = 4, 10             # calls of a big section in a CUDA graph; timed replays of it
 FRESH = 20                          # calls, each with inputs of its own, where these fit the L2 cache
@@ -537,10 +538,12 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
     """A `bench NAME: median ...` line for everything that a step of training does, and for all of it."""
     t, h, m, hp = b.t, b.h, b.m, b.t.hyper_at(b.h, 0, 0.0)
     grads = [*run.optimizer.bank_grad.values(), run.optimizer.flat_grad]
+    numbers = torch.zeros(2, dtype=torch.float64, device=m.device)          # a step's loss and gradient norm
 
     def clock() -> None:
-        m.mark()
+        fetched = m.fetch(numbers)
         m.agree(time.perf_counter())
+        fetched()
 
     cases = {"forward": run.forward, "forward+backward": run.both,
              "optimizer": lambda: run.optimizer.step(hp),
@@ -569,7 +572,7 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
     index = iter(range(1 << 30))
     add_whole(b, "loader.next", wall_times(b, loader.next, lambda: loader.pending.result()))
     add_whole(b, "loader.build (in its thread)", wall_times(b, lambda: loader.build(next(index))))
-    loader.pool.shutdown(wait=True)
+    loader.pending.result()
 
 
 # ---- kernels of the compiled pass ----------------------------------------------------------------

@@ -520,7 +520,9 @@ def claim_clock(case: Case) -> str:
         average = run.number("final_score", "train_time") / max(run.count("final_score", "steps"), 1)
         score_ms = max(evaluate, run.number("final_score", "eval_time")) + decompress
         told = f"seed {run.seed}: train {seconds(train)} + calibrate {seconds(calibrate)} s"
+        told += f", resumed {len(run.resumed)} times" if run.resumed else ""
         if strict and track.train_s is not None:
+            demand(not run.resumed, f"{told}: the clock does not count what was lost; a record runs through")
             over = train + calibrate - 1000 * track.train_s
             demand(over <= average,
                    f"{told} is {seconds(over)} s over {track.train_s:g} s, more than one step")

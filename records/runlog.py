@@ -53,6 +53,7 @@ class Run:
     reports: dict[str, dict[str, str]] = field(default_factory=dict)  # split -> pairs
     sizes: dict[str, int] = field(default_factory=dict)         # artifact, code, total (bytes), peak (MiB)
     stopped: dict[str, str] = field(default_factory=dict)       # the stopping_early line
+    resumed: list[str] = field(default_factory=list)            # `resumed step:N` lines: went on after a kill
     over_cap: bool = False
     final_scores: int = 0
     late: str = ""                      # the line that says that something compiled while the clock ran
@@ -208,6 +209,8 @@ def read_run_line(run: Run, line: str) -> None:
         run.reports[report.get("split", "unnamed")] = report
     elif head == "stopping_early:":
         run.stopped = pairs(rest)
+    elif head == "resumed":
+        undo_steps(run, line)
     elif head == "preset:":
         run.preset = rest.strip()
     elif line.startswith("artifact over the cap"):
@@ -218,6 +221,19 @@ def read_run_line(run: Run, line: str) -> None:
         for name, pattern in SIZES.items():
             if match := pattern.match(line):
                 run.sizes[name] = int(match[1])
+
+
+def undo_steps(run: Run, line: str) -> None:
+    """What a run wrote after the checkpoint that it goes on from is void: later steps, its stop and score."""
+    match = re.match(r"resumed step:(\d{1,18}) ", line)
+    if match is None:
+        raise BadInput(f"{run.path}: no step in: {line}")
+    run.resumed.append(line)
+    last = int(match[1])                                    # its validation comes after the checkpoint
+    run.steps = [s for s in run.steps if s.step < last or (s.step == last and s.kind == "train")]
+    run.stopped, run.over_cap, run.final_scores, run.trailing, run.malformed = {}, False, 0, "", []
+    for name in [name for name in run.facts if name.startswith("final_")]:
+        del run.facts[name]
 
 
 def typed(value: str) -> object:

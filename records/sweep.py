@@ -220,7 +220,7 @@ class SweepLog(t.Log):
 
 def device_kind(m: t.Machine) -> str:
     """What must be equal for two clocks to compare: the GPU's name, or the processor's and its cores."""
-    name = m.names["device"] if m.pin else t.machine_report(m).splitlines()[0]
+    name = m.names["device"] if m.pin else t.machine_report(m).splitlines()[-1]
     return re.sub(r"\s+", " ", name.replace(":", " ")).strip()
 
 
@@ -286,8 +286,11 @@ class Bench:
         log("sweep " + " ".join(f"{key}:{value}" for key, value in pairs.items()))
         if self.m.pin:
             torch.cuda.reset_peak_memory_stats()
-        ema = t.train(run)
-        if all(bool(p.isfinite().all()) for p in run.model.parameters()):
+        try:
+            ema = t.train(run)
+        except t.Fault:                                     # diverged; phases say when
+            ema = None
+        if ema is not None and all(bool(p.isfinite().all()) for p in run.model.parameters()):
             bits, weights = code_entropy(run, ema)
             log(f"sweep_codes entropy:{bits:.6f} int6_weights:{weights} int6_step:{h.int6_step}")
             t.conclude(run, ema, str(artifact))
@@ -297,7 +300,7 @@ class Bench:
         log.file.close()
         os.replace(part, folder / "logs" / f"{h.run_id}.txt")
         del run, ema
-        gc.collect()                # the loader holds itself in a cycle, and with it a thread and two shards
+        gc.collect()                # the loader holds itself in a cycle, and with it two shards
 
 
 def worker(folder: Path) -> int:

@@ -141,9 +141,8 @@ def test_the_fused_mlp_in_a_compiled_model_trains_like_the_torch_line():
 def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     """The interpreter's bf16 products are wrong, and the MLP is refused there; the binding says by how much."""
     h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
-    attend = object()
-    ops, names = t.bind_ops(h, DEVICE, attend)
-    assert ops.attend is attend and ops.qk is t.triton_qk() and names["qk"] == "triton"
+    ops, names = t.bind_ops(h, DEVICE)
+    assert ops.qk is t.triton_qk() and names["qk"] == "triton"
     assert (ops.mlp is t.mlp) == names["mlp"].startswith("torch (") == (DEVICE.type == "cpu")
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
     assert t.bind(lambda: t.FusedMLP.apply, t.mlp, inputs) == (t.FusedMLP.apply, "triton")

@@ -71,7 +71,7 @@ def train_rank(rank, folder, knobs):
     again = all(torch.equal(a, b) for a, b in zip(state, optimizer.state()))
     return dict(
         params=first, ema=[x.clone() for x in ema.average], factors=[x.item() for x in factors], padding=padding, losses=losses,
-        again=again, steps=optimizer.steps, agreed=m.agree(rank + 0.5),
+        again=again, steps=optimizer.steps, agreed=m.agree(rank + 0.5, rank),
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_ranks_hold_the_same_bits(worlds):
             assert all(torch.equal(p, other["params"][k]) for k, p in ranks[0]["params"].items()), world
             assert all(torch.equal(a, b) for a, b in zip(ranks[0]["ema"], other["ema"]))
             assert other["factors"] == ranks[0]["factors"] and other["losses"] == ranks[0]["losses"]
-        assert [r["agreed"] for r in ranks] == [0.5] * world  # rank 0's clock
+        assert [r["agreed"] for r in ranks] == [(0.5, world - 1)] * world  # rank 0's clock, the highest flag
 
 
 def test_the_world_size_changes_only_rounding(worlds):

@@ -190,6 +190,20 @@ def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
     assert not [row for row in sweep_table.examine(folder) if row[0] == "fail"]
 
 
+def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(bench, tmp_path, monkeypatch):
+    plan, folder, real = tiny_plan(base=base(iterations=9)), folder_for(tmp_path), t.train_step
+
+    def broken(loss_fn, optimizer, batch, hp):
+        loss = real(loss_fn, optimizer, batch, hp)
+        return loss * float("nan") if optimizer.steps == 3 else loss
+
+    monkeypatch.setattr(t, "train_step", broken)
+    lost = plan.job("turbo", "0.04", 1)
+    bench.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
+    run = sweep_table.finished(folder / "logs" / f"{lost.name}.txt")
+    assert sweep_table.diverged(run) and run.text("sweep_diverged", "steps") == "4"  # known one step later
+
+
 # ---------------------------------------------------------------- who is next
 
 

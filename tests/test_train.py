@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,6 +279,27 @@ def test_the_wall_clock_stops_a_run():
     assert found and found[2] == run.final["steps"] and found[1] == run.final["train_time"]
     assert 300 < int(found[1]) <= 2000  # slack for a busy machine; alone it ends below 1000
     assert 1 < int(run.final["steps"]) < 100_000 and run.status == 0
+
+
+def slow(fn, seconds):
+    def slowed(*args):
+        time.sleep(seconds)
+        return fn(*args)
+
+    return slowed
+
+
+def test_no_step_begins_that_would_end_behind_the_wall(monkeypatch):
+    """Steps of 0.3 s: a step is not begun when it and the one in flight would end behind 2 s."""
+    monkeypatch.setattr(t, "train_step", slow(t.train_step, 0.3))
+    run = finished_with(iterations=1000, max_wallclock_seconds=2.0, warmup_steps=1, seed=11)
+    assert 1000 < int(run.final["train_time"]) < 2000
+
+
+def test_the_clock_stands_while_it_validates(monkeypatch):
+    monkeypatch.setattr(t, "validate", slow(t.validate, 1.0))
+    run = finished_with(iterations=4, val_loss_every=1, seed=11)
+    assert int(run.final["train_time"]) < 2500
 
 
 def test_val_tokens_cuts_the_split():
