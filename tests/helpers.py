@@ -56,6 +56,17 @@ def noisy_model(h, seed=0, scale=0.1, dtype=torch.float32):
     return model
 
 
+def padding_of(optimizer, model, home):
+    """The rows of a bank that no parameter covers, (n, M * N)."""
+    bank = optimizer.bank[home].flatten(0, 1)
+    free = torch.ones(len(bank), dtype=torch.bool)
+    for p in (getattr(model, s.name) for s in t.MATRICES if s.home == home):
+        first = p.storage_offset() // p[0].numel()
+        assert bool(free[first : first + len(p)].all())  # no two parameters share a row
+        free[first : first + len(p)] = False
+    return bank[free]
+
+
 def random_tokens(h, shape, seed=0, bos_share=0.1):
     """Token ids with a BOS here and there, int64."""
     rng = np.random.default_rng(seed)
