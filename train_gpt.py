@@ -397,7 +397,7 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     """Join or make the process group and bind device, dtype, compiler and attention.
 
     Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. Host tensors
-    travel over gloo, device tensors over NCCL. InputError when the batch cannot be cut by the world size.
+    travel over gloo, device tensors over NCCL. InputError when the world size or the nodes do not fit.
     """
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     both = ("RANK" in env) == ("WORLD_SIZE" in env)
@@ -406,23 +406,23 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
                          "start several processes with torchrun, or unset both")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     if local != world and (int(world) % int(local) or int(rank) % int(local) != int(place)):
-        raise InputError(f"LOCAL_WORLD_SIZE={local} LOCAL_RANK={place} RANK={rank} WORLD_SIZE={world}: nodes "
-                         "must be equal; give torchrun the same --nproc_per_node on each")
-    world, rank, local = int(world), int(rank), int(local)
+        raise InputError(f"RANK={rank} LOCAL_WORLD_SIZE={local}: nodes differ; use one --nproc_per_node")
+    world, rank, local, place = map(int, (world, rank, local, place))
     cut_batch(h, world)
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    device = torch.device("cuda", int(place)) if cuda else torch.device("cpu")
+    device = torch.device("cuda", place) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, **store)
     levels = ((None, slice(0, world), slice(rank, rank + 1)),)
-    if local < world:
+    if local < world:        # banks are shared out in this node, then by the ranks of one place in every node
         inside, _ = dist.new_subgroups(local)
         across, _ = dist.new_subgroups_by_enumeration([[*range(i, world, local)] for i in range(local)])
-        part = slice(start := int(place) * (world // local), start + world // local)
-        levels = (inside, slice(0, world), part), (across, part, slice(i := start + rank // local, i + 1))
+        nodes, mine = world // local, place * (world // local) + rank // local
+        part = slice(place * nodes, (place + 1) * nodes)
+        levels = (inside, slice(0, world), part), (across, part, slice(mine, mine + 1))
     if not cuda:
         names = dict(device=platform.machine(), attention="cpu", qk="torch", compile="none", update="eager")
         return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, names, levels=levels)
@@ -1669,8 +1669,7 @@ class Optimizer:
         assert set(WORK_ORDER) == {s.home for s in MATRICES}, "WORK_ORDER and PARAM_TABLE disagree"
         self.h, self.m, self.steps = h, m, 0
         self.bank, self.bank_grad, self.wire = {}, {}, {}     # home -> (world, per_rank, M * N)
-        self.owned: dict[str, list] = {}                      # home -> arguments of matrix_update
-        self.momentum, self.second = {}, {}                   # name -> (b, M, N); RULE_STATE's shape
+        self.owned, self.momentum, self.second = {}, {}, {}   # home -> updates; name -> (b, M, N), RULE_STATE
         for home in dict.fromkeys(s.home for s in MATRICES):
             self.make_bank(home, {s.name: params[s.name] for s in MATRICES if s.home == home})
         sizes = [-(-params[s.name].numel() // 64) * 64 for s in SMALL]    # 256-byte alignment of every view
@@ -1743,6 +1742,7 @@ class Optimizer:
         with self.m.lanes() as lane:                                # side by side:
             with lane():                                            # 3. replicated: every rank does the same
                 self.adam_update(self.adam_buffers, scalars, self.h)
+                self.flat_grad.zero_()
             for home in WORK_ORDER:                                 # 4. update what is owned here, send it
                 with lane():
                     for W, g, momentum, second in self.owned[home]:
@@ -1750,7 +1750,6 @@ class Optimizer:
                     self.bank_grad[home].zero_()
                     for group, whole, part in reversed(self.m.levels):
                         all_gather(self.bank[home][whole], self.bank[home][part], group, True).wait()
-        self.flat_grad.zero_()
 
     def clip_factor(self) -> Tensor:
         """min(1, grad_clip / global norm), (); the same on every rank and for every world size."""
