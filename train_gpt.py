@@ -153,6 +153,7 @@ class Config:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
+    wire_dtype: str = "float32"          # of gradients between ranks: float32 | bfloat16
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
     matrix_warmdown_frac: float = 0.0    # the same for matrix_lr; 0: warmdown_frac
     min_lr_frac: float = 0.0
@@ -233,7 +234,8 @@ def check_config(h: Config) -> None:
         least = 1 if key in positive else 0
         if not isinstance(value, str) and not least <= value < 1 << 53:        # also refuses nan
             raise InputError(f"config key {key}: {str(value)[:40]} must be a number from {least} to 2^53")
-    tables = {"preset": PRESETS, "ortho": ORTHO, "step_rule": STEP_RULES, "artifact_weights": ("ema", "live")}
+    tables = {"preset": PRESETS, "ortho": ORTHO, "step_rule": STEP_RULES, "artifact_weights": ("ema", "live"),
+              "wire_dtype": ("float32", "bfloat16")}
     for key, table in tables.items():
         if getattr(h, key) not in table:
             raise InputError(f"config key {key}: {getattr(h, key)!r} is not one of {', '.join(table)}")
@@ -303,6 +305,7 @@ class Machine:
     compile: Callable
     ops: Ops
     pin: bool
+    levels: tuple                        # how ranks share a bank: (group, what of its WORLD_SIZE parts, ours)
     names: dict[str, str]                # for the log: device, attention, qk, compile, update
     streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
     record: Callable | None = None       # fn -> what launches its device work
@@ -408,31 +411,41 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     """Join or make the process group and bind device, dtype, compiler and attention.
 
     Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. Host tensors
-    travel over gloo, device tensors over NCCL. InputError when the batch cannot be cut by the world size.
+    travel over gloo, device tensors over NCCL. InputError when the world size or the nodes do not fit.
     """
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     both = ("RANK" in env) == ("WORLD_SIZE" in env)
     if not (both and world.isdigit() and rank.isdigit() and int(rank) < int(world)):
         raise InputError(f"WORLD_SIZE={env.get('WORLD_SIZE')} RANK={env.get('RANK')}: not a process group; "
                          "start several processes with torchrun, or unset both")
-    world, rank = int(world), int(rank)
+    local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
+    if local != world and (int(world) % int(local) or int(rank) % int(local) != int(place)):
+        raise InputError(f"RANK={rank} LOCAL_WORLD_SIZE={local}: nodes differ; use one --nproc_per_node")
+    world, rank, local, place = map(int, (world, rank, local, place))
     cut_batch(h, world)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(env.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", place) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
+    levels = ((None, slice(0, world), slice(rank, rank + 1)),)
+    if local < world:        # banks are shared out in this node, then by the ranks of one place in every node
+        inside, _ = dist.new_subgroups(local)
+        across, _ = dist.new_subgroups_by_enumeration([[*range(i, world, local)] for i in range(local)])
+        nodes, mine = world // local, place * (world // local) + rank // local
+        part = slice(place * nodes, (place + 1) * nodes)
+        levels = (inside, slice(0, world), part), (across, part, slice(mine, mine + 1))
     if not cuda:
         names = dict(device=platform.machine(), attention="cpu", qk="torch", mlp="torch", compile="none",
                      update="eager")
-        return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, names)
+        return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, levels, names)
     torch.set_float32_matmul_precision("high")
     attention, (ops, bound) = bind_attention(device, h.head_dim), bind_ops(h, device)
     name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
     names = dict(device=name, attention=attention, **bound, compile="inductor", update="graph")
     compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True)
-    return Machine(rank, world, device, torch.bfloat16, compiler, ops, True, names, streams,
+    return Machine(rank, world, device, torch.bfloat16, compiler, ops, True, levels, names, streams,
                    partial(record_graph, streams[0]))
 
 
@@ -1667,37 +1680,37 @@ RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball":
 class ParamSpec:
     """A parameter's treatment. Row order is the order in which reductions are launched: biggest first."""
     name: str
-    update: str      # "matrix": sharded by matrix, ORTHO and STEP_RULES | "adam": replicated, one flat buffer
+    home: str        # its buffer. A bank: sharded by matrix, ORTHO and STEP_RULES | "flat": replicated, AdamW
     lr: str          # Config field
     wd: str          # Config field
     kind: str        # encoding in the artifact
 
 
 PARAM_TABLE = (
-    ParamSpec("mlp_up_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("mlp_down_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("qo_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("kv_bank", "matrix", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("tok_emb", "adam", "embed_lr", "adam_wd", "int8"),
-    ParamSpec("bigram_emb", "adam", "embed_lr", "adam_wd", "int8"),
-    ParamSpec("ve_emb", "adam", "embed_lr", "adam_wd", "int8"),
-    ParamSpec("bigram_proj", "adam", "scalar_lr", "adam_wd", "int8"),
-    ParamSpec("ve_proj", "adam", "scalar_lr", "adam_wd", "int8"),
-    ParamSpec("resid_mix", "adam", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("attn_scale", "adam", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("mlp_scale", "adam", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("attn_gain", "adam", "norm_gain_lr", "adam_wd", "f16"),
-    ParamSpec("mlp_gain", "adam", "norm_gain_lr", "adam_wd", "f16"),
-    ParamSpec("skip_weights", "adam", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("smear_gate", "adam", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("q_gain", "adam", "scalar_lr", "adam_wd", "f32"),
-    ParamSpec("ve_layer_scale", "adam", "scalar_lr", "adam_wd", "f32"),
-    ParamSpec("bigram_scale", "adam", "scalar_lr", "adam_wd", "f32"),
-    ParamSpec("ve_scale", "adam", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("mlp_up_bank", "mlp", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("mlp_down_bank", "mlp", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("qo_bank", "qo", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("kv_bank", "kv", "matrix_lr", "muon_wd", "int6"),
+    ParamSpec("tok_emb", "flat", "embed_lr", "adam_wd", "int8"),
+    ParamSpec("bigram_emb", "flat", "embed_lr", "adam_wd", "int8"),
+    ParamSpec("ve_emb", "flat", "embed_lr", "adam_wd", "int8"),
+    ParamSpec("bigram_proj", "flat", "scalar_lr", "adam_wd", "int8"),
+    ParamSpec("ve_proj", "flat", "scalar_lr", "adam_wd", "int8"),
+    ParamSpec("resid_mix", "flat", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("attn_scale", "flat", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("mlp_scale", "flat", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("attn_gain", "flat", "norm_gain_lr", "adam_wd", "f16"),
+    ParamSpec("mlp_gain", "flat", "norm_gain_lr", "adam_wd", "f16"),
+    ParamSpec("skip_weights", "flat", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("smear_gate", "flat", "scalar_lr", "adam_wd", "f16"),
+    ParamSpec("q_gain", "flat", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("ve_layer_scale", "flat", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("bigram_scale", "flat", "scalar_lr", "adam_wd", "f32"),
+    ParamSpec("ve_scale", "flat", "scalar_lr", "adam_wd", "f32"),
 )
-MATRICES = tuple(s for s in PARAM_TABLE if s.update == "matrix")
-SMALL = tuple(s for s in PARAM_TABLE if s.update == "adam")
-WORK_ORDER = ("kv_bank", "qo_bank", "mlp_down_bank", "mlp_up_bank")    # after the small ones: cheapest first
+MATRICES = tuple(s for s in PARAM_TABLE if s.home != "flat")
+SMALL = tuple(s for s in PARAM_TABLE if s.home == "flat")
+WORK_ORDER = ("kv", "qo", "mlp")    # banks, after the small tensors: cheapest first
 
 
 class StepScalars(NamedTuple):
@@ -1716,7 +1729,7 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
 
     second: the rule's own state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree.
     """
-    g = g * s.clip
+    g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
     U = g * (1 - s.momentum) + momentum * s.momentum
     U = orthogonalize(equalize_rows(U) if h.row_equalize else U, h.ortho)
@@ -1730,7 +1743,7 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
 def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
     """AdamW (arXiv:1711.05101) on flat buffers (parameters, gradients, m, v, lr, wd), decay decoupled."""
     p, g, m, v, lr, wd = buffers
-    g = g * s.clip
+    g = g.float() * s.clip
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
     v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
     step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
@@ -1740,32 +1753,22 @@ def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
 class Optimizer:
     """All of the update and all of its communication.
 
-    Parameters and gradients are re-homed in padded buffers so that every collective runs in place: a bank's
-    buffer holds ceil(n / world) matrices per rank (the last ranks may hold padding, which stays zero); all
-    small tensors share one flat buffer. Momentum and RULE_STATE's are kept for owned matrices only. Outside
-    step() every rank holds the same parameters.
+    Parameters and gradients are re-homed in buffers so that every collective runs in place. A bank has a row
+    for each matrix, tall or wide, and ceil(n / world) rows for each rank: on 8 ranks 11 MLP-up, 2 of padding,
+    which stays zero, 11 MLP-down. All small tensors share one flat buffer. State is kept for owned matrices
+    only. Outside step() every rank holds the same parameters.
     """
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
         params = dict(model.named_parameters())
         assert set(params) == {s.name for s in PARAM_TABLE}, "PARAM_TABLE and model disagree"
-        assert set(WORK_ORDER) == {s.name for s in MATRICES}, "WORK_ORDER and PARAM_TABLE disagree"
+        assert set(WORK_ORDER) == {s.home for s in MATRICES}, "WORK_ORDER and PARAM_TABLE disagree"
         self.h, self.m, self.steps = h, m, 0
-        self.bank, self.bank_grad = {}, {}                            # name -> (world * per_rank, M, N)
-        self.owned, self.shard_grad, self.momentum = {}, {}, {}       # (per_rank, M, N); owned: views of bank
-        self.second: dict[str, Tensor] = {}                           # RULE_STATE's shape; empty: no state
-        for s in MATRICES:
-            p = params[s.name]
-            per_rank = -(-p.size(0) // m.world_size)
-            self.bank[s.name] = torch.zeros(per_rank * m.world_size, *p.shape[1:], device=m.device)
-            self.bank_grad[s.name] = torch.zeros_like(self.bank[s.name])
-            self.owned[s.name] = self.bank[s.name].chunk(m.world_size)[m.rank]
-            self.shard_grad[s.name] = torch.zeros_like(self.owned[s.name])
-            self.momentum[s.name] = torch.zeros_like(self.owned[s.name])
-            if h.step_rule in RULE_STATE:
-                shape = RULE_STATE[h.step_rule](per_rank, *p.shape[1:])
-                self.second[s.name] = torch.zeros(shape, device=m.device)
-            self.rehome(p, self.bank[s.name][: p.size(0)], self.bank_grad[s.name][: p.size(0)])
+        self.bank, self.bank_grad, self.wire = {}, {}, {}     # home -> (world, per_rank, M * N)
+        self.owned, self.momentum, self.second = {}, {}, {}   # home -> updates; name -> (b, M, N), RULE_STATE
+        self.rows: dict[str, slice] = {}                      # name -> of its matrices those that are owned
+        for home in dict.fromkeys(s.home for s in MATRICES):
+            self.make_bank(home, {s.name: params[s.name] for s in MATRICES if s.home == home})
         sizes = [-(-params[s.name].numel() // 64) * 64 for s in SMALL]    # 256-byte alignment of every view
         self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd = (
             torch.zeros(sum(sizes), device=m.device) for _ in range(6))
@@ -1776,7 +1779,8 @@ class Optimizer:
             lr.fill_(getattr(h, s.lr))
             p.requires_grad_(getattr(h, s.lr) > 0)             # what does not move needs no gradient
             wd.fill_(getattr(h, s.wd))
-        self.adam_buffers = (self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd)
+        self.wire["flat"] = self.flat_grad.to(getattr(torch, h.wire_dtype))
+        self.adam_buffers = (self.flat, self.wire["flat"], self.flat_m, self.flat_v, flat_lr, flat_wd)
         self.matrix_update = m.compile(matrix_update)
         self.adam_update = m.compile(adam_update)
         self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)     # all of it but clip
@@ -1784,6 +1788,28 @@ class Optimizer:
         saved = self.snapshot()
         self.update, self.failure = m.replay(self.schedule)
         self.restore(saved)                                # a recorder has run it
+
+    def make_bank(self, home: str, members: dict[str, nn.Parameter]) -> None:
+        """Buffers of one or two parameters whose matrices have one size; padding stands behind the first.
+        wire is the gradient as it travels: bank_grad itself in float32."""
+        *_, last = members.values()
+        world, count = self.m.world_size, sum(map(len, members.values()))
+        shape = (world, -(-count // world), last[0].numel())
+        self.bank[home], self.bank_grad[home] = (torch.zeros(shape, device=self.m.device) for _ in range(2))
+        self.wire[home], self.owned[home] = self.bank_grad[home].to(getattr(torch, self.h.wire_dtype)), []
+        bank, grad, wire = (x[home].flatten(0, 1) for x in (self.bank, self.bank_grad, self.wire))
+        mine = self.m.levels[-1][2].start * shape[1]
+        for (name, p), first in zip(members.items(), (0, len(bank) - len(last))):
+            self.rehome(p, *(x[first : first + len(p)].view_as(p) for x in (bank, grad)))
+            low = max(first, mine)
+            high = max(low, min(first + len(p), mine + shape[1]))
+            self.rows[name] = slice(low - first, high - first)
+            if low < high:
+                W, g = (x[low:high].view(-1, *p.shape[1:]) for x in (bank, wire))
+                self.momentum[name] = torch.zeros_like(W)
+                if self.h.step_rule in RULE_STATE:
+                    self.second[name] = W.new_zeros(RULE_STATE[self.h.step_rule](*W.shape))
+                self.owned[home].append((W, g, self.momentum[name], self.second.get(name)))
 
     @staticmethod
     def rehome(p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
@@ -1804,33 +1830,31 @@ class Optimizer:
     @torch.no_grad()
     def schedule(self) -> None:
         """Every collective of a step is launched from these lines; then all ranks are whole."""
-        arrivals = [self.reduce_bank(s.name) for s in MATRICES]     # 1. gradients on the wire, biggest first
-        arrivals.append(dist.all_reduce(self.flat_grad, dist.ReduceOp.AVG, async_op=True))
-        for work in arrivals:
+        average, arrivals = dict(op=dist.ReduceOp.AVG, async_op=True), []
+        for home, grad in self.bank_grad.items():                   # 1. gradients on the wire, biggest first
+            wire = self.wire[home].copy_(grad)                      # onto itself it is not copied
+            for i, (group, whole, part) in enumerate(self.m.levels):
+                arrivals[-1].wait() if i else None                  # between nodes goes what came from inside
+                arrivals.append(reduce_scatter(wire[part], wire[whole], group=group, **average))
+        for work in [*arrivals, dist.all_reduce(self.wire["flat"].copy_(self.flat_grad), **average)]:
             work.wait()
         scalars = StepScalars(self.clip_factor(), *self.numbers.unbind())     # 2. one norm over all of them
-        departures = []
         with self.m.lanes() as lane:                                # side by side:
             with lane():                                            # 3. replicated: every rank does the same
                 self.adam_update(self.adam_buffers, scalars, self.h)
-            for name in WORK_ORDER:                                 # 4. update what is owned here, send it
+                self.flat_grad.zero_()
+            for home in WORK_ORDER:                                 # 4. update what is owned here, send it
                 with lane():
-                    self.matrix_update(self.owned[name], self.shard_grad[name], self.momentum[name], scalars,
-                                       self.h, self.second.get(name))
-                    departures.append(all_gather(self.bank[name], self.owned[name], async_op=True))
-        torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad])
-        for work in departures:
-            work.wait()
-
-    def reduce_bank(self, name: str):
-        """Start averaging a bank's gradient; this rank's matrices arrive in shard_grad."""
-        shard, full = self.shard_grad[name], self.bank_grad[name]
-        return reduce_scatter(shard, full, dist.ReduceOp.AVG, async_op=True)
+                    for W, g, momentum, second in self.owned[home]:
+                        self.matrix_update(W, g, momentum, scalars, self.h, second)
+                    self.bank_grad[home].zero_()
+                    for group, whole, part in reversed(self.m.levels):
+                        all_gather(self.bank[home][whole], self.bank[home][part], group, True).wait()
 
     def clip_factor(self) -> Tensor:
         """min(1, grad_clip / global norm), (); the same on every rank and for every world size."""
-        gradients = [*self.shard_grad.values(), self.flat_grad]     # float32 on a CPU would be 2e-4 short
-        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
+        gradients = [self.wire[home][self.m.levels[-1][2]] for home in self.bank] + [self.wire["flat"]]
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()  # float32: 2e-4 off
         dist.all_reduce(squares[:-1])                               # the last is whole on every rank
         self.norm.copy_(squares.sum().sqrt())
         return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()

@@ -2,7 +2,8 @@
 
     OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of all before
 
-A file is rank R's share, of W, of all that N steps changed; shares end to end are whole tensors. The header
+A file is the share of one of W ranks, the R-th in order of the matrices that it updates, of all that N steps
+changed; shares end to end are whole tensors. The header
 holds step, training clock in ms, progress of the average, what wrote it (config, script, data), and the index
 of the tensors as in an artifact, whose reader reads them. No step draws random numbers, and batch n is the
 loader's n-th: that is all of the state. `train_gpt.py train checkpoint_every=SECONDS resume=auto` uses it;
@@ -42,9 +43,10 @@ class Checkpoints:
         self.whole = {"flat_m": optimizer.flat_m, "flat_v": optimizer.flat_v}       # the same on every rank
         for (name, p), average in zip(run.model.named_parameters(), ema.average):
             self.whole |= {name: p.data, f"average.{name}": average}
+        self.part = self.m.levels[-1][2].start
         self.shares = {name: self.share(x) for name, x in self.whole.items()}
         for kind, state in (("momentum", optimizer.momentum), ("second", optimizer.second)):
-            self.shares |= {f"{kind}.{name}": x[:len(self.shares[name])] for name, x in state.items()}
+            self.shares |= {f"{kind}.{name}": x for name, x in state.items()}
         self.made_by = {k: v for k, v in dataclasses.asdict(run.h).items() if k not in FREE}
         script = hashlib.sha256(Path(self.t.__file__).read_bytes()).hexdigest()
         self.made_by |= {"script": script, "data": run.dataset.manifest_sha256}
@@ -52,9 +54,9 @@ class Checkpoints:
         self.pool, self.pending = ThreadPoolExecutor(1, "checkpoint", *device), None
 
     def share(self, whole: Tensor) -> Tensor:
-        """This rank's rows, dealt out as Optimizer deals out matrices, less its padding."""
+        """This rank's rows of what is the same on every rank."""
         rows = -(-len(whole) // self.m.world_size)
-        return whole[rows * self.m.rank:][:rows]
+        return whole[rows * self.part:][:rows]
 
     # ---- writing
 
@@ -70,7 +72,7 @@ class Checkpoints:
         chunks, digest = [struct.pack("<I", len(text)), text, *host.values()], hashlib.sha256()
         for chunk in chunks:                                # hashing and writing let go of the interpreter
             digest.update(chunk)
-        path = f"{self.base}.step{step}.{self.m.rank}of{self.m.world_size}.ckpt"
+        path = f"{self.base}.step{step}.{self.part}of{self.m.world_size}.ckpt"
         self.t.write_atomic(path, *chunks, digest.digest())
 
     def save(self, step: int, train_ms: float, last: bool = False) -> None:
@@ -177,7 +179,7 @@ class Checkpoints:
             if name in self.whole:
                 self.whole[name].copy_(torch.cat(pieces))
             else:
-                x.copy_(self.share(torch.cat(pieces)))
+                x.copy_(torch.cat(pieces)[self.optimizer.rows[name.partition(".")[2]]])
         header = parts[0][0]
         self.optimizer.steps = self.good = step
         self.ema.progress, self.saved_ms = header["progress"], header["train_ms"]

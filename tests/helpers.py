@@ -42,8 +42,9 @@ def tiny(**knobs):
 
 def machine(rank=0, world=1):
     """A CPU Machine as init_machine makes it, without a process group."""
-    names = dict(device="cpu", attention="cpu", qk="torch", compile="none", update="eager")
-    return t.Machine(rank, world, torch.device("cpu"), torch.float32, lambda f: f, t.Ops(), False, names)
+    names = dict(device="cpu", attention="cpu", qk="torch", mlp="torch", compile="none", update="eager")
+    levels = ((None, slice(0, world), slice(rank, rank + 1)),)
+    return t.Machine(rank, world, torch.device("cpu"), torch.float32, lambda f: f, t.Ops(), False, levels, names)
 
 
 def noisy_model(h, seed=0, scale=0.1, dtype=torch.float32):
@@ -54,6 +55,17 @@ def noisy_model(h, seed=0, scale=0.1, dtype=torch.float32):
         for p in model.parameters():
             p.add_(scale * torch.randn(p.shape, generator=generator).to(dtype))
     return model
+
+
+def padding_of(optimizer, model, home):
+    """The rows of a bank that no parameter covers, (n, M * N)."""
+    bank = optimizer.bank[home].flatten(0, 1)
+    free = torch.ones(len(bank), dtype=torch.bool)
+    for p in (getattr(model, s.name) for s in t.MATRICES if s.home == home):
+        first = p.storage_offset() // p[0].numel()
+        assert bool(free[first : first + len(p)].all())  # no two parameters share a row
+        free[first : first + len(p)] = False
+    return bank[free]
 
 
 def random_tokens(h, shape, seed=0, bos_share=0.1):

@@ -87,7 +87,7 @@ def final_state(folder, world=1, step=None, name="run"):
         blob = path.read_bytes()
         end = 4 + int.from_bytes(blob[:4], "little")
         parts.append(t.read_tensors(json.loads(blob[4:end]), blob[end:-32]))
-    return {name: torch.cat([p[name] for p in parts if name in p]) for name in parts[0]}
+    return {name: torch.cat([p[name] for p in parts if name in p]) for name in set().union(*parts)}
 
 
 def same(a, b):

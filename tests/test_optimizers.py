@@ -11,7 +11,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
-from helpers import english_args, group_of_one, noisy_model, run_ranks, shard_folder, temporary_folder, tiny
+from helpers import (
+    english_args, group_of_one, noisy_model, padding_of, run_ranks, shard_folder, temporary_folder, tiny,
+)  # fmt: skip
 
 POLAR = ("ns5", "polar_express", "polar_express4")  # singular vectors stay; the other rows turn them
 RULES = tuple(t.STEP_RULES)
@@ -381,7 +383,7 @@ def every_pair(rank, folder, knobs):
     m, results = t.init_machine(tiny(**knobs), os.environ), {}
     for pair in PAIRS:
         params, optimizer, model, loader = trained(m, 3, pair, **knobs)
-        padding = sum(optimizer.bank[k][p.size(0) :].abs().sum().item() for k, p in params.items() if k in optimizer.bank)
+        padding = sum(padding_of(optimizer, model, home).abs().sum().item() for home in optimizer.bank)
         shapes = {k: tuple(v.shape) for k, v in optimizer.second.items()}
         saved, ends = optimizer.snapshot(), []
         for _ in range(2):
@@ -391,7 +393,8 @@ def every_pair(rank, folder, knobs):
             optimizer.restore(saved)
         again = all(torch.equal(a, b) for a, b in zip(*ends))
         held = all(any(x is y for y in optimizer.state()) for x in optimizer.second.values())
-        results[pair] = dict(params=params, padding=padding, shapes=shapes, again=again and held)
+        owned = [k for k, v in optimizer.momentum.items() if len(v)]
+        results[pair] = dict(params=params, padding=padding, shapes=shapes, owned=owned, again=again and held)
     return results
 
 
@@ -403,6 +406,45 @@ def data_folder():
     folder = temporary_folder() / "data"
     shard_folder(folder, tiny(), [60, 40], seed=5)
     return str(folder)
+
+
+ALONE = 1e-5  # of a parameter's norm; here the bits are the same, elsewhere batches of another size may round otherwise
+
+
+def alone_and_together(rank, cases):
+    """Per case and pair the largest distance of a parameter to matrix_update on that parameter by itself.
+
+    Both get the same gradients, by hand, for three steps; momentum and second moments live on, so that a matrix
+    that meets another's state, scale or orientation shows.
+    """
+    m, worst = t.init_machine(tiny(), os.environ), {}
+    for case, pair in itertools.product(cases, PAIRS):
+        h = tiny(ortho=pair[0], step_rule=pair[1], grad_clip=0.0, num_layers=3, **case)
+        model = noisy_model(h, seed=3)
+        W = {s.name: getattr(model, s.name).detach().clone() for s in t.MATRICES}
+        optimizer = t.Optimizer(model, h, m)
+        momentum = {k: torch.zeros_like(w) for k, w in W.items()}
+        second = {k: torch.zeros(t.RULE_STATE[pair[1]](*w.shape)) for k, w in W.items() if pair[1] in t.RULE_STATE}
+        for step in range(3):
+            for i, (k, w) in enumerate(W.items()):
+                grad = gaussian(*w.shape, seed=10 * step + i) * torch.logspace(0, -2, w.size(-2))[:, None]
+                getattr(model, k).grad.copy_(grad)
+                t.matrix_update(w, grad, momentum[k], scalars(0.9, 0.5 * h.matrix_lr), h, second.get(k))
+            optimizer.step(t.Hyper(0.0, 0.9, 0.5, 0.5))
+        far = lambda k, w: ((getattr(model, k).detach() - w).norm() / w.norm()).item()
+        worst[str(case), *pair] = max(far(k, w) for k, w in W.items())
+    return worst
+
+
+ORIENTED = [dict(), dict(mlp_mult=1.0, row_equalize=True, cautious_wd=True), dict(mlp_mult=0.5, snap_norm=True)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_shared_bank_updates_each_parameter_as_if_alone(world):
+    """MLP-up and -down share a buffer: tall and wide, both square (rows still differ from columns), wide and tall."""
+    for worst in run_ranks(alone_and_together, world, ORIENTED, timeout=180):
+        assert len(worst) == len(ORIENTED) * len(PAIRS)
+        assert max(worst.values()) <= ALONE, max(worst.items(), key=lambda x: x[1])
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
@@ -422,18 +464,24 @@ def test_every_pair_on_ranks(worlds, pair):
         for rank in ranks:
             assert all(torch.equal(p, rank[pair]["params"][k]) for k, p in ranks[0][pair]["params"].items()), world
             assert rank[pair]["padding"] == 0.0 and rank[pair]["again"]
-            assert bool(rank[pair]["shapes"]) == (pair[1] in t.RULE_STATE)
+            assert set(rank[pair]["shapes"]) == (set(rank[pair]["owned"]) if pair[1] in t.RULE_STATE else set())
         for k, p in ranks[0][pair]["params"].items():
             assert (p - one[k]).norm() <= CLOSE * one[k].norm(), (world, k)
 
 
 def test_state_is_sharded(worlds):
-    """qo_bank has 2L matrices: each rank keeps the second moments of its own share."""
+    """Every matrix's second moments are kept by one rank, in the matrix's own orientation; shares are even."""
+    lines = dict(qo_bank=(32, 1), kv_bank=(1, 32), mlp_up_bank=(64, 1), mlp_down_bank=(1, 64))
     for world, ranks in worlds.items():
-        count = ranks[0]["ns5", "normuon"]["params"]["qo_bank"].size(0)
-        assert ranks[0]["ns5", "normuon"]["shapes"]["qo_bank"] == (-(-count // world), 32, 1)
-        assert ranks[0]["ns5", "normuon"]["shapes"]["mlp_down_bank"][1:] == (1, 64)
-        assert set(ranks[0]["ns5", "normuon"]["shapes"]) == {s.name for s in t.MATRICES}
+        shapes = [r["ns5", "normuon"]["shapes"] for r in ranks]
+        for name, line in lines.items():
+            kept = [shape[name] for shape in shapes if name in shape]
+            count = ranks[0]["ns5", "normuon"]["params"][name].size(0)
+            assert sum(b for b, *_ in kept) == count and all(tuple(rest) == line for _, *rest in kept)
+        for bank in (["qo_bank"], ["kv_bank"], ["mlp_up_bank", "mlp_down_bank"]):
+            count = sum(ranks[0]["ns5", "normuon"]["params"][name].size(0) for name in bank)
+            held = [sum(shape[name][0] for name in bank if name in shape) for shape in shapes]
+            assert max(held) == -(-count // world)
 
 
 def test_every_pair_trains_other_parameters(worlds):
