@@ -17,10 +17,10 @@ Contents
   3. Tokens            shards on disk, the seeded document-aware loader
   4. Bytes             what a token weighs; the definition of bpb
   5. Blocks            norm, rope, attention, mlp as functions of their weights
-  6. GPT               parameter banks, one init table, one trunk
+  6. GPT               the parameter table, banks, one trunk
   7. Kernels           Triton and torch lines: QK, and the products of a direction
   8. Directions        ORTHO and STEP_RULES: how a momentum becomes a step
-  9. Optimizer         the parameter table, sharded state, every collective of a step
+  9. Optimizer         sharded state, the schedule of every collective of a step
  10. Schedules         pure functions of progress
  11. Averaging         EMA whose horizon is a fraction of the run
  12. Artifact          quantize, byte layout, pack, unpack, packed source
@@ -254,7 +254,7 @@ def check_config(h: Config) -> None:
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
         (h.matrix_warmdown_frac <= 1, "matrix_warmdown_frac must be in [0, 1]"),
-        (h.out_scale_init or parameter_table(h)["mlp_down_bank"][1] != "zeros",
+        (h.out_scale_init or parameter_table(h)["mlp_down_bank"][1] != "normal 0.0",
          "out_scale_init=0 needs proj_init_std above 0, or neither factor of a block's output ever moves"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
@@ -272,14 +272,15 @@ def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
     sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
     accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
     if left or sequences == 0 or sequences % accum:
-        raise InputError(f"WORLD_SIZE={world_size} does not cut train_batch_tokens={h.train_batch_tokens} "
-                         f"into equal micro-batches of at most micro_batch_tokens={h.micro_batch_tokens} and "
-                         f"sequences of {h.train_seq_len}; change one of them or the number of processes")
+        raise InputError(f"WORLD_SIZE={world_size} cannot share train_batch_tokens={h.train_batch_tokens} in "
+                         f"equal micro-batches of at most {h.micro_batch_tokens} and sequences of "
+                         f"{h.train_seq_len}; change one of them or the number of processes")
     return accum, sequences // accum
 
 
 PATIENCE = 60       # seconds that a step of the device or a batch from the disk may take
 DIVERGED = 1e6      # a loss or gradient norm beyond this ends the run
+ECHO = 3            # seconds in which signals are one: torchrun sends again what the terminal sent
 
 
 def record_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
@@ -309,7 +310,7 @@ class Machine:
     names: dict[str, str]                # for the log: device, attention, qk, compile, update
     streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
     record: Callable | None = None       # fn -> what launches its device work
-    signals: list[int] = field(default_factory=list)     # that asked for an end so far, by `guarded`
+    signals: list[float] = field(default_factory=list)   # when one asked for an end, by `guarded`
 
     @property
     def is_main(self) -> bool:
@@ -388,11 +389,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def bind_attention(device: torch.device, head_dim: int) -> str:
-    """Choose the fastest attention that runs forward and backward here. Its name for the log.
-
-    cuDNN leads FlashAttention-2 on H100; the order is fastest first. The choice is global to the process
-    (torch.backends.cuda), so that no context manager stands in the compiled graph.
-    """
+    """Choose the fastest attention that runs forward and backward here, for the whole process, so that no
+    context manager stands in the compiled graph. Its name for the log. cuDNN is ahead of flash on H100."""
     sdp = torch.backends.cuda
     flags = {"cudnn": sdp.enable_cudnn_sdp, "flash": sdp.enable_flash_sdp,
              "efficient": sdp.enable_mem_efficient_sdp, "math": sdp.enable_math_sdp}
@@ -400,9 +398,8 @@ def bind_attention(device: torch.device, head_dim: int) -> str:
         for other, enable in flags.items():
             enable(other == name)
         with suppress(RuntimeError):
-            q = torch.randn(1, 128, 2, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            k = torch.randn(1, 128, 1, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-            attend_sdpa(q, k, k).sum().backward()
+            x = torch.randn(1, 128, 3, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+            attend_sdpa(x[:, :, :2], x[:, :, 2:], x[:, :, 2:]).sum().backward()
             return name
     raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
 
@@ -501,12 +498,12 @@ class Log:
 
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
-    """SIGTERM or SIGINT ends training after the step, a second one the process. Why a rank fails goes to the
-    log of all; one of several leaves at once, for a proper end would wait for the others."""
+    """SIGTERM or SIGINT ends training after the step; one that comes ECHO later, the process. Why a rank
+    fails goes to the log of all; one of several leaves at once: a proper end would wait for the others."""
     def heed(number: int, frame) -> None:
-        m.signals.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        m.signals.append(time.monotonic())
+        if m.signals[-1] > m.signals[0] + ECHO:
+            os._exit(128 + number)
 
     before = {each: signal.signal(each, heed) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -701,8 +698,8 @@ class ByteCounts:
         return weights
 
 
-def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
-    """ByteCounts and decoder of a SentencePiece model. InputError when the file is missing or is not one."""
+def sentencepiece_counts(path: str) -> ByteCounts:
+    """ByteCounts of a SentencePiece model. InputError when the file is missing or is not one."""
     import sentencepiece
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
@@ -718,13 +715,11 @@ def sentencepiece_counts(path: str) -> tuple[ByteCounts, Callable]:
     has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
     spelled = tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
     spelled = None if has_space or not all(map(sp.is_byte, spelled)) else spelled
-    decode = lambda documents: [text.replace("\u2581", " ").removeprefix(" " if spelled else "")
-                                for text in sp.decode(documents)]
-    return ByteCounts(base, space, boundary, spelled), decode
+    return ByteCounts(base, space, boundary, spelled)
 
 
-def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
-    """ByteCounts and decoder of a tiktoken encoding: a token is its bytes, special tokens are boundaries."""
+def tiktoken_counts(encoding: str) -> ByteCounts:
+    """ByteCounts of a tiktoken encoding: a token is its bytes, special tokens are boundaries."""
     import tiktoken
     try:
         enc = tiktoken.get_encoding(encoding)
@@ -733,7 +728,7 @@ def tiktoken_counts(encoding: str) -> tuple[ByteCounts, Callable]:
                          "check the name and the network") from None
     base = np.zeros(enc.n_vocab, np.int64)
     base[list(enc._mergeable_ranks.values())] = [len(piece) for piece in enc._mergeable_ranks]
-    return ByteCounts(base, np.zeros(enc.n_vocab, bool), base == 0), enc.decode_batch
+    return ByteCounts(base, np.zeros(enc.n_vocab, bool), base == 0)
 
 
 def bpb(nats: float, num_bytes: int) -> float:
@@ -745,7 +740,6 @@ def bpb(nats: float, num_bytes: int) -> float:
 class Dataset:
     """Where the tokens came from: tokenizer and manifest, checked against each other."""
     counts: ByteCounts
-    decode: Callable[[list[list[int]]], list[str]]       # documents' token ids -> texts
     manifest: dict
     manifest_sha256: str
     tokenizer_sha256: str
@@ -767,18 +761,18 @@ def load_dataset(h: Config) -> Dataset:
         if bos != h.bos_id:
             raise InputError(f"{path}: documents begin with {bos}, not bos_id={h.bos_id}; set bos_id={bos}")
     if file:
-        (counts, decode), tokenizer_sha = sentencepiece_counts(file), sha256(Path(file).read_bytes())
+        counts, tokenizer_sha = sentencepiece_counts(file), sha256(Path(file).read_bytes())
         if manifest and tokenizer_sha != sha:
             raise InputError(f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha[:12]}, "
                              f"manifest says {sha[:12]}); use that one or make the shards again")
     elif encoding:
-        (counts, decode), tokenizer_sha = tiktoken_counts(encoding), sha
+        counts, tokenizer_sha = tiktoken_counts(encoding), sha
     else:
         raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
     if len(counts.base) != h.vocab_size:
         raise InputError(f"config key vocab_size: {h.vocab_size}, the tokenizer has {len(counts.base)}; "
                          f"set vocab_size={len(counts.base)}")
-    return Dataset(counts, decode, manifest, sha256(path.read_bytes()) if manifest else "none", tokenizer_sha)
+    return Dataset(counts, manifest, sha256(path.read_bytes()) if manifest else "none", tokenizer_sha)
 
 
 # -----------------------------------------------------------------------------
@@ -891,51 +885,74 @@ def layer(x: Tensor, x0: Tensor, w: LayerWeights, attend: Callable, mlp: Callabl
 
 
 # -----------------------------------------------------------------------------
-# 6. GPT: parameter banks, one init table, one trunk for loss, logits and scoring.
+# 6. GPT: one table of all parameters, banks, one trunk for loss, logits and scoring.
+
+
+class ParamSpec(NamedTuple):
+    """A parameter. Rows are initialised, and reductions of banks launched, in this order: biggest first."""
+    name: str
+    shape: str       # by parameter_table's letters; banks are of L or 2L matrices
+    init: str        # kind and value, by init_tensor and parameter_table's words
+    home: str        # its buffer. A bank: sharded by matrix, ORTHO and STEP_RULES | "flat": replicated, AdamW
+    lr: str          # Config field
+    kind: str        # encoding in the artifact
+
+
+PARAM_TABLE = (
+    ParamSpec("mlp_up_bank", "L F D", "orthogonal", "mlp", "matrix_lr", "int6"),
+    ParamSpec("mlp_down_bank", "L D F", "normal OUT", "mlp", "matrix_lr", "int6"),
+    ParamSpec("qo_bank", "2L D D", "half_orthogonal OUT", "qo", "matrix_lr", "int6"),    # Q at i, O at L + i
+    ParamSpec("kv_bank", "2L KV D", "orthogonal", "kv", "matrix_lr", "int6"),            # K at i, V at L + i
+    ParamSpec("tok_emb", "V D", "normal EMBED", "flat", "embed_lr", "int8"),            # the output head, too
+    ParamSpec("bigram_emb", "BV BD", "constant 0", "flat", "embed_lr", "int8"),
+    ParamSpec("bigram_proj", "D BD", "orthogonal", "flat", "scalar_lr", "int8"),    # 0 twice would not move
+    ParamSpec("bigram_scale", "1", "constant 0.05", "flat", "scalar_lr", "f32"),
+    ParamSpec("ve_emb", "V VD", "normal 0.01", "flat", "embed_lr", "int8"),
+    ParamSpec("ve_proj", "KV VD", "orthogonal", "flat", "scalar_lr", "int8"),
+    ParamSpec("ve_scale", "1", "constant 0.1", "flat", "scalar_lr", "f32"),
+    ParamSpec("ve_layer_scale", "VL", "constant 1", "flat", "scalar_lr", "f32"),
+    ParamSpec("smear_gate", "D", "constant 0", "flat", "scalar_lr", "f16"),
+    ParamSpec("skip_weights", "S D", "constant 1", "flat", "scalar_lr", "f16"),
+    ParamSpec("resid_mix", "L 2 D", "first_of_two", "flat", "scalar_lr", "f16"),
+    ParamSpec("attn_scale", "L D", "constant SCALE", "flat", "scalar_lr", "f16"),
+    ParamSpec("mlp_scale", "L D", "constant SCALE", "flat", "scalar_lr", "f16"),
+    ParamSpec("attn_gain", "L D", "constant 1", "flat", "norm_gain_lr", "f16"),        # of a normed input
+    ParamSpec("mlp_gain", "L D", "constant 1", "flat", "norm_gain_lr", "f16"),
+    ParamSpec("q_gain", "L H", "constant GAIN", "flat", "scalar_lr", "f32"),
+)
+MATRICES = tuple(s for s in PARAM_TABLE if s.home != "flat")
+SMALL = tuple(s for s in PARAM_TABLE if s.home == "flat")
 
 
 def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every parameter: name -> (shape, initialisation).
+    """Every parameter of a config: name -> (shape, initialisation for init_tensor).
 
-    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L (outputs)
-    normal. What writes into the residual stream starts at zero, except under a rule that keeps norms: there
+    OUT: what writes into the residual stream starts at zero, except under a rule that keeps norms: there
     0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (.026 for O, .031 for MLP-down at D = 768).
     """
-    L, D, V = h.num_layers, h.model_dim, h.vocab_size
-    std = h.proj_init_std or (0.8 * D ** -0.5 if STEP_RULES[h.step_rule] is step_hyperball else 0.0)
-    return {
-        "mlp_up_bank": ((L, h.mlp_dim, D), "orthogonal"),
-        "mlp_down_bank": ((L, D, h.mlp_dim), f"normal {std}" if std else "zeros"),
-        "qo_bank": ((2 * L, D, D), f"half_orthogonal {std}"),   # Q of layer i at i, O at L + i
-        "kv_bank": ((2 * L, h.kv_dim, D), "orthogonal"),        # K at i, V at L + i
-        "tok_emb": ((V, D), f"normal {h.tied_embed_init_std}"),   # also the output head
-        "bigram_emb": ((h.bigram_vocab_size, h.bigram_dim), "zeros"),
-        "bigram_proj": ((D, h.bigram_dim), "orthogonal"),       # not zeros too: neither would ever move
-        "bigram_scale": ((1,), "constant 0.05"),
-        "ve_emb": ((V, h.ve_dim), "normal 0.01"),
-        "ve_proj": ((h.kv_dim, h.ve_dim), "orthogonal"),
-        "ve_scale": ((1,), "constant 0.1"),
-        "ve_layer_scale": ((h.ve_last_n,), "constant 1"),
-        "smear_gate": ((D,), "zeros"),
-        "skip_weights": ((max(1, L // 2), D), "constant 1"),
-        "resid_mix": ((L, 2, D), "first_of_two"),
-        "attn_scale": ((L, D), f"constant {h.out_scale_init}"),
-        "mlp_scale": ((L, D), f"constant {h.out_scale_init}"),
-        "attn_gain": ((L, D), "constant 1"),                    # of the normalised input
-        "mlp_gain": ((L, D), "constant 1"),
-        "q_gain": ((L, h.num_heads), f"constant {h.qk_gain_init}"),
-    }
+    L, D = h.num_layers, h.model_dim
+    hyperball = STEP_RULES[h.step_rule] is step_hyperball
+    size = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, L // 2), "D": D, "F": h.mlp_dim, "KV": h.kv_dim,
+            "H": h.num_heads, "V": h.vocab_size, "BV": h.bigram_vocab_size, "BD": h.bigram_dim,
+            "VD": h.ve_dim, "VL": h.ve_last_n}
+    word = {"OUT": h.proj_init_std or (0.8 * D ** -0.5 if hyperball else 0.0), "EMBED": h.tied_embed_init_std,
+            "SCALE": h.out_scale_init, "GAIN": h.qk_gain_init}
+    return {s.name: (tuple(size[x] for x in s.shape.split()),
+                     " ".join(str(word.get(x, x)) for x in s.init.split())) for s in PARAM_TABLE}
 
 
 def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
-    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation."""
+    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation.
+
+    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L normal.
+    """
     kind, _, value = init.partition(" ")
     if kind == "constant":
         return torch.full(shape, float(value))
-    if kind == "normal":
-        return torch.randn(shape, generator=generator) * float(value)
     out = torch.zeros(shape)
-    if kind in ("orthogonal", "half_orthogonal"):
+    if kind == "normal":
+        out = out.normal_(0, float(value), generator=generator) if float(value) else out
+    elif kind in ("orthogonal", "half_orthogonal"):
         matrices = out.view(-1, *shape[-2:])
         count = len(matrices) // (1 if kind == "orthogonal" else 2)
         for matrix in matrices[:count]:
@@ -944,7 +961,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
             matrices[count:].normal_(0, float(value), generator=generator)
     elif kind == "first_of_two":
         out[:, 0] = 1
-    elif kind != "zeros":
+    else:
         raise ValueError(f"unknown initialisation {init!r}")
     return out
 
@@ -1100,53 +1117,56 @@ def qk_backward_kernel(dy_ptr, x_ptr, dx_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_
     tl.store(dgain_ptr + tl.program_id(0) * H + h, tl.sum(dot, 0))
 
 
-@lru_cache(maxsize=None)
-def triton_qk() -> Callable:
-    """qk_norm_rope in one read and one write each way, an operator that torch.compile keeps whole.
+@torch.library.custom_op(OPS + "qk", mutates_args=(),
+                         schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
+def qk_op(x, gain, cos, sin):
+    """qk_norm_rope in one read and one write each way: Inductor's backward reads through the rotation's
+    slices, 1.2 ms a layer at 48 x 2048 against a floor of 0.15 (H100). x: contiguous heads of 2^n."""
+    B, T, H, Dh = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    qk_forward_kernel[(-(-B * T // 32), H)](x, y, gain, cos, sin, B * T, T, *x.stride()[:3], H, Dh,
+                                            cos.size(-1), RMS_EPS, 32)
+    return y
 
-    Inductor's own backward of it reads through the rotation's slices: 1.2 ms a layer at 48 x 2048 against a
-    floor of 0.15 (H100). x may be a strided view with contiguous heads; Dh must be a power of two.
-    """
-    block = 32
 
-    @torch.library.custom_op(OPS + "qk_forward", mutates_args=(),
-                             schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
-    def forward(x, gain, cos, sin):
-        B, T, H, Dh = x.shape
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        qk_forward_kernel[(-(-B * T // block), H)](
-            x, y, gain, cos, sin, B * T, T, *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, block)
-        return y
+@torch.library.custom_op(OPS + "qk_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor x, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor)"))
+def qk_backward_op(dy, x, gain, cos, sin):
+    """The gradients of x and gain."""
+    (B, T, H, Dh), dy = x.shape, dy if dy.stride(-1) == 1 else dy.contiguous()
+    dx, programs = torch.empty(x.shape, dtype=x.dtype, device=x.device), -(-B * T // 32)
+    partial = torch.empty(programs, H, device=x.device)
+    qk_backward_kernel[(programs, H)](dy, x, dx, partial, gain, cos, sin, B * T, T, *dy.stride()[:3],
+                                      *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, 32)
+    return dx, partial.sum(0)
 
-    @torch.library.custom_op(OPS + "qk_backward", mutates_args=(),
-                             schema="(Tensor dy, Tensor x, Tensor gain, Tensor cos, Tensor sin)"
-                                    " -> (Tensor, Tensor)")
-    def backward(dy, x, gain, cos, sin):
-        B, T, H, Dh = x.shape
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        programs = -(-B * T // block)
-        partial = torch.empty(programs, H, device=x.device)
-        qk_backward_kernel[(programs, H)](dy, x, dx, partial, gain, cos, sin, B * T, T, *dy.stride()[:3],
-                                          *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, block)
-        return dx, partial.sum(0)
 
-    forward.register_fake(lambda x, gain, cos, sin: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    backward.register_fake(lambda dy, x, gain, cos, sin: (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(gain)))
-    forward.register_autograd(lambda ctx, dy: (*backward(dy, *ctx.saved_tensors), None, None),
-                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-    return forward
+qk_op.register_fake(lambda x, gain, cos, sin: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+qk_backward_op.register_fake(lambda dy, x, gain, cos, sin: (
+    torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(gain)))
+qk_op.register_autograd(lambda ctx, dy: (*qk_backward_op(dy, *ctx.saved_tensors), None, None),
+                        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 @triton.jit
-def finish_mlp(acc, h_desc, out_desc, m, n, BACKWARD: tl.constexpr, SHIFT: tl.constexpr):
-    """A tile of mlp_kernel's product goes through the activation, or its derivative, and out."""
+def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N).
+
+    h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
+    -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have.
+    """
+    m, n = tl.program_id(1) * BM, tl.program_id(0) * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        if BACKWARD:
+            acc = tl.dot(a_desc.load([m, k]), w_desc.load([k, n]), acc)
+        else:
+            acc = tl.dot(a_desc.load([m, k]), w_desc.load([n, k]).T, acc)
     if BACKWARD:
         h = h_desc.load([m, n]).to(tl.float32)
-        negative = (h.to(tl.int32, bitcast=True) >> SHIFT) & 1
         root = tl.sqrt(h)
-        acc *= tl.where(negative == 1, -root, 2 * root)
+        acc *= tl.where((h.to(tl.int32, bitcast=True) >> SHIFT) & 1 == 1, -root, 2 * root)
     else:
         leaky = tl.where(acc > 0, acc, 0.5 * acc)
         negative = (acc < 0).to(tl.int32) << SHIFT
@@ -1155,40 +1175,15 @@ def finish_mlp(acc, h_desc, out_desc, m, n, BACKWARD: tl.constexpr, SHIFT: tl.co
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@triton.jit
-def mlp_kernel(a_desc, w_desc, h_desc, out_desc, M, N, K, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N).
-
-    h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
-    -sqrt(h), and u is never written. Programs take tile after tile; loads of the next begin while one is
-    finished, in halves, for less shared memory. SHIFT: float32 bits that h does not have.
-    """
-    columns = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * columns, tl.num_programs(0), flatten=True):
-        m, n = tile // columns * BM, tile % columns * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            if BACKWARD:
-                acc = tl.dot(a_desc.load([m, k]), w_desc.load([k, n]), acc)
-            else:
-                acc = tl.dot(a_desc.load([m, k]), w_desc.load([n, k]).T, acc)
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        finish_mlp(left, h_desc, out_desc, m, n, BACKWARD, SHIFT)
-        finish_mlp(right, h_desc, out_desc, m, n + BN // 2, BACKWARD, SHIFT)
-
-
 @torch.library.custom_op(OPS + "mlp", mutates_args=(), schema="(Tensor a, Tensor w, Tensor? h) -> Tensor")
 def mlp_op(a, w, h):
     """mlp_kernel. a (M, K), w (N, K) -> h (M, N); with h: a (M, K), w (K, N) -> the gradient of u (M, N)."""
-    (M, K), (bm, bn, bk), device = a.shape, (128, 256, 64), a.device
-    out, block = a.new_empty(M, w.size(0 if h is None else 1)), TensorDescriptor.from_tensor
-    tiles = -(-M // bm) * -(-out.size(1) // bn)
-    units = torch.cuda.get_device_properties(device).multi_processor_count if a.is_cuda else 1
-    mlp_kernel[(min(tiles, units),)](
+    (bm, bn, bk), block = (128, 128, 64), TensorDescriptor.from_tensor
+    out = a.new_empty(a.size(0), w.size(0 if h is None else 1))
+    mlp_kernel[(-(-out.size(1) // bn), -(-out.size(0) // bm))](
         block(a, [bm, bk]), block(w, [bn, bk] if h is None else [bk, bn]),
-        block(out if h is None else h, [bm, bn // 2]), block(out, [bm, bn // 2]), M, out.size(1), K,
-        h is not None, 32 - 8 * a.element_size(), bm, bn, bk, num_warps=8, num_stages=3)
+        block(out if h is None else h, [bm, bn]), block(out, [bm, bn]), a.size(1), h is not None,
+        32 - 8 * a.element_size(), bm, bn, bk, num_warps=4, num_stages=3)
     return out
 
 
@@ -1196,8 +1191,7 @@ mlp_op.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0 if h is Non
 
 
 class FusedMLP(torch.autograd.Function):
-    """mlp, the hidden layer (M, F) written and read once each way: 1.50 ms a layer and micro-batch of
-    48 x 2048, forward and backward, where Inductor's passes of their own take 1.80 (H100)."""
+    """mlp, the hidden layer (M, F) written and read once each way instead of in passes of its own."""
 
     @staticmethod
     def forward(ctx, x, up, down):
@@ -1213,8 +1207,8 @@ class FusedMLP(torch.autograd.Function):
         return (du @ up).view_as(x), du.T @ x.flatten(0, -2), dy.T @ h
 
 
-def bind(fast: Callable[[], Callable], line: Callable, inputs: list[Tensor]) -> tuple[Callable, str]:
-    """`fast()` when its output and gradients are the torch line's in float32, to bf16 rounding; else the
+def bind(fast: Callable, line: Callable, inputs: list[Tensor]) -> tuple[Callable, str]:
+    """`fast` when its output and gradients are the torch line's in float32, to bf16 rounding; else the
     line. And its name for the log. inputs: bf16 or float32, each with or without requires_grad."""
     def results(fn: Callable, wide: bool) -> list[Tensor]:
         leaves = [(x.float() if wide else x).detach().requires_grad_(x.requires_grad) for x in inputs]
@@ -1224,9 +1218,9 @@ def bind(fast: Callable[[], Callable], line: Callable, inputs: list[Tensor]) -> 
         return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
 
     try:
-        got, exact = results(fast(), False), results(line, True)
+        got, exact = results(fast, False), results(line, True)
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact))
-        return (fast(), "triton") if error < 0.01 else (line, f"torch (error {error:.3f})")
+        return (fast, "triton") if error < 0.01 else (line, f"torch (error {error:.3f})")
     except Exception as e:      # whatever a compiler or driver raises: the torch line is always right
         return line, f"torch ({type(e).__name__})"
 
@@ -1236,10 +1230,10 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device).bfloat16()
     heads, gain = draw(2, 64, 2, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
-    qk, qk_name = bind(triton_qk, qk_norm_rope, [heads.requires_grad_(), gain.requires_grad_(),
-                                                 *rope_tables(64, h.rope_dims, h.rope_base, device)])
+    qk, qk_name = bind(qk_op, qk_norm_rope, [heads.requires_grad_(), gain.requires_grad_(),
+                                             *rope_tables(64, h.rope_dims, h.rope_base, device)])
     shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
-    fused, mlp_name = bind(lambda: FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
+    fused, mlp_name = bind(FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
     return Ops(qk=qk, mlp=fused), {"qk": qk_name, "mlp": mlp_name}
 
 
@@ -1430,25 +1424,12 @@ def xxt_and_sums(X: Tensor, r: Tensor | None, power: int) -> tuple[Tensor, Tenso
     return A, A.float().abs().pow(power).sum(-1)
 
 
-def ba_plus_caa(A: Tensor, b: float, c: float, a: float = 0.0, r: Tensor | None = None) -> Tensor:
+def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None) -> Tensor:
     """(aI + bA + cA^2) diag(r) for a symmetric A. (B, M, M), (B, M) -> (B, M, M)."""
     if tile := tile_of("ba_plus_caa", A):
         return symmetric_op(A, r, (a, b, c), 0, A.dtype, tile)[0]
-    C = torch.baddbmm(A, A, A, beta=b, alpha=c)
-    C = C if a == 0 else C + a * torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
+    C = torch.baddbmm(A, A, A, beta=b, alpha=c) + a * torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
     return C if r is None else (C * r[:, None]).to(A.dtype)
-
-
-def ax_plus_bx(X: Tensor, B: Tensor, a: float, r: Tensor | None = None) -> Tensor:
-    """a diag(r) X + BX, in the layout of X. (B, M, N), (B, M, M), (B, M) -> (B, M, N).
-
-    Always torch's product. With a inside B (a = 0) 22 x 512 x 512 takes 17.8 us and 11 x 512 x 1536 18.5;
-    baddbmm copies X first, 27.3 and 34.4; a kernel that starts its sum from aX took 21.5 and 28.8 (H100).
-    """
-    Z = X if r is None or a == 0 else (X * r[:, :, None]).to(X.dtype)
-    if X.stride(-1) == 1:
-        return torch.baddbmm(Z, B, X, beta=a) if a else torch.bmm(B, X)
-    return (torch.baddbmm(Z.mT, X.mT, B.mT, beta=a) if a else torch.bmm(X.mT, B.mT)).mT
 
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -1514,9 +1495,8 @@ def polar_express(low: float, steps: int, safety: float, cushion: float) -> tupl
     return tuple(rows)
 
 
-# PE5 ends in [0.86, 1.14]. Four steps from 1e-3 do not converge ([0.42, 1.58]); PE4's from 3e-3 end in
-# [0.78, 1.22], and Schatten-4 makes up for the 3. From 1e-2 ([0.98, 1.02]) the slope at zero is only 147 and
-# the lowest third of a momentum's spectrum (10 % and 50 % quantile: .0006, .017) would stay low.
+# PE5 ends in [0.86, 1.14]. Four steps from 1e-3 would end in [0.42, 1.58], PE4's from 3e-3 in [0.78, 1.22]
+# and Schatten-4 makes up for the 3; from 1e-2 the lowest third of a momentum's spectrum would stay low.
 PE5 = polar_express(1e-3, 5, SAFETY, 2e-2)
 PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
 
@@ -1535,13 +1515,13 @@ def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) 
     """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay.
 
     It starts from diag(r) X, which is never written: r (B, M) scales the first A and the columns of the first
-    polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. With a kernel for it,
-    aI goes inside the polynomial and a plain product is left.
+    polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. aI is inside the
+    polynomial, 22 x 512 x 512 take 17.8 us then; baddbmm, which copies X, 27.3, a kernel from aX on 21.5.
     """
     for a, b, c in coefficients:
-        A = xxt(X, r) if A is None else A
-        fold = a if tile_of("ba_plus_caa", A) else 0.0
-        X, r, A = ax_plus_bx(X, ba_plus_caa(A, b, c, fold, r), a - fold, r), None, None
+        C = ba_plus_caa(xxt(X, r) if A is None else A, a, b, c, r)
+        X = torch.bmm(C, X) if X.stride(-1) == 1 else torch.bmm(X.mT, C.mT).mT     # in the layout of X
+        r = A = None
     return X
 
 
@@ -1561,11 +1541,6 @@ def ortho_turbo(X: Tensor) -> Tensor:
     A, sums = xxt_and_sums(X, None, 1)
     r = inverse_root(sums)
     return quintic(X, TURBO, r, (A * r[:, :, None] * r[:, None]).to(A.dtype))
-
-
-def unit_rows(X: Tensor) -> Tensor:
-    """Rows over (norm + 1e-8). A zero row stays zero."""
-    return X / (X.norm(dim=-1, keepdim=True) + 1e-8)
 
 
 def ortho_mud(X: Tensor, passes: int) -> Tensor:
@@ -1612,7 +1587,8 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
 
 def equalize_rows(U: Tensor) -> Tensor:
     """MuonEq-R (arXiv:2603.28254): unit rows of the matrix as stored. (b, M, N); zero rows stay zero."""
-    return unit_rows(U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30))
+    U = U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return U / (U.norm(dim=-1, keepdim=True) + 1e-8)
 
 
 def frobenius(X: Tensor) -> Tensor:
@@ -1669,47 +1645,11 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
 STEP_RULES: dict[str, Callable] = {
     "muon": step_muon, "hyperball": step_hyperball, "normuon": step_muon, "normuon_hyperball": step_hyperball,
 }
-# Rules that divide the direction by a second moment: the shape of that state for a (b, M, N) shard.
-RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}
+RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}  # of (b, M, N)
 
 # -----------------------------------------------------------------------------
-# 9. Optimizer: one table, sharded state, and the schedule that holds every collective of a step.
+# 9. Optimizer: sharded state, and the schedule that holds every collective of a step.
 
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """A parameter's treatment. Row order is the order in which reductions are launched: biggest first."""
-    name: str
-    home: str        # its buffer. A bank: sharded by matrix, ORTHO and STEP_RULES | "flat": replicated, AdamW
-    lr: str          # Config field
-    wd: str          # Config field
-    kind: str        # encoding in the artifact
-
-
-PARAM_TABLE = (
-    ParamSpec("mlp_up_bank", "mlp", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("mlp_down_bank", "mlp", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("qo_bank", "qo", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("kv_bank", "kv", "matrix_lr", "muon_wd", "int6"),
-    ParamSpec("tok_emb", "flat", "embed_lr", "adam_wd", "int8"),
-    ParamSpec("bigram_emb", "flat", "embed_lr", "adam_wd", "int8"),
-    ParamSpec("ve_emb", "flat", "embed_lr", "adam_wd", "int8"),
-    ParamSpec("bigram_proj", "flat", "scalar_lr", "adam_wd", "int8"),
-    ParamSpec("ve_proj", "flat", "scalar_lr", "adam_wd", "int8"),
-    ParamSpec("resid_mix", "flat", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("attn_scale", "flat", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("mlp_scale", "flat", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("attn_gain", "flat", "norm_gain_lr", "adam_wd", "f16"),
-    ParamSpec("mlp_gain", "flat", "norm_gain_lr", "adam_wd", "f16"),
-    ParamSpec("skip_weights", "flat", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("smear_gate", "flat", "scalar_lr", "adam_wd", "f16"),
-    ParamSpec("q_gain", "flat", "scalar_lr", "adam_wd", "f32"),
-    ParamSpec("ve_layer_scale", "flat", "scalar_lr", "adam_wd", "f32"),
-    ParamSpec("bigram_scale", "flat", "scalar_lr", "adam_wd", "f32"),
-    ParamSpec("ve_scale", "flat", "scalar_lr", "adam_wd", "f32"),
-)
-MATRICES = tuple(s for s in PARAM_TABLE if s.home != "flat")
-SMALL = tuple(s for s in PARAM_TABLE if s.home == "flat")
 WORK_ORDER = ("kv", "qo", "mlp")    # banks, after the small tensors: cheapest first
 
 
@@ -1778,7 +1718,7 @@ class Optimizer:
             self.rehome(p, value[: p.numel()].view_as(p), grad[: p.numel()].view_as(p))
             lr.fill_(getattr(h, s.lr))
             p.requires_grad_(getattr(h, s.lr) > 0)             # what does not move needs no gradient
-            wd.fill_(getattr(h, s.wd))
+            wd.fill_(h.adam_wd)
         self.wire["flat"] = self.flat_grad.to(getattr(torch, h.wire_dtype))
         self.adam_buffers = (self.flat, self.wire["flat"], self.flat_m, self.flat_v, flat_lr, flat_wd)
         self.matrix_update = m.compile(matrix_update)
@@ -1920,13 +1860,6 @@ class Ema:
         self.progress = 0.0
         torch._foreach_copy_(self.average, self.params)
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange average and weights; twice is the identity."""
-        live = [p.clone() for p in self.params]
-        torch._foreach_copy_(self.params, self.average)
-        torch._foreach_copy_(self.average, live)
-
 
 # -----------------------------------------------------------------------------
 # 12. Artifact: quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
@@ -1998,8 +1931,7 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Cal
 
     When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
-    within a few compressions. Without fit_cap, or when not even a step of one deviation fits, the artifact is
-    over the cap.
+    in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap.
     """
     def quantized(step: float) -> tuple[bytes, float]:
         """The artifact before compression at a step, and its entropy in bytes."""
@@ -2127,6 +2059,10 @@ class Score(NamedTuple):
     tokens: int
     bytes: int
     ms: float
+
+    @property
+    def exact(self) -> str:
+        return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
 
 class ScoreRun(NamedTuple):
@@ -2396,12 +2332,11 @@ def score_artifact(run: Run) -> Score:
         score = run.score(label, stride)
         how = f"stride:{stride} " if stride != h.eval_seq_len else ""
         log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {how}eval_time:{score.ms:.0f}ms")
-        log(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+        log(f"{label}_exact {score.exact}")
         run.phases["eval"] += score.ms
     if h.report_split:
-        extra = run.score(h.report_split, h.eval_seq_len, h.report_split)
-        log(f"report split:{h.report_split} metric:int6_lzma_chunked "
-            f"val_loss:{extra.loss:.8f} val_bpb:{extra.bpb:.8f}")
+        extra = run.score(h.report_split, h.eval_seq_len, h.report_split).exact
+        log(f"report split:{h.report_split} metric:int6_lzma_chunked {extra}")
     return score
 
 
@@ -2423,31 +2358,23 @@ def check_data(h: Config) -> Dataset:
     return dataset
 
 
-def export(run: Run, ema: Ema, path: str) -> int:
-    """Write the artifact of the configured weights, before any score. Returns the packed code's bytes."""
-    code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
-    if run.m.is_main:
-        weights = dict(run.model.named_parameters())
-        if run.h.artifact_weights == "ema":
-            weights = dict(zip(weights, ema.average))
-        blob, step = fit_artifact(weights, run.h, run.h.size_cap - code_bytes, run.timed)
-        write_atomic(path, blob)
-        run.log(f"artifact weights:{run.h.artifact_weights} int6_step:{step}")
-    return code_bytes
-
-
 def conclude(run: Run, ema: Ema, path: str) -> int:
     """What follows training: the artifact at `path`, every score. Exit status 1 when it is over the cap."""
     h, m, log = run.h, run.m, run.log
     if m.pin:
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2 ** 20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2 ** 20} MiB")
-    code_bytes = export(run, ema, path)
-    scores = {"live": validate(run, run.phases["steps"], run.phases["train"])}
-    ema.swap()
-    scores["ema"] = run.score("ema", h.eval_seq_len)
-    for label, score in scores.items():
-        log(f"final_{label} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} eval_time:{score.ms:.0f}ms")
+    code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
+    if m.is_main:                                  # the artifact first: whatever fails later, it is there
+        weights = dict(run.model.named_parameters())
+        weights = weights if h.artifact_weights == "live" else dict(zip(weights, ema.average))
+        blob, step = fit_artifact(weights, h, h.size_cap - code_bytes, run.timed)
+        write_atomic(path, blob)
+        log(f"artifact weights:{h.artifact_weights} int6_step:{step}")
+    live = validate(run, run.phases["steps"], run.phases["train"])
+    torch._foreach_copy_(ema.params, ema.average)
+    for label, score in (("live", live), ("ema", run.score("ema", h.eval_seq_len))):
+        log(f"final_{label} {score.exact} eval_time:{score.ms:.0f}ms")
     floor = unigram_score(h, run.held_out("val"), run.dataset.counts)
     log(f"unigram val_loss:{floor.loss:.4f} val_bpb:{floor.bpb:.4f}")
     box = [Path(path).read_bytes() if m.is_main else b""]
@@ -2466,10 +2393,9 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     if run.phases["late_graphs"]:
         log(f"late compilation: {run.phases['late_graphs']} graphs were compiled while the clock ran; "
             "raise warmup_steps or report it")
-    log(f"final_score metric:{metric(h)} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
-        f"bytes_total:{bytes_total} bytes_code:{code_bytes} steps:{run.phases['steps']} "
-        f"train_time:{run.phases['train']:.0f}ms eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} "
-        f"sha256:{hashlib.sha256(blob).hexdigest()}")
+    log(f"final_score metric:{metric(h)} {score.exact} bytes_total:{bytes_total} bytes_code:{code_bytes} "
+        f"steps:{run.phases['steps']} train_time:{run.phases['train']:.0f}ms "
+        f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{hashlib.sha256(blob).hexdigest()}")
     return 1 if over > 0 or run.phases["late_graphs"] else 0
 
 
@@ -2520,8 +2446,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Score an artifact, chunked and sliding."""
     run, blob = load_run(path, argv, env)
-    score = score_artifact(run)
-    run.log(f"eval_score metric:{metric(run.h)} val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f} "
+    run.log(f"eval_score metric:{metric(run.h)} {score_artifact(run).exact} "
             f"eval_time:{run.phases['eval']:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
     return 0
 
@@ -2529,9 +2454,8 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
 def command_tool(name: str, argv: list[str]) -> int:
     """Hand over to the repository's tool, which is no part of what it judges. Its exit status."""
     script = ["--script", os.path.realpath(__file__)]
-    files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv if "=" not in a]
-    instead = " ".join([f"python records/{name}.py", *files, *script, "KEY=VALUE"])
-    tool = repository_file(f"records/{name}.py", instead)
+    files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv]
+    tool = repository_file(f"records/{name}.py", " ".join([f"python records/{name}.py", *files, *script]))
     outer, sys.argv = sys.argv, [tool, *argv, *script]
     try:
         runpy.run_path(tool, run_name="__main__")

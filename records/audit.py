@@ -28,7 +28,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -50,7 +50,7 @@ MODULE = "audited_script"        # its name in sys.modules
 NEEDS = ("InputError", "Log", "load_shard", "split_files", "GPT", "MAGIC", "XZ", "open_artifact", "ScoreRun",
          "score_targets", "evaluate", "train", "load_run", "GPT.embed", "GPT.loss", "GPT.nats", "Run.h",
          "Run.m", "Run.log", "Run.dataset", "Run.model", "Run.nats_fn", "Run.held_out", "Dataset.counts",
-         "Dataset.decode", "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of")
+         "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of")
 
 
 class BadInput(Exception):
@@ -243,13 +243,27 @@ def audit_coverage(audit: Audit) -> Verdict:
                    f"score is {'' if sums else 'not '}the sum of its targets")
 
 
+def decoder(run: Any) -> Callable[[list[list[int]]], list[str]]:
+    """Documents' token ids -> texts, by the tokenizer itself: the audited script has no say in it."""
+    named = run.dataset.manifest.get("tokenizer", {})
+    if named.get("encoding") and not run.h.tokenizer_path:
+        import tiktoken
+        return tiktoken.get_encoding(named["encoding"]).decode_batch
+    import sentencepiece
+    path = run.h.tokenizer_path or os.path.join(run.h.data_path, named["file"])
+    sp = sentencepiece.SentencePieceProcessor(model_file=path)
+    # Without a piece for a space it is spelled in bytes, and decode drops none at the start.
+    first = " " if sp.is_unknown(sp.piece_to_id("\u2581")) and sp.is_byte(sp.piece_to_id("<0xE2>")) else ""
+    return lambda documents: [x.replace("\u2581", " ").removeprefix(first) for x in sp.decode(documents)]
+
+
 def audit_bytes(audit: Audit) -> Verdict:
     """T5: the denominator is the UTF-8 length of the decoded documents, document by document."""
     run, tokens = audit.run, audit.run.held_out("val")[:2_000_000]
     starts = np.flatnonzero(tokens == run.h.bos_id)
     ends = np.append(starts[1:], len(tokens))
     weights = np.concatenate([[0], np.cumsum(run.dataset.counts.of(tokens))])
-    texts = run.dataset.decode([tokens[a + 1: b].tolist() for a, b in zip(starts, ends)])
+    texts = decoder(run)([tokens[a + 1: b].tolist() for a, b in zip(starts, ends)])
     whole = range(len(starts) - 1)                      # the last one may be cut inside a character
     bad = [i for i in whole if weights[ends[i] - 1] - weights[starts[i]] != len(texts[i].encode())]
     return Verdict("T5 byte accounting", not bad,

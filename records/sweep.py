@@ -234,11 +234,9 @@ def weights_sha256(model: t.GPT) -> str:
 
 def code_entropy(run: t.Run, ema: t.Ema) -> tuple[float, int]:
     """(order-0 entropy in bits per weight, weights) of the int6 codes of the weights that are exported."""
-    averaged = run.h.artifact_weights == "ema"
-    ema.swap() if averaged else None
-    codes = [t.quantize(p.detach(), "int6", run.h.int6_step)[0].cpu().numpy().tobytes()
-             for name, p in run.model.named_parameters() if t.KINDS[name] == "int6"]
-    ema.swap() if averaged else None
+    weights = ema.average if run.h.artifact_weights == "ema" else ema.params
+    codes = [t.quantize(p, "int6", run.h.int6_step)[0].cpu().numpy().tobytes()
+             for (name, _), p in zip(run.model.named_parameters(), weights) if t.KINDS[name] == "int6"]
     raw = b"".join(codes)
     return 8 * t.entropy_bytes(raw) / len(raw), len(raw)
 

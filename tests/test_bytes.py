@@ -2,13 +2,20 @@
 
 import math
 import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece
 
 import train_gpt as t
-from helpers import BOS, english, english_dataset, tiny, train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
+
+import audit  # noqa: E402
+from helpers import BOS, english, english_dataset, tiny, train_tokenizer  # noqa: E402
 
 SPACE = "\u2581"
 ENGLISH = english(60, 7)
@@ -127,7 +134,7 @@ def test_the_vocabularies_are_what_they_are_called(vocabularies):
 @pytest.mark.parametrize("name", NAMES)
 def test_sum_is_the_utf8_length_of_every_document(vocabularies, name):
     path, sp = vocabularies[name]
-    counts, decode = t.sentencepiece_counts(path)
+    counts = t.sentencepiece_counts(path)
     documents = [sp.encode(x) for x in ENGLISH[:20] + FOREIGN + ENGLISH[20:30]]
     stream = np.array(sum(([BOS, *d] for d in documents), []) + [BOS], dtype=np.uint16)
     weights = counts.of(stream)
@@ -138,14 +145,15 @@ def test_sum_is_the_utf8_length_of_every_document(vocabularies, name):
     wrong = [(documents[i], got[i], lengths[i]) for i in range(len(lengths)) if got[i] != lengths[i]]
     assert not wrong, [(sp.id_to_piece(d), g, n) for d, g, n in wrong[:2]]
     assert weights.sum() == sum(lengths) > 1000
-    assert [len(x.encode()) for x in decode(documents)] == lengths
+    run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
+    assert [len(x.encode()) for x in audit.decoder(run)(documents)] == lengths  # which the auditor asks
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_weighs_what_its_text_weighs(vocabularies, name):
     """Not only whole documents: cutting before any piece that begins a character adds up, too."""
     path, sp = vocabularies[name]
-    counts, _ = t.sentencepiece_counts(path)
+    counts = t.sentencepiece_counts(path)
     no_piece = "no space" in name
     for text in ENGLISH[:3] + FOREIGN:
         ids = sp.encode(text)
@@ -160,7 +168,7 @@ def test_a_prefix_weighs_what_its_text_weighs(vocabularies, name):
 
 def test_the_space_behind_a_document_start_is_no_text(vocabularies):
     path, sp = vocabularies["dummy prefix"]
-    counts, _ = t.sentencepiece_counts(path)
+    counts = t.sentencepiece_counts(path)
     ids = sp.encode("the river")
     first = sp.id_to_piece(ids[0])
     assert first.startswith(SPACE)
@@ -178,7 +186,7 @@ def test_unused_pieces_and_inner_marks(vocabularies, tmp_path):
     a, b, c = (sp.id_to_piece(i) for i in ids[10:13])
     edits = {a: lambda kind: (a, unused), b: lambda kind: (f"{SPACE}q{SPACE}é", kind), c: lambda kind: (f"{SPACE}zz", unused)}
     change = lambda text, kind: edits[text](kind) if text in edits else (text, kind)
-    counts, _ = t.sentencepiece_counts(edit_pieces(source, tmp_path / "edited.model", change))
+    counts = t.sentencepiece_counts(edit_pieces(source, tmp_path / "edited.model", change))
     assert counts.of(np.array([ids[0], ids[10]]))[0] == 0 and counts.boundary[ids[10]]
     assert counts.of(np.array([ids[0], ids[12]]))[0] == 0 and not counts.space[ids[12]]  # nor does its mark
     assert counts.of(np.array([ids[0], ids[11]]))[0] == 1 + 1 + 1 + 2
@@ -187,7 +195,7 @@ def test_unused_pieces_and_inner_marks(vocabularies, tmp_path):
 
 def test_three_space_bytes_count_once_only_when_in_a_row(vocabularies):
     path, sp = vocabularies["no space piece"]
-    counts, _ = t.sentencepiece_counts(path)
+    counts = t.sentencepiece_counts(path)
     e2, b96, b81 = (sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode())
     x = sp.piece_to_id("e")
     assert counts.of(np.array([x, e2, b96, b81, x])).tolist() == [1, 0, 0, 1]
@@ -196,7 +204,7 @@ def test_three_space_bytes_count_once_only_when_in_a_row(vocabularies):
     assert counts.of(np.array([x, e2, b96, x])).tolist() == [1, 1, 1]  # another character's bytes
     assert counts.of(np.array([x, e2, b81, b96])).tolist() == [1, 1, 1]
     assert counts.of(np.array([e2, b96])).tolist() == [1]
-    ordinary, sp = t.sentencepiece_counts(vocabularies["ordinary"][0])[0], vocabularies["ordinary"][1]
+    ordinary, sp = t.sentencepiece_counts(vocabularies["ordinary"][0]), vocabularies["ordinary"][1]
     e2, b96, b81 = (sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode())
     assert ordinary.of(np.array([5, e2, b96, b81])).tolist() == [1, 1, 1]
 
@@ -213,7 +221,7 @@ def test_a_vocabulary_without_bytes_or_space_piece(tmp_path):
     (tmp_path / "plain.model").write_bytes(model.getvalue())
     rename = lambda text, kind: ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
     path = edit_pieces(tmp_path / "plain.model", tmp_path / "none.model", rename)
-    counts, _ = t.sentencepiece_counts(path)
+    counts = t.sentencepiece_counts(path)
     assert counts.of(np.array([9, 3, 3, 3, 3])).tolist() == [0, 0, 0, 0]
 
 
@@ -225,7 +233,7 @@ def test_bpb_is_bits_over_bytes():
 def test_bpb_of_a_uniform_model_by_hand():
     """8 bits a token under a uniform model of 256 ids: bpb is 8 * tokens / bytes."""
     data = english_dataset()
-    counts, _ = t.sentencepiece_counts(data.tokenizer)
+    counts = t.sentencepiece_counts(data.tokenizer)
     tokens = np.array(data.val)
     weight = int(counts.of(tokens).sum())
     assert weight == data.val_bytes
@@ -242,7 +250,7 @@ def test_unigram_score_by_hand():
         seen[token] = seen.get(token, 0) + 1
     total = len(train) + data.vocab_size
     nats = -sum(math.log((seen.get(x, 0) + 1) / total) for x in data.val[1:])
-    score = t.unigram_score(h, np.array(data.val), t.sentencepiece_counts(data.tokenizer)[0])
+    score = t.unigram_score(h, np.array(data.val), t.sentencepiece_counts(data.tokenizer))
     assert score.loss == pytest.approx(nats / (len(data.val) - 1), rel=1e-12)
     assert score.bpb == pytest.approx(nats / math.log(2) / data.val_bytes, rel=1e-12)
 
@@ -266,7 +274,7 @@ def byte_encoding(monkeypatch):
 
 def test_tiktoken_weights_are_the_bytes_of_the_text(byte_encoding):
     enc = byte_encoding
-    counts, decode = t.tiktoken_counts("tiny_test")
+    counts = t.tiktoken_counts("tiny_test")
     assert len(counts.base) == enc.n_vocab == 266
     documents = [enc.encode(x) for x in [*ENGLISH[:5], *FOREIGN]]
     assert any(257 in d for d in documents)
@@ -277,7 +285,9 @@ def test_tiktoken_weights_are_the_bytes_of_the_text(byte_encoding):
     starts = np.flatnonzero(stream == 265)
     per_document = [int(weights[a : a + len(d)].sum()) for a, d in zip(starts, documents)]
     assert per_document == lengths  # the leading space is text here
-    assert decode(documents) == [enc.decode(d) for d in documents]
+    manifest = {"tokenizer": {"encoding": "tiny_test"}}
+    run = SimpleNamespace(dataset=SimpleNamespace(manifest=manifest), h=SimpleNamespace(tokenizer_path=""))
+    assert audit.decoder(run)(documents) == [enc.decode(d) for d in documents]
     assert counts.boundary[[261, 264, 265]].all() and not counts.boundary[:261].any()
 
 

@@ -206,14 +206,14 @@ def test_steps_that_were_lost_are_void(tmp_path, monkeypatch):
 
 
 def stop_twice(rank):
-    """The second signal comes while the first step after the first one does not end."""
-    real = t.train_step
+    """A signal and its echo in a step that does not end; then, later, another."""
+    real, t.ECHO = t.train_step, 1
 
     def slow(*a):
         if a[1].steps == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
+            for pause in (0, 1.2, 60):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(pause)
         return real(*a)
 
     t.train_step = slow
@@ -221,8 +221,16 @@ def stop_twice(rank):
 
 def test_a_second_signal_leaves_at_once(tmp_path):
     began = time.monotonic()
-    assert kill_runs.ended(kill_runs.start(tmp_path, fault=stop_twice)) == [-signal.SIGINT]
+    assert kill_runs.ended(kill_runs.start(tmp_path, fault=stop_twice)) == [128 + signal.SIGINT]
     assert time.monotonic() - began < 40
+
+
+def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
+    """torchrun sends its ranks again what the terminal has sent them all."""
+    at_step(monkeypatch, 4, lambda optimizer: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert t.main(args(tmp_path)) == 0
+    text = "\n".join(lines(tmp_path))
+    assert "stopping_early: signal" in text and "checkpoint step:4" in text and "final_score" in text
 
 
 # ---------------------------------------------------------------- faults
