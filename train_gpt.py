@@ -153,6 +153,7 @@ class Config:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
+    deterministic: bool = False          # one seed, one result on a GPU too, when iterations end the run
     wire_dtype: str = "float32"          # of gradients between ranks: float32 | bfloat16
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
     matrix_warmdown_frac: float = 0.0    # the same for matrix_lr; 0: warmdown_frac
@@ -272,9 +273,9 @@ def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
     sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
     accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
     if left or sequences == 0 or sequences % accum:
-        raise InputError(f"WORLD_SIZE={world_size} cannot share train_batch_tokens={h.train_batch_tokens} in "
-                         f"equal micro-batches of at most {h.micro_batch_tokens} and sequences of "
-                         f"{h.train_seq_len}; change one of them or the number of processes")
+        raise InputError(f"WORLD_SIZE={world_size} cannot cut train_batch_tokens={h.train_batch_tokens} by "
+                         f"micro_batch_tokens={h.micro_batch_tokens} and train_seq_len={h.train_seq_len}; "
+                         "change one of them or the number of processes")
     return accum, sequences // accum
 
 
@@ -422,8 +423,8 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     cut_batch(h, world)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    torch.cuda.set_device(device) if cuda else None
+    torch.use_deterministic_algorithms(h.deterministic)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
     levels = ((None, slice(0, world), slice(rank, rank + 1)),)
@@ -610,8 +611,7 @@ class TokenLoader:
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(starts) == 0:
             raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
-        if starts[0] != 0:
-            starts = np.concatenate([[0], starts])
+        starts = np.union1d(0, starts)
         lengths = np.diff(starts, append=len(tokens))
         order = np.random.default_rng([self.h.seed, epoch, shard]).permutation(len(starts))
         return tokens, starts[order], np.concatenate([[0], np.cumsum(lengths[order])])
@@ -637,8 +637,7 @@ class TokenLoader:
 
     def build(self, index: int) -> list[Tensor]:
         """This rank's micro-batches of global batch `index`: `accum` host tensors (B, T + 1), int64."""
-        T, B = self.h.train_seq_len, self.rows
-        batch = []
+        T, B, batch = self.h.train_seq_len, self.rows, []
         for a in range(self.accum):
             row = (a * self.m.world_size + self.m.rank) * B
             flat = self.read(index * self.h.train_batch_tokens + row * T, B * T + 1)
@@ -863,9 +862,8 @@ def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, rope: tuple, 
 
     ve (B, T, Hkv*Dh) is added to the values when given. One product makes q, k and v.
     """
-    B, T, D = x.shape
-    H, kv = w.q_gain.size(0), (w.qkv.size(0) - D) // 2
-    Dh = D // H
+    (B, T, D), H = x.shape, w.q_gain.size(0)
+    Dh, kv = D // H, (w.qkv.size(0) - D) // 2
     q, k, v = F.linear(x, w.qkv).split([D, kv, kv], dim=-1)
     v = (v if ve is None else v + ve).view(B, T, kv // Dh, Dh)
     q = ops.qk(q.view(B, T, H, Dh), w.q_gain, *rope)
@@ -1428,8 +1426,9 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
     """(aI + bA + cA^2) diag(r) for a symmetric A. (B, M, M), (B, M) -> (B, M, M)."""
     if tile := tile_of("ba_plus_caa", A):
         return symmetric_op(A, r, (a, b, c), 0, A.dtype, tile)[0]
-    C = torch.baddbmm(A, A, A, beta=b, alpha=c) + a * torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
-    return C if r is None else (C * r[:, None]).to(A.dtype)
+    X = A.to(torch.promote_types(A.dtype, torch.float32))       # the diagonal must not be rounded twice
+    C = torch.baddbmm(X, X, X, beta=b, alpha=c) + a * torch.eye(A.size(-1), dtype=X.dtype, device=A.device)
+    return (C if r is None else C * r[:, None]).to(A.dtype)
 
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -2454,8 +2453,9 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
 def command_tool(name: str, argv: list[str]) -> int:
     """Hand over to the repository's tool, which is no part of what it judges. Its exit status."""
     script = ["--script", os.path.realpath(__file__)]
-    files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv]
-    tool = repository_file(f"records/{name}.py", " ".join([f"python records/{name}.py", *files, *script]))
+    files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv if "=" not in a]
+    instead = " ".join([f"python records/{name}.py", *files, *script, "KEY=VALUE"])
+    tool = repository_file(f"records/{name}.py", instead)
     outer, sys.argv = sys.argv, [tool, *argv, *script]
     try:
         runpy.run_path(tool, run_name="__main__")
@@ -2485,6 +2485,7 @@ def main(argv: list[str]) -> int:
             return command_tool(command, rest)
         if command != "train":
             raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
         return command_train(load_config(rest, os.environ), os.environ)
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)

@@ -122,11 +122,14 @@ def reason(error: Exception) -> str:
 # ---- cases ---------------------------------------------------------------------------------------
 
 def banks_of(b: Bench, share: str) -> list[Bank]:
-    """The matrix banks in their work order; of an eighth, ceil(count / 8) matrices each."""
-    table = b.t.parameter_table(b.h)
-    shapes = [(spec.name, *table[spec.name][0]) for spec in b.t.MATRICES]
-    return [Bank(name, count if share == "all" else -(-count // RANKS), rows, columns)
-            for name, count, rows, columns in shapes]
+    """The matrix banks in their work order. An eighth is what the busiest of eight ranks holds: of matrices
+    that share a buffer ceil(count / 8), all of the first kind."""
+    table, held = b.t.parameter_table(b.h), {}
+    for spec in b.t.MATRICES:
+        held.setdefault(getattr(spec, "home", spec.name), []).append(Bank(spec.name, *table[spec.name][0]))
+    if share == "all":
+        return [bank for banks in held.values() for bank in banks]
+    return [banks[0]._replace(count=-(-sum(bank.count for bank in banks) // RANKS)) for banks in held.values()]
 
 
 def all_cases(b: Bench) -> list[Case]:

@@ -108,7 +108,7 @@ def test_an_eighth_is_the_largest_share():
     h = t.load_config([], {})
     bench = BENCH._replace(h=h)
     assert {x.name: x.count for x in directions.banks_of(bench, "eighth")} == {
-        "mlp_up_bank": 2, "mlp_down_bank": 2, "qo_bank": 3, "kv_bank": 3}  # fmt: skip
+        "mlp_up_bank": 3, "qo_bank": 3, "kv_bank": 3}  # fmt: skip
     assert {x[1:] for x in directions.banks_of(bench, "all")} == {
         (11, 1536, 512), (11, 512, 1536), (22, 512, 512), (22, 256, 512)}  # fmt: skip
 

@@ -242,6 +242,17 @@ def test_the_seed_decides_every_bit():
     assert other.final["sha256"] != first.final["sha256"] and other.final["seed"] == "7"
 
 
+def test_deterministic_mode_is_torchs(monkeypatch):
+    """It is on while the run lasts, off in the next; on a GPU two runs with it give the same bytes."""
+    seen, real = [], t.train_step
+    monkeypatch.setattr(t, "train_step", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or real(*a))
+    first, again = finished_with(deterministic=True), finished_with(deterministic=True, train_log_every=3)
+    assert all(seen) and seen and first.blob == again.blob
+    seen.clear()
+    finished_with(train_log_every=4)
+    assert seen and not any(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 def test_ema_and_live_weights_are_different_artifacts():
     ema, live = finished_with(), finished_with(artifact_weights="live")
     assert ema.blob != live.blob
