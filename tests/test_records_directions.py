@@ -149,7 +149,7 @@ def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
     with torch.no_grad():
         for calls in directions.calls_of(BENCH, directions.Case(part, "eighth", "ns5", "normuon"), sets, compiler):
             [call() for call in calls]
-    assert t.compiled_graphs() - before == 4
+    assert t.compiled_graphs() - before == 3  # of an eighth: MLP-up stands for both
     torch._dynamo.reset()
 
 
