@@ -286,7 +286,9 @@ case $command in
     test)
         use_python
         cd "$root"
-        exec "$py" -m pytest "$@"
+        # two at a time, a file's tests in one process; -n0: one after the other
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+        exec "$py" -m pytest -n auto --maxprocesses 2 --dist loadfile "$@"
         ;;
     data | record)    # these take paths of the caller's, so they run where the caller stands
         tool=data/prepare.py

@@ -89,6 +89,9 @@ class Tree:
         return found[0]
 
 
+TESTS = "-m pytest -n auto --maxprocesses 2 --dist loadfile"
+
+
 @pytest.fixture
 def tree(tmp_path):
     return Tree(tmp_path)
@@ -195,7 +198,7 @@ def test_installs_once_and_again_only_when_needed(tree):
 
 def test_a_prepared_interpreter_installs_nothing(tree):
     assert tree.run("test", "-k", "style").returncode == 0
-    assert tree.calls() == ["-m pytest -k style"] and not (tree.root / ".venv").exists()
+    assert tree.calls() == [f"{TESTS} -k style"] and not (tree.root / ".venv").exists()
 
 
 # ---------------------------------------------------------------- train
@@ -371,4 +374,4 @@ def test_the_other_commands(tree):
 def test_ci_keeps_the_exit_status(tree):
     assert tree.run(script=".ci/run", cwd=Path("/")).returncode == 0
     assert tree.run(script=".ci/run", PYTEST_STATUS="3").returncode == 3
-    assert tree.calls() == ["-m pytest", "-m pytest"]
+    assert tree.calls() == [TESTS, TESTS]
