@@ -412,11 +412,11 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     travel over gloo, device tensors over NCCL. InputError when the world size or the nodes do not fit.
     """
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
-    both = ("RANK" in env) == ("WORLD_SIZE" in env)
-    if not (both and world.isdigit() and rank.isdigit() and int(rank) < int(world)):
+    local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
+    both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
+    if not (both and sound and int(rank) < int(world) and int(local)):
         raise InputError(f"WORLD_SIZE={env.get('WORLD_SIZE')} RANK={env.get('RANK')}: not a process group; "
                          "start several processes with torchrun, or unset both")
-    local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     if local != world and (int(world) % int(local) or int(rank) % int(local) != int(place)):
         raise InputError(f"RANK={rank} LOCAL_WORLD_SIZE={local}: nodes differ; use one --nproc_per_node")
     world, rank, local, place = map(int, (world, rank, local, place))

@@ -225,7 +225,8 @@ def test_as_a_program(argv, word, tmp_path):
     assert done.stderr.startswith("train_gpt.py: ") and done.stderr.count("\n") == 1 and word in done.stderr
 
 
-@pytest.mark.parametrize("env", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}, {"WORLD_SIZE": "0", "RANK": "0"}], ids=str)
+@pytest.mark.parametrize("env", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}, {"WORLD_SIZE": "0", "RANK": "0"},
+                                 {"LOCAL_WORLD_SIZE": "x"}, {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_RANK": "-"}], ids=str)  # fmt: skip
 def test_half_a_torchrun_environment(env, monkeypatch, capsys, tmp_path):
     """A stray WORLD_SIZE without a RANK is one process, or one line; never a hang or a traceback."""
     for key, value in env.items():
