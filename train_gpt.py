@@ -18,7 +18,7 @@ Contents
   4. Bytes             what a token weighs; the definition of bpb
   5. Blocks            norm, rope, attention, mlp as functions of their weights
   6. GPT               the parameter table, banks, one trunk
-  7. Kernels           Triton and torch lines: QK, and the products of a direction
+  7. Kernels           Triton and torch lines: QK, MLP, and the products of a direction
   8. Directions        ORTHO and STEP_RULES: how a momentum becomes a step
   9. Optimizer         sharded state, the schedule of every collective of a step
  10. Schedules         pure functions of progress
@@ -308,7 +308,7 @@ class Machine:
     ops: Ops
     pin: bool
     levels: tuple                        # how ranks share a bank: (group, what of its WORLD_SIZE parts, ours)
-    names: dict[str, str]                # for the log: device, attention, qk, compile, update
+    names: dict[str, str]                # for the log: device, attention, qk, mlp, compile, update
     streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
     record: Callable | None = None       # fn -> what launches its device work
     signals: list[float] = field(default_factory=list)   # when one asked for an end, by `guarded`

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from helpers import ROOT, english_args, free_port, temporary_folder
+from helpers import english_args, free_port, temporary_folder
 
 import train_gpt as t
 

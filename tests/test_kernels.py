@@ -51,23 +51,6 @@ def test_qk_in_bf16_is_no_worse_than_the_torch_line():
         assert relative(got, reference) <= relative(plain, reference) * 1.01
 
 
-def test_qk_in_a_compiled_model_trains_like_the_torch_line():
-    """One graph with the operator inside (no graph break), same loss, same gradients."""
-    h = t.load_config(["preset=cpu", "num_layers=2", "model_dim=64", "num_heads=2"], {})
-    models = [t.GPT(h, t.Ops(qk=t.qk_op)).to(DEVICE), t.GPT(h).to(DEVICE)]
-    with torch.no_grad():
-        for p, q in zip(*(m.parameters() for m in models)):
-            q.copy_(p.add_(0.05 * torch.randn_like(p)))
-    x, y = torch.randint(0, h.vocab_size, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    losses = [torch.compile(models[0].loss, dynamic=False, fullgraph=True, backend="aot_eager")(x, y),
-              models[1].loss(x, y)]
-    for loss in losses:
-        loss.backward()
-    assert abs(losses[0].item() - losses[1].item()) < 1e-5
-    for p, q in zip(*(m.parameters() for m in models)):
-        assert relative(p.grad, q.grad) < 1e-4
-
-
 # ---------------------------------------------------------------- the MLP
 
 
@@ -117,9 +100,11 @@ def test_the_hidden_layer_carries_the_sign():
     torch.testing.assert_close(du.double()[clear], torch.where(u > 0, 2 * u, 0.5 * u)[clear], rtol=1e-4, atol=1e-6)
 
 
-def test_the_fused_mlp_in_a_compiled_model_trains_like_the_torch_line():
+@pytest.mark.parametrize("ops", [dict(qk=t.qk_op), dict(mlp=t.FusedMLP.apply)], ids=["qk", "mlp"])
+def test_a_kernel_in_a_compiled_model_trains_like_the_torch_line(ops):
+    """One graph with the operator inside (no graph break), same loss, same gradients."""
     h = t.load_config(["preset=cpu", "num_layers=2", "model_dim=64", "num_heads=2"], {})
-    models = [t.GPT(h, t.Ops(mlp=t.FusedMLP.apply)).to(DEVICE), t.GPT(h).to(DEVICE)]
+    models = [t.GPT(h, t.Ops(**ops)).to(DEVICE), t.GPT(h).to(DEVICE)]
     with torch.no_grad():
         for p, q in zip(*(m.parameters() for m in models)):
             q.copy_(p.add_(0.05 * torch.randn_like(p)))
@@ -131,6 +116,9 @@ def test_the_fused_mlp_in_a_compiled_model_trains_like_the_torch_line():
     assert abs(losses[0].item() - losses[1].item()) < 1e-5
     for p, q in zip(*(m.parameters() for m in models)):
         assert relative(p.grad, q.grad) < 1e-4
+
+
+def test_the_fake_mlp_is_the_operator():
     checks = ("test_schema", "test_faketensor")
     inputs = mlp_inputs(1, 16, 32, 64, torch.float32)
     hidden = t.mlp_op(inputs[0][0], inputs[1], None)
