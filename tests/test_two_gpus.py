@@ -31,6 +31,8 @@ def distance(a, b):
 @pytest.mark.parametrize("knobs", [{}, dict(wire_dtype="bfloat16"), dict(step_rule="normuon_hyperball", ortho="mud")], ids=str)
 def test_ranks_over_nccl_stay_bit_equal_for_200_steps_and_train_what_one_gpu_does(tmp_path, knobs):
     runs = [trained(tmp_path / str(world), world, iterations=200, val_loss_every=50, **knobs) for world in (1, 2)]
+    print("\n".join(f"step {step}: val_loss one GPU {loss}, two {runs[1][1].get(step)}" for step, loss in runs[0][1].items()))
+    print("largest relative distance of parameters after 200 steps:", distance(runs[1][0], runs[0][0]))
     assert list(runs[0][1]) == list(runs[1][1]) == [0, 50, 100, 150, 200]
     for step, loss in runs[0][1].items():
         assert runs[1][1][step] == pytest.approx(loss, abs=0.03), (step, runs[0][1], runs[1][1])
@@ -41,7 +43,8 @@ def test_ranks_over_nccl_stay_bit_equal_for_200_steps_and_train_what_one_gpu_doe
 def test_a_few_steps_on_two_gpus_are_those_on_one(tmp_path):
     """bf16 products are the same on both; sums of gradients over ranks are in another order."""
     one, two_ranks = (trained(tmp_path / str(world), world, iterations=4)[0] for world in (1, 2))
-    assert 0 <= distance(two_ranks, one) < 1e-2
+    print("largest relative distance of parameters after 4 steps:", distance(two_ranks, one))
+    assert distance(two_ranks, one) < 1e-2
 
 
 def test_deterministic_runs_on_a_gpu_are_bit_equal(tmp_path):
