@@ -363,8 +363,10 @@ def group(c: Case, names: list[str], ahead: Callable) -> list[dict]:
     true, rows = exact(c), []
     for name in names:
         if c.mask.name == "causal" or not PATHS[name].causal_only:
-            rows.append(attempt(c, name, true, ahead))
-            say(line_of(rows[-1]))
+            started = time.perf_counter()
+            row = attempt(c, name, true, ahead)
+            rows.append(row | dict(seconds=time.perf_counter() - started))          # compilation included
+            say(line_of(row))
     best = fastest(rows)
     say("fastest: " + (", ".join(f"{key} {row['path']}" for key, row in best.items()) or "none ran"))
     return rows

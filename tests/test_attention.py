@@ -98,6 +98,7 @@ def test_layouts():
     h = lambda **knobs: attention.layouts_of(tiny(**knobs))
     assert h() == [Layout(4, 2, 8), Layout(2, 1, 16)]
     assert h(num_heads=2, num_kv_heads=1) == [Layout(2, 1, 16), Layout(1, 1, 32)]
+    assert h(num_heads=6, num_kv_heads=3, model_dim=48) == [Layout(6, 3, 8), Layout(3, 1, 16)]
     assert h(num_heads=1, num_kv_heads=1) == [Layout(1, 1, 32)]
     assert str(Layout(8, 4, 64)) == "8 head(s) of 64, 4 KV"
 
@@ -214,6 +215,28 @@ def test_paths_of_a_cpu():
     for path in ("cudnn", "varlen", "flash4"):
         row = found["causal"][path]
         assert row["status"] == "skipped" and row["why"] and "\n" not in row["why"], row
+
+
+def test_flex_compiles_whole_and_skips_blocks():
+    """In one graph, for more masks than one function may be recompiled; only blocks that hold a visible pair."""
+    T, blocks = 512, []
+
+    def compiler(f):
+        compiled = torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
+        return lambda *args, **how: (blocks.append(how["block_mask"]), compiled(*args, **how))[1]
+
+    b = a_bench(rows=2, train_seq_len=T, micro_batch_tokens=2 * T, train_batch_tokens=2 * T)
+    b = b._replace(m=dataclasses.replace(b.m, compile=compiler))
+    for layout in attention.layouts_of(b.h):
+        for mask in attention.masks_of(2, T):
+            c = attention.make_case(b, layout, mask)
+            row = attention.attempt(c, "flex", attention.exact(c), lambda: None)
+            assert row["status"] == "measured" and row["errors"]["out"] < 1e-5, row
+            seen = torch.stack([attention.visible(ids, mask.window) for ids in c.ids])
+            seen = seen.view(2, T // 128, 128, T // 128, 128).any(4).any(2)
+            found = blocks[-1].to_dense()[:, 0].bool()
+            assert torch.equal(found.expand_as(seen), seen), mask
+    assert torch.equal(seen[0], seen[1]) is False  # documents differ from row to row
 
 
 def test_repeated_heads():
@@ -378,6 +401,7 @@ def test_the_command(tmp_path, capsys):
     assert got == [(n, mask, path) for n in (4, 2) for mask in NAMES for path in ("math", "flex", "varlen")
                    if mask == "causal" or path != "math"]  # fmt: skip
     assert {row["status"] for row in report["table"] if row["path"] != "varlen"} == {"measured"}
+    assert 0 < sum(row["seconds"] for row in report["table"]) < report["seconds"]
     for row in report["table"]:
         assert said.out.count(attention.line_of(row)) >= 1
     assert "attention of a layer: 4 x 16 tokens, float32" in said.out
