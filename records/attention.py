@@ -5,9 +5,9 @@
 
 Tensors are a layer's, of one micro-batch: q (B, T, H, Dh), k and v (B, T, Hkv, Dh), contiguous, random. Two
 layouts: the config's heads, and half as many of twice the size. Masks, all causal: `causal`; `documents` (a
-token sees its own document; lengths are exponential of mean 1,000, or T / 2 if that is less, and seeded; every
-row begins a document and its end cuts the last); `window W` (a token sees itself and the W - 1 before it; 512
-and 256, at most T / 2 and T / 4); both together.
+token sees its own document; lengths are exponential of mean 1,000, or T / 2 if that is less, and seeded;
+every row begins a document and its end cuts the last); `window W` (a token sees itself and the W - 1 before
+it; 512 and 256, at most T / 2 and T / 4); both together.
 
 Paths. cudnn, flash, efficient, math: F.scaled_dot_product_attention with that backend, `causal` only; math
 runs on a GPU only when --paths names it. varlen: torch.nn.attention.varlen. flex: flex_attention, compiled,
