@@ -19,6 +19,8 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
                          time the step and its sections        ./run.sh bench --json bench.json
   bench --timeline FILE.json [--steps N] [--json FILE] [key=value...]
                          compute, communication, exposed       NPROC=8 ./run.sh bench --timeline t.json
+  bench --attention [--paths NAME,NAME] [--json FILE] [key=value...]
+                         every attention on several masks      ./run.sh bench --attention --paths flex
   data VERB              get or make training data             ./run.sh data --help
   record VERB            make, check and list records          ./run.sh record verify
                          compare many settings fairly          ./run.sh record sweep --help
@@ -324,10 +326,11 @@ options=()    # of bench, which come first; its files are the caller's
 if [ "$command" = bench ]; then
     while [ $# -gt 0 ]; do
         case $1 in
-            --json | --candidates | --timeline | --script | --only | --seconds | --steps)
+            --attention) options+=("$1"); shift ;;
+            --json | --candidates | --timeline | --script | --only | --seconds | --steps | --paths)
                 [ $# -gt 1 ] || die "bench: $1 needs a value: python records/bench.py --help lists the options"
                 case $1 in
-                    --only | --seconds | --steps) options+=("$1" "$2") ;;
+                    --only | --seconds | --steps | --paths) options+=("$1" "$2") ;;
                     *) options+=("$1" "$(absolute "$2")") ;;
                 esac
                 shift 2

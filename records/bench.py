@@ -4,6 +4,7 @@
     python records/bench.py --json bench.json preset=h100x1
     python records/bench.py --candidates FILE.py [--only NAME,NAME]     plain lines against replacements
     torchrun --nproc_per_node=8 records/bench.py --timeline FILE.json   what of the communication is seen
+    python records/bench.py --attention [--paths flash,flex]            every attention, records/attention.py
 
 Columns. ms: one call, median; x: calls in a pass of the model; MB: the least that any implementation must
 read and write, each input and output once; GFLOP: 2mkn for each matrix product; floor: the larger of MB over
@@ -868,6 +869,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--timeline", type=Path, metavar="FILE.json",
         help="instead: trace whole steps: compute, communication, what of it is seen (records/timeline.py)")
     add("--steps", type=int, default=5, metavar="N", help="that the timeline shows (5)")
+    add("--attention", action="store_true",
+        help="instead: time every attention of this machine on several masks (records/attention.py)")
+    add("--paths", metavar="NAME,NAME", help="of the attention: cudnn, flash, varlen, flex, flash4, ...")
     add("--seconds", type=float, default=100.0, metavar="S",
         help="begin no further section after this long (100; candidates are not counted)")
     args = parser.parse_intermixed_args(argv)
@@ -875,6 +879,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise BadInput(f"--json {args.json}: no such folder; make it first")
     if args.only and not args.candidates:
         raise BadInput("--only needs --candidates FILE.py")
+    if args.paths is not None and not args.attention:
+        raise BadInput("--paths needs --attention")
     return args
 
 
@@ -922,6 +928,9 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     mendable: tuple[type, ...] = (BadInput,)
     try:
         args = parse(argv)
+        if args.attention:
+            import attention
+            return attention.run(args, env)
         if args.timeline:
             import timeline
             return timeline.run(args, env)

@@ -356,6 +356,10 @@ def test_the_other_commands(tree):
         ),
         (["bench", "--timeline", "t.json", "--steps", "3"], "records/bench.py --timeline t.json --steps 3 preset=cpu"),
         (
+            ["bench", "--attention", "--paths", "flex,math", "--json", "a.json", "seed=1"],
+            "records/bench.py --attention --paths flex,math --json a.json preset=cpu seed=1",
+        ),
+        (
             ["eval", "x.int6.xz", "eval_stride=64"],
             "train_gpt.py eval x.int6.xz data_path=made/here preset=cpu eval_stride=64",
         ),
