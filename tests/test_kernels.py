@@ -1,6 +1,10 @@
 """Triton kernels against float64 and their torch lines: in Triton's CPU interpreter here, on the device with one."""
+import re
+
 import pytest
 import torch
+
+from helpers import noisy_model
 
 import train_gpt as t
 
@@ -102,20 +106,30 @@ def test_the_hidden_layer_carries_the_sign():
 
 @pytest.mark.parametrize("ops", [dict(qk=t.qk_op), dict(mlp=t.FusedMLP.apply)], ids=["qk", "mlp"])
 def test_a_kernel_in_a_compiled_model_trains_like_the_torch_line(ops):
-    """One graph with the operator inside (no graph break), same loss, same gradients."""
+    """One graph with the operator inside (no graph break), same loss, same gradients; on a GPU, whose float32
+    products are TF32, in bf16 and as near to float64 as the torch line."""
     h = t.load_config(["preset=cpu", "num_layers=2", "model_dim=64", "num_heads=2"], {})
-    models = [t.GPT(h, t.Ops(**ops)).to(DEVICE), t.GPT(h).to(DEVICE)]
-    with torch.no_grad():
-        for p, q in zip(*(m.parameters() for m in models)):
-            q.copy_(p.add_(0.05 * torch.randn_like(p)))
+    exact = noisy_model(h, scale=0.05, dtype=torch.float64).to(DEVICE)
     x, y = torch.randint(0, h.vocab_size, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    losses = [torch.compile(models[0].loss, dynamic=False, fullgraph=True, backend="aot_eager")(x, y),
-              models[1].loss(x, y)]
-    for loss in losses:
-        loss.backward()
-    assert abs(losses[0].item() - losses[1].item()) < 1e-5
-    for p, q in zip(*(m.parameters() for m in models)):
-        assert relative(p.grad, q.grad) < 1e-4
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    models = [exact, t.GPT(h, t.Ops(**ops), dtype).to(DEVICE), t.GPT(h, dtype=dtype).to(DEVICE)]
+    compiled = torch.compile(models[1].loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    losses = []
+    for model, loss in zip(models, (exact.loss, compiled, models[2].loss)):
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), exact.parameters()):
+                p.copy_(q)
+        losses.append(loss(x, y))
+        losses[-1].backward()
+    if dtype == torch.float32:
+        assert abs(losses[1].item() - losses[2].item()) < 1e-5
+    else:
+        assert abs(losses[1].item() - losses[0].item()) < abs(losses[2].item() - losses[0].item()) + 1e-3
+    for p, q, r in zip(*(m.parameters() for m in models)):
+        if dtype == torch.float32:
+            assert relative(q.grad, r.grad) < 1e-4
+        else:
+            assert relative(q.grad.double(), p.grad) < 1.25 * relative(r.grad.double(), p.grad) + 1e-3
 
 
 def test_the_fake_mlp_is_the_operator():
@@ -141,7 +155,8 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             dx, up, down = t.FusedMLP.backward(ctx, dy)
             return dx, 1.1 * up, down
 
-    assert t.bind(Skewed.apply, t.mlp, inputs) == (t.mlp, "torch (error 0.100)")
+    line, name = t.bind(Skewed.apply, t.mlp, inputs)        # up's gradient is a tenth off, on a GPU to TF32's rounding
+    assert line is t.mlp and float(re.fullmatch(r"torch \(error ([\d.]+)\)", name)[1]) == pytest.approx(0.1, abs=0.005)
 
     def broken(*inputs):
         raise RuntimeError("no such chip")
@@ -360,8 +375,10 @@ def test_a_direction_on_the_gpu_is_the_direction_in_float32(method, shape, monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
-@pytest.mark.parametrize("B,M,N,layout", [(22, 512, 512, "wide"), (3, 512, 1536, "tall"), (5, 200, 328, "wide")])
+@pytest.mark.parametrize("B,M,N,layout", [(22, 512, 512, "wide"), (3, 512, 1536, "tall"), (5, 192, 320, "wide")])
 def test_substitution_in_fp16_is_right_and_the_same_every_time(case, B, M, N, layout):
+    """Sides of whole 64s, all that tile_of gives it: at 200 x 328 Triton 3.6 compiles the tile (32, 4) to wrong
+    results and at 200 x 320 to an illegal access (H200); the interpreter, above, is right at any side."""
     X = correlated(case, B, M, N, layout).bfloat16()
     T, d = solve_inputs(X, torch.half)
     exact = solve_exactly(T, X, d)
