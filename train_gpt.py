@@ -134,8 +134,8 @@ class Config:
     out_scale_init: float = 1.0          # attn_scale and mlp_scale: what a block's output is multiplied by
     # optimizer
     ortho: str = "ns5"                   # row of ORTHO
-    step_rule: str = "muon"              # row of STEP_RULES
-    matrix_lr: float = 0.025
+    step_rule: str = "normuon"           # row of STEP_RULES
+    matrix_lr: float = 0.05
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
     norm_gain_lr: float = 0.0            # of attn_gain and mlp_gain behind the pre-norms; 0: they stay at one

@@ -208,7 +208,8 @@ WIRE_STEPS = 12
 def wire_rank(rank, folder, dtype):
     """WIRE_STEPS steps: parameters, the mean loss of the last four, the collectives of the last step."""
     m = env_machine(tiny(data_path=folder))
-    model, optimizer, _, loader = setup(m, data_path=folder, wire_dtype=dtype)
+    knobs = dict(step_rule="muon", matrix_lr=0.025)     # what the bounds below were found with
+    model, optimizer, _, loader = setup(m, data_path=folder, wire_dtype=dtype, **knobs)
     state = {str(x.dtype) for x in optimizer.state()}
     same = all(optimizer.wire[k] is g for k, g in (optimizer.bank_grad | {"flat": optimizer.flat_grad}).items())
     losses = []
@@ -347,7 +348,7 @@ def one():
 
 def test_a_step_is_the_float64_step(one):
     """Three steps of the whole optimizer against AdamW by hand and SVD-based Newton-Schulz, per parameter."""
-    model, optimizer, _, loader = setup(one)
+    model, optimizer, _, loader = setup(one, step_rule="muon")
     h = optimizer.h
     params = {k: p.detach().double().numpy() for k, p in parameters(model).items()}
     m1, m2 = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
@@ -428,7 +429,8 @@ def test_snapshot_is_exact_and_a_copy(one):
     assert optimizer.steps == 2 and all(torch.equal(a, b) for a, b in zip(frozen, optimizer.state()))
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
     named = {x.data_ptr() for x in optimizer.state()}  # nothing that a step changes is left out
-    kept = [optimizer.flat, optimizer.flat_m, optimizer.flat_v, *optimizer.bank.values(), *optimizer.momentum.values()]
+    kept = [optimizer.flat, optimizer.flat_m, optimizer.flat_v, *optimizer.bank.values(), *optimizer.momentum.values(), *optimizer.second.values()]
+    assert optimizer.second
     assert {x.data_ptr() for x in kept} == named
 
 

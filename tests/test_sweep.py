@@ -306,7 +306,8 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
     raw = raw_plan(rows=rows, multipliers=[0.5, 2])
     del raw["rates"]
     plan = sweep.make_plan(raw, "plan")
-    assert plan.rows["ns5"].rates == ("0.0125", "0.05") and plan.rows["slow"].rates == ("0.05", "0.2")
+    default = t.Config().matrix_lr
+    assert plan.rows["ns5"].rates == (f"{default / 2:g}", f"{default * 2:g}") and plan.rows["slow"].rates == ("0.05", "0.2")
     assert (plan.rows["own"].key, plan.rows["own"].rates) == ("embed_lr", ("0.3",))
     h = t.load_config(list(plan.job("slow", "0.2", 2).argv), {})
     assert (h.matrix_lr, h.seed, h.eval_stride, h.fit_cap) == (0.2, 2, h.eval_seq_len, False)
