@@ -123,6 +123,8 @@ class Config:
     mlp_mult: float = 3.0
     rope_dims: int = 16                  # rotated dimensions of each head; the others are position-free
     rope_base: float = 10_000.0
+    attn_windows: str = ""               # keys that layers see in turn, the own included: "512 512 0"; 0: all
+    doc_mask: bool = False               # no token sees another document
     xsa_last_n: int = 4                  # layers whose attention output drops its own value's direction
     ve_last_n: int = 2                   # layers whose values get a token embedding added
     ve_dim: int = 128
@@ -145,7 +147,6 @@ class Config:
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2   # of the run
     row_equalize: bool = False           # unit rows before the polar step (MuonEq-R)
-    snap_norm: bool = False              # sqrt(short side) as its Frobenius norm after it (Muon+)
     cautious_wd: bool = False            # matrices decay only where the step shrinks the weight, too
     normuon_beta2: float = 0.95          # horizon of the normuon rules' second moment
     proj_init_std: float = 0.0           # O and MLP-down; 0: zeros, hyperball 0.8/sqrt(model_dim)
@@ -193,7 +194,7 @@ PRESETS: dict[str, dict] = {
 # What an artifact must carry to be scored: its header holds these and no other knob.
 MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims",
                 "rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
-                "logit_softcap", "bos_id", "eval_seq_len", "eval_stride")
+                "logit_softcap", "bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask")
 
 FLAGS = {"0": False, "false": False, "1": True, "true": True}
 PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[text.lower()]}
@@ -202,8 +203,7 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[te
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
     """Defaults < preset < artifact < environment (KEY in upper case) < `key=value`.
 
-    artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value.
-    """
+    artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value."""
     types = {f.name: f.type for f in dataclasses.fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
     for arg in argv:
@@ -251,6 +251,8 @@ def check_config(h: Config) -> None:
         (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
         (max(h.xsa_last_n, h.ve_last_n) <= h.num_layers, "xsa_last_n, ve_last_n must not exceed num_layers"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
+        (all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split()),
+         f"attn_windows={h.attn_windows!r} must be whole numbers from 0 to 999999999, as in '512 512 0'"),
         (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
@@ -298,8 +300,7 @@ class Machine:
     """This process's place and its bindings; no code below asks which device it runs on.
 
     dtype: of activations and matrix products. compile: torch.compile or the identity. ops: attention and the
-    other functions with a faster form here. pin: whether host batches are page-locked.
-    """
+    other functions with a faster form here. pin: whether host batches are page-locked."""
     rank: int
     world_size: int
     device: torch.device
@@ -360,8 +361,7 @@ class Machine:
         """fn, which queues the same work on the same tensors every time, as one launch; or fn, and why not.
 
         Before that fn runs three times, off the default stream as CUDA asks: this compiles kernels and opens
-        communicators. What one rank cannot record no rank replays.
-        """
+        communicators. What one rank cannot record no rank replays."""
         if self.record is None:
             return fn, ""
         for _ in range(3):
@@ -383,34 +383,43 @@ class Machine:
         return tuple(box.tolist())
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention with grouped heads. q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh)."""
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
+    """Causal attention with grouped heads. q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh).
+    window: keys that a token sees, itself included, 0: all. docs (B, T): it sees those of its own number."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    T, how = q.size(2), dict(is_causal=True, enable_gqa=True)
+    if docs is not None or 0 < window < T:
+        back = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+        seen = (back >= 0) & (back < (window or T))
+        how = dict(attn_mask=seen if docs is None else seen & (docs[:, None, :, None] == docs[:, None, None]))
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))     # for the efficient kernel
+    return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
 
 
 def bind_attention(device: torch.device, head_dim: int) -> str:
     """Choose the fastest attention that runs forward and backward here, for the whole process, so that no
-    context manager stands in the compiled graph. Its name for the log. cuDNN is ahead of flash on H100."""
-    sdp = torch.backends.cuda
+    context manager stands in the compiled graph. Its name for the log. cuDNN is ahead of flash on H100.
+    flash4: FlashAttention-4 (package flash-attn-4) takes the place of PyTorch's flash."""
+    sdp, flash = torch.backends.cuda, torch.nn.attention
     flags = {"cudnn": sdp.enable_cudnn_sdp, "flash": sdp.enable_flash_sdp,
              "efficient": sdp.enable_mem_efficient_sdp, "math": sdp.enable_math_sdp}
-    for name in flags:
+    for name in ("flash4", *flags):
         for other, enable in flags.items():
-            enable(other == name)
-        with suppress(RuntimeError):
+            enable(name.startswith(other))
+        with suppress(Exception):       # whatever a package, a compiler or a driver raises
+            flash.activate_flash_attention_impl("FA4") if name == "flash4" else None
             x = torch.randn(1, 128, 3, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
             attend_sdpa(x[:, :, :2], x[:, :, 2:], x[:, :, 2:]).sum().backward()
             return name
+        with suppress(Exception):
+            flash.restore_flash_attention_impl(False)       # FA4 is there and does not run; False: no warning
     raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
 
 
 def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     """Join or make the process group and bind device, dtype, compiler and attention.
-
     Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. Host tensors
-    travel over gloo, device tensors over NCCL. InputError when the world size or the nodes do not fit.
-    """
+    travel over gloo, device tensors over NCCL. InputError when the world size or the nodes do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -439,9 +448,9 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
                      update="eager")
         return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, levels, names)
     torch.set_float32_matmul_precision("high")
-    attention, (ops, bound) = bind_attention(device, h.head_dim), bind_ops(h, device)
+    ops, bound = bind_ops(h, device, bind_attention(device, h.head_dim))
     name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
-    names = dict(device=name, attention=attention, **bound, compile="inductor", update="graph")
+    names = dict(device=name, **bound, compile="inductor", update="graph")
     compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True)
     return Machine(rank, world, device, torch.bfloat16, compiler, ops, True, levels, names, streams,
                    partial(record_graph, streams[0]))
@@ -539,8 +548,7 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
 
     Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the tokens as uint16.
-    Raises InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size.
-    """
+    InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
     try:
         header = np.fromfile(path, dtype="<i4", count=256)
         size = os.path.getsize(path)
@@ -587,8 +595,7 @@ class TokenLoader:
 
     Epoch e visits the shards, and the documents inside each, in an order drawn from (seed, e). Rows of T + 1
     tokens overlap by one. Global batch n is the same for every world size: rank r's micro-batch a holds its
-    rows [(a * world + r) * B, ...). The next batch is built in a thread while the device works on this one.
-    """
+    rows [(a * world + r) * B, ...). The next batch is built in a thread while the device works on this."""
 
     def __init__(self, h: Config, m: Machine) -> None:
         self.h, self.m = h, m
@@ -678,8 +685,7 @@ class ByteCounts:
     space (V,): the piece begins with U+2581, worth one byte unless the previous token is a boundary.
     boundary (V,): control, unknown and unused pieces; a space after one is not part of the text.
     spelled: ids of the byte pieces E2 96 81 in a vocabulary without a piece U+2581 of its own, where a space
-    can be spelled as those three bytes and still is one byte of text; otherwise None.
-    """
+    can be spelled as those three bytes and still is one byte of text; otherwise None."""
     base: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
@@ -785,13 +791,16 @@ class LayerSpec:
     skip: int               # row of skip_weights that brings a kept input back in, or -1
     xsa: bool               # exclusive self-attention
     ve: int                 # row of ve_layer_scale, or -1
+    window: int             # keys that a token sees, itself included; 0: all
+    docs: bool              # it sees its own document only
 
 
 def layer_table(h: Config) -> tuple[LayerSpec, ...]:
     """A U-Net: the first half of the layers keeps its outputs, the second takes them back, last first."""
-    L, half = h.num_layers, h.num_layers // 2
+    L, half, windows = h.num_layers, h.num_layers // 2, cycle(h.attn_windows.split() or ["0"])
     return tuple(LayerSpec(push=i < half, skip=i - half if half <= i < 2 * half else -1,
-                           xsa=i >= L - h.xsa_last_n, ve=max(-1, i - (L - h.ve_last_n)))
+                           xsa=i >= L - h.xsa_last_n, ve=max(-1, i - (L - h.ve_last_n)),
+                           window=int(next(windows)), docs=h.doc_mask)
                  for i in range(L))
 
 
@@ -806,6 +815,32 @@ class LayerWeights(NamedTuple):
 
 
 RMS_EPS = 1e-6      # said explicitly: PyTorch's default depends on the dtype
+DOCUMENTS = 16      # of a row that can be kept apart; what is behind them stays in the last
+
+
+def document_starts(tokens: Tensor, bos_id: int) -> Tensor:
+    """(B, T) bool: whether a token begins a document; a row's first does."""
+    return torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] == bos_id], dim=1)
+
+
+def documents(tokens: Tensor, bos_id: int) -> Tensor:
+    """(B, T) int: each token's document within its row, DOCUMENTS at most; it depends on no later token."""
+    return (document_starts(tokens, bos_id).cumsum(1) - 1).clamp_max(DOCUMENTS - 1)
+
+
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
+    """attend_sdpa by PyTorch's flash operator (CUDA, 16 bit), which skips what is not seen. A batch is
+    B * DOCUMENTS sequences, whatever its tokens are: those that a row does not have are empty, at its end."""
+    (B, T), bounds, flat = q.shape[:2], None, (q, k, v)
+    if docs is None and not 0 < window < T:
+        return attend_sdpa(q, k, v)
+    if docs is not None:
+        first = (docs[..., None] < torch.arange(DOCUMENTS, device=q.device)).sum(1)         # (B, DOCUMENTS)
+        first = first + T * torch.arange(B, device=q.device)[:, None]
+        bounds, flat = F.pad(first.flatten(), (0, 1), value=B * T).int(), [x.flatten(0, 1) for x in flat]
+    sides = dict(window_size_left=window - 1, window_size_right=0) if window else {}
+    args = *flat, bounds, bounds, T, T, 0.0, not window, False       # no dropout, causal, no debug mask
+    return torch.ops.aten._flash_attention_forward(*args, **sides)[0].view(q.shape)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -835,13 +870,10 @@ def qk_norm_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA: take from each head's output its component along the token's own value (parameter-golf #265).
-
-    y (B, T, H, Dh), v (B, T, Hkv, Dh); heads of one group share a value.
-    """
-    B, T, H, Dh = y.shape
-    y = y.view(B, T, v.size(2), H // v.size(2), Dh)
+    y (B, T, H, Dh), v (B, T, Hkv, Dh); heads of one group share a value."""
+    y = y.unflatten(2, (v.size(2), -1))
     v = F.normalize(v, dim=-1).unsqueeze(3)
-    return (y - (y * v).sum(-1, keepdim=True) * v).view(B, T, H, Dh)
+    return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -856,21 +888,18 @@ class Ops(NamedTuple):
     mlp: Callable = mlp
 
 
-def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, rope: tuple, xsa: bool,
+def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, place: tuple, spec: LayerSpec,
                     ops: Ops) -> Tensor:
-    """Causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D).
-
-    ve (B, T, Hkv*Dh) is added to the values when given. One product makes q, k and v.
-    """
-    (B, T, D), H = x.shape, w.q_gain.size(0)
+    """Causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D). ve
+    (B, T, Hkv*Dh) is added to the values when given. place: rotary tables and documents of the tokens."""
+    (B, T, D), H, (rope, docs) = x.shape, w.q_gain.size(0), place
     Dh, kv = D // H, (w.qkv.size(0) - D) // 2
-    q, k, v = F.linear(x, w.qkv).split([D, kv, kv], dim=-1)
+    q, k, v = F.linear(x, w.qkv).split([D, kv, kv], dim=-1)       # one product
     v = (v if ve is None else v + ve).view(B, T, kv // Dh, Dh)
     q = ops.qk(q.view(B, T, H, Dh), w.q_gain, *rope)
     k = ops.qk(k.view(B, T, kv // Dh, Dh), torch.ones(kv // Dh, device=x.device), *rope)
-    y = ops.attend(q, k, v)
-    if xsa:
-        y = exclude_self(y, v)
+    y = ops.attend(q, k, v, spec.window, docs if spec.docs else None)
+    y = exclude_self(y, v) if spec.xsa else y
     return F.linear(y.reshape(B, T, D), w.o)
 
 
@@ -926,8 +955,7 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every parameter of a config: name -> (shape, initialisation for init_tensor).
 
     OUT: what writes into the residual stream starts at zero, except under a rule that keeps norms: there
-    0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (.026 for O, .031 for MLP-down at D = 768).
-    """
+    0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (O .026, MLP-down .031 at D = 768)."""
     L, D = h.num_layers, h.model_dim
     hyperball = STEP_RULES[h.step_rule] is step_hyperball
     size = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, L // 2), "D": D, "F": h.mlp_dim, "KV": h.kv_dim,
@@ -941,9 +969,7 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
     """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation.
-
-    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L normal.
-    """
+    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L normal."""
     kind, _, value = init.partition(" ")
     if kind == "constant":
         return torch.full(shape, float(value))
@@ -966,10 +992,8 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
 
 class GPT(nn.Module):
     """The model: 20 named tensors and the functions that use them.
-
     A bank holds all layers' matrices of a kind in one tensor, so that the optimizer works on four batches and
-    not on 66 matrices (parameter-golf #399). Parameters are float32 masters; products run in `dtype`.
-    """
+    not on 66 matrices (parameter-golf #399). Parameters are float32 masters; products run in `dtype`."""
 
     def __init__(self, h: Config, ops: Ops = Ops(), dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -994,25 +1018,21 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token plus hashed bigram embedding, normalised, smeared with the token before. (B, T) -> (B, T, D).
-
-        Neither the bigram nor the smear looks across a document start (parameter-golf #1851).
-        """
-        starts = (tokens == self.h.bos_id)
-        starts = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
-        previous = F.pad(tokens[:, :-1], (1, 0))
+        Neither the bigram nor the smear looks across a document start (parameter-golf #1851)."""
+        starts, previous = document_starts(tokens, self.h.bos_id), F.pad(tokens[:, :-1], (1, 0))
         buckets = self.h.bigram_vocab_size - 1
         bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % buckets
         bigram = F.embedding(torch.where(starts, buckets, bucket), self.bigram_emb).to(self.dtype)
         x = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        x = x + F.linear(bigram, (self.bigram_scale * self.bigram_proj).to(self.dtype))
-        x = rms_norm(x)
+        x = rms_norm(x + F.linear(bigram, (self.bigram_scale * self.bigram_proj).to(self.dtype)))
         gate = torch.sigmoid(self.smear_gate).to(self.dtype) * ~starts[..., None]
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
     def trunk(self, tokens: Tensor) -> Tensor:
         """The only forward pass. tokens (B, T) -> (B, T, D), normalised."""
         h = self.h
-        rope = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
+        place = (rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device),
+                 documents(tokens, h.bos_id) if h.doc_mask else None)
         ve = F.embedding(tokens, self.ve_emb).to(self.dtype)      # cast late: gradients add up in float32
         ve = F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
         x = x0 = self.embed(tokens)
@@ -1021,7 +1041,7 @@ class GPT(nn.Module):
             if spec.skip >= 0:
                 x = x + self.skip_weights[spec.skip].to(self.dtype) * kept.pop()
             values = ve * self.ve_layer_scale[spec.ve].to(self.dtype) if spec.ve >= 0 else None
-            attend = lambda z, w=w, s=spec, e=values: attention_block(z, w, e, rope, s.xsa, self.ops)
+            attend = lambda z, w=w, s=spec, e=values: attention_block(z, w, e, place, s, self.ops)
             x = layer(x, x0, w, attend, self.ops.mlp)
             if spec.push:
                 kept.append(x)
@@ -1152,8 +1172,7 @@ def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIF
     """Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N).
 
     h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
-    -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have.
-    """
+    -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have."""
     m, n = tl.program_id(1) * BM, tl.program_id(0) * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
@@ -1205,9 +1224,9 @@ class FusedMLP(torch.autograd.Function):
         return (du @ up).view_as(x), du.T @ x.flatten(0, -2), dy.T @ h
 
 
-def bind(fast: Callable, line: Callable, inputs: list[Tensor]) -> tuple[Callable, str]:
-    """`fast` when its output and gradients are the torch line's in float32, to bf16 rounding; else the
-    line. And its name for the log. inputs: bf16 or float32, each with or without requires_grad."""
+def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "triton") -> tuple[Callable, str]:
+    """`fast` when its output and gradients are the torch line's in float32, to bf16 rounding; else the line.
+    And its name for the log, fast's or why not. inputs: bf16 or float32, with requires_grad or without."""
     def results(fn: Callable, wide: bool) -> list[Tensor]:
         leaves = [(x.float() if wide else x).detach().requires_grad_(x.requires_grad) for x in inputs]
         y = fn(*leaves)
@@ -1217,22 +1236,36 @@ def bind(fast: Callable, line: Callable, inputs: list[Tensor]) -> tuple[Callable
 
     try:
         got, exact = results(fast, False), results(line, True)
-        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact))
-        return (fast, "triton") if error < 0.01 else (line, f"torch (error {error:.3f})")
+        error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, exact)]).max().item()   # or nan
+        return (fast, name) if error < 0.01 else (line, f"torch (error {error:.3f})")
     except Exception as e:      # whatever a compiler or driver raises: the torch line is always right
         return line, f"torch ({type(e).__name__})"
 
 
-def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
-    """The kernels that are right on this device, and their names for the log."""
+def bind_ops(h: Config, device: torch.device, attention: str) -> tuple[Ops, dict[str, str]]:
+    """The kernels that are right on this device, and their names for the log. `attention` is bound already:
+    attend_flash is for layers with windows or documents, and right in each of their forms, or attend_sdpa's
+    masks it is, which on a GPU only the efficient kernel takes."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device).bfloat16()
-    heads, gain = draw(2, 64, 2, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
-    qk, qk_name = bind(qk_op, qk_norm_rope, [heads.requires_grad_(), gain.requires_grad_(),
+    x, gain = draw(2, 64, 2, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
+    qk, qk_name = bind(qk_op, qk_norm_rope, [x.requires_grad_(), gain.requires_grad_(),
                                              *rope_tables(64, h.rope_dims, h.rope_base, device)])
     shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
     fused, mlp_name = bind(FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
-    return Ops(qk=qk, mlp=fused), {"qk": qk_name, "mlp": mlp_name}
+    sdp, heads, masks = torch.backends.cuda, (h.num_heads, h.num_kv_heads, h.num_kv_heads), ""
+    qkv = [draw(2, 256, n, h.head_dim).requires_grad_() for n in heads]
+    docs = documents(torch.arange(512, device=device).view(2, 256) % 90, 0)
+    efficient = sdp.mem_efficient_sdp_enabled()
+    sdp.enable_mem_efficient_sdp(True)
+    for window, own in sorted({(50 * (s.window > 0), s.docs) for s in layer_table(h)} - {(0, False)}):
+        how = dict(window=window, docs=docs if own else None)
+        name = bind(partial(attend_flash, **how), partial(attend_sdpa, **how), qkv, "flash")[1]
+        masks = max(masks, name.replace(" ", ""))       # "torch(...)" is above "flash"
+    sdp.enable_mem_efficient_sdp(efficient or masks > "flash")
+    attention += "" if masks in attention else f"+{masks}"
+    attend = attend_flash if masks == "flash" else attend_sdpa
+    return Ops(attend, qk, fused), {"attention": attention, "qk": qk_name, "mlp": mlp_name}
 
 
 @triton.jit
@@ -1259,8 +1292,7 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
     """One program: a tile (i, j <= i) of XX' and its mirror image; only half of the products are made.
 
     SCALED: times r_row r_column. POLY: X is symmetric, the tile is of aI + bX + cXX', SCALED: times r_column.
-    POWER: the tile's sums of |.|^POWER go to sums[j, rows] and, for the mirror image, to sums[i, columns].
-    """
+    POWER: the tile's sums of |.|^POWER go to sums[j, rows] and, for the mirror image, to sums[i, columns]."""
     pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8 * pid + 1.5) - 1) / 2).to(tl.int32)      # i (i + 1) / 2 <= pid; 1.5, not 1: sqrt rounds
     j = pid - i * (i + 1) // 2
@@ -1301,8 +1333,7 @@ def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.cons
     """One program: the inverse of a diagonal block of the unit lower triangle of T, by doubling.
 
     [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. P and Q are triangles of correlation matrices again,
-    whose inverses have norm <= 2 and entries <= 1: no level loses digits, as products of powers of C would.
-    """
+    whose inverses have norm <= 2 and entries <= 1: no level loses digits, as products of C's powers would."""
     batch, n = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     at = tl.program_id(0) * BLOCK + n
     T = load_tile(t_ptr + batch * M * M, at, at, M, M, M, 1, False).to(tl.float32)
@@ -1323,8 +1354,7 @@ def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M,
                         stride_n, out_b, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr):
     """One program: BN columns of Y, TY = diag(d) X, by blocks: Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k).
 
-    Its own Y_k come back through the cache, behind a barrier. Only T's blocks below the diagonal are read.
-    """
+    Its own Y_k come back through the cache, behind a barrier. Only T's blocks below the diagonal are read."""
     panel, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns, n = panel * BN + tl.arange(0, BN), tl.arange(0, BLOCK)
     t_ptr, x_ptr, y_ptr = t_ptr + batch * M * M, x_ptr + batch * stride_b, y_ptr + batch * out_b
@@ -1405,21 +1435,16 @@ def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def xxt(X: Tensor, r: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """A = diag(r) XX' diag(r). (B, M, N), (B, M) -> (B, M, M)."""
+def xxt(X: Tensor, r: Tensor | None = None, power: int = 0,
+        dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """A = diag(r) XX' diag(r) in `dtype` or X's, and sum_j |A_ij|^power in float32 for a power of 1 or 2.
+    (B, M, N), (B, M) -> (B, M, M), (B, M)."""
     if tile := tile_of("xxt", X):
-        return symmetric_op(X, r, (), 0, dtype or X.dtype, tile)[0]
+        A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, tile)
+        return A, sums.sum(1) if power else None
     A = torch.bmm(X, X.mT)
-    return (A if r is None else A * r[:, :, None] * r[:, None]).to(dtype or X.dtype)
-
-
-def xxt_and_sums(X: Tensor, r: Tensor | None, power: int) -> tuple[Tensor, Tensor]:
-    """xxt and sum_j |A_ij|^power, power 1 or 2. (B, M, N), (B, M) -> (B, M, M), (B, M) float32."""
-    if tile := tile_of("xxt", X):
-        A, sums = symmetric_op(X, r, (), power, X.dtype, tile)
-        return A, sums.sum(1)
-    A = xxt(X, r)
-    return A, A.float().abs().pow(power).sum(-1)
+    A = (A if r is None else A * r[:, :, None] * r[:, None]).to(dtype or X.dtype)
+    return A, A.float().abs().pow(power).sum(-1) if power else None
 
 
 def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None) -> Tensor:
@@ -1434,8 +1459,7 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Y with TY = diag(d) X, and its rows' squared norms. T: the triangle below a unit diagonal is read.
 
-    (B, M, M), (B, M, N), (B, M) float32 -> (B, M, N) of T's dtype, (B, M) float32.
-    """
+    (B, M, M), (B, M, N), (B, M) float32 -> (B, M, N) of T's dtype, (B, M) float32."""
     if tile := tile_of("lower_solve", X):
         Y, squares = solve_op(T, X, d, tile)
         return Y, squares.sum(1)
@@ -1457,8 +1481,7 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     """(a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least.
 
     Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays.
-    A narrow interval has the Newton-Schulz limit (15, -10, 3) / 8.
-    """
+    A narrow interval has the Newton-Schulz limit (15, -10, 3) / 8."""
     if low / high >= 1 - 5e-6:
         return 15 / 8 / high, -10 / 8 / high ** 3, 3 / 8 / high ** 5
     q, r, before = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
@@ -1479,8 +1502,7 @@ def polar_express(low: float, steps: int, safety: float, cushion: float) -> tupl
 
     Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
     composition. cushion: fit no more than [cushion * u, u], which bounds the slopes, and centre the true
-    interval's image on 1. safety: every polynomial but the last reads x / (1 + safety).
-    """
+    interval's image on 1. safety: every polynomial but the last reads x / (1 + safety)."""
     rows, u = [], 1.0
     for k in range(steps):
         a, b, c = minimax_quintic(max(low, cushion * u), u)
@@ -1515,10 +1537,9 @@ def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) 
 
     It starts from diag(r) X, which is never written: r (B, M) scales the first A and the columns of the first
     polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. aI is inside the
-    polynomial, 22 x 512 x 512 take 17.8 us then; baddbmm, which copies X, 27.3, a kernel from aX on 21.5.
-    """
+    polynomial, 22 x 512 x 512 take 17.8 us then; baddbmm, which copies X, 27.3, a kernel from aX on 21.5."""
     for a, b, c in coefficients:
-        C = ba_plus_caa(xxt(X, r) if A is None else A, a, b, c, r)
+        C = ba_plus_caa(xxt(X, r)[0] if A is None else A, a, b, c, r)
         X = torch.bmm(C, X) if X.stride(-1) == 1 else torch.bmm(X.mT, C.mT).mT     # in the layout of X
         r = A = None
     return X
@@ -1528,7 +1549,7 @@ def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
     """Polar Express from unit Schatten-4 norm |XX'|^(1/2): it bounds the largest singular value like the
     Frobenius norm, 1.7 to 4 times tighter, and is free, as the first step needs the Gram matrix anyway."""
     r = frobenius_scale(X)
-    A, sums = xxt_and_sums(X, r, 2)
+    A, sums = xxt(X, r, 2)
     norm = sums.sum(-1).sqrt().sqrt().clamp_min(1e-2)       # it is at least M^(-1/4), or the matrix is zero
     s = (1 / ((1 + SAFETY) * norm))[:, None]
     return quintic(X, coefficients, r * s, (A * (s * s)[:, None]).to(A.dtype))
@@ -1537,7 +1558,7 @@ def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
 def ortho_turbo(X: Tensor) -> Tensor:
     """Turbo-Muon (arXiv:2512.04632): rows scaled by (sum_j |A_ij|)^(-1/2) (AOL, arXiv:2208.03160) bound the
     spectrum by 1 but turn singular vectors; the first Gram matrix is scaled, not made again."""
-    A, sums = xxt_and_sums(X, None, 1)
+    A, sums = xxt(X, None, 1)
     r = inverse_root(sums)
     return quintic(X, TURBO, r, (A * r[:, :, None] * r[:, None]).to(A.dtype))
 
@@ -1548,12 +1569,11 @@ def ortho_mud(X: Tensor, passes: int) -> Tensor:
     A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
     Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm.
     Unit rows are factors d of the next product, never written; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times
-    finer than bf16.
-    """
+    finer than bf16."""
     dtype, fine = X.dtype, torch.half if X.dtype == torch.bfloat16 else X.dtype
     d = inverse_root(X.float().square().sum(-1))
     for _ in range(passes):
-        X, squares = lower_solve(xxt(X, d, fine), X, d)
+        X, squares = lower_solve(xxt(X, d, dtype=fine)[0], X, d)
         d = inverse_root(squares)
     return (X * d[:, :, None]).to(dtype)
 
@@ -1573,8 +1593,7 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
     """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO.
 
     Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
-    CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own.
-    """
+    CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own."""
     tall, X = G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
     if X.is_cuda:
         X = (X * GPU_SCALE).bfloat16()
@@ -1600,14 +1619,6 @@ def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
     return X * (norm / frobenius(X).clamp_min(1e-10))
 
 
-def snap_norm(U: Tensor) -> Tensor:
-    """Muon+ (arXiv:2602.21545): each matrix to the Frobenius norm that an exact polar factor has. (b, M, N).
-
-    A quintic's last polynomial sets the length of a step, too; so that one rate means one length.
-    """
-    return with_norm(U, min(U.shape[-2:]) ** 0.5)
-
-
 def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
     """One number per line of the long side: rows of tall and square matrices, columns of wide ones."""
     return (b, M, 1) if M >= N else (b, 1, N)
@@ -1618,8 +1629,7 @@ def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
 
     The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt, followed
     here, takes its columns. Each matrix keeps its norm, as there (paper: RMS 0.2), so that a bias correction
-    of v would cancel. v, shaped by neuron_shape, is updated in place.
-    """
+    of v would cancel. v, shaped by neuron_shape, is updated in place."""
     v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     return with_norm(U * v.clamp_min(1e-10).rsqrt(), frobenius(U))
 
@@ -1635,8 +1645,7 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
     After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
     The authors' nanochat submission (PR 498) instead multiplies each block's output by a learned vector that
     starts at zero (out_scale_init=0) and its input by one that starts at one (norm_gain_lr), and lowers the
-    matrices' rate over the whole run, Adam's over the last 30 % (matrix_warmdown_frac=1 warmdown_frac=0.3).
-    """
+    matrices' rate over the whole run, Adam's over the last 30% (matrix_warmdown_frac=1 warmdown_frac=0.3)."""
     R = frobenius(W)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
@@ -1666,13 +1675,11 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
                   second: Tensor | None = None) -> None:
     """Nesterov momentum, direction, step; in place on this rank's matrices W (b, M, N) and their state.
 
-    second: the rule's own state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree.
-    """
+    second: the rule's state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree."""
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
     U = g * (1 - s.momentum) + momentum * s.momentum
     U = orthogonalize(equalize_rows(U) if h.row_equalize else U, h.ortho)
-    U = snap_norm(U) if h.snap_norm else U
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
     wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
@@ -1695,8 +1702,7 @@ class Optimizer:
     Parameters and gradients are re-homed in buffers so that every collective runs in place. A bank has a row
     for each matrix, tall or wide, and ceil(n / world) rows for each rank: on 8 ranks 11 MLP-up, 2 of padding,
     which stays zero, 11 MLP-down. All small tensors share one flat buffer. State is kept for owned matrices
-    only. Outside step() every rank holds the same parameters.
-    """
+    only. Outside step() every rank holds the same parameters."""
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
         params = dict(model.named_parameters())
@@ -1887,8 +1893,7 @@ def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Ten
     """Per-row symmetric codes with a clip search. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
 
     Of the candidate clips the one with the least squared error wins, row by row; the step is never below
-    `least_step` standard deviations of the row (a coarser step means fewer bits after entropy coding).
-    """
+    `least_step` standard deviations of the row (a coarser step means fewer bits after entropy coding)."""
     limit, W = CODE_LIMIT[kind], W.float()
     peak = W.abs().amax(-1, keepdim=True)
     floor = (W.square().mean(-1, keepdim=True).sqrt() * least_step).clamp_min(2.0 ** -24)     # least f16
@@ -1930,8 +1935,7 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Cal
 
     When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
-    in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap.
-    """
+    in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap."""
     def quantized(step: float) -> tuple[bytes, float]:
         """The artifact before compression at a step, and its entropy in bytes."""
         raw = timed("quantize", raw_artifact, tensors, dataclasses.replace(h, int6_step=step))
@@ -2020,8 +2024,7 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
 def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it.
 
-    No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory.
-    """
+    No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory."""
     return read_tensors(*open_artifact(blob))
 
 
@@ -2076,8 +2079,7 @@ class ScoreRun(NamedTuple):
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """(W, 3), start, end, score_from: the ranges [score_from, end) tile the targets [0, total) in order.
 
-    The first window scores all of itself; each later one `stride` targets behind seq_len - stride of context.
-    """
+    The first window scores all of itself; each later `stride` targets behind seq_len - stride of context."""
     end = np.append(np.arange(min(seq_len, total), total, stride), total)
     return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
 
@@ -2087,8 +2089,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machi
     """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored.
 
     nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on the right, behind what it
-    scores, a short batch with empty windows: each batch has the compiled shape.
-    """
+    scores, a short batch with empty windows: each batch has the compiled shape."""
     start_time, total = time.perf_counter(), len(tokens) - 1
     device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     windows = score_windows(total, run.seq_len, run.stride)[m.rank::m.world_size]
@@ -2248,8 +2249,7 @@ def train(run: Run) -> Ema:
 
     The host runs at most one step ahead of the device. A step is begun only when it and the one in flight are
     expected to end within max_wallclock_seconds, by rank 0's clock. Whether a step went well is known one
-    step later, when the host has waited for it anyway. Fault when it did not.
-    """
+    step later, when the host has waited for it anyway. Fault when it did not."""
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
     ema, loader = Ema(run.model, h), TokenLoader(h, m)

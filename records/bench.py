@@ -55,6 +55,7 @@ from audit import BadInput  # noqa: E402
 NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "train_step", "log_step", "hyper_at",
          "Machine.fetch")
 MODULE = "benched_script"           # its name in sys.modules; copies with a candidate get a suffix
+QUARTERS = 4                        # documents of a row, where the config keeps documents apart
 ROUNDS, REPLAYS = 4, 10             # calls of a big section in a CUDA graph; timed replays of it
 FRESH = 20                          # calls, each with inputs of its own, where these fit the L2 cache
 HOST_SECONDS = 0.3                  # on a CPU a section ends after this long, with three repetitions at least
@@ -271,6 +272,13 @@ def one_layer(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> Any:
         torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def documents_of(b: Bench) -> Tensor | None:
+    """(B, T) numbers of QUARTERS documents of one length a row, where the config keeps documents apart."""
+    T = b.h.train_seq_len
+    numbers = torch.arange(T, device=b.m.device) * QUARTERS // T
+    return numbers.expand(b.rows, T) if b.h.doc_mask else None
+
+
 def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[Section]:
     """The model in pieces, in the order of a forward, then the composites that candidates replace."""
     h, B, T, D, H, Dh = b.h, b.rows, b.h.train_seq_len, b.h.model_dim, b.h.num_heads, b.h.head_dim
@@ -313,7 +321,16 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
     qk_inputs = lambda: (lambda x: [wide(D, 0)(x), wide(kv, D)(x), vector(H)])(qkv())
     xsa_inputs = lambda: [draw(B, T, H, Dh), wide(kv, D + kv)(qkv())]
     attend_inputs = lambda: [draw(B, T, H, Dh), draw(B, T, kv // Dh, Dh), wide(kv, D + kv)(qkv())]
-    scores = 2.0 * B * T * T * D                # of both products, half of each being masked
+    docs, longest = documents_of(b), T // QUARTERS if h.doc_mask else T
+
+    def attention(window: int) -> Section:
+        seen, name = min(window or longest, longest), f"attention, window {window}" if window else "attention"
+        scores = 4.0 * B * T * D * seen * (1 - seen / longest / 2)          # of both products
+        return Section(name, sum(s.window == window for s in specs),
+                       lambda q, k, v: ops.attend(q, k, v, window, docs), attend_inputs,
+                       Work(2 * both, ((scores, None),)), Work(4 * both, ((2.5 * scores, None),)),
+                       ("attend_sdpa", "attend_flash"), compiled=h.doc_mask or window > 0)
+
     parts = [
         Section("embedding + bigram + smear", 1, small.embed, lambda: [tokens()],
                 Work(8 * N + tables + stream, ((2.0 * N * h.bigram_dim * D, (N, h.bigram_dim, D)),)),
@@ -329,9 +346,7 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         linear("QKV product", L, D, D + 2 * kv),
         Section("QK norm + rope + gain", L, qk, qk_inputs, Work(2 * both), Work(3 * both),
                 ("qk_norm_rope", "rotate", "rms_norm")),
-        Section("attention", L, ops.attend, attend_inputs,
-                Work(2 * both, ((scores, None),)), Work(4 * both, ((2.5 * scores, None),)),
-                ("attend_sdpa",), compiled=False),
+        *map(attention, sorted({s.window for s in specs})),
         Section("XSA", sum(s.xsa for s in specs), t.exclude_self, xsa_inputs, Work(stream + both),
                 Work(stream + 2 * both), ("exclude_self",)),
         linear("O product", L, D, D),
@@ -400,8 +415,9 @@ def composites(b: Bench, t: ModuleType, ops: Any, small: Any, parts: list[Sectio
                        work(2 * first + 1, matrices, sections, True), uses)
 
     assert names[:4] == ("qkv", "o", "up", "down"), "LayerWeights: the bench knows another order"
-    attention, mlp = ("QKV product", "attention", "O product"), ("MLP",)
-    block = lambda x, w: t.attention_block(x, w, None, rope, spec.xsa, ops)
+    attend = f"attention, window {spec.window}" if spec.window else "attention"
+    attention, mlp = ("QKV product", attend, "O product"), ("MLP",)
+    block = lambda x, w: t.attention_block(x, w, None, (rope, documents_of(b)), spec, ops)
     return [
         row("attention block", block, 1, attention, ("attention_block",)),
         row("layer", lambda x, x0, w: t.layer(x, x0, w, lambda z: block(z, w), ops.mlp), 2, attention + mlp,
@@ -680,12 +696,15 @@ def replace(t: ModuleType, ops: Any, pairs: list[tuple]) -> tuple[Any, set[str]]
     return ops, paths
 
 
-def attend_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention in any dtype, written out: fused kernels know no float64."""
+def attend_exact(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
+    """attend_sdpa in any dtype, written out: fused kernels know no float64."""
     repeat, T = q.size(2) // k.size(2), q.size(1)
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - (window or T))
+    if docs is not None:
+        seen = seen & (docs[:, None, :, None] == docs[:, None, None])
+    scores = scores.masked_fill(~seen, float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 

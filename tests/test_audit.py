@@ -193,13 +193,13 @@ def twin(run, kind=t.GPT, ops=t.Ops()):
     return fresh(run, model=model, nats_fn=nats_of(model))
 
 
-def attend_all(q, k, v):
+def attend_all(q, k, v, window=0, docs=None):
     """Attention without its mask."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
-def attend_one_ahead(q, k, v):
+def attend_one_ahead(q, k, v, window=0, docs=None):
     """A mask off by one: each position sees the next."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(1)
@@ -344,6 +344,14 @@ def test_long_windows_pass(honest, group):
     """The honest part of one of the faults above."""
     h = dataclasses.replace(honest.h, eval_seq_len=128, eval_stride=32, eval_batch_tokens=512)
     fails, verdicts = failing(fresh(honest.run, h=h), honest.blob)
+    assert not fails, verdicts
+
+
+def test_windows_and_documents_pass(honest):
+    h = config(honest.h.data_path, vocab_size=honest.h.vocab_size, attn_windows="5 0", doc_mask=1)
+    run, blob = trained(h)
+    with group_of_one():
+        fails, verdicts = failing(run, blob)
     assert not fails, verdicts
 
 

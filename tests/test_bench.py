@@ -64,7 +64,7 @@ def measured(args, tmp_path, capsys):
 def test_the_sections_make_the_models_products():
     """Together they have the products of a forward, counted by torch, and those of a backward are twice that."""
     b = a_bench()
-    identity = lambda q, k, v: q
+    identity = lambda q, k, v, window, docs: q
     model = t.GPT(b.h, t.Ops(attend=identity))
     tokens = torch.zeros(2, b.h.train_seq_len, dtype=torch.long)
     with FlopCounterMode(display=False) as forward:
@@ -96,8 +96,22 @@ def test_work_by_hand():
     assert found["bank casts"].forward.moved == 0  # float32 to float32
 
 
-def test_every_section_runs_forward_and_backward():
-    b = a_bench()
+def test_masked_attention_is_counted_by_window():
+    """4 layers; documents of a quarter of 16 tokens; 3 of 4 tokens see as many as the window, the first fewer."""
+    pairs = lambda **knobs: {
+        name.removeprefix("attention"): (s.count, s.forward.flops / (4 * 2 * 32))
+        for name, s in sections(a_bench(**knobs)).items()
+        if s.name.startswith("attention") and s.count
+    }
+    assert pairs() == {"": (4, 128)}
+    assert pairs(attn_windows="4 0 4") == {"": (1, 128), ", window 4": (3, 4 * 12 + 4 * 4 / 2)}
+    assert pairs(doc_mask=1) == {"": (4, 4 * 4 * 4 / 2)}
+    assert pairs(doc_mask=1, attn_windows="2") == {", window 2": (4, 4 * (2 * 2 + 2 * 2 / 2))}
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(attn_windows="4 0", doc_mask=1)], ids=str)
+def test_every_section_runs_forward_and_backward(knobs):
+    b = a_bench(**knobs)
     for s in sections(b).values():
         assert len(bench.time_section(b, s)) == 2
         leaves = bench.leaves_of(s, s.inputs())

@@ -51,7 +51,7 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
     default = FIELDS[name].default
     text, value = {
         "preset": ("cpu", "cpu"), "fit_cap": ("false", False), "row_equalize": ("1", True),
-        "cautious_wd": ("true", True), "snap_norm": ("true", True), "deterministic": ("1", True),
+        "cautious_wd": ("true", True), "doc_mask": ("true", True), "deterministic": ("1", True),
     }.get(name) or {int: ("977", 977), float: ("2.5e-3", 0.0025), str: ("a=b c", "a=b c")}[type(default)]  # fmt: skip
     h = (
         t.load_config([f"{name}={text}"], {})
@@ -120,6 +120,10 @@ def test_an_unknown_key_is_named_with_a_hint(arg, words):
         ("warmdown_frac=0", ["warmdown_frac"]),
         ("warmdown_frac=1.5", ["warmdown_frac"]),
         ("matrix_warmdown_frac=1.5", ["matrix_warmdown_frac"]),
+        ("attn_windows=512,0", ["attn_windows='512,0'", "512 512 0"]),
+        ("attn_windows=512 -1", ["attn_windows='512 -1'", "whole numbers"]),
+        ("attn_windows=1e3", ["attn_windows='1e3'"]),
+        ("attn_windows=0 1000000000", ["attn_windows", "999999999"]),  # beyond the operator's int32
         ("out_scale_init=0", ["out_scale_init", "proj_init_std"]),  # under muon the projections are zero, too
     ],
 )

@@ -143,7 +143,7 @@ def test_the_fake_mlp_is_the_operator():
 def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     """The interpreter's bf16 products are wrong, and the MLP is refused there; the binding says by how much."""
     h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
-    ops, names = t.bind_ops(h, DEVICE)
+    ops, names = t.bind_ops(h, DEVICE, "cpu")
     assert ops.qk is t.qk_op and names["qk"] == "triton"
     assert (ops.mlp is t.mlp) == names["mlp"].startswith("torch (") == (DEVICE.type == "cpu")
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
@@ -161,6 +161,14 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("no such chip")
     assert t.bind(broken, t.mlp, inputs) == (t.mlp, "torch (RuntimeError)")
+
+    class Undefined(t.FusedMLP):
+        @staticmethod
+        def backward(ctx, dy):
+            dx, up, down = t.FusedMLP.backward(ctx, dy)
+            return dx, up / 0, down * torch.nan
+
+    assert t.bind(Undefined.apply, t.mlp, inputs) == (t.mlp, "torch (error nan)")
 
 
 # ---------------------------------------------------------------- products of a direction
@@ -193,10 +201,10 @@ def test_symmetric_products_match_float64(B, M, N, layout, tile):
     X = matrices(B, M, N, layout)
     r = (torch.rand(B, M, generator=torch.Generator().manual_seed(1)) + 0.5).to(DEVICE)
     for scale, power in ((r, 1), (None, 2)):
-        exact = t.xxt(X.double(), None if scale is None else r.double())
+        exact = t.xxt(X.double(), None if scale is None else r.double())[0]
         A, sums = t.symmetric_op(X, scale, (), power, torch.float32, tile)
-        assert_no_worse(A, t.xxt(X, scale), exact)
-        assert_no_worse(sums.sum(1), t.xxt_and_sums(X, scale, power)[1], exact.abs().pow(power).sum(-1))
+        assert_no_worse(A, t.xxt(X, scale)[0], exact)
+        assert_no_worse(sums.sum(1), t.xxt(X, scale, power)[1], exact.abs().pow(power).sum(-1))
         for i in range(0, M, tile[0]):      # off the diagonal tiles the mirror image is exact
             assert torch.equal(A[:, i + tile[0]:, i: i + tile[0]], A[:, i: i + tile[0], i + tile[0]:].mT)
     A = A / 30
@@ -225,7 +233,7 @@ def correlated(case, B, M, N, layout):
 def solve_inputs(X, dtype):
     """X, d, and T with NaN where nothing may be read."""
     d = X.float().norm(dim=-1).reciprocal()
-    T = t.xxt(X.double(), d.double()).to(dtype)
+    T = t.xxt(X.double(), d.double())[0].to(dtype)
     return T.masked_fill(torch.ones_like(T, dtype=torch.bool).triu(), torch.nan), d
 
 
@@ -261,7 +269,7 @@ def test_substitution_of_zero_rows_and_matrices():
     X[0], X[1, ::3] = 0, 0
     d = t.inverse_root(X.square().sum(-1))
     for fn in (t.lower_solve, lambda *args: t.solve_op(*args, (32, 4, 2))):
-        Y, squares = fn(t.xxt(X, d), X, d)
+        Y, squares = fn(t.xxt(X, d)[0], X, d)
         assert not Y[0].any() and not Y[1, ::3].any() and torch.isfinite(Y).all() and Y[2].any(-1).all()
         assert (squares.sum(1) if squares.dim() == 3 else squares)[0].eq(0).all()
 
@@ -305,7 +313,7 @@ def test_kernels_stay_whole_in_a_compiled_update(method, monkeypatch):
     for layout in ("wide", "tall"):
         X = matrices(2, 40, 70, layout)
         d = X.norm(dim=-1).reciprocal()
-        T = t.xxt(X, d)
+        T = t.xxt(X, d)[0]
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(t.symmetric_op, (X, d, [], 1, torch.float32, [64, 64, 4, 2]), test_utils=checks)
         torch.library.opcheck(t.symmetric_op, (T, None, [1.0, 2.0, 3.0], 0, torch.float16, [64, 64, 4, 2]), test_utils=checks)
@@ -350,11 +358,11 @@ def test_products_in_16_bits_are_no_worse_than_the_torch_lines(B, M, N, layout, 
     monkeypatch.setattr(t, "tile_of", lambda product, X: None)
     X = matrices(B, M, N, layout).to(dtype)
     r = (torch.rand(B, M, device=DEVICE) + 0.5) / N ** 0.5
-    exact = t.xxt(X.double(), r.double())
+    exact = t.xxt(X.double(), r.double())[0]
     for tile in ((64, 64, 4, 4), (128, 64, 8, 3)):
         A, sums = t.symmetric_op(X, r, (), 1, dtype, tile)
-        assert_no_worse(A, t.xxt(X, r).to(dtype), exact, 1.05)
-        assert_no_worse(sums.sum(1), t.xxt_and_sums(X, r, 1)[1], exact.abs().sum(-1), 1.05)
+        assert_no_worse(A, t.xxt(X, r)[0].to(dtype), exact, 1.05)
+        assert_no_worse(sums.sum(1), t.xxt(X, r, 1)[1], exact.abs().sum(-1), 1.05)
         line = lambda x: t.ba_plus_caa(x, 3.5, -0.4, 0.2, r.to(torch.promote_types(x.dtype, r.dtype)))
         C = t.symmetric_op(A, r, (3.5, -0.4, 0.2), 0, dtype, tile)[0]
         assert_no_worse(C, line(A.float()).to(dtype), line(A.double()), 1.05)

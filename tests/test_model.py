@@ -357,7 +357,7 @@ def test_at_the_start_only_the_embedding_speaks():
     x = t.rms_norm(x0)
     for w, spec in zip(model.layer_weights(), model.layers):
         rope = t.rope_tables(16, h.rope_dims, h.rope_base, torch.device("cpu"))
-        assert t.attention_block(x, w, None, rope, spec.xsa, t.Ops()).abs().max() == 0
+        assert t.attention_block(x, w, None, (rope, None), spec, t.Ops()).abs().max() == 0
         assert t.mlp(x, w.up, w.down).abs().max() == 0
     h = t.load_config(["preset=cpu"], {})
     loss = t.GPT(h).loss(*(random_tokens(h, (2, 64), s) for s in (1, 2))).item()

@@ -261,7 +261,7 @@ def step_by_hand(W, U, lr, h):
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 @pytest.mark.parametrize("shape", [(3, 24, 12), (3, 12, 24), (2, 16, 16)], ids=str)
 @pytest.mark.parametrize(
-    "flags", [{}, dict(cautious_wd=True), dict(snap_norm=True), dict(row_equalize=True, cautious_wd=True)], ids=str
+    "flags", [{}, dict(cautious_wd=True), dict(row_equalize=True, cautious_wd=True)], ids=str
 )
 def test_matrix_update_is_a_float64_loop(rule, shape, flags):
     """Five steps: momentum, equalised rows, polar step, second moment per line of the long side, rule."""
@@ -279,7 +279,6 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
             u = (1 - mu) * d[i] + mu * m[i]
             u = u / np.linalg.norm(u, axis=1, keepdims=True) if h.row_equalize else u
             O = polar_by_hand(u, FIVE)
-            O = O * np.sqrt(min(shape[1:])) / np.linalg.norm(O) if h.snap_norm else O
             if rule in t.RULE_STATE:
                 v[i] = 0.8 * v[i] + 0.2 * (O**2).mean(axis)
                 line = O / np.sqrt(v[i])[:, None] if axis == 1 else O / np.sqrt(v[i])[None]
@@ -337,7 +336,7 @@ def test_a_rule_that_keeps_norms_starts_from_no_zero_matrix(rule):
     assert given.mlp_down_bank.std().item() == pytest.approx(0.03, rel=0.05)
     assert given.qo_bank[h.num_layers :].std().item() == pytest.approx(0.03, rel=0.05)
     eye = torch.eye(h.model_dim).expand(h.num_layers, -1, -1)
-    torch.testing.assert_close(t.xxt(given.qo_bank[: h.num_layers]), eye, atol=1e-5, rtol=0)  # Q as before
+    torch.testing.assert_close(t.xxt(given.qo_bank[: h.num_layers])[0], eye, atol=1e-5, rtol=0)  # Q as before
 
 
 # ---------------------------------------------------------------- compilation
@@ -436,7 +435,7 @@ def alone_and_together(rank, cases):
     return worst
 
 
-ORIENTED = [dict(), dict(mlp_mult=1.0, row_equalize=True, cautious_wd=True), dict(mlp_mult=0.5, snap_norm=True)]
+ORIENTED = [dict(), dict(mlp_mult=1.0, row_equalize=True, cautious_wd=True), dict(mlp_mult=0.5)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -495,8 +494,6 @@ def test_every_pair_trains_other_parameters(worlds):
     [
         ("muon", dict(row_equalize=True)),
         ("muon", dict(cautious_wd=True)),
-        ("muon", dict(snap_norm=True)),
-        ("normuon", dict(snap_norm=True)),
         ("normuon", dict(cautious_wd=True)),
         ("normuon", dict(normuon_beta2=0.5)),
         ("normuon_hyperball", dict(normuon_beta2=0.5)),
@@ -519,15 +516,6 @@ def test_knobs_that_a_rule_does_not_read_change_nothing():
         run = lambda rule, **k: trained(m, 3, ("ns5", rule), data_path=data_folder(), **k)[0]["qo_bank"]
         assert torch.equal(run("muon"), run("muon", normuon_beta2=0.5))
         assert torch.equal(run("hyperball"), run("hyperball", muon_wd=0.5, cautious_wd=True))  # no decay
-        torch.testing.assert_close(run("hyperball"), run("hyperball", snap_norm=True))  # an angle has no length
-
-
-def test_a_snapped_step_has_the_norm_of_a_polar_factor():
-    U = t.orthogonalize(gaussian(3, 24, 40), "polar_express4")
-    snapped = t.snap_norm(torch.cat([U, 0 * U[:1]]))
-    torch.testing.assert_close(t.frobenius(snapped[:3]).flatten(), torch.full((3,), 24**0.5))
-    torch.testing.assert_close(snapped[:3] / U, t.frobenius(snapped[:3]) / t.frobenius(U) + 0 * U)  # length alone
-    assert not snapped[3].any()
 
 
 @pytest.mark.parametrize("pair", [("polar_express", "normuon"), ("turbo", "hyperball"), ("mud2", "muon"),
