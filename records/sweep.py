@@ -5,9 +5,9 @@
     ./run.sh record sweep FOLDER                                   write a finished sweep's tables again
 
 Stage 1 trains every row at every rate with the first seed, stage 2 the best rate of each row with the other
-seeds. Each worker is one process on one device that compiles the model once: a configuration puts new weights
-into the same tensors, so that only the update of the matrices is compiled anew. Training, clock, export and
-score are train_gpt.py's own. A configuration is one log; a rerun skips those that are there.
+seeds. Each worker is one process on one device that compiles a model once: a configuration puts new weights
+into the same tensors, so that only the update of the matrices is compiled anew; for a row with another model
+(heads, windows, depth, ...) all is, off the clock. Training, clock, export and score are train_gpt.py's own. A configuration is one log; a rerun skips those that are there.
 The environment sets no knob here: what a sweep trains is in its plan and on its command line.
 """
 from __future__ import annotations
@@ -110,11 +110,6 @@ def resolve(where: str, settings: Mapping[str, str]) -> t.Config:
         raise BadInput(f"{where}: {error}") from None
 
 
-def shapes(h: t.Config) -> dict[str, tuple[int, ...]]:
-    """The model's tensors."""
-    return {name: shape for name, (shape, _) in t.parameter_table(h).items()}
-
-
 def make_row(name: str, given: Mapping, plan: Mapping, base: Mapping[str, str]) -> Row:
     """A row of the plan with its rates as values. BadInput names the row and the key."""
     where = f"row {name}"
@@ -131,7 +126,7 @@ def make_row(name: str, given: Mapping, plan: Mapping, base: Mapping[str, str]) 
     key = given.get("rate_key", plan.get("rate_key", "matrix_lr"))
     config = resolve(where, {**base, **settings})
     start = getattr(config, str(key), None)
-    if not isinstance(start, float) or key in sweep_table.FIXED:
+    if not isinstance(start, float) or key in (*sweep_table.FIXED, *sweep_table.MODEL):
         raise BadInput(f"{where}: rate_key {key!r} is no knob of fractions, such as matrix_lr")
     if ("rates" in own) == ("multipliers" in own):
         raise BadInput(f"{where}: give rates (values of {key}) or multipliers (of its {start}), one of them")
@@ -139,8 +134,6 @@ def make_row(name: str, given: Mapping, plan: Mapping, base: Mapping[str, str]) 
         values = [float(x) * (1 if "rates" in own else start) for x in (*own.values(),)[0]]
     except (TypeError, ValueError):
         raise BadInput(f"{where}: rates and multipliers are lists of numbers") from None
-    if shapes(config) != shapes(resolve("base", base)):
-        raise BadInput(f"{where}: has tensors of its own; a sweep compiles one model for all rows")
     rates = tuple(str(float(f"{value:.6g}")) for value in sorted(set(values)))
     if not rates:
         raise BadInput(f"{where}: no rates to try")
@@ -242,7 +235,7 @@ def code_entropy(run: t.Run, ema: t.Ema) -> tuple[float, int]:
 
 
 class Bench:
-    """A device and its data, and the one model that every configuration is trained in."""
+    """A device and its data, and the model that configurations are trained in, until one has another."""
 
     def __init__(self, h: t.Config, env: Mapping[str, str]) -> None:
         self.m, self.dataset, self.kept = t.init_machine(h, env), t.check_data(h), None
@@ -250,13 +243,26 @@ class Bench:
         # Each rate and rule is another graph of matrix_update, by four shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 100_000
 
+    def machine(self, h: t.Config) -> t.Machine:
+        """The machine for a config's model: other heads or windows may bind other attention and kernels."""
+        if not self.m.pin:
+            return self.m
+        ops, names = t.bind_ops(h, self.m.device, t.bind_attention(self.m.device, h.head_dim))
+        return dataclasses.replace(self.m, ops=ops, names=self.m.names | names)
+
     def prepare(self, h: t.Config, log: t.Log) -> t.Run:
-        """start_run; from the second on, its weights go into the first run's model and compiled functions.
+        """start_run; where its model is the one before, its weights go into that and its compiled functions.
 
         A compiled function guards on types, shapes and the settings it reads, not on where parameters lie, so
         neither new contents nor Optimizer.rehome's new storage compile it again; settings it does read would.
         torch 2.13 would take a new model of the same shapes as well; to rely on identity alone is safer.
         """
+        model_of = lambda config: [getattr(config, key) for key in sweep_table.MODEL]
+        if self.kept is not None and model_of(h) != model_of(self.kept.h):
+            self.kept = None
+            torch._dynamo.reset()
+            gc.collect()
+            self.m = self.machine(h)
         run = t.start_run(h, self.m, log, self.dataset, time.perf_counter())
         if self.kept is None:
             self.kept = run

@@ -22,9 +22,12 @@ FIXED = (
     "preset", "data_path", "tokenizer_path", "report_split", "bos_id", "max_wallclock_seconds", "iterations",
     "warmup_steps", "val_loss_every", "train_log_every", "val_tokens", "train_batch_tokens",
     "micro_batch_tokens", "train_seq_len", "eval_seq_len", "eval_stride", "eval_batch_tokens", "vocab_size",
+    "int6_step", "fit_cap", "size_cap")
+# What a row may set, at the price of a compilation of its own.
+MODEL = (
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base",
     "attn_windows", "doc_mask", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
-    "logit_softcap", "int6_step", "fit_cap", "size_cap")
+    "logit_softcap")
 NAMES = ("run_id", "seed", "out_dir")       # what tells two logs apart, or says where they lie
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
 NOTE = """val bpb is that of the int6 artifact, read back ({metric}); live and averaged are bpb of the
@@ -178,7 +181,8 @@ def build_table(runs: list[Run]) -> dict[str, object]:
                        lambda run: run.facts.get("final_score", {}).get("metric")),
         "train_gpt_sha256": same(runs, "source", lambda run: sha256(run.source)),
         "data_manifest_sha256": same(runs, "data manifest", lambda run: run.text("data", "manifest_sha256")),
-        "config": {key: same(runs, key, lambda run, key=key: run.config.get(key)) for key in FIXED
+        "config": {key: same(runs, key, lambda run, key=key: run.config.get(key))
+                   for key in (*FIXED, *(k for k in MODEL if len({run.config.get(k) for run in runs}) == 1))
                    if key not in ("data_path", "tokenizer_path")
                    and any(key in run.config for run in runs)},         # knobs younger than all of the logs
         "configurations": len(runs), "diverged": sum(map(diverged, runs)), "equal_step": step,

@@ -161,9 +161,42 @@ def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
     assert graphs("turbo", "0.02", 1) == graphs("mud", "0.02", 1) == {"matrix_update": matrices}
     assert 3 * matrices > 8  # more than torch's default limit, which is an error with fullgraph
     assert graphs("turbo", "0.04", 2) == {}
+    plan = tiny_plan(base=one_layer, rows=rows | {"masks": {"attn_windows": "4"}})
+    assert graphs("masks", "0.02", 1) == first and graphs("masks", "0.02", 2) == {}
     for log in (folder / "logs").iterdir():
         assert not runlog.parse_log(log).late
     torch._dynamo.reset()
+
+
+def test_a_row_may_have_a_model_of_its_own(bench, tmp_path):
+    """Between rows of the first model; each trains, bit for bit, what train trains, and the table says how they differ."""
+    rows = {"ns5": {}, "masks": {"attn_windows": "4 0", "doc_mask": "1"}, "heads": {"num_heads": "2", "num_kv_heads": "1"}}
+    plan, folder = tiny_plan(rows=rows, rates=[0.02]), folder_for(tmp_path)
+    jobs = [plan.job(row, "0.02", seed) for row, seed in (("ns5", 1), ("masks", 1), ("heads", 1), ("heads", 2), ("ns5", 2))]
+    for job in jobs:
+        bench.train({"argv": job.argv, "line": LINE | dict(row=job.row, baseline="ns5", seed=job.seed, stage=job.stage)}, folder)
+    torch.distributed.destroy_process_group()
+    for job in jobs:
+        assert t.main([*job.argv, f"out_dir={tmp_path}/alone"]) == 0
+        alone, log = (final((tmp_path / x / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()) for x in ("alone", "logs"))
+        assert all(alone[key] == log[key] for key in ("val_bpb", "steps", "sha256")), job.name
+    bench.m = t.init_machine(t.load_config(list(jobs[0].argv), {}), {})
+    table = sweep_table.build_table(sweep_table.read_runs(folder))
+    found = {row["name"]: (row["changes"], row["own_init"]) for row in table["rows"]}
+    assert found["masks"] == ({"attn_windows": "4 0", "doc_mask": "True"}, False)
+    assert found["heads"] == ({"num_heads": "2", "num_kv_heads": "1"}, True)
+    assert "num_layers" in table["config"] and not {"num_heads", "doc_mask"} & table["config"].keys()
+
+
+def test_a_gpu_binds_its_kernels_again_for_another_model(bench, monkeypatch):
+    """Only then: heads of another size or windows may take another attention."""
+    bound = []
+    monkeypatch.setattr(t, "bind_attention", lambda device, head_dim: f"attention{head_dim}")
+    monkeypatch.setattr(t, "bind_ops", lambda h, device, name: bound.append(name) or (t.Ops(qk=len), {"attention": name}))
+    monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, pin=True))
+    m = bench.machine(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
+    assert bound == ["attention128"] and m.ops.qk is len and m.names["attention"] == "attention128"
+    assert m.names["device"] == bench.m.names["device"]
 
 
 def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
@@ -280,7 +313,9 @@ def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, ca
     [
         (dict(rows={"a": {"orto": "ns5"}}), r"row a: unknown config key 'orto'"),
         (dict(rows={"a": {"ortho": "none"}}), r"row a: config key ortho: 'none'"),
-        (dict(rows={"a": {"num_layers": 3}}), r"row a: num_layers is the same in every row"),
+        (dict(rows={"a": {"train_seq_len": 8}}), r"row a: train_seq_len is the same in every row"),
+        (dict(rows={"a": {"num_heads": 3}}), r"row a: .*num_heads must divide"),
+        (dict(rate_key="mlp_mult"), r"rate_key 'mlp_mult'"),
         (dict(rows={"a": {"seed": 3}}), r"row a: seed is the same in every row"),
         (dict(rows={"a/b": {}}), r"row a/b: a row's name"),
         (dict(rows={}), r"no rows"),
@@ -339,18 +374,18 @@ def test_settings_may_stand_behind_options(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "records" / "plans").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_plans(path):
-    """Every plan resolves with the knobs that train_gpt.py has, and no two rows are one."""
+    """Every plan resolves with the knobs that train_gpt.py has, no two rows are one, and the first is the base."""
     raw = json.loads(path.read_text(encoding="utf-8"))
-    assert raw["name"] == path.stem and list(raw["rows"])[0] == "ns5" and raw["seeds"] == [1337, 42, 2025]
+    assert raw["name"] == path.stem and [*raw["rows"].values()][0] == {} and raw["seeds"] == [1337, 42, 2025]
     plan = sweep.make_plan(raw, path.name)
-    assert all(len(row.rates) == 3 for row in plan.rows.values()) and len(set(map(repr, plan.rows.values()))) == len(
-        plan.rows
-    )
+    count = len(raw["multipliers"])
+    assert count in (1, 3) and all(len(row.rates) == count for row in plan.rows.values())
+    assert len(set(map(repr, plan.rows.values()))) == len(plan.rows)
 
 
-def test_what_rows_may_not_set_is_all_that_defines_the_model():
-    knobs = {f.name for f in dataclasses.fields(t.Config)}
-    assert set(t.MODEL_FIELDS) <= set(sweep_table.FIXED) <= knobs and set(sweep_table.NAMES) <= knobs
+def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
+    knobs, fixed, model = {f.name for f in dataclasses.fields(t.Config)}, set(sweep_table.FIXED), set(sweep_table.MODEL)
+    assert set(t.MODEL_FIELDS) <= fixed | model <= knobs and set(sweep_table.NAMES) <= knobs and not fixed & model
 
 
 # ---------------------------------------------------------------- a folder, end to end
