@@ -1253,18 +1253,18 @@ def bind_ops(h: Config, device: torch.device, attention: str) -> tuple[Ops, dict
                                              *rope_tables(64, h.rope_dims, h.rope_base, device)])
     shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
     fused, mlp_name = bind(FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
-    sdp, heads, masks = torch.backends.cuda, (h.num_heads, h.num_kv_heads, h.num_kv_heads), ""
+    sdp, heads = torch.backends.cuda, (h.num_heads, h.num_kv_heads, h.num_kv_heads)
     qkv = [draw(2, 256, n, h.head_dim).requires_grad_() for n in heads]
     docs = documents(torch.arange(512, device=device).view(2, 256) % 90, 0)
-    efficient = sdp.mem_efficient_sdp_enabled()
+    efficient, found = sdp.mem_efficient_sdp_enabled(), []
     sdp.enable_mem_efficient_sdp(True)
-    for window, own in sorted({(50 * (s.window > 0), s.docs) for s in layer_table(h)} - {(0, False)}):
+    for window, own in sorted({(50 * bool(s.window), s.docs) for s in layer_table(h)} - {(0, False)}):
         how = dict(window=window, docs=docs if own else None)
-        name = bind(partial(attend_flash, **how), partial(attend_sdpa, **how), qkv, "flash")[1]
-        masks = max(masks, name.replace(" ", ""))       # "torch(...)" is above "flash"
-    sdp.enable_mem_efficient_sdp(efficient or masks > "flash")
-    attention += "" if masks in attention else f"+{masks}"
-    attend = attend_flash if masks == "flash" else attend_sdpa
+        found.append(bind(partial(attend_flash, **how), partial(attend_sdpa, **how), qkv, "flash")[1])
+    wrong = [name.replace(" ", "") for name in found if name != "flash"]
+    sdp.enable_mem_efficient_sdp(efficient or bool(wrong))
+    attention += f"+{wrong[0]}" if wrong else "+flash" if found and "flash" not in attention else ""
+    attend = attend_flash if found and not wrong else attend_sdpa
     return Ops(attend, qk, fused), {"attention": attention, "qk": qk_name, "mlp": mlp_name}
 
 
