@@ -76,6 +76,14 @@ def random_tokens(h, shape, seed=0, bos_share=0.1):
     return torch.from_numpy(tokens)
 
 
+def refused_by(main, capsys, *args):
+    """The line with which the bench's main(argv, env) refuses its input: one, on stderr, status 2."""
+    assert main([*map(str, args)], {}) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("bench.py: "), err
+    return err
+
+
 # ---------------------------------------------------------------- data on disk
 
 

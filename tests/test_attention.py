@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,7 +21,7 @@ import attention  # noqa: E402
 import bench  # noqa: E402
 import train_gpt as t  # noqa: E402
 from attention import Bound, Layout, Mask, Path as AttentionPath  # noqa: E402
-from helpers import TINY, machine, tiny  # noqa: E402
+from helpers import TINY, machine, refused_by, tiny  # noqa: E402
 
 KNOBS = [f"{k}={v}" for k, v in (TINY | dict(micro_batch_tokens=64)).items()]  # 4 rows of 16 tokens
 NAMES = ["causal", "documents", "window 8", "window 4", "documents, window 8"]
@@ -418,23 +419,17 @@ def test_an_odd_number_of_heads(capsys):
     assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * ["varlen", "flex", "flash4"]
 
 
-def refused(capsys, *args):
-    assert bench.main([*map(str, args)], {}) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("bench.py: "), err
-    return err
-
-
 def test_bad_input_is_one_line(tmp_path, capsys):
+    refused = partial(refused_by, bench.main, capsys)
     at = tmp_path / "t.json"
-    assert "--paths sdpa: not one of cudnn, flash" in refused(capsys, "--attention", "--paths", "flex,sdpa", *KNOBS)
-    assert "--paths (empty): not one of" in refused(capsys, "--attention", "--paths", "", *KNOBS)
-    assert "--paths needs --attention" in refused(capsys, "--paths", "flex", *KNOBS)
-    assert "give one of them" in refused(capsys, "--attention", "--timeline", at, *KNOBS)
-    assert "--candidates" in refused(capsys, "--attention", "--candidates", at, *KNOBS)
-    assert "no such folder" in refused(capsys, "--attention", "--json", tmp_path / "no" / "a.json", *KNOBS)
-    assert "unknown config key" in refused(capsys, "--attention", *KNOBS, "sed=1")
-    assert "cannot read the script" in refused(capsys, "--attention", "--script", tmp_path / "no.py", *KNOBS)
+    assert "--paths sdpa: not one of cudnn, flash" in refused("--attention", "--paths", "flex,sdpa", *KNOBS)
+    assert "--paths (empty): not one of" in refused("--attention", "--paths", "", *KNOBS)
+    assert "--paths needs --attention" in refused("--paths", "flex", *KNOBS)
+    assert "give one of them" in refused("--attention", "--timeline", at, *KNOBS)
+    assert "--candidates" in refused("--attention", "--candidates", at, *KNOBS)
+    assert "no such folder" in refused("--attention", "--json", tmp_path / "no" / "a.json", *KNOBS)
+    assert "unknown config key" in refused("--attention", *KNOBS, "sed=1")
+    assert "cannot read the script" in refused("--attention", "--script", tmp_path / "no.py", *KNOBS)
     assert list(tmp_path.iterdir()) == []
 
 

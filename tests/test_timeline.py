@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ sys.path[:0] = [str(ROOT / "records"), str(ROOT / "tests")]
 import bench  # noqa: E402
 import timeline  # noqa: E402
 import wire  # noqa: E402
-from helpers import TINY  # noqa: E402
+from helpers import TINY, refused_by  # noqa: E402
 from timeline import Lanes, Span, account, clipped, length, matched, merged, minus  # noqa: E402
 
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]
@@ -295,22 +296,16 @@ def test_two_ranks(tmp_path):
     assert "timeline of 3 steps on 2 rank(s)" in done.stdout and "1 reduce-scatter" in done.stdout
 
 
-def refused(capsys, *args):
-    assert bench.main([*map(str, args)], {}) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("bench.py: "), err
-    return err
-
-
 def test_bad_input_is_one_line(tmp_path, capsys):
+    refused = partial(refused_by, bench.main, capsys)
     at = tmp_path / "t.json"
-    assert "a .json file" in refused(capsys, "--timeline", tmp_path / "t.png", *KNOBS)
-    assert "no such folder" in refused(capsys, "--timeline", tmp_path / "no" / "t.json", *KNOBS)
-    assert "choose another" in refused(capsys, "--timeline", at, "--json", at, *KNOBS)
-    assert "--candidates" in refused(capsys, "--timeline", at, "--candidates", tmp_path / "c.py", *KNOBS)
-    assert "1 to 100" in refused(capsys, "--timeline", at, "--steps", 0, *KNOBS)
-    assert "unknown config key" in refused(capsys, "--timeline", at, *KNOBS, "sed=1")
-    assert "cannot read the script" in refused(capsys, "--timeline", at, "--script", tmp_path / "no.py", *KNOBS)
+    assert "a .json file" in refused("--timeline", tmp_path / "t.png", *KNOBS)
+    assert "no such folder" in refused("--timeline", tmp_path / "no" / "t.json", *KNOBS)
+    assert "choose another" in refused("--timeline", at, "--json", at, *KNOBS)
+    assert "--candidates" in refused("--timeline", at, "--candidates", tmp_path / "c.py", *KNOBS)
+    assert "1 to 100" in refused("--timeline", at, "--steps", 0, *KNOBS)
+    assert "unknown config key" in refused("--timeline", at, *KNOBS, "sed=1")
+    assert "cannot read the script" in refused("--timeline", at, "--script", tmp_path / "no.py", *KNOBS)
     assert list(tmp_path.iterdir()) == []
 
 
