@@ -234,21 +234,10 @@ PATHS = {
 
 # ---- exact ---------------------------------------------------------------------------------------
 
-def visible(ids: Tensor, window: int) -> Tensor:
-    """(T, T) bool of one row: query down, key across. ids (T,)."""
-    at = torch.arange(len(ids), device=ids.device)
-    back = at[:, None] - at
-    seen = (back >= 0) & (ids[:, None] == ids)
-    return seen & (back < window) if window else seen
-
-
 def exact_row(c: Case, row: int) -> list[Tensor]:
     """(1, T, heads, Dh) of the output, dq, dk and dv of one row, in float64."""
     leaves = [x[row:row + 1].detach().double().requires_grad_() for x in c.tensors]
-    q, k, v = repeated(*leaves)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(~visible(c.ids[row], c.mask.window), -math.inf)
-    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    out = bench.attend_exact(*leaves, c.mask.window, c.ids[row:row + 1])
     return [out.detach(), *torch.autograd.grad(out, leaves, c.dout[row:row + 1].double())]
 
 

@@ -696,15 +696,19 @@ def replace(t: ModuleType, ops: Any, pairs: list[tuple]) -> tuple[Any, set[str]]
     return ops, paths
 
 
+def visible(docs: Tensor, window: int) -> Tensor:
+    """(..., T, T) bool, query down, key across. docs (..., T): numbers of the tokens' documents."""
+    T = docs.size(-1)
+    seen = torch.ones(T, T, dtype=torch.bool, device=docs.device).tril().triu(1 - (window or T))
+    return seen & (docs[..., None] == docs[..., None, :])
+
+
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
     """attend_sdpa in any dtype, written out: fused kernels know no float64."""
-    repeat, T = q.size(2) // k.size(2), q.size(1)
+    repeat, docs = q.size(2) // k.size(2), q.new_zeros(1, q.size(1)) if docs is None else docs
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.size(-1) ** -0.5
-    seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - (window or T))
-    if docs is not None:
-        seen = seen & (docs[:, None, :, None] == docs[:, None, None])
-    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = scores.masked_fill(~visible(docs, window)[:, None], float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 

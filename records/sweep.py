@@ -7,8 +7,9 @@
 Stage 1 trains every row at every rate with the first seed, stage 2 the best rate of each row with the other
 seeds. Each worker is one process on one device that compiles a model once: a configuration puts new weights
 into the same tensors, so that only the update of the matrices is compiled anew; for a row with another model
-(heads, windows, depth, ...) all is, off the clock. Training, clock, export and score are train_gpt.py's own. A configuration is one log; a rerun skips those that are there.
-The environment sets no knob here: what a sweep trains is in its plan and on its command line.
+(heads, windows, depth, ...) all is, off the clock. Training, clock, export and score are train_gpt.py's own.
+A configuration is one log; a rerun skips those that are there. The environment sets no knob here: what a
+sweep trains is in its plan and on its command line.
 """
 from __future__ import annotations
 
@@ -234,12 +235,17 @@ def code_entropy(run: t.Run, ema: t.Ema) -> tuple[float, int]:
     return 8 * t.entropy_bytes(raw) / len(raw), len(raw)
 
 
+def model_of(h: t.Config) -> list:
+    """What the machine's bindings and the compiled functions depend on."""
+    return [getattr(h, key) for key in sweep_table.MODEL]
+
+
 class Bench:
     """A device and its data, and the model that configurations are trained in, until one has another."""
 
     def __init__(self, h: t.Config, env: Mapping[str, str]) -> None:
         self.m, self.dataset, self.kept = t.init_machine(h, env), t.check_data(h), None
-        self.kind = device_kind(self.m)
+        self.kind, self.model = device_kind(self.m), model_of(h)
         # Each rate and rule is another graph of matrix_update, by four shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 100_000
 
@@ -257,9 +263,8 @@ class Bench:
         neither new contents nor Optimizer.rehome's new storage compile it again; settings it does read would.
         torch 2.13 would take a new model of the same shapes as well; to rely on identity alone is safer.
         """
-        model_of = lambda config: [getattr(config, key) for key in sweep_table.MODEL]
-        if self.kept is not None and model_of(h) != model_of(self.kept.h):
-            self.kept = None
+        if model_of(h) != self.model:
+            self.kept, self.model = None, model_of(h)
             torch._dynamo.reset()
             gc.collect()
             self.m = self.machine(h)

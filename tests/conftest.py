@@ -1,5 +1,6 @@
 """For every test: the root importable, few threads, no network, gpu tests skipped without a GPU."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -29,6 +30,17 @@ def loopback_connect(self, address):
 
 
 socket.socket.connect = loopback_connect
+
+
+@pytest.fixture
+def quick_bench(monkeypatch):
+    """records/bench.py without knobs from the environment, each section timed three times."""
+    import bench
+    import train_gpt as t
+
+    for f in dataclasses.fields(t.Config):
+        monkeypatch.delenv(f.name.upper(), raising=False)
+    monkeypatch.setattr(bench, "HOST_SECONDS", 0.0)
 
 
 def pytest_collection_modifyitems(items):

@@ -25,6 +25,7 @@ import bench  # noqa: E402
 import train_gpt as t  # noqa: E402
 from helpers import english_args, machine, stop_one_line, tiny  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_bench")
 SECTIONS = [
     "embedding + bigram + smear", "value embedding", "residual mix + norm", "QKV product", "QK norm + rope + gain",
     "attention", "XSA", "O product", "residual add + norm", "MLP", "skip adds",
@@ -32,13 +33,6 @@ SECTIONS = [
 ]  # fmt: skip
 WHOLE = ["forward", "forward+backward", "optimizer", "ema", "zero gradients", "clock check", "step", "log line",
          "loader.next", "loader.build (in its thread)"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    for f in dataclasses.fields(t.Config):
-        monkeypatch.delenv(f.name.upper(), raising=False)
-    monkeypatch.setattr(bench, "HOST_SECONDS", 0.0)
 
 
 def a_bench(rows=2, **knobs):

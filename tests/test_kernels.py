@@ -106,12 +106,12 @@ def test_the_hidden_layer_carries_the_sign():
 
 @pytest.mark.parametrize("ops", [dict(qk=t.qk_op), dict(mlp=t.FusedMLP.apply)], ids=["qk", "mlp"])
 def test_a_kernel_in_a_compiled_model_trains_like_the_torch_line(ops):
-    """One graph with the operator inside (no graph break), same loss, same gradients; on a GPU, whose float32
-    products are TF32, in bf16 and as near to float64 as the torch line."""
+    """One graph with the operator inside (no graph break), same loss, same gradients; where the kernel's own
+    float32 product is TF32, in bf16 and as near to float64 as the torch line."""
     h = t.load_config(["preset=cpu", "num_layers=2", "model_dim=64", "num_heads=2"], {})
     exact = noisy_model(h, scale=0.05, dtype=torch.float64).to(DEVICE)
     x, y = torch.randint(0, h.vocab_size, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if "mlp" in ops and DEVICE.type == "cuda" else torch.float32
     models = [exact, t.GPT(h, t.Ops(**ops), dtype).to(DEVICE), t.GPT(h, dtype=dtype).to(DEVICE)]
     compiled = torch.compile(models[1].loss, dynamic=False, fullgraph=True, backend="aot_eager")
     losses = []
@@ -155,8 +155,11 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             dx, up, down = t.FusedMLP.backward(ctx, dy)
             return dx, 1.1 * up, down
 
-    line, name = t.bind(Skewed.apply, t.mlp, inputs)        # up's gradient is a tenth off, on a GPU to TF32's rounding
-    assert line is t.mlp and float(re.fullmatch(r"torch \(error ([\d.]+)\)", name)[1]) == pytest.approx(0.1, abs=0.005)
+    line, name = t.bind(Skewed.apply, t.mlp, inputs)
+    if DEVICE.type == "cpu":
+        assert (line, name) == (t.mlp, "torch (error 0.100)")
+    else:       # a tenth, to TF32's rounding
+        assert line is t.mlp and float(re.fullmatch(r"torch \(error ([\d.]+)\)", name)[1]) == pytest.approx(0.1, abs=0.005)
 
     def broken(*inputs):
         raise RuntimeError("no such chip")
@@ -383,10 +386,12 @@ def test_a_direction_on_the_gpu_is_the_direction_in_float32(method, shape, monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
-@pytest.mark.parametrize("B,M,N,layout", [(22, 512, 512, "wide"), (3, 512, 1536, "tall"), (5, 192, 320, "wide")])
+@pytest.mark.parametrize("B,M,N,layout", [
+    (22, 512, 512, "wide"), (3, 512, 1536, "tall"), (5, 192, 320, "wide"),
+    pytest.param(5, 200, 328, "wide", marks=pytest.mark.xfail(strict=True, reason="Triton 3.6 miscompiles the tile (32, 4)"))])
 def test_substitution_in_fp16_is_right_and_the_same_every_time(case, B, M, N, layout):
-    """Sides of whole 64s, all that tile_of gives it: at 200 x 328 Triton 3.6 compiles the tile (32, 4) to wrong
-    results and at 200 x 320 to an illegal access (H200); the interpreter, above, is right at any side."""
+    """tile_of gives it sides of whole 64s only: on an H200 200 x 328 came out wrong from row 16 on, and 200 x 320
+    was an illegal access; the interpreter, above, is right at any side."""
     X = correlated(case, B, M, N, layout).bfloat16()
     T, d = solve_inputs(X, torch.half)
     exact = solve_exactly(T, X, d)
