@@ -228,11 +228,10 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
 
 def check_config(h: Config) -> None:
     """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
-    positive = ("iterations", "train_batch_tokens", "micro_batch_tokens", "train_seq_len", "eval_seq_len",
-                "eval_stride", "eval_batch_tokens", "vocab_size", "num_layers", "model_dim", "num_heads",
-                "num_kv_heads", "ve_last_n", "ve_dim", "bigram_dim", "train_log_every")
+    may_be_zero = ("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims",
+                   "xsa_last_n", "bigram_vocab_size", "size_cap")
     for key, value in dataclasses.asdict(h).items():
-        least = 1 if key in positive else 0
+        least = 1 if type(value) is int and key not in may_be_zero else 0
         if not isinstance(value, str) and not least <= value < 1 << 53:        # also refuses nan
             raise InputError(f"config key {key}: {str(value)[:40]} must be a number from {least} to 2^53")
     tables = {"preset": PRESETS, "ortho": ORTHO, "step_rule": STEP_RULES, "artifact_weights": ("ema", "live"),
@@ -240,14 +239,12 @@ def check_config(h: Config) -> None:
     for key, table in tables.items():
         if getattr(h, key) not in table:
             raise InputError(f"config key {key}: {getattr(h, key)!r} is not one of {', '.join(table)}")
+    divides = {"micro_batch_tokens": "train_batch_tokens", "train_seq_len": "micro_batch_tokens",
+               "eval_seq_len": "eval_batch_tokens", "num_heads": "model_dim", "num_kv_heads": "num_heads"}
     rules = [
-        (h.train_batch_tokens % h.micro_batch_tokens == 0,
-         "micro_batch_tokens must divide train_batch_tokens"),
-        (h.micro_batch_tokens % h.train_seq_len == 0, "train_seq_len must divide micro_batch_tokens"),
-        (h.eval_batch_tokens % h.eval_seq_len == 0, "eval_seq_len must divide eval_batch_tokens"),
+        *((getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
+          for part, whole in divides.items()),
         (h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len"),
-        (h.model_dim % h.num_heads == 0, "num_heads must divide model_dim"),
-        (h.num_heads % h.num_kv_heads == 0, "num_kv_heads must divide num_heads"),
         (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
         (max(h.xsa_last_n, h.ve_last_n) <= h.num_layers, "xsa_last_n, ve_last_n must not exceed num_layers"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
