@@ -87,6 +87,16 @@ class Fault(InputError):
     status = 1
 
 
+@contextmanager
+def explained(what: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+    """An OSError inside, or one of `errors`, becomes an InputError: what (the reason); remedy."""
+    try:
+        yield
+    except (OSError, *errors) as e:
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise InputError(f"{what} ({reason}); {remedy}") from None
+
+
 @dataclass(frozen=True)
 class Config:
     # the run
@@ -462,24 +472,19 @@ class Log:
         if machine is None or not machine.is_main:
             return
         self.live = sys.stderr.isatty()
-        try:
+        with explained(f"{path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             if not resume:
                 open(path, "x").close()
             self.file = open(path, "a", encoding="utf-8")       # other ranks may add lines
             self.goes_on = self.file.tell() > 0
-        except OSError as e:
-            raise InputError(f"{path}: cannot write the log ({e.strerror}); change run_id or out_dir, "
-                             "or resume=auto") from None
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.file is None:
             return
-        try:
+        with explained(f"{self.path}: cannot write the log", "free space"):
             self.file.write(line + "\n")
             self.file.flush()
-        except OSError as e:
-            raise InputError(f"{self.path}: cannot write the log ({e.strerror}); free space") from None
         if console:
             print(("\r\033[K" if self.live else "") + line, flush=True)
 
@@ -546,11 +551,8 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
 
     Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the tokens as uint16.
     InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
-    try:
-        header = np.fromfile(path, dtype="<i4", count=256)
-        size = os.path.getsize(path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read the shard ({e.strerror}); prepare the data again") from None
+    with explained(f"{path}: cannot read the shard", "prepare the data again"):
+        header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); "
                          "make it again")
@@ -703,11 +705,8 @@ class ByteCounts:
 def sentencepiece_counts(path: str) -> ByteCounts:
     """ByteCounts of a SentencePiece model. InputError when the file is missing or is not one."""
     import sentencepiece
-    try:
+    with explained(f"{path}: not a SentencePiece model", "tokenizer_path=FILE names one", RuntimeError):
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
-    except (RuntimeError, OSError) as e:
-        raise InputError(f"{path}: not a SentencePiece model ({str(e).splitlines()[0]}); "
-                         "tokenizer_path=FILE names one") from None
     ids = list(range(sp.vocab_size()))
     pieces = sp.id_to_piece(ids)
     boundary = np.array(sp.is_control(ids)) | sp.is_unknown(ids) | sp.is_unused(ids)
@@ -2035,17 +2034,16 @@ def packed_code(source: str) -> bytes:
 
 def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     """Write under a temporary name, then rename: the old file or the new one, never half. Or InputError."""
-    try:
-        with open(path + ".tmp", "wb") as f:
-            for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise InputError(f"{path}: cannot write it ({e.strerror}); free space") from None
+    with explained(f"{path}: cannot write it", "free space"):
+        try:
+            with open(path + ".tmp", "wb") as f:
+                for chunk in chunks:
+                    f.write(chunk)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(path + ".tmp", path)
+        finally:
+            Path(path + ".tmp").unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
