@@ -93,7 +93,7 @@ def explained(what: str, remedy: str, *errors: type[Exception]) -> Iterator[None
     try:
         yield
     except (OSError, *errors) as e:
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
         raise InputError(f"{what} ({reason}); {remedy}") from None
 
 
@@ -304,17 +304,14 @@ def record_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[
 
 @dataclass(frozen=True)
 class Machine:
-    """This process's place and its bindings; no code below asks which device it runs on.
-
-    dtype: of activations and matrix products. compile: torch.compile or the identity. ops: attention and the
-    other functions with a faster form here. pin: whether host batches are page-locked."""
+    """This process's place and its bindings; no code below asks which device it runs on."""
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype
-    compile: Callable
-    ops: Ops
-    pin: bool
+    dtype: torch.dtype                   # of activations and matrix products
+    compile: Callable                    # torch.compile or the identity
+    ops: Ops                             # attention and the other functions with a faster form here
+    pin: bool                            # whether host batches are page-locked
     levels: tuple                        # how ranks share a bank: (group, what of its WORLD_SIZE parts, ours)
     names: dict[str, str]                # for the log: device, attention, qk, mlp, compile, update
     streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
@@ -424,9 +421,10 @@ def bind_attention(device: torch.device, head_dim: int) -> str:
 
 
 def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
-    """Join or make the process group and bind device, dtype, compiler and attention.
-    Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. Host tensors
-    travel over gloo, device tensors over NCCL. InputError when the world size or the nodes do not fit."""
+    """Join or make the process group and bind device, dtype, compiler and ops.
+
+    Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. InputError
+    when the world size or the nodes do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -678,16 +676,13 @@ class TokenLoader:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """UTF-8 bytes of the decoded text that each target stands for.
+    """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,).
 
-    base (V,): bytes of the piece without its leading-space mark; 0 for control, unknown and unused pieces.
-    space (V,): the piece begins with U+2581, worth one byte unless the previous token is a boundary.
-    boundary (V,): control, unknown and unused pieces; a space after one is not part of the text.
     spelled: ids of the byte pieces E2 96 81 in a vocabulary without a piece U+2581 of its own, where a space
     can be spelled as those three bytes and still is one byte of text; otherwise None."""
-    base: np.ndarray
-    space: np.ndarray
-    boundary: np.ndarray
+    base: np.ndarray            # bytes of the piece without its leading-space mark; 0 for a boundary
+    space: np.ndarray           # the piece begins with U+2581, one byte unless it follows a boundary
+    boundary: np.ndarray        # control, unknown, unused pieces; a space after one is not part of the text
     spelled: tuple[int, int, int] | None = None
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
@@ -722,11 +717,9 @@ def sentencepiece_counts(path: str) -> ByteCounts:
 def tiktoken_counts(encoding: str) -> ByteCounts:
     """ByteCounts of a tiktoken encoding: a token is its bytes, special tokens are boundaries."""
     import tiktoken
-    try:
+    what, remedy = f"tokenizer {encoding!r}: tiktoken cannot load it", "check the name and the network"
+    with explained(what, remedy, Exception):     # unknown name, no network for the vocabulary: it raises many
         enc = tiktoken.get_encoding(encoding)
-    except Exception as e:       # unknown name, or no network to fetch the vocabulary: tiktoken raises many
-        raise InputError(f"tokenizer {encoding!r}: tiktoken cannot load it ({type(e).__name__}); "
-                         "check the name and the network") from None
     base = np.zeros(enc.n_vocab, np.int64)
     base[list(enc._mergeable_ranks.values())] = [len(piece) for piece in enc._mergeable_ranks]
     return ByteCounts(base, np.zeros(enc.n_vocab, bool), base == 0)
@@ -752,13 +745,11 @@ def load_dataset(h: Config) -> Dataset:
     path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
     if path.exists():
-        try:
+        with explained(f"{path}: not a manifest", "make it again", ValueError, KeyError, TypeError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             named = manifest["tokenizer"]
             sha, encoding, bos = named["sha256"], named.get("encoding"), manifest["bos_id"]
             file = file or (None if encoding else os.path.join(h.data_path, named["file"]))
-        except (ValueError, KeyError, TypeError, OSError) as e:
-            raise InputError(f"{path}: not a manifest ({type(e).__name__}: {e}); make it again") from None
         if bos != h.bos_id:
             raise InputError(f"{path}: documents begin with {bos}, not bos_id={h.bos_id}; set bos_id={bos}")
     if file:
@@ -2416,8 +2407,9 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     for arg in argv:
         if arg.split("=")[0] in fixed:
             raise InputError(f"{arg}: fixed by the artifact; only data and eval_ knobs can be set")
-    try:
+    with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
         blob = Path(path).read_bytes()
+    try:
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)          # sound throughout before a model is built from it
         h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
@@ -2425,8 +2417,6 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         odd = shapes.items() ^ {name: shape for name, (shape, _) in parameter_table(h).items()}.items()
         if odd:
             raise ValueError(f"artifact: {min(odd)[0][:40]!r} does not fit; use the script that wrote it")
-    except OSError as e:
-        raise InputError(f"{path}: cannot read the artifact ({e.strerror})") from None
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
     started, dataset = time.perf_counter(), check_data(h)
