@@ -29,8 +29,8 @@ Contents
  15. Commands          train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
-  Importing this file has no effect. After Optimizer.step parameters are bit-equal on all ranks. Table, order
-  and model name the same parameters. restore(snapshot()) is exact and warm-up runs what training runs. The
+  Importing this file has no effect. After Optimizer.step parameters are bit-equal on all ranks. Table and
+  model name the same parameters. restore(snapshot()) is exact and warm-up runs what training runs. The
   result depends on the seed, data order included, and not on the world size beyond reduction order. Score
   windows tile the split. The bpb denominator is the UTF-8 length of the decoded text. The score comes from
   the file on disk. Nothing compiles after the clock starts. No token's score depends on a later token.
@@ -496,12 +496,11 @@ class Log:
         place = f"world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}"
         if self.file is None or self.goes_on:
             return self(f"\nmachine {place}")         # behind a line that may have been cut
-        self(Path(__file__).read_text(encoding="utf-8"), console=False)
-        rule, knobs = "=" * 100, sorted(dataclasses.asdict(h).items())
-        lines = [rule, f"Running Python {sys.version}".replace("\n", " "),
+        rule, source = "=" * 100, Path(__file__).read_text(encoding="utf-8")
+        lines = [source, rule, f"Running Python {sys.version}".replace("\n", " "),
                  f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
                  f"Running Triton version {getattr(triton, '__version__', 'none')}", machine_report(m), rule,
-                 "config:", *(f"  {k}: {v}" for k, v in knobs)]
+                 "config:", *(f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items()))]
         self("\n".join(lines), console=False)
         self(f"preset: {h.preset}\nmachine {place}")
 
@@ -740,7 +739,8 @@ class Dataset:
 
 
 def load_dataset(h: Config) -> Dataset:
-    """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree."""
+    """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree or a
+    held-out split does not fit; its shards are only measured."""
     sha256 = lambda data: hashlib.sha256(data).hexdigest()
     path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
@@ -764,6 +764,17 @@ def load_dataset(h: Config) -> Dataset:
     if len(counts.base) != h.vocab_size:
         raise InputError(f"config key vocab_size: {h.vocab_size}, the tokenizer has {len(counts.base)}; "
                          f"set vocab_size={len(counts.base)}")
+    for split in ["val"] + [h.report_split] * bool(h.report_split):
+        files = split_files(h.data_path, split)
+        known = {s["file"]: s["tokens"] for s in manifest.get("splits", {}).get(split, {}).get("shards", [])}
+        for f in files:
+            if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
+                raise InputError(f"{f}: not as long as manifest.json says; fetch or make it again")
+        tokens = sum(map(shard_tokens, files))
+        tokens = min(tokens, h.val_tokens + 1) if h.val_tokens else tokens
+        if tokens <= h.eval_seq_len:
+            raise InputError(f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
+                             f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len")
     return Dataset(counts, manifest, sha256(path.read_bytes()) if manifest else "none", tokenizer_sha)
 
 
@@ -1630,9 +1641,7 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
     """MuonH: a step of lr |W| along U / |U|, then back to |W| (Frobenius). lr is an angle; wd is not read.
 
     After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
-    The authors' nanochat submission (PR 498) instead multiplies each block's output by a learned vector that
-    starts at zero (out_scale_init=0) and its input by one that starts at one (norm_gain_lr), and lowers the
-    matrices' rate over the whole run, Adam's over the last 30% (matrix_warmdown_frac=1 warmdown_frac=0.3)."""
+    The README has the knobs of the authors' nanochat submission (PR 498)."""
     R = frobenius(W)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
@@ -1644,8 +1653,6 @@ RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball":
 
 # -----------------------------------------------------------------------------
 # 9. Optimizer: sharded state, and the schedule that holds every collective of a step.
-
-WORK_ORDER = ("kv", "qo", "mlp")    # banks, after the small tensors: cheapest first
 
 
 class StepScalars(NamedTuple):
@@ -1688,13 +1695,10 @@ class Optimizer:
 
     Parameters and gradients are re-homed in buffers so that every collective runs in place. A bank has a row
     for each matrix, tall or wide, and ceil(n / world) rows for each rank: on 8 ranks 11 MLP-up, 2 of padding,
-    which stays zero, 11 MLP-down. All small tensors share one flat buffer. State is kept for owned matrices
-    only. Outside step() every rank holds the same parameters."""
+    which stays zero, 11 MLP-down. All small tensors share one flat buffer. State: of owned matrices only."""
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
         params = dict(model.named_parameters())
-        assert set(params) == {s.name for s in PARAM_TABLE}, "PARAM_TABLE and model disagree"
-        assert set(WORK_ORDER) == {s.home for s in MATRICES}, "WORK_ORDER and PARAM_TABLE disagree"
         self.h, self.m, self.steps = h, m, 0
         self.bank, self.bank_grad, self.wire = {}, {}, {}     # home -> (world, per_rank, M * N)
         self.owned, self.momentum, self.second = {}, {}, {}   # home -> updates; name -> (b, M, N), RULE_STATE
@@ -1702,19 +1706,18 @@ class Optimizer:
         for home in dict.fromkeys(s.home for s in MATRICES):
             self.make_bank(home, {s.name: params[s.name] for s in MATRICES if s.home == home})
         sizes = [-(-params[s.name].numel() // 64) * 64 for s in SMALL]    # 256-byte alignment of every view
-        self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr, flat_wd = (
-            torch.zeros(sum(sizes), device=m.device) for _ in range(6))
-        pieces = zip(SMALL, *(t.split(sizes) for t in (self.flat, self.flat_grad, flat_lr, flat_wd)))
-        for s, value, grad, lr, wd in pieces:
+        self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr = (
+            torch.zeros(sum(sizes), device=m.device) for _ in range(5))
+        pieces = (t.split(sizes) for t in (self.flat, self.flat_grad, flat_lr))
+        for s, value, grad, lr in zip(SMALL, *pieces):
             p = params[s.name]
             self.rehome(p, value[: p.numel()].view_as(p), grad[: p.numel()].view_as(p))
             lr.fill_(getattr(h, s.lr))
             p.requires_grad_(getattr(h, s.lr) > 0)             # what does not move needs no gradient
-            wd.fill_(h.adam_wd)
+        flat_wd = torch.full_like(self.flat, h.adam_wd)
         self.wire["flat"] = self.flat_grad.to(getattr(torch, h.wire_dtype))
         self.adam_buffers = (self.flat, self.wire["flat"], self.flat_m, self.flat_v, flat_lr, flat_wd)
-        self.matrix_update = m.compile(matrix_update)
-        self.adam_update = m.compile(adam_update)
+        self.matrix_update, self.adam_update = m.compile(matrix_update), m.compile(adam_update)
         self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)     # all of it but clip
         self.norm = torch.zeros((), dtype=torch.float64, device=m.device)    # of the step's gradients
         saved = self.snapshot()
@@ -1723,6 +1726,7 @@ class Optimizer:
 
     def make_bank(self, home: str, members: dict[str, nn.Parameter]) -> None:
         """Buffers of one or two parameters whose matrices have one size; padding stands behind the first.
+
         wire is the gradient as it travels: bank_grad itself in float32."""
         *_, last = members.values()
         world, count = self.m.world_size, sum(map(len, members.values()))
@@ -1761,7 +1765,8 @@ class Optimizer:
 
     @torch.no_grad()
     def schedule(self) -> None:
-        """Every collective of a step is launched from these lines; then all ranks are whole."""
+        """Every collective of a step is launched from these lines; then all ranks are whole. Gradients go out
+        in PARAM_TABLE's order, the biggest first; banks come back in the opposite one, the cheapest first."""
         average, arrivals = dict(op=dist.ReduceOp.AVG, async_op=True), []
         for home, grad in self.bank_grad.items():                   # 1. gradients on the wire, biggest first
             wire = self.wire[home].copy_(grad)                      # onto itself it is not copied
@@ -1775,7 +1780,7 @@ class Optimizer:
             with lane():                                            # 3. replicated: every rank does the same
                 self.adam_update(self.adam_buffers, scalars, self.h)
                 self.flat_grad.zero_()
-            for home in WORK_ORDER:                                 # 4. update what is owned here, send it
+            for home in reversed(self.bank):                        # 4. update what is owned here, send it
                 with lane():
                     for W, g, momentum, second in self.owned[home]:
                         self.matrix_update(W, g, momentum, scalars, self.h, second)
@@ -1869,8 +1874,7 @@ STORED = {kind: np.dtype(d) for kind, d in (("int6", "i1"), ("int8", "i1"), ("f1
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)    # of the row's largest magnitude
 MAX_RAW_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 16
 # Codes repeat nothing, so a large dictionary only lets xz try vain matches: with the least one the int6 codes
-# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %
-# (Gaussian codes of 4.74 bits: preset 6 lands 3.1 % above the order-0 entropy, 9 | EXTREME 2.9 %).
+# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %.
 XZ = dict(format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32,
           filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096}])
 compress = partial(lzma.compress, **XZ)
@@ -1900,8 +1904,8 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
         step = h.int6_step if kind == "int6" else 0.0
         parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
         payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
-    config = {k: getattr(h, k) for k in MODEL_FIELDS}
-    header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
+    content = {"config": {k: getattr(h, k) for k in MODEL_FIELDS}, "tensors": index}
+    header = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
 
@@ -2303,13 +2307,9 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 15. Commands: what the command line reaches.
 
 
-def metric(h: Config) -> str:
-    """Name of the score that counts: a stride of a whole window is the chunked one."""
-    return "int6_lzma_" + ("sliding" if h.eval_stride < h.eval_seq_len else "chunked")
-
-
-def score_artifact(run: Run) -> Score:
-    """Score the weights that came from an artifact, chunked and, where that differs, sliding: the last."""
+def score_artifact(run: Run) -> str:
+    """Score the weights that came from an artifact, chunked and, where that differs, sliding. The score that
+    counts, the last, as the last line of a log has it."""
     log, h, run.phases["eval"] = run.log, run.h, 0.0
     kinds = {h.eval_seq_len: "final_int6_roundtrip"}
     kinds.setdefault(h.eval_stride, "final_int6_sliding_window")
@@ -2322,25 +2322,7 @@ def score_artifact(run: Run) -> Score:
     if h.report_split:
         extra = run.score(h.report_split, h.eval_seq_len, h.report_split).exact
         log(f"report split:{h.report_split} metric:int6_lzma_chunked {extra}")
-    return score
-
-
-def check_data(h: Config) -> Dataset:
-    """load_dataset, and InputError when a held-out split does not fit; its shards are only measured."""
-    dataset = load_dataset(h)
-    for split in ["val"] + [h.report_split] * bool(h.report_split):
-        files = split_files(h.data_path, split)
-        listed = dataset.manifest.get("splits", {}).get(split, {}).get("shards", [])
-        known = {s["file"]: s["tokens"] for s in listed}
-        for f in files:
-            if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
-                raise InputError(f"{f}: not as long as manifest.json says; fetch or make it again")
-        tokens = sum(map(shard_tokens, files))
-        tokens = min(tokens, h.val_tokens + 1) if h.val_tokens else tokens
-        if tokens <= h.eval_seq_len:
-            raise InputError(f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
-                             f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len")
-    return dataset
+    return f"metric:int6_lzma_{'sliding' if len(kinds) > 1 else 'chunked'} {score.exact}"
 
 
 def conclude(run: Run, ema: Ema, path: str) -> int:
@@ -2369,7 +2351,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     log(f"Serialized model int6+lzma: {len(blob)} bytes\nCode size: {code_bytes} bytes\n"
         f"Total submission size int6+lzma: {bytes_total} bytes")
     run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
-    score = score_artifact(run)
+    final = score_artifact(run)
     log("phase_times " + " ".join(f"{k}:{run.phases.get(k, 0):.0f}ms" for k in (
         "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
     over = bytes_total - h.size_cap
@@ -2378,7 +2360,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     if run.phases["late_graphs"]:
         log(f"late compilation: {run.phases['late_graphs']} graphs were compiled while the clock ran; "
             "raise warmup_steps or report it")
-    log(f"final_score metric:{metric(h)} {score.exact} bytes_total:{bytes_total} bytes_code:{code_bytes} "
+    log(f"final_score {final} bytes_total:{bytes_total} bytes_code:{code_bytes} "
         f"steps:{run.phases['steps']} train_time:{run.phases['train']:.0f}ms "
         f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{hashlib.sha256(blob).hexdigest()}")
     return 1 if over > 0 or run.phases["late_graphs"] else 0
@@ -2391,7 +2373,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     stamp = [h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_{h.preset}_seed{h.seed}"]
     dist.broadcast_object_list(stamp, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, stamp[0])
-    dataset = check_data(h)                        # bad data ends here, before a log is begun
+    dataset = load_dataset(h)                      # bad data ends here, before a log is begun
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
@@ -2419,7 +2401,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
             raise ValueError(f"artifact: {min(odd)[0][:40]!r} does not fit; use the script that wrote it")
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
-    started, dataset = time.perf_counter(), check_data(h)
+    started, dataset = time.perf_counter(), load_dataset(h)
     m = init_machine(h, env)
     run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
     run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), dataset, started)
@@ -2430,7 +2412,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Score an artifact, chunked and sliding."""
     run, blob = load_run(path, argv, env)
-    run.log(f"eval_score metric:{metric(run.h)} {score_artifact(run).exact} "
+    run.log(f"eval_score {score_artifact(run)} "
             f"eval_time:{run.phases['eval']:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
     return 0
 

@@ -244,7 +244,7 @@ class Bench:
     """A device and its data, and the model that configurations are trained in, until one has another."""
 
     def __init__(self, h: t.Config, env: Mapping[str, str]) -> None:
-        self.m, self.dataset, self.kept = t.init_machine(h, env), t.check_data(h), None
+        self.m, self.dataset, self.kept = t.init_machine(h, env), t.load_dataset(h), None
         self.kind, self.model = device_kind(self.m), model_of(h)
         # Each rate and rule is another graph of matrix_update, by four shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 100_000

@@ -101,7 +101,7 @@ def config(path, **knobs):
 def trained(h):
     """A run of `h` trained for its steps, packed, and the artifact's weights put back into its model."""
     with group_of_one() as m:
-        run = t.start_run(h, m, t.Log("", None), t.check_data(h), time.perf_counter())
+        run = t.start_run(h, m, t.Log("", None), t.load_dataset(h), time.perf_counter())
         t.train(run)
         blob = t.pack_artifact(dict(run.model.named_parameters()), h)
         run.model.load_state_dict(t.unpack_artifact(blob))

@@ -296,7 +296,7 @@ def test_tiktoken_comes_from_the_manifest(byte_encoding, tmp_path):
 
     from helpers import write_shard
 
-    write_shard(tmp_path / "x_val_000000.bin", [265, 256, 257])
+    write_shard(tmp_path / "x_val_000000.bin", [265, 256, 257] * 99)
     entry = {"kind": "tiktoken", "encoding": "tiny_test", "sha256": "abc", "file": None, "vocab_size": 266}
     (tmp_path / "manifest.json").write_text(json.dumps({"bos_id": 265, "tokenizer": entry}))
     dataset = t.load_dataset(tiny(data_path=tmp_path, vocab_size=266, bos_id=265))
