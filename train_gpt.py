@@ -490,20 +490,6 @@ class Log:
         if self.live:
             print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
-    def header(self, h: Config, m: Machine) -> None:
-        """Source, versions, machine and resolved config: what a reader needs to run it again. Once."""
-        bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "mlp", "compile", "update"))
-        place = f"world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}"
-        if self.file is None or self.goes_on:
-            return self(f"\nmachine {place}")         # behind a line that may have been cut
-        rule, source = "=" * 100, Path(__file__).read_text(encoding="utf-8")
-        lines = [source, rule, f"Running Python {sys.version}".replace("\n", " "),
-                 f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
-                 f"Running Triton version {getattr(triton, '__version__', 'none')}", machine_report(m), rule,
-                 "config:", *(f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items()))]
-        self("\n".join(lines), console=False)
-        self(f"preset: {h.preset}\nmachine {place}")
-
 
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
@@ -533,8 +519,8 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
 def machine_report(m: Machine) -> str:
     """nvidia-smi's report, or the processor's name where there is none, and the core count."""
     ask = "nvidia-smi || grep -m1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string"
-    done = subprocess.run(f"{ask} || echo {m.names['device']}", shell=True, capture_output=True, text=True)
-    return f"{done.stdout.rstrip()} cores:{os.cpu_count()}"
+    ask += f" || echo {m.names['device']}"
+    return subprocess.getoutput(f"({ask}) 2>/dev/null") + f" cores:{os.cpu_count()}"
 
 
 # -----------------------------------------------------------------------------
@@ -632,9 +618,9 @@ class TokenLoader:
             offset -= int(ends[slot] - self.sizes[order[slot]])
             doc = int(np.searchsorted(bounds, offset, side="right")) - 1
             while filled < count and doc < len(starts):
-                skip = offset - bounds[doc]
+                begin = starts[doc] + offset - bounds[doc]
                 take = int(min(bounds[doc + 1] - offset, count - filled))
-                out[filled: filled + take] = tokens[starts[doc] + skip: starts[doc] + skip + take]
+                out[filled: filled + take] = tokens[begin: begin + take]
                 filled, offset, doc = filled + take, offset + take, doc + 1
         return out
 
@@ -707,10 +693,9 @@ def sentencepiece_counts(path: str) -> ByteCounts:
     space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~boundary
     lengths = [len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces]
     base = np.where(boundary, 0, np.where(sp.is_byte(ids), 1, lengths))
-    has_space = not sp.is_unknown(sp.piece_to_id("\u2581"))
     spelled = tuple(sp.piece_to_id(f"<0x{b:02X}>") for b in (0xE2, 0x96, 0x81))
-    spelled = None if has_space or not all(map(sp.is_byte, spelled)) else spelled
-    return ByteCounts(base, space, boundary, spelled)
+    can_spell = sp.is_unknown(sp.piece_to_id("\u2581")) and all(map(sp.is_byte, spelled))
+    return ByteCounts(base, space, boundary, spelled if can_spell else None)
 
 
 def tiktoken_counts(encoding: str) -> ByteCounts:
@@ -1737,8 +1722,7 @@ class Optimizer:
         mine = self.m.levels[-1][2].start * shape[1]
         for (name, p), first in zip(members.items(), (0, len(bank) - len(last))):
             self.rehome(p, *(x[first : first + len(p)].view_as(p) for x in (bank, grad)))
-            low = max(first, mine)
-            high = max(low, min(first + len(p), mine + shape[1]))
+            low, high = (min(max(at, first), first + len(p)) for at in (mine, mine + shape[1]))
             self.rows[name] = slice(low - first, high - first)
             if low < high:
                 W, g = (x[low:high].view(-1, *p.shape[1:]) for x in (bank, wire))
@@ -2168,8 +2152,20 @@ class Run:
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
-    """Build the model and write the log's head. started: perf_counter at the start of loading."""
-    log.header(h, m)
+    """Write the log's head, what a reader needs to run it again, and build the model. The head of a log that
+    goes on names the machine only. started: perf_counter at the start of loading."""
+    bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "mlp", "compile", "update"))
+    place = f"world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}"
+    if log.goes_on:
+        log(f"\nmachine {place}")                # behind a line that may have been cut
+    elif log.file:
+        rule, source = "=" * 100, Path(__file__).read_text(encoding="utf-8")
+        lines = [source, rule, f"Running Python {sys.version}".replace("\n", " "),
+                 f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+                 f"Running Triton version {getattr(triton, '__version__', 'none')}", machine_report(m), rule,
+                 "config:", *(f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items()))]
+        log("\n".join(lines), console=False)
+        log(f"preset: {h.preset}\nmachine {place}")
     train_tokens = sum(map(shard_tokens, split_files(h.data_path, "train")))
     log(f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
         f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}")
