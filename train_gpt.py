@@ -2159,8 +2159,9 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     if log.goes_on:
         log(f"\nmachine {place}")                # behind a line that may have been cut
     elif log.file:
-        rule, source = "=" * 100, Path(__file__).read_text(encoding="utf-8")
-        lines = [source, rule, f"Running Python {sys.version}".replace("\n", " "),
+        log(Path(__file__).read_text(encoding="utf-8"), console=False)
+        rule = "=" * 100
+        lines = [rule, f"Running Python {sys.version}".replace("\n", " "),
                  f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
                  f"Running Triton version {getattr(triton, '__version__', 'none')}", machine_report(m), rule,
                  "config:", *(f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items()))]
