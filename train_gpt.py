@@ -288,8 +288,7 @@ ECHO = 3            # seconds in which signals are one: torchrun sends again wha
 
 def record_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
     """What launches the device work that fn queues; nothing runs now. The outer context brings the current
-    stream back when the recording cannot end; thread_local: NCCL's watchdog may go on meanwhile. What fn
-    allocates stays the graph's; torch.cuda.graph empties the cache first, so that nothing is held twice."""
+    stream back when the recording cannot end; thread_local: NCCL's watchdog may go on meanwhile."""
     graph, mode = torch.cuda.CUDAGraph(), "thread_local"
     with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
         fn()
