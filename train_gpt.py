@@ -313,7 +313,7 @@ class Machine:
     ops: Ops                             # attention and the other functions with a faster form here
     pin: bool                            # whether host batches are page-locked
     levels: tuple                        # how ranks share a bank: (group, what of its WORLD_SIZE parts, ours)
-    names: dict[str, str]                # for the log: device, attention, qk, mlp, compile, update
+    names: dict[str, str]                # for the log: device, attention, qk, mlp, compile, pass, update
     streams: tuple = ()                  # of a GPU: the first for recording, the others as lanes
     record: Callable | None = None       # fn -> what launches its device work
     signals: list[float] = field(default_factory=list)   # when one asked for an end, by `guarded`
@@ -449,13 +449,13 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
         part = slice(place * nodes, (place + 1) * nodes)
         levels = (inside, slice(0, world), part), (across, part, slice(mine, mine + 1))
     if not cuda:
-        names = dict(device=platform.machine(), attention="cpu", qk="torch", mlp="torch", compile="none",
-                     update="eager")
+        names = dict(device=platform.machine(), attention="cpu", qk="torch", mlp="torch", compile="none") | {
+            "pass": "eager", "update": "eager"}
         return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, levels, names)
     torch.set_float32_matmul_precision("high")
     ops, bound = bind_ops(h, device, bind_attention(device, h.head_dim))
     name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
-    names = dict(device=name, **bound, compile="inductor", update="graph")
+    names = dict(device=name, **bound, compile="inductor") | {"pass": "graph", "update": "graph"}
     compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True)
     return Machine(rank, world, device, torch.bfloat16, compiler, ops, True, levels, names, streams,
                    partial(record_graph, streams[0]))
@@ -2154,7 +2154,7 @@ class Run:
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
     """Write the log's head, what a reader needs to run it again, and build the model. The head of a log that
     goes on names the machine only. started: perf_counter at the start of loading."""
-    bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "mlp", "compile", "update"))
+    bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "mlp", "compile", "pass", "update"))
     place = f"world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}"
     if log.goes_on:
         log(f"\nmachine {place}")                # behind a line that may have been cut
@@ -2177,24 +2177,44 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
                {"load": 1000 * (time.perf_counter() - started)}, {})
 
 
-def train_step(loss_fn: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
-    """Forward and backward of every micro-batch, then the update. Returns this rank's mean loss, ()."""
-    total = torch.zeros((), device=batch[0].device)
-    for rows in batch:                                            # (B, T + 1)
-        loss = loss_fn(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / len(batch)
+def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor], Tensor], str]:
+    """backward: rows (B, T + 1) of a micro-batch -> its share of the step's mean loss, (), overwritten by the
+    next call; its gradients are added. And why it is no graph. One stream orders copy, pass and readers."""
+    h, m = optimizer.h, optimizer.m
+    accum, B = cut_batch(h, m.world_size)
+    tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
+    share = torch.zeros((), device=m.device)
+
+    def both_ways() -> None:
+        loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / accum
         loss.backward()
-        total += loss.detach()
+        share.copy_(loss.detach())
+
+    def backward(rows: Tensor) -> Tensor:
+        tokens.copy_(rows)
+        launch()
+        return share
+
+    launch, failure = m.replay(both_ways)
+    optimizer.restore(optimizer.snapshot())                # a recorder's passes have left gradients
+    return backward, failure
+
+
+def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
+    """Every micro-batch through bind_pass's backward, then the update. This rank's mean loss, ()."""
+    loss = sum(map(backward, batch))
     optimizer.step(hp)
-    return total
+    return loss
 
 
-def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> None:
-    """Compile and touch everything that the clock will see, through the same code, then put it all back."""
-    if optimizer.failure:
-        run.log(f"update:eager, no graph ({optimizer.failure})")
+def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Callable[[Tensor], Tensor]:
+    """Compile, record and touch all the clock will see, then put it back. Returns train_step's backward."""
+    backward, failure = bind_pass(run.loss_fn, optimizer)
+    for what, reason in (("pass", failure), ("update", optimizer.failure)):
+        run.log(f"{what}:eager, no graph ({reason})") if reason else None
     saved = optimizer.snapshot()
     for i in range(run.h.warmup_steps):
-        train_step(run.loss_fn, optimizer, loader.next(), hyper_at(run.h, 0, 0.0))
+        train_step(backward, optimizer, loader.next(), hyper_at(run.h, 0, 0.0))
         ema.update(0.0)
         if i + 1 == run.h.warmup_steps or i < 2:
             run.m.sync()
@@ -2205,6 +2225,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Non
     optimizer.restore(saved)
     ema.reset()
     loader.seek(0)
+    return backward
 
 
 def check_ranks(run: Run, step: int) -> None:
@@ -2240,7 +2261,7 @@ def train(run: Run) -> Ema:
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
     ema, loader = Ema(run.model, h), TokenLoader(h, m)
-    run.timed("compile", warmup, run, optimizer, ema, loader)
+    backward = run.timed("compile", warmup, run, optimizer, ema, loader)
     keep = None
     if h.checkpoint_every or h.resume:              # for long runs in the repository, no part of a submission
         tool = runpy.run_path(repository_file("records/checkpoints.py", "this training"))
@@ -2257,7 +2278,7 @@ def train(run: Run) -> Ema:
             m.sync()
             run.timed("validate", validate, run, step, clock())
         hp = hyper_at(h, step, clock_ms)
-        loss = train_step(run.loss_fn, optimizer, loader.next(), hp)
+        loss = train_step(backward, optimizer, loader.next(), hp)
         ema.update(hp.progress)
         step += 1
         in_flight, reached = reached, m.fetch(torch.stack([loss.double(), optimizer.norm]))

@@ -52,8 +52,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))       # train_gpt.py ma
 import audit  # noqa: E402
 from audit import BadInput  # noqa: E402
 
-NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "train_step", "log_step", "hyper_at",
-         "Machine.fetch")
+NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "bind_pass", "train_step", "log_step",
+         "hyper_at", "Machine.fetch")
 MODULE = "benched_script"           # its name in sys.modules; copies with a candidate get a suffix
 QUARTERS = 4                        # documents of a row, where the config keeps documents apart
 ROUNDS, REPLAYS = 4, 10             # calls of a big section in a CUDA graph; timed replays of it
@@ -552,7 +552,11 @@ def add_whole(b: Bench, name: str, times: list[float]) -> None:
 
 
 def time_whole(b: Bench, run: Trained, accum: int) -> None:
-    """A `bench NAME: median ...` line for everything that a step of training does, and for all of it."""
+    """A `bench NAME: median ...` line for everything that a step of training does, and for all of it.
+
+    forward+backward is training's: a graph where the machine records. Its memory goes with this function, for
+    a forward launched by the host, as in what follows and in the candidates' pairs, needs as much again.
+    """
     t, h, m, hp = b.t, b.h, b.m, b.t.hyper_at(b.h, 0, 0.0)
     grads = [*run.optimizer.bank_grad.values(), run.optimizer.flat_grad]
     numbers = torch.zeros(2, dtype=torch.float64, device=m.device)          # a step's loss and gradient norm
@@ -562,11 +566,15 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
         m.agree(time.perf_counter())
         fetched()
 
-    cases = {"forward": run.forward, "forward+backward": run.both,
+    add_whole(b, "forward", wall_times(b, run.forward))
+    backward, failure = t.bind_pass(run.loss_fn, run.optimizer)
+    if failure:
+        b.skip("a CUDA graph of forward+backward: launched one by one", failure)
+    cases = {"forward+backward": lambda: backward(run.fresh()),
              "optimizer": lambda: run.optimizer.step(hp),
              "ema": lambda: run.ema.update(0.0), "zero gradients": lambda: torch._foreach_zero_(grads),
              "clock check": clock,
-             "step": lambda: t.train_step(run.loss_fn, run.optimizer, [run.fresh()] * accum, hp)}
+             "step": lambda: t.train_step(backward, run.optimizer, [run.fresh()] * accum, hp)}
     for name, fn in cases.items():
         add_whole(b, name, wall_times(b, fn))
     if m.pin:
@@ -575,7 +583,7 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
               f"{b.report['peak_mib']} MiB")
     with tempfile.TemporaryDirectory() as folder:
         logged = SimpleNamespace(h=h, log=t.Log(os.path.join(folder, "log.txt"), m))
-        loss = run.forward().detach()
+        loss = backward(run.fresh())
         with contextlib.redirect_stdout(io.StringIO()):
             times = wall_times(b, lambda: t.log_step(logged, 1, loss, 1.0))
         if logged.log.file is not None:

@@ -423,8 +423,9 @@ def train_momentum(b: Bench, steps: int) -> list[tuple[str, Tensor]]:
     torch.manual_seed(h.seed)
     model = t.GPT(h, m.ops, m.dtype).to(m.device)
     optimizer, loader = t.Optimizer(model, h, m), t.TokenLoader(h, m)
+    backward, _ = t.bind_pass(model.loss, optimizer)
     for step in range(steps):
-        loss = t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
+        loss = t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
     manifest = Path(h.data_path) / "manifest.json"
     data = sha256_file(manifest)[:16] if manifest.is_file() else "none"
     b.log(f"real steps:{steps} batch:{h.train_batch_tokens} loss:{loss.item():.4f} "

@@ -253,7 +253,8 @@ def measure(b: bench.Bench, accum: int, steps: int, recorder: wire.Recorder) -> 
     """One rank's figures and spans."""
     watched = calls_of_a_step(b.t, recorder)
     run, hp = bench.build(b), b.t.hyper_at(b.h, 0, 0.0)
-    step = lambda: b.t.train_step(run.loss_fn, run.optimizer, [run.fresh()] * accum, hp)
+    backward, _ = b.t.bind_pass(run.loss_fn, run.optimizer)
+    step = lambda: b.t.train_step(backward, run.optimizer, [run.fresh()] * accum, hp)
     for _ in range(WARM):
         step()
     calls = [c for c in watched(step) if c.device == b.m.device.type]

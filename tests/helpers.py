@@ -42,7 +42,7 @@ def tiny(**knobs):
 
 def machine(rank=0, world=1):
     """A CPU Machine as init_machine makes it, without a process group."""
-    names = dict(device="cpu", attention="cpu", qk="torch", mlp="torch", compile="none", update="eager")
+    names = dict(device="cpu", attention="cpu", qk="torch", mlp="torch", compile="none") | {"pass": "eager", "update": "eager"}
     levels = ((None, slice(0, world), slice(rank, rank + 1)),)
     return t.Machine(rank, world, torch.device("cpu"), torch.float32, lambda f: f, t.Ops(), False, levels, names)
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT / "records"), str(ROOT / "tests")]
 
 import bench  # noqa: E402
 import train_gpt as t  # noqa: E402
-from helpers import english_args, machine, stop_one_line, tiny  # noqa: E402
+from helpers import english_args, english_dataset, group_of_one, machine, stop_one_line, tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_bench")
 SECTIONS = [
@@ -155,6 +156,48 @@ def test_a_graph_holds_every_call(monkeypatch):
     m.record = lambda fn: fn() or 1 / 0  # what cannot be recorded is launched, and the report says so
     assert bench.call_ms(b, [lambda: None] * 6) == 2.0
     assert b.report["skipped"][0]["why"].startswith("ZeroDivisionError")
+
+
+@pytest.mark.parametrize("error", [None, OSError("driver")], ids=["recorded", "failed"])
+def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(monkeypatch, error):
+    """The pass is a graph where the machine records, gone when all is timed; where it cannot be, the report says so."""
+    launches, alive = [], []
+
+    class Launch:
+        def __init__(self, fn):
+            self.fn = fn
+
+        def __call__(self):
+            launches.append(self.fn.__name__)
+            self.fn()
+
+    def record(fn):
+        if error is not None and "schedule" not in fn.__name__:
+            raise error
+        launch = Launch(fn)
+        alive.append(weakref.ref(launch))
+        return launch
+
+    with group_of_one() as m:
+        h = tiny(data_path=english_dataset().path, vocab_size=english_dataset().vocab_size)
+        b = a_bench()._replace(h=h, m=dataclasses.replace(m, record=record), rows=2)
+        run, of, wall = bench.build(b), {}, bench.wall_times
+
+        def wall_times(b, fn, before=lambda: None):
+            times = wall(b, fn, before)
+            of[len(of)] = list(launches)
+            launches.clear()
+            return times
+
+        monkeypatch.setattr(bench, "wall_times", wall_times)
+        bench.time_whole(b, run, 4)
+    counts = {w["name"]: (of[i].count("both_ways"), of[i].count("schedule")) for i, w in enumerate(b.report["whole"])}
+    each, accumulated = (0, 0) if error else (14, 4 * 14)
+    assert counts["forward"] == (0, 0) and counts["forward+backward"] == (each, 0)
+    assert counts["optimizer"] == (0, 14) and counts["step"] == (accumulated, 14)
+    assert [x() is None for x in alive] == ([False] if error else [False, True])
+    why = [x["why"] for x in b.report["skipped"] if "forward+backward" in x["what"]]
+    assert why == (["rank 0: OSError: driver"] if error else [])
 
 
 def test_inputs_are_fresh_where_they_would_stay_in_the_cache(monkeypatch):

@@ -50,8 +50,8 @@ def at_step(monkeypatch, step, what):
     """what(optimizer) is called at the end of a training step, warm-up aside."""
     real = t.train_step
 
-    def patched(loss_fn, optimizer, batch, hp):
-        loss = real(loss_fn, optimizer, batch, hp)
+    def patched(backward, optimizer, batch, hp):
+        loss = real(backward, optimizer, batch, hp)
         if optimizer.steps == step:
             what(optimizer)
         return loss

@@ -371,8 +371,9 @@ def trained(m, steps, pair, **knobs):
     h = tiny(ortho=pair[0], step_rule=pair[1], grad_clip=0.3, **knobs)
     model = noisy_model(h, seed=3)
     optimizer, loader = t.Optimizer(model, h, m), t.TokenLoader(h, m)
+    backward, _ = t.bind_pass(model.loss, optimizer)
     for step in range(steps):
-        t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
+        t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
     return {k: p.detach().clone() for k, p in model.named_parameters()}, optimizer, model, loader
 
 
@@ -387,7 +388,7 @@ def every_pair(rank, folder, knobs):
         saved, ends = optimizer.snapshot(), []
         for _ in range(2):
             loader.seek(3)
-            t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, 3, 0.0))
+            t.train_step(t.bind_pass(model.loss, optimizer)[0], optimizer, loader.next(), t.hyper_at(optimizer.h, 3, 0.0))
             ends.append([x.clone() for x in optimizer.state()])
             optimizer.restore(saved)
         again = all(torch.equal(a, b) for a, b in zip(*ends))

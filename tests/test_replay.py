@@ -1,16 +1,17 @@
-"""The update as one launch: recording, its failure on one rank, lanes, what closes the process group; no GPU."""
+"""Pass and update, one launch each: recording, its failure on one rank, lanes, what closes the process group; no GPU."""
 
 import contextlib
 import dataclasses
 import itertools
 import os
+import types
 import weakref
 
 import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, group_of_one, machine, noisy_model, random_tokens, run_ranks, tiny
+from helpers import english_args, group_of_one, machine, noisy_model, random_tokens, run_ranks, shard_folder, temporary_folder, tiny
 
 
 class Launch:
@@ -129,6 +130,85 @@ def test_what_one_rank_cannot_record_no_rank_replays(bad):
         assert all(torch.equal(p, q) for p, q in zip(params, ranks[0][2]))
 
 
+# ---------------------------------------------------------------- the pass
+
+
+def train_passes(rank, folder, record, bad=None):
+    """Three steps of four micro-batches over all ranks, the update eager: events, why no graph, losses, state.
+
+    record: whether the machine has a recorder; it raises on rank `bad`."""
+    h, events = tiny(data_path=folder), []
+    m = t.init_machine(h, os.environ if "RANK" in os.environ else {})
+    model = noisy_model(h, seed=3)
+    optimizer, loader = t.Optimizer(model, h, m), t.TokenLoader(h, m)
+    before = [x.clone() for x in optimizer.state()]
+    loss_fn = lambda x, y: events.append("pass") or model.loss(x, y)
+    record = recorder(events, OSError("driver") if rank == bad else None) if record else None
+    optimizer.m = dataclasses.replace(m, record=record)
+    backward, failure = t.bind_pass(loss_fn, optimizer)
+    bound = list(events)
+    clean = optimizer.steps == 0 and all(torch.equal(a, b) for a, b in zip(before, optimizer.state()))
+    clean &= all(not p.grad.any() for p in model.parameters())  # the passes before the recording left nothing
+    losses = [t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0)) for step in range(3)]
+    share = backward(loader.next()[0])
+    clean &= share.grad_fn is None and share is backward(loader.next()[0])  # no activation is kept, one place
+    state = [x.clone() for x in optimizer.state()]
+    return types.SimpleNamespace(bound=bound, events=events[len(bound) :], failure=failure, clean=clean, losses=losses, state=state)
+
+
+@pytest.fixture(scope="module")
+def shards():
+    folder = temporary_folder() / "data"
+    shard_folder(folder, tiny(), [60, 50])
+    return str(folder)
+
+
+def passes(world, *args):
+    if world > 1:
+        return run_ranks(train_passes, world, *args)
+    try:
+        return [train_passes(0, *args)]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_recorded_pass_is_launched_for_every_micro_batch_and_trains_the_same_bits(shards, world):
+    micro = 3 * 4 // world + 2
+    for eager, recorded in zip(passes(world, shards, False), passes(world, shards, True)):
+        assert eager.bound == [] and eager.events == ["pass"] * micro
+        assert recorded.bound == ["pass"] * 3 + ["record"] and recorded.events == ["launch", "pass"] * micro
+        assert eager.failure == recorded.failure == "" and eager.clean and recorded.clean
+        assert [x.item() for x in eager.losses] == [x.item() for x in recorded.losses]
+        assert len({x.item() for x in eager.losses}) == 3  # a step's loss is its own, not the next one's place
+        assert all(torch.equal(a, b) for a, b in zip(eager.state, recorded.state))
+
+
+@pytest.mark.parametrize("world, bad", [(1, 0), (2, 0), (2, 1)])
+def test_a_pass_that_one_rank_cannot_record_is_eager_on_all(shards, world, bad):
+    for eager, failed in zip(passes(world, shards, False), passes(world, shards, True, bad)):
+        assert failed.failure == f"rank {bad}: OSError: driver" and failed.clean
+        assert failed.bound == ["pass"] * 3 + ["record"] and failed.events == eager.events
+        assert [x.item() for x in eager.losses] == [x.item() for x in failed.losses]
+        assert all(torch.equal(a, b) for a, b in zip(eager.state, failed.state))
+
+
+def test_the_loss_is_the_mean_and_gradients_are_its_gradients(one, shards):
+    h = tiny(data_path=shards)
+    model, plain = noisy_model(h, seed=3), noisy_model(h, seed=3)
+    optimizer, batch = t.Optimizer(model, h, one), t.TokenLoader(h, one).next()
+    backward, _ = t.bind_pass(model.loss, optimizer)
+    assert len(batch) == 4
+    loss = sum(backward(rows).item() for rows in batch)
+    tokens = torch.cat(batch)
+    mean = plain.loss(tokens[:, :-1], tokens[:, 1:])
+    mean.backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    for p, q in zip(model.parameters(), plain.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+
+
 # ---------------------------------------------------------------- in a whole run
 
 
@@ -145,20 +225,70 @@ def test_recorded_before_the_clock_however_short_the_warmup(monkeypatch, tmp_pat
     events, plain = [], t.train_step
     monkeypatch.setattr(t, "train_step", lambda *a: events.append("step") or plain(*a))
     status, lines = run_main(monkeypatch, tmp_path, recorder(events), warmup_steps=steps)
-    assert status == 0 and events == ["record"] + ["step", "launch"] * (steps + 3)  # warm-up launches it, too
-    assert not any(x.startswith("update:") for x in lines)
+    step = ["step"] + ["launch"] * 3  # two micro-batches and the update
+    assert status == 0 and events == ["record"] * 2 + step * (steps + 3)  # warm-up launches them, too
+    assert not any(x.startswith(("update:", "pass:")) for x in lines)
 
 
 def test_a_failure_is_one_log_line(monkeypatch, tmp_path):
     status, lines = run_main(monkeypatch, tmp_path, recorder([], RuntimeError("capture\nfailed")))
-    assert status == 0 and lines.count("update:eager, no graph (rank 0: RuntimeError: capture)") == 1
-    assert sum("RuntimeError" in x for x in lines[-40:]) == 1
+    assert status == 0 and sum("RuntimeError" in x for x in lines[-40:]) == 2
+    for what in ("pass", "update"):
+        assert lines.count(f"{what}:eager, no graph (rank 0: RuntimeError: capture)") == 1
 
 
-def test_the_machine_line_names_the_update(tmp_path):
+def test_each_that_fails_is_eager_alone(monkeypatch, tmp_path):
+    """The update is recorded first; here the pass cannot be."""
+    events, errors = [], [None, RuntimeError("out of memory")]
+    record = lambda fn: recorder(events, errors.pop(0))(fn)
+    status, lines = run_main(monkeypatch, tmp_path, record, warmup_steps=0)
+    assert status == 0 and errors == [] and events == ["record"] * 2 + ["launch"] * 3
+    assert lines.count("pass:eager, no graph (rank 0: RuntimeError: out of memory)") == 1
+    assert not any(x.startswith("update:") for x in lines)
+
+
+def test_a_run_is_the_same_bytes_with_a_recorder(monkeypatch, tmp_path):
+    runs = [run_main(monkeypatch, tmp_path / name, record) for name, record in (("a", recorder([])), ("b", None))]
+    blobs = [(tmp_path / name / "run.int6.xz").read_bytes() for name in "ab"]
+    assert [status for status, _ in runs] == [0, 0] and blobs[0] == blobs[1]
+
+
+def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch, tmp_path):
+    """Over warm-up's restore, validations, checkpoints and a resumed run: weights, gradients, tokens' place and loss."""
+    models, homes, launches, real = [], [], [], t.GPT
+    place = lambda: [(p.data_ptr(), p.grad.data_ptr()) for p in models[-1].parameters()]
+
+    def record(fn):
+        own = lambda: [c.cell_contents.data_ptr() for c in fn.__closure__ or () if torch.is_tensor(c.cell_contents)]
+        assert len(own()) == (0 if "schedule" in fn.__name__ else 2)
+        homes.append(place())
+        kept = homes[-1], own()
+
+        def launch():
+            launches.append(fn.__name__)
+            assert kept == (place(), own())
+            fn()
+
+        return launch
+
+    monkeypatch.setattr(t, "GPT", lambda *a: models.append(real(*a)) or models[-1])
+    knobs = dict(val_loss_every=1, checkpoint_every=1e-6)
+    status, _ = run_main(monkeypatch, tmp_path, record, **knobs)
+    assert status == 0 and len(homes) == 2 and homes[0] == homes[1]
+    assert launches == ["both_ways", "both_ways", "schedule"] * 5
+    assert len({x for pair in homes[0] for x in pair}) == 2 * len(homes[0])
+    files = sorted(tmp_path.glob("run.step2.*.ckpt"))
+    assert files and [f.unlink() for f in tmp_path.glob("run.step3.*.ckpt")]
+    launches.clear()
+    status, lines = run_main(monkeypatch, tmp_path, record, resume="auto", **knobs)
+    assert status == 0 and any(x.startswith("resumed step:2") for x in lines)
+    assert launches == ["both_ways", "both_ways", "schedule"] * 3  # two of warm-up
+
+
+def test_the_machine_line_names_pass_and_update(tmp_path):
     t.main(english_args(out_dir=tmp_path, iterations=1))
     line = next(x for x in (tmp_path / "run.txt").read_text().splitlines() if x.startswith("machine world_size"))
-    assert line.endswith("compile:none update:eager")
+    assert line.endswith("compile:none pass:eager update:eager")
 
 
 @pytest.mark.parametrize("end", ["well", "input error", "crash"])
@@ -178,11 +308,11 @@ def test_no_graph_is_alive_when_the_process_group_closes(monkeypatch, tmp_path, 
         return 0.0
 
     monkeypatch.setattr(t, "log_step", log_step)
-    monkeypatch.setattr(t.dist, "destroy_process_group", lambda: checked.append(alive[0]()) or close())
+    monkeypatch.setattr(t.dist, "destroy_process_group", lambda: checked.extend(x() for x in alive) or close())
     with pytest.raises(ZeroDivisionError) if end == "crash" else contextlib.nullcontext():
         status, _ = run_main(monkeypatch, tmp_path, record)
         assert status == (2 if end == "input error" else 0)
-    assert checked == [None]
+    assert checked == [None, None]  # the update's and the pass's
 
 
 # ---------------------------------------------------------------- lanes

@@ -81,11 +81,11 @@ def train_rank(rank, folder, knobs, per_node=0):
     model, optimizer, ema, loader = setup(m, **knobs)
     factors, clip_factor = [], optimizer.clip_factor
     optimizer.clip_factor = lambda: factors.append(clip_factor()) or factors[-1]
-    losses, saved = [], None
+    backward, losses, saved = t.bind_pass(model.loss, optimizer)[0], [], None
     for step in range(STEPS):
         if step == 2:
             saved = optimizer.snapshot()
-        loss = t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
+        loss = t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
         ema.update(step / STEPS)
         t.dist.all_reduce(loss, t.dist.ReduceOp.AVG)
         losses.append(loss.item())
@@ -95,7 +95,7 @@ def train_rank(rank, folder, knobs, per_node=0):
     optimizer.restore(saved)
     loader.seek(2)
     for step in range(2, STEPS):
-        t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
+        t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
     again = all(torch.equal(a, b) for a, b in zip(state, optimizer.state()))
     with watch_collectives() as calls:
         optimizer.step(t.hyper_at(optimizer.h, 0, 0.0))
@@ -212,11 +212,11 @@ def wire_rank(rank, folder, dtype):
     model, optimizer, _, loader = setup(m, data_path=folder, wire_dtype=dtype, **knobs)
     state = {str(x.dtype) for x in optimizer.state()}
     same = all(optimizer.wire[k] is g for k, g in (optimizer.bank_grad | {"flat": optimizer.flat_grad}).items())
-    losses = []
+    backward, losses = t.bind_pass(model.loss, optimizer)[0], []
     for step in range(WIRE_STEPS):
         batch, hp = loader.next(), t.hyper_at(optimizer.h, step, 0.0)
         with watch_collectives() as calls:
-            loss = t.train_step(model.loss, optimizer, batch, hp)
+            loss = t.train_step(backward, optimizer, batch, hp)
         t.dist.all_reduce(loss, t.dist.ReduceOp.AVG)
         losses.append(loss.item())
     clear = all(g.abs().max() == 0 for g in (*optimizer.bank_grad.values(), optimizer.flat_grad))
@@ -352,7 +352,7 @@ def test_a_step_is_the_float64_step(one):
     h = optimizer.h
     params = {k: p.detach().double().numpy() for k, p in parameters(model).items()}
     m1, m2 = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
-    rows = {s.name: s for s in t.PARAM_TABLE}
+    rows, backward = {s.name: s for s in t.PARAM_TABLE}, t.bind_pass(model.loss, optimizer)[0]
     for step in range(1, 4):
         batch, hp = loader.next(), t.Hyper(0.0, 0.9, 1.0 / step, 0.7 / step)
         exact = noisy_model(h, dtype=torch.float64)
@@ -380,7 +380,7 @@ def test_a_step_is_the_float64_step(one):
                     S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
                 scale = math.sqrt(max(1.0, g[i].shape[0] / g[i].shape[1]))
                 params[k][i] = params[k][i] * (1 - lr * wd) - lr * scale * (U * S) @ Vh
-        t.train_step(model.loss, optimizer, batch, hp)
+        t.train_step(backward, optimizer, batch, hp)
         for k, p in model.named_parameters():
             got, expected = p.detach().double().numpy(), params[k]
             # Adam divides by sqrt(v): where a gradient is near zero its rounding decides the sign
@@ -394,7 +394,7 @@ def test_gradients_accumulate_over_micro_batches_and_are_cleared(one):
         model, optimizer, _, loader = setup(one, micro_batch_tokens=micro)
         batch = loader.next()
         assert len(batch) == 128 // micro
-        loss = t.train_step(model.loss, optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0))
+        loss = t.train_step(t.bind_pass(model.loss, optimizer)[0], optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0))
         results.append((loss.item(), optimizer.flat.clone()))
         assert all(p.grad.abs().max() == 0 for p in model.parameters())
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -417,7 +417,8 @@ def test_parameters_live_in_the_optimizers_buffers(one):
 
 def test_snapshot_is_exact_and_a_copy(one):
     model, optimizer, _, loader = setup(one)
-    step = lambda i: t.train_step(model.loss, optimizer, loader.next(), t.hyper_at(optimizer.h, i, 0.0))
+    backward, _ = t.bind_pass(model.loss, optimizer)
+    step = lambda i: t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, i, 0.0))
     step(0), step(1)
     saved = optimizer.snapshot()
     frozen = [x.clone() for x in saved[1]]
@@ -500,7 +501,7 @@ def test_each_multiplier_drives_its_own_parameters(one):
     for matrix, adam in ((0.0, 1.0), (1.0, 0.0)):
         model, optimizer, _, loader = setup(one)
         before = parameters(model)
-        t.train_step(model.loss, optimizer, loader.next(), t.Hyper(0.0, 0.9, matrix, adam))
+        t.train_step(t.bind_pass(model.loss, optimizer)[0], optimizer, loader.next(), t.Hyper(0.0, 0.9, matrix, adam))
         moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
         assert moved == {s.name for s in (t.MATRICES if matrix else t.SMALL)}
 
@@ -513,9 +514,9 @@ def steps_of(one, count, model=None, **knobs):
     h = tiny(data_path=data_folder(), **knobs)
     model = model or t.GPT(h)
     optimizer, loader = t.Optimizer(model, h, one), t.TokenLoader(h, one)
-    out = [parameters(model)]
+    backward, out = t.bind_pass(model.loss, optimizer)[0], [parameters(model)]
     for _ in range(count):
-        t.train_step(model.loss, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0, 1.0))
+        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0, 1.0))
         out.append(parameters(model))
     return model, out
 

@@ -226,8 +226,8 @@ def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
 def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(bench, tmp_path, monkeypatch):
     plan, folder, real = tiny_plan(base=base(iterations=9)), folder_for(tmp_path), t.train_step
 
-    def broken(loss_fn, optimizer, batch, hp):
-        loss = real(loss_fn, optimizer, batch, hp)
+    def broken(backward, optimizer, batch, hp):
+        loss = real(backward, optimizer, batch, hp)
         return loss * float("nan") if optimizer.steps == 3 else loss
 
     monkeypatch.setattr(t, "train_step", broken)
