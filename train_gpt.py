@@ -851,6 +851,13 @@ def qk_norm_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(rms_norm(x), (cos, sin)) * gain.to(x.dtype)[:, None]
 
 
+def qk_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, normed: Callable = qk_norm_rope) -> tuple:
+    """q and k, `normed` with gain (H,) and with ones, and v as it is, of qkv (B, T, H + 2 Hkv, Dh)."""
+    H, kv = gain.size(0), (qkv.size(2) - gain.size(0)) // 2
+    q, k, v = qkv.split([H, kv, kv], dim=2)
+    return normed(q, gain, cos, sin), normed(k, torch.ones(kv, device=gain.device), cos, sin), v
+
+
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA: take from each head's output its component along the token's own value (parameter-golf #265).
     y (B, T, H, Dh), v (B, T, Hkv, Dh); heads of one group share a value."""
@@ -867,7 +874,7 @@ def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 class Ops(NamedTuple):
     """The functions that a machine may bind to faster ones of the same signature."""
     attend: Callable = attend_sdpa
-    qk: Callable = qk_norm_rope
+    qk: Callable = qk_heads
     mlp: Callable = mlp
 
 
@@ -875,15 +882,12 @@ def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, place: tuple,
                     ops: Ops) -> Tensor:
     """Causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D). ve
     (B, T, Hkv*Dh) is added to the values when given. place: rotary tables and documents of the tokens."""
-    (B, T, D), H, (rope, docs) = x.shape, w.q_gain.size(0), place
-    Dh, kv = D // H, (w.qkv.size(0) - D) // 2
-    q, k, v = F.linear(x, w.qkv).split([D, kv, kv], dim=-1)       # one product
-    v = (v if ve is None else v + ve).view(B, T, kv // Dh, Dh)
-    q = ops.qk(q.view(B, T, H, Dh), w.q_gain, *rope)
-    k = ops.qk(k.view(B, T, kv // Dh, Dh), torch.ones(kv // Dh, device=x.device), *rope)
+    Dh, (rope, docs) = x.size(-1) // w.q_gain.size(0), place
+    q, k, v = ops.qk(F.linear(x, w.qkv).unflatten(-1, (-1, Dh)), w.q_gain, *rope)       # one product
+    v = v if ve is None else v + ve.view(v.shape)
     y = ops.attend(q, k, v, spec.window, docs if spec.docs else None)
     y = exclude_self(y, v) if spec.xsa else y
-    return F.linear(y.reshape(B, T, D), w.o)
+    return F.linear(y.flatten(2), w.o)
 
 
 def layer(x: Tensor, x0: Tensor, w: LayerWeights, attend: Callable, mlp: Callable) -> Tensor:
@@ -1082,71 +1086,72 @@ def load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF: tl.constexpr):
 
 
 @triton.jit
-def qk_forward_kernel(x_ptr, y_ptr, gain_ptr, cos_ptr, sin_ptr, N, T, stride_b, stride_t, stride_h,
-                      H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-                      BLOCK: tl.constexpr):
-    """One program: BLOCK tokens of one head. One read of x, one write of y."""
+def qk_kernel(x_ptr, dy_ptr, out_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_ptr, N, T, x_b, x_t, x_h, dy_b, dy_t,
+              dy_h, out_t, H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+              BLOCK: tl.constexpr):
+    """BLOCK tokens of one head, in `out` out_t apart. Forward, without dy: out = g R z, z = rstd x. Backward:
+    out = g rstd (R'dy - z mean(z R'dy)), dgain as one partial sum a program and head. No gain: out = x."""
     n, h, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.arange(0, DH)
     live = n < N
-    cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
-    x = load_head(x_ptr + h * stride_h, n, T, stride_b, stride_t, d, live)
-    xp = load_head(x_ptr + h * stride_h, n, T, stride_b, stride_t, partner, live)      # same lines, from L1
-    scale = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS) * tl.load(gain_ptr + h)
-    y = (x * cos + xp * sin) * scale[:, None]
-    out = y_ptr + (n.to(tl.int64) * H + h)[:, None] * DH + d[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=live[:, None])
-
-
-@triton.jit
-def qk_backward_kernel(dy_ptr, x_ptr, dx_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_ptr, N, T, dy_b, dy_t, dy_h,
-                       stride_b, stride_t, stride_h, H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr,
-                       EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = rstd (R'(g dy) - z mean(z R'(g dy))), z = rstd x; dgain as one partial sum a program and head."""
-    n, h, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.arange(0, DH)
-    live = n < N
-    cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
-    x = load_head(x_ptr + h * stride_h, n, T, stride_b, stride_t, d, live)
-    dy = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, d, live)
-    dyp = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, partner, live)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
-    z, back = x * rstd, dy * cos - dyp * sin                     # the rotation's transpose is its inverse
-    dot = tl.sum(z * back, 1)                                    # = sum(dy * R z)
-    gain = tl.load(gain_ptr + h)
-    dx = rstd * gain * (back - z * (dot / DH)[:, None])
-    out = dx_ptr + (n.to(tl.int64) * H + h)[:, None] * DH + d[None, :]
-    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=live[:, None])
-    tl.store(dgain_ptr + tl.program_id(0) * H + h, tl.sum(dot, 0))
+    x = load_head(x_ptr + h * x_h, n, T, x_b, x_t, d, live)
+    if gain_ptr is not None:
+        cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
+        if dy_ptr is None:
+            xp = load_head(x_ptr + h * x_h, n, T, x_b, x_t, partner, live)      # same lines, from L1
+            x = (x * cos + xp * sin) * rstd
+        else:
+            dy = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, d, live)
+            dyp = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, partner, live)
+            z, back = x * rstd, dy * cos - dyp * sin             # the rotation's transpose is its inverse
+            dot = tl.sum(z * back, 1)                            # = sum(dy * R z)
+            x = rstd * (back - z * (dot / DH)[:, None])
+            tl.store(dgain_ptr + tl.program_id(0) * H + h, tl.sum(dot, 0))
+        x *= tl.load(gain_ptr + h)
+    out = out_ptr + n.to(tl.int64)[:, None] * out_t + (h * DH + d)[None, :]
+    tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @torch.library.custom_op(OPS + "qk", mutates_args=(),
                          schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
 def qk_op(x, gain, cos, sin):
-    """qk_norm_rope in one read and one write each way: Inductor's backward reads through the rotation's
-    slices, 1.2 ms a layer at 48 x 2048 against a floor of 0.15 (H100). x: contiguous heads of 2^n."""
-    B, T, H, Dh = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    qk_forward_kernel[(-(-B * T // 32), H)](x, y, gain, cos, sin, B * T, T, *x.stride()[:3], H, Dh,
-                                            cos.size(-1), RMS_EPS, 32)
+    """qk_norm_rope in one read and one write. x: contiguous heads of 2^n."""
+    (B, T, H, Dh), y = x.shape, x.new_empty(x.shape)
+    qk_kernel[(-(-B * T // 32), H)](x, None, y, None, gain, cos, sin, B * T, T, *x.stride()[:3], 0, 0, 0,
+                                    H * Dh, H, Dh, cos.size(-1), RMS_EPS, 32)
     return y
 
 
 @torch.library.custom_op(OPS + "qk_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor x, Tensor gain, Tensor cos, Tensor sin) -> (Tensor, Tensor)"))
-def qk_backward_op(dy, x, gain, cos, sin):
-    """The gradients of x and gain."""
-    (B, T, H, Dh), dy = x.shape, dy if dy.stride(-1) == 1 else dy.contiguous()
-    dx, programs = torch.empty(x.shape, dtype=x.dtype, device=x.device), -(-B * T // 32)
-    partial = torch.empty(programs, H, device=x.device)
-    qk_backward_kernel[(programs, H)](dy, x, dx, partial, gain, cos, sin, B * T, T, *dy.stride()[:3],
-                                      *x.stride()[:3], H, Dh, cos.size(-1), RMS_EPS, 32)
-    return dx, partial.sum(0)
+    "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)"))
+def qk_backward_op(qkv, gain, cos, sin, *dys):
+    """The gradients of qkv, filled part by part from those of q, k and v, and of gain."""
+    dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
+    (B, T, H, Dh), parts, dqkv = dys[0].shape, [dy.size(2) for dy in dys], qkv.new_empty(qkv.shape)
+    gains, sums = (gain, gain.new_ones(parts[1]), None), [gain.new_empty(-(-B * T // 32), n) for n in parts]
+    xs = *qkv.split(parts, 2)[:2], dys[2]
+    for x, dy, dx, g, dg in zip(xs, dys, dqkv.split(parts, 2), gains, sums):
+        qk_kernel[tuple(dg.shape)](x, dy, dx, dg, g, cos, sin, B * T, T, *x.stride()[:3], *dy.stride()[:3],
+                                   dx.stride(1), dg.size(1), Dh, cos.size(-1), RMS_EPS, 32)
+    return dqkv, sums[0].sum(0)
 
 
-qk_op.register_fake(lambda x, gain, cos, sin: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-qk_backward_op.register_fake(lambda dy, x, gain, cos, sin: (
-    torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(gain)))
-qk_op.register_autograd(lambda ctx, dy: (*qk_backward_op(dy, *ctx.saved_tensors), None, None),
-                        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+qk_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+qk_backward_op.register_fake(lambda qkv, gain, *_: (qkv.new_empty(qkv.shape), torch.empty_like(gain)))
+
+
+class FusedHeads(torch.autograd.Function):
+    """qk_heads, whose backward fills one gradient: Inductor's reads through the rotation's slices, 1.2 ms a
+    layer at 48 x 2048 against a floor of 0.15 (H100), and copies those of q, k and v together."""
+
+    @staticmethod
+    def forward(ctx, qkv, gain, cos, sin):
+        ctx.save_for_backward(qkv, gain, cos, sin)
+        return qk_heads(qkv, gain, cos, sin, qk_op)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        return *qk_backward_op(*ctx.saved_tensors, dq, dk, dv), None, None
 
 
 @triton.jit
@@ -1212,7 +1217,7 @@ def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "trit
     And its name for the log, fast's or why not. inputs: bf16 or float32, with requires_grad or without."""
     def results(fn: Callable, wide: bool) -> list[Tensor]:
         leaves = [(x.float() if wide else x).detach().requires_grad_(x.requires_grad) for x in inputs]
-        y = fn(*leaves)
+        y = torch.cat(y, 2) if isinstance(y := fn(*leaves), tuple) else y        # of heads
         dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
         y.backward(dy.to(y.dtype))
         return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
@@ -1231,9 +1236,9 @@ def bind_ops(h: Config, device: torch.device, attention: str) -> tuple[Ops, dict
     masks it is, which on a GPU only the efficient kernel takes."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device).bfloat16()
-    x, gain = draw(2, 64, 2, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
-    qk, qk_name = bind(qk_op, qk_norm_rope, [x.requires_grad_(), gain.requires_grad_(),
-                                             *rope_tables(64, h.rope_dims, h.rope_base, device)])
+    x, gain = draw(2, 64, 4, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
+    qk, qk_name = bind(FusedHeads.apply, qk_heads, [x.requires_grad_(), gain.requires_grad_(),
+                                                    *rope_tables(64, h.rope_dims, h.rope_base, device)])
     shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
     fused, mlp_name = bind(FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
     sdp, heads = torch.backends.cuda, (h.num_heads, h.num_kv_heads, h.num_kv_heads)

@@ -13,7 +13,7 @@ Backward is forward + backward less forward. On a GPU a section is a CUDA graph 
 inputs where they would fit the L2 cache, so that launches by the host do not count. `zero gradients` is also
 a part of `optimizer`, `loader.build` runs in a thread beside the step.
 
-FILE.py defines CANDIDATES = {name: (path, function)}: `mlp`, `exclude_self`, `qk_norm_rope`, `layer`,
+FILE.py defines CANDIDATES = {name: (path, function)}: `mlp`, `exclude_self`, `qk_heads`, `layer`,
 `GPT.nats`, ...: what to replace in a copy of train_gpt.py, by a function of the same signature. (path,
 function) may be a list of such pairs. The file sees that copy, still plain, as `t`. Errors are relative to
 float64: |x - x64| / |x64|, of the loss, of all gradients together and of the parameter with the worst.
@@ -308,17 +308,13 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         x = x + y
         return x, t.rms_norm(x)
 
-    def qk(q, k, gain):
-        ones = torch.ones(kv // Dh, device=q.device)
-        return ops.qk(q, gain, *rope), ops.qk(k, ones, *rope)
-
     class Head(t.GPT):                          # its trunk is given: only what follows it is timed
         def trunk(self, tokens):
             return t.rms_norm(tokens)
 
     head = copy.copy(small)
     head.__class__ = Head
-    qk_inputs = lambda: (lambda x: [wide(D, 0)(x), wide(kv, D)(x), vector(H)])(qkv())
+    qk_inputs = lambda: [draw(B, T, (D + 2 * kv) // Dh, Dh), vector(H)]
     xsa_inputs = lambda: [draw(B, T, H, Dh), wide(kv, D + kv)(qkv())]
     attend_inputs = lambda: [draw(B, T, H, Dh), draw(B, T, kv // Dh, Dh), wide(kv, D + kv)(qkv())]
     docs, longest = documents_of(b), T // QUARTERS if h.doc_mask else T
@@ -344,8 +340,11 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         Section("residual mix + norm", L, mix_norm, lambda: [*(draw(B, T, D) for _ in range(3)), vector(2, D)],
                 Work(5 * stream), Work(7 * stream), ("rms_norm",)),
         linear("QKV product", L, D, D + 2 * kv),
-        Section("QK norm + rope + gain", L, qk, qk_inputs, Work(2 * both), Work(3 * both),
-                ("qk_norm_rope", "rotate", "rms_norm")),
+        # compiled alone, a fused one would get v's gradient outside: v is a view of this section's input
+        Section("QK norm + rope + gain", L, lambda qkv, gain: ops.qk(qkv, gain, *rope), qk_inputs,
+                Work(2 * both), Work(3 * both + 2 * e * N * kv),
+                ("qk_heads", "qk_norm_rope", "rotate", "rms_norm"),
+                compiled=ops.qk is getattr(t, "qk_heads", None)),
         *map(attention, sorted({s.window for s in specs})),
         Section("XSA", sum(s.xsa for s in specs), t.exclude_self, xsa_inputs, Work(stream + both),
                 Work(stream + 2 * both), ("exclude_self",)),

@@ -81,6 +81,8 @@ def test_work_by_hand():
     assert found["MLP"].forward == bench.Work(4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products))
     assert found["MLP"].backward.moved == 4 * (3 * N * (D + F) + 4 * D * F)
     assert found["O product"].backward.moved == 4 * (3 * N * D + 2 * D * D)
+    qk, both = found["QK norm + rope + gain"], N * (D + kv)  # v is a view, its gradient is copied
+    assert qk.forward.moved == 4 * 2 * both and qk.backward.moved == 4 * (3 * both + 2 * N * kv)
     assert found["XSA"].forward.moved == 4 * (2 * N * D + N * kv) and found["XSA"].count == h.xsa_last_n
     pairs = h.train_seq_len**2 / 2  # of a query and a key that it sees
     assert found["attention"].forward.flops == 2 * (2 * 2 * h.num_heads * pairs * h.head_dim)
@@ -217,7 +219,7 @@ def test_inputs_are_fresh_where_they_would_stay_in_the_cache(monkeypatch):
 
 def test_kernels_by_class():
     own = bench.own_kernels(ROOT / "train_gpt.py")
-    assert {"qk_forward_kernel", "qk_backward_kernel", "symmetric_kernel", "substitution_kernel"} <= own
+    assert {"qk_kernel", "mlp_kernel", "symmetric_kernel", "substitution_kernel"} <= own
     for name, which in [
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1", "attention"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
@@ -225,7 +227,7 @@ def test_kernels_by_class():
         ("triton_red_fused__to_copy_mul_sum_12", "Inductor reductions"),
         ("triton_per_fused_add_rsqrt_3", "Inductor reductions"),
         ("triton_poi_fused_leaky_relu_pow_1", "Inductor pointwise"),
-        ("qk_backward_kernel", "our kernels"),
+        ("qk_kernel", "our kernels"),
         ("Memset (Device)", "copies and fills"),
         ("void at::native::vectorized_elementwise_kernel<4>()", "others (ATen)"),
     ]:
@@ -246,7 +248,7 @@ def test_kernels_by_class():
 CANDIDATES = """
 import torch
 import torch.nn.functional as F
-plain_xsa, plain_nats, plain_layer = t.exclude_self, t.GPT.nats, t.layer
+plain_xsa, plain_nats, plain_heads = t.exclude_self, t.GPT.nats, t.qk_heads
 calls = []
 
 class Half(torch.autograd.Function):
@@ -257,13 +259,13 @@ class Half(torch.autograd.Function):
 
 def lean(x, up, down): return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 def wrong_gradient(y, v): return Half.apply(plain_xsa(y, v))
-def wrong_forward(x, gain, cos, sin): return 1.01 * t.rotate(t.rms_norm(x), (cos, sin)) * gain.to(x.dtype)[:, None]
+def wrong_forward(qkv, gain, cos, sin): return [1.01 * x for x in plain_heads(qkv, gain, cos, sin)]
 def not_a_number(self, tokens, targets, last): return plain_nats(self, tokens, targets, last) * float("nan")
 def broken(*args): raise RuntimeError("no kernel\\nhere")
 
 CANDIDATES = {
     "lean": ("t.mlp", lean), "gradient": ("exclude_self", wrong_gradient), "broken": ("layer", broken),
-    "rope": ("qk_norm_rope", wrong_forward), "nan": ("GPT.nats", not_a_number), "absent": ("no_such.thing", lean),
+    "rope": ("qk_heads", wrong_forward), "nan": ("GPT.nats", not_a_number), "absent": ("no_such.thing", lean),
     "two": [("mlp", lean), ("exclude_self", lambda y, v: plain_xsa(y, v))],
 }
 """

@@ -13,45 +13,73 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 in_float32 = pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's; 16-bit tests follow for the GPU")
 
 
-def run(fn, x, gain, rope, dy, dtype):
-    """Output and gradients of fn in `dtype`, as float64."""
-    leaf = x.detach().to(dtype).requires_grad_()
-    g = gain.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
-    y = fn(leaf, g, *(r.to(g.dtype) for r in rope))
-    y.backward(dy.to(dtype))
-    return [v.detach().double() for v in (y, leaf.grad, g.grad)]
-
-
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("B,T,H,Dh,dims", [(2, 64, 2, 64, 16), (3, 37, 3, 64, 16), (1, 5, 1, 32, 32), (2, 33, 4, 16, 2)])
-def test_qk_forward_and_gradients_match_float64(B, T, H, Dh, dims):
-    """Strided input (a slice of a wider product), transposed gradient, sizes that no tile divides."""
+def heads_inputs(B, T, H, kv, Dh, dims, dtype=torch.float32):
+    """qkv, a slice of a wider product; gain; rotary tables; and the gradients of q, k and v, each laid out in its own
+    way: transposed, a slice, and with strided dimensions."""
     generator = torch.Generator().manual_seed(B * T + H)
-    wide = torch.randn(B, T, H * Dh + 32, generator=generator).to(DEVICE)
-    x = wide[..., 16: 16 + H * Dh].unflatten(-1, (H, Dh))
-    dy = torch.randn(B, H, T, Dh, generator=generator).to(DEVICE).transpose(1, 2)
+    make = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    qkv = make(B, T, (H + 2 * kv) * Dh + 32)[..., 16: -16].unflatten(-1, (-1, Dh))
+    dys = make(B, H, T, Dh).transpose(1, 2), make(B, T, kv + 2, 3 * Dh)[:, :, 1: -1, Dh: 2 * Dh], make(B, T, kv, 2 * Dh)[..., ::2]
     gain = (torch.rand(H, generator=generator) + 0.5).to(DEVICE)
-    rope = t.rope_tables(T, dims, 1e4, DEVICE)
-    exact = run(t.qk_norm_rope, x, gain, rope, dy, torch.float64)
-    line = run(t.qk_norm_rope, x, gain, rope, dy, torch.float32)
-    kernel = run(t.qk_op, x, gain, rope, dy, torch.float32)
-    for got, reference, plain in zip(kernel, exact, line):
+    return qkv, gain, t.rope_tables(T, dims, 1e4, DEVICE), dys
+
+
+def heads_results(fn, qkv, gain, rope, dys, dtype):
+    """q, k, v, the gradients of the three parts of qkv, and that of gain, in `dtype`, as float64."""
+    leaf = qkv.detach().to(dtype).requires_grad_()
+    g = gain.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    heads = fn(leaf, g, *(r.to(g.dtype) for r in rope))
+    torch.autograd.backward(heads, [dy.to(dtype) for dy in dys])
+    parts = leaf.grad.split([dy.size(2) for dy in dys], 2)
+    return [x.detach().double() for x in (*heads, *parts, g.grad)]
+
+
+HEADS = [(2, 64, 2, 1, 64, 16), (3, 37, 3, 3, 64, 16), (1, 5, 1, 1, 32, 32), (2, 33, 4, 2, 16, 2), (2, 41, 6, 3, 128, 16),
+         (1, 70, 8, 4, 32, 8), (3, 11, 5, 1, 16, 16)]  # B, T, H, Hkv, Dh, rotated; no tile divides most of them  # fmt: skip
+
+
+@pytest.mark.parametrize("size", HEADS, ids=str)
+def test_fused_heads_and_their_gradients_match_float64(size):
+    """Strided input and gradients, sizes that no tile divides, each part of qkv's gradient by itself."""
+    inputs = heads_inputs(*size)
+    exact, line, fused = (heads_results(fn, *inputs, dtype) for fn, dtype in (
+        (t.qk_heads, torch.float64), (t.qk_heads, torch.float32), (t.FusedHeads.apply, torch.float32)))
+    for got, reference, plain in zip(fused, exact, line):
         assert relative(got, reference) < max(2 * relative(plain, reference), 5e-7)
+    assert torch.equal(fused[2], line[2]) and torch.equal(fused[5], inputs[-1][2].double())  # v is not touched
+
+
+def test_the_gradient_of_the_heads_is_one_tensor():
+    """Whatever its layout, qkv gets a contiguous gradient of its shape, which the product's backward takes as it is; and a
+    gradient where only some outputs are used."""
+    qkv, gain, rope, dys = heads_inputs(2, 33, 4, 2, 16, 8)
+    dqkv, dgain = t.qk_backward_op(qkv, gain, *rope, *dys)
+    assert not qkv.is_contiguous() and dqkv.is_contiguous() and dqkv.shape == qkv.shape and dgain.shape == gain.shape
+    for used in range(3):
+        whole, line = (torch.zeros_like(qkv).copy_(qkv).requires_grad_() for _ in range(2))
+        (t.FusedHeads.apply(whole, gain, *rope)[used] * dys[used]).sum().backward()
+        (t.qk_heads(line, gain, *rope)[used] * dys[used]).sum().backward()
+        torch.testing.assert_close(whole.grad, line.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_the_fake_heads_are_the_operators():
+    checks = ("test_schema", "test_faketensor")
+    qkv, gain, rope, dys = heads_inputs(1, 9, 2, 1, 16, 8)
+    torch.library.opcheck(t.qk_op, (qkv[:, :, :2], gain, *rope), test_utils=checks)
+    torch.library.opcheck(t.qk_backward_op, (qkv, gain, *rope, *dys), test_utils=checks)
 
 
 @pytest.mark.gpu
-def test_qk_in_bf16_is_no_worse_than_the_torch_line():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 256, 8, 64, generator=generator).to(DEVICE).bfloat16()
-    dy, gain = torch.randn_like(x), torch.rand(8, generator=generator).to(DEVICE) + 0.5
-    rope = t.rope_tables(256, 16, 1e4, DEVICE)
-    exact = run(t.qk_norm_rope, x, gain, rope, dy, torch.float64)
-    line = run(t.qk_norm_rope, x, gain, rope, dy, torch.bfloat16)
-    kernel = run(t.qk_op, x, gain, rope, dy, torch.bfloat16)
-    for got, reference, plain in zip(kernel, exact, line):
+@pytest.mark.parametrize("size", [(4, 256, 8, 4, 64, 16), (3, 200, 4, 2, 128, 16), (2, 77, 4, 4, 32, 16)], ids=str)
+def test_fused_heads_in_bf16_are_no_worse_than_the_torch_line(size):
+    inputs = heads_inputs(*size, dtype=torch.bfloat16)
+    exact, line, fused = (heads_results(fn, *inputs, dtype) for fn, dtype in (
+        (t.qk_heads, torch.float64), (t.qk_heads, torch.bfloat16), (t.FusedHeads.apply, torch.bfloat16)))
+    for got, reference, plain in zip(fused, exact, line):
         assert relative(got, reference) <= relative(plain, reference) * 1.01
 
 
@@ -104,11 +132,14 @@ def test_the_hidden_layer_carries_the_sign():
     torch.testing.assert_close(du.double()[clear], torch.where(u > 0, 2 * u, 0.5 * u)[clear], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("ops", [dict(qk=t.qk_op), dict(mlp=t.FusedMLP.apply)], ids=["qk", "mlp"])
-def test_a_kernel_in_a_compiled_model_trains_like_the_torch_line(ops):
+@pytest.mark.parametrize("ops,knobs", [
+    (dict(qk=t.FusedHeads.apply), "num_layers=3 xsa_last_n=1 ve_last_n=2"),     # values: plain | embedding | both
+    (dict(qk=t.FusedHeads.apply), "num_layers=3 xsa_last_n=2 ve_last_n=1"),     # plain | XSA | both
+    (dict(mlp=t.FusedMLP.apply), "num_layers=2")], ids=["embedding", "xsa", "mlp"])  # fmt: skip
+def test_a_kernel_in_a_compiled_model_trains_like_the_torch_line(ops, knobs):
     """One graph with the operator inside (no graph break), same loss, same gradients; where the kernel's own
     float32 product is TF32, in bf16 and as near to float64 as the torch line."""
-    h = t.load_config(["preset=cpu", "num_layers=2", "model_dim=64", "num_heads=2"], {})
+    h = t.load_config(["preset=cpu", *knobs.split(), "model_dim=64", "num_heads=2"], {})
     exact = noisy_model(h, scale=0.05, dtype=torch.float64).to(DEVICE)
     x, y = torch.randint(0, h.vocab_size, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     dtype = torch.bfloat16 if "mlp" in ops and DEVICE.type == "cuda" else torch.float32
@@ -144,7 +175,7 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     """The interpreter's bf16 products are wrong, and the MLP is refused there; the binding says by how much."""
     h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
     ops, names = t.bind_ops(h, DEVICE, "cpu")
-    assert ops.qk is t.qk_op and names["qk"] == "triton"
+    assert ops.qk == t.FusedHeads.apply and names["qk"] == "triton"
     assert (ops.mlp is t.mlp) == names["mlp"].startswith("torch (") == (DEVICE.type == "cpu")
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
     assert t.bind(t.FusedMLP.apply, t.mlp, inputs) == (t.FusedMLP.apply, "triton")
@@ -172,6 +203,25 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             return dx, up / 0, down * torch.nan
 
     assert t.bind(Undefined.apply, t.mlp, inputs) == (t.mlp, "torch (error nan)")
+
+
+@pytest.mark.parametrize("part", range(4), ids=["q", "k", "v", "gain"])
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_binding_looks_at_every_gradient_of_the_heads(part, factor):
+    class Skewed(t.FusedHeads):
+        @staticmethod
+        def backward(ctx, *dys):
+            dqkv, dgain, *none = t.FusedHeads.backward(ctx, *dys)
+            parts = [*dqkv.split([dy.size(2) for dy in dys], 2), dgain]
+            parts[part] = factor * parts[part]
+            return torch.cat(parts[:3], 2), parts[3], *none
+
+    qkv, gain, rope, _ = heads_inputs(2, 16, 2, 1, 32, 16)
+    qk, name = t.bind(Skewed.apply, t.qk_heads, [qkv.requires_grad_(), gain.requires_grad_(), *rope])
+    if factor == 1:
+        assert qk == Skewed.apply and name == "triton"
+    else:
+        assert qk is t.qk_heads and name.startswith("torch (error 0.")
 
 
 # ---------------------------------------------------------------- products of a direction
