@@ -325,7 +325,7 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         return Section(name, sum(s.window == window for s in specs),
                        lambda q, k, v: ops.attend(q, k, v, window, docs), attend_inputs,
                        Work(2 * both, ((scores, None),)), Work(4 * both, ((2.5 * scores, None),)),
-                       ("attend_sdpa", "attend_flash"), compiled=h.doc_mask or window > 0)
+                       ("attend_sdpa", "attend_flash4"), compiled=h.doc_mask or window > 0)
 
     parts = [
         Section("embedding + bigram + smear", 1, small.embed, lambda: [tokens()],

@@ -253,7 +253,7 @@ class Bench:
         """The machine for a config's model: other heads or windows may bind other attention and kernels."""
         if not self.m.pin:
             return self.m
-        ops, names = t.bind_ops(h, self.m.device, t.bind_attention(self.m.device, h.head_dim))
+        ops, names = t.bind_ops(h, self.m.device)
         return dataclasses.replace(self.m, ops=ops, names=self.m.names | names)
 
     def prepare(self, h: t.Config, log: t.Log) -> t.Run:

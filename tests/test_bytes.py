@@ -241,20 +241,6 @@ def test_bpb_of_a_uniform_model_by_hand():
     assert t.bpb(nats, weight) == pytest.approx(8 * (len(tokens) - 1) / data.val_bytes, rel=1e-12)
 
 
-def test_unigram_score_by_hand():
-    data = english_dataset()
-    h = tiny(data_path=data.path, vocab_size=data.vocab_size)
-    train = np.fromfile(f"{data.path}/tiny_train_000000.bin", dtype="<u2")[512:]
-    seen = {}
-    for token in train.tolist():
-        seen[token] = seen.get(token, 0) + 1
-    total = len(train) + data.vocab_size
-    nats = -sum(math.log((seen.get(x, 0) + 1) / total) for x in data.val[1:])
-    score = t.unigram_score(h, np.array(data.val), t.sentencepiece_counts(data.tokenizer))
-    assert score.loss == pytest.approx(nats / (len(data.val) - 1), rel=1e-12)
-    assert score.bpb == pytest.approx(nats / math.log(2) / data.val_bytes, rel=1e-12)
-
-
 # ---------------------------------------------------------------- tiktoken
 
 

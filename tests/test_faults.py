@@ -225,6 +225,22 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     assert time.monotonic() - began < 40
 
 
+def stop_in_warmup(rank):
+    """A signal before the first step: of torch.compile's workers, too, when it is a process group's."""
+    def slow(*a):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    t.warmup = slow
+
+
+def test_a_signal_before_training_leaves_at_once(tmp_path):
+    """There is nothing to save, and a compilation whose workers it has ended, too, would never end."""
+    began = time.monotonic()
+    assert kill_runs.ended(kill_runs.start(tmp_path, fault=stop_in_warmup)) == [128 + signal.SIGTERM]
+    assert time.monotonic() - began < 40 and not list(tmp_path.glob("*.ckpt"))
+
+
 def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
     """torchrun sends its ranks again what the terminal has sent them all."""
     at_step(monkeypatch, 4, lambda optimizer: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])

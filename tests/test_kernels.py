@@ -174,7 +174,7 @@ def test_the_fake_mlp_is_the_operator():
 def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     """The interpreter's bf16 products are wrong, and the MLP is refused there; the binding says by how much."""
     h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
-    ops, names = t.bind_ops(h, DEVICE, "cpu")
+    ops, names = t.bind_ops(h, DEVICE)
     assert ops.qk == t.FusedHeads.apply and names["qk"] == "triton"
     assert (ops.mlp is t.mlp) == names["mlp"].startswith("torch (") == (DEVICE.type == "cpu")
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]

@@ -191,8 +191,8 @@ def test_a_row_may_have_a_model_of_its_own(bench, tmp_path):
 def test_a_gpu_binds_its_kernels_again_for_another_model(bench, monkeypatch):
     """Only then: heads of another size or windows may take another attention."""
     bound = []
-    monkeypatch.setattr(t, "bind_attention", lambda device, head_dim: f"attention{head_dim}")
-    monkeypatch.setattr(t, "bind_ops", lambda h, device, name: bound.append(name) or (t.Ops(qk=len), {"attention": name}))
+    name = lambda h: f"attention{h.head_dim}"
+    monkeypatch.setattr(t, "bind_ops", lambda h, device: bound.append(name(h)) or (t.Ops(qk=len), {"attention": name(h)}))
     monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, pin=True))
     m = bench.machine(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
     assert bound == ["attention128"] and m.ops.qk is len and m.names["attention"] == "attention128"

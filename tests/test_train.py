@@ -92,6 +92,18 @@ def test_a_run_ends_well_and_the_loss_falls():
     assert float(live) < losses[0] and float(floor) < uniform
 
 
+def test_what_frequencies_alone_score_by_hand():
+    """Those of the first training shard, add-one."""
+    run, data = finished_with(), english_dataset()
+    train = np.fromfile(f"{data.path}/tiny_train_000000.bin", dtype="<u2")[512:].tolist()
+    targets = data.val[1: 1 + int(value(run, r".* val_tokens:(\d+)"))]
+    weigh = lambda x: targets.count(x) * math.log((train.count(x) + 1) / (len(train) + data.vocab_size))
+    nats = -sum(map(weigh, set(targets)))
+    assert value(run, r"unigram val_loss:([\d.]+)") == f"{nats / len(targets):.4f}"
+    weight = int(value(run, r".* val_bytes:(\d+)"))
+    assert value(run, r"unigram val_loss:[\d.]+ val_bpb:([\d.]+)") == f"{nats / math.log(2) / weight:.4f}"
+
+
 def test_the_log_begins_with_the_source():
     run = finished_with()
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
