@@ -271,6 +271,16 @@ CANDIDATES = {
 """
 
 
+def test_the_fused_paths_as_candidates(tmp_path, capsys):
+    """On a CPU, where nothing is fused: each is the same model."""
+    report, out = measured(["--candidates", ROOT / "records" / "candidates.py", "--seconds", 0], tmp_path, capsys)
+    assert not [s for s in report["skipped"] if s["what"].startswith("candidate")], report["skipped"]
+    rows = {row["name"]: row for row in report["candidates"]}
+    assert list(rows) == ["plain QK", "plain MLP", "PyTorch's attention"]
+    for row in rows.values():
+        assert max(row["errors"][key] for key in ("loss", "gradients", "worst")) < 1e-3
+
+
 def test_candidates(tmp_path, capsys):
     file = tmp_path / "c.py"
     file.write_text(CANDIDATES)
