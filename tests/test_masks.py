@@ -145,6 +145,16 @@ def test_flash4_is_the_torch_line(window, own, flash4):
     assert call["window"] == ((window - 1, 0) if 0 < window < 16 else (None, None)) and not call["deterministic"]
 
 
+def test_the_fake_flash4_is_the_operator(flash4):
+    """Dense, and one row of sequences; forward and backward."""
+    for flat, bounds in ((False, None), (True, torch.tensor([0, 5, 5, 9, 18], dtype=torch.int32))):
+        qkv = [x.detach().flatten(0, 1) if flat else x.detach() for x in heads(2, 9, 4, 2, 8, torch.bfloat16, "cpu")]
+        out, lse = t.flash4_op(qkv, bounds, 9, 3, [])
+        for back in ([], [out, torch.randn_like(out), lse]):
+            checks = ("test_schema", "test_faketensor")
+            torch.library.opcheck(t.flash4_op, (qkv, bounds, 9, 3, back), test_utils=checks)
+
+
 def test_flash4_is_deterministic_on_request(flash4):
     torch.use_deterministic_algorithms(True)
     try:
