@@ -32,6 +32,18 @@ def loopback_connect(self, address):
 socket.socket.connect = loopback_connect
 
 
+@pytest.fixture(autouse=True)
+def attention_switches():
+    """PyTorch's attention kernels as a test found them: binding one switches the others off for the process."""
+    import torch
+
+    names = "cudnn", "flash", "mem_efficient", "math"
+    before = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names]
+    yield
+    for name, on in zip(names, before):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(on)
+
+
 @pytest.fixture
 def quick_bench(monkeypatch):
     """records/bench.py without knobs from the environment, each section timed three times."""
