@@ -264,10 +264,10 @@ class Bench:
         torch 2.13 would take a new model of the same shapes as well; to rely on identity alone is safer.
         """
         if model_of(h) != self.model:
-            self.kept, self.model = None, model_of(h)
+            self.kept = self.model = None                   # what cannot be bound is tried again, or refused
             torch._dynamo.reset()
             gc.collect()
-            self.m = self.machine(h)
+            self.m, self.model = self.machine(h), model_of(h)
         run = t.start_run(h, self.m, log, self.dataset, time.perf_counter())
         if self.kept is None:
             self.kept = run

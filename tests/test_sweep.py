@@ -199,6 +199,18 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(bench, monkeypatch):
     assert m.names["device"] == bench.m.names["device"]
 
 
+def test_a_model_that_cannot_be_bound_is_refused_each_time(bench, tmp_path, monkeypatch):
+    """Its second seed must not train with what an earlier model had bound."""
+    def refused(h):
+        raise t.InputError("no attention kernel")
+
+    monkeypatch.setattr(bench, "machine", refused)
+    h = t.load_config([*english_args(), "attn_windows=4"], {})
+    for _ in range(2):
+        with pytest.raises(t.InputError, match="no attention kernel"):
+            bench.prepare(h, t.Log(str(tmp_path / "log.txt"), None))
+
+
 def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
     plan, folder = tiny_plan(base=base(iterations=2)), folder_for(tmp_path)
     real = t.train
