@@ -13,12 +13,12 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
 
 Contents
   1. Config            every knob once, with its default; presets
-  2. Machine           process group, device, compile and attention bindings, log
+  2. Machine           process group, device and compiler, the plain attention, log
   3. Tokens            shards on disk, the seeded document-aware loader
   4. Bytes             what a token weighs; the definition of bpb
   5. Blocks            norm, rope, attention, mlp as functions of their weights
   6. GPT               the parameter table, banks, one trunk
-  7. Kernels           Triton and torch lines: QK, MLP, and the products of a direction
+  7. Kernels           QK, MLP, FlashAttention-4, what is bound of them; the products of a direction
   8. Directions        ORTHO and STEP_RULES: how a momentum becomes a step
   9. Optimizer         sharded state, the schedule of every collective of a step
  10. Schedules         pure functions of progress
@@ -1019,7 +1019,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 7. Kernels: Triton, each beside a torch line of the same signature; and the products of a quintic iteration.
+# 7. Kernels: each beside a torch line of the same signature; and the products of a quintic iteration.
 
 try:
     import triton
@@ -2214,7 +2214,7 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
         return share
 
     launch, failure = m.replay(both_ways)
-    optimizer.restore(optimizer.snapshot())                # a recorder's passes have left gradients
+    torch._foreach_zero_([*optimizer.bank_grad.values(), optimizer.flat_grad])      # of a recorder's passes
     return backward, failure
 
 
@@ -2374,7 +2374,8 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     torch._foreach_copy_(ema.params, ema.average)
     for label, score in (("live", live), ("ema", run.score("ema", h.eval_seq_len))):
         log(f"final_{label} {score.exact} eval_time:{score.ms:.0f}ms")
-    first = np.bincount(load_shard(split_files(h.data_path, "train")[0]), minlength=h.vocab_size) + 1.0
+    V, file = h.vocab_size, split_files(h.data_path, "train")[0]
+    first = np.bincount(load_shard(file, V), minlength=V) + 1.0
     nats = -np.log(first / first.sum())[run.held_out("val")[1:]].sum()           # by its frequencies alone
     log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{bpb(nats, live.bytes):.4f}")
     box = [Path(path).read_bytes() if m.is_main else b""]
