@@ -365,9 +365,10 @@ class Jobs:
         busy = {*self.outcomes, *self.failed, *self.running}
         return [job for job in self.wanted() if job.name not in busy]
 
-    def take(self) -> Job | None:
-        """The next one, now running; None when there is none at the moment."""
-        job = next(iter(self.open()), None)
+    def take(self, row: str = "") -> Job | None:
+        """The next one, now running; of its seed's that of `row`, if open. None when there is none at the moment."""
+        jobs = self.open()
+        job = next((job for job in jobs if (job.row, job.seed) == (row, jobs[0].seed)), jobs[0] if jobs else None)
         if job:
             self.running.add(job.name)
         return job
@@ -512,8 +513,9 @@ class Sweep:
     def serve(self, index: int) -> None:
         """A thread: jobs for one worker until there are none, or time is up, or the sweep stops."""
         try:
-            while (job := self.next_job()) is not None:
-                answer = self.run_on(index, job)
+            row = ""                                        # its model is compiled here
+            while (job := self.next_job(row)) is not None:
+                row, answer = job.row, self.run_on(index, job)
                 with self.lock:
                     self.settle(index, job, answer)
                     self.lock.notify_all()
@@ -524,15 +526,15 @@ class Sweep:
             process.stdin.close()
             process.wait()
 
-    def next_job(self) -> Job | None:
-        """The next job; waits while running ones may make more. None: this worker is done."""
+    def next_job(self, row: str = "") -> Job | None:
+        """The next job, of this row if possible; waits while running ones may make more. None: all are done."""
         with self.lock:
             while not self.error and not self.jobs.over:
                 late = self.budget and time.monotonic() - self.began + self.estimate() > self.budget
                 if late and self.jobs.open():
                     self.out_of_time = True
                     return None
-                job = self.jobs.take()
+                job = self.jobs.take(row)
                 if job is not None:
                     return job
                 self.lock.wait(1.0)

@@ -286,6 +286,17 @@ def test_a_second_stage_waits_for_its_own_row_only():
     assert jobs.take().name == "ns5_0.02_seed2"
 
 
+def test_a_worker_keeps_its_row_while_the_seed_has_it():
+    jobs = sweep.Jobs(three_rates(), {})
+    while len(jobs.outcomes) < 6:
+        first = jobs.take("turbo")
+        assert first.row == ("ns5" if len(jobs.outcomes) > 2 else "turbo")  # no seed before the one whose turn it is
+        jobs.finish(first, outcome(first))
+    assert [jobs.take(row).name for row in ("turbo", "turbo", "turbo", "")] == [
+        "turbo_0.04_seed2", "ns5_0.02_seed2", "turbo_0.04_seed3", "ns5_0.02_seed3",
+    ]  # fmt: skip
+
+
 def test_a_dead_worker_costs_one_more_try_then_the_job():
     jobs = sweep.Jobs(three_rates(), {})
     job = jobs.take()
