@@ -163,6 +163,7 @@ class Config:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
+    fp8: bool = False                    # the MLP's forward products in e4m3, in training
     deterministic: bool = False          # one seed, one result on a GPU too, when iterations end the run
     wire_dtype: str = "float32"          # of gradients between ranks: float32 | bfloat16
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
@@ -428,9 +429,9 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
         part = slice(place * nodes, (place + 1) * nodes)
         levels = (inside, slice(0, world), part), (across, part, slice(mine, mine + 1))
     if not cuda:
-        names = dict(device=platform.machine(), attention="cpu", qk="torch", mlp="torch", compile="none") | {
-            "pass": "eager", "update": "eager"}
-        return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, levels, names)
+        ops, bound = bind_cpu(h)
+        bound |= {"device": platform.machine(), "compile": "none", "pass": "eager", "update": "eager"}
+        return Machine(rank, world, device, torch.float32, lambda f: f, ops, False, levels, bound)
     torch.set_float32_matmul_precision("high")
     ops, bound = bind_ops(h, device)
     name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
@@ -1120,11 +1121,12 @@ class FusedHeads(torch.autograd.Function):
 
 @triton.jit
 def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, h8_desc=None, u_ptr=None, step_ptr=None):
     """Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N).
 
     h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
-    -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have."""
+    -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have.
+    With h8: a and w are e4m3, u_ptr has what u is divided by in a w', and h / step is written in e4m3."""
     m, n = tl.program_id(1) * BM, tl.program_id(0) * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
@@ -1137,10 +1139,14 @@ def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIF
         root = tl.sqrt(h)
         acc *= tl.where((h.to(tl.int32, bitcast=True) >> SHIFT) & 1 == 1, -root, 2 * root)
     else:
+        if h8_desc is not None:
+            acc *= tl.load(u_ptr)
         leaky = tl.where(acc > 0, acc, 0.5 * acc)
         negative = (acc < 0).to(tl.int32) << SHIFT
         bits = (leaky * leaky).to(tl.int32, bitcast=True) - negative + (1 << SHIFT)      # to the nearest
         acc = ((bits & -(2 << SHIFT)) + negative).to(tl.float32, bitcast=True)
+        if h8_desc is not None:
+            h8_desc.store([m, n], tl.minimum(acc * (1.0 / tl.load(step_ptr)), 448.0).to(h8_desc.dtype))
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
@@ -1174,6 +1180,45 @@ class FusedMLP(torch.autograd.Function):
         dy = dy.flatten(0, -2).contiguous()
         du = mlp_op(dy, down, h)
         return (du @ up).view_as(x), du.T @ x.flatten(0, -2), dy.T @ h
+
+
+def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float]:
+    """(x / step in e4m3, step); by default x's largest becomes e4m3's, 448. What is above saturates."""
+    step = x.abs().amax().float().clamp(min=1e-12) / 448 if step is None else step
+    return (x.float() * (1 / step)).clamp(-448, 448).to(torch.float8_e4m3fn), step
+
+
+@torch.library.custom_op(OPS + "mlp8", mutates_args=(), schema=(
+    "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)"))
+def mlp8_op(x, up, down, steps, dtype):
+    """mlp of x (M, D), up (F, D) and down (D, F) in e4m3 -> h (M, F), as mlp_op's, and its output (M, D).
+    steps: x's times up's, h's and down's; each a tensor of its own, for cuBLASLt wants aligned addresses."""
+    (bm, bn, bk), block = (128, 128, 128), TensorDescriptor.from_tensor
+    h, h8 = (x.new_empty(len(x), len(up), dtype=kind) for kind in (dtype, x.dtype))
+    out = block(h, [bm, bn])
+    mlp_kernel[(-(-len(up) // bn), -(-len(x) // bm))](
+        block(x, [bm, bk]), block(up, [bn, bk]), out, out, x.size(1), False, 32 - 8 * h.element_size(),
+        bm, bn, bk, block(h8, [bm, bn]), *steps[:2], num_warps=4, num_stages=3)
+    return h, torch._scaled_mm(h8, down.t(), *steps[1:], out_dtype=dtype, use_fast_accum=True)
+
+
+mlp8_op.register_fake(lambda x, up, down, steps, dtype: (
+    x.new_empty(len(x), len(up), dtype=dtype), x.new_empty(len(x), len(down), dtype=dtype)))
+
+
+class FusedMLP8(FusedMLP):
+    """FusedMLP, but its forward products are of e4m3 copies, one step each. x's: |x| <= sqrt(D), it is
+    normalised, and 448 / 8 has room. h's follows the mean u^2 of an isotropic x, ||up||^2 / F: 42 times its
+    root saturates, and h below a sixteenth of it is as coarse as a 128th of that."""
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        (up8, up_step), (down8, down_step) = to_fp8(up), to_fp8(down)
+        x8, x_step = to_fp8(x.flatten(0, -2), 1 / 8)
+        h_step = 4 / len(up) * up.float().square().sum().clamp(min=1e-12)
+        h, y = mlp8_op(x8, up8, down8, [x_step * up_step, h_step, down_step], x.dtype)
+        ctx.save_for_backward(x, up, down, h)
+        return y.view_as(x)
 
 
 @torch.library.custom_op(OPS + "flash4", mutates_args=(), schema=(
@@ -1222,7 +1267,8 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
     return Flash4.apply(*flat, bounds, (T, window if window < T else 0)).view(q.shape)
 
 
-def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "triton") -> tuple[Callable, str]:
+def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "triton",
+         limit: float = 0.01) -> tuple[Callable, str]:
     """`fast` when its output and gradients are the torch line's in float32, to bf16 rounding; else the line.
     And its name for the log, fast's or why not. inputs: bf16 or float32, with requires_grad or without."""
     def results(fn: Callable, wide: bool) -> list[Tensor]:
@@ -1235,7 +1281,7 @@ def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "trit
     try:
         got, exact = results(fast, False), results(line, True)
         error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, exact)]).max().item()   # or nan
-        return (fast, name) if error < 0.01 else (line, f"torch (error {error:.3f})")
+        return (fast, name) if error < limit else (line, f"torch (error {error:.3f})")
     except Exception as e:      # whatever a compiler or driver raises: the torch line is always right
         return line, f"torch ({type(e).__name__})"
 
@@ -1266,6 +1312,27 @@ def bind_attention(h: Config, device: torch.device) -> tuple[Callable, str]:
     raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
 
 
+def bind_mlp(h: Config, device: torch.device) -> tuple[Callable, str]:
+    """The MLP that is right on this device, and its name for the log. With h.fp8 all passes with gradients,
+    so no score, take FusedMLP8; InputError where that does not run or is off by more than e4m3 rounds."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
+    inputs = [torch.randn(s, generator=generator).to(device).bfloat16().requires_grad_() for s in shapes]
+    plain, name = bind(FusedMLP.apply, mlp, inputs)
+    if not h.fp8:
+        return plain, name
+    if why := bind(FusedMLP8.apply, mlp, inputs, "", 0.1)[1]:
+        raise InputError(f"config key fp8: the MLP's e4m3 products fail on this device {why[6:]}; leave fp8 "
+                         "out, or take a GPU that has them, and widths that 16 divides")
+    return lambda *args: (FusedMLP8.apply if torch.is_grad_enabled() else plain)(*args), name + "+fp8"
+
+
+def bind_cpu(h: Config) -> tuple[Ops, dict[str, str]]:
+    """bind_ops without kernels."""
+    fused, name = bind_mlp(h, torch.device("cpu")) if h.fp8 else (mlp, "torch")
+    return Ops(mlp=fused), dict(attention="cpu", qk="torch", mlp=name)
+
+
 def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
     """The kernels that are right on this device, and their names for the log."""
     generator = torch.Generator().manual_seed(0)
@@ -1273,8 +1340,7 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
     x, gain = draw(2, 64, 4, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
     qk, qk_name = bind(FusedHeads.apply, qk_heads, [x.requires_grad_(), gain.requires_grad_(),
                                                     *rope_tables(64, h.rope_dims, h.rope_base, device)])
-    shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
-    fused, mlp_name = bind(FusedMLP.apply, mlp, [draw(*s).requires_grad_() for s in shapes])
+    fused, mlp_name = bind_mlp(h, device)
     attend, attention = bind_attention(h, device)
     return Ops(attend, qk, fused), {"attention": attention, "qk": qk_name, "mlp": mlp_name}
 

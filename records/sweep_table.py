@@ -27,7 +27,7 @@ FIXED = (
 MODEL = (
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base",
     "attn_windows", "doc_mask", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
-    "logit_softcap")
+    "logit_softcap", "fp8")
 NAMES = ("run_id", "seed", "out_dir")       # what tells two logs apart, or says where they lie
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
 NOTE = """val bpb is that of the int6 artifact, read back ({metric}); live and averaged are bpb of the

@@ -266,3 +266,25 @@ def stop_one_line(argv, capsys):
     assert status == 2, f"status {status}"
     assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
     return err
+
+
+def emulate_fp8(monkeypatch):
+    """The MLP's kernels as torch lines, which a CPU runs in bf16, too: h's last bit says u < 0, as the kernel's does."""
+
+    def hidden(u, dtype):
+        h, kind = t.F.leaky_relu(u, 0.5).square().to(dtype), {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+        return ((h.view(kind) & -2) + (u < 0).to(kind)).view(dtype)
+
+    def mlp_op(a, w, h):
+        if h is None:
+            return hidden(a.float() @ w.float().T, a.dtype)
+        negative, root = h.view({4: torch.int32, 2: torch.int16}[h.itemsize]) & 1 == 1, h.float().sqrt()
+        return (a.float() @ w.float() * torch.where(negative, -root, 2 * root)).to(h.dtype)
+
+    def mlp8_op(x, up, down, steps, dtype):
+        h = hidden(x.float() @ up.float().T * steps[0], dtype)
+        h8 = (h.float() / steps[1]).clamp(max=448).to(x.dtype)
+        return h, torch._scaled_mm(h8, down.t(), *steps[1:], out_dtype=dtype)
+
+    monkeypatch.setattr(t, "mlp_op", mlp_op)
+    monkeypatch.setattr(t, "mlp8_op", mlp8_op)
