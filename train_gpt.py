@@ -1126,7 +1126,7 @@ def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIF
 
     h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
     -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have.
-    With h8: a and w are e4m3, u_ptr has what u is divided by in a w', and h / step is written in e4m3."""
+    With h8: a and w are e4m3, u is their product times u_ptr's number, and h / step is written in e4m3."""
     m, n = tl.program_id(1) * BM, tl.program_id(0) * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
