@@ -163,7 +163,7 @@ class Config:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
-    fp8: bool = False                    # the MLP's forward products in e4m3, in training
+    fp8: bool = True                     # the MLP's forward products in e4m3: in training, on a GPU with them
     deterministic: bool = False          # one seed, one result on a GPU too, when iterations end the run
     wire_dtype: str = "float32"          # of gradients between ranks: float32 | bfloat16
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
@@ -429,9 +429,9 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
         part = slice(place * nodes, (place + 1) * nodes)
         levels = (inside, slice(0, world), part), (across, part, slice(mine, mine + 1))
     if not cuda:
-        ops, bound = bind_cpu(h)
-        bound |= {"device": platform.machine(), "compile": "none", "pass": "eager", "update": "eager"}
-        return Machine(rank, world, device, torch.float32, lambda f: f, ops, False, levels, bound)
+        names = dict(device=platform.machine(), attention="cpu", qk="torch", mlp="torch", compile="none") | {
+            "pass": "eager", "update": "eager"}
+        return Machine(rank, world, device, torch.float32, lambda f: f, Ops(), False, levels, names)
     torch.set_float32_matmul_precision("high")
     ops, bound = bind_ops(h, device)
     name, streams = torch.cuda.get_device_name(device), tuple(torch.cuda.Stream() for _ in range(6))
@@ -1123,7 +1123,6 @@ class FusedHeads(torch.autograd.Function):
 def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, h8_desc=None, u_ptr=None, step_ptr=None):
     """Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N).
-
     h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
     -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have.
     With h8: a and w are e4m3, u is their product times u_ptr's number, and h / step is written in e4m3."""
@@ -1312,27 +1311,6 @@ def bind_attention(h: Config, device: torch.device) -> tuple[Callable, str]:
     raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
 
 
-def bind_mlp(h: Config, device: torch.device) -> tuple[Callable, str]:
-    """The MLP that is right on this device, and its name for the log. With h.fp8 all passes with gradients,
-    so no score, take FusedMLP8; InputError where that does not run or is off by more than e4m3 rounds."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
-    inputs = [torch.randn(s, generator=generator).to(device).bfloat16().requires_grad_() for s in shapes]
-    plain, name = bind(FusedMLP.apply, mlp, inputs)
-    if not h.fp8:
-        return plain, name
-    if why := bind(FusedMLP8.apply, mlp, inputs, "", 0.1)[1]:
-        raise InputError(f"config key fp8: the MLP's e4m3 products fail on this device {why[6:]}; leave fp8 "
-                         "out, or take a GPU that has them, and widths that 16 divides")
-    return lambda *args: (FusedMLP8.apply if torch.is_grad_enabled() else plain)(*args), name + "+fp8"
-
-
-def bind_cpu(h: Config) -> tuple[Ops, dict[str, str]]:
-    """bind_ops without kernels."""
-    fused, name = bind_mlp(h, torch.device("cpu")) if h.fp8 else (mlp, "torch")
-    return Ops(mlp=fused), dict(attention="cpu", qk="torch", mlp=name)
-
-
 def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
     """The kernels that are right on this device, and their names for the log."""
     generator = torch.Generator().manual_seed(0)
@@ -1340,9 +1318,14 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
     x, gain = draw(2, 64, 4, 2 * h.head_dim)[..., : h.head_dim], torch.tensor([1.5, 0.5], device=device)
     qk, qk_name = bind(FusedHeads.apply, qk_heads, [x.requires_grad_(), gain.requires_grad_(),
                                                     *rope_tables(64, h.rope_dims, h.rope_base, device)])
-    fused, mlp_name = bind_mlp(h, device)
+    shapes = (2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim)
+    inputs = [draw(*s).requires_grad_() for s in shapes]
+    fused, mlp_name = bind(FusedMLP.apply, mlp, inputs)
+    fp8, told = bind(FusedMLP8.apply, mlp, inputs, "fp8", 0.1) if h.fp8 else (fused, "")
+    chosen = (lambda *args: (fp8 if torch.is_grad_enabled() else fused)(*args)) if told == "fp8" else fused
+    mlp_name += "+fp8" if told == "fp8" else told and f",fp8:{told}".replace(" ", "")
     attend, attention = bind_attention(h, device)
-    return Ops(attend, qk, fused), {"attention": attention, "qk": qk_name, "mlp": mlp_name}
+    return Ops(attend, qk, chosen), {"attention": attention, "qk": qk_name, "mlp": mlp_name}
 
 
 @triton.jit
@@ -1367,7 +1350,6 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
                      POLY: tl.constexpr, SCALED: tl.constexpr, POWER: tl.constexpr, EVEN: tl.constexpr,
                      BLOCK: tl.constexpr, BK: tl.constexpr):
     """One program: a tile (i, j <= i) of XX' and its mirror image; only half of the products are made.
-
     SCALED: times r_row r_column. POLY: X is symmetric, the tile is of aI + bX + cXX', SCALED: times r_column.
     POWER: the tile's sums of |.|^POWER go to sums[j, rows] and, for the mirror image, to sums[i, columns]."""
     pid, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -1408,7 +1390,6 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
 def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
                          PRECISION: tl.constexpr):
     """One program: the inverse of a diagonal block of the unit lower triangle of T, by doubling.
-
     [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. P and Q are triangles of correlation matrices again,
     whose inverses have norm <= 2 and entries <= 1: no level loses digits, as products of C's powers would."""
     batch, n = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
@@ -1430,7 +1411,6 @@ def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.cons
 def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M, N, stride_b, stride_m,
                         stride_n, out_b, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr):
     """One program: BN columns of Y, TY = diag(d) X, by blocks: Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k).
-
     Its own Y_k come back through the cache, behind a barrier. Only T's blocks below the diagonal are read."""
     panel, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns, n = panel * BN + tl.arange(0, BN), tl.arange(0, BLOCK)
@@ -1535,7 +1515,6 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Y with TY = diag(d) X, and its rows' squared norms. T: the triangle below a unit diagonal is read.
-
     (B, M, M), (B, M, N), (B, M) float32 -> (B, M, N) of T's dtype, (B, M) float32."""
     if tile := tile_of("lower_solve", X):
         Y, squares = solve_op(T, X, d, tile)

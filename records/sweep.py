@@ -251,7 +251,9 @@ class Bench:
 
     def machine(self, h: t.Config) -> t.Machine:
         """The machine for a config's model: other heads or windows may bind other attention and kernels."""
-        ops, names = t.bind_ops(h, self.m.device) if self.m.pin else t.bind_cpu(h)
+        if not self.m.pin:
+            return self.m
+        ops, names = t.bind_ops(h, self.m.device)
         return dataclasses.replace(self.m, ops=ops, names=self.m.names | names)
 
     def prepare(self, h: t.Config, log: t.Log) -> t.Run:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -268,8 +269,9 @@ def stop_one_line(argv, capsys):
     return err
 
 
-def emulate_fp8(monkeypatch):
-    """The MLP's kernels as torch lines, which a CPU runs in bf16, too: h's last bit says u < 0, as the kernel's does."""
+def emulate_fp8(monkeypatch, machine=False):
+    """The MLP's kernels as torch lines, which a CPU runs in bf16, too: h's last bit says u < 0, as the kernel's does.
+    machine: a CPU's binds the MLP as a GPU's does."""
 
     def hidden(u, dtype):
         h, kind = t.F.leaky_relu(u, 0.5).square().to(dtype), {4: torch.int32, 2: torch.int16}[dtype.itemsize]
@@ -288,3 +290,12 @@ def emulate_fp8(monkeypatch):
 
     monkeypatch.setattr(t, "mlp_op", mlp_op)
     monkeypatch.setattr(t, "mlp8_op", mlp8_op)
+    initial = t.init_machine
+
+    def bound(h, env):
+        m, (ops, names) = initial(h, env), t.bind_ops(h, torch.device("cpu"))
+        return dataclasses.replace(m, ops=t.Ops(mlp=ops.mlp), names=m.names | {"mlp": names["mlp"]})
+
+    if machine:
+        monkeypatch.setattr(t, "bind_attention", lambda h, device: (t.attend_sdpa, "none"))
+        monkeypatch.setattr(t, "init_machine", bound)

@@ -43,8 +43,9 @@ def test_ranks_over_nccl_stay_bit_equal_for_200_steps_and_train_what_one_gpu_doe
 
 @two
 def test_a_few_steps_on_two_gpus_are_those_on_one(tmp_path):
-    """bf16 products are the same on both; sums of gradients over ranks are in another order."""
-    one, two_ranks = (trained(tmp_path / str(world), world, iterations=4)[0] for world in (1, 2))
+    """bf16 products are the same on both; sums of gradients over ranks are in another order. In e4m3 an ulp more
+    in front is a step of it behind."""
+    one, two_ranks = (trained(tmp_path / str(world), world, iterations=4, fp8=False)[0] for world in (1, 2))
     print("largest relative distance of parameters after 4 steps:", distance(two_ranks, one))
     assert distance(two_ranks, one) < 1e-2
 
