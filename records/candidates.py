@@ -7,7 +7,7 @@ one's own is one more entry: (path, function of the same signature); `t` is a co
 """
 CANDIDATES = {
     "plain QK": ("qk_heads", t.qk_heads),  # noqa: F821
-    "MLP in bf16": ("mlp", t.FusedMLP.apply),  # noqa: F821
+    "MLP in bf16": ("mlp", t.FusedMLP.apply if t.torch.cuda.is_available() else t.mlp),  # noqa: F821
     "plain MLP": ("mlp", t.mlp),  # noqa: F821
     "PyTorch's attention": ("attend_sdpa", t.attend_sdpa),  # noqa: F821
 }

@@ -276,7 +276,7 @@ def test_the_fused_paths_as_candidates(tmp_path, capsys):
     report, out = measured(["--candidates", ROOT / "records" / "candidates.py", "--seconds", 0], tmp_path, capsys)
     assert not [s for s in report["skipped"] if s["what"].startswith("candidate")], report["skipped"]
     rows = {row["name"]: row for row in report["candidates"]}
-    assert list(rows) == ["plain QK", "plain MLP", "PyTorch's attention"]
+    assert list(rows) == ["plain QK", "MLP in bf16", "plain MLP", "PyTorch's attention"]
     for row in rows.values():
         assert max(row["errors"][key] for key in ("loss", "gradients", "worst")) < 1e-3
 
