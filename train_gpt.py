@@ -2325,6 +2325,7 @@ def train(run: Run) -> Ema:
     graphs, limit_ms = compiled_graphs(), 1000 * h.max_wallclock_seconds or math.inf
     clock_ms, shown, ended, reached = train_ms, math.nan, 0, m.fetch(torch.zeros(2, device=m.device))
     sound = lambda fetched: all(abs(x) < DIVERGED for x in fetched()[0].tolist())
+    m.agree(0.0)                                    # the clock starts when the last rank is ready
     run.phases["validate"], start = 0.0, time.perf_counter() - train_ms / 1000
     clock = lambda: 1000 * (time.perf_counter() - start) - run.phases["validate"]
     while step < h.iterations and not ended and clock_ms * (1 + 2 / max(step, 1)) <= limit_ms:

@@ -430,6 +430,25 @@ def test_a_gpus_copies_cross_beside_its_queue_and_the_host_asks(monkeypatch, pas
             fetched()
 
 
+def late(rank):
+    """The last rank compiles longer than the others."""
+    warmup = t.warmup
+
+    def slow(*args):
+        backward = warmup(*args)
+        time.sleep(4 * rank)
+        return backward
+
+    t.warmup = slow
+
+
+def test_the_clock_starts_when_the_last_rank_is_ready(tmp_path):
+    processes = kill_runs.start(tmp_path, 2, late, iterations=3, train_log_every=1, checkpoint_every=0, resume="")
+    assert kill_runs.ended(processes) == [0, 0]
+    ms = [float(x) for x in re.findall(r"^step:\d/3 train_loss:\S+ train_time:(\d+)ms", (tmp_path / "run.txt").read_text(), re.M)]
+    assert len(ms) == 3 and ms[-1] < 2000, ms
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_host_copies_are_page_locked_of_the_moment_and_cost_no_allocation():
     streams = tuple(torch.cuda.Stream() for _ in range(2))
