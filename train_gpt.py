@@ -1665,14 +1665,9 @@ def equalize_rows(U: Tensor) -> Tensor:
     return U / (U.norm(dim=-1, keepdim=True) + 1e-8)
 
 
-def frobenius(X: Tensor) -> Tensor:
-    """(b, M, N) -> (b, 1, 1)."""
-    return X.norm(dim=(-2, -1), keepdim=True)
-
-
 def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
     """Each matrix of X (b, M, N) scaled to a Frobenius norm, number or (b, 1, 1); zero stays zero."""
-    return X * (norm / frobenius(X).clamp_min(1e-10))
+    return X * (norm / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-10))
 
 
 def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
@@ -1687,7 +1682,7 @@ def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     here, takes its columns. Each matrix keeps its norm, as there (paper: RMS 0.2), so that a bias correction
     of v would cancel. v, shaped by neuron_shape, is updated in place."""
     v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
-    return with_norm(U * v.clamp_min(1e-10).rsqrt(), frobenius(U))
+    return with_norm(U * v.clamp_min(1e-10).rsqrt(), torch.linalg.matrix_norm(U, keepdim=True))
 
 
 def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
@@ -1700,7 +1695,7 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
 
     After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
     The README has the knobs of the authors' nanochat submission (PR 498)."""
-    R = frobenius(W)
+    R = torch.linalg.matrix_norm(W, keepdim=True)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
 
