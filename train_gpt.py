@@ -803,17 +803,12 @@ def rope_tables(seq_len: int, dims: int, base: float, device: torch.device) -> t
     return angle.cos()[:, None], angle.sin()[:, None]
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dimensions of each head, pairs (j, j + half). x (B, T, H, Dh)."""
-    cos, sin = (t.to(x.dtype) for t in rope)
-    half = cos.size(-1)
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
-
-
 def qk_norm_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Normalise, rotate and scale each head. x (B, T, H, Dh), gain (H,), cos and sin (T, 1, rope_dims/2)."""
-    return rotate(rms_norm(x), (cos, sin)) * gain.to(x.dtype)[:, None]
+    """Normalise each head, rotate its pairs (j, j + half) of the first rope_dims dimensions, scale it.
+    x (B, T, H, Dh), gain (H,), cos and sin (T, 1, half)."""
+    cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
+    a, b, rest = rms_norm(x).split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1) * gain.to(x.dtype)[:, None]
 
 
 def qk_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, normed: Callable = qk_norm_rope) -> tuple:

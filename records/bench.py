@@ -343,7 +343,7 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         # compiled alone, a fused one would get v's gradient outside: v is a view of this section's input
         Section("QK norm + rope + gain", L, lambda qkv, gain: ops.qk(qkv, gain, *rope), qk_inputs,
                 Work(2 * both), Work(3 * both + 2 * e * N * kv),
-                ("qk_heads", "qk_norm_rope", "rotate", "rms_norm"),
+                ("qk_heads", "qk_norm_rope", "rms_norm"),
                 compiled=ops.qk is getattr(t, "qk_heads", None)),
         *map(attention, sorted({s.window for s in specs})),
         Section("XSA", sum(s.xsa for s in specs), t.exclude_self, xsa_inputs, Work(stream + both),

@@ -277,9 +277,9 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
 
 def test_rope_keeps_norms_and_depends_on_distance_only():
     x = torch.randn(1, 1, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    same = x.expand(1, 40, 2, 16)
+    same = t.rms_norm(x).expand(1, 40, 2, 16)
     rope = [r.double() for r in t.rope_tables(40, 8, 100.0, torch.device("cpu"))]
-    out = t.rotate(same, rope)
+    out = t.qk_norm_rope(x.expand(1, 40, 2, 16), torch.ones(2), *rope)
     torch.testing.assert_close(out.norm(dim=-1), same.norm(dim=-1), rtol=1e-6, atol=0)
     assert torch.equal(out[..., 8:], same[..., 8:]) and torch.equal(out[:, 0], same[:, 0])
     q, k = out[0, :, 0], out[0, :, 1]
