@@ -2281,11 +2281,6 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Cal
     return backward
 
 
-def compiled_graphs() -> int:
-    """Graphs compiled so far in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def repository_file(name: str, instead: str) -> str:
     """The path of what is no part of this file, for a run in the repository. InputError elsewhere."""
     script = Path(__file__).resolve()
@@ -2312,7 +2307,8 @@ def train(run: Run) -> Ema:
     step, train_ms = keep.resume() if h.resume else (0, 0.0)
     loader.seek(step)
     m.signals.clear()                               # from here on one ends the run, not the process
-    graphs, limit_ms = compiled_graphs(), 1000 * h.max_wallclock_seconds or math.inf
+    compiled, limit_ms = torch._dynamo.utils.counters["stats"], 1000 * h.max_wallclock_seconds or math.inf
+    graphs = compiled["unique_graphs"]              # so far in this process
     clock_ms, shown, ended, reached = train_ms, math.nan, 0, m.fetch(torch.zeros(2, device=m.device))
     sound = lambda fetched: all(abs(x) < DIVERGED for x in fetched()[0].tolist())
     m.agree(0.0)                                    # the clock starts when the last rank is ready
@@ -2336,7 +2332,7 @@ def train(run: Run) -> Ema:
         log.status(f"step {step} loss {shown:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
     m.sync()
     train_ms = clock()
-    run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled_graphs() - graphs}
+    run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled["unique_graphs"] - graphs}
     if max(ended, m.agree(0.0, 0 if sound(reached) else 2)[1]) == 2:
         bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
         good, (last, norm) = keep and keep.last_good() or "none", reached()[0].tolist()
