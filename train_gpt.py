@@ -212,7 +212,6 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[te
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
     """Defaults < preset < artifact < environment (KEY in upper case) < `key=value`.
-
     artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value."""
     types = {f.name: f.type for f in dataclasses.fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
@@ -1642,7 +1641,6 @@ ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
 
 def orthogonalize(G: Tensor, method: str) -> Tensor:
     """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO.
-
     Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
     CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own."""
     tall, X = G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
@@ -1687,7 +1685,6 @@ def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
 
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
     """MuonH: a step of lr |W| along U / |U|, then back to |W| (Frobenius). lr is an angle; wd is not read.
-
     After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
     The README has the knobs of the authors' nanochat submission (PR 498)."""
     R = torch.linalg.matrix_norm(W, keepdim=True)
@@ -1716,7 +1713,6 @@ class StepScalars(NamedTuple):
 def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config,
                   second: Tensor | None = None) -> None:
     """Nesterov momentum, direction, step; in place on this rank's matrices W (b, M, N) and their state.
-
     second: the rule's state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree."""
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
@@ -1774,7 +1770,6 @@ class Optimizer:
 
     def make_bank(self, home: str, members: dict[str, nn.Parameter]) -> None:
         """Buffers of one or two parameters whose matrices have one size; padding stands behind the first.
-
         wire is the gradient as it travels: bank_grad itself in float32."""
         *_, last = members.values()
         world, count = self.m.world_size, sum(map(len, members.values()))
@@ -2061,7 +2056,6 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
 
 def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     """Float32 tensors by name. ValueError when anything about the blob is not as pack_artifact writes it.
-
     No bytes can make it run code or take more than MAX_RAW_BYTES and their float32 values of memory."""
     return read_tensors(*open_artifact(blob))
 
@@ -2115,7 +2109,6 @@ class ScoreRun(NamedTuple):
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """(W, 3), start, end, score_from: the ranges [score_from, end) tile the targets [0, total) in order.
-
     The first window scores all of itself; each later `stride` targets behind seq_len - stride of context."""
     end = np.append(np.arange(min(seq_len, total), total, stride), total)
     return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
@@ -2124,7 +2117,6 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 @torch.no_grad()
 def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
     """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored.
-
     nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on the right, behind what it
     scores, a short batch with empty windows: each batch has the compiled shape."""
     start_time, total = time.perf_counter(), len(tokens) - 1
