@@ -326,11 +326,11 @@ options=()    # of bench, which come first; its files are the caller's
 if [ "$command" = bench ]; then
     while [ $# -gt 0 ]; do
         case $1 in
-            --attention) options+=("$1"); shift ;;
-            --json | --candidates | --timeline | --script | --only | --seconds | --steps | --paths)
+            --attention | --all) options+=("$1"); shift ;;
+            --json | --candidates | --timeline | --script | --only | --seconds | --sustain | --steps | --paths)
                 [ $# -gt 1 ] || die "bench: $1 needs a value: python records/bench.py --help lists the options"
                 case $1 in
-                    --only | --seconds | --steps | --paths) options+=("$1" "$2") ;;
+                    --only | --seconds | --sustain | --steps | --paths) options+=("$1" "$2") ;;
                     *) options+=("$1" "$(absolute "$2")") ;;
                 esac
                 shift 2
