@@ -194,11 +194,13 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
 
         monkeypatch.setattr(bench, "wall_times", wall_times)
         bench.time_whole(b, run, 4)
+        bench.sustained(b, run, None, 0.01)
     counts = {w["name"]: (of[i].count("both_ways"), of[i].count("schedule")) for i, w in enumerate(b.report["whole"])}
     each, accumulated = (0, 0) if error else (14, 4 * 14)
     assert counts["forward"] == (0, 0) and counts["forward+backward"] == (each, 0)
     assert counts["optimizer"] == (0, 14) and counts["step"] == (accumulated, 14)
-    assert [x() is None for x in alive] == ([False] if error else [False, True])
+    assert [x() is None for x in alive] == ([False] if error else [False, True, True])
+    assert (launches.count("both_ways") > 16) == (not error)  # sustained steps, too
     why = [x["why"] for x in b.report["skipped"] if "forward+backward" in x["what"]]
     assert why == (["rank 0: OSError: driver"] if error else [])
 
@@ -746,4 +748,6 @@ def test_on_a_gpu(tmp_path):
     assert bench.main(["--json", str(file), "preset=h100x1", "train_batch_tokens=98304", "micro_batch_tokens=98304"], {}) == 0
     report = json.loads(file.read_text())
     assert [s["what"] for s in report["skipped"]] in ([], ["loader"]) and time.perf_counter() - started < 120
+    row = report["sustained"]
+    assert row["fixed_ms"] > 0 and ("why" in row["gpu"] or row["gpu"]["sm_mhz"] > 0 and row["gpu"]["samples"] > 5)
     assert {c["which"] for c in report["profile"]["classes"]} >= {"attention", "matrix products", "Inductor pointwise"}
