@@ -15,8 +15,10 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
   audit ARTIFACT [--script PATH] [key=value...]
                          is the score legal? nine tests        ./run.sh audit logs/first.int6.xz
   config [key=value...]  print the resolved configuration      ./run.sh config preset=record
-  bench [--json FILE] [--candidates FILE.py] [key=value...]
+  bench [--json FILE] [--sustain SECONDS] [key=value...]
                          time the step and its sections        ./run.sh bench --json bench.json
+  bench --candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]
+                         replacements against plain lines      ./run.sh bench --candidates records/candidates.py
   bench --timeline FILE.json [--steps N] [--json FILE] [key=value...]
                          compute, communication, exposed       NPROC=8 ./run.sh bench --timeline t.json
   bench --attention [--paths NAME,NAME] [--json FILE] [key=value...]
@@ -326,11 +328,11 @@ options=()    # of bench, which come first; its files are the caller's
 if [ "$command" = bench ]; then
     while [ $# -gt 0 ]; do
         case $1 in
-            --attention) options+=("$1"); shift ;;
-            --json | --candidates | --timeline | --script | --only | --seconds | --steps | --paths)
+            --attention | --all) options+=("$1"); shift ;;
+            --json | --candidates | --timeline | --script | --only | --seconds | --sustain | --steps | --paths)
                 [ $# -gt 1 ] || die "bench: $1 needs a value: python records/bench.py --help lists the options"
                 case $1 in
-                    --only | --seconds | --steps | --paths) options+=("$1" "$2") ;;
+                    --only | --seconds | --sustain | --steps | --paths) options+=("$1" "$2") ;;
                     *) options+=("$1" "$(absolute "$2")") ;;
                 esac
                 shift 2

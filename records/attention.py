@@ -9,10 +9,11 @@ token sees its own document; lengths are exponential of mean 1,000, or T / 2 if 
 every row begins a document and its end cuts the last); `window W` (a token sees itself and the W - 1 before
 it; 512 and 256, at most T / 2 and T / 4); both together.
 
-Paths. cudnn, flash, efficient, math: F.scaled_dot_product_attention with that backend, `causal` only; math
-runs on a GPU only when --paths names it. varlen: torch.nn.attention.varlen. flex: flex_attention, compiled,
-with a block mask that is made off the clock. flash4: FlashAttention-4, package flash-attn-4. Where a kernel
-wants as many k and v heads as q heads, repeating them is part of its time, and the row says so.
+Paths. cudnn, flash, efficient, math: the trainer's attend_sdpa with that backend of PyTorch, `causal` only
+but for efficient, which takes a mask; math runs on a GPU only when --paths names it. varlen:
+torch.nn.attention.varlen. flex: flex_attention, compiled, with a block mask that is made off the clock.
+flash4: the trainer's attend_flash4, compiled as there (FlashAttention-4, package flash-attn-4). Where a
+kernel wants a mask or as many k and v heads as q heads, making these is part of its time; the row says so.
 
 Before a path is timed, its output, dq, dk and dv in the first and the last row of the batch are compared with
 plain float64 lines: |x - x64| / |x64|. Beyond 2 % it is wrong and not timed. A path that raises is skipped,
@@ -130,6 +131,11 @@ class Case(NamedTuple):
     bounds: Tensor
     ids: Tensor
 
+    @property
+    def how(self) -> dict:
+        """window and docs of the trainer's attend_ functions."""
+        return dict(window=self.mask.window, docs=self.ids - self.ids[:, :1] if self.mask.documents else None)
+
 
 def make_case(b: bench.Bench, layout: Layout, mask: Mask) -> Case:
     B, T, device = b.rows, b.h.train_seq_len, b.m.device
@@ -166,13 +172,29 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k.repeat_interleave(n, 2), v.repeat_interleave(n, 2)
 
 
-def sdpa(backend: SDPBackend, grouped: bool = True) -> Path:
-    """F.scaled_dot_product_attention by one backend. grouped: it takes fewer k and v heads than q heads."""
+def sdpa(backend: SDPBackend) -> Path:
+    """The trainer's attend_sdpa by one backend that groups heads."""
+    def bind(c: Case) -> Bound:
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return c.b.t.attend_sdpa(q, k, v, **c.how)
+        return Bound(attend)
+    return Path(bind, causal_only=True)
+
+
+def efficient(c: Case) -> Bound:
+    """The backend that takes a mask but as many k and v heads as q heads: with a mask attend_sdpa repeats them,
+    without one it has no form for it."""
+    how, masked = c.how, c.mask.documents or c.mask.window > 0
+
+    def causal(q, k, v):
+        heads = (x.transpose(1, 2) for x in repeated(q, k, v))
+        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+
     def attend(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in ((q, k, v) if grouped else repeated(q, k, v)))
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-    return Path(lambda c: Bound(attend, "" if grouped else REPEATS), causal_only=True)
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return c.b.t.attend_sdpa(q, k, v, **how) if masked else causal(q, k, v)
+    return Bound(attend, f"{REPEATS}, mask made" if masked else REPEATS)
 
 
 def varlen(c: Case) -> Bound:
@@ -213,22 +235,20 @@ def flex(c: Case) -> Bound:
 
 
 def flash4(c: Case) -> Bound:
-    """FlashAttention-4 (github.com/Dao-AILab/flash-attention, flash_attn/cute): groups heads by itself."""
-    from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
-    window, longest = c.mask.window, max(c.mask.lengths)
-    how = dict(causal=False, window_size=(window - 1, 0)) if window else dict(causal=True)
-    first = lambda out: out[0] if isinstance(out, tuple) else out        # some versions return the lse, too
-    if not c.mask.documents:
-        return Bound(lambda q, k, v: first(flash_attn_func(q, k, v, **how)))
-    how |= dict(cu_seqlens_q=c.bounds, cu_seqlens_k=c.bounds, max_seqlen_q=longest, max_seqlen_k=longest)
-    return Bound(lambda q, k, v: first(
-        flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **how)).view(q.shape))
+    """The trainer's attend_flash4, compiled as in its model: bounds of documents are part of its time."""
+    import flash_attn.cute.interface  # noqa: F401              # where it is missing nothing is compiled
+    how, most = c.how, c.b.t.DOCUMENTS
+    if how["docs"] is not None and (count := int(how["docs"].max()) + 1) > most:
+        raise Unfit(f"{count} documents in a row: attend_flash4 keeps {most} apart")
+    torch.compiler.reset()                                      # one function's recompilations are few
+    compiled = c.b.m.compile(c.b.t.attend_flash4)
+    return Bound(lambda q, k, v: compiled(q, k, v, **how))
 
 
 PATHS = {
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, grouped=False), "math": sdpa(SDPBackend.MATH),
-    "varlen": Path(varlen), "flex": Path(flex), "flash4": Path(flash4),
+    "efficient": Path(efficient), "math": sdpa(SDPBackend.MATH), "varlen": Path(varlen), "flex": Path(flex),
+    "flash4": Path(flash4),
 }
 
 

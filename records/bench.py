@@ -2,7 +2,9 @@
 
     ./run.sh bench [key=value ...]                                      or: python train_gpt.py bench ...
     python records/bench.py --json bench.json preset=h100x1
+    python records/bench.py --sustain 30 [key=value ...]                steps as warm as training's
     python records/bench.py --candidates FILE.py [--only NAME,NAME]     plain lines against replacements
+    python records/bench.py --candidates FILE.py --all                  ... and all the rest
     torchrun --nproc_per_node=8 records/bench.py --timeline FILE.json   what of the communication is seen
     python records/bench.py --attention [--paths flash,flex]            every attention, records/attention.py
 
@@ -13,6 +15,15 @@ Backward is forward + backward less forward. On a GPU a section is a CUDA graph 
 inputs where they would fit the L2 cache, so that launches by the host do not count. `zero gradients` is also
 a part of `optimizer`, `loader.build` runs in a thread beside the step.
 
+Medians are of bursts: a card that the power cap slows down within seconds was cool in them. Training's
+step_avg compares with the sustained lines: its loop for 8 s (--sustain S; on a CPU only with it), in blocks
+that alternate between one fixed batch (train_step, ema.update) and all that a step of training does (batch,
+step, average, loss and norm fetched a step late, clock, log line), the host ahead as it is there. ms/step is
+the mean of the later half, from the end of a step to the end of the next, a block's first left out; the
+difference is what loader, log and clock cost that the device does not hide, and next to it is the time from
+the end of a step to the first pass of the next, which no clock's wobble blurs. nvidia-smi is read meanwhile.
+
+With --candidates only these are compared and each line is printed when it is known; --all: the rest, too.
 FILE.py defines CANDIDATES = {name: (path, function)}: `mlp`, `exclude_self`, `qk_heads`, `layer`,
 `GPT.nats`, ...: what to replace in a copy of train_gpt.py, by a function of the same signature. (path,
 function) may be a list of such pairs. The file sees that copy, still plain, as `t`. Errors are relative to
@@ -33,12 +44,15 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -59,6 +73,8 @@ QUARTERS = 4                        # documents of a row, where the config keeps
 ROUNDS, REPLAYS = 4, 10             # calls of a big section in a CUDA graph; timed replays of it
 FRESH = 20                          # calls, each with inputs of its own, where these fit the L2 cache
 HOST_SECONDS = 0.3                  # on a CPU a section ends after this long, with three repetitions at least
+SUSTAIN, BLOCKS = 8.0, 8            # seconds of training's loop on a GPU, cut into so many blocks
+SAMPLE_MS, GRACE = 200, 2.0         # between two readings of nvidia-smi; seconds it has to end when asked to
 TOP = 25                            # kernels listed
 ERROR_SLACK = 1.5                   # a candidate may be this much less exact than the plain lines,
 FEW, CHANCE = 64, 0.1               # and of a tensor of so few numbers this is forgiven: signs may cancel
@@ -477,12 +493,19 @@ def table(heads: tuple, rows: list[tuple]) -> str:
     return "\n".join("  ".join(align(row)).rstrip() for row in cells)
 
 
-def section_table(rows: list[dict]) -> str:
-    percent = lambda r: "-" if r["percent_of_floor"] is None else f"{r['percent_of_floor']:.0f}"
-    return table(HEADS, [
-        (r["section"], r["which"], r["count"] or "-", f"{r['ms']:.4f}", f"{r['total_ms']:.3f}",
-         f"{r['mb']:.1f}", f"{r['gflop']:.2f}", f"{r['gbps']:.0f}", f"{r['tflops']:.2f}",
-         f"{r['floor_ms']:.4f}", percent(r), r["bound"]) for r in rows])
+WIDE = (-32, -8, 3, 10, 9, 9, 9, 7, 8, 9, 5, 8)         # columns of HEADS; negative: to the left
+
+
+def section_line(cells: tuple) -> str:
+    """A line of the sections' table, whose width does not depend on the lines behind it."""
+    return "  ".join(f"{c:<{-w}}" if w < 0 else f"{c:>{w}}" for c, w in zip(cells, WIDE)).rstrip()
+
+
+def section_cells(r: dict) -> tuple:
+    percent = "-" if r["percent_of_floor"] is None else f"{r['percent_of_floor']:.0f}"
+    return (r["section"], r["which"], str(r["count"] or "-"), f"{r['ms']:.4f}", f"{r['total_ms']:.3f}",
+            f"{r['mb']:.1f}", f"{r['gflop']:.2f}", f"{r['gbps']:.0f}", f"{r['tflops']:.2f}",
+            f"{r['floor_ms']:.4f}", percent, r["bound"])
 
 
 def time_sections(b: Bench) -> tuple:
@@ -491,6 +514,7 @@ def time_sections(b: Bench) -> tuple:
     shapes = [shape for s in sections for _, shape in s.forward.products if shape]
     limits = measure_rates(b, shapes)
     rows = b.report["sections"]
+    b.say("\nsections, each alone\n" + section_line(HEADS))
     for s in sections:
         if b.late:
             b.skip(f"section {s.name}", "out of time (--seconds)")
@@ -498,9 +522,9 @@ def time_sections(b: Bench) -> tuple:
         try:
             for which, ms in zip(("forward", "backward"), time_section(b, s)):
                 rows.append(section_row(s, which, ms, limits))
+                b.say(section_line(section_cells(rows[-1])))
         except Exception as error:      # whatever a compiler, kernel or capture raises
             b.skip(f"section {s.name}", error)
-    b.say("\nsections, each alone\n" + section_table(rows))
     whole = {w["name"]: w["median_ms"] for w in b.report["whole"]}
     total = {key: sum(r[key] for r in rows) for key in ("total_ms", "floor_total_ms")}
     measured = whole["forward+backward"]
@@ -533,10 +557,16 @@ class Trained(NamedTuple):
         self.forward().backward()
 
 
-def build(b: Bench) -> Trained:
+def build(b: Bench, steps: bool = True) -> Trained:
+    """steps=False: no step will be made. The optimizer still says what moves and where gradients add up, but
+    its update is neither compiled nor recorded, and the weights are zeros."""
     torch.manual_seed(b.h.seed)
-    model = b.t.GPT(b.h, b.m.ops, b.m.dtype).to(b.m.device)
-    optimizer = b.t.Optimizer(model, b.h, b.m)
+    if steps:
+        model, m = b.t.GPT(b.h, b.m.ops, b.m.dtype).to(b.m.device), b.m
+    else:
+        model = quick_model(b.t, b.h, b.m.ops, b.m.dtype, b.m.device)
+        m = dataclasses.replace(b.m, record=None)
+    optimizer = b.t.Optimizer(model, b.h, m)
     shape = (b.rows, b.h.train_seq_len + 1)
     batches = [torch.randint(b.h.vocab_size, shape, device=b.m.device) for _ in range(4)]
     return Trained(model, b.m.compile(model.loss), optimizer, b.t.Ema(model, b.h), batches)
@@ -580,23 +610,234 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
         b.report["peak_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
         b.say(f"bench rows:{b.rows} seq_len:{h.train_seq_len} accum:{accum} peak memory allocated: "
               f"{b.report['peak_mib']} MiB")
-    with tempfile.TemporaryDirectory() as folder:
-        logged = SimpleNamespace(h=h, log=t.Log(os.path.join(folder, "log.txt"), m))
-        loss = backward(run.fresh())
-        with contextlib.redirect_stdout(io.StringIO()):
-            times = wall_times(b, lambda: t.log_step(logged, 1, loss, 1.0))
-        if logged.log.file is not None:
-            logged.log.file.close()
+    loss = backward(run.fresh())
+    with quiet_log(b) as logged:
+        times = wall_times(b, lambda: t.log_step(logged, 1, loss, 1.0))
     add_whole(b, "log line", times)
+
+
+@contextlib.contextmanager
+def quiet_log(b: Bench) -> Iterator[SimpleNamespace]:
+    """What log_step wants of a run; its lines go to a file that does not stay, not to the console."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        log = b.t.Log(os.path.join(folder, "log.txt"), b.m)
+        log.live = False
+        try:
+            yield SimpleNamespace(h=b.h, log=log)
+        finally:
+            if log.file is not None:
+                log.file.close()
+
+
+def time_loader(b: Bench) -> Any:
+    """The loader's lines. Returns it; None: there is no data.
+
+    loader.next: the batch is there. What takes time is to start a thread for the next one (0.2 ms on a CPU, a
+    standing thread 0.01) and, behind the copy, to wait for the device: then the interpreter must come back
+    from that thread. Training does not wait there: the sustained difference says what it sees of all this."""
     try:
-        loader = t.TokenLoader(h, m)
-    except t.InputError as error:
-        b.skip("loader", error)
-        return
+        loader = b.t.TokenLoader(b.h, b.m)
+    except b.t.InputError as error:
+        return b.skip("loader", error)
     index = iter(range(1 << 30))
     add_whole(b, "loader.next", wall_times(b, loader.next, lambda: loader.pending.result()))
     add_whole(b, "loader.build (in its thread)", wall_times(b, lambda: loader.build(next(index))))
     loader.pending.result()
+    return loader
+
+
+# ---- steps as warm as training's -----------------------------------------------------------------
+
+REASONS = {                             # of a clock below its highest: NVML's nvmlClocksEventReason bits
+    0x1: "idle", 0x2: "application clocks", 0x4: "SW power cap", 0x8: "HW slowdown", 0x10: "sync boost",
+    0x20: "SW thermal slowdown", 0x40: "HW thermal slowdown", 0x80: "HW power brake", 0x100: "display clocks",
+}
+
+
+def gpu_of(b: Bench) -> str | None:
+    """What nvidia-smi calls this process's device, whatever CUDA_VISIBLE_DEVICES made of its number."""
+    uuid = getattr(torch.cuda.get_device_properties(b.m.device), "uuid", None) if b.cuda else None
+    return f"GPU-{str(uuid).removeprefix('GPU-')}" if uuid else None
+
+
+class Sample(NamedTuple):
+    at: float               # perf_counter
+    sm_mhz: float
+    power_w: float          # nan: this GPU does not say
+    reasons: int            # bits of REASONS
+
+
+def read_sample(line: str) -> Sample:
+    """A line of nvidia-smi. ValueError: it is something else, a complaint perhaps."""
+    clock, power, reasons = (x.strip() for x in line.split(","))
+    return Sample(time.perf_counter(), float(clock), math.nan if power.startswith("[") else float(power),
+                  int(reasons, 16))
+
+
+class Sampler:
+    """`with Sampler(gpu) as sampler`: nvidia-smi reads that GPU's clock, power and what holds the clock down,
+    and is ended with the block, however that ends. It sets nothing. Should this process be killed, its next
+    line finds nobody behind the pipe and ends it."""
+
+    def __init__(self, gpu: str | None) -> None:
+        self.samples: list[Sample] = []
+        self.process, self.why = None, "" if gpu else "no NVIDIA GPU"
+        self.command = ["nvidia-smi", f"--id={gpu}", "-lms", f"{SAMPLE_MS}", "--format=csv,noheader,nounits",
+                        "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"]
+
+    def __enter__(self) -> Sampler:
+        if not self.why:
+            none, pipe = subprocess.DEVNULL, subprocess.PIPE
+            try:        # a group of its own, for whatever it may start
+                self.process = subprocess.Popen(self.command, stdin=none, stdout=pipe, text=True,
+                                                stderr=subprocess.STDOUT, start_new_session=True)
+            except OSError as error:
+                self.why = f"nvidia-smi: {error.strerror}"
+                return self
+            self.reader = Thread(target=self.read, daemon=True)
+            self.reader.start()
+        return self
+
+    def read(self) -> None:
+        for line in self.process.stdout:
+            try:
+                self.samples.append(read_sample(line))
+            except ValueError:
+                self.why = f"nvidia-smi: {line.strip()}" if line.strip() else self.why
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is None:
+            return
+        if status := self.process.poll():
+            self.why = self.why or f"nvidia-smi: status {status}"
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(OSError):              # it is gone
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+                break
+        self.reader.join(GRACE)
+
+    def figures(self, since: float) -> dict:
+        """Of the readings from this perf_counter on: {samples, sm_mhz, sm_mhz_range, power_w, reasons:
+        {name: samples}}, clock and power as medians; or {why} there are none."""
+        found = [x for x in self.samples if x.at >= since]
+        if not found:
+            return dict(why=self.why or "nvidia-smi gave no reading in time")
+        clocks, powers = [x.sm_mhz for x in found], [x.power_w for x in found if not math.isnan(x.power_w)]
+        counts = {name: sum(bool(x.reasons & bit) for x in found) for bit, name in REASONS.items()}
+        return dict(samples=len(found), sm_mhz=median(clocks), sm_mhz_range=[min(clocks), max(clocks)],
+                    power_w=median(powers) if powers else None,
+                    reasons={name: n for name, n in counts.items() if n})
+
+
+def tick(b: Bench) -> Any:
+    """Now, in the order of the device's queue."""
+    if not b.cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def ms_between(a: Any, z: Any) -> float:
+    return 1000 * (z - a) if isinstance(a, float) else a.elapsed_time(z)
+
+
+def loops(b: Bench, run: Trained, loader: Any, logged: SimpleNamespace) -> dict[str, Callable]:
+    """{name: one step -> ticks ahead of its first pass and at its end}. `training` is train()'s loop without
+    validations, checkpoints and an end; without a loader there is only `fixed`, which waits for nothing and
+    lets the host run ahead. RuntimeError: what is trained has diverged."""
+    t, h, m, accum = b.t, b.h, b.m, b.t.cut_batch(b.h, b.m.world_size)[0]
+    backward, _ = t.bind_pass(run.loss_fn, run.optimizer)
+    batch = loader.next() if loader else [run.fresh()] * accum      # text: random tokens draw other power
+    step, clock_ms, start = 0, 0.0, time.perf_counter()
+    reached = m.fetch(torch.zeros(2, device=m.device))
+    sound = lambda fetched: all(abs(x) < t.DIVERGED for x in fetched()[0].tolist())
+
+    def fixed() -> tuple:
+        hp, begin = t.hyper_at(h, step, clock_ms), tick(b)
+        t.train_step(backward, run.optimizer, batch, hp)
+        run.ema.update(hp.progress)
+        return begin, tick(b)
+
+    def training() -> tuple:
+        nonlocal step, clock_ms, reached
+        hp, batch, begin = t.hyper_at(h, step, clock_ms), loader.next(), tick(b)
+        loss = t.train_step(backward, run.optimizer, batch, hp)
+        run.ema.update(hp.progress)
+        end = tick(b)
+        step += 1
+        in_flight, reached = reached, m.fetch(torch.stack([loss.double(), run.optimizer.norm]))
+        clock_ms, ended = m.agree(1000 * (time.perf_counter() - start), 0 if sound(in_flight) else 2)
+        shown = math.nan
+        if step % h.train_log_every == 0 or step == 1:
+            shown = t.log_step(logged, step, loss, clock_ms)
+        eta = clock_ms * (1 / t.hyper_at(h, step, clock_ms).progress - 1) / 1000
+        logged.log.status(f"step {step} loss {shown:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
+        if ended:
+            raise RuntimeError(f"step {step}: loss or gradient norm beyond {t.DIVERGED:g}")
+        return begin, end
+
+    return dict(fixed=fixed, training=training) if loader else dict(fixed=fixed)
+
+
+def run_blocks(b: Bench, steps: dict[str, Callable], seconds: float) -> tuple[list[dict], float]:
+    """(BLOCKS blocks [{which, steps, ms: per step, between_ms: of it between steps}], perf_counter at their
+    middle). Of two kinds a b b a ...: a drift of clocks and temperature meets both. A block's first step fills
+    the queue and is not timed."""
+    for fn in (*steps.values(), steps["fixed"]):            # what is compiled or allocated once
+        fn()
+    b.m.sync()
+    start = time.perf_counter()
+    steps["fixed"]()
+    b.m.sync()
+    took, _ = b.m.agree(time.perf_counter() - start)        # ranks must make the same number of steps
+    count, blocks, half, names = max(2, round(seconds / BLOCKS / took)), [], 0.0, list(steps)
+    for i in range(BLOCKS):
+        if i == BLOCKS // 2:
+            half = time.perf_counter()
+        name = names[(i + 1) // 2 % len(names)]
+        begins, ends = zip(*(steps[name]() for _ in range(count)))
+        b.m.sync()
+        between = sum(map(ms_between, ends, begins[1:]))
+        blocks.append(dict(which=name, steps=count - 1, ms=ms_between(ends[0], ends[-1]) / (count - 1),
+                           between_ms=between / (count - 1)))
+    return blocks, half
+
+
+def sustained(b: Bench, run: Trained, loader: Any, seconds: float) -> None:
+    """The lines `bench sustained ...`: training's loop for so long, what it adds to a step, the clocks."""
+    begun = time.perf_counter()
+    with quiet_log(b) as logged, Sampler(gpu_of(b) if b.m.is_main else None) as sampler:
+        blocks, half = run_blocks(b, loops(b, run, loader, logged), seconds)
+    later = blocks[len(blocks) // 2:]
+    of = {x["which"]: [y["ms"] for y in later if y["which"] == x["which"]] for x in blocks}
+    row = b.report["sustained"] = dict(seconds=time.perf_counter() - begun, blocks=blocks,
+                                       gpu=sampler.figures(half))
+    for name, what in (("fixed", "one batch"), ("training", "all of training")):
+        if name in of:
+            row[f"{name}_ms"] = sum(of[name]) / len(of[name])
+            b.say(f"bench sustained step, {what}: {row[f'{name}_ms']:.2f} ms/step (later half of "
+                  f"{row['seconds']:.1f} s, {len(of[name])} blocks of {later[0]['steps']} steps: "
+                  f"{min(of[name]):.2f} to {max(of[name]):.2f})")
+    if "training" in of:
+        pairs = [z - a for a, z in zip(of["fixed"], of["training"])]
+        row["loader_log_clock_ms"] = row["training_ms"] - row["fixed_ms"]
+        between = [x["between_ms"] for x in later if x["which"] == "training"]
+        row["between_steps_ms"] = sum(between) / len(between)
+        b.say(f"bench sustained loader + log + clock check: {row['loader_log_clock_ms']:.2f} ms/step "
+              f"(pairs of blocks: {min(pairs):.2f} to {max(pairs):.2f}); by the device's clock "
+              f"{row['between_steps_ms']:.2f} pass between two steps")
+    gpu = row["gpu"]
+    if "why" in gpu:
+        b.say(f"bench sustained clocks: not available ({gpu['why']})")
+        return
+    low, high = gpu["sm_mhz_range"]
+    power = "power not told" if gpu["power_w"] is None else f"power {gpu['power_w']:.0f} W"
+    held = ", ".join(f"{name} in {n}" for name, n in gpu["reasons"].items()) or "nothing holds them down"
+    b.say(f"bench sustained clocks: SM {gpu['sm_mhz']:.0f} MHz ({low:.0f} to {high:.0f}), {power}; "
+          f"of {gpu['samples']} readings: {held}")
 
 
 # ---- kernels of the compiled pass ----------------------------------------------------------------
@@ -818,6 +1059,10 @@ def judge(b: Bench, run: Trained, pairs: Callable, name: str, exact: tuple, know
     times = in_pairs(b, run, other)
     row |= dict(plain_ms=median([p for p, _ in times]), ms=median([c for _, c in times]),
                 wins=sum(c < p for p, c in times), pairs=len(times))
+    e = row["errors"]
+    b.say(f"candidate {name} ({', '.join(row['paths'])}): forward+backward {row['ms']:.3f} ms, plain "
+          f"{row['plain_ms']:.3f}; error of loss {e['loss']:.1e}, of gradients {e['gradients']:.1e}, "
+          f"worst {e['worst']:.1e} ({e['worst_parameter']})")
     used = lambda how: [s for s in sections_of(b, *how, b.m.dtype) if paths & set(s.uses)]
     for s, plain in zip(used((t, ops)), used((b.t, b.m.ops))):
         try:
@@ -827,10 +1072,19 @@ def judge(b: Bench, run: Trained, pairs: Callable, name: str, exact: tuple, know
             row["sections"].append(dict(section=s.name, plain_forward_ms=pf, plain_backward_ms=pb,
                                         forward_ms=f, backward_ms=bw, plain_errors=errors,
                                         errors=section_errors(b, t, ops, s.name)))
+            b.say(candidate_section(row["sections"][-1]))
         except Exception as error:
             b.skip(f"candidate {name}, section {s.name}", error)
     row["verdict"] = verdict(row)
+    b.say(f"candidate {name}: {row['verdict']}")
     return row
+
+
+def candidate_section(s: dict) -> str:
+    return (f"  {s['section']}: forward {s['forward_ms']:.4f} ms, plain {s['plain_forward_ms']:.4f}; "
+            f"backward {s['backward_ms']:.4f}, plain {s['plain_backward_ms']:.4f}; errors "
+            f"{s['errors']['forward']:.1e} {s['errors']['gradients']:.1e}, plain "
+            f"{s['plain_errors']['forward']:.1e} {s['plain_errors']['gradients']:.1e}")
 
 
 def verdict(row: dict) -> str:
@@ -851,12 +1105,13 @@ def verdict(row: dict) -> str:
 
 
 def judge_candidates(b: Bench, run: Trained, path: Path, names: list[str]) -> None:
-    """A table of plain and every candidate. One that fails says why, and the others go on."""
+    """Plain and every candidate, line by line. One that fails says why, and the others go on."""
+    b.say(f"\ncandidates: {', '.join(names)}; first the plain lines, compiled and in float64")
     with torch.no_grad():
         scatter(run.model)
     exact = reference(b, run, run.batches[0])
     plain = model_errors(run.model, run.loss_fn, run.batches[0], exact)
-    b.say(f"\nplain lines: error of loss {plain['loss']:.1e}, of gradients {plain['gradients']:.1e}, "
+    b.say(f"plain lines: error of loss {plain['loss']:.1e}, of gradients {plain['gradients']:.1e}, "
           f"worst {plain['worst']:.1e} ({plain['worst_parameter']})")
     rows, known = b.report["candidates"], {}
     for name in names:
@@ -868,15 +1123,6 @@ def judge_candidates(b: Bench, run: Trained, path: Path, names: list[str]) -> No
             b.say("".join(traceback.format_exception_only(type(error), error)).rstrip())
             continue
         rows.append(row)
-        e = row["errors"]
-        b.say(f"candidate {name} ({', '.join(row['paths'])}): forward+backward {row['ms']:.3f} ms, plain "
-              f"{row['plain_ms']:.3f}; error of loss {e['loss']:.1e}, of gradients {e['gradients']:.1e}, "
-              f"worst {e['worst']:.1e} ({e['worst_parameter']}): {row['verdict']}")
-        for s in row["sections"]:
-            b.say(f"  {s['section']}: forward {s['forward_ms']:.4f} ms, plain {s['plain_forward_ms']:.4f}; "
-                  f"backward {s['backward_ms']:.4f}, plain {s['plain_backward_ms']:.4f}; errors "
-                  f"{s['errors']['forward']:.1e} {s['errors']['gradients']:.1e}, plain "
-                  f"{s['plain_errors']['forward']:.1e} {s['plain_errors']['gradients']:.1e}")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -896,6 +1142,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--candidates", type=Path, metavar="FILE.py", help="compare the replacements in its CANDIDATES")
     add("--only", metavar="NAME,NAME", help="of the candidates")
+    add("--all", action="store_true", help="with --candidates: all that bench prints without them, too")
+    add("--sustain", type=float, metavar="S",
+        help=f"seconds of training's own loop ({SUSTAIN:g} on a GPU, 0 on a CPU; 0: none)")
     add("--timeline", type=Path, metavar="FILE.json",
         help="instead: trace whole steps: compute, communication, what of it is seen (records/timeline.py)")
     add("--steps", type=int, default=5, metavar="N", help="that the timeline shows (5)")
@@ -903,12 +1152,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="instead: time every attention of this machine on several masks (records/attention.py)")
     add("--paths", metavar="NAME,NAME", help="of the attention: cudnn, flash, varlen, flex, flash4, ...")
     add("--seconds", type=float, default=100.0, metavar="S",
-        help="begin no further section after this long (100; candidates are not counted)")
+        help="begin no further section after this long (100; neither --sustain nor candidates count)")
     args = parser.parse_intermixed_args(argv)
     if args.json and not args.json.resolve().parent.is_dir():
         raise BadInput(f"--json {args.json}: no such folder; make it first")
     if args.only and not args.candidates:
         raise BadInput("--only needs --candidates FILE.py")
+    if args.all and not args.candidates:
+        raise BadInput("--all needs --candidates FILE.py; without them bench measures all anyway")
+    if args.sustain is not None and not 0 <= args.sustain < math.inf:
+        raise BadInput(f"--sustain {args.sustain:g}: not a number of seconds")
+    if args.sustain is not None and (args.attention or args.timeline or args.candidates and not args.all):
+        raise BadInput("--sustain is of bench's own lines: leave out --attention and --timeline, and add --all "
+                       "to --candidates")
     if args.paths is not None and not args.attention:
         raise BadInput("--paths needs --attention")
     return args
@@ -925,6 +1181,21 @@ def chosen(args: argparse.Namespace, t: ModuleType) -> list[str]:
     return only
 
 
+def measure_steps(b: Bench, trained: Trained, accum: int, seconds: float | None) -> Bench:
+    """Medians of all that a step does, then it for `seconds`, None: as the device wants it. The deadline of
+    what follows is later by these."""
+    time_whole(b, trained, accum)
+    loader, begun = time_loader(b), time.perf_counter()
+    if seconds is None and not b.cuda:
+        b.skip("sustained steps", "a CPU runs them only with --sustain SECONDS")
+    elif seconds != 0:
+        try:
+            sustained(b, trained, loader, SUSTAIN if seconds is None else seconds)
+        except Exception as error:      # whatever a driver raises, or training that diverged
+            b.skip("sustained steps", error)
+    return b._replace(deadline=b.deadline + time.perf_counter() - begun)
+
+
 def run_bench(args: argparse.Namespace, t: ModuleType, env: Mapping[str, str]) -> int:
     started = time.perf_counter()
     h, names = t.load_config(args.knobs, env), chosen(args, t)
@@ -936,9 +1207,11 @@ def run_bench(args: argparse.Namespace, t: ModuleType, env: Mapping[str, str]) -
                   world_size=m.world_size, rows=rows, seq_len=h.train_seq_len, accum=accum, config=dataclasses.asdict(h),
                   whole=[], sections=[], candidates=[], skipped=[])
     b = Bench(t, h, m, rows, report, started + args.seconds)
-    trained = build(b)
-    time_whole(b, trained, accum)
-    parts = {"profile": lambda: profile(b, trained, args.script), "sections": lambda: time_sections(b)}
+    everything = args.all or not names
+    trained, parts = build(b, everything), {}
+    if everything:
+        b = measure_steps(b, trained, accum, args.sustain)
+        parts = {"profile": lambda: profile(b, trained, args.script), "sections": lambda: time_sections(b)}
     if names:
         parts["candidates"] = lambda: judge_candidates(b, trained, args.candidates, names)
     for what, fn in parts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -165,36 +166,85 @@ def test_varlen_by_its_signature(age, monkeypatch):
         assert calls[-1] == (max(c.mask.lengths), max(c.mask.lengths), age == 0)
 
 
-def plant_flash4(monkeypatch, tuples):
-    """The interface of package flash-attn-4: window_size (left, right) of tokens, None: no bound."""
-
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                               causal=False, window_size=(None, None)):  # fmt: skip
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-        assert causal or window_size[1] == 0
-        out = sequences(q, k, v, cu_seqlens_q, -1 if window_size[0] is None else window_size[0])
-        return (out, None) if tuples else out
-
-    def flash_attn_func(q, k, v, causal=False, window_size=(None, None)):
-        B, T = q.shape[:2]
-        bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32)
-        out = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), bounds, bounds, T, T, causal, window_size)
-        return (out[0].view(q.shape), None) if tuples else out.view(q.shape)
-
-    module = ModuleType("flash_attn.cute.interface")
-    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    for name in ("flash_attn", "flash_attn.cute"):
+def plant_flash4(monkeypatch, calls):
+    """Where package flash-attn-4 would be, and below the trainer's own function the operator, by plain lines."""
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def apply(q, k, v, bounds, form):
+        calls.append(form)
+        flat, cuts = (q, k, v), bounds
+        if bounds is None:
+            flat, cuts = [x.flatten(0, 1) for x in flat], torch.arange(0, q.size(0) * q.size(1) + 1, q.size(1))
+        return sequences(*flat, cuts, form[1] - 1).view(q.shape)
+
+    monkeypatch.setattr(t, "Flash4", SimpleNamespace(apply=apply))
 
 
-@pytest.mark.parametrize("tuples", [True, False])
-def test_flash4(tuples, monkeypatch):
-    plant_flash4(monkeypatch, tuples)
-    for name, c in cases().items():
+def test_flash4_is_the_trainers(monkeypatch):
+    """attend_flash4 with the window and the documents of the mask, compiled as the machine does; all of it right."""
+    calls, compiled = [], []
+    plant_flash4(monkeypatch, calls)
+    b = a_bench()
+    b = b._replace(m=dataclasses.replace(b.m, compile=lambda f: (compiled.append(f), f)[1]))
+    for mask in attention.masks_of(3, 16):
+        c = attention.make_case(b, attention.layouts_of(b.h)[0], mask)
         row = outcome(c, attention.PATHS["flash4"])
-        assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (name, row)
+        assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (mask, row)
+        assert set(calls) == {(16, mask.window)} and compiled == [t.attend_flash4]
+        calls.clear(), compiled.clear()
+    monkeypatch.setattr(t, "attend_flash4", lambda *args, **how: 1.1 * t.attend_sdpa(*args, **how))
+    assert outcome(c, attention.PATHS["flash4"])["status"] == "wrong"
+
+
+def test_flash4_compiles_whole_for_every_mask(monkeypatch):
+    """In one graph each, for more masks than one function may be recompiled; nothing where the package is missing."""
+    compiled, stand_in = [], lambda q, k, v, window=0, docs=None: t.attend_sdpa(q, k, v, window, docs)
+    monkeypatch.setattr(t, "attend_flash4", stand_in)
+    b = a_bench(rows=2)
+    compiler = lambda f: (compiled.append(f), torch.compile(f, backend="eager", dynamic=False, fullgraph=True))[1]
+    b = b._replace(m=dataclasses.replace(b.m, compile=compiler))
+    case = lambda layout, mask: attention.make_case(b, layout, mask)
+    layouts, masks = attention.layouts_of(b.h), attention.masks_of(2, 16)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    row = outcome(case(layouts[0], masks[0]), attention.PATHS["flash4"])
+    assert row["status"] == "skipped" and "flash_attn" in row["why"] and not compiled, row
+    plant_flash4(monkeypatch, [])
+    for layout in layouts:
+        for mask in masks:
+            row = outcome(case(layout, mask), attention.PATHS["flash4"])
+            assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, row
+
+
+def test_flash4_has_room_for_so_many_documents(monkeypatch):
+    plant_flash4(monkeypatch, [])
+    c = cases(rows=2)["documents"]
+    count = max(int((row - row[0]).max()) + 1 for row in c.ids)
+    monkeypatch.setattr(t, "DOCUMENTS", count)
+    assert outcome(c, attention.PATHS["flash4"])["status"] == "measured"
+    monkeypatch.setattr(t, "DOCUMENTS", count - 1)
+    row = outcome(c, attention.PATHS["flash4"])
+    assert row["why"] == f"{count} documents in a row: attend_flash4 keeps {count - 1} apart"
+
+
+def test_pytorchs_backends_go_through_the_trainers_line(monkeypatch):
+    """One context of one backend around attend_sdpa, with the mask where the backend takes one."""
+    seen, line = [], t.attend_sdpa
+    monkeypatch.setattr(t, "attend_sdpa", lambda *args, **how: (seen.append(how), line(*args, **how))[1])
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: (seen.append(backend), contextlib.nullcontext())[1])
+    backend = attention.SDPBackend
+    for name, c in cases(rows=2).items():
+        for path, mine in (("math", backend.MATH), ("efficient", backend.EFFICIENT_ATTENTION)):
+            if path == "math" and name != "causal":
+                continue
+            row = outcome(c, attention.PATHS[path])
+            assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (name, row)
+            hows, docs = [x for x in seen if isinstance(x, dict)], "documents" in name
+            assert {x for x in seen if not isinstance(x, dict)} == {mine}
+            assert bool(hows) == (path == "math" or name != "causal")
+            assert all(x["window"] == c.mask.window and (x["docs"] is not None) == docs for x in hows)
+            assert row["note"] == {"math": ""}.get(path, "k, v heads repeated" + ", mask made" * (name != "causal"))
+            seen.clear()
 
 
 def test_paths_of_a_cpu():
@@ -239,13 +289,7 @@ def test_repeated_heads():
     q, k = torch.zeros(1, 2, 6, 4), torch.arange(2.0).view(1, 1, 2, 1).expand(1, 2, 2, 4)
     heads = attention.repeated(q, k, k)
     assert heads[0] is q and heads[1][0, 0, :, 0].tolist() == heads[2][0, 1, :, 3].tolist() == [0, 0, 0, 1, 1, 1]
-    grouped = attention.sdpa(attention.SDPBackend.MATH, grouped=False)
-    row = outcome(cases()["causal"], grouped)
-    assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5
-    assert row["note"] == "k, v heads repeated" == attention.PATHS["efficient"].bind(None).note
-    assert [name for name, path in attention.PATHS.items() if path.causal_only] == [
-        "cudnn", "flash", "efficient", "math",
-    ]  # fmt: skip
+    assert [name for name, path in attention.PATHS.items() if path.causal_only] == ["cudnn", "flash", "math"]
 
 
 # ---------------------------------------------------------------- faults
@@ -410,7 +454,7 @@ def test_an_odd_number_of_heads(capsys):
     out = capsys.readouterr().out
     assert "skipped the second layout: num_heads=1 is odd" in out
     first = [line.split()[0] for line in out.splitlines() if line]
-    assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * ["varlen", "flex", "flash4"]
+    assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * ["efficient", "varlen", "flex", "flash4"]
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -288,6 +288,8 @@ def test_paths_from_another_directory(tree, tmp_path):
     )
     assert tree.run("bench", "--candidates", "c.py", "--json", "/b.json", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"records/bench.py --candidates {elsewhere}/c.py --json /b.json preset=cpu"
+    assert tree.run("bench", "--candidates", "c.py", "--all", "--sustain", "9", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"records/bench.py --candidates {elsewhere}/c.py --all --sustain 9 preset=cpu"
     assert tree.run("bench", "--timeline", "t.json", cwd=elsewhere, NPROC="2").returncode == 0
     assert tree.calls()[-1] == (
         f"-m torch.distributed.run --standalone --nproc_per_node=2 records/bench.py --timeline {elsewhere}/t.json "
