@@ -163,7 +163,7 @@ class Config:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3               # global norm of the reduced gradients; 0: no clipping
-    fp8: bool = True                     # the MLP's forward products in e4m3: in training, on a GPU with them
+    fp8: bool = True                     # the MLP's forward products in e4m3, in training, where a GPU can
     deterministic: bool = False          # one seed, one result on a GPU too, when iterations end the run
     wire_dtype: str = "float32"          # of gradients between ranks: float32 | bfloat16
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
@@ -317,10 +317,6 @@ class Machine:
     record: Callable | None = None       # fn -> what launches its device work
     signals: list[float] = field(default_factory=lambda: [-math.inf])    # `guarded`; train empties it
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     def sync(self) -> None:
         """Wait until the device has done all that was asked of it."""
         torch.accelerator.synchronize() if self.pin else None
@@ -362,7 +358,6 @@ class Machine:
 
     def replay(self, fn: Callable[[], None]) -> tuple[Callable[[], None], str]:
         """fn, which queues the same work on the same tensors every time, as one launch; or fn, and why not.
-
         Before that fn runs three times, off the default stream as CUDA asks: this compiles kernels and opens
         communicators. What one rank cannot record no rank replays."""
         if self.record is None:
@@ -381,7 +376,7 @@ class Machine:
     def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
         """Rank 0's `value` >= 0 and the highest flag, over the host network: schedules must not differ by a
         bit. When a rank is gone this fails at once, where a device collective waits."""
-        box = torch.tensor([value if self.is_main else 0.0, flag], dtype=torch.float64)
+        box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return tuple(box.tolist())
 
@@ -400,10 +395,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
-    """Join or make the process group and bind device, dtype, compiler and ops.
-
-    Under torchrun the group is torchrun's; alone it is a group of one with an in-process store. InputError
-    when the world size or the nodes do not fit."""
+    """Join torchrun's process group, or make one of this process alone, and bind device, dtype, compiler and
+    ops. InputError when the world size or the nodes do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -446,7 +439,7 @@ class Log:
     def __init__(self, path: str, machine: Machine | None, resume: bool = False) -> None:
         """Open a new `path`, or go on; no machine: silent. InputError when it exists or is read-only."""
         self.path, self.file, self.live, self.goes_on = path, None, False, False
-        if machine is None or not machine.is_main:
+        if machine is None or machine.rank:
             return
         self.live = sys.stderr.isatty()
         with explained(f"{path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
@@ -510,7 +503,6 @@ SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
-
     Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the tokens as uint16.
     InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
@@ -553,7 +545,6 @@ def load_split(h: Config, split: str) -> np.ndarray:
 
 class TokenLoader:
     """An endless stream of shuffled documents, cut into global batches by index; its state is one integer.
-
     Epoch e visits the shards, and the documents inside each, in an order drawn from (seed, e). Rows of T + 1
     tokens overlap by one. Global batch n is the same for every world size: rank r's micro-batch a holds its
     rows [(a * world + r) * B, ...). The next batch is built in a thread while the device works on this."""
@@ -641,7 +632,6 @@ class TokenLoader:
 @dataclass(frozen=True)
 class ByteCounts:
     """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,).
-
     spelled: ids of the byte pieces E2 96 81 in a vocabulary without a piece U+2581 of its own, where a space
     can be spelled as those three bytes and still is one byte of text; otherwise None."""
     base: np.ndarray            # bytes of the piece without its leading-space mark; 0 for a boundary
@@ -899,7 +889,6 @@ SMALL = tuple(s for s in PARAM_TABLE if s.home == "flat")
 
 def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every parameter of a config: name -> (shape, initialisation for init_tensor).
-
     OUT: what writes into the residual stream starts at zero, except under a rule that keeps norms: there
     0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (O .026, MLP-down .031 at D = 768)."""
     L, D = h.num_layers, h.model_dim
@@ -1529,7 +1518,6 @@ SAFETY = 2e-2                               # bf16 rounding must not lift a sing
 
 def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     """(a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least.
-
     Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays.
     A narrow interval has the Newton-Schulz limit (15, -10, 3) / 8."""
     if low / high >= 1 - 5e-6:
@@ -1549,7 +1537,6 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
 @lru_cache(maxsize=None)
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
     """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932).
-
     Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
     composition. cushion: fit no more than [cushion * u, u], which bounds the slopes, and centre the true
     interval's image on 1. safety: every polynomial but the last reads x / (1 + safety)."""
@@ -1584,7 +1571,6 @@ def frobenius_scale(X: Tensor) -> Tensor:
 
 def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
     """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay.
-
     It starts from diag(r) X, which is never written: r (B, M) scales the first A and the columns of the first
     polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. aI is inside the
     polynomial, 22 x 512 x 512 take 17.8 us then; baddbmm, which copies X, 27.3, a kernel from aX on 21.5."""
@@ -1615,11 +1601,9 @@ def ortho_turbo(X: Tensor) -> Tensor:
 
 def ortho_mud(X: Tensor, passes: int) -> Tensor:
     """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2).
-
     A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
-    Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm.
-    Unit rows are factors d of the next product, never written; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times
-    finer than bf16."""
+    Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm. Unit
+    rows are factors d of the next product; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times finer than bf16."""
     dtype, fine = X.dtype, torch.half if X.dtype == torch.bfloat16 else X.dtype
     d = inverse_root(X.float().square().sum(-1))
     for _ in range(passes):
@@ -1670,7 +1654,6 @@ def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
 
 def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     """NorMuon (arXiv:2510.05491): lines of U (b, M, N) over the root of their mean square's average v.
-
     The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt, followed
     here, takes its columns. Each matrix keeps its norm, as there (paper: RMS 0.2), so that a bias correction
     of v would cancel. v, shaped by neuron_shape, is updated in place."""
@@ -1736,7 +1719,6 @@ def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
 
 class Optimizer:
     """All of the update and all of its communication.
-
     Parameters and gradients are re-homed in buffers so that every collective runs in place. A bank has a row
     for each matrix, tall or wide, and ceil(n / world) rows for each rank: on 8 ranks 11 MLP-up, 2 of padding,
     which stays zero, 11 MLP-down. All small tensors share one flat buffer. State: of owned matrices only."""
@@ -1924,7 +1906,6 @@ compress = partial(lzma.compress, **XZ)
 
 def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Tensor]:
     """Per-row symmetric codes with a clip search. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
-
     Of the candidate clips the one with the least squared error wins, row by row; the step is never below
     `least_step` standard deviations of the row (a coarser step means fewer bits after entropy coding)."""
     limit, W = CODE_LIMIT[kind], W.float()
@@ -1965,7 +1946,6 @@ def entropy_bytes(raw: bytes) -> float:
 
 def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Callable) -> tuple[bytes, float]:
     """The artifact of at most `room` bytes and the int6 step it took. timed(phase, fn, *args) calls fn.
-
     When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
     in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap."""
@@ -2198,8 +2178,7 @@ class Run:
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
-    """Write the log's head, what a reader needs to run it again, and build the model. The head of a log that
-    goes on names the machine only. started: perf_counter at the start of loading."""
+    """Write a log's head, only the machine if it goes on, and build the model. started: before loading."""
     bound = " ".join(f"{k}:{m.names[k]}" for k in ("attention", "qk", "mlp", "compile", "pass", "update"))
     place = f"world_size:{m.world_size} device:{m.names['device']} dtype:{str(m.dtype)[6:]} {bound}"
     if log.goes_on:
@@ -2284,7 +2263,6 @@ def repository_file(name: str, instead: str) -> str:
 
 def train(run: Run) -> Ema:
     """The whole of training; the clock runs between validations and sees no compilation.
-
     The host runs at most one step ahead of the device. A step is begun only when it and the one in flight are
     expected to end within max_wallclock_seconds, by rank 0's clock. Whether a step went well is known one
     step later, when the host has waited for it anyway. Fault when it did not."""
@@ -2364,8 +2342,7 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 
 
 def score_artifact(run: Run) -> str:
-    """Score the weights that came from an artifact, chunked and, where that differs, sliding. The score that
-    counts, the last, as the last line of a log has it."""
+    """Score an artifact's weights, chunked and, where that differs, sliding: the last one is what counts."""
     log, h, run.phases["eval"] = run.log, run.h, 0.0
     kinds = {h.eval_seq_len: "final_int6_roundtrip"}
     kinds.setdefault(h.eval_stride, "final_int6_sliding_window")
@@ -2388,7 +2365,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2 ** 20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2 ** 20} MiB")
     code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
-    if m.is_main:                                  # the artifact first: whatever fails later, it is there
+    if m.rank == 0:                                # the artifact first: whatever fails later, it is there
         weights = dict(run.model.named_parameters())
         weights = weights if h.artifact_weights == "live" else dict(zip(weights, ema.average))
         blob, step = fit_artifact(weights, h, h.size_cap - code_bytes, run.timed)
@@ -2402,7 +2379,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     first = np.bincount(load_shard(file, V), minlength=V) + 1.0
     nats = -np.log(first / first.sum())[run.held_out("val")[1:]].sum()           # by its frequencies alone
     log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{bpb(nats, live.bytes):.4f}")
-    box = [Path(path).read_bytes() if m.is_main else b""]
+    box = [Path(path).read_bytes() if m.rank == 0 else b""]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     blob, bytes_total = box[0], len(box[0]) + code_bytes
     log(f"Serialized model int6+lzma: {len(blob)} bytes\nCode size: {code_bytes} bytes\n"
@@ -2414,13 +2391,12 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     over = bytes_total - h.size_cap
     if over > 0:
         log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
-    if run.phases["late_graphs"]:
-        log(f"late compilation: {run.phases['late_graphs']} graphs were compiled while the clock ran; "
-            "raise warmup_steps or report it")
+    if late := run.phases["late_graphs"]:
+        log(f"late compilation: {late} graphs were compiled on the clock; raise warmup_steps or report it")
     log(f"final_score {final} bytes_total:{bytes_total} bytes_code:{code_bytes} "
         f"steps:{run.phases['steps']} train_time:{run.phases['train']:.0f}ms "
         f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{hashlib.sha256(blob).hexdigest()}")
-    return 1 if over > 0 or run.phases["late_graphs"] else 0
+    return 1 if over > 0 or late else 0
 
 
 def command_train(h: Config, env: Mapping[str, str]) -> int:
@@ -2435,7 +2411,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
         status = conclude(run, train(run), base + ".int6.xz")
-    if m.is_main:
+    if m.rank == 0:
         print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
     return status
 

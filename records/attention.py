@@ -453,7 +453,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     b.say("\nforward + backward, the fastest path of each\n" + summary(report["table"]))
     report["seconds"] = time.perf_counter() - started
     b.say(f"\n{report['seconds']:.0f} s")
-    if args.json and m.is_main:
+    if args.json and m.rank == 0:
         try:
             views.write_atomic(args.json, json.dumps(report, indent=1, sort_keys=True) + "\n")
         except runlog.BadInput as error:

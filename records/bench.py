@@ -123,7 +123,7 @@ class Bench(NamedTuple):
         return self.m.device.type == "cuda"
 
     def say(self, line: str = "") -> None:
-        if self.m.is_main:
+        if self.m.rank == 0:
             print(line, flush=True)
 
     def skip(self, what: str, error: Exception | str) -> None:
@@ -809,7 +809,7 @@ def run_blocks(b: Bench, steps: dict[str, Callable], seconds: float) -> tuple[li
 def sustained(b: Bench, run: Trained, loader: Any, seconds: float) -> None:
     """The lines `bench sustained ...`: training's loop for so long, what it adds to a step, the clocks."""
     begun = time.perf_counter()
-    with quiet_log(b) as logged, Sampler(gpu_of(b) if b.m.is_main else None) as sampler:
+    with quiet_log(b) as logged, Sampler(gpu_of(b) if b.m.rank == 0 else None) as sampler:
         blocks, half = run_blocks(b, loops(b, run, loader, logged), seconds)
     later = blocks[len(blocks) // 2:]
     of = {x["which"]: [y["ms"] for y in later if y["which"] == x["which"]] for x in blocks}
@@ -1220,7 +1220,7 @@ def run_bench(args: argparse.Namespace, t: ModuleType, env: Mapping[str, str]) -
         except Exception as error:
             b.skip(what, error)
     report["seconds"] = time.perf_counter() - started
-    if args.json and m.is_main:
+    if args.json and m.rank == 0:
         args.json.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         b.say(f"json: {args.json}")
     return 0

@@ -108,7 +108,7 @@ class Checkpoints:
             self.run.log(f"checkpoint step:{step} failed: {max(reasons)}; {last}")
             return True
         self.run.log(f"checkpoint step:{step}")
-        for path in self.files() if self.m.is_main else ():
+        for path in self.files() if self.m.rank == 0 else ():
             if self.good != int(NAME.fullmatch(path)[2]) < step:
                 os.remove(path)
         self.good = step

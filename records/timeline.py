@@ -453,8 +453,8 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         except t.InputError as error:
             raise BadInput(str(error)) from None
         ranks: list = [None] * m.world_size
-        dist.gather_object(mine, ranks if m.is_main else None)
-    if m.is_main:
+        dist.gather_object(mine, ranks if m.rank == 0 else None)
+    if m.rank == 0:
         try:
             conclude(b, ranks, args, image)
         except runlog.BadInput as error:

@@ -151,7 +151,7 @@ def test_a_graph_holds_every_call(monkeypatch):
         yield contextlib.nullcontext
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    m = SimpleNamespace(device=torch.device("cuda"), lanes=lanes, sync=lambda: None, is_main=True)
+    m = SimpleNamespace(device=torch.device("cuda"), lanes=lanes, sync=lambda: None, rank=0)
     m.record = lambda fn: recorded.append(list(ran)) or fn
     b = a_bench()._replace(m=m)
     assert bench.call_ms(b, [lambda: ran.append(0), lambda: ran.append(1), lambda: ran.append(2)]) == 4.0
