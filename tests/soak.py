@@ -17,8 +17,9 @@ from kill_runs import began, ended, start, wait_until
 
 
 def resident(pid):
-    """Resident memory of a process in MiB."""
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)])) / 1024
+    """Resident memory of a process in MiB; None when it has just ended."""
+    text = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return int(text) / 1024 if text else None
 
 
 def slope(samples):
@@ -35,7 +36,8 @@ def soak(seconds, bound, fault=None):
     alive = wait_until(lambda: began(folder, 0) or process.exitcode is not None) and process.exitcode is None
     began_at = time.monotonic()
     while alive and time.monotonic() - began_at < seconds:
-        samples.append((time.monotonic() - began_at, resident(process.pid)))
+        if mib := resident(process.pid):
+            samples.append((time.monotonic() - began_at, mib))
         process.join(min(5, seconds / 30))
         alive = process.exitcode is None
     if alive:

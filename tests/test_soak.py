@@ -1,5 +1,9 @@
 """The soak command, by runs of seconds."""
 
+import os
+import subprocess
+import sys
+
 import soak
 import train_gpt as t
 
@@ -29,6 +33,12 @@ def crash(rank):
 def test_the_slope_is_that_behind_the_first_third():
     climb = [(0.0, 100.0), (1.0, 900.0), (2.0, 500.0), (4.0, 501.0), (6.0, 502.0), (7.0, 502.5)]
     assert abs(soak.slope(climb) - 1800) < 1e-6
+
+
+def test_a_process_that_has_just_ended_has_no_memory():
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    assert soak.resident(process.pid) is None and soak.resident(os.getpid()) > 10
 
 
 def test_a_plain_run_is_within_a_wide_bound(capsys):
