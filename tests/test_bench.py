@@ -256,8 +256,9 @@ def test_the_sustained_loop_is_trainings(tmp_path, calls):
         log.file.close()
         last = [i for i, name in enumerate(calls) if name == "status"][-1]
         first = [i for i, name in enumerate(calls) if name == "next"][-6]
-        theirs = calls[first - 1 : last + 1]
-        assert theirs[0] == "fetch 0" and theirs.count("log_step") == 4  # the first, the second, fourth and sixth
+        assert calls[first - 2 : first] == ["fetch 0", "agree"]  # all ranks are ready
+        theirs = ["fetch 0", *calls[first : last + 1]]
+        assert theirs.count("log_step") == 4  # the first, the second, fourth and sixth
         calls.clear()
         b = trained(h, m)
         run, loader = bench.build(b), t.TokenLoader(h, m)
