@@ -1251,7 +1251,7 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
 
 def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "triton",
          limit: float = 0.01) -> tuple[Callable, str]:
-    """`fast` when its output and gradients are the torch line's in float32, to bf16 rounding; else the line.
+    """`fast` when its output and gradients are within `limit` of the torch line's in float32; else the line.
     And its name for the log, fast's or why not. inputs: bf16 or float32, with requires_grad or without."""
     def results(fn: Callable, wide: bool) -> list[Tensor]:
         leaves = [(x.float() if wide else x).detach().requires_grad_(x.requires_grad) for x in inputs]
