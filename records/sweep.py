@@ -366,7 +366,7 @@ class Jobs:
         return [job for job in self.wanted() if job.name not in busy]
 
     def take(self, row: str = "") -> Job | None:
-        """The next one, now running; of its seed's that of `row`, if open. None when there is none at the moment."""
+        """The next one, now running: at the seed whose turn it is, `row`'s if it is open. None: none at the moment."""
         jobs = self.open()
         job = next((job for job in jobs if (job.row, job.seed) == (row, jobs[0].seed)), jobs[0] if jobs else None)
         if job:
