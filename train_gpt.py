@@ -127,10 +127,10 @@ class Config:
     vocab_size: int = 1024
     num_layers: int = 11
     model_dim: int = 512
-    num_heads: int = 8
-    num_kv_heads: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
     mlp_mult: float = 3.0
-    rope_dims: int = 16                  # rotated dimensions of each head; the others are position-free
+    rope_dims: int = 32                  # rotated dimensions of each head; the others are position-free
     rope_base: float = 10_000.0
     attn_windows: str = ""               # keys that layers see in turn, the own included: "512 512 0"; 0: all
     doc_mask: bool = False               # no token sees another document
@@ -198,7 +198,7 @@ PRESETS: dict[str, dict] = {
         max_wallclock_seconds=120.0, iterations=100_000, warmup_steps=2, train_log_every=25,
         val_tokens=65_536, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=256,
         eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1,
-        xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
+        rope_dims=16, xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
 }
 
 # What an artifact must carry to be scored: its header holds these and no other knob.

@@ -111,7 +111,7 @@ def test_an_unknown_key_is_named_with_a_hint(arg, words):
         ("num_heads=7", ["num_heads"]),
         ("num_kv_heads=3", ["num_kv_heads"]),
         ("rope_dims=3", ["rope_dims"]),
-        ("rope_dims=66", ["rope_dims"]),
+        ("rope_dims=130", ["rope_dims"]),
         ("xsa_last_n=12", ["xsa_last_n"]),
         ("ve_last_n=0", ["ve_last_n"]),
         ("ve_last_n=12", ["ve_last_n"]),
