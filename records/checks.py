@@ -185,6 +185,11 @@ def readme(runs: list[Run], sub: dict, answer: dict) -> str:
     return "\n".join(lines)
 
 
+def uses_flash4(run: Run) -> bool:
+    """Whether its log names FlashAttention-4, a package that torch does not bring."""
+    return run.text("machine", "attention").startswith("flash4")
+
+
 def requirements(run: Run, pins: list[str]) -> str:
     """Versions as the log says; a local label such as +cu130 is a comment, because no index serves it."""
     torch, _, build = run.versions["torch"].partition("+")
@@ -624,6 +629,8 @@ def claim_requirements(case: Case) -> str:
     lines = case.file("requirements.txt").splitlines()
     lost = [line for line in want if line not in lines]
     demand(not lost, f"requirements.txt lacks {lost[0]!r}, which the logs show" if lost else "")
+    demand(not uses_flash4(case.runs[0]) or any(line.startswith("flash-attn-4") for line in lines),
+           "requirements.txt lacks flash-attn-4: the logs show attention:flash4")
     return f"{', '.join(line.split('  #')[0] for line in want[1:])} as the logs show"
 
 

@@ -70,11 +70,11 @@ def all_folders(records: Path) -> list[Path]:
 
 # ---- new -----------------------------------------------------------------------------------------
 
-def pins(root: Path) -> list[str]:
-    """numpy and sentencepiece as the repository pins them."""
-    file = root / "requirements.txt"
-    lines = read_text(file).splitlines() if file.exists() else []
-    return [line.strip() for line in lines if re.match(r"(numpy|sentencepiece)==", line)]
+def pins(root: Path, run: Run) -> list[str]:
+    """numpy and sentencepiece as the repository pins them, and FlashAttention-4 where the run used it."""
+    names = ["requirements.txt"] + ["requirements-flash4.txt"] * checks.uses_flash4(run)
+    lines = [line for name in names if (root / name).exists() for line in read_text(root / name).splitlines()]
+    return [line.strip() for line in lines if re.match(r"(numpy|sentencepiece|flash-attn-4\[cu13\])==", line)]
 
 
 def build(place: Path, runs: list[Run], meta: dict, notes: str, root: Path) -> None:
@@ -84,7 +84,7 @@ def build(place: Path, runs: list[Run], meta: dict, notes: str, root: Path) -> N
     if "error" in answer:
         raise BadInput(f"{runs[0].path}: the script at its head does not import: {answer['error']}")
     texts = checks.contents(runs, meta, answer)
-    texts["requirements.txt"] = checks.requirements(runs[0], pins(root))
+    texts["requirements.txt"] = checks.requirements(runs[0], pins(root, runs[0]))
     texts["README.md"] += f"\n{notes}" if notes else ""
     (place / "logs").mkdir(parents=True)
     for name, text in texts.items():

@@ -134,7 +134,7 @@ def log_text(seed: int, source: str = SCRIPT, **change) -> str:
         *[f"  {key}: {value}" for key, value in sorted(config.items())],
         f"preset: {config['preset']}",
         f"machine world_size:{change.get('world', 1)} device:{change.get('device', 'NVIDIA H100 80GB HBM3')} "
-        "dtype:bfloat16 attention:cudnn compile:inductor",
+        f"dtype:bfloat16 attention:{change.get('attention', 'cudnn')} compile:inductor",
         f"data path:{config['data_path']} manifest_sha256:{'a' * 64} tokenizer_sha256:{'b' * 64} "
         f"vocab_size:1024 train_tokens:1000000 val_tokens:{VAL_TOKENS} val_bytes:{VAL_BYTES}",
         "unigram val_loss:6.1234 val_bpb:3.1234",

@@ -201,6 +201,14 @@ def test_new_builds_a_folder_that_verifies(repo, capsys):
     assert "2 folders" in out and "nats, p" in out and " fail  " not in out
 
 
+def test_a_run_on_flash_attention_names_its_package(repo, capsys):
+    pin = "flash-attn-4[cu13]==4.0.0b36"
+    shutil.copy(ROOT / "requirements-flash4.txt", repo)
+    place = make(repo, meta={"name": "Flash"}, attention="flash4")
+    assert pin in (place / "requirements.txt").read_text() and verdict(place)["requirements"][0] == "ok"
+    assert pin not in (make(repo, meta={"name": "Plain"}) / "requirements.txt").read_text()
+
+
 def test_new_is_deterministic(repo, tmp_path):
     first = {p.name: p.read_bytes() for p in (repo / "records" / TRACK / NAME).rglob("*") if p.is_file()}
     again = make(tmp_path / "again_repo", meta={})
@@ -352,6 +360,7 @@ FAULTS = {
         "requirements",
         lambda folder: edit(folder / "requirements.txt", "==2.13.0", "==2.9.1"),
     ),
+    "FlashAttention-4 not named": ("requirements", spoil_log("attention:cudnn", "attention:flash4+cudnn")),
     "readme edited": ("readme", lambda folder: edit(folder / "README.md", r"\*\*val_bpb 1", "**val_bpb 0")),
     "readme row lost": ("readme", lambda folder: edit(folder / "README.md", r"^\| 1337 .*\n", "")),
     "notes marker lost": ("readme", lambda folder: edit(folder / "README.md", "^<!-- notes.*\n", "")),
