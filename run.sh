@@ -223,7 +223,7 @@ train() {
     run_id=$(setting run_id "$(date -u +%Y%m%d_%H%M%S)_${preset}_seed$seed" "$@")
     log=$out_dir/$run_id.txt
     artifact=$out_dir/$run_id.int6.xz
-    if [ -e "$log" ] || [ -e "$artifact" ]; then
+    if [ -z "$(setting resume '' "$@")" ] && { [ -e "$log" ] || [ -e "$artifact" ]; }; then
         die "run_id=$run_id is taken ($out_dir/$run_id.* exists): choose another run_id, or move those files"
     fi
     if [ -z "$data_path" ]; then
@@ -348,12 +348,16 @@ if [ "$command" = train ]; then needs records/record.py; fi
 if [ "$command" = audit ] || [ "$command" = bench ]; then needs "records/$command.py"; fi
 for arg in "$@"; do
     shift
-    case $arg in data_path=?* | out_dir=?* | tokenizer_path=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;; esac
+    case $arg in
+        resume=auto) ;;
+        data_path=?* | out_dir=?* | tokenizer_path=?* | resume=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;;
+    esac
     set -- "$@" "$arg"
 done
 for name in DATA_PATH OUT_DIR TOKENIZER_PATH; do
     if [ -n "${!name:-}" ]; then export "$name=$(absolute "${!name}")"; fi
 done
+if [ "${RESUME:-auto}" != auto ]; then export RESUME="$(absolute "$RESUME")"; fi
 use_python
 cd "$root"
 case $command in
