@@ -36,7 +36,8 @@ case "$*" in
         if [ -t 1 ]; then echo "stdout is a terminal"; else echo "stdout is no terminal"; fi
         if [ -n "$NO_LOG" ]; then exit ${TRAIN_STATUS:-0}; fi
         mkdir -p "$out_dir"
-        echo "final_score metric:x val_bpb:1.5" >"$out_dir/$run_id.txt"
+        if [ -n "$NO_SCORE" ]; then exit ${TRAIN_STATUS:-0}; fi
+        echo "final_score metric:x val_bpb:1.5" >>"$out_dir/$run_id.txt"
         echo weights >"$out_dir/$run_id.int6.xz"
         exit ${TRAIN_STATUS:-0} ;;
 esac
@@ -277,6 +278,15 @@ def test_a_run_that_resumes_goes_on_with_its_log(tree, tmp_path, how):
         assert (f" resume={want}" in call) if how == "argument" else ("resume=" not in call)
         noted = [line for line in tree.calls() if line.startswith("RESUME=")]
         assert how == "argument" or noted[number] == f"RESUME={want}"
+
+
+def test_a_resumed_run_that_fails_shows_no_score_of_before(tree):
+    (tree.root / "logs").mkdir()
+    (tree.root / "logs/r.txt").write_text("final_score metric:x val_bpb:9.9\n")
+    done = tree.run("run_id=r", "data_path=d", "resume=auto", TRAIN_STATUS="2", NO_SCORE="1")
+    assert done.returncode == 2 and "score: none" in done.stdout and "9.9" not in done.stdout, done
+    done = tree.run("run_id=r", "data_path=d", "resume=auto")
+    assert done.returncode == 0 and "score: metric:x val_bpb:1.5\n" in done.stdout, done
 
 
 def test_environment_settings(tree):
