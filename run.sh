@@ -214,7 +214,7 @@ check_settings() {
 }
 
 train() {
-    local gpus preset data_path run_id out_dir seed log artifact plot score status=0 arg
+    local gpus preset data_path run_id out_dir seed log artifact plot score before=0 status=0 arg
     gpus=$(count_gpus)
     preset=$(setting preset "$(machine_preset "$gpus")" "$@")
     data_path=$(setting data_path '' "$@")
@@ -223,7 +223,7 @@ train() {
     run_id=$(setting run_id "$(date -u +%Y%m%d_%H%M%S)_${preset}_seed$seed" "$@")
     log=$out_dir/$run_id.txt
     artifact=$out_dir/$run_id.int6.xz
-    if [ -e "$log" ] || [ -e "$artifact" ]; then
+    if [ -z "$(setting resume '' "$@")" ] && { [ -e "$log" ] || [ -e "$artifact" ]; }; then
         die "run_id=$run_id is taken ($out_dir/$run_id.* exists): choose another run_id, or move those files"
     fi
     if [ -z "$data_path" ]; then
@@ -239,6 +239,7 @@ train() {
         shift
         case $arg in preset=* | data_path=* | run_id=*) ;; *) set -- "$@" "$arg" ;; esac
     done
+    if [ -f "$log" ]; then before=$(wc -c <"$log"); fi    # of a run that goes on: another score may stand there
     say "$gpus NVIDIA GPU(s), preset $preset, log $log"
     launch "$(processes "$preset" "$gpus")" train_gpt.py train \
         "preset=$preset" "data_path=$data_path" "run_id=$run_id" "$@" || status=$?
@@ -255,8 +256,8 @@ train() {
         plot="none (records/record.py plot failed, message above)"
     fi
     echo
-    score=$(sed -n 's/^final_score //p' "$log" | tail -n 1)
-    echo "score: ${score:-none (the log has no final_score line)}"
+    score=$(tail -c "+$((before + 1))" "$log" | sed -n 's/^final_score //p' | tail -n 1)
+    echo "score: ${score:-none (this run left no final_score line)}"
     if [ -f "$artifact" ]; then echo "artifact: $artifact"; else echo "artifact: none"; fi
     echo "log: $log"
     echo "plot: $plot"
@@ -348,12 +349,16 @@ if [ "$command" = train ]; then needs records/record.py; fi
 if [ "$command" = audit ] || [ "$command" = bench ]; then needs "records/$command.py"; fi
 for arg in "$@"; do
     shift
-    case $arg in data_path=?* | out_dir=?* | tokenizer_path=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;; esac
+    case $arg in
+        resume=auto) ;;
+        data_path=?* | out_dir=?* | tokenizer_path=?* | resume=?*) arg=${arg%%=*}=$(absolute "${arg#*=}") ;;
+    esac
     set -- "$@" "$arg"
 done
 for name in DATA_PATH OUT_DIR TOKENIZER_PATH; do
     if [ -n "${!name:-}" ]; then export "$name=$(absolute "${!name}")"; fi
 done
+if [ "${RESUME:-auto}" != auto ]; then export RESUME="$(absolute "$RESUME")"; fi
 use_python
 cd "$root"
 case $command in

@@ -1509,7 +1509,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 # -----------------------------------------------------------------------------
 # 8. Directions: two tables. A row of ORTHO whitens a momentum, a row of STEP_RULES makes a step of it.
 
-NS5 = ((3.4445, -4.7750, 2.0315),) * 5      # Jordan, Muon (2024): five steps end in about [0.68, 1.13]
+NS5 = ((3.4445, -4.7750, 2.0315),) * 5      # Jordan, Muon (2024): five steps end in about [0.68, 1.20]
 TURBO = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790),       # thib-s/flash-newton-schulz, a genetic
          (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))       # search for what AOL leaves; slope 147
 GPU_SCALE = 2.0 ** 40                       # squares of entries from 1e-30 to 1e5 then fit float32 and bf16

@@ -26,8 +26,9 @@ the end of a step to the first pass of the next, which no clock's wobble blurs. 
 With --candidates only these are compared and each line is printed when it is known; --all: the rest, too.
 FILE.py defines CANDIDATES = {name: (path, function)}: `mlp`, `exclude_self`, `qk_heads`, `layer`,
 `GPT.nats`, ...: what to replace in a copy of train_gpt.py, by a function of the same signature. (path,
-function) may be a list of such pairs. The file sees that copy, still plain, as `t`. Errors are relative to
-float64: |x - x64| / |x64|, of the loss, of all gradients together and of the parameter with the worst.
+function) may be a list of such pairs. While the file is loaded `t` is that copy, still plain: a function that
+calls the one it replaces keeps it under a name of its own (plain = t.mlp). Errors are relative to float64:
+|x - x64| / |x64|, of the loss, of all gradients together and of the parameter with the worst.
 
 Exit status: 0 measured (what failed is listed as skipped); 2 bad input (one line says it).
 """

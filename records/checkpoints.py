@@ -3,9 +3,9 @@
     OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of all before
 
 A file is the share of one of W ranks, the R-th in order of the matrices that it updates, of all that N steps
-changed; shares end to end are whole tensors. The header
-holds step, training clock in ms, progress of the average, what wrote it (config, script, data), and the index
-of the tensors as in an artifact, whose reader reads them. No step draws random numbers, and batch n is the
+changed; shares end to end are whole tensors. The header holds step, training clock in ms, progress of the
+average, what wrote it (config, script, data), and the index of the tensors as in an artifact, whose reader
+reads them. No step draws random numbers, and batch n is the
 loader's n-th: that is all of the state. `train_gpt.py train checkpoint_every=SECONDS resume=auto` uses it;
 a run without these knobs does not load this file.
 """

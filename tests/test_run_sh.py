@@ -32,10 +32,12 @@ case "$*" in
     *"train_gpt.py train "*)
         out_dir=${OUT_DIR:-logs}
         for a in "$@"; do case $a in run_id=*) run_id=${a#*=} ;; out_dir=*) out_dir=${a#*=} ;; esac; done
+        if [ -n "$CALLS_RESUME" ]; then echo "RESUME=$RESUME" >>"$CALLS"; fi
         if [ -t 1 ]; then echo "stdout is a terminal"; else echo "stdout is no terminal"; fi
         if [ -n "$NO_LOG" ]; then exit ${TRAIN_STATUS:-0}; fi
         mkdir -p "$out_dir"
-        echo "final_score metric:x val_bpb:1.5" >"$out_dir/$run_id.txt"
+        if [ -n "$NO_SCORE" ]; then exit ${TRAIN_STATUS:-0}; fi
+        echo "final_score metric:x val_bpb:1.5" >>"$out_dir/$run_id.txt"
         echo weights >"$out_dir/$run_id.int6.xz"
         exit ${TRAIN_STATUS:-0} ;;
 esac
@@ -260,6 +262,31 @@ def test_arguments_pass_through(tree):
     ]
     again = tree.run("run_id=r", "out_dir=o", "data_path=d")
     assert again.returncode == 2 and "run_id=r is taken" in again.stderr
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_run_that_resumes_goes_on_with_its_log(tree, tmp_path, how):
+    """resume=auto as it is, a file's path as one of the caller's."""
+    for number, value in enumerate(["auto", "o/r.step9.0of1.ckpt"]):
+        (tree.root / "o").mkdir(exist_ok=True)
+        (tree.root / "o/r.txt").write_text("step:9/20\n")
+        knobs, env = ([f"resume={value}"], {}) if how == "argument" else ([], dict(RESUME=value, CALLS_RESUME="1"))
+        done = tree.run("run_id=r", f"out_dir={tree.root}/o", f"data_path={tmp_path}", *knobs, cwd=tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        want = value if value == "auto" else f"{tmp_path}/{value}"
+        call = [line for line in tree.calls() if "train_gpt.py train " in line][number]
+        assert (f" resume={want}" in call) if how == "argument" else ("resume=" not in call)
+        noted = [line for line in tree.calls() if line.startswith("RESUME=")]
+        assert how == "argument" or noted[number] == f"RESUME={want}"
+
+
+def test_a_resumed_run_that_fails_shows_no_score_of_before(tree):
+    (tree.root / "logs").mkdir()
+    (tree.root / "logs/r.txt").write_text("final_score metric:x val_bpb:9.9\n")
+    done = tree.run("run_id=r", "data_path=d", "resume=auto", TRAIN_STATUS="2", NO_SCORE="1")
+    assert done.returncode == 2 and "score: none" in done.stdout and "9.9" not in done.stdout, done
+    done = tree.run("run_id=r", "data_path=d", "resume=auto")
+    assert done.returncode == 0 and "score: metric:x val_bpb:1.5\n" in done.stdout, done
 
 
 def test_environment_settings(tree):
