@@ -2057,7 +2057,8 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     with explained(f"{path}: cannot write it", "free space"):
         try:
             with open(path + ".tmp", "wb") as f:
-                f.writelines(chunks)
+                for chunk in chunks:
+                    f.write(chunk)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
@@ -2271,9 +2272,8 @@ def train(run: Run) -> Ema:
     step later, when the host has waited for it anyway. Fault when it did not."""
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
-    ema, loader = Ema(run.model, h), TokenLoader(h, m)
+    ema, loader, keep = Ema(run.model, h), TokenLoader(h, m), None
     backward = run.timed("compile", warmup, run, optimizer, ema, loader)
-    keep = None
     if h.checkpoint_every or h.resume:              # for long runs in the repository, no part of a submission
         tool = runpy.run_path(repository_file("records/checkpoints.py", "this training"))
         keep = tool["Checkpoints"](run, optimizer, ema)
