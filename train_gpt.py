@@ -438,23 +438,27 @@ class Log:
 
     def __init__(self, path: str, machine: Machine | None, resume: bool = False) -> None:
         """Open a new `path`, or go on; no machine: silent. InputError when it exists or is read-only."""
-        self.path, self.file, self.live, self.goes_on = path, None, False, False
-        if machine is None or machine.rank:
-            return
-        self.live = sys.stderr.isatty()
-        with explained(f"{path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            if not resume:
-                open(path, "x").close()
-            self.file = open(path, "a", encoding="utf-8")       # other ranks may add lines
-            self.goes_on = self.file.tell() > 0
+        self.path, self.file, self.live, self.goes_on, fault = path, None, False, False, [None]
+        if machine and machine.rank == 0:
+            self.live = sys.stderr.isatty()
+            try:
+                with explained(f"{path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
+                    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                    if not resume:
+                        open(path, "x").close()
+                    self.file = open(path, "a", encoding="utf-8")       # other ranks may add lines
+                    self.goes_on = self.file.tell() > 0
+            except InputError as e:     # every rank's, or the others' ends would go to another run's log
+                fault = [e]
+        dist.broadcast_object_list(fault, 0, device=torch.device("cpu")) if machine else None
+        if fault[0]:
+            raise fault[0]
 
     def __call__(self, line: str, console: bool = True) -> None:
         if self.file is None:
             return
         with explained(f"{self.path}: cannot write the log", "free space"):
-            self.file.write(line + "\n")
-            self.file.flush()
+            print(line, file=self.file, flush=True)
         if console:
             print(("\r\033[K" if self.live else "") + line, flush=True)
 
@@ -2268,9 +2272,8 @@ def train(run: Run) -> Ema:
     step later, when the host has waited for it anyway. Fault when it did not."""
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
-    ema, loader = Ema(run.model, h), TokenLoader(h, m)
+    ema, loader, keep = Ema(run.model, h), TokenLoader(h, m), None
     backward = run.timed("compile", warmup, run, optimizer, ema, loader)
-    keep = None
     if h.checkpoint_every or h.resume:              # for long runs in the repository, no part of a submission
         tool = runpy.run_path(repository_file("records/checkpoints.py", "this training"))
         keep = tool["Checkpoints"](run, optimizer, ema)
@@ -2293,8 +2296,7 @@ def train(run: Run) -> Ema:
         ema.update(hp.progress)
         step += 1
         in_flight, reached = reached, m.fetch(torch.stack([loss.double(), optimizer.norm]))
-        verdict = bool(m.signals) if sound(in_flight) else 2         # 1: a signal asks for an end
-        clock_ms, ended = m.agree(clock(), verdict)
+        clock_ms, ended = m.agree(clock(), bool(m.signals) if sound(in_flight) else 2)     # 1: by a signal
         if step % h.train_log_every == 0 or step == 1:
             shown = log_step(run, step, loss, clock_ms)
         keep and keep.save(step, clock_ms)
@@ -2391,7 +2393,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     over = bytes_total - h.size_cap
     if over > 0:
         log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
-    if late := run.phases["late_graphs"]:
+    if late := int(m.agree(0.0, run.phases["late_graphs"])[1]):
         log(f"late compilation: {late} graphs were compiled on the clock; raise warmup_steps or report it")
     log(f"final_score {final} bytes_total:{bytes_total} bytes_code:{code_bytes} "
         f"steps:{run.phases['steps']} train_time:{run.phases['train']:.0f}ms "
@@ -2411,8 +2413,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
         status = conclude(run, train(run), base + ".int6.xz")
-    if m.rank == 0:
-        print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
+    print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True) if m.rank == 0 else None
     return status
 
 
@@ -2476,8 +2477,7 @@ def main(argv: list[str]) -> int:
             print(USAGE + "\n\n" + __doc__)
             return 0
         if command == "config":
-            knobs = dataclasses.asdict(load_config(rest, os.environ))
-            print("\n".join(f"{k}: {v}" for k, v in sorted(knobs.items())))
+            print("\n".join(f"{k}: {v}" for k, v in sorted(vars(load_config(rest, os.environ)).items())))
             return 0
         if command == "eval" and rest and "=" not in rest[0]:
             return command_eval(rest[0], rest[1:], os.environ)

@@ -210,6 +210,11 @@ def group_of_one():
         torch.distributed.destroy_process_group()
 
 
+# What a fork server imports once. init_machine's torch.use_deterministic_algorithms imports Inductor, 2 s of
+# every rank; where there is a GPU it may look at it, which must not be before the fork.
+PRELOAD = ["torch", "torch.distributed", "numpy", "pytest"] + ["torch._inductor"] * (not torch.cuda.is_available())
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -236,7 +241,7 @@ def run_ranks(fn, world, *args, timeout=60):
     A fork server imports torch once, so that a process costs milliseconds, not seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest"])
+    context.set_forkserver_preload(PRELOAD)
     out = temporary_folder()
     env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     env["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"

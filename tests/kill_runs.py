@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from helpers import english_args, free_port, temporary_folder
+from helpers import PRELOAD, english_args, free_port, temporary_folder
 
 import train_gpt as t
 
@@ -48,7 +48,7 @@ def start(folder, world=1, fault=None, **knobs):
     argv, processes = english_args(out_dir=folder, **knobs), []
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest"])
+    context.set_forkserver_preload(PRELOAD)
     env = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     if world > 1:
         env |= dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
