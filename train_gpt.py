@@ -394,9 +394,9 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
     return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
 
 
-def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
+def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
     """Join torchrun's process group, or make one of this process alone, and bind device, dtype, compiler and
-    ops. InputError when the world size or the nodes do not fit."""
+    ops. InputError when the world size, or the batch of what trains, or the nodes do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -406,7 +406,7 @@ def init_machine(h: Config, env: Mapping[str, str]) -> Machine:
     if local != world and (int(world) % int(local) or int(rank) % int(local) != int(place)):
         raise InputError(f"RANK={rank} LOCAL_WORLD_SIZE={local}: nodes differ; use one --nproc_per_node")
     world, rank, local, place = map(int, (world, rank, local, place))
-    cut_batch(h, world)
+    trains and cut_batch(h, world)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
     torch.cuda.set_device(device) if cuda else None
@@ -2436,7 +2436,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
     started, dataset = time.perf_counter(), load_dataset(h)
-    m = init_machine(h, env)
+    m = init_machine(h, env, trains=False)
     run_id = h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_eval_{os.getpid()}"
     run = start_run(h, m, Log(os.path.join(h.out_dir, run_id + ".txt"), m), dataset, started)
     run.model.load_state_dict(tensors)

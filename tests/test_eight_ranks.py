@@ -76,11 +76,13 @@ def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
     mine, theirs = ([float(x) for pair in SCORES.findall(each) for x in pair] for each in (log, one))
     assert len(mine) == 6 and mine == pytest.approx(theirs, abs=2e-3)  # of two trainings, a code may round the other way
 
-    data = english_dataset().path
-    assert t.main(["eval", str(folder / "run.int6.xz"), f"data_path={data}", f"out_dir={tmp_path}", "run_id=again",
-                   "eval_batch_tokens=512", "val_tokens=100", "report_split=other"]) == 0  # fmt: skip
-    again = [float(x) for pair in SCORES.findall(text(tmp_path, "again.txt")) for x in pair]
-    assert again == pytest.approx(mine, abs=2e-8)  # of one file
+    scoring = ["eval", str(folder / "run.int6.xz"), f"data_path={english_dataset().path}", f"out_dir={tmp_path}",
+               "eval_batch_tokens=512", "val_tokens=100", "report_split=other"]  # fmt: skip
+    assert t.main([*scoring, "run_id=by1"]) == 0
+    assert run_ranks(main_rank, 3, [*scoring, "run_id=by3"]) == [(0, [])] * 3  # three could not share a step's batch
+    for name in ("by1.txt", "by3.txt"):
+        again = [float(x) for pair in SCORES.findall(text(tmp_path, name)) for x in pair]
+        assert again == pytest.approx(mine, abs=2e-8)  # of one file
 
     shares = sorted(x for x in os.listdir(folder) if f"step{STEPS}." in x)
     assert shares == [f"run.step{STEPS}.{r}of8.ckpt" for r in range(8)]
