@@ -531,10 +531,15 @@ def main(argv: list[str]) -> int:
     if rest:
         args.words += rest                              # argparse takes key=value only in front of options
     try:
-        return VERBS[args.verb](args, args.root.resolve())
+        status = VERBS[args.verb](args, args.root.resolve())
+        sys.stdout.flush()
+        return status
     except BadInput as error:
         print(f"record: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                             # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -207,6 +208,13 @@ def test_a_run_on_flash_attention_names_its_package(repo, capsys):
     place = make(repo, meta={"name": "Flash"}, attention="flash4")
     assert pin in (place / "requirements.txt").read_text() and verdict(place)["requirements"][0] == "ok"
     assert pin not in (make(repo, meta={"name": "Plain"}) / "requirements.txt").read_text()
+
+
+def test_a_reader_that_leaves_is_no_error():
+    argv = [sys.executable, str(ROOT / "records" / "record.py"), "diff", *2 * [f"{ROOT}/records/track_cpu/2026-11-22_Laptop"]]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_new_is_deterministic(repo, tmp_path):
