@@ -120,6 +120,7 @@ class Config:
     train_batch_tokens: int = 786_432    # per optimizer step, over all ranks
     micro_batch_tokens: int = 98_304     # per forward and rank
     train_seq_len: int = 2048
+    mix_tokens: int = 16_777_216         # of training text, whose rows go to batches at random; 0: in order
     eval_seq_len: int = 2048
     eval_stride: int = 64                # sliding score: fresh tokens per window
     eval_batch_tokens: int = 131_072     # per forward and rank
@@ -238,7 +239,7 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
 def check_config(h: Config) -> None:
     """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
     may_be_zero = ("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims",
-                   "xsa_last_n", "bigram_vocab_size", "size_cap")
+                   "mix_tokens", "xsa_last_n", "bigram_vocab_size", "size_cap")
     for key, value in dataclasses.asdict(h).items():
         least = 1 if type(value) is int and key not in may_be_zero else 0
         if not isinstance(value, str) and not least <= value < 1 << 53:        # also refuses nan
@@ -550,8 +551,9 @@ def load_split(h: Config, split: str) -> np.ndarray:
 class TokenLoader:
     """An endless stream of shuffled documents, cut into global batches by index; its state is one integer.
     Epoch e visits the shards, and the documents inside each, in an order drawn from (seed, e). Rows of T + 1
-    tokens overlap by one. Global batch n is the same for every world size: rank r's micro-batch a holds its
-    rows [(a * world + r) * B, ...). The next batch is built in a thread while the device works on this."""
+    tokens overlap by one. Batches draw their rows from `mix_tokens` of the stream at a time: in order, a book
+    would fill a batch. Global batch n is the same for every world size: rank r's micro-batch a holds its rows
+    [(a * world + r) * B, ...). The next batch is built in a thread while the device works on this."""
 
     def __init__(self, h: Config, m: Machine) -> None:
         self.h, self.m = h, m
@@ -564,13 +566,20 @@ class TokenLoader:
             raise InputError(f"{h.data_path}: the train split has {self.total} tokens, not one sequence; "
                              "use more text")
         self.accum, self.rows = cut_batch(h, m.world_size)
-        self.shuffled = lru_cache(maxsize=2)(self.shuffle_shard)
+        self.span = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)      # batches of a draw
+        self.visits = lru_cache(maxsize=2)(self.shuffle_shards)
+        self.shuffled = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_shard)
         self.reading = ""
         self.seek(0)
 
+    def shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """This epoch's order of the shards, and where each comes to end."""
+        order = np.random.default_rng([self.h.seed, epoch]).permutation(len(self.files))
+        return order, np.cumsum(self.sizes[order])
+
     def shuffle_shard(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of a shard, its document starts in this epoch's order, and where each comes to lie."""
-        tokens = load_shard(self.files[shard], self.h.vocab_size)
+        tokens = np.asarray(load_shard(self.files[shard], self.h.vocab_size))      # a memmap's slices are slow
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(starts) == 0:
             raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
@@ -584,8 +593,7 @@ class TokenLoader:
         out, filled = np.empty(count, np.int64), 0
         while filled < count:
             epoch, offset = divmod(position + filled, self.total)
-            order = np.random.default_rng([self.h.seed, epoch]).permutation(len(self.files))
-            ends = np.cumsum(self.sizes[order])
+            order, ends = self.visits(epoch)
             slot = int(np.searchsorted(ends, offset, side="right"))
             self.reading = self.files[order[slot]]
             tokens, starts, bounds = self.shuffled(epoch, int(order[slot]))
@@ -600,12 +608,13 @@ class TokenLoader:
 
     def build(self, index: int) -> list[Tensor]:
         """This rank's micro-batches of global batch `index`: `accum` host tensors (B, T + 1), int64."""
-        T, B, batch = self.h.train_seq_len, self.rows, []
+        h, B, T, batch = self.h, self.rows, self.h.train_seq_len, []
+        (draw, place), count = divmod(index, self.span), h.train_batch_tokens // T
+        drawn = np.random.default_rng([h.seed, draw, 0, 1]).permutation(self.span * count)[place * count:]
         for a in range(self.accum):
-            row = (a * self.m.world_size + self.m.rank) * B
-            flat = self.read(index * self.h.train_batch_tokens + row * T, B * T + 1)
             rows = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
-            rows.numpy()[:] = np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
+            for row, number in zip(rows.numpy(), drawn[(a * self.m.world_size + self.m.rank) * B:]):
+                row[:] = self.read((draw * self.span * count + int(number)) * T, T + 1)
             batch.append(rows)
         return batch
 

@@ -282,15 +282,45 @@ def global_batch(batches):
     return torch.cat(rows)
 
 
-def test_a_global_batch_is_the_stream_cut_into_rows(shards):
-    data = loader(shards[0])
-    T, tokens = data.h.train_seq_len, data.h.train_batch_tokens
-    for n in range(40):  # into the third epoch
-        stream = data.read(n * tokens, tokens + 1)
-        rows = global_batch([data.next()])
-        assert rows.dtype == torch.int64 and rows.shape == (tokens // T, T + 1)
-        for i, row in enumerate(rows.numpy()):
-            assert np.array_equal(row, stream[i * T : i * T + T + 1])
+def stream_rows(data, first, count):
+    """Rows [first, first + count) of the stream, as tuples."""
+    T = data.h.train_seq_len
+    stream = data.read(first * T, count * T + 1)
+    return [tuple(stream[i * T : i * T + T + 1]) for i in range(count)]
+
+
+@pytest.mark.parametrize("mix_tokens,span", [(0, 1), (127, 1), (400, 3), (10**9, None)])
+def test_batches_share_out_the_rows_of_a_stretch_of_the_stream(shards, mix_tokens, span):
+    """Each row once, in an order of the seed's; never from more than the whole split."""
+    data = loader(shards[0], mix_tokens=mix_tokens)
+    count = data.h.train_batch_tokens // data.h.train_seq_len
+    assert data.span == span or span is None and data.span == data.total // data.h.train_batch_tokens > 3
+    orders = []
+    for draw in range(5 if span else 2):  # into the next epoch
+        wanted, got = stream_rows(data, draw * data.span * count, data.span * count), []
+        for _ in range(data.span):
+            rows = global_batch([data.next()])
+            assert rows.dtype == torch.int64 and rows.shape == (count, data.h.train_seq_len + 1)
+            got += [tuple(row) for row in rows.numpy()]
+        assert sorted(got) == sorted(wanted) and got != wanted
+        orders.append([wanted.index(row) for row in got])
+    assert orders[0] != orders[1]
+    other = loader(shards[0], mix_tokens=mix_tokens, seed=99)
+    assert not torch.equal(global_batch([other.next()]), global_batch([loader(shards[0], mix_tokens=mix_tokens).next()]))
+
+
+def test_a_book_does_not_fill_a_batch(tmp_path):
+    """A document of eight batches: in order it fills seven of them, drawn from all text it is a quarter of each."""
+    h = tiny()
+    book = [h.bos_id] + [h.bos_id + 1] * (8 * h.train_batch_tokens)
+    letters = [[h.bos_id] + [h.bos_id + 2] * 30 for _ in range(24 * h.train_batch_tokens // 31)]
+    write_shard(tmp_path / "x_train_000000.bin", sum(letters[:200], []) + book + sum(letters[200:], []))
+    share = lambda rows: float((rows == h.bos_id + 1).float().mean())
+    for mix_tokens, most in ((0, 1.0), (10**9, 0.8)):
+        data = loader(tmp_path, mix_tokens=mix_tokens)
+        shares = [share(global_batch([data.next()])) for _ in range(data.total // h.train_batch_tokens)]
+        assert (max(shares) == 1.0) == (most == 1.0) and max(shares) <= most
+        assert sum(x > 0 for x in shares) <= 9 if most == 1.0 else sum(x > 0 for x in shares) >= 20
 
 
 @pytest.mark.parametrize("micro", [16, 32, 64, 128])
