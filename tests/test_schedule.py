@@ -208,7 +208,7 @@ WIRE_STEPS = 12
 def wire_rank(rank, folder, dtype):
     """WIRE_STEPS steps: parameters, the mean loss of the last four, the collectives of the last step."""
     m = env_machine(tiny(data_path=folder))
-    knobs = dict(step_rule="muon", matrix_lr=0.025)     # what the bounds below were found with
+    knobs = dict(step_rule="muon", matrix_lr=0.025, mix_tokens=0)     # what the bounds below were found with
     model, optimizer, _, loader = setup(m, data_path=folder, wire_dtype=dtype, **knobs)
     state = {str(x.dtype) for x in optimizer.state()}
     same = all(optimizer.wire[k] is g for k, g in (optimizer.bank_grad | {"flat": optimizer.flat_grad}).items())
