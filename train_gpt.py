@@ -610,11 +610,14 @@ class TokenLoader:
         """This rank's micro-batches of global batch `index`: `accum` host tensors (B, T + 1), int64."""
         h, B, T, batch = self.h, self.rows, self.h.train_seq_len, []
         (draw, place), count = divmod(index, self.span), h.train_batch_tokens // T
-        drawn = np.random.default_rng([h.seed, draw, 0, 1]).permutation(self.span * count)[place * count:]
+        drawn = np.arange(self.span * count)
+        if self.span > 1:
+            np.random.default_rng([h.seed, draw, 0, 1]).shuffle(drawn)
         for a in range(self.accum):
             rows = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
-            for row, number in zip(rows.numpy(), drawn[(a * self.m.world_size + self.m.rank) * B:]):
-                row[:] = self.read((draw * self.span * count + int(number)) * T, T + 1)
+            first = place * count + (a * self.m.world_size + self.m.rank) * B
+            for row, number in zip(rows.numpy(), drawn[first: first + B].tolist()):
+                row[:] = self.read((draw * len(drawn) + number) * T, T + 1)
             batch.append(rows)
         return batch
 
