@@ -211,8 +211,7 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[te
 
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
-    """Defaults < preset < artifact < environment (KEY in upper case) < `key=value`.
-    artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value."""
+    """Defaults < preset < artifact (its header's config) < environment (KEY in upper case) < `key=value`."""
     types = {f.name: f.type for f in dataclasses.fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
     for arg in argv:
@@ -334,7 +333,6 @@ class Machine:
             passed = side.record_event()
         for t in copies:
             t.record_stream(side)       # its memory is free when it has crossed
-
         def arrived() -> list[Tensor]:
             deadline = time.monotonic() + PATIENCE
             while not passed.query():
@@ -395,8 +393,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
-    """Join torchrun's process group, or make one of this process alone, and bind device, dtype, compiler and
-    ops. InputError when the world size, or the batch of what trains, or the nodes do not fit."""
+    """Join torchrun's process group, or make one of this process alone, and bind what a Machine holds."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -475,7 +472,6 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
-
     before = {each: signal.signal(each, heed) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -507,8 +503,7 @@ SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
-    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the tokens as uint16.
-    InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
+    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the uint16 tokens."""
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
         header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -526,7 +521,6 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
 
 
 def shard_tokens(path: str) -> int:
-    """Tokens in a shard by its size."""
     return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
 
 
@@ -697,8 +691,7 @@ class Dataset:
 
 
 def load_dataset(h: Config) -> Dataset:
-    """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree or a
-    held-out split does not fit; its shards are only measured."""
+    """Tokenizer and manifest of `data_path`, checked with the knobs; held-out shards are only measured."""
     sha256 = lambda data: hashlib.sha256(data).hexdigest()
     path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
@@ -1263,7 +1256,6 @@ def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "trit
         dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
         y.backward(dy.to(y.dtype))
         return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
-
     try:
         got, exact = results(fast, False), results(line, True)
         error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, exact)]).max().item()   # or nan
@@ -1954,10 +1946,8 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Cal
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
     in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap."""
     def quantized(step: float) -> tuple[bytes, float]:
-        """The artifact before compression at a step, and its entropy in bytes."""
         raw = timed("quantize", raw_artifact, tensors, dataclasses.replace(h, int6_step=step))
         return raw, timed("quantize", entropy_bytes, raw)
-
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     step, ratio, best = h.int6_step, 0.9, None            # xz never came below 0.9 of the order-0 entropy
     raw, entropy = quantized(step)
@@ -2175,7 +2165,6 @@ class Run:
         return self.splits[split]
 
     def score(self, label: str, stride: int, split: str = "val") -> Score:
-        """Score the model's current weights on a held-out split."""
         tokens, h = self.held_out(split), self.h
         how = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
         return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
@@ -2402,7 +2391,6 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
 
 
 def command_train(h: Config, env: Mapping[str, str]) -> int:
-    """Train, then conclude."""
     started = time.perf_counter()
     m = init_machine(h, env)
     stamp = [h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_{h.preset}_seed{h.seed}"]
@@ -2444,7 +2432,6 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
 
 
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """Score an artifact, chunked and sliding."""
     run, blob = load_run(path, argv, env)
     run.log(f"eval_score {score_artifact(run)} "
             f"eval_time:{run.phases['eval']:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
