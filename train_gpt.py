@@ -900,23 +900,21 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
-    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation.
-    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L normal."""
+    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation."""
     kind, _, value = init.partition(" ")
+    out, value = torch.zeros(shape), float(value or 0)
+    orthogonal = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}     # first matrices; the rest normal
     if kind == "constant":
-        return torch.full(shape, float(value))
-    out = torch.zeros(shape)
-    if kind == "normal":
-        out = out.normal_(0, float(value), generator=generator) if float(value) else out
-    elif kind in ("orthogonal", "half_orthogonal"):
-        matrices = out.view(-1, *shape[-2:])
-        count = len(matrices) // (1 if kind == "orthogonal" else 2)
-        for matrix in matrices[:count]:
-            nn.init.orthogonal_(matrix, generator=generator)
-        if float(value or 0):
-            matrices[count:].normal_(0, float(value), generator=generator)
+        out.fill_(value)
     elif kind == "first_of_two":
         out[:, 0] = 1
+    elif kind in orthogonal:
+        matrices = out.view(-1, *shape[-2:])
+        count = int(orthogonal[kind] * len(matrices))
+        for matrix in matrices[:count]:
+            nn.init.orthogonal_(matrix, generator=generator)
+        if value:
+            matrices[count:].normal_(0, value, generator=generator)
     else:
         raise ValueError(f"unknown initialisation {init!r}")
     return out
