@@ -903,7 +903,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
     """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation."""
     kind, _, value = init.partition(" ")
     out, value = torch.zeros(shape), float(value or 0)
-    orthogonal = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}     # first matrices; the rest normal
+    orthogonal = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}    # share; the rest normal
     if kind == "constant":
         out.fill_(value)
     elif kind == "first_of_two":
@@ -1007,6 +1007,7 @@ try:
 except ImportError:                       # without Triton the kernels are defined and never launched
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
 OPS = f"bankshot_{__name__.strip('_')}::"    # operators are global: a second copy of this file has its own
+operator = partial(torch.library.custom_op, mutates_args=())
 
 
 @triton.jit
@@ -1055,8 +1056,7 @@ def qk_kernel(x_ptr, dy_ptr, out_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_ptr, N, 
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@torch.library.custom_op(OPS + "qk", mutates_args=(),
-                         schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
+@operator(OPS + "qk", schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
 def qk_op(x, gain, cos, sin):
     """qk_norm_rope in one read and one write. x: contiguous heads of 2^n."""
     (B, T, H, Dh), y = x.shape, x.new_empty(x.shape)
@@ -1065,7 +1065,7 @@ def qk_op(x, gain, cos, sin):
     return y
 
 
-@torch.library.custom_op(OPS + "qk_backward", mutates_args=(), schema=(
+@operator(OPS + "qk_backward", schema=(
     "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)"))
 def qk_backward_op(qkv, gain, cos, sin, *dys):
     """The gradients of qkv, filled part by part from those of q, k and v, and of gain."""
@@ -1077,10 +1077,6 @@ def qk_backward_op(qkv, gain, cos, sin, *dys):
         qk_kernel[tuple(dg.shape)](x, dy, dx, dg, g, cos, sin, B * T, T, *x.stride()[:3], *dy.stride()[:3],
                                    dx.stride(1), dg.size(1), Dh, cos.size(-1), RMS_EPS, 32)
     return dqkv, sums[0].sum(0)
-
-
-qk_op.register_fake(lambda x, *_: x.new_empty(x.shape))
-qk_backward_op.register_fake(lambda qkv, gain, *_: (qkv.new_empty(qkv.shape), torch.empty_like(gain)))
 
 
 class FusedHeads(torch.autograd.Function):
@@ -1127,7 +1123,7 @@ def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIF
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@torch.library.custom_op(OPS + "mlp", mutates_args=(), schema="(Tensor a, Tensor w, Tensor? h) -> Tensor")
+@operator(OPS + "mlp", schema="(Tensor a, Tensor w, Tensor? h) -> Tensor")
 def mlp_op(a, w, h):
     """mlp_kernel. a (M, K), w (N, K) -> h (M, N); with h: a (M, K), w (K, N) -> the gradient of u (M, N)."""
     (bm, bn, bk), block = (128, 128, 64), TensorDescriptor.from_tensor
@@ -1137,9 +1133,6 @@ def mlp_op(a, w, h):
         block(out if h is None else h, [bm, bn]), block(out, [bm, bn]), a.size(1), h is not None,
         32 - 8 * a.element_size(), bm, bn, bk, num_warps=4, num_stages=3)
     return out
-
-
-mlp_op.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0 if h is None else 1)))
 
 
 class FusedMLP(torch.autograd.Function):
@@ -1165,7 +1158,7 @@ def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float
     return (x.float() * (1 / step)).clamp(-448, 448).to(torch.float8_e4m3fn), step
 
 
-@torch.library.custom_op(OPS + "mlp8", mutates_args=(), schema=(
+@operator(OPS + "mlp8", schema=(
     "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)"))
 def mlp8_op(x, up, down, steps, dtype):
     """mlp of x (M, D), up (F, D) and down (D, F) in e4m3 -> h (M, F), as mlp_op's, and its output (M, D).
@@ -1177,10 +1170,6 @@ def mlp8_op(x, up, down, steps, dtype):
         block(x, [bm, bk]), block(up, [bn, bk]), out, out, x.size(1), False, 32 - 8 * h.element_size(),
         bm, bn, bk, block(h8, [bm, bn]), *steps[:2], num_warps=4, num_stages=3)
     return h, torch._scaled_mm(h8, down.t(), *steps[1:], out_dtype=dtype, use_fast_accum=True)
-
-
-mlp8_op.register_fake(lambda x, up, down, steps, dtype: (
-    x.new_empty(len(x), len(up), dtype=dtype), x.new_empty(len(x), len(down), dtype=dtype)))
 
 
 class FusedMLP8(FusedMLP):
@@ -1198,7 +1187,7 @@ class FusedMLP8(FusedMLP):
         return y.view_as(x)
 
 
-@torch.library.custom_op(OPS + "flash4", mutates_args=(), schema=(
+@operator(OPS + "flash4", schema=(
     "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]"))
 def flash4_op(qkv, bounds, T, window, back):
     """FlashAttention-4 (package flash-attn-4, flash_attn/cute). qkv: (B, T, H, Dh) each, or with bounds of
@@ -1210,10 +1199,6 @@ def flash4_op(qkv, bounds, T, window, back):
     if not back:
         return [*_flash_attn_fwd(*qkv, return_lse=True, **how)[:2]]
     return [*_flash_attn_bwd(*qkv, *back, deterministic=torch.are_deterministic_algorithms_enabled(), **how)]
-
-
-flash4_op.register_fake(lambda qkv, bounds, T, window, back: [x.new_empty(x.shape) for x in qkv] if back else
-                        [(q := qkv[0]).new_empty(q.shape), q[..., 0].mT.contiguous().float()])
 
 
 class Flash4(torch.autograd.Function):
@@ -1412,7 +1397,7 @@ def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M,
         tl.debug_barrier()
 
 
-@torch.library.custom_op(OPS + "symmetric", mutates_args=(), schema=(
+@operator(OPS + "symmetric", schema=(
     "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"))
 def symmetric_op(X, r, poly, power, dtype, tile):
     """symmetric_kernel: (matrices, partial sums). poly: (a, b, c) or (). tile: (BLOCK, BK, warps, stages)."""
@@ -1424,8 +1409,7 @@ def symmetric_op(X, r, poly, power, dtype, tile):
     return out, sums
 
 
-@torch.library.custom_op(OPS + "solve", mutates_args=(),
-                         schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
+@operator(OPS + "solve", schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
 def solve_op(T, X, d, tile):
     """Inverses of blocks of 64, then substitution: Y, partial row sums of Y^2. tile: (BN, warps, stages)."""
     (B, M, N), (bn, warps, stages), blocks = X.shape, tile, -(-X.size(1) // 64)
@@ -1437,6 +1421,14 @@ def solve_op(T, X, d, tile):
     return Y, squares
 
 
+# What each operator returns, for the compiler.
+qk_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+qk_backward_op.register_fake(lambda qkv, gain, *_: (qkv.new_empty(qkv.shape), torch.empty_like(gain)))
+mlp_op.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0 if h is None else 1)))
+mlp8_op.register_fake(lambda x, up, down, steps, dtype: (
+    x.new_empty(len(x), len(up), dtype=dtype), x.new_empty(len(x), len(down), dtype=dtype)))
+flash4_op.register_fake(lambda qkv, bounds, T, window, back: [x.new_empty(x.shape) for x in qkv] if back else
+                        [(q := qkv[0]).new_empty(q.shape), q[..., 0].mT.contiguous().float()])
 symmetric_op.register_fake(lambda X, r, poly, power, dtype, tile: (
     X.new_empty(X.size(0), X.size(1), X.size(1), dtype=dtype),
     X.new_empty(X.size(0), -(-X.size(1) // tile[0]) if power else 0, X.size(1), dtype=torch.float32)))
