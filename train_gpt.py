@@ -1992,15 +1992,11 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     """The tensors of an opened artifact. ValueError when header and payload do not fit."""
     out, expected = {}, 0
     for row in header["tensors"]:
-        try:
-            name, kind, shape, offset = row
-            dtype = STORED[kind]
-            sizes_ok = shape and len(shape) <= 8 and all(type(n) is int and 0 < n < 1 << 28 for n in shape)
-            if type(name) is not str or not sizes_ok or type(offset) is not int:
-                raise ValueError("bad name, shape or offset")
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"artifact: bad tensor entry {str(row)[:80]} ({str(e)[:60]})") from None
-        count = math.prod(shape)
+        typed = type(row) is list and [type(x) for x in row] == [str, str, list, int] and row[1] in STORED
+        if not typed or not all(type(n) is int and 0 < n < 1 << 28 for n in row[2]) or not 0 < len(row[2]) <= 8:
+            raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}, no name, kind, shape and offset")
+        name, kind, shape, offset = row
+        count, dtype = math.prod(shape), STORED[kind]
         rows = count // shape[-1] if kind in CODE_LIMIT else 0
         end = offset + count * dtype.itemsize + 2 * rows
         if offset != expected or name in out or end > len(payload):
