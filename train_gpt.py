@@ -75,7 +75,6 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # -----------------------------------------------------------------------------
 # 1. Config: every knob once, with its default. The defaults are the eight-GPU attempt.
 
-
 class InputError(Exception):
     """What a user can mend: one line that names the file, key or value and says what to do."""
     status = 2      # of the process
@@ -273,7 +272,6 @@ def check_config(h: Config) -> None:
 
 # -----------------------------------------------------------------------------
 # 2. Machine: what differs between a laptop and eight GPUs, bound once. There is always a process group.
-
 
 def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
     """(accum, B): micro-batches of a step on each rank, sequences in each. InputError when nothing fits."""
@@ -626,7 +624,6 @@ class TokenLoader:
 # -----------------------------------------------------------------------------
 # 4. Bytes: what a token weighs, and the definition of bits per byte.
 
-
 @dataclass(frozen=True)
 class ByteCounts:
     """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,).
@@ -731,7 +728,6 @@ def load_dataset(h: Config) -> Dataset:
 
 # -----------------------------------------------------------------------------
 # 5. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
-
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -846,7 +842,6 @@ def layer(x: Tensor, x0: Tensor, w: LayerWeights, attend: Callable, mlp: Callabl
 
 # -----------------------------------------------------------------------------
 # 6. GPT: one table of all parameters, banks, one trunk for loss, logits and scoring.
-
 
 class ParamSpec(NamedTuple):
     """A parameter. Rows are initialised, and reductions of banks launched, in this order: biggest first."""
@@ -1668,7 +1663,6 @@ RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball":
 # -----------------------------------------------------------------------------
 # 9. Optimizer: sharded state, and the schedule that holds every collective of a step.
 
-
 class StepScalars(NamedTuple):
     """0-dimensional tensors, so that a new value is not a new compilation."""
     clip: Tensor            # factor on every gradient
@@ -1825,7 +1819,6 @@ class Optimizer:
 # -----------------------------------------------------------------------------
 # 10. Schedules: pure functions of progress through the run.
 
-
 class Hyper(NamedTuple):
     progress: float         # in [0, 1]: the larger share of the two budgets, time and iterations
     momentum: float
@@ -1845,7 +1838,6 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 # -----------------------------------------------------------------------------
 # 11. Averaging: an exponential average of the weights whose horizon is a fraction of the run.
-
 
 class Ema:
     """Average with weight exp(-age / ema_frac), age in shares of the run, so that run lengths compare."""
@@ -1993,9 +1985,9 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     out, expected = {}, 0
     for row in header["tensors"]:
         typed = type(row) is list and [type(x) for x in row] == [str, str, list, int] and row[1] in STORED
-        if not typed or not all(type(n) is int and 0 < n < 1 << 28 for n in row[2]) or not 0 < len(row[2]) <= 8:
+        name, kind, shape, offset = row if typed else ("", "f32", [], 0)
+        if not 0 < len(shape) <= 8 or not all(type(n) is int and 0 < n < 1 << 28 for n in shape):
             raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}, no name, kind, shape and offset")
-        name, kind, shape, offset = row
         count, dtype = math.prod(shape), STORED[kind]
         rows = count // shape[-1] if kind in CODE_LIMIT else 0
         end = offset + count * dtype.itemsize + 2 * rows
@@ -2033,8 +2025,7 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     with explained(f"{path}: cannot write it", "free space"):
         try:
             with open(path + ".tmp", "wb") as f:
-                for chunk in chunks:
-                    f.write(chunk)
+                f.writelines(chunks)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
@@ -2044,7 +2035,6 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
 
 # -----------------------------------------------------------------------------
 # 13. Score: windows that tile the split, one evaluator for the chunked and the sliding score.
-
 
 class Score(NamedTuple):
     loss: float         # mean nats per token
@@ -2118,7 +2108,6 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
 
 # -----------------------------------------------------------------------------
 # 14. Training: warm-up, clock, loop. Checkpoints are records/checkpoints.py's.
-
 
 @dataclass
 class Run:
@@ -2316,7 +2305,6 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 
 # -----------------------------------------------------------------------------
 # 15. Commands: what the command line reaches.
-
 
 def score_artifact(run: Run) -> str:
     """Score an artifact's weights, chunked and, where that differs, sliding: the last one is what counts."""
