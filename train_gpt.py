@@ -1655,9 +1655,8 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
 
-STEP_RULES: dict[str, Callable] = {
-    "muon": step_muon, "hyperball": step_hyperball, "normuon": step_muon, "normuon_hyperball": step_hyperball,
-}
+STEP_RULES: dict[str, Callable] = {"muon": step_muon, "hyperball": step_hyperball,
+                                   "normuon": step_muon, "normuon_hyperball": step_hyperball}
 RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}  # of (b, M, N)
 
 # -----------------------------------------------------------------------------
