@@ -316,7 +316,8 @@ class Machine:
 
     def sync(self) -> None:
         """Wait until the device has done all that was asked of it."""
-        torch.accelerator.synchronize() if self.pin else None
+        if self.pin:
+            torch.accelerator.synchronize()
 
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
         """Host copies of tensors as of this point of the queue, made beside it; calling the result waits for
@@ -401,10 +402,12 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     if local != world and (int(world) % int(local) or int(rank) % int(local) != int(place)):
         raise InputError(f"RANK={rank} LOCAL_WORLD_SIZE={local}: nodes differ; use one --nproc_per_node")
     world, rank, local, place = map(int, (world, rank, local, place))
-    trains and cut_batch(h, world)
+    if trains:
+        cut_batch(h, world)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
-    torch.cuda.set_device(device) if cuda else None
+    if cuda:
+        torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(h.deterministic)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
@@ -445,7 +448,8 @@ class Log:
                     self.goes_on = self.file.tell() > 0
             except InputError as e:     # every rank's, or the others' ends would go to another run's log
                 fault = [e]
-        dist.broadcast_object_list(fault, 0, device=torch.device("cpu")) if machine else None
+        if machine:
+            dist.broadcast_object_list(fault, 0, device=torch.device("cpu"))
         if fault[0]:
             raise fault[0]
 
@@ -1774,7 +1778,8 @@ class Optimizer:
         for home, grad in self.bank_grad.items():                   # 1. gradients on the wire, biggest first
             wire = self.wire[home].copy_(grad)                      # onto itself it is not copied
             for i, (group, whole, part) in enumerate(self.m.levels):
-                arrivals[-1].wait() if i else None                  # between nodes goes what came from inside
+                if i:
+                    arrivals[-1].wait()                             # between nodes goes what came from inside
                 arrivals.append(reduce_scatter(wire[part], wire[whole], group=group, **average))
         for work in [*arrivals, dist.all_reduce(self.wire["flat"].copy_(self.flat_grad), **average)]:
             work.wait()
@@ -2202,7 +2207,8 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Cal
     """Compile, record and touch all the clock will see, then put it back. Returns train_step's backward."""
     backward, failure = bind_pass(run.loss_fn, optimizer)
     for what, reason in (("pass", failure), ("update", optimizer.failure)):
-        run.log(f"{what}:eager, no graph ({reason})") if reason else None
+        if reason:
+            run.log(f"{what}:eager, no graph ({reason})")
     saved = optimizer.snapshot()
     for i in range(run.h.warmup_steps):
         train_step(backward, optimizer, loader.next(), hyper_at(run.h, 0, 0.0))
@@ -2262,7 +2268,8 @@ def train(run: Run) -> Ema:
         clock_ms, ended = m.agree(clock(), bool(m.signals) if sound(in_flight) else 2)     # 1: by a signal
         if step % h.train_log_every == 0 or step == 1:
             shown = log_step(run, step, loss, clock_ms)
-        keep and keep.save(step, clock_ms)
+        if keep:
+            keep.save(step, clock_ms)
         eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
         log.status(f"step {step} loss {shown:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
     m.sync()
@@ -2273,7 +2280,8 @@ def train(run: Run) -> Ema:
         good, (last, norm) = keep and keep.last_good() or "none", reached()[0].tolist()
         raise Fault(f"step {step}: diverged, loss {last:.4g}, gradient norm {norm:.4g}, "
                     f"first bad tensor {bad}, last good checkpoint {good}")
-    keep and keep.save(step, train_ms, last=True)
+    if keep:
+        keep.save(step, train_ms, last=True)
     if step < h.iterations:
         why = "signal" if ended else "wallclock_cap"
         log(f"stopping_early: {why} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
@@ -2374,7 +2382,8 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
         status = conclude(run, train(run), base + ".int6.xz")
-    print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True) if m.rank == 0 else None
+    if m.rank == 0:
+        print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
     return status
 
 
