@@ -1005,8 +1005,8 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                       # without Triton the kernels are defined and never launched
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
-OPS = f"bankshot_{__name__.strip('_')}::"    # operators are global: a second copy of this file has its own
-operator = partial(torch.library.custom_op, mutates_args=())
+operator = lambda name, schema: torch.library.custom_op(     # global: a second copy of this file has its own
+    f"bankshot_{__name__.strip('_')}::{name}", mutates_args=(), schema=schema)
 
 
 @triton.jit
@@ -1055,7 +1055,7 @@ def qk_kernel(x_ptr, dy_ptr, out_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_ptr, N, 
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@operator(OPS + "qk", schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
+@operator("qk", "(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
 def qk_op(x, gain, cos, sin):
     """qk_norm_rope in one read and one write. x: contiguous heads of 2^n."""
     (B, T, H, Dh), y = x.shape, x.new_empty(x.shape)
@@ -1064,8 +1064,8 @@ def qk_op(x, gain, cos, sin):
     return y
 
 
-@operator(OPS + "qk_backward", schema=(
-    "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)"))
+@operator("qk_backward",
+          "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)")
 def qk_backward_op(qkv, gain, cos, sin, *dys):
     """The gradients of qkv, filled part by part from those of q, k and v, and of gain."""
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
@@ -1122,7 +1122,7 @@ def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIF
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@operator(OPS + "mlp", schema="(Tensor a, Tensor w, Tensor? h) -> Tensor")
+@operator("mlp", "(Tensor a, Tensor w, Tensor? h) -> Tensor")
 def mlp_op(a, w, h):
     """mlp_kernel. a (M, K), w (N, K) -> h (M, N); with h: a (M, K), w (K, N) -> the gradient of u (M, N)."""
     (bm, bn, bk), block = (128, 128, 64), TensorDescriptor.from_tensor
@@ -1157,8 +1157,7 @@ def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float
     return (x.float() * (1 / step)).clamp(-448, 448).to(torch.float8_e4m3fn), step
 
 
-@operator(OPS + "mlp8", schema=(
-    "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)"))
+@operator("mlp8", "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)")
 def mlp8_op(x, up, down, steps, dtype):
     """mlp of x (M, D), up (F, D) and down (D, F) in e4m3 -> h (M, F), as mlp_op's, and its output (M, D).
     steps: x's times up's, h's and down's; each a tensor of its own, for cuBLASLt wants aligned addresses."""
@@ -1186,8 +1185,7 @@ class FusedMLP8(FusedMLP):
         return y.view_as(x)
 
 
-@operator(OPS + "flash4", schema=(
-    "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]"))
+@operator("flash4", "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]")
 def flash4_op(qkv, bounds, T, window, back):
     """FlashAttention-4 (package flash-attn-4, flash_attn/cute). qkv: (B, T, H, Dh) each, or with bounds of
     sequences (B * T, H, Dh) -> out, log-sum-exps. back: out, its gradient, these -> the gradients of qkv."""
@@ -1396,8 +1394,8 @@ def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M,
         tl.debug_barrier()
 
 
-@operator(OPS + "symmetric", schema=(
-    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"))
+@operator("symmetric",
+          "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)")
 def symmetric_op(X, r, poly, power, dtype, tile):
     """symmetric_kernel: (matrices, partial sums). poly: (a, b, c) or (). tile: (BLOCK, BK, warps, stages)."""
     (B, M, N), (block, bk, warps, stages), n = X.shape, tile, -(-X.size(1) // tile[0])
@@ -1408,7 +1406,7 @@ def symmetric_op(X, r, poly, power, dtype, tile):
     return out, sums
 
 
-@operator(OPS + "solve", schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
+@operator("solve", "(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
 def solve_op(T, X, d, tile):
     """Inverses of blocks of 64, then substitution: Y, partial row sums of Y^2. tile: (BN, warps, stages)."""
     (B, M, N), (bn, warps, stages), blocks = X.shape, tile, -(-X.size(1) // 64)
