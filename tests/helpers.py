@@ -297,8 +297,8 @@ def emulate_fp8(monkeypatch, machine=False):
     monkeypatch.setattr(t, "mlp8_op", mlp8_op)
     initial = t.init_machine
 
-    def bound(h, env):
-        m, (ops, names) = initial(h, env), t.bind_ops(h, torch.device("cpu"))
+    def bound(h, env, trains=True):
+        m, (ops, names) = initial(h, env, trains), t.bind_ops(h, torch.device("cpu"))
         return dataclasses.replace(m, ops=t.Ops(mlp=ops.mlp), names=m.names | {"mlp": names["mlp"]})
 
     if machine:
