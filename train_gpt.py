@@ -1064,8 +1064,8 @@ def qk_op(x, gain, cos, sin):
     return y
 
 
-@operator("qk_backward",
-          "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)")
+@operator("qk_backward", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
+          " -> (Tensor, Tensor)")
 def qk_backward_op(qkv, gain, cos, sin, *dys):
     """The gradients of qkv, filled part by part from those of q, k and v, and of gain."""
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
