@@ -75,7 +75,6 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # -----------------------------------------------------------------------------
 # 1. Config: every knob once, with its default. The defaults are the eight-GPU attempt.
 
-
 class InputError(Exception):
     """What a user can mend: one line that names the file, key or value and says what to do."""
     status = 2      # of the process
@@ -212,8 +211,7 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[te
 
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
-    """Defaults < preset < artifact < environment (KEY in upper case) < `key=value`.
-    artifact: the config in an artifact's header. Raises InputError on an unknown key or a bad value."""
+    """Defaults < preset < artifact (its header's config) < environment (KEY in upper case) < `key=value`."""
     types = {f.name: f.type for f in dataclasses.fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
     for arg in argv:
@@ -276,7 +274,6 @@ def check_config(h: Config) -> None:
 # -----------------------------------------------------------------------------
 # 2. Machine: what differs between a laptop and eight GPUs, bound once. There is always a process group.
 
-
 def cut_batch(h: Config, world_size: int) -> tuple[int, int]:
     """(accum, B): micro-batches of a step on each rank, sequences in each. InputError when nothing fits."""
     sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
@@ -320,7 +317,8 @@ class Machine:
 
     def sync(self) -> None:
         """Wait until the device has done all that was asked of it."""
-        torch.accelerator.synchronize() if self.pin else None
+        if self.pin:
+            torch.accelerator.synchronize()
 
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
         """Host copies of tensors as of this point of the queue, made beside it; calling the result waits for
@@ -335,7 +333,6 @@ class Machine:
             passed = side.record_event()
         for t in copies:
             t.record_stream(side)       # its memory is free when it has crossed
-
         def arrived() -> list[Tensor]:
             deadline = time.monotonic() + PATIENCE
             while not passed.query():
@@ -396,8 +393,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
-    """Join torchrun's process group, or make one of this process alone, and bind device, dtype, compiler and
-    ops. InputError when the world size, or the batch of what trains, or the nodes do not fit."""
+    """Join torchrun's process group, or make one of this process alone, and bind what a Machine holds."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -407,10 +403,12 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     if local != world and (int(world) % int(local) or int(rank) % int(local) != int(place)):
         raise InputError(f"RANK={rank} LOCAL_WORLD_SIZE={local}: nodes differ; use one --nproc_per_node")
     world, rank, local, place = map(int, (world, rank, local, place))
-    trains and cut_batch(h, world)
+    if trains:
+        cut_batch(h, world)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
-    torch.cuda.set_device(device) if cuda else None
+    if cuda:
+        torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(h.deterministic)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
@@ -451,7 +449,8 @@ class Log:
                     self.goes_on = self.file.tell() > 0
             except InputError as e:     # every rank's, or the others' ends would go to another run's log
                 fault = [e]
-        dist.broadcast_object_list(fault, 0, device=torch.device("cpu")) if machine else None
+        if machine:
+            dist.broadcast_object_list(fault, 0, device=torch.device("cpu"))
         if fault[0]:
             raise fault[0]
 
@@ -476,7 +475,6 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
-
     before = {each: signal.signal(each, heed) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -508,8 +506,7 @@ SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
-    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the tokens as uint16.
-    InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
+    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the uint16 tokens."""
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
         header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -527,7 +524,6 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
 
 
 def shard_tokens(path: str) -> int:
-    """Tokens in a shard by its size."""
     return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
 
 
@@ -644,7 +640,6 @@ class TokenLoader:
 # -----------------------------------------------------------------------------
 # 4. Bytes: what a token weighs, and the definition of bits per byte.
 
-
 @dataclass(frozen=True)
 class ByteCounts:
     """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,).
@@ -709,8 +704,7 @@ class Dataset:
 
 
 def load_dataset(h: Config) -> Dataset:
-    """Tokenizer and manifest of `data_path`. InputError when they, vocab_size and bos_id do not agree or a
-    held-out split does not fit; its shards are only measured."""
+    """Tokenizer and manifest of `data_path`, checked with the knobs; held-out shards are only measured."""
     sha256 = lambda data: hashlib.sha256(data).hexdigest()
     path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
@@ -750,7 +744,6 @@ def load_dataset(h: Config) -> Dataset:
 
 # -----------------------------------------------------------------------------
 # 5. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
-
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -866,7 +859,6 @@ def layer(x: Tensor, x0: Tensor, w: LayerWeights, attend: Callable, mlp: Callabl
 # -----------------------------------------------------------------------------
 # 6. GPT: one table of all parameters, banks, one trunk for loss, logits and scoring.
 
-
 class ParamSpec(NamedTuple):
     """A parameter. Rows are initialised, and reductions of banks launched, in this order: biggest first."""
     name: str
@@ -919,23 +911,21 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
-    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation.
-    orthogonal: each matrix on its own; half_orthogonal STD: the first L matrices so, the last L normal."""
+    """A float32 tensor by a row of parameter_table. ValueError for an unknown initialisation."""
     kind, _, value = init.partition(" ")
+    out, value = torch.zeros(shape), float(value or 0)
+    orthogonal = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}    # share; the rest normal
     if kind == "constant":
-        return torch.full(shape, float(value))
-    out = torch.zeros(shape)
-    if kind == "normal":
-        out = out.normal_(0, float(value), generator=generator) if float(value) else out
-    elif kind in ("orthogonal", "half_orthogonal"):
-        matrices = out.view(-1, *shape[-2:])
-        count = len(matrices) // (1 if kind == "orthogonal" else 2)
-        for matrix in matrices[:count]:
-            nn.init.orthogonal_(matrix, generator=generator)
-        if float(value or 0):
-            matrices[count:].normal_(0, float(value), generator=generator)
+        out.fill_(value)
     elif kind == "first_of_two":
         out[:, 0] = 1
+    elif kind in orthogonal:
+        matrices = out.view(-1, *shape[-2:])
+        count = int(orthogonal[kind] * len(matrices))
+        for matrix in matrices[:count]:
+            nn.init.orthogonal_(matrix, generator=generator)
+        if value:
+            matrices[count:].normal_(0, value, generator=generator)
     else:
         raise ValueError(f"unknown initialisation {init!r}")
     return out
@@ -1027,7 +1017,8 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                       # without Triton the kernels are defined and never launched
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
-OPS = f"bankshot_{__name__.strip('_')}::"    # operators are global: a second copy of this file has its own
+operator = lambda name, schema: torch.library.custom_op(     # global: a second copy of this file has its own
+    f"bankshot_{__name__.strip('_')}::{name}", mutates_args=(), schema=schema)
 
 
 @triton.jit
@@ -1076,8 +1067,7 @@ def qk_kernel(x_ptr, dy_ptr, out_ptr, dgain_ptr, gain_ptr, cos_ptr, sin_ptr, N, 
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@torch.library.custom_op(OPS + "qk", mutates_args=(),
-                         schema="(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
+@operator("qk", "(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
 def qk_op(x, gain, cos, sin):
     """qk_norm_rope in one read and one write. x: contiguous heads of 2^n."""
     (B, T, H, Dh), y = x.shape, x.new_empty(x.shape)
@@ -1086,8 +1076,8 @@ def qk_op(x, gain, cos, sin):
     return y
 
 
-@torch.library.custom_op(OPS + "qk_backward", mutates_args=(), schema=(
-    "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)"))
+@operator("qk_backward", "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv)"
+          " -> (Tensor, Tensor)")
 def qk_backward_op(qkv, gain, cos, sin, *dys):
     """The gradients of qkv, filled part by part from those of q, k and v, and of gain."""
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
@@ -1098,10 +1088,6 @@ def qk_backward_op(qkv, gain, cos, sin, *dys):
         qk_kernel[tuple(dg.shape)](x, dy, dx, dg, g, cos, sin, B * T, T, *x.stride()[:3], *dy.stride()[:3],
                                    dx.stride(1), dg.size(1), Dh, cos.size(-1), RMS_EPS, 32)
     return dqkv, sums[0].sum(0)
-
-
-qk_op.register_fake(lambda x, *_: x.new_empty(x.shape))
-qk_backward_op.register_fake(lambda qkv, gain, *_: (qkv.new_empty(qkv.shape), torch.empty_like(gain)))
 
 
 class FusedHeads(torch.autograd.Function):
@@ -1148,7 +1134,7 @@ def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIF
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@torch.library.custom_op(OPS + "mlp", mutates_args=(), schema="(Tensor a, Tensor w, Tensor? h) -> Tensor")
+@operator("mlp", "(Tensor a, Tensor w, Tensor? h) -> Tensor")
 def mlp_op(a, w, h):
     """mlp_kernel. a (M, K), w (N, K) -> h (M, N); with h: a (M, K), w (K, N) -> the gradient of u (M, N)."""
     (bm, bn, bk), block = (128, 128, 64), TensorDescriptor.from_tensor
@@ -1158,9 +1144,6 @@ def mlp_op(a, w, h):
         block(out if h is None else h, [bm, bn]), block(out, [bm, bn]), a.size(1), h is not None,
         32 - 8 * a.element_size(), bm, bn, bk, num_warps=4, num_stages=3)
     return out
-
-
-mlp_op.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0 if h is None else 1)))
 
 
 class FusedMLP(torch.autograd.Function):
@@ -1186,8 +1169,7 @@ def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float
     return (x.float() * (1 / step)).clamp(-448, 448).to(torch.float8_e4m3fn), step
 
 
-@torch.library.custom_op(OPS + "mlp8", mutates_args=(), schema=(
-    "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)"))
+@operator("mlp8", "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)")
 def mlp8_op(x, up, down, steps, dtype):
     """mlp of x (M, D), up (F, D) and down (D, F) in e4m3 -> h (M, F), as mlp_op's, and its output (M, D).
     steps: x's times up's, h's and down's; each a tensor of its own, for cuBLASLt wants aligned addresses."""
@@ -1198,10 +1180,6 @@ def mlp8_op(x, up, down, steps, dtype):
         block(x, [bm, bk]), block(up, [bn, bk]), out, out, x.size(1), False, 32 - 8 * h.element_size(),
         bm, bn, bk, block(h8, [bm, bn]), *steps[:2], num_warps=4, num_stages=3)
     return h, torch._scaled_mm(h8, down.t(), *steps[1:], out_dtype=dtype, use_fast_accum=True)
-
-
-mlp8_op.register_fake(lambda x, up, down, steps, dtype: (
-    x.new_empty(len(x), len(up), dtype=dtype), x.new_empty(len(x), len(down), dtype=dtype)))
 
 
 class FusedMLP8(FusedMLP):
@@ -1219,8 +1197,7 @@ class FusedMLP8(FusedMLP):
         return y.view_as(x)
 
 
-@torch.library.custom_op(OPS + "flash4", mutates_args=(), schema=(
-    "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]"))
+@operator("flash4", "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]")
 def flash4_op(qkv, bounds, T, window, back):
     """FlashAttention-4 (package flash-attn-4, flash_attn/cute). qkv: (B, T, H, Dh) each, or with bounds of
     sequences (B * T, H, Dh) -> out, log-sum-exps. back: out, its gradient, these -> the gradients of qkv."""
@@ -1231,10 +1208,6 @@ def flash4_op(qkv, bounds, T, window, back):
     if not back:
         return [*_flash_attn_fwd(*qkv, return_lse=True, **how)[:2]]
     return [*_flash_attn_bwd(*qkv, *back, deterministic=torch.are_deterministic_algorithms_enabled(), **how)]
-
-
-flash4_op.register_fake(lambda qkv, bounds, T, window, back: [x.new_empty(x.shape) for x in qkv] if back else
-                        [(q := qkv[0]).new_empty(q.shape), q[..., 0].mT.contiguous().float()])
 
 
 class Flash4(torch.autograd.Function):
@@ -1275,7 +1248,6 @@ def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "trit
         dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
         y.backward(dy.to(y.dtype))
         return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
-
     try:
         got, exact = results(fast, False), results(line, True)
         error = torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, exact)]).max().item()   # or nan
@@ -1434,8 +1406,8 @@ def substitution_kernel(t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M,
         tl.debug_barrier()
 
 
-@torch.library.custom_op(OPS + "symmetric", mutates_args=(), schema=(
-    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"))
+@operator("symmetric",
+          "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)")
 def symmetric_op(X, r, poly, power, dtype, tile):
     """symmetric_kernel: (matrices, partial sums). poly: (a, b, c) or (). tile: (BLOCK, BK, warps, stages)."""
     (B, M, N), (block, bk, warps, stages), n = X.shape, tile, -(-X.size(1) // tile[0])
@@ -1446,8 +1418,7 @@ def symmetric_op(X, r, poly, power, dtype, tile):
     return out, sums
 
 
-@torch.library.custom_op(OPS + "solve", mutates_args=(),
-                         schema="(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
+@operator("solve", "(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
 def solve_op(T, X, d, tile):
     """Inverses of blocks of 64, then substitution: Y, partial row sums of Y^2. tile: (BN, warps, stages)."""
     (B, M, N), (bn, warps, stages), blocks = X.shape, tile, -(-X.size(1) // 64)
@@ -1459,6 +1430,14 @@ def solve_op(T, X, d, tile):
     return Y, squares
 
 
+# What each operator returns, for the compiler.
+qk_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+qk_backward_op.register_fake(lambda qkv, gain, *_: (qkv.new_empty(qkv.shape), torch.empty_like(gain)))
+mlp_op.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0 if h is None else 1)))
+mlp8_op.register_fake(lambda x, up, down, steps, dtype: (
+    x.new_empty(len(x), len(up), dtype=dtype), x.new_empty(len(x), len(down), dtype=dtype)))
+flash4_op.register_fake(lambda qkv, bounds, T, window, back: [x.new_empty(x.shape) for x in qkv] if back else
+                        [(q := qkv[0]).new_empty(q.shape), q[..., 0].mT.contiguous().float()])
 symmetric_op.register_fake(lambda X, r, poly, power, dtype, tile: (
     X.new_empty(X.size(0), X.size(1), X.size(1), dtype=dtype),
     X.new_empty(X.size(0), -(-X.size(1) // tile[0]) if power else 0, X.size(1), dtype=torch.float32)))
@@ -1550,7 +1529,6 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     return a, b, c
 
 
-@lru_cache(maxsize=None)
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
     """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932).
     Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
@@ -1690,14 +1668,12 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
 
-STEP_RULES: dict[str, Callable] = {
-    "muon": step_muon, "hyperball": step_hyperball, "normuon": step_muon, "normuon_hyperball": step_hyperball,
-}
+STEP_RULES: dict[str, Callable] = {"muon": step_muon, "hyperball": step_hyperball,
+                                   "normuon": step_muon, "normuon_hyperball": step_hyperball}
 RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}  # of (b, M, N)
 
 # -----------------------------------------------------------------------------
 # 9. Optimizer: sharded state, and the schedule that holds every collective of a step.
-
 
 class StepScalars(NamedTuple):
     """0-dimensional tensors, so that a new value is not a new compilation."""
@@ -1811,7 +1787,8 @@ class Optimizer:
         for home, grad in self.bank_grad.items():                   # 1. gradients on the wire, biggest first
             wire = self.wire[home].copy_(grad)                      # onto itself it is not copied
             for i, (group, whole, part) in enumerate(self.m.levels):
-                arrivals[-1].wait() if i else None                  # between nodes goes what came from inside
+                if i:
+                    arrivals[-1].wait()                             # between nodes goes what came from inside
                 arrivals.append(reduce_scatter(wire[part], wire[whole], group=group, **average))
         for work in [*arrivals, dist.all_reduce(self.wire["flat"].copy_(self.flat_grad), **average)]:
             work.wait()
@@ -1855,7 +1832,6 @@ class Optimizer:
 # -----------------------------------------------------------------------------
 # 10. Schedules: pure functions of progress through the run.
 
-
 class Hyper(NamedTuple):
     progress: float         # in [0, 1]: the larger share of the two budgets, time and iterations
     momentum: float
@@ -1875,7 +1851,6 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 # -----------------------------------------------------------------------------
 # 11. Averaging: an exponential average of the weights whose horizon is a fraction of the run.
-
 
 class Ema:
     """Average with weight exp(-age / ema_frac), age in shares of the run, so that run lengths compare."""
@@ -1966,10 +1941,8 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Cal
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
     in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap."""
     def quantized(step: float) -> tuple[bytes, float]:
-        """The artifact before compression at a step, and its entropy in bytes."""
         raw = timed("quantize", raw_artifact, tensors, dataclasses.replace(h, int6_step=step))
         return raw, timed("quantize", entropy_bytes, raw)
-
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     step, ratio, best = h.int6_step, 0.9, None            # xz never came below 0.9 of the order-0 entropy
     raw, entropy = quantized(step)
@@ -2024,15 +1997,11 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     """The tensors of an opened artifact. ValueError when header and payload do not fit."""
     out, expected = {}, 0
     for row in header["tensors"]:
-        try:
-            name, kind, shape, offset = row
-            dtype = STORED[kind]
-            sizes_ok = shape and len(shape) <= 8 and all(type(n) is int and 0 < n < 1 << 28 for n in shape)
-            if type(name) is not str or not sizes_ok or type(offset) is not int:
-                raise ValueError("bad name, shape or offset")
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"artifact: bad tensor entry {str(row)[:80]} ({str(e)[:60]})") from None
-        count = math.prod(shape)
+        typed = type(row) is list and [type(x) for x in row] == [str, str, list, int] and row[1] in STORED
+        name, kind, shape, offset = row if typed else ("", "f32", [], 0)
+        if not 0 < len(shape) <= 8 or not all(type(n) is int and 0 < n < 1 << 28 for n in shape):
+            raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}, no name, kind, shape and offset")
+        count, dtype = math.prod(shape), STORED[kind]
         rows = count // shape[-1] if kind in CODE_LIMIT else 0
         end = offset + count * dtype.itemsize + 2 * rows
         if offset != expected or name in out or end > len(payload):
@@ -2069,8 +2038,7 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     with explained(f"{path}: cannot write it", "free space"):
         try:
             with open(path + ".tmp", "wb") as f:
-                for chunk in chunks:
-                    f.write(chunk)
+                f.writelines(chunks)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
@@ -2080,7 +2048,6 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
 
 # -----------------------------------------------------------------------------
 # 13. Score: windows that tile the split, one evaluator for the chunked and the sliding score.
-
 
 class Score(NamedTuple):
     loss: float         # mean nats per token
@@ -2155,7 +2122,6 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
 # -----------------------------------------------------------------------------
 # 14. Training: warm-up, clock, loop. Checkpoints are records/checkpoints.py's.
 
-
 @dataclass
 class Run:
     """Everything a run works with, built once by start_run and passed down."""
@@ -2187,7 +2153,6 @@ class Run:
         return self.splits[split]
 
     def score(self, label: str, stride: int, split: str = "val") -> Score:
-        """Score the model's current weights on a held-out split."""
         tokens, h = self.held_out(split), self.h
         how = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
         return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
@@ -2251,7 +2216,8 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Cal
     """Compile, record and touch all the clock will see, then put it back. Returns train_step's backward."""
     backward, failure = bind_pass(run.loss_fn, optimizer)
     for what, reason in (("pass", failure), ("update", optimizer.failure)):
-        run.log(f"{what}:eager, no graph ({reason})") if reason else None
+        if reason:
+            run.log(f"{what}:eager, no graph ({reason})")
     saved = optimizer.snapshot()
     for i in range(run.h.warmup_steps):
         train_step(backward, optimizer, loader.next(), hyper_at(run.h, 0, 0.0))
@@ -2311,7 +2277,8 @@ def train(run: Run) -> Ema:
         clock_ms, ended = m.agree(clock(), bool(m.signals) if sound(in_flight) else 2)     # 1: by a signal
         if step % h.train_log_every == 0 or step == 1:
             shown = log_step(run, step, loss, clock_ms)
-        keep and keep.save(step, clock_ms)
+        if keep:
+            keep.save(step, clock_ms)
         eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
         log.status(f"step {step} loss {shown:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
     m.sync()
@@ -2322,7 +2289,8 @@ def train(run: Run) -> Ema:
         good, (last, norm) = keep and keep.last_good() or "none", reached()[0].tolist()
         raise Fault(f"step {step}: diverged, loss {last:.4g}, gradient norm {norm:.4g}, "
                     f"first bad tensor {bad}, last good checkpoint {good}")
-    keep and keep.save(step, train_ms, last=True)
+    if keep:
+        keep.save(step, train_ms, last=True)
     if step < h.iterations:
         why = "signal" if ended else "wallclock_cap"
         log(f"stopping_early: {why} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
@@ -2353,7 +2321,6 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 
 # -----------------------------------------------------------------------------
 # 15. Commands: what the command line reaches.
-
 
 def score_artifact(run: Run) -> str:
     """Score an artifact's weights, chunked and, where that differs, sliding: the last one is what counts."""
@@ -2414,7 +2381,6 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
 
 
 def command_train(h: Config, env: Mapping[str, str]) -> int:
-    """Train, then conclude."""
     started = time.perf_counter()
     m = init_machine(h, env)
     stamp = [h.run_id or time.strftime("%Y%m%d_%H%M%S", time.gmtime()) + f"_{h.preset}_seed{h.seed}"]
@@ -2425,7 +2391,8 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
         status = conclude(run, train(run), base + ".int6.xz")
-    print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True) if m.rank == 0 else None
+    if m.rank == 0:
+        print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
     return status
 
 
@@ -2456,7 +2423,6 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
 
 
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """Score an artifact, chunked and sliding."""
     run, blob = load_run(path, argv, env)
     run.log(f"eval_score {score_artifact(run)} "
             f"eval_time:{run.phases['eval']:.0f}ms sha256:{hashlib.sha256(blob).hexdigest()}")
