@@ -211,7 +211,8 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[te
 
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
-    """Defaults < preset < artifact (its header's config) < environment (KEY in upper case) < `key=value`."""
+    """Defaults < preset < artifact (its header's config) < environment (KEY in upper case) < `key=value`.
+    InputError on an unknown key or a bad value."""
     types = {f.name: f.type for f in dataclasses.fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
     for arg in argv:
@@ -393,7 +394,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
-    """Join torchrun's process group, or make one of this process alone, and bind what a Machine holds."""
+    """Join torchrun's process group, or make one of this process alone, and bind what a Machine holds.
+    InputError when the world size, or the batch of what trains, or the nodes do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -506,7 +508,8 @@ SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
-    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the uint16 tokens."""
+    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the uint16 tokens.
+    InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
         header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -575,7 +578,7 @@ class TokenLoader:
 
     def shuffle_shard(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of a shard, its document starts in this epoch's order, and where each comes to lie."""
-        tokens = np.asarray(load_shard(self.files[shard], self.h.vocab_size))      # a memmap's slices are slow
+        tokens = np.asarray(load_shard(self.files[shard], self.h.vocab_size))    # slices of a memmap are slow
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(starts) == 0:
             raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
@@ -704,7 +707,8 @@ class Dataset:
 
 
 def load_dataset(h: Config) -> Dataset:
-    """Tokenizer and manifest of `data_path`, checked with the knobs; held-out shards are only measured."""
+    """Tokenizer and manifest of `data_path`; held-out shards are only measured. InputError when these and the
+    knobs do not agree or a held-out split does not fit."""
     sha256 = lambda data: hashlib.sha256(data).hexdigest()
     path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
@@ -1017,8 +1021,11 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:                       # without Triton the kernels are defined and never launched
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=int)
-operator = lambda name, schema: torch.library.custom_op(     # global: a second copy of this file has its own
-    f"bankshot_{__name__.strip('_')}::{name}", mutates_args=(), schema=schema)
+
+
+def operator(name: str, schema: str) -> Callable:
+    """Registers what changes no input. Operators are global: a second copy of this file has its own."""
+    return torch.library.custom_op(f"bankshot_{__name__.strip('_')}::{name}", mutates_args=(), schema=schema)
 
 
 @triton.jit
