@@ -2045,7 +2045,8 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     with explained(f"{path}: cannot write it", "free space"):
         try:
             with open(path + ".tmp", "wb") as f:
-                f.writelines(chunks)
+                for chunk in chunks:
+                    f.write(chunk)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
