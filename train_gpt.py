@@ -1536,6 +1536,7 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     return a, b, c
 
 
+@lru_cache(maxsize=None)
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
     """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932).
     Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
