@@ -41,6 +41,7 @@ PRODUCTS = 20                       # calls of a floor's products in one CUDA gr
 HOST_SECONDS = 2.0                  # on a CPU a case ends after this long, with three repetitions at least
 RANKS = 8                           # whose largest share is "an eighth"
 LAYERS = 4                          # matrices of each bank whose momentum is looked at
+MODULE = "measured_script"          # the script's name in sys.modules
 POINTS = 96                         # singular values in the picture
 # Momentum needs gradients, not speed: no compilation (a minute), so micro-batches that fit without it.
 GPU_KNOBS = ["preset=h100x1", "train_batch_tokens=65536", "micro_batch_tokens=32768"]
@@ -98,10 +99,11 @@ def sha256_file(path: Path) -> str:
 
 
 def load_script(path: Path) -> ModuleType:
-    """train_gpt.py as a module, by path. BadInput when it is not there or does not import."""
+    """train_gpt.py as a module, by path. BadInput when it is not there or does not import. Under a name of its
+    own: operators are registered by it, and a second copy of one name would leave the first with dead ones."""
     try:
-        spec = importlib.util.spec_from_file_location("train_gpt", path)
-        module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(MODULE, path)
+        module = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (OSError, ImportError, SyntaxError) as error:
         raise BadInput(f"{path}: cannot be loaded: {error}") from None

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records"), str(ROOT / "tests")]
@@ -200,7 +201,6 @@ def measured(tmp_path_factory) -> Path:
         assert record.main(["--root", str(root), "directions", "--tiny", "--steps", "3", *knobs]) == 0
     finally:
         patch.undo()
-        sys.modules["train_gpt"] = t
     return root
 
 
@@ -353,13 +353,21 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("directions: ") and err.count("\n") == 1
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
-    sys.modules["train_gpt"] = t
+
+
+def test_another_copy_of_the_script_leaves_the_first_its_operators():
+    first = sys.modules["train_gpt"]
+    again = directions.load_script(ROOT / "train_gpt.py")
+    assert sys.modules["train_gpt"] is first is t and again is not t
+    with FakeTensorMode():
+        for copy in (t, again):
+            a, w = torch.empty(8, 16), torch.empty(24, 16)
+            assert copy.mlp_op(a, w, None).shape == (8, 24)
 
 
 @pytest.mark.gpu
 def test_graphs_on_a_gpu(tmp_path):
     assert directions.main(["--tiny", "--out", str(tmp_path), "--seconds", "0"]) == 0
-    sys.modules["train_gpt"] = t
     (folder,) = tmp_path.iterdir()
     log = direction_log.parse((folder / "log.txt").read_text())
     done = {(x["part"], x["share"], x["row"]) for x in log["time"] if x["mode"] == "graph4"}
