@@ -123,6 +123,9 @@ class Config:
     eval_seq_len: int = 2048
     eval_stride: int = 64                # sliding score: fresh tokens per window
     eval_batch_tokens: int = 131_072     # per forward and rank
+    ttt_lr: float = 0.0                  # of test-time training, at first; 0: the weights stay as they are
+    ttt_chunk_tokens: int = 32_768       # scored targets that are then learnt from
+    ttt_passes: int = 3                  # over a chunk, an SGD step each
     # model
     vocab_size: int = 1024
     num_layers: int = 11
@@ -201,10 +204,11 @@ PRESETS: dict[str, dict] = {
         rope_dims=16, xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
 }
 
-# What an artifact must carry to be scored: its header holds these and no other knob.
+# What an artifact must carry to be scored: its header holds these and, where it is scored so, TTT_FIELDS.
 MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims",
                 "rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
                 "logit_softcap", "bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask")
+TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
 
 FLAGS = {"0": False, "false": False, "1": True, "true": True}
 PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[text.lower()]}
@@ -254,6 +258,7 @@ def check_config(h: Config) -> None:
         *((getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
           for part, whole in divides.items()),
         (h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len"),
+        (not (h.ttt_lr and h.ttt_chunk_tokens % h.eval_seq_len), "eval_seq_len must divide ttt_chunk_tokens"),
         (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
         (max(h.xsa_last_n, h.ve_last_n) <= h.num_layers, "xsa_last_n, ve_last_n must not exceed num_layers"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
@@ -1926,7 +1931,8 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
         step = h.int6_step if kind == "int6" else 0.0
         parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
         payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
-    content = {"config": {k: getattr(h, k) for k in MODEL_FIELDS}, "tensors": index}
+    fields = MODEL_FIELDS + TTT_FIELDS * (h.ttt_lr > 0)
+    content = {"config": {k: getattr(h, k) for k in fields}, "tensors": index}
     header = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
@@ -1994,7 +2000,8 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
         types = lambda value: type(value) is dict and {k: type(v) for k, v in value.items()}
         if types(header) != {"config": dict, "tensors": list}:
             raise ValueError("not an object of a config and a list of tensors")
-        if types(header["config"]) != types({k: getattr(Config, k) for k in MODEL_FIELDS}):
+        fields = MODEL_FIELDS + TTT_FIELDS * ("ttt_lr" in header["config"])
+        if types(header["config"]) != types({k: getattr(Config, k) for k in fields}):
             raise ValueError("the config has unexpected keys or a value of another type")
     except (ValueError, RecursionError) as e:
         raise ValueError(f"artifact: header is not valid ({e})") from None
@@ -2071,12 +2078,15 @@ class Score(NamedTuple):
 
 
 class ScoreRun(NamedTuple):
-    """How to score: window length, stride, windows per batch; a label and the log for progress."""
+    """How to score: window length, stride, windows per batch; a label and the log for progress. With a chunk,
+    `learner() as learn` learns from each but the last, of that many targets, when they have been scored."""
     seq_len: int
     stride: int
     batch: int
     label: str
     log: Log
+    chunk: int = 0
+    learner: Callable = nullcontext
 
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
@@ -2091,29 +2101,35 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machi
     """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored.
     nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on the right, behind what it
     scores, a short batch with empty windows: each batch has the compiled shape."""
-    start_time, total = time.perf_counter(), len(tokens) - 1
-    device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    windows = score_windows(total, run.seq_len, run.stride)[m.rank::m.world_size]
+    start_time, total, done, learnt = time.perf_counter(), len(tokens) - 1, 0, 0
+    device_tokens, chunk = torch.from_numpy(tokens.astype(np.int32)).to(m.device), run.chunk or total
+    windows = score_windows(total, run.seq_len, run.stride)
     start, end, score_from = windows.T
     full = (score_from - start >= run.seq_len - run.stride) & (end - start == run.seq_len)
     lasts = np.where(full, run.stride, run.seq_len)         # one that scores more needs every position
+    kinds = np.stack([score_from // chunk, lasts], 1)       # what a batch has in common
+    cuts = np.append(0, np.flatnonzero((np.diff(kinds, axis=0) != 0).any(1)) + 1)
     column = torch.arange(run.seq_len, device=m.device)
-    out, done = torch.zeros(2, total, dtype=torch.float64, device=m.device), 0
-    for last in np.unique(lasts).tolist():
-        for i, batch in enumerate(torch.from_numpy(windows[lasts == last]).split(run.batch)):
-            padded = F.pad(batch, (0, 0, 0, run.batch - len(batch))).to(m.device)
-            start, end, score_from = padded.unsqueeze(-1).unbind(1)                         # (B, 1) each
-            index = (start + column).clamp_max(total - 1)
-            nats = nats_fn(device_tokens[index].long(), device_tokens[index + 1].long(), last).double()
-            position = start + column[-last:]
-            scored = (position >= score_from) & (position < end)
-            values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
-            out.index_add_(1, position.clamp_max(total - 1).flatten(), values)
-            done += len(batch)
-            if i % 16 == 0:
-                m.sync()
-                eta = (time.perf_counter() - start_time) / done * (len(windows) - done)
-                run.log.status(f"scoring {run.label}: {done}/{len(windows)} windows, ETA {eta:.0f} s")
+    out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
+    with run.learner() as learn:
+        for (number, last), group in zip(kinds[cuts].tolist(), np.split(windows, cuts[1:])):
+            if number > learnt:                             # of the chunk before it all is scored
+                learn(device_tokens[learnt * chunk : number * chunk + 1], learnt * chunk / total)
+                learnt = number
+            for i, batch in enumerate(torch.from_numpy(group[m.rank::m.world_size]).split(run.batch)):
+                padded = F.pad(batch, (0, 0, 0, run.batch - len(batch))).to(m.device)
+                start, end, score_from = padded.unsqueeze(-1).unbind(1)                     # (B, 1) each
+                index = (start + column).clamp_max(total - 1)
+                nats = nats_fn(device_tokens[index].long(), device_tokens[index + 1].long(), last).double()
+                position = start + column[-last:]
+                scored = (position >= score_from) & (position < end)
+                values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
+                out.index_add_(1, position.clamp_max(total - 1).flatten(), values)
+                done = min(done + run.batch * m.world_size, len(windows))
+                if i % 16 == 0:
+                    m.sync()
+                    eta = (time.perf_counter() - start_time) / done * (len(windows) - done)
+                    run.log.status(f"scoring {run.label}: {done}/{len(windows)} windows, ETA {eta:.0f} s")
     return out
 
 
@@ -2126,6 +2142,38 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
     total, num_bytes = len(tokens) - 1, int(counts.of(tokens).sum())
     return Score(nats.item() / total, bpb(nats.item(), num_bytes), total, num_bytes,
                  1000 * (time.perf_counter() - start_time))
+
+
+@contextmanager
+def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
+    """Test-time training of all weights (parameter-golf #549): learn(tokens (chunk + 1,), progress) makes
+    ttt_passes SGD steps by the mean gradient over a chunk that has been scored, of norm 1 at most; the rate
+    falls over the split as half a cosine. Ranks share the rows and stay bit-equal; weights are put back."""
+    params = list(model.parameters())
+    weights, sizes = [p.data for p in params], [p.numel() for p in params]
+    saved, rows = [w.clone() for w in weights], h.eval_batch_tokens // h.eval_seq_len
+    gradient, momentum = (torch.zeros(sum(sizes), device=m.device) for _ in range(2))
+    moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
+
+    def learn(tokens: Tensor, progress: float) -> None:
+        pairs = torch.stack([tokens[:-1], tokens[1:]]).long().view(2, -1, h.eval_seq_len)
+        mine, rate = pairs[:, m.rank::m.world_size], h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
+        for _ in range(h.ttt_passes):
+            gradient.zero_()
+            for first in range(0, mine.size(1), rows):
+                x, y = mine[:, first : first + rows].contiguous()
+                with torch.enable_grad():
+                    loss = loss_fn(x, y) * (len(x) / pairs.size(1))
+                parts = torch.autograd.grad(loss, params, materialize_grads=True)
+                gradient.add_(torch.cat([g.flatten() for g in parts]))
+            dist.all_reduce(gradient)
+            norm = gradient.norm(dtype=torch.float64)
+            momentum.mul_(0.9).add_(gradient * (1 / (norm + 1e-6)).clamp_max(1.0))
+            torch._foreach_add_(weights, moves, alpha=-rate)
+    try:
+        yield learn
+    finally:
+        torch._foreach_copy_(weights, saved)
 
 
 # -----------------------------------------------------------------------------
@@ -2161,10 +2209,15 @@ class Run:
             self.log(f"data split:{split} {split}_tokens:{len(tokens) - 1} {split}_bytes:{weight}")
         return self.splits[split]
 
-    def score(self, label: str, stride: int, split: str = "val") -> Score:
-        tokens, h = self.held_out(split), self.h
+    def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:
+        tokens, h, m = self.held_out(split), self.h, self.m
         how = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
-        return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
+        if learns and len(tokens) - 1 > h.ttt_chunk_tokens:
+            learner = partial(learning, self.model, self.loss_fn, h, m)
+            how = how._replace(chunk=h.ttt_chunk_tokens, learner=learner)
+            with learner() as learn:            # compiles it, ahead of the clock and on no token of the split
+                self.timed("compile", learn, torch.zeros(how.chunk + 1, device=m.device), 0.0)
+        return evaluate(self.nats_fn, tokens, self.dataset.counts, how, m)
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
@@ -2332,20 +2385,24 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 15. Commands: what the command line reaches.
 
 def score_artifact(run: Run) -> str:
-    """Score an artifact's weights, chunked and, where that differs, sliding: the last one is what counts."""
+    """Score an artifact's weights: chunked, sliding where that differs, with test-time training if there is a
+    rate for it. The last one is what counts."""
     log, h, run.phases["eval"] = run.log, run.h, 0.0
-    kinds = {h.eval_seq_len: "final_int6_roundtrip"}
-    kinds.setdefault(h.eval_stride, "final_int6_sliding_window")
-    for stride, label in kinds.items():
-        score = run.score(label, stride)
-        how = f"stride:{stride} " if stride != h.eval_seq_len else ""
+    kinds = [("chunked", "roundtrip", h.eval_seq_len)]
+    kinds += [("sliding", "sliding_window", h.eval_stride)] * (h.eval_stride < h.eval_seq_len)
+    kinds += [("ttt", "ttt", h.eval_stride)] * (h.ttt_lr > 0)
+    if h.ttt_lr:
+        run.model.requires_grad_(True)              # also what training left alone
+    for metric, name, stride in kinds:
+        label, how = f"final_int6_{name}", f"stride:{stride} " if stride < h.eval_seq_len else ""
+        score = run.score(label, stride, learns=metric == "ttt")
         log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {how}eval_time:{score.ms:.0f}ms")
         log(f"{label}_exact {score.exact}")
         run.phases["eval"] += score.ms
     if h.report_split:
         extra = run.score(h.report_split, h.eval_seq_len, h.report_split).exact
         log(f"report split:{h.report_split} metric:int6_lzma_chunked {extra}")
-    return f"metric:int6_lzma_{'sliding' if len(kinds) > 1 else 'chunked'} {score.exact}"
+    return f"metric:int6_lzma_{metric} {score.exact}"
 
 
 def conclude(run: Run, ema: Ema, path: str) -> int:
@@ -2410,7 +2467,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     fixed = [k for k in MODEL_FIELDS if not k.startswith("eval_")]
     for arg in argv:
         if arg.split("=")[0] in fixed:
-            raise InputError(f"{arg}: fixed by the artifact; only data and eval_ knobs can be set")
+            raise InputError(f"{arg}: fixed by the artifact; only data, eval_ and ttt_ knobs can be set")
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
         blob = Path(path).read_bytes()
     try:
@@ -2466,13 +2523,13 @@ def main(argv: list[str]) -> int:
         if command == "config":
             print("\n".join(f"{k}: {v}" for k, v in sorted(vars(load_config(rest, os.environ)).items())))
             return 0
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
         if command == "eval" and rest and "=" not in rest[0]:
             return command_eval(rest[0], rest[1:], os.environ)
         if command == "bench" or command == "audit" and rest and "=" not in rest[0]:
             return command_tool(command, rest)
         if command != "train":
             raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
         return command_train(load_config(rest, os.environ), os.environ)
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
