@@ -89,17 +89,6 @@ def test_a_step_is_that_of_a_naive_loop(batch, scale):
     assert max(naive.norms) > 1 and (min(naive.norms) < 1) == (scale == 0.01), naive.norms  # some are clipped, or all
 
 
-def test_weights_are_back_when_scoring_fails():
-    h = tiny(**LEARNS)
-    model = noisy_model(h)
-    before = weights_of(model)
-    with group_of_one() as m, pytest.raises(KeyError), t.learning(model, model.loss, h, m) as learn:
-        learn(random_tokens(h, (65,)), 0.0)
-        assert not equal(weights_of(model), before)
-        raise KeyError
-    assert equal(weights_of(model), before)
-
-
 # ---------------------------------------------------------------- the order of scoring and learning
 
 
