@@ -23,6 +23,7 @@ from test_windows import ONE_BYTE, SILENT
 sys.path.insert(0, str(ROOT / "records"))
 
 import checks  # noqa: E402
+import dialects  # noqa: E402
 import fixtures_records as fx  # noqa: E402
 import record  # noqa: E402
 from test_records import TRACK, edit, make, verdict  # noqa: E402
@@ -419,3 +420,12 @@ def test_a_record_is_made_of_a_run_that_learnt(tmp_path):
     assert " ttt_chunk_tokens=512 ttt_lr=0.1 " in page and "| int6 ttt |" in page
     assert record.main(["--root", str(root), "verify", str(folder)]) == 0
     assert TRACK in checks.TRACKS
+
+
+def test_the_published_scripts_label_is_read(tmp_path):
+    """Their logs end in a line `legal_ttt_exact`: it is the score that counts."""
+    log = next((ROOT / "tests" / "fixtures" / "challenge").glob("*_EarlyDialect/train_seed*.log"))
+    lines = "legal_ttt val_loss:1.8900 val_bpb:1.1194 eval_time:409000ms\nlegal_ttt_exact val_loss:1.89000001 val_bpb:1.11940002\n"
+    (tmp_path / log.name).write_text(log.read_text(encoding="utf-8") + lines, encoding="utf-8")
+    final = dialects.parse(tmp_path / log.name).facts["final_score"]
+    assert (final["metric"], final["val_bpb"]) == ("legal_ttt_exact", "1.11940002")
