@@ -232,11 +232,13 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
             values[key] = PARSERS[types[key]](text)
         except (ValueError, KeyError):
             raise InputError(f"config key {key}: {text!r} is not of type {types[key]}") from None
-    return check_config(Config(**values))
+    h = Config(**values)
+    check_config(h)
+    return h
 
 
-def check_config(h: Config) -> Config:
-    """h, whose knobs are related as the model and the loops rely on. InputError names the knob to change."""
+def check_config(h: Config) -> None:
+    """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
     may_be_zero = ("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims",
                    "mix_tokens", "xsa_last_n", "bigram_vocab_size", "size_cap")
     for key, value in asdict(h).items():
@@ -270,7 +272,6 @@ def check_config(h: Config) -> Config:
     ]
     if broken := [rule for holds, rule in rules if not holds]:
         raise InputError(f"config: {broken[0]}")
-    return h
 
 
 # -----------------------------------------------------------------------------
@@ -393,8 +394,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
-    """Join torchrun's process group, or make one of this process alone, and bind what a Machine holds.
-    InputError when the world size, or the batch of what trains, or the nodes do not fit."""
+    """Join or make a process group and bind a Machine. InputError when ranks, nodes or a batch do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -1902,8 +1902,7 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
         parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
         payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
     config = {k: getattr(h, k) for k in MODEL_FIELDS + TTT_FIELDS * (h.ttt_lr > 0)}
-    content = {"config": config, "tensors": index}
-    header = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
 
@@ -2022,7 +2021,8 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     with explained(f"{path}: cannot write it", "free space"):
         try:
             with open(path + ".tmp", "wb") as f:
-                f.writelines(chunks)
+                for chunk in chunks:
+                    f.write(chunk)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(path + ".tmp", path)
