@@ -182,7 +182,7 @@ def test_no_score_depends_on_a_later_token():
 
 def ranks_score(rank, knobs):
     h = tiny(**knobs)
-    model, tokens = noisy_model(h), random_tokens(h, (230,), 6).numpy()
+    model, tokens = noisy_model(h, scale=0.01), random_tokens(h, (230,), 6).numpy()  # some steps are not clipped
     before, digests = weights_of(model), []
     with t.torch.no_grad():
         m = t.init_machine(h, {k: v for k, v in t.os.environ.items() if k in ("RANK", "WORLD_SIZE")}, trains=False)
