@@ -24,7 +24,7 @@ Contents
  10. Schedules         pure functions of progress
  11. Averaging         EMA whose horizon is a fraction of the run
  12. Artifact          quantize, byte layout, pack, unpack, packed source
- 13. Score             windows that tile, one evaluator
+ 13. Score             windows that tile, one evaluator, test-time training
  14. Training          warm-up, clock, loop
  15. Commands          train, eval, audit, bench, config
 
@@ -37,7 +37,6 @@ Invariants (tests/ holds them)
 from __future__ import annotations
 
 import base64
-import dataclasses
 import glob
 import hashlib
 import json
@@ -54,7 +53,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -123,6 +122,9 @@ class Config:
     eval_seq_len: int = 2048
     eval_stride: int = 64                # sliding score: fresh tokens per window
     eval_batch_tokens: int = 131_072     # per forward and rank
+    ttt_lr: float = 0.0                  # of test-time training, at first; 0: the weights stay as they are
+    ttt_chunk_tokens: int = 32_768       # scored targets that are then learnt from
+    ttt_passes: int = 3                  # over a chunk, an SGD step each
     # model
     vocab_size: int = 1024
     num_layers: int = 11
@@ -201,19 +203,19 @@ PRESETS: dict[str, dict] = {
         rope_dims=16, xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
 }
 
-# What an artifact must carry to be scored: its header holds these and no other knob.
+# What an artifact must carry to be scored: its header holds these and, where it is scored so, TTT_FIELDS.
 MODEL_FIELDS = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims",
                 "rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim",
                 "logit_softcap", "bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask")
+TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
 
 FLAGS = {"0": False, "false": False, "1": True, "true": True}
 PARSERS = {"int": int, "float": float, "str": str, "bool": lambda text: FLAGS[text.lower()]}
 
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
-    """Defaults < preset < artifact (its header's config) < environment (KEY in upper case) < `key=value`.
-    InputError on an unknown key or a bad value."""
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    """Defaults < preset < artifact's header < environment (KEY in capitals) < `key=value`; or InputError."""
+    types = {f.name: f.type for f in fields(Config)}
     given = {k: env[k.upper()] for k in types if k.upper() in env}
     for arg in argv:
         key, equals, value = arg.partition("=")
@@ -239,7 +241,7 @@ def check_config(h: Config) -> None:
     """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
     may_be_zero = ("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims",
                    "mix_tokens", "xsa_last_n", "bigram_vocab_size", "size_cap")
-    for key, value in dataclasses.asdict(h).items():
+    for key, value in asdict(h).items():
         least = 1 if type(value) is int and key not in may_be_zero else 0
         if not isinstance(value, str) and not least <= value < 1 << 53:        # also refuses nan
             raise InputError(f"config key {key}: {str(value)[:40]} must be a number from {least} to 2^53")
@@ -254,6 +256,7 @@ def check_config(h: Config) -> None:
         *((getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
           for part, whole in divides.items()),
         (h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len"),
+        (not (h.ttt_lr and h.ttt_chunk_tokens % h.eval_seq_len), "eval_seq_len must divide ttt_chunk_tokens"),
         (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
         (max(h.xsa_last_n, h.ve_last_n) <= h.num_layers, "xsa_last_n, ve_last_n must not exceed num_layers"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
@@ -267,9 +270,8 @@ def check_config(h: Config) -> None:
          "out_scale_init=0 needs proj_init_std above 0, or neither factor of a block's output ever moves"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
-    for holds, rule in rules:
-        if not holds:
-            raise InputError(f"config: {rule}")
+    if broken := [rule for holds, rule in rules if not holds]:
+        raise InputError(f"config: {broken[0]}")
 
 
 # -----------------------------------------------------------------------------
@@ -357,8 +359,7 @@ class Machine:
 
     def replay(self, fn: Callable[[], None]) -> tuple[Callable[[], None], str]:
         """fn, which queues the same work on the same tensors every time, as one launch; or fn, and why not.
-        Before that fn runs three times, off the default stream as CUDA asks: this compiles kernels and opens
-        communicators. What one rank cannot record no rank replays."""
+        It runs three times before, off the default stream as CUDA asks, to compile. All replay or none."""
         if self.record is None:
             return fn, ""
         for _ in range(3):
@@ -373,8 +374,7 @@ class Machine:
         return (fn, max(reasons)) if any(reasons) else (launch, "")
 
     def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
-        """Rank 0's `value` >= 0 and the highest flag, over the host network: schedules must not differ by a
-        bit. When a rank is gone this fails at once, where a device collective waits."""
+        """Rank 0's `value` >= 0 and the highest flag. The host network fails at once when a rank is gone."""
         box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return tuple(box.tolist())
@@ -394,8 +394,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
-    """Join torchrun's process group, or make one of this process alone, and bind what a Machine holds.
-    InputError when the world size, or the batch of what trains, or the nodes do not fit."""
+    """Join or make a process group and bind a Machine. InputError when ranks, nodes or a batch do not fit."""
     world, rank = env.get("WORLD_SIZE", "1"), env.get("RANK", "0")
     local, place = env.get("LOCAL_WORLD_SIZE", world), env.get("LOCAL_RANK", "0")
     both, sound = ("RANK" in env) == ("WORLD_SIZE" in env), all(map(str.isdigit, (world, rank, local, place)))
@@ -507,21 +506,18 @@ SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
 
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
-    """One shard's tokens as a read-only uint16 memory map, (num_tokens,).
-    Format: 256 little-endian int32 (magic 20240520, version 1, num_tokens, zeros), then the uint16 tokens.
-    InputError for a missing file, another magic or version, a wrong length, or a token >= vocab_size."""
+    """A shard's tokens as a read-only uint16 memory map, (num_tokens,). InputError when the file is not 256
+    little-endian int32 (magic, version, num_tokens, zeros) and so many tokens, or one is >= vocab_size."""
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
         header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); "
                          "make it again")
-    expected = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if size != expected:
+    if size != (expected := SHARD_HEADER_BYTES + 2 * int(header[2])):
         raise InputError(f"{path}: {size} bytes, its header says {expected}: truncated or damaged; "
                          "fetch or make it again")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
-    top = int(tokens.max()) if len(tokens) else 0
-    if top >= vocab_size:
+    if len(tokens) and (top := int(tokens.max())) >= vocab_size:
         raise InputError(f"{path}: token {top} >= vocab_size {vocab_size}; set vocab_size or the data_path")
     return tokens
 
@@ -535,10 +531,9 @@ def split_files(data_path: str, split: str) -> list[str]:
     if not os.path.isdir(data_path):
         raise InputError(f"{data_path}: no such data folder; `./run.sh data auto` makes one, "
                          "data_path=DIR names one")
-    files = sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin")))
-    if not files:
-        raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
-    return files
+    if files := sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin"))):
+        return files
+    raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
 
 
 def load_split(h: Config, split: str) -> np.ndarray:
@@ -645,9 +640,8 @@ class TokenLoader:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,).
-    spelled: ids of the byte pieces E2 96 81 in a vocabulary without a piece U+2581 of its own, where a space
-    can be spelled as those three bytes and still is one byte of text; otherwise None."""
+    """UTF-8 bytes of the decoded text that each target stands for; arrays (V,). spelled: ids of the byte
+    pieces E2 96 81, if there is no piece U+2581: in a row they are a space, one byte of text. Else None."""
     base: np.ndarray            # bytes of the piece without its leading-space mark; 0 for a boundary
     space: np.ndarray           # the piece begins with U+2581, one byte unless it follows a boundary
     boundary: np.ndarray        # control, unknown, unused pieces; a space after one is not part of the text
@@ -707,8 +701,7 @@ class Dataset:
 
 
 def load_dataset(h: Config) -> Dataset:
-    """Tokenizer and manifest of `data_path`; held-out shards are only measured. InputError when these and the
-    knobs do not agree or a held-out split does not fit."""
+    """`data_path`'s tokenizer and manifest; held-out shards are only measured. InputError if any disagree."""
     sha256 = lambda data: hashlib.sha256(data).hexdigest()
     path, file, encoding, manifest = Path(h.data_path, "manifest.json"), h.tokenizer_path, None, {}
     split_files(h.data_path, "val")
@@ -765,8 +758,7 @@ def layer_table(h: Config) -> tuple[LayerSpec, ...]:
     L, half, windows = h.num_layers, h.num_layers // 2, cycle(h.attn_windows.split() or ["0"])
     return tuple(LayerSpec(push=i < half, skip=i - half if half <= i < 2 * half else -1,
                            xsa=i >= L - h.xsa_last_n, ve=max(-1, i - (L - h.ve_last_n)),
-                           window=int(next(windows)), docs=h.doc_mask)
-                 for i in range(L))
+                           window=int(next(windows)), docs=h.doc_mask) for i in range(L))
 
 
 class LayerWeights(NamedTuple):
@@ -806,8 +798,7 @@ def rope_tables(seq_len: int, dims: int, base: float, device: torch.device) -> t
 
 
 def qk_norm_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Normalise each head, rotate its pairs (j, j + half) of the first rope_dims dimensions, scale it.
-    x (B, T, H, Dh), gain (H,), cos and sin (T, 1, half)."""
+    """x (B, T, H, Dh) normed, pairs (j, j + half) turned by cos, sin (T, 1, half), times gain (H,)."""
     cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
     a, b, rest = rms_norm(x).split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1) * gain.to(x.dtype)[:, None]
@@ -821,8 +812,7 @@ def qk_heads(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, normed: Callab
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: take from each head's output its component along the token's own value (parameter-golf #265).
-    y (B, T, H, Dh), v (B, T, Hkv, Dh); heads of one group share a value."""
+    """XSA (parameter-golf #265): y (B, T, H, Dh) less its part along the token's value, v (B, T, Hkv, Dh)."""
     y = y.unflatten(2, (v.size(2), -1))
     v = F.normalize(v, dim=-1).unsqueeze(3)
     return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
@@ -900,9 +890,8 @@ SMALL = tuple(s for s in PARAM_TABLE if s.home == "flat")
 
 
 def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every parameter of a config: name -> (shape, initialisation for init_tensor).
-    OUT: what writes into the residual stream starts at zero, except under a rule that keeps norms: there
-    0.8 / sqrt(D), the mean of modded-nanogpt's track-3 MuonH runs (O .026, MLP-down .031 at D = 768)."""
+    """name -> (shape, initialisation for init_tensor). OUT: what writes into the residual stream starts at
+    zero, or where norms are kept at 0.8 / sqrt(D), modded-nanogpt's mean (O .026, MLP-down .031 at 768)."""
     L, D = h.num_layers, h.model_dim
     hyperball = STEP_RULES[h.step_rule] is step_hyperball
     size = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, L // 2), "D": D, "F": h.mlp_dim, "KV": h.kv_dim,
@@ -936,9 +925,8 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
 
 
 class GPT(nn.Module):
-    """The model: 20 named tensors and the functions that use them.
-    A bank holds all layers' matrices of a kind in one tensor, so that the optimizer works on four batches and
-    not on 66 matrices (parameter-golf #399). Parameters are float32 masters; products run in `dtype`."""
+    """The model: 20 float32 masters; products run in `dtype`. A bank holds all layers' matrices of a kind, so
+    that the optimizer works on four batches and not on 66 matrices (parameter-golf #399)."""
 
     def __init__(self, h: Config, ops: Ops = Ops(), dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -962,8 +950,7 @@ class GPT(nn.Module):
         return [LayerWeights(*row) for row in zip(*(c.unbind(0) for c in columns))]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token plus hashed bigram embedding, normalised, smeared with the token before. (B, T) -> (B, T, D).
-        Neither the bigram nor the smear looks across a document start (parameter-golf #1851)."""
+        """Token plus hashed bigram, normed, smeared, within documents (parameter-golf #1851). (B, T, D)."""
         starts, previous = document_starts(tokens, self.h.bos_id), F.pad(tokens[:, :-1], (1, 0))
         buckets = self.h.bigram_vocab_size - 1
         bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % buckets
@@ -1470,17 +1457,14 @@ WINS = (
 def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
     """The tile of WINS for a product with X (B, M, N); None: the torch line. Measured: sides of whole 64s."""
     hopper = X.is_cuda and torch.cuda.get_device_properties(X.device).major == 9
-    if hopper and X.dtype.itemsize == 2 and X.size(1) % 64 == 0 == X.size(2) % 64:
-        for name, short, matrices, tile in WINS:
-            if name == product and X.size(1) <= short and X.size(0) <= matrices:
-                return tile
-    return None
+    if not (hopper and X.dtype.itemsize == 2 and X.size(1) % 64 == 0 == X.size(2) % 64):
+        return None
+    return next((tile for name, short, matrices, tile in WINS
+                 if name == product and X.size(1) <= short and X.size(0) <= matrices), None)
 
 
-def xxt(X: Tensor, r: Tensor | None = None, power: int = 0,
-        dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """A = diag(r) XX' diag(r) in `dtype` or X's, and sum_j |A_ij|^power in float32 for a power of 1 or 2.
-    (B, M, N), (B, M) -> (B, M, M), (B, M)."""
+def xxt(X: Tensor, r: Tensor | None = None, power: int = 0, dtype: torch.dtype | None = None) -> tuple:
+    """A = diag(r) XX' diag(r) (B, M, M) in `dtype` or X's; sum_j |A_ij|^power (B, M) if power is 1 or 2."""
     if tile := tile_of("xxt", X):
         A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, tile)
         return A, sums.sum(1) if power else None
@@ -1520,9 +1504,8 @@ SAFETY = 2e-2                               # bf16 rounding must not lift a sing
 
 def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     """(a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least.
-    Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays.
-    A narrow interval has the Newton-Schulz limit (15, -10, 3) / 8."""
-    if low / high >= 1 - 5e-6:
+    Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays."""
+    if low / high >= 1 - 5e-6:      # the limit, Newton-Schulz
         return 15 / 8 / high, -10 / 8 / high ** 3, 3 / 8 / high ** 5
     q, r, before = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
     for _ in range(100):
@@ -1630,10 +1613,7 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
     Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
     CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own."""
     tall, X = G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
-    if X.is_cuda:
-        X = (X * GPU_SCALE).bfloat16()
-    else:
-        X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
+    X = (X * GPU_SCALE).bfloat16() if X.is_cuda else X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
     X = ORTHO[method](X.mT if tall else X)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
@@ -1656,9 +1636,8 @@ def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
 
 def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     """NorMuon (arXiv:2510.05491): lines of U (b, M, N) over the root of their mean square's average v.
-    The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt, followed
-    here, takes its columns. Each matrix keeps its norm, as there (paper: RMS 0.2), so that a bias correction
-    of v would cancel. v, shaped by neuron_shape, is updated in place."""
+    The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt takes its
+    columns. Each matrix keeps its norm: v's bias correction would cancel. v is updated in place."""
     v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     return with_norm(U * v.clamp_min(1e-10).rsqrt(), torch.linalg.matrix_norm(U, keepdim=True))
 
@@ -1670,8 +1649,7 @@ def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
 
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
     """MuonH: a step of lr |W| along U / |U|, then back to |W| (Frobenius). lr is an angle; wd is not read.
-    After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's non-zero start.
-    The README has the knobs of the authors' nanochat submission (PR 498)."""
+    After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's other start."""
     R = torch.linalg.matrix_norm(W, keepdim=True)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
@@ -1718,10 +1696,9 @@ def adam_update(buffers: tuple[Tensor, ...], s: StepScalars, h: Config) -> None:
 
 
 class Optimizer:
-    """All of the update and all of its communication.
-    Parameters and gradients are re-homed in buffers so that every collective runs in place. A bank has a row
-    for each matrix, tall or wide, and ceil(n / world) rows for each rank: on 8 ranks 11 MLP-up, 2 of padding,
-    which stays zero, 11 MLP-down. All small tensors share one flat buffer. State: of owned matrices only."""
+    """The update and its communication. Parameters and gradients are re-homed, so that collectives run in
+    place. A bank has a row for each matrix, tall or wide, ceil(n / world) for each rank: on 8, 11 MLP-up, 2
+    of padding, which stays zero, 11 MLP-down. Small tensors share one buffer. State: of owned matrices."""
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
         params = dict(model.named_parameters())
@@ -1751,8 +1728,7 @@ class Optimizer:
         self.restore(saved)                                # a recorder has run it
 
     def make_bank(self, home: str, members: dict[str, nn.Parameter]) -> None:
-        """Buffers of one or two parameters whose matrices have one size; padding stands behind the first.
-        wire is the gradient as it travels: bank_grad itself in float32."""
+        """Buffers of parameters of one matrix size, padding behind the first. wire: gradient in transit."""
         *_, last = members.values()
         world, count = self.m.world_size, sum(map(len, members.values()))
         shape = (world, -(-count // world), last[0].numel())
@@ -1896,8 +1872,7 @@ CODE_LIMIT = {"int6": 31, "int8": 127}
 STORED = {kind: np.dtype(d) for kind, d in (("int6", "i1"), ("int8", "i1"), ("f16", "<f2"), ("f32", "<f4"))}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)    # of the row's largest magnitude
 MAX_RAW_BYTES, MAX_HEADER_BYTES = 1 << 28, 1 << 16
-# Codes repeat nothing, so a large dictionary only lets xz try vain matches: with the least one the int6 codes
-# of a trained model take 1.8 % fewer bytes and a tenth of the time; presets, lc, lp and pb move < 0.05 %.
+# Codes repeat nothing: the least dictionary takes 1.8 % fewer bytes, a tenth of the time; the rest < 0.05 %.
 XZ = dict(format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32,
           filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096}])
 compress = partial(lzma.compress, **XZ)
@@ -1926,8 +1901,8 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
         step = h.int6_step if kind == "int6" else 0.0
         parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
         payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
-    content = {"config": {k: getattr(h, k) for k in MODEL_FIELDS}, "tensors": index}
-    header = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    config = {k: getattr(h, k) for k in MODEL_FIELDS + TTT_FIELDS * (h.ttt_lr > 0)}
+    header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
 
@@ -1949,7 +1924,7 @@ def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Cal
     is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
     in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap."""
     def quantized(step: float) -> tuple[bytes, float]:
-        raw = timed("quantize", raw_artifact, tensors, dataclasses.replace(h, int6_step=step))
+        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step))
         return raw, timed("quantize", entropy_bytes, raw)
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     step, ratio, best = h.int6_step, 0.9, None            # xz never came below 0.9 of the order-0 entropy
@@ -1986,15 +1961,15 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
               (reader.unused_data, "bytes after the end of the xz stream"),
               (raw[:4] != MAGIC, f"magic is not {MAGIC!r}"),
               (end > min(len(raw), MAX_HEADER_BYTES), "header is longer than the file or than any header")]
-    for wrong, reason in faults:
-        if wrong:
-            raise ValueError(f"artifact: {reason}")
+    if found := [reason for wrong, reason in faults if wrong]:
+        raise ValueError(f"artifact: {found[0]}")
     try:
         header = json.loads(raw[8:end])
         types = lambda value: type(value) is dict and {k: type(v) for k, v in value.items()}
         if types(header) != {"config": dict, "tensors": list}:
             raise ValueError("not an object of a config and a list of tensors")
-        if types(header["config"]) != types({k: getattr(Config, k) for k in MODEL_FIELDS}):
+        known = MODEL_FIELDS + TTT_FIELDS * ("ttt_lr" in header["config"])
+        if types(header["config"]) != types({k: getattr(Config, k) for k in known}):
             raise ValueError("the config has unexpected keys or a value of another type")
     except (ValueError, RecursionError) as e:
         raise ValueError(f"artifact: header is not valid ({e})") from None
@@ -2056,7 +2031,7 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 13. Score: windows that tile the split, one evaluator for the chunked and the sliding score.
+# 13. Score: windows that tile the split, one evaluator of every score, and what learns between its chunks.
 
 class Score(NamedTuple):
     loss: float         # mean nats per token
@@ -2071,12 +2046,15 @@ class Score(NamedTuple):
 
 
 class ScoreRun(NamedTuple):
-    """How to score: window length, stride, windows per batch; a label and the log for progress."""
+    """How to score: window length, stride, windows per batch; a label and the log for progress. With a chunk,
+    `learner() as learn` learns from each but the last, of that many targets, when they have been scored."""
     seq_len: int
     stride: int
     batch: int
     label: str
     log: Log
+    chunk: int = 0
+    learner: Callable = nullcontext
 
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
@@ -2089,31 +2067,36 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 @torch.no_grad()
 def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
     """Nats and score count of every target of `tokens` (N,): (2, N - 1) float64, zero where others scored.
-    nats_fn(x, y, last) -> (B, last). A window shorter than seq_len is padded on the right, behind what it
-    scores, a short batch with empty windows: each batch has the compiled shape."""
-    start_time, total = time.perf_counter(), len(tokens) - 1
-    device_tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    windows = score_windows(total, run.seq_len, run.stride)[m.rank::m.world_size]
+    nats_fn(x, y, last) -> (B, last), of the compiled shapes: short windows and batches are padded behind."""
+    start_time, total, done, learnt = time.perf_counter(), len(tokens) - 1, 0, 0
+    device_tokens, chunk = torch.from_numpy(tokens.astype(np.int32)).to(m.device), run.chunk or total
+    windows = score_windows(total, run.seq_len, run.stride)
     start, end, score_from = windows.T
     full = (score_from - start >= run.seq_len - run.stride) & (end - start == run.seq_len)
     lasts = np.where(full, run.stride, run.seq_len)         # one that scores more needs every position
+    kinds = np.stack([score_from // chunk, lasts], 1)       # what a batch has in common
+    cuts = np.append(0, np.flatnonzero((np.diff(kinds, axis=0) != 0).any(1)) + 1)
     column = torch.arange(run.seq_len, device=m.device)
-    out, done = torch.zeros(2, total, dtype=torch.float64, device=m.device), 0
-    for last in np.unique(lasts).tolist():
-        for i, batch in enumerate(torch.from_numpy(windows[lasts == last]).split(run.batch)):
-            padded = F.pad(batch, (0, 0, 0, run.batch - len(batch))).to(m.device)
-            start, end, score_from = padded.unsqueeze(-1).unbind(1)                         # (B, 1) each
-            index = (start + column).clamp_max(total - 1)
-            nats = nats_fn(device_tokens[index].long(), device_tokens[index + 1].long(), last).double()
-            position = start + column[-last:]
-            scored = (position >= score_from) & (position < end)
-            values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
-            out.index_add_(1, position.clamp_max(total - 1).flatten(), values)
-            done += len(batch)
-            if i % 16 == 0:
-                m.sync()
-                eta = (time.perf_counter() - start_time) / done * (len(windows) - done)
-                run.log.status(f"scoring {run.label}: {done}/{len(windows)} windows, ETA {eta:.0f} s")
+    out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
+    with run.learner() as learn:
+        for (number, last), group in zip(kinds[cuts].tolist(), np.split(windows, cuts[1:])):
+            if number > learnt:                             # of the chunk before it all is scored
+                learn(device_tokens[learnt * chunk : number * chunk + 1], learnt * chunk / total)
+                learnt = number
+            for i, batch in enumerate(torch.from_numpy(group[m.rank::m.world_size]).split(run.batch)):
+                padded = F.pad(batch, (0, 0, 0, run.batch - len(batch))).to(m.device)
+                start, end, score_from = padded.unsqueeze(-1).unbind(1)                     # (B, 1) each
+                index = (start + column).clamp_max(total - 1)
+                nats = nats_fn(device_tokens[index].long(), device_tokens[index + 1].long(), last).double()
+                position = start + column[-last:]
+                scored = (position >= score_from) & (position < end)
+                values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
+                out.index_add_(1, position.clamp_max(total - 1).flatten(), values)
+                done = min(done + run.batch * m.world_size, len(windows))
+                if i % 16 == 0:
+                    m.sync()
+                    eta = (time.perf_counter() - start_time) / done * (len(windows) - done)
+                    run.log.status(f"scoring {run.label}: {done}/{len(windows)} windows, ETA {eta:.0f} s")
     return out
 
 
@@ -2126,6 +2109,34 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
     total, num_bytes = len(tokens) - 1, int(counts.of(tokens).sum())
     return Score(nats.item() / total, bpb(nats.item(), num_bytes), total, num_bytes,
                  1000 * (time.perf_counter() - start_time))
+
+
+@contextmanager
+def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
+    """Test-time training (parameter-golf #549): learn(tokens (chunk + 1,), progress) of a scored chunk makes
+    ttt_passes SGD steps by its mean gradient, of norm 1 at most, the rate falling as half a cosine. Ranks
+    share the rows and stay bit-equal. In the end the weights are back."""
+    params = list(model.parameters())
+    weights, sizes = [p.data for p in params], [p.numel() for p in params]
+    saved, rows = [w.clone() for w in weights], h.eval_batch_tokens // h.eval_seq_len
+    gradient, momentum = (torch.zeros(sum(sizes), device=m.device) for _ in range(2))
+    moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
+    def learn(tokens: Tensor, progress: float) -> None:
+        pairs = torch.stack([tokens[:-1], tokens[1:]]).long().view(2, -1, h.eval_seq_len)
+        mine, rate = pairs[:, m.rank::m.world_size], h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
+        for _ in range(h.ttt_passes):
+            gradient.zero_()
+            for first in range(0, mine.size(1), rows):
+                x, y = mine[:, first : first + rows].contiguous()
+                with torch.enable_grad():
+                    loss = loss_fn(x, y) * (len(x) / pairs.size(1))
+                parts = torch.autograd.grad(loss, params, materialize_grads=True)
+                gradient.add_(torch.cat([g.flatten() for g in parts]))
+            dist.all_reduce(gradient)
+            momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
+            torch._foreach_add_(weights, moves, alpha=-rate)
+    yield learn
+    torch._foreach_copy_(weights, saved)
 
 
 # -----------------------------------------------------------------------------
@@ -2161,10 +2172,15 @@ class Run:
             self.log(f"data split:{split} {split}_tokens:{len(tokens) - 1} {split}_bytes:{weight}")
         return self.splits[split]
 
-    def score(self, label: str, stride: int, split: str = "val") -> Score:
-        tokens, h = self.held_out(split), self.h
+    def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:
+        tokens, h, m = self.held_out(split), self.h, self.m
         how = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
-        return evaluate(self.nats_fn, tokens, self.dataset.counts, how, self.m)
+        if learns and len(tokens) - 1 > h.ttt_chunk_tokens:
+            learner = partial(learning, self.model, self.loss_fn, h, m)
+            how = how._replace(chunk=h.ttt_chunk_tokens, learner=learner)
+            with learner() as learn:            # compiles it, ahead of the clock and on no token of the split
+                self.timed("compile", learn, torch.zeros(how.chunk + 1, device=m.device), 0.0)
+        return evaluate(self.nats_fn, tokens, self.dataset.counts, how, m)
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
@@ -2179,7 +2195,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         lines = [rule, f"Running Python {sys.version}".replace("\n", " "),
                  f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
                  f"Running Triton version {getattr(triton, '__version__', 'none')}", machine_report(m), rule,
-                 "config:", *(f"  {k}: {v}" for k, v in sorted(dataclasses.asdict(h).items()))]
+                 "config:", *(f"  {k}: {v}" for k, v in sorted(asdict(h).items()))]
         log("\n".join(lines), console=False)
         log(f"preset: {h.preset}\nmachine {place}")
     train_tokens = sum(map(shard_tokens, split_files(h.data_path, "train")))
@@ -2198,17 +2214,14 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
     h, m = optimizer.h, optimizer.m
     (accum, B), share = cut_batch(h, m.world_size), torch.zeros((), device=m.device)
     tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
-
     def both_ways() -> None:
         loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / accum
         loss.backward()
         share.copy_(loss.detach())
-
     def backward(rows: Tensor) -> Tensor:
         tokens.copy_(rows)
         launch()
         return share
-
     launch, failure = m.replay(both_ways)
     torch._foreach_zero_([*optimizer.bank_grad.values(), optimizer.flat_grad])      # of a recorder's passes
     return backward, failure
@@ -2255,8 +2268,7 @@ def repository_file(name: str, instead: str) -> str:
 def train(run: Run) -> Ema:
     """The whole of training; the clock runs between validations and sees no compilation.
     The host runs at most one step ahead of the device. A step is begun only when it and the one in flight are
-    expected to end within max_wallclock_seconds, by rank 0's clock. Whether a step went well is known one
-    step later, when the host has waited for it anyway. Fault when it did not."""
+    expected to end within max_wallclock_seconds, by rank 0's clock. Fault one step after a bad one."""
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
     ema, loader, keep = Ema(run.model, h), TokenLoader(h, m), None
@@ -2332,20 +2344,23 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 15. Commands: what the command line reaches.
 
 def score_artifact(run: Run) -> str:
-    """Score an artifact's weights, chunked and, where that differs, sliding: the last one is what counts."""
+    """Score an artifact's weights: chunked, sliding if that differs, learning at ttt_lr. The last counts."""
     log, h, run.phases["eval"] = run.log, run.h, 0.0
-    kinds = {h.eval_seq_len: "final_int6_roundtrip"}
-    kinds.setdefault(h.eval_stride, "final_int6_sliding_window")
-    for stride, label in kinds.items():
-        score = run.score(label, stride)
-        how = f"stride:{stride} " if stride != h.eval_seq_len else ""
+    kinds = [("chunked", "roundtrip", h.eval_seq_len)]
+    kinds += [("sliding", "sliding_window", h.eval_stride)] * (h.eval_stride < h.eval_seq_len)
+    kinds += [("ttt", "ttt", h.eval_stride)] * (h.ttt_lr > 0)
+    if h.ttt_lr:
+        run.model.requires_grad_(True)              # also what training left alone
+    for metric, name, stride in kinds:
+        label, how = f"final_int6_{name}", f"stride:{stride} " if stride < h.eval_seq_len else ""
+        score = run.score(label, stride, learns=metric == "ttt")
         log(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {how}eval_time:{score.ms:.0f}ms")
         log(f"{label}_exact {score.exact}")
         run.phases["eval"] += score.ms
     if h.report_split:
         extra = run.score(h.report_split, h.eval_seq_len, h.report_split).exact
         log(f"report split:{h.report_split} metric:int6_lzma_chunked {extra}")
-    return f"metric:int6_lzma_{'sliding' if len(kinds) > 1 else 'chunked'} {score.exact}"
+    return f"metric:int6_lzma_{metric} {score.exact}"
 
 
 def conclude(run: Run, ema: Ema, path: str) -> int:
@@ -2378,8 +2393,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     final = score_artifact(run)
     log("phase_times " + " ".join(f"{k}:{run.phases.get(k, 0):.0f}ms" for k in (
         "load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")))
-    over = bytes_total - h.size_cap
-    if over > 0:
+    if (over := bytes_total - h.size_cap) > 0:
         log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
     if late := int(m.agree(0.0, run.phases["late_graphs"])[1]):
         log(f"late compilation: {late} graphs were compiled on the clock; raise warmup_steps or report it")
@@ -2408,9 +2422,8 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
 def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
     """A run whose model is the artifact's: its header says what the model is, `argv` where the data is."""
     fixed = [k for k in MODEL_FIELDS if not k.startswith("eval_")]
-    for arg in argv:
-        if arg.split("=")[0] in fixed:
-            raise InputError(f"{arg}: fixed by the artifact; only data and eval_ knobs can be set")
+    if given := [arg for arg in argv if arg.split("=")[0] in fixed]:
+        raise InputError(f"{given[0]}: fixed by the artifact; only data, eval_ and ttt_ knobs can be set")
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
         blob = Path(path).read_bytes()
     try:
@@ -2418,8 +2431,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         tensors = read_tensors(header, payload)          # sound throughout before a model is built from it
         h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
         shapes = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
-        odd = shapes.items() ^ {name: shape for name, (shape, _) in parameter_table(h).items()}.items()
-        if odd:
+        if odd := shapes.items() ^ {name: shape for name, (shape, _) in parameter_table(h).items()}.items():
             raise ValueError(f"artifact: {min(odd)[0][:40]!r} does not fit; use the script that wrote it")
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
@@ -2466,13 +2478,13 @@ def main(argv: list[str]) -> int:
         if command == "config":
             print("\n".join(f"{k}: {v}" for k, v in sorted(vars(load_config(rest, os.environ)).items())))
             return 0
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
         if command == "eval" and rest and "=" not in rest[0]:
             return command_eval(rest[0], rest[1:], os.environ)
         if command == "bench" or command == "audit" and rest and "=" not in rest[0]:
             return command_tool(command, rest)
         if command != "train":
             raise InputError(f"{' '.join(argv[:2])!r} is no command. {USAGE}")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
         return command_train(load_config(rest, os.environ), os.environ)
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)

@@ -15,6 +15,10 @@ The tests answer the challenge's conditions (parameter-golf #1017: causal, norma
 update, one pass) and the ways in which published numbers went wrong. tests/test_audit.py plants a fault for
 each.
 
+With `ttt_lr` above zero, from the artifact or a knob, T1 to T4, T7 and T9 examine the score with test-time
+training: the piece they score is three chunks long, so that its tokens are learnt from twice. They compare
+bits, and a GPU's gradients repeat only with deterministic=1.
+
 Exit status: 0 all tests pass; 1 one fails; 2 bad input (one line says it).
 """
 from __future__ import annotations
@@ -29,8 +33,9 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -51,6 +56,7 @@ NEEDS = ("InputError", "Log", "load_shard", "split_files", "GPT", "MAGIC", "XZ",
          "score_targets", "evaluate", "train", "load_run", "GPT.embed", "GPT.loss", "GPT.nats", "Run.h",
          "Run.m", "Run.log", "Run.dataset", "Run.model", "Run.nats_fn", "Run.held_out", "Dataset.counts",
          "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of")
+TTT_NEEDS = ("learning", "Run.loss_fn")      # of a script whose Config has ttt_lr
 
 
 class BadInput(Exception):
@@ -96,7 +102,8 @@ def load_script(path: Path, name: str = MODULE, needs: tuple[str, ...] = NEEDS,
     except (Exception, SystemExit) as e:
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise BadInput(f"{path}: does not import here ({why}); mend it or {tool} another") from None
-    if lacking := missing_names(module, needs):
+    learns = missing_names(module, ("Config.ttt_lr",)) == []
+    if lacking := missing_names(module, needs + TTT_NEEDS * (learns and tool == "audit")):
         raise BadInput(f"{path}: this script has no {', '.join(lacking)}, which the {tool} needs; "
                        f"{tool} it with a records/{tool}.py of its own age")
     return module
@@ -117,25 +124,48 @@ class Audit:
     run: Any                 # the script's Run, whose model holds the artifact's weights
     blob: bytes              # the artifact
     piece: np.ndarray        # (N,) tokens: a few windows from the middle of the split, document starts too
-    how: Any                 # the script's ScoreRun: sliding, as the final score
+    how: Any                 # the script's ScoreRun: sliding, as the final score, and learning if that learns
+    chunk: int               # targets after which it learns; 0: it never does
 
-    def nats(self, tokens: np.ndarray) -> Tensor:
-        """Score of every target, as the final score computes it, (N - 1,) float64."""
-        out = self.script.score_targets(self.run.nats_fn, tokens, self.how, self.run.m)[0]
+    def nats(self, tokens: np.ndarray, how: Any = None) -> Tensor:
+        """Score of every target, as the final score computes it or in another way, (N - 1,) float64."""
+        out = self.script.score_targets(self.run.nats_fn, tokens, how or self.how, self.run.m)[0]
         dist.all_reduce(out)
         return out
 
+    @contextmanager
+    def learnt(self) -> Iterator[None]:
+        """Inside, the model is as it scores the piece's second chunk."""
+        first = torch.from_numpy(self.piece[: self.chunk + 1].astype(np.int32)).to(self.run.m.device)
+        with self.how.learner() if self.chunk else nullcontext() as learn:
+            if learn:
+                learn(first, 0.0)
+            yield
+
 
 def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
-    """An audit of `run`, whose model holds the artifact's weights, on windows around a document start."""
+    """An audit of `run`, whose model holds the artifact's weights, on windows around a document start.
+
+    With test-time training on two chunks more. BadInput where its bits would not repeat.
+    """
     h, tokens = run.h, run.held_out("val")
-    length = min(len(tokens), 2 * h.eval_seq_len + 4 * h.eval_stride + h.eval_stride // 2 + 1)    # and a tail
+    chunk = h.ttt_chunk_tokens if getattr(h, "ttt_lr", 0) else 0
+    if chunk and run.m.pin and not h.deterministic:
+        raise BadInput("ttt_lr on a GPU: gradients do not repeat to the bit, which T1 and T3 compare; add "
+                       "deterministic=1, or leave it out of the audit with ttt_lr=0")
+    if chunk and len(tokens) <= 2 * chunk + 1:
+        raise BadInput(f"ttt_chunk_tokens={chunk}: {len(tokens)} tokens of val are no three chunks; audit on "
+                       "more text or with smaller chunks")
+    length = 2 * chunk + 2 * h.eval_seq_len + 4 * h.eval_stride + h.eval_stride // 2 + 1      # and a tail
+    length = min(len(tokens), length)
     starts = np.flatnonzero(tokens[: len(tokens) - length + 1] == h.bos_id)
     middle = int(starts[len(starts) // 2]) if len(starts) else 0
     begin = max(0, min(middle - h.eval_seq_len // 2, len(tokens) - length))
     batch = h.eval_batch_tokens // h.eval_seq_len
     how = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", run.log)
-    return Audit(script, run, blob, np.array(tokens[begin: begin + length]), how)
+    if chunk:
+        how = how._replace(chunk=chunk, learner=partial(script.learning, run.model, run.loss_fn, h, run.m))
+    return Audit(script, run, blob, np.array(tokens[begin: begin + length]), how, chunk)
 
 
 # ---- the tests -----------------------------------------------------------------------------------
@@ -163,7 +193,7 @@ def own_target_seen(audit: Audit) -> tuple[int, float]:
     how, m, random = audit.how, audit.run.m, np.random.default_rng(4)
     piece = torch.from_numpy(audit.piece[: how.seq_len + 1].astype(np.int64))
     x, y = (t.expand(how.batch, -1).contiguous() for t in (piece[:-1], piece[1:]))
-    with torch.no_grad():
+    with audit.learnt(), torch.no_grad():
         before = audit.run.nats_fn(x.to(m.device), y.to(m.device), how.seq_len)
         cuts = torch.from_numpy(random.integers(1, how.seq_len, how.batch))[:, None]
         keep = torch.arange(how.seq_len) < cuts
@@ -180,6 +210,8 @@ def audit_flip(audit: Audit) -> Verdict:
     random = np.random.default_rng(1)
     cuts = {2, how.stride, how.seq_len, how.seq_len + 1, how.seq_len + how.stride, n - 1}
     cuts |= set(random.integers(2, n, 4).tolist()) | {int(b) + d for b in starts[:2] for d in (0, 1)}
+    if audit.chunk:          # at and behind the first targets of chunks that are scored after learning
+        cuts |= {i * audit.chunk + d for i in (1, 2) for d in (0, 1, 2, how.stride + 1)}
     cuts = sorted(c for c in cuts if 2 <= c < n)
     moved, worst = map(sum, zip(earlier_scores_move(audit, cuts, 2), own_target_seen(audit)))
     leaks = 0
@@ -199,32 +231,61 @@ def audit_normalised(audit: Audit) -> Verdict:
     h, m, how = audit.run.h, audit.run.m, audit.how
     x = torch.from_numpy(audit.piece[: how.seq_len].astype(np.int64)).to(m.device).expand(how.batch, -1)
     off = 0.0
-    for last in (how.seq_len, how.stride):
-        total = torch.zeros(last, dtype=torch.float64, device=m.device)
-        for ids in torch.arange(h.vocab_size, device=m.device).split(how.batch):
-            y = F.pad(ids, (0, how.batch - len(ids)))[:, None].expand(how.batch, how.seq_len)
-            with torch.no_grad():
+    with audit.learnt(), torch.no_grad():
+        for last in (how.seq_len, how.stride):
+            total = torch.zeros(last, dtype=torch.float64, device=m.device)
+            for ids in torch.arange(h.vocab_size, device=m.device).split(how.batch):
+                y = F.pad(ids, (0, how.batch - len(ids)))[:, None].expand(how.batch, how.seq_len)
                 nats = audit.run.nats_fn(x.contiguous(), y.contiguous(), last)[: len(ids)]
-            total += (-nats.double()).exp().sum(0)
-        off = max(off, (total - 1).abs().max().item())
+                total += (-nats.double()).exp().sum(0)
+            off = max(off, (total - 1).abs().max().item())
     return Verdict("T2 normalisation", off < 1e-3,
                    f"{how.seq_len} + {how.stride} positions, largest |sum - 1| = {off:.1e}")
+
+
+def learnt_unscored(audit: Audit) -> int:
+    """How many tokens the learner is handed ahead of their score. Here tokens are positions, and no model runs.
+
+    Replacing the token of a chunk's first target replaces the target, too: T1's cuts cannot see it learnt.
+    """
+    scored, early, m = torch.zeros(len(audit.piece), device=audit.run.m.device), [], audit.run.m
+
+    def nats_fn(x: Tensor, y: Tensor, last: int) -> Tensor:
+        scored[y[:, -last:]] = 1
+        return torch.zeros(len(x), last, device=m.device)
+
+    def learn(tokens: Tensor, progress: float) -> None:
+        dist.all_reduce(scored)
+        early.append(int((scored[tokens[1:].long()] == 0).sum()))
+
+    how = audit.how._replace(learner=lambda: nullcontext(learn))
+    audit.script.score_targets(nats_fn, np.arange(len(audit.piece)), how, m)
+    return sum(early)
 
 
 def audit_first_score(audit: Audit) -> Verdict:
     """T3: the first score of a chunk comes from a state that has seen nothing of the chunk."""
     step = audit.how.stride
-    cuts = [c for c in range(step, len(audit.piece) - 1, max(step, len(audit.piece) // 6))]
-    moved, worst = earlier_scores_move(audit, [c + 1 for c in cuts], 3)
-    return Verdict("T3 score before update", moved == 0,
-                   f"{len(cuts)} chunk starts, {moved} scores moved (most by {worst:.2g} nats)")
+    cuts = {c + 1 for c in range(step, len(audit.piece) - 1, max(step, len(audit.piece) // 6))}
+    told, learns = f"{len(cuts)} chunk starts", True
+    if audit.chunk:          # the first target of a chunk is changed, or all that is behind it
+        cuts |= {i * audit.chunk + d for i in (1, 2) for d in (1, 2)}
+        still = audit.nats(audit.piece, audit.how._replace(chunk=0, learner=nullcontext))
+        apart = audit.nats(audit.piece) - still
+        learns, early = bool((apart[: audit.chunk] == 0).all() and apart.any()), learnt_unscored(audit)
+        told += f", 2 behind learning{' that moves no score, or one before it' * (not learns)}"
+        told, learns = f"{told}, {early} tokens learnt ahead of their score", learns and not early
+    moved, worst = earlier_scores_move(audit, sorted(cuts), 3)
+    return Verdict("T3 score before update", moved == 0 and learns,
+                   f"{told}, {moved} scores moved (most by {worst:.2g} nats)")
 
 
 def audit_coverage(audit: Audit) -> Verdict:
     """T4: every target of the split scored exactly once; totals equal the manifest's."""
     run, script, tokens = audit.run, audit.script, audit.run.held_out("val")
     ones = lambda x, y, last: torch.ones(x.size(0), last, device=x.device)
-    count = script.score_targets(ones, tokens, audit.how, run.m)[1]
+    how = audit.how._replace(learner=lambda: nullcontext(lambda *_: None)) if audit.chunk else audit.how
+    count = script.score_targets(ones, tokens, how, run.m)[1]
     dist.all_reduce(count)
     wrong = int((count != 1).sum())
     split = run.dataset.manifest.get("splits", {}).get("val", {})
@@ -410,6 +471,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it for deterministic=1
     mendable: tuple[type, ...] = (BadInput,)
     try:
         artifact, path, knobs = parse(argv)

@@ -40,6 +40,7 @@ TRACKS = {
     "track_cpu": Track("a laptop, no time limit, 16,000,000 bytes", None, None, None, "", False),
 }
 RECORD_SEEDS = 3
+METRICS = {"sliding": "sliding_window", "ttt": "ttt"}       # end of a metric -> label of its line
 FOLDER_NAME = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9.]+)$")
 NOTES = "<!-- notes: everything below is written by hand -->\n"
 FILES = ("README.md", "submission.json", "train_gpt.py", "config.json", "requirements.txt", "artifact.sha256",
@@ -114,6 +115,11 @@ def seconds(ms: float) -> str:
     return f"{ms / 1000:.1f}"
 
 
+def learns(runs: list[Run]) -> bool:
+    """Whether a run was scored with test-time training, too."""
+    return any(run.score(f"{run.wire}_ttt_exact") is not None for run in runs)
+
+
 def seed_table(runs: list[Run], sub: dict) -> list[str]:
     """Markdown rows: one per seed, then mean and sample std of each column."""
     splits = sorted({split for run in runs for split in run.reports})
@@ -122,6 +128,7 @@ def seed_table(runs: list[Run], sub: dict) -> list[str]:
         "live": (4, lambda r, e: e["live_val_bpb"]), "ema": (4, lambda r, e: e["ema_val_bpb"]),
         "int6 chunked": (4, lambda r, e: e["int6_val_bpb"]),
         "int6 sliding": (4, lambda r, e: r.score(f"{r.wire}_sliding_window_exact")),
+        **({"int6 ttt": (4, lambda r, e: r.score(f"{r.wire}_ttt_exact"))} if learns(runs) else {}),
         **{split: (4, lambda r, e, split=split: e["report"].get(split)) for split in splits},
         "steps": (0, lambda r, e: e["steps"]), "step_avg ms": (2, lambda r, e: e["step_avg_ms"]),
         "artifact bytes": (0, lambda r, e: e["artifact_bytes"]),
@@ -176,7 +183,9 @@ def readme(runs: list[Run], sub: dict, answer: dict) -> str:
         f"| code | {sub['bytes_code']:,} bytes packed; train_gpt.py sha256 `{sub['train_gpt_sha256']}` |", "",
         *seed_table(runs, sub), "",
         "live, ema, int6 chunked and int6 sliding are bpb of the training weights, of their average, and of",
-        "the artifact read back from disk. Total bytes are the artifact and the packed code.", "",
+        "the artifact read back from disk. Total bytes are the artifact and the packed code.",
+        *(["int6 ttt is sliding, too, by weights that learn from each chunk of tokens once it is scored."]
+          if learns(runs) else []), "",
         "Again, from a copy of this folder anywhere:", "",
         "```", "pip install -r requirements.txt", again, "```", "", *data,
         "In the repository, compared with the figures above:", "",
@@ -586,7 +595,8 @@ def claim_score(case: Case) -> str:
     """final_score repeats the score of the artifact as read back, over the whole split."""
     for run in case.runs:
         metric = run.text("final_score", "metric")
-        line = f"final_{run.wire}_{'sliding_window' if metric.endswith('sliding') else 'roundtrip'}_exact"
+        kind = METRICS.get(metric.rpartition("_")[2], "roundtrip")
+        line = f"final_{run.wire}_{kind}_exact"
         for key in ("val_loss", "val_bpb"):
             demand(run.has(line, key), f"seed {run.seed}: no {line} line for metric {metric}")
             final, exact = run.text("final_score", key), run.text(line, key)

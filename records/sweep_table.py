@@ -22,7 +22,7 @@ FIXED = (
     "preset", "data_path", "tokenizer_path", "report_split", "bos_id", "max_wallclock_seconds", "iterations",
     "warmup_steps", "val_loss_every", "train_log_every", "val_tokens", "train_batch_tokens",
     "micro_batch_tokens", "train_seq_len", "eval_seq_len", "eval_stride", "eval_batch_tokens", "vocab_size",
-    "int6_step", "fit_cap", "size_cap")
+    "int6_step", "fit_cap", "size_cap", "ttt_lr", "ttt_chunk_tokens", "ttt_passes")
 # What a row may set, at the price of a compilation of its own.
 MODEL = (
     "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base",

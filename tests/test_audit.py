@@ -913,7 +913,7 @@ def refused(capsys, *args):
     return said.err
 
 
-@pytest.mark.parametrize("name", ["score_targets", "load_run"])
+@pytest.mark.parametrize("name", ["score_targets", "load_run", "learning"])
 def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, capsys):
     script = changed_script(tmp_path, f"\ndef {name}(", f"\ndef old_{name}(")
     args = audit_args(honest, tmp_path)
@@ -924,20 +924,21 @@ def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, 
 
 def test_every_need_is_checked(monkeypatch):
     """One by one: a script without it lacks just that, be it a function, a method or a field."""
-    assert audit.missing_names(t) == []
-    for name in audit.NEEDS:
+    needs = audit.NEEDS + audit.TTT_NEEDS
+    assert audit.missing_names(t, needs) == []
+    for name in needs:
         owner, _, member = name.partition(".")
-        parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in audit.NEEDS}}
+        parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in needs}}
         if member:
             kind = parts[owner]
             shape = {n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member}
             fields = {n: f for n, f in vars(kind).get("__dataclass_fields__", {}).items() if n != member}
             parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
-            assert audit.missing_names(SimpleNamespace(**parts)) == [name]
+            assert audit.missing_names(SimpleNamespace(**parts), needs) == [name]
         else:
             del parts[owner]
-            lacking = audit.missing_names(SimpleNamespace(**parts))
-            assert lacking == [n for n in audit.NEEDS if n.partition(".")[0] == owner]
+            lacking = audit.missing_names(SimpleNamespace(**parts), needs)
+            assert lacking == [n for n in needs if n.partition(".")[0] == owner]
 
 
 def test_needs_are_what_the_auditor_reaches():
@@ -952,7 +953,7 @@ def test_needs_are_what_the_auditor_reaches():
             reached.add(node.attr)
         if owner in shape and (shape[owner], node.attr) != ("GPT", "to"):
             reached.add(f"{shape[owner]}.{node.attr}")
-    assert reached == set(audit.NEEDS)
+    assert reached == {*audit.NEEDS, *audit.TTT_NEEDS}
 
 
 def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
