@@ -2132,6 +2132,7 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
                     loss = loss_fn(x, y) * (len(x) / pairs.size(1))
                 parts = torch.autograd.grad(loss, params, materialize_grads=True)
                 gradient.add_(torch.cat([g.flatten() for g in parts]))
+            m.agree(0.0)                    # fails at once when a rank is gone
             dist.all_reduce(gradient)
             momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
             torch._foreach_add_(weights, moves, alpha=-rate)
