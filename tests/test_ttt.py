@@ -90,6 +90,24 @@ def test_a_step_is_that_of_a_naive_loop(batch, scale):
     assert max(naive.norms) > 1 and (min(naive.norms) < 1) == (scale == 0.01), naive.norms  # some are clipped, or all
 
 
+def test_a_rank_that_is_gone_ends_a_step_before_its_collective(monkeypatch):
+    """The host network says so at once; a device collective would wait for the one that does not come."""
+    h = tiny(**LEARNS)
+    model, before, calls = noisy_model(h), [], []
+
+    def gone(self, value, flag=0.0):
+        raise RuntimeError("connection closed by peer")
+
+    with group_of_one() as m, t.learning(model, model.loss, h, m) as learn:
+        before = weights_of(model)
+        monkeypatch.setattr(t.dist, "all_reduce", lambda *args, **kwargs: calls.append(args))
+        monkeypatch.setattr(t.Machine, "agree", gone)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            learn(random_tokens(h, (1, 65), 2)[0].int(), 0.0)
+        monkeypatch.undo()
+    assert not calls and equal(weights_of(model), before)
+
+
 # ---------------------------------------------------------------- the order of scoring and learning
 
 
@@ -329,7 +347,7 @@ def test_a_split_of_one_chunk_is_scored_as_it_is(tmp_path, monkeypatch):
 
 
 def test_the_pass_is_compiled_ahead_of_the_clock_and_on_no_token_of_the_split(tmp_path, monkeypatch):
-    events, learning, evaluate = [], t.learning, t.evaluate
+    run, events, learning, evaluate = finished(), [], t.learning, t.evaluate  # trained before anything is watched
 
     @contextmanager
     def watched(*args):
@@ -338,7 +356,7 @@ def test_the_pass_is_compiled_ahead_of_the_clock_and_on_no_token_of_the_split(tm
 
     monkeypatch.setattr(t, "learning", watched)
     monkeypatch.setattr(t, "evaluate", lambda *args: (events.append("clock"), evaluate(*args))[1])
-    scored(finished(), tmp_path / "out", *(f"{k}={v}" for k, v in RUN.items()))
+    scored(run, tmp_path / "out", *(f"{k}={v}" for k, v in RUN.items()))
     chunks = (len(english_dataset().val) - 2) // 512
     assert chunks > 1 and events == ["clock", "clock", (513, False), "clock", *[(513, True)] * chunks]
 
