@@ -374,7 +374,7 @@ class Machine:
         return (fn, max(reasons)) if any(reasons) else (launch, "")
 
     def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
-        """Rank 0's `value` >= 0 and the highest flag. The host network fails at once when a rank is gone."""
+        """Rank 0's `value` >= 0, the highest flag; bit-equal. The host network fails at once if one left."""
         box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return tuple(box.tolist())
@@ -410,6 +410,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     device = torch.device("cuda", place) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
     torch.use_deterministic_algorithms(h.deterministic)
     store = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
@@ -950,7 +951,7 @@ class GPT(nn.Module):
         return [LayerWeights(*row) for row in zip(*(c.unbind(0) for c in columns))]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token plus hashed bigram, normed, smeared, within documents (parameter-golf #1851). (B, T, D)."""
+        """Token + bigram, normed, smeared within documents (parameter-golf #1851). (B, T) -> (B, T, D)."""
         starts, previous = document_starts(tokens, self.h.bos_id), F.pad(tokens[:, :-1], (1, 0))
         buckets = self.h.bigram_vocab_size - 1
         bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % buckets
@@ -2479,7 +2480,6 @@ def main(argv: list[str]) -> int:
         if command == "config":
             print("\n".join(f"{k}: {v}" for k, v in sorted(vars(load_config(rest, os.environ)).items())))
             return 0
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS wants it if deterministic
         if command == "eval" and rest and "=" not in rest[0]:
             return command_eval(rest[0], rest[1:], os.environ)
         if command == "bench" or command == "audit" and rest and "=" not in rest[0]:
