@@ -169,7 +169,6 @@ class Config:
     deterministic: bool = False          # one seed, one result on a GPU too, when iterations end the run
     wire_dtype: str = "float32"          # of gradients between ranks: float32 | bfloat16
     warmdown_frac: float = 0.5           # of the run: lr falls linearly to min_lr_frac
-    matrix_warmdown_frac: float = 0.0    # the same for matrix_lr; 0: warmdown_frac
     min_lr_frac: float = 0.0
     # averaging and artifact
     ema_frac: float = 0.045              # horizon of the average, as a fraction of the run
@@ -265,7 +264,6 @@ def check_config(h: Config) -> None:
         (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
-        (h.matrix_warmdown_frac <= 1, "matrix_warmdown_frac must be in [0, 1]"),
         (h.out_scale_init or parameter_table(h)["mlp_down_bank"][1] != "normal 0.0",
          "out_scale_init=0 needs proj_init_std above 0, or neither factor of a block's output ever moves"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
@@ -1759,7 +1757,7 @@ class Optimizer:
         time, for the host may run ahead: its allocator reuses it only when the copy from it has ended."""
         self.steps += 1
         corrections = [1 - beta ** self.steps for beta in (self.h.adam_beta1, self.h.adam_beta2)]
-        rates = [self.h.matrix_lr * hp.matrix_lr_mul, hp.adam_lr_mul]
+        rates = [self.h.matrix_lr * hp.lr_mul, hp.lr_mul]
         host = torch.tensor([hp.momentum, *rates, *corrections], dtype=torch.float32, pin_memory=self.m.pin)
         self.numbers.copy_(host, non_blocking=True)
         self.update()
@@ -1820,18 +1818,17 @@ class Optimizer:
 class Hyper(NamedTuple):
     progress: float         # in [0, 1]: the larger share of the two budgets, time and iterations
     momentum: float
-    matrix_lr_mul: float
-    adam_lr_mul: float
+    lr_mul: float           # on every rate
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """What a step at this point uses: constant rates, then linear warmdowns; momentum rising at first."""
+    """What a step at this point uses: constant rates, then a linear warmdown; momentum rising at first."""
     time_share = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
     progress = min(1.0, max(time_share, step / h.iterations))
-    fall = lambda frac: max(min(1.0, (1 - progress) / frac), h.min_lr_frac)
+    lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
     ramp = min(1.0, progress / h.muon_momentum_warmup_frac) if h.muon_momentum_warmup_frac > 0 else 1.0
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
-    return Hyper(progress, momentum, fall(h.matrix_warmdown_frac or h.warmdown_frac), fall(h.warmdown_frac))
+    return Hyper(progress, momentum, lr_mul)
 
 
 # -----------------------------------------------------------------------------

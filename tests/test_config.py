@@ -120,7 +120,6 @@ def test_an_unknown_key_is_named_with_a_hint(arg, words):
         ("ema_frac=0", ["ema_frac"]),
         ("warmdown_frac=0", ["warmdown_frac"]),
         ("warmdown_frac=1.5", ["warmdown_frac"]),
-        ("matrix_warmdown_frac=1.5", ["matrix_warmdown_frac"]),
         ("attn_windows=512,0", ["attn_windows='512,0'", "512 512 0"]),
         ("attn_windows=512 -1", ["attn_windows='512 -1'", "whole numbers"]),
         ("attn_windows=1e3", ["attn_windows='1e3'"]),

@@ -434,7 +434,7 @@ def alone_and_together(rank, cases):
                 grad = gaussian(*w.shape, seed=10 * step + i) * torch.logspace(0, -2, w.size(-2))[:, None]
                 getattr(model, k).grad.copy_(grad)
                 t.matrix_update(w, grad, momentum[k], scalars(0.9, 0.5 * h.matrix_lr), h, second.get(k))
-            optimizer.step(t.Hyper(0.0, 0.9, 0.5, 0.5))
+            optimizer.step(t.Hyper(0.0, 0.9, 0.5))
         far = lambda k, w: ((getattr(model, k).detach() - w).norm() / w.norm()).item()
         worst[str(case), *pair] = max(far(k, w) for k, w in W.items())
     return worst
