@@ -144,7 +144,6 @@ class Config:
     logit_softcap: float = 30.0
     qk_gain_init: float = 1.5
     tied_embed_init_std: float = 0.005
-    out_scale_init: float = 1.0          # attn_scale and mlp_scale: what a block's output is multiplied by
     # optimizer
     ortho: str = "ns5"                   # row of ORTHO
     step_rule: str = "normuon"           # row of STEP_RULES
@@ -264,8 +263,6 @@ def check_config(h: Config) -> None:
         (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
-        (h.out_scale_init or parameter_table(h)["mlp_down_bank"][1] != "normal 0.0",
-         "out_scale_init=0 needs proj_init_std above 0, or neither factor of a block's output ever moves"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
     if broken := [rule for holds, rule in rules if not holds]:
@@ -878,8 +875,8 @@ PARAM_TABLE = (
     ParamSpec("smear_gate", "D", "constant 0", "flat", "scalar_lr", "f16"),
     ParamSpec("skip_weights", "S D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("resid_mix", "L 2 D", "first_of_two", "flat", "scalar_lr", "f16"),
-    ParamSpec("attn_scale", "L D", "constant SCALE", "flat", "scalar_lr", "f16"),
-    ParamSpec("mlp_scale", "L D", "constant SCALE", "flat", "scalar_lr", "f16"),
+    ParamSpec("attn_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
+    ParamSpec("mlp_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("attn_gain", "L D", "constant 1", "flat", "norm_gain_lr", "f16"),        # of a normed input
     ParamSpec("mlp_gain", "L D", "constant 1", "flat", "norm_gain_lr", "f16"),
     ParamSpec("q_gain", "L H", "constant GAIN", "flat", "scalar_lr", "f32"),
@@ -897,7 +894,7 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
             "H": h.num_heads, "V": h.vocab_size, "BV": h.bigram_vocab_size, "BD": h.bigram_dim,
             "VD": h.ve_dim, "VL": h.ve_last_n}
     word = {"OUT": h.proj_init_std or (0.8 * D ** -0.5 if hyperball else 0.0), "EMBED": h.tied_embed_init_std,
-            "SCALE": h.out_scale_init, "GAIN": h.qk_gain_init}
+            "GAIN": h.qk_gain_init}
     return {s.name: (tuple(size[x] for x in s.shape.split()),
                      " ".join(str(word.get(x, x)) for x in s.init.split())) for s in PARAM_TABLE}
 

@@ -377,6 +377,11 @@ def test_orthogonal_inits_are_orthogonal():
     assert model.tok_emb.std().item() == pytest.approx(h.tied_embed_init_std, rel=0.1)
 
 
+def test_output_scales_start_at_one():
+    model = t.GPT(tiny())
+    assert all(bool((p == 1).all()) for p in (model.attn_scale, model.mlp_scale))
+
+
 def test_the_seed_decides_the_init():
     a, torch_state = t.GPT(tiny(seed=5)), torch.get_rng_state()
     torch.manual_seed(99)

@@ -495,7 +495,7 @@ def test_the_multiplier_drives_every_parameter(one):
         assert moved == ({s.name for s in t.PARAM_TABLE} if lr_mul else set())
 
 
-# ---------------------------------------------------------------- gains and output scales
+# ---------------------------------------------------------------- gains
 
 
 def steps_of(one, count, model=None, **knobs):
@@ -532,21 +532,6 @@ def test_gains_learn_at_their_rate(one, rate):
         moved = (states[1][name] - states[0][name]).abs()
         assert bool((states[0][name] == 1).all()) and moved.max().item() == pytest.approx(rate, rel=1e-3)
         assert (moved > 0.9 * rate).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("knobs", [dict(step_rule="hyperball"), dict(step_rule="muon", proj_init_std=0.1)], ids=str)
-def test_zero_output_scales_learn_first_and_the_banks_after_them(one, knobs):
-    scales, banks = ("attn_scale", "mlp_scale"), [s.name for s in t.MATRICES]
-    model, states = steps_of(one, 2, out_scale_init=0.0, muon_wd=0.0, **knobs)
-    assert all(states[0][k].abs().max() == 0 for k in scales)
-    for k in scales:
-        assert (states[1][k].abs() > 0).float().mean() > 0.9
-    rounding = 1e-6  # hyperball renews the norm of what it does not turn
-    for k in banks:
-        assert (states[1][k] - states[0][k]).norm() <= rounding * states[0][k].norm(), k
-        assert (states[2][k] - states[1][k]).norm() > 1e-3 * states[1][k].norm(), k
-    h = tiny(out_scale_init=0.5)
-    assert all(bool((getattr(t.GPT(h), k) == 0.5).all()) and bool((getattr(t.GPT(tiny()), k) == 1).all()) for k in scales)
 
 
 def test_the_tighter_budget_drives():
