@@ -150,7 +150,6 @@ class Config:
     matrix_lr: float = 0.05
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
-    norm_gain_lr: float = 0.0            # of attn_gain and mlp_gain behind the pre-norms; 0: they stay at one
     muon_wd: float = 0.04
     adam_wd: float = 0.04
     muon_momentum: float = 0.99
@@ -877,8 +876,6 @@ PARAM_TABLE = (
     ParamSpec("resid_mix", "L 2 D", "first_of_two", "flat", "scalar_lr", "f16"),
     ParamSpec("attn_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("mlp_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
-    ParamSpec("attn_gain", "L D", "constant 1", "flat", "norm_gain_lr", "f16"),        # of a normed input
-    ParamSpec("mlp_gain", "L D", "constant 1", "flat", "norm_gain_lr", "f16"),
     ParamSpec("q_gain", "L H", "constant GAIN", "flat", "scalar_lr", "f32"),
 )
 MATRICES = tuple(s for s in PARAM_TABLE if s.home != "flat")
@@ -921,7 +918,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
 
 
 class GPT(nn.Module):
-    """The model: 20 float32 masters; products run in `dtype`. A bank holds all layers' matrices of a kind, so
+    """The model: 18 float32 masters; products run in `dtype`. A bank holds all layers' matrices of a kind, so
     that the optimizer works on four batches and not on 66 matrices (parameter-golf #399)."""
 
     def __init__(self, h: Config, ops: Ops = Ops(), dtype: torch.dtype = torch.float32) -> None:
@@ -933,15 +930,15 @@ class GPT(nn.Module):
 
     def layer_weights(self) -> list[LayerWeights]:
         """A row per layer. What is diagonal in a block goes into its matrices, in float32 before the cast:
-        gain and 1/sqrt(depth) of a normalised input into columns, output scales into rows. No activation is
-        read for them, their gradients come out of the matrices': 0.19 ms a layer at 48 x 2048 (H100)."""
+        1/sqrt(depth) of a normalised input into columns, output scales into rows. No activation is read for
+        them, their gradients come out of the matrices': 0.19 ms a layer at 48 x 2048 (H100)."""
         L, dtype = self.h.num_layers, self.dtype
-        depth = torch.arange(1, L + 1, device=self.attn_gain.device)[:, None, None] ** -0.5
+        depth = torch.arange(1, L + 1, device=self.q_gain.device)[:, None, None] ** -0.5
         q, o = self.qo_bank.unflatten(0, (2, L))
         k, v = self.kv_bank.unflatten(0, (2, L))
-        columns = ((torch.cat([q, k, v], dim=1) * (self.attn_gain[:, None] * depth)).to(dtype),
+        columns = ((torch.cat([q, k, v], dim=1) * depth).to(dtype),
                    (self.attn_scale[..., None] * o).to(dtype),
-                   (self.mlp_up_bank * (self.mlp_gain[:, None] * depth)).to(dtype),
+                   (self.mlp_up_bank * depth).to(dtype),
                    (self.mlp_scale[..., None] * self.mlp_down_bank).to(dtype), self.q_gain, self.resid_mix)
         return [LayerWeights(*row) for row in zip(*(c.unbind(0) for c in columns))]
 

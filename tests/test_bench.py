@@ -622,7 +622,7 @@ def test_candidates_and_all_the_rest(tmp_path, capsys):
 
 def test_candidates_meet_the_model_that_trains_without_its_optimizers_recording():
     """What moves needs gradients and no other; nothing is recorded or compiled for steps that are not made."""
-    b = a_bench(norm_gain_lr=0.0, embed_lr=0.1)
+    b = a_bench(embed_lr=0.0)
     whole = bench.build(b)
     fail = lambda fn: pytest.fail("recorded")
     plain = bench.build(b._replace(m=dataclasses.replace(b.m, record=fail)), steps=False)

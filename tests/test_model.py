@@ -87,9 +87,9 @@ def reference_logits(p, h, row):
             x = x + p["skip_weights"][i - L // 2] * outputs[mirror]
         x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         values = ve * p["ve_layer_scale"][i - (L - h.ve_last_n)] if i >= L - h.ve_last_n else None
-        z = norm(x) / math.sqrt(i + 1) * p["attn_gain"][i]
+        z = norm(x) / math.sqrt(i + 1)
         x = x + p["attn_scale"][i] * reference_attention(p, h, i, z, values)
-        z = norm(x) / math.sqrt(i + 1) * p["mlp_gain"][i]
+        z = norm(x) / math.sqrt(i + 1)
         u = z @ p["mlp_up_bank"][i].T
         u = np.where(u > 0, u, 0.5 * u) ** 2
         x = x + p["mlp_scale"][i] * (u @ p["mlp_down_bank"][i].T)
@@ -329,7 +329,7 @@ def test_the_skips_are_a_u(layers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_diagonal_factors_lie_in_the_matrices(dtype):
-    """Gains and 1/sqrt(depth) in columns, output scales in rows, multiplied in float32 and rounded once."""
+    """1/sqrt(depth) in columns, output scales in rows, multiplied in float32 and rounded once."""
     h = tiny()
     model = noisy_model(h)
     model.dtype = dtype
@@ -337,9 +337,9 @@ def test_diagonal_factors_lie_in_the_matrices(dtype):
     for i, w in enumerate(model.layer_weights()):
         depth = torch.tensor(float(i + 1)) ** -0.5
         qkv = torch.cat([p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][L + i]])
-        assert torch.equal(w.qkv, (qkv * (p["attn_gain"][i] * depth)).to(dtype))
+        assert torch.equal(w.qkv, (qkv * depth).to(dtype))
         assert torch.equal(w.o, (p["attn_scale"][i][:, None] * p["qo_bank"][L + i]).to(dtype))
-        assert torch.equal(w.up, (p["mlp_up_bank"][i] * (p["mlp_gain"][i] * depth)).to(dtype))
+        assert torch.equal(w.up, (p["mlp_up_bank"][i] * depth).to(dtype))
         assert torch.equal(w.down, (p["mlp_scale"][i][:, None] * p["mlp_down_bank"][i]).to(dtype))
         assert torch.equal(w.q_gain, p["q_gain"][i]) and torch.equal(w.resid_mix, p["resid_mix"][i])
 
