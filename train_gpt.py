@@ -155,7 +155,6 @@ class Config:
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2   # of the run
-    row_equalize: bool = False           # unit rows before the polar step (MuonEq-R)
     cautious_wd: bool = False            # matrices decay only where the step shrinks the weight, too
     normuon_beta2: float = 0.95          # horizon of the normuon rules' second moment
     proj_init_std: float = 0.0           # O and MLP-down; 0: zeros, hyperball 0.8/sqrt(model_dim)
@@ -1611,12 +1610,6 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
-def equalize_rows(U: Tensor) -> Tensor:
-    """MuonEq-R (arXiv:2603.28254): unit rows of the matrix as stored. (b, M, N); zero rows stay zero."""
-    U = U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return U / (U.norm(dim=-1, keepdim=True) + 1e-8)
-
-
 def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
     """Each matrix of X (b, M, N) scaled to a Frobenius norm, number or (b, 1, 1); zero stays zero."""
     return X * (norm / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-10))
@@ -1670,8 +1663,7 @@ def matrix_update(W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Con
     second: the rule's state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree."""
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
-    U = g * (1 - s.momentum) + momentum * s.momentum
-    U = orthogonalize(equalize_rows(U) if h.row_equalize else U, h.ortho)
+    U = orthogonalize(g * (1 - s.momentum) + momentum * s.momentum, h.ortho)
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
     wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd

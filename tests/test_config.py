@@ -50,7 +50,7 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
     monkeypatch.setattr(t, "check_config", lambda h: None)
     default = FIELDS[name].default
     text, value = {
-        "preset": ("cpu", "cpu"), "fit_cap": ("false", False), "row_equalize": ("1", True),
+        "preset": ("cpu", "cpu"), "fit_cap": ("false", False),
         "cautious_wd": ("true", True), "doc_mask": ("true", True), "deterministic": ("1", True),
         "fp8": ("0", False),
     }.get(name) or {int: ("977", 977), float: ("2.5e-3", 0.0025), str: ("a=b c", "a=b c")}[type(default)]  # fmt: skip
