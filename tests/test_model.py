@@ -14,7 +14,7 @@ from helpers import noisy_model, random_tokens, tiny
 def test_parameter_count_of_the_default_model():
     with torch.device("meta"):
         shapes = {k: shape for k, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
-    assert sum(map(math.prod, shapes.values())) == 26_939_440
+    assert sum(map(math.prod, shapes.values())) == 26_928_176
     h = tiny()
     model = t.GPT(h)
     assert {k: tuple(p.shape) for k, p in model.named_parameters()} == {
