@@ -293,7 +293,7 @@ def test_the_command(tmp_path, capfd):
     assert called("--ranks", 4, "--nodes", 2, "--assume", "nic_gbps=25", "--out", out, *KNOBS) == 0
     text = out.read_text()
     assert capfd.readouterr().out == text and [p.name for p in tmp_path.iterdir()] == ["wire.md"]
-    for line in (r"\| all-reduce \| \d+ \| 16 \|", r"\| collectives \| \d+ \| 24 \|", r"\| nic_gbps \| 25 \| given \|",
+    for line in (r"\| all-reduce \| \d+ \| 14 \|", r"\| collectives \| \d+ \| 22 \|", r"\| nic_gbps \| 25 \| given \|",
                  r"bit-equal on all 4 ranks", r"\| here \| 4 x 8 \|", r"\| inter \|"):  # fmt: skip
         assert re.search(line, text), (line, text)
     assert "NOT" not in text
