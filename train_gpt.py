@@ -53,6 +53,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import cycle
@@ -134,7 +135,7 @@ class Config:
     mlp_mult: float = 3.0
     rope_dims: int = 32                  # rotated dimensions of each head; the others are position-free
     rope_base: float = 10_000.0
-    attn_windows: str = ""               # keys that layers see in turn, the own included: "512 512 0"; 0: all
+    attn_windows: str = "256 256 256 0"  # keys that layers see in turn, the own included; 0: all
     doc_mask: bool = False               # no token sees another document
     xsa_last_n: int = 4                  # layers whose attention output drops its own value's direction
     ve_last_n: int = 2                   # layers whose values get a token embedding added
@@ -170,6 +171,7 @@ class Config:
     # averaging and artifact
     ema_frac: float = 0.045              # horizon of the average, as a fraction of the run
     artifact_weights: str = "ema"        # ema | live
+    gptq_batches: int = 1                # whose inputs say how int6 codes are rounded; 0: to the nearest
     int6_step: float = 0.0               # least int6 step, in standard deviations of the row
     fit_cap: bool = True                 # over the cap: raise int6_step until the submission fits
     size_cap: int = 16_000_000           # decimal bytes, packed code included
@@ -196,7 +198,8 @@ PRESETS: dict[str, dict] = {
         max_wallclock_seconds=120.0, iterations=100_000, warmup_steps=2, train_log_every=25,
         val_tokens=65_536, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=256,
         eval_seq_len=256, eval_batch_tokens=8192, num_layers=4, model_dim=128, num_heads=2, num_kv_heads=1,
-        rope_dims=16, xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
+        rope_dims=16, attn_windows="", xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512,
+        bigram_dim=64, gptq_batches=16),
 }
 
 # What an artifact must carry to be scored: its header holds these and, where it is scored so, TTT_FIELDS.
@@ -236,7 +239,7 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
 def check_config(h: Config) -> None:
     """Relations between knobs that the model and the loops rely on. InputError names the knob to change."""
     may_be_zero = ("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims",
-                   "mix_tokens", "xsa_last_n", "bigram_vocab_size", "size_cap")
+                   "mix_tokens", "xsa_last_n", "bigram_vocab_size", "size_cap", "gptq_batches")
     for key, value in asdict(h).items():
         least = 1 if type(value) is int and key not in may_be_zero else 0
         if not isinstance(value, str) and not least <= value < 1 << 53:        # also refuses nan
@@ -812,9 +815,9 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Tensor:
     """LeakyReLU(0.5)^2 between two products (parameter-golf #549). x (B, T, D), up (F, D), down (D, F)."""
-    return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
+    return linear(F.leaky_relu(linear(x, up), 0.5).square(), down)
 
 
 class Ops(NamedTuple):
@@ -822,6 +825,7 @@ class Ops(NamedTuple):
     attend: Callable = attend_sdpa
     qk: Callable = qk_heads
     mlp: Callable = mlp
+    linear: Callable = F.linear
 
 
 def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, place: tuple, spec: LayerSpec,
@@ -829,11 +833,11 @@ def attention_block(x: Tensor, w: LayerWeights, ve: Tensor | None, place: tuple,
     """Causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D). ve
     (B, T, Hkv*Dh) is added to the values when given. place: rotary tables and documents of the tokens."""
     Dh, (rope, docs) = x.size(-1) // w.q_gain.size(0), place
-    q, k, v = ops.qk(F.linear(x, w.qkv).unflatten(-1, (-1, Dh)), w.q_gain, *rope)       # one product
+    q, k, v = ops.qk(ops.linear(x, w.qkv).unflatten(-1, (-1, Dh)), w.q_gain, *rope)       # one product
     v = v if ve is None else v + ve.view(v.shape)
     y = ops.attend(q, k, v, spec.window, docs if spec.docs else None)
     y = exclude_self(y, v) if spec.xsa else y
-    return F.linear(y.flatten(2), w.o)
+    return ops.linear(y.flatten(2), w.o)
 
 
 def layer(x: Tensor, x0: Tensor, w: LayerWeights, attend: Callable, mlp: Callable) -> Tensor:
@@ -929,8 +933,7 @@ class GPT(nn.Module):
 
     def layer_weights(self) -> list[LayerWeights]:
         """A row per layer. What is diagonal in a block goes into its matrices, in float32 before the cast:
-        1/sqrt(depth) of a normalised input into columns, output scales into rows. No activation is read for
-        them, their gradients come out of the matrices': 0.19 ms a layer at 48 x 2048 (H100)."""
+        1/sqrt(depth) into columns, output scales into rows: 0.19 ms a layer less at 48 x 2048 (H100)."""
         L, dtype = self.h.num_layers, self.dtype
         depth = torch.arange(1, L + 1, device=self.q_gain.device)[:, None, None] ** -0.5
         q, o = self.qo_bank.unflatten(0, (2, L))
@@ -1094,9 +1097,8 @@ class FusedHeads(torch.autograd.Function):
 def mlp_kernel(a_desc, w_desc, h_desc, out_desc, K, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, h8_desc=None, u_ptr=None, step_ptr=None):
     """Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N).
-    h's last bit says u < 0, the others round to nearest around it: h alone gives dh/du = 2 sqrt(h) or
-    -sqrt(h), and u is never written. SHIFT: float32 bits that h does not have.
-    With h8: a and w are e4m3, u is their product times u_ptr's number, and h / step is written in e4m3."""
+    h's last bit says u < 0, so h alone gives dh/du = 2 sqrt(h) or -sqrt(h) and u is never written. SHIFT:
+    float32 bits h lacks. h8: a, w are e4m3, u their product times u_ptr's, h / step is written in e4m3."""
     m, n = tl.program_id(1) * BM, tl.program_id(0) * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
@@ -1169,9 +1171,8 @@ def mlp8_op(x, up, down, steps, dtype):
 
 
 class FusedMLP8(FusedMLP):
-    """FusedMLP, but its forward products are of e4m3 copies, one step each. x's: |x| <= sqrt(D), it is
-    normalised, and 448 / 8 has room. h's follows the mean u^2 of an isotropic x, ||up||^2 / F: 42 times its
-    root saturates, and h below a sixteenth of it is as coarse as a 128th of that."""
+    """FusedMLP, but forward's products are of e4m3 copies, a step each. x is normed: |x| <= sqrt(D), which
+    448 / 8 holds. h's follows an isotropic x's mean u^2, ||up||^2 / F: 42 times its root saturates."""
 
     @staticmethod
     def forward(ctx, x, up, down):
@@ -1347,8 +1348,7 @@ def symmetric_kernel(x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, 
 def block_inverse_kernel(t_ptr, out_ptr, M, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
                          PRECISION: tl.constexpr):
     """One program: the inverse of a diagonal block of the unit lower triangle of T, by doubling.
-    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. P and Q are triangles of correlation matrices again,
-    whose inverses have norm <= 2 and entries <= 1: no level loses digits, as products of C's powers would."""
+    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1, whose entries are <= 1: no level loses digits."""
     batch, n = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     at = tl.program_id(0) * BLOCK + n
     T = load_tile(t_ptr + batch * M * M, at, at, M, M, M, 1, False).to(tl.float32)
@@ -1475,8 +1475,7 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
 
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Y with TY = diag(d) X, and its rows' squared norms. T: the triangle below a unit diagonal is read.
-    (B, M, M), (B, M, N), (B, M) float32 -> (B, M, N) of T's dtype, (B, M) float32."""
+    """Y (B, M, N) with TY = diag(d) X, its rows' squared norms (B, M). Of T what is below a unit diagonal."""
     if tile := tile_of("lower_solve", X):
         Y, squares = solve_op(T, X, d, tile)
         return Y, squares.sum(1)
@@ -1513,10 +1512,9 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=None)
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
-    """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932).
-    Each step is the minimax quintic of what the steps before leave of [low, 1], its top u; that is the best
-    composition. cushion: fit no more than [cushion * u, u], which bounds the slopes, and centre the true
-    interval's image on 1. safety: every polynomial but the last reads x / (1 + safety)."""
+    """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932). Each is the least-
+    maximum quintic of what those before leave of [low, 1], its top u. cushion: fit [cushion * u, u] at most,
+    which bounds slopes, its image centred on 1. safety: all but the last read x / (1 + safety)."""
     rows, u = [], 1.0
     for k in range(steps):
         a, b, c = minimax_quintic(max(low, cushion * u), u)
@@ -1530,8 +1528,7 @@ def polar_express(low: float, steps: int, safety: float, cushion: float) -> tupl
     return tuple(rows)
 
 
-# PE5 ends in [0.86, 1.14]. Four steps from 1e-3 would end in [0.42, 1.58], PE4's from 3e-3 in [0.78, 1.22]
-# and Schatten-4 makes up for the 3; from 1e-2 the lowest third of a momentum's spectrum would stay low.
+# PE5 ends in [0.86, 1.14], PE4 in [0.78, 1.22], from 1e-3 in [0.42, 1.58]: Schatten-4 makes up for its 3.
 PE5 = polar_express(1e-3, 5, SAFETY, 2e-2)
 PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
 
@@ -1577,10 +1574,9 @@ def ortho_turbo(X: Tensor) -> Tensor:
 
 
 def ortho_mud(X: Tensor, passes: int) -> Tensor:
-    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2).
-    A pass: unit rows Q, T = lower triangle of QQ' with its diagonal, solve TY = Q, unit rows. Tends to Gram-
-    Schmidt in row order, not to the polar factor, and raises dependent rows from rounding to unit norm. Unit
-    rows are factors d of the next product; |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times finer than bf16."""
+    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2). A pass: unit rows Q, T = lower
+    triangle of QQ', solve TY = Q, unit rows, as factors d of the next product. Tends to Gram-Schmidt in row
+    order, not to the polar factor. |Y| <= 1 and |T_ij| <= 1 fit fp16, eight times finer than bf16."""
     dtype, fine = X.dtype, torch.half if X.dtype == torch.bfloat16 else X.dtype
     d = inverse_root(X.float().square().sum(-1))
     for _ in range(passes):
@@ -1601,9 +1597,8 @@ ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def orthogonalize(G: Tensor, method: str) -> Tensor:
-    """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO.
-    Iterates on the short side. A matrix scaled by 1e-20 gives the same result and a zero matrix gives zero.
-    CPUs mostly lack bf16 units: float32, the largest entry made 1. GPU_SCALE costs no pass of its own."""
+    """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same; method: row of ORTHO. Scale,
+    1e-20 too, changes nothing, zero gives zero. Iterates on the short side; on a CPU in float32."""
     tall, X = G.size(-2) > G.size(-1), G.float().reshape(-1, *G.shape[-2:])
     X = (X * GPU_SCALE).bfloat16() if X.is_cuda else X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
     X = ORTHO[method](X.mT if tall else X)
@@ -1622,8 +1617,7 @@ def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
 
 def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     """NorMuon (arXiv:2510.05491): lines of U (b, M, N) over the root of their mean square's average v.
-    The paper takes rows always; a wide polar factor's have unit norm already, so modded-nanogpt takes its
-    columns. Each matrix keeps its norm: v's bias correction would cancel. v is updated in place."""
+    Columns of wide ones, their rows' norm is one, as in modded-nanogpt. Each keeps its norm. v is updated."""
     v.lerp_(U.square().mean(-1 if v.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     return with_norm(U * v.clamp_min(1e-10).rsqrt(), torch.linalg.matrix_norm(U, keepdim=True))
 
@@ -1862,10 +1856,26 @@ XZ = dict(format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32,
 compress = partial(lzma.compress, **XZ)
 
 
-def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Tensor]:
+def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
+    """Codes of W (b, M, N) in steps of scale (b, M, 1) that change W x the least, for inputs x of which gram
+    (b, N, N) is the sum of x x': columns are rounded in turn, those behind make up for each error.
+    Frantar et al., arXiv:2210.17323, Alg. 1, in blocks of one column, its damping of 1 % of the diagonal."""
+    damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
+    H = gram + damping[:, None, None] * torch.eye(W.size(-1), device=W.device)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    W, codes = W.clone(), torch.empty_like(W)
+    for j in range(W.size(-1)):
+        at = slice(j, j + 1)
+        codes[..., at] = (W[..., at] / scale).round().clamp(-limit, limit)
+        error = (W[..., at] - codes[..., at] * scale) / U[:, at, at]
+        W[..., j:] -= error * U[:, at, j:]
+    return codes
+
+
+def quantize(W: Tensor, kind: str, least_step: float = 0.0, gram: Tensor | None = None) -> tuple:
     """Per-row symmetric codes with a clip search. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
     Of the candidate clips the one with the least squared error wins, row by row; the step is never below
-    `least_step` standard deviations of the row (a coarser step means fewer bits after entropy coding)."""
+    `least_step` standard deviations of the row. Codes are the nearest or, with calibrate's gram, gptq's."""
     limit, W = CODE_LIMIT[kind], W.float()
     peak = W.abs().amax(-1, keepdim=True)
     floor = (W.square().mean(-1, keepdim=True).sqrt() * least_step).clamp_min(2.0 ** -24)     # least f16
@@ -1873,17 +1883,18 @@ def quantize(W: Tensor, kind: str, least_step: float = 0.0) -> tuple[Tensor, Ten
     scales = [torch.maximum(clip * peak / limit, floor).half().float() for clip in CLIPS]
     errors = torch.stack([(codes(scale) * scale - W).square().sum(-1, keepdim=True) for scale in scales])
     best = torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]       # the first of equals
-    return codes(best).to(torch.int8), best.half()
+    chosen = codes(best) if gram is None else gptq(W, best, gram, limit)
+    return chosen.to(torch.int8), best.half()
 
 
-def raw_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
-    """The artifact before compression. `tensors`: the model's parameters by name."""
+def raw_artifact(tensors: Mapping[str, Tensor], h: Config, grams: Mapping[str, Tensor] = {}) -> bytes:
+    """The artifact ahead of compression. tensors: the model's parameters by name; grams: calibrate's."""
     index, payload = [], []
     for name in sorted(tensors):
         kind, W = KINDS[name], tensors[name].detach()
         index.append([name, kind, list(W.shape), sum(map(len, payload))])
         step = h.int6_step if kind == "int6" else 0.0
-        parts = quantize(W, kind, step) if kind in CODE_LIMIT else [W.float()]
+        parts = quantize(W, kind, step, grams.get(name)) if kind in CODE_LIMIT else [W.float()]
         payload += [part.cpu().numpy().astype(d).tobytes() for part, d in zip(parts, (STORED[kind], "<f2"))]
     config = {k: getattr(h, k) for k in MODEL_FIELDS + TTT_FIELDS * (h.ttt_lr > 0)}
     header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
@@ -1895,41 +1906,22 @@ def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
     return compress(raw_artifact(tensors, h))
 
 
-def entropy_bytes(raw: bytes) -> float:
-    """Order-0 entropy of a byte string in bytes: what xz comes within a few percent of on int6 codes."""
-    counts = np.bincount(np.frombuffer(raw, np.uint8), minlength=256)
-    p = counts[counts > 0] / len(raw)
-    return float(-(p * np.log2(p)).sum() * len(raw) / 8)
-
-
-def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Callable) -> tuple[bytes, float]:
+def fit_artifact(tensors: Mapping[str, Tensor], h: Config, room: int, timed: Callable,
+                 grams: Mapping[str, Tensor] = {}) -> tuple[bytes, float]:
     """The artifact of at most `room` bytes and the int6 step it took. timed(phase, fn, *args) calls fn.
-    When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %: twice a step
-    is one bit less for each code, so Newton's method on the entropy, scaled by what xz last made of it, lands
-    in a few compressions. Without fit_cap, or where no step up to one deviation fits, it is over the cap."""
-    def quantized(step: float) -> tuple[bytes, float]:
-        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step))
-        return raw, timed("quantize", entropy_bytes, raw)
+    When the configured step does not fit, a coarser one is sought that fills the room to 0.2 %, by Newton's
+    method: twice a step is a bit less a code. Without fit_cap, or if none to 1 fits, it is over the cap."""
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
-    step, ratio, best = h.int6_step, 0.9, None            # xz never came below 0.9 of the order-0 entropy
-    raw, entropy = quantized(step)
-    if not h.fit_cap or entropy * ratio <= room:
-        blob = timed("compress", compress, raw)
-        if len(blob) <= room or not h.fit_cap:
-            return blob, step
-        ratio = len(blob) / entropy
-    step, ratio = max(step, 0.1), max(ratio, 0.99)
-    for _ in range(6):
-        for _ in range(3):
-            step *= 2 ** (8 * (ratio * quantized(step)[1] - 0.999 * room) / codes)
-            step = min(max(step, h.int6_step, 0.01), 1.0)
-        raw, entropy = quantized(step)
+    step, best = h.int6_step, None
+    for attempt in range(9):
+        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), grams)
         blob = timed("compress", compress, raw)
         if len(blob) <= room and (best is None or len(blob) > len(best[0])):
             best = (blob, step)
-        if 0.998 * room <= len(blob) <= room or step == 1.0:
+        if not h.fit_cap or step == 1.0 or 0.998 * room <= len(blob) <= room or best and not attempt:
             break
-        ratio = len(blob) / entropy
+        step = max(step, 0.1) * 2 ** (8 * (len(blob) - 0.999 * room) / codes)
+        step = min(max(step, h.int6_step, 0.01), 1.0)
     return best or (blob, step)
 
 
@@ -2098,8 +2090,7 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
 @contextmanager
 def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
     """Test-time training (parameter-golf #549): learn(tokens (chunk + 1,), progress) of a scored chunk makes
-    ttt_passes SGD steps by its mean gradient, of norm 1 at most, the rate falling as half a cosine. Ranks
-    share the rows and stay bit-equal. In the end the weights are back."""
+    ttt_passes SGD steps by its mean gradient, of norm 1 at most, alike on all ranks. Weights are put back."""
     params = list(model.parameters())
     weights, sizes = [p.data for p in params], [p.numel() for p in params]
     saved, rows = [w.clone() for w in weights], h.eval_batch_tokens // h.eval_seq_len
@@ -2139,6 +2130,7 @@ class Run:
     nats_fn: Callable
     phases: dict[str, float]         # ms
     splits: dict[str, np.ndarray]    # held-out tokens, opened when first scored
+    grams: dict[str, Tensor] = field(default_factory=dict)      # calibrate's, of the trained model
 
     def timed(self, phase: str, fn: Callable, *args):
         """fn(*args), its time added to a phase."""
@@ -2219,6 +2211,26 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
     return loss
 
 
+@torch.no_grad()
+def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
+    """What gptq asks of text: the sum of x x' over the inputs x of int6 matrices, float32 (matrices, N, N) by
+    name; of all ranks, over the next gptq_batches batches, with the weights as they are."""
+    seen, plain, L = [], copy(run.model), run.h.num_layers          # the weights are shared
+    def linear(x: Tensor, W: Tensor) -> Tensor:
+        flat = x.flatten(0, -2).float()         # of bfloat16, so that TF32 loses nothing
+        seen.append(flat.T @ flat)
+        return F.linear(x, W)
+    plain.ops = Ops(run.model.ops.attend, mlp=partial(mlp, linear=linear), linear=linear)
+    for _ in range(run.h.gptq_batches):
+        for rows in loader.next():
+            plain.trunk(rows[:, :-1])
+    qkv, o, up, down = (torch.stack(seen[i::4]).unflatten(0, (-1, L)).sum(0) for i in range(4))
+    grams = dict(qo_bank=torch.cat([qkv, o]), kv_bank=qkv.repeat(2, 1, 1), mlp_up_bank=up, mlp_down_bank=down)
+    for gram in grams.values():
+        dist.all_reduce(gram)
+    return grams
+
+
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Callable[[Tensor], Tensor]:
     """Compile, record and touch all the clock will see, then put it back. Returns train_step's backward."""
     backward, failure = bind_pass(run.loss_fn, optimizer)
@@ -2235,6 +2247,9 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Cal
     x = torch.zeros(run.h.eval_batch_tokens // run.h.eval_seq_len, run.h.eval_seq_len, dtype=torch.long)
     with torch.no_grad():
         run.nats_fn(x.to(run.m.device), x.to(run.m.device), run.h.eval_seq_len)
+    for _ in range(2 * (run.h.gptq_batches > 0)):
+        run.phases["calibrate"] = 0.0           # the second time takes what the clock will see
+        run.timed("calibrate", calibrate, run, loader)
     optimizer.restore(saved)
     ema.reset()
     loader.seek(0)
@@ -2264,12 +2279,13 @@ def train(run: Run) -> Ema:
     step, train_ms = keep.resume() if h.resume else (0, 0.0)
     loader.seek(step)
     m.signals.clear()                               # from here on one ends the run, not the process
-    compiled, limit_ms = torch._dynamo.utils.counters["stats"], 1000 * h.max_wallclock_seconds or math.inf
-    graphs = compiled["unique_graphs"]              # so far in this process
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]        # so far in this process
     clock_ms, shown, ended, reached = train_ms, math.nan, 0, m.fetch(torch.zeros(2, device=m.device))
     sound = lambda fetched: all(abs(x) < DIVERGED for x in fetched()[0].tolist())
-    m.agree(0.0)                                    # the clock starts when the last rank is ready
-    run.phases["validate"], start = 0.0, time.perf_counter() - train_ms / 1000
+    spare, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))    # the clock starts with the last rank
+    h = replace(h, max_wallclock_seconds=max(h.max_wallclock_seconds - spare / 1000, 0.0))
+    limit_ms = 1000 * h.max_wallclock_seconds if run.h.max_wallclock_seconds else math.inf
+    run.phases["validate"], compiled, start = 0.0, graphs(), time.perf_counter() - train_ms / 1000
     clock = lambda: 1000 * (time.perf_counter() - start) - run.phases["validate"]
     while step < h.iterations and not ended and clock_ms * (1 + 2 / max(step, 1)) <= limit_ms:
         if h.val_loss_every and step % h.val_loss_every == 0:
@@ -2289,12 +2305,13 @@ def train(run: Run) -> Ema:
         log.status(f"step {step} loss {shown:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
     m.sync()
     train_ms = clock()
-    run.phases |= {"train": train_ms, "steps": step, "late_graphs": compiled["unique_graphs"] - graphs}
+    run.phases |= {"train": train_ms, "steps": step, "late_graphs": graphs() - compiled}
     if max(ended, m.agree(0.0, 0 if sound(reached) else 2)[1]) == 2:
         bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
         good, (last, norm) = keep and keep.last_good() or "none", reached()[0].tolist()
         raise Fault(f"step {step}: diverged, loss {last:.4g}, gradient norm {norm:.4g}, "
                     f"first bad tensor {bad}, last good checkpoint {good}")
+    run.grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
     if keep:
         keep.save(step, train_ms, last=True)
     if step < h.iterations:
@@ -2358,7 +2375,7 @@ def conclude(run: Run, ema: Ema, path: str) -> int:
     if m.rank == 0:                                # the artifact first: whatever fails later, it is there
         weights = dict(run.model.named_parameters())
         weights = weights if h.artifact_weights == "live" else dict(zip(weights, ema.average))
-        blob, step = fit_artifact(weights, h, h.size_cap - code_bytes, run.timed)
+        blob, step = fit_artifact(weights, h, h.size_cap - code_bytes, run.timed, run.grams)
         write_atomic(path, blob)
         log(f"artifact weights:{h.artifact_weights} int6_step:{step}")
     live = validate(run, run.phases["steps"], run.phases["train"])

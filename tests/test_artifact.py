@@ -315,12 +315,6 @@ def test_fit_reports_what_cannot_fit(h, tensors):
     assert step == 0.0 and blob == t.pack_artifact(tensors, fixed)
 
 
-def test_entropy_bytes():
-    assert t.entropy_bytes(b"a" * 100) == 0.0
-    assert t.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
-    assert t.entropy_bytes(b"aaab" * 10) == pytest.approx(40 * (0.25 * 2 + 0.75 * math.log2(4 / 3)) / 8)
-
-
 # ---------------------------------------------------------------- code and files
 
 

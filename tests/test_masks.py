@@ -322,7 +322,7 @@ def bound():
 
     def bind(**knobs):
         sizes = ["model_dim=64", "num_heads=2", "num_kv_heads=1", "rope_dims=16"]
-        h = t.load_config([*sizes, *(f"{k}={v}" for k, v in knobs.items())], {})
+        h = t.load_config([*sizes, "attn_windows=", *(f"{k}={v}" for k, v in knobs.items())], {})
         attend, name = t.bind_attention(h, DEVICE)
         assert " " not in name
         return attend, name, switches()

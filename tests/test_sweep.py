@@ -114,6 +114,12 @@ def test_one_model_holds_all_configurations(bench, tmp_path):
     assert runs[0].loss_fn is runs[1].loss_fn and runs[0].nats_fn is runs[1].nats_fn
 
 
+def test_entropy_bytes():
+    assert sweep.entropy_bytes(b"a" * 100) == 0.0
+    assert sweep.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
+    assert sweep.entropy_bytes(b"aaab" * 10) == pytest.approx(40 * (0.25 * 2 + 0.75 * math.log2(4 / 3)) / 8)
+
+
 def test_the_entropy_is_that_of_the_artifacts_codes(bench, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(Path, "unlink", lambda p, **_: kept.append(p.read_bytes()) if p.exists() else None)
@@ -125,7 +131,7 @@ def test_the_entropy_is_that_of_the_artifacts_codes(bench, tmp_path, monkeypatch
         codes += payload[offset : offset + torch.Size(shape).numel()] if kind == "int6" else b""
     run = runlog.parse_log(folder / "logs" / f"{job.name}.txt")
     assert run.count("sweep_codes", "int6_weights") == len(codes)
-    assert run.number("sweep_codes", "entropy") == pytest.approx(8 * t.entropy_bytes(codes) / len(codes), abs=1e-6)
+    assert run.number("sweep_codes", "entropy") == pytest.approx(8 * sweep.entropy_bytes(codes) / len(codes), abs=1e-6)
 
 
 def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
