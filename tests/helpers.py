@@ -32,7 +32,7 @@ TINY = dict(
     vocab_size=96, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2.0, rope_dims=4,
     xsa_last_n=2, ve_last_n=2, ve_dim=8, bigram_vocab_size=64, bigram_dim=8, train_seq_len=16, eval_seq_len=16,
     eval_stride=4, eval_batch_tokens=64, train_batch_tokens=128, micro_batch_tokens=32, iterations=20,
-    warmup_steps=2, max_wallclock_seconds=0.0,
+    warmup_steps=2, max_wallclock_seconds=0.0, attn_windows="",
 )  # fmt: skip
 
 
