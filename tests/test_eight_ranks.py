@@ -60,6 +60,14 @@ def eight():
     return folder, run_ranks(main_rank, 8, argv(folder))
 
 
+def differing(one, other):
+    """The tensors that two artifacts do not share; of an int6 tensor a hundredth may differ: the order in which ranks
+    add up the inputs of its matrices may round a code the other way."""
+    one, other = map(t.unpack_artifact, (one, other))
+    assert list(one) == list(other)
+    return [k for k in one if (one[k] != other[k]).float().mean() > 0.01 * (t.KINDS[k] == "int6")]
+
+
 def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
     folder, ranks = eight
     assert [status for status, _ in ranks] == [0] * 8
@@ -86,8 +94,9 @@ def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
 
     shares = sorted(x for x in os.listdir(folder) if f"step{STEPS}." in x)
     assert shares == [f"run.step{STEPS}.{r}of8.ckpt" for r in range(8)]
-    assert t.main(argv(tmp_path, run_id="on_one", resume=folder / shares[3])) == 0  # no step is left to take
-    assert (tmp_path / "on_one.int6.xz").read_bytes() == blob
+    (again,) = run_ranks(main_rank, 1, argv(tmp_path, run_id="on_one", resume=folder / shares[3]))
+    assert again == (0, [live, average])  # no step was left to take
+    assert not differing(blob, (tmp_path / "on_one.int6.xz").read_bytes())
 
 
 def test_a_log_that_exists_is_refused_by_all_and_stays_as_it_is(eight):
