@@ -28,7 +28,8 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
                          compare many settings fairly          ./run.sh record sweep --help
   test [pytest args]     run the tests                         ./run.sh test -k style
 
-The first use makes .venv and installs requirements.txt into it (once: again only when that file changes).
+The first use makes .venv and installs requirements.txt into it (once: again only when that file changes), and
+requirements-flash4.txt where a GPU is a Hopper or later.
 Unless told, train chooses (eval and audit its data and preset, bench and config their preset, in the same way):
   data_path=   what `data/prepare.py auto` finds or makes
   preset=      8 NVIDIA GPUs or more: record (8 processes);  1 or more: h100x1 (1 process);  none: cpu
@@ -83,10 +84,10 @@ venv_python() {
     return 1
 }
 
-wanted_stamp() {  # sha256 of requirements.txt, and the Python it was installed for
+wanted_stamp() {  # wanted_stamp PYTHON FILE: the file's sha256, and the Python it is installed for
     "$1" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" % sys.version_info[:2])' \
-        "$root/requirements.txt" 2>/dev/null
+        "$root/$2" 2>/dev/null
 }
 
 use_python() {  # sets $py; makes .venv and installs into it where that is not done yet
@@ -99,7 +100,7 @@ use_python() {  # sets $py; makes .venv and installs into it where that is not d
         return
     fi
     needs requirements.txt
-    if py=$(venv_python); then want=$(wanted_stamp "$py") || want=; fi
+    if py=$(venv_python); then want=$(wanted_stamp "$py" requirements.txt) || want=; fi
     if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
 
     if [ -z "$want" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
@@ -110,7 +111,7 @@ use_python() {  # sets $py; makes .venv and installs into it where that is not d
         "$base" -m venv --clear "$venv" >&2 ||
             die "making $venv failed (message above): it needs free disk and write permission there"
         py=$(venv_python) || die "$venv holds no interpreter: delete that folder and run again"
-        want=$(wanted_stamp "$py") || die "$venv/bin/python does not run: delete $venv and run again"
+        want=$(wanted_stamp "$py" requirements.txt) || die "$venv/bin/python does not run: delete $venv and run again"
     fi
     rm -f "$stamp"
     began=$SECONDS
@@ -119,6 +120,22 @@ use_python() {  # sets $py; makes .venv and installs into it where that is not d
         die "installing requirements.txt failed (pip's message is above): run the same command again to retry"
     printf '%s\n' "$want" >"$stamp"    # last, so that an install cut short is done again
     say "installed in $((SECONDS - began)) s"
+}
+
+use_flash4() {  # FlashAttention-4 into .venv where a GPU can run it; tried once, for attention works without it
+    local stamp=$venv/.flash4.sha256 want major=''
+    if [ -n "${BANKSHOT_PYTHON:-}" ] || ! command -v nvidia-smi >/dev/null 2>&1; then return; fi
+    major=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/\..*//p') || return 0
+    case $major in '' | *[!0-9]*) return ;; esac
+    if [ "$major" -lt 9 ]; then return; fi
+    needs requirements-flash4.txt
+    want=$(wanted_stamp "$py" requirements-flash4.txt)
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
+    say "installing requirements-flash4.txt into .venv: once"
+    "$py" -m pip install --disable-pip-version-check --no-input -r "$root/requirements-flash4.txt" >&2 ||
+        say "no FlashAttention-4 (pip's message is above): layers with windows will be slow, attn_windows= trains" \
+            "without them; .venv/bin/pip install -r requirements-flash4.txt tries again"
+    printf '%s\n' "$want" >"$stamp"
 }
 
 # ----------------------------------------------------------------------------- what to run, and on how much
@@ -300,6 +317,7 @@ case $command in
         if [ "$command" = record ]; then tool=records/record.py; fi
         needs "$tool"
         use_python
+        if [ "$command" = record ]; then use_flash4; fi      # of its verbs some train
         exec "$py" "$root/$tool" "$@"
         ;;
     train | eval | audit | bench | config) ;;
@@ -360,6 +378,7 @@ for name in DATA_PATH OUT_DIR TOKENIZER_PATH; do
 done
 if [ "${RESUME:-auto}" != auto ]; then export RESUME="$(absolute "$RESUME")"; fi
 use_python
+if [ "$command" != config ]; then use_flash4; fi
 cd "$root"
 case $command in
     train) train "$@" ;;

@@ -23,7 +23,7 @@ if [ "$1" = -c ]; then exec "@REAL@" "$@"; fi
 printf '%s\\n' "$*" >>"$CALLS"
 case "$1 $2" in
     "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit ;;
-    "-m pip") exit ${PIP_STATUS:-0} ;;
+    "-m pip") case "$*" in *flash4*) exit ${FLASH4_STATUS:-0} ;; esac; exit ${PIP_STATUS:-0} ;;
     "-m pytest") exit ${PYTEST_STATUS:-0} ;;
     "data/prepare.py auto") echo "working"; echo "${DATA_LINE-data_path=made/here}"; exit ${DATA_STATUS:-0} ;;
     "records/record.py plot") echo "plot: ${3%.txt}.svg"; exit ${PLOT_STATUS:-0} ;;
@@ -49,7 +49,7 @@ class Tree:
         self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
         for sub in (self.root / "data", self.root / "records", self.root / ".ci", self.bin):
             sub.mkdir(parents=True)
-        for name in ("run.sh", "requirements.txt", ".ci/run"):
+        for name in ("run.sh", "requirements.txt", "requirements-flash4.txt", ".ci/run"):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "train_gpt.py").write_text("class Config:\n    seed: int = 7\n")
         (self.root / "data/prepare.py").touch()
@@ -63,9 +63,10 @@ class Tree:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def gpus(self, count: int) -> None:
+    def gpus(self, count: int, capability: str = "8.0") -> None:
         lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(count))
-        self.tool("nvidia-smi", f"#!/bin/sh\n{lines}exit {0 if count else 9}\n")
+        asked = f'case "$*" in *query-gpu=compute_cap*) printf "{capability}\\n%.0s" {" ".join(map(str, range(count)))}; exit;; esac\n'
+        self.tool("nvidia-smi", f"#!/bin/sh\n{asked if count else ''}{lines}exit {0 if count else 9}\n")
 
     def env(self, **extra: str) -> dict:
         base = {"PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin", "CALLS": str(self.calls_file)}
@@ -196,6 +197,46 @@ def test_installs_once_and_again_only_when_needed(tree):
     (tree.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # its Python went away
     assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
     assert sum(line.startswith("-m venv") for line in tree.calls()) == 2 and pip_calls() == 4
+
+
+def flash4_calls(tree) -> int:
+    return sum("requirements-flash4.txt" in line for line in tree.calls())
+
+
+@pytest.mark.parametrize("command", [("train",), ("record", "verify")], ids=lambda command: command[0])
+@pytest.mark.parametrize("gpus,capability,wanted", [(1, "9.0", 1), (8, "10.0", 1), (1, "8.9", 0), (1, "N/A", 0), (0, "", 0)])
+def test_flash4_is_installed_where_a_gpu_can_run_it(tree, gpus, capability, wanted, command):
+    tree.gpus(gpus, capability)
+    for run_id in "ab":  # once
+        done = tree.run(*command, BANKSHOT_PYTHON="", RUN_ID=run_id)
+        assert done.returncode == 0 and flash4_calls(tree) == wanted, done
+    assert ("requirements-flash4" in done.stderr) == 0
+    names = [line.split("/")[-1] for line in tree.calls() if line.startswith("-m pip")]
+    assert names == ["requirements.txt", "requirements-flash4.txt"][: 1 + wanted]
+
+
+def test_flash4_is_installed_again_when_its_file_changes(tree):
+    tree.gpus(1, "9.0")
+    assert tree.run("train", "run_id=a", BANKSHOT_PYTHON="").returncode == 0
+    with open(tree.root / "requirements-flash4.txt", "a") as file:
+        file.write("# a new line\n")
+    assert tree.run("train", "run_id=b", BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 2
+
+
+def test_training_goes_on_without_flash4(tree):
+    """It is tried once, and one line says what it costs."""
+    tree.gpus(1, "9.0")
+    done = tree.run("train", "run_id=a", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
+    told = [line for line in done.stderr.splitlines() if "no FlashAttention-4" in line]
+    assert done.returncode == 0 and len(told) == 1 and "attn_windows=" in told[0] and "requirements-flash4.txt" in told[0]
+    again = tree.run("train", "run_id=b", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
+    assert again.returncode == 0 and flash4_calls(tree) == 1 and "FlashAttention" not in again.stderr
+
+
+@pytest.mark.parametrize("command", ["config", "test", "data"])
+def test_what_trains_nothing_wants_no_flash4(tree, command):
+    tree.gpus(1, "9.0")
+    assert tree.run(command, BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 0
 
 
 def test_a_prepared_interpreter_installs_nothing(tree):
