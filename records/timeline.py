@@ -9,7 +9,8 @@ begins with the first of its device work to start (launches tell which step that
 launch, too) and ends where the next one begins. On a CPU the lanes are the host's: what gloo's threads run is
 communication, operators on other threads are compute, and a step is its call.
 
-step = compute + exposed + idle. Exposed: a collective runs and no compute does; idle: neither does. Of
+step = compute + exposed + idle. Exposed: a collective runs and no compute does; idle: neither does. update:
+from the first collective's begin to the step's end; what is before it is forward and backward. Of
 collectives side by side each is charged all that it exposes, so their figures may add up to more than the
 lane's. A rank that comes early waits inside the collective, so bus GB/s (bytes per link each way, as
 nccl-tests count them) is that of the last to come: the shortest of the ranks' times.
@@ -51,7 +52,7 @@ LAUNCHES = ("cuda_runtime", "cuda_driver")
 NCCL = re.compile(r"nccl\w*Kernel_?(AllReduce|ReduceScatter|AllGather|AllToAll|Broadcast|Reduce|SendRecv)?")
 KINDS = {"AllReduce": "all-reduce", "ReduceScatter": "reduce-scatter", "AllGather": "all-gather",
          "AllToAll": "all-to-all", "Broadcast": "broadcast", "Reduce": "reduce", "SendRecv": "all-to-all"}
-FIGURES = ("step_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms")
+FIGURES = ("step_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms", "update_ms")
 PIXELS = 2000                       # of a picture: narrower gaps are not drawn
 
 Interval = tuple[float, float]
@@ -102,7 +103,8 @@ def account(window: Interval, compute: list[Interval], collectives: list[Interva
     busy, talk = merged(clipped(compute, window)), merged(clipped(collectives, window))
     exposed = minus(talk, busy)
     step = window[1] - window[0]
-    values = (step, length(busy), length(talk), length(exposed), step - length(busy) - length(exposed))
+    update = window[1] - talk[0][0] if talk else 0
+    values = (step, length(busy), length(talk), length(exposed), step - length(busy) - length(exposed), update)
     return dict(zip(FIGURES, values), exposed=exposed,
                 each=[length(minus([c], busy)) for c in collectives])
 

@@ -83,11 +83,11 @@ def test_a_step_by_hand():
     compute = [(10, 40), (30, 60), (95, 130)]  # overlapping; the last reaches into the next step
     collectives = [(50, 80), (70, 90), (75, 76), (20, 30), (98, 99)]  # overlapping, nested, hidden
     found = account((0, 100), compute, collectives)
-    assert [found[name] for name in timeline.FIGURES] == [100, 55, 51, 30, 15]
+    assert [found[name] for name in timeline.FIGURES] == [100, 55, 51, 30, 15, 80]
     assert found["exposed"] == [(60, 90)]
     assert found["each"] == [20, 20, 1, 0, 0]  # side by side: each is charged all that it exposes
     empty = account((3, 7), [], [])
-    assert [empty[name] for name in timeline.FIGURES] == [4, 0, 0, 0, 4] and empty["each"] == []
+    assert [empty[name] for name in timeline.FIGURES] == [4, 0, 0, 0, 4, 0] and empty["each"] == []
 
 
 # ---------------------------------------------------------------- traces
@@ -135,7 +135,7 @@ def test_a_gpu_trace():
     assert lanes.bounds == [400, 1400, 2400]
     for i in range(2):
         found = timeline.one_step(lanes, i, CALLS, True)
-        assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 610, 360, 290, 100]
+        assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 610, 360, 290, 100, 600]
         rows = found["collectives"]
         assert [r["kind"] for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
         assert [r["bytes"] for r in rows] == [8000, 400, 8000] and [r["wire"] for r in rows] == [4000, 400, 4000]
@@ -176,7 +176,7 @@ def test_a_cpu_trace():
     lanes = timeline.read_lanes(events, cuda=False)
     assert [s.name for s in lanes.compute] == ["aten::linear", "aten::add", "aten::mul"]
     found = timeline.one_step(lanes, 0, [wire.Call("reduce-scatter", 800, (0, 1), "float32")], False)
-    assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 370, 160, 130, 500]
+    assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 370, 160, 130, 500, 560]
     assert found["collectives"][0]["kind"] == "reduce-scatter"  # what was called; gloo makes it of an all-reduce
 
 
