@@ -320,8 +320,7 @@ class Machine:
             torch.accelerator.synchronize()
 
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
-        """Host copies of tensors as of this point of the queue, made beside it; calling the result waits for
-        them. Fault when they do not come: NCCL's watchdog sees nothing inside a graph."""
+        """What waits for host copies of tensors as they are now, or Fault: NCCL's watchdog sees no graph."""
         copies = [t.clone() for t in tensors]
         if not self.pin:
             return lambda: copies
@@ -379,11 +378,17 @@ class Machine:
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
     """Causal attention with grouped heads. q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh).
     window: keys that a token sees, itself included, 0: all. docs (B, T): it sees those of its own number."""
+    T, K, how = q.size(1), k.size(1), dict(is_causal=True, enable_gqa=True)
+    if docs is None and 0 < 2 * window < T and T % window == 0:         # blocks, each with the one before
+        blocks = lambda x: x.unflatten(1, (-1, window)).flatten(0, 1)
+        pairs = [torch.cat([blocks(x[:, window:-window]), blocks(x[:, 2 * window:])], 1) for x in (k, v)]
+        head = attend_sdpa(*(x[:, : 2 * window] for x in (q, k, v)), window=window, docs=None)
+        rest = attend_sdpa(blocks(q[:, 2 * window:]), *pairs, window=window, docs=None)
+        return torch.cat([head, rest.unflatten(0, (len(q), -1)).flatten(1, 2)], 1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    T, how = q.size(2), dict(is_causal=True, enable_gqa=True)
-    if docs is not None or 0 < window < T:
-        back = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
-        seen = (back >= 0) & (back < (window or T))
+    if docs is not None or 0 < window < K:
+        back = torch.arange(K - T, K, device=q.device)[:, None] - torch.arange(K, device=q.device)
+        seen = (back >= 0) & (back < (window or K))
         how = dict(attn_mask=seen if docs is None else seen & (docs[:, None, :, None] == docs[:, None, None]))
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))     # for the efficient kernel
     return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
@@ -921,8 +926,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
 
 
 class GPT(nn.Module):
-    """The model: 18 float32 masters; products run in `dtype`. A bank holds all layers' matrices of a kind, so
-    that the optimizer works on four batches and not on 66 matrices (parameter-golf #399)."""
+    """The model: 18 float32 masters, a bank for all layers' matrices of a kind. Products run in `dtype`."""
 
     def __init__(self, h: Config, ops: Ops = Ops(), dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -1244,9 +1248,8 @@ def bind(fast: Callable, line: Callable, inputs: list[Tensor], name: str = "trit
 
 
 def bind_attention(h: Config, device: torch.device) -> tuple[Callable, str]:
-    """What attends in this model's layers, and its name for the log: FlashAttention-4 if it is right in all
-    their forms; or the first of PyTorch's that runs, switched on for good: no context manager in the compiled
-    graph. cuDNN is ahead of flash on H100; a mask only the efficient kernel takes."""
+    """What attends in this model's layers, and its name for the log: FlashAttention-4 if right in all forms,
+    or the first of PyTorch's that runs, switched on for good. A mask only the efficient kernel takes."""
     generator, kernels = torch.Generator().manual_seed(0), ("cudnn", "flash", "mem_efficient", "math")
     choose = lambda *on: [getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in on) for name in kernels]
     qkv = [torch.randn(2, 256, n, h.head_dim, generator=generator).to(device).bfloat16().requires_grad_()
@@ -1494,8 +1497,7 @@ SAFETY = 2e-2                               # bf16 rounding must not lift a sing
 
 
 def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
-    """(a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least.
-    Remez: 1 -+ E in turn at the ends and the two extrema between them, which are exchanged until E stays."""
+    """(a, b, c) of the odd quintic of least largest distance E to 1 on [low, high]: Remez, until E stays."""
     if low / high >= 1 - 5e-6:      # the limit, Newton-Schulz
         return 15 / 8 / high, -10 / 8 / high ** 3, 3 / 8 / high ** 5
     q, r, before = (3 * low + high) / 4, (low + 3 * high) / 4, math.inf
@@ -1546,8 +1548,7 @@ def frobenius_scale(X: Tensor) -> Tensor:
 def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
     """X <- aX + (bA + cA^2)X with A = XX', once per coefficient row. Singular values move, vectors stay.
     It starts from diag(r) X, which is never written: r (B, M) scales the first A and the columns of the first
-    polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, when it is known already. aI is inside the
-    polynomial, 22 x 512 x 512 take 17.8 us then; baddbmm, which copies X, 27.3, a kernel from aX on 21.5."""
+    polynomial. X (B, M, N). A: the Gram matrix of diag(r) X, if known. aI inside: 17.8 us, baddbmm 27.3."""
     for a, b, c in coefficients:
         C = ba_plus_caa(xxt(X, r)[0] if A is None else A, a, b, c, r)
         X = torch.bmm(C, X) if X.stride(-1) == 1 else torch.bmm(X.mT, C.mT).mT     # in the layout of X
@@ -2266,9 +2267,8 @@ def repository_file(name: str, instead: str) -> str:
 
 
 def train(run: Run) -> Ema:
-    """The whole of training; the clock runs between validations and sees no compilation.
-    The host runs at most one step ahead of the device. A step is begun only when it and the one in flight are
-    expected to end within max_wallclock_seconds, by rank 0's clock. Fault one step after a bad one."""
+    """Training. The clock, rank 0's, stands in validations and sees no compilation. The host is a step ahead
+    at most and begins one if the clock should hold it and the one in flight. Fault a step after a bad one."""
     h, m, log = run.h, run.m, run.log
     optimizer = run.timed("compile", Optimizer, run.model, h, m)
     ema, loader, keep = Ema(run.model, h), TokenLoader(h, m), None

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 
@@ -14,7 +15,8 @@ import train_gpt as t
 from helpers import noisy_model, random_tokens, tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KINDS = [(3, False), (7, False), (0, True), (3, True), (16, False), (40, True)]  # of rows of 16 tokens
+KINDS = [(3, False), (7, False), (1, False), (2, False), (4, False), (8, False), (0, True), (3, True), (4, True), (16, False),
+         (40, True)]  # of rows of 16 tokens
 
 
 def sees(i, j, window, docs):
@@ -223,6 +225,15 @@ def test_documents_are_counted_within_a_row():
     assert t.documents(tokens, 1).tolist() == [[0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 0, 1], [0] * 6]
     many = t.documents(torch.ones(1, 40, dtype=torch.long), 1)[0].tolist()
     assert many == [*range(t.DOCUMENTS), *[t.DOCUMENTS - 1] * (40 - t.DOCUMENTS)]
+
+
+@pytest.mark.parametrize("window,keys", [(4, [8, 8]), (2, [4, 4]), (8, [16]), (3, [16]), (16, [16]), (0, [16])])
+def test_a_window_that_divides_the_row_sees_few_keys(window, keys, monkeypatch):
+    """In blocks of its length: a product makes twice as many scores as are seen, and not as many as without windows."""
+    made, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **how: (made.append(k.size(2)), real(q, k, v, **how))[1])
+    t.attend_sdpa(*heads(2, 16, 4, 2, 8), window)
+    assert made == keys
 
 
 @pytest.mark.parametrize(
