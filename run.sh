@@ -133,7 +133,7 @@ use_flash4() {  # FlashAttention-4 into .venv where a GPU can run it; tried once
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
     say "installing requirements-flash4.txt into .venv: once"
     "$py" -m pip install --disable-pip-version-check --no-input -r "$root/requirements-flash4.txt" >&2 ||
-        say "no FlashAttention-4 (pip's message is above): layers with windows will be slow, attn_windows= trains" \
+        say "no FlashAttention-4 (pip's message is above): layers with windows may be slow, attn_windows= trains" \
             "without them; .venv/bin/pip install -r requirements-flash4.txt tries again"
     printf '%s\n' "$want" >"$stamp"
 }

@@ -1514,9 +1514,9 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=None)
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
-    """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932). Each is the least-
-    maximum quintic of what those before leave of [low, 1], its top u. cushion: fit [cushion * u, u] at most,
-    which bounds slopes, its image centred on 1. safety: all but the last read x / (1 + safety)."""
+    """Coefficients (a, b, c) of each step: Polar Express (Amsel et al., arXiv:2505.16932). Each the minimax
+    quintic of what is left of [low, 1] so far, its top u. cushion: it fits [cushion * u, u] at most, which
+    bounds slopes, and the image is centred on 1. safety: all but the last read x / (1 + safety)."""
     rows, u = [], 1.0
     for k in range(steps):
         a, b, c = minimax_quintic(max(low, cushion * u), u)
