@@ -18,7 +18,7 @@ usage: ./run.sh [COMMAND] [ARGUMENTS]          (works from any directory)
   bench [--json FILE] [--sustain SECONDS] [key=value...]
                          time the step and its sections        ./run.sh bench --json bench.json
   bench --candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]
-                         replacements against plain lines      ./run.sh bench --candidates records/candidates.py
+                         replacements against plain lines      ./run.sh bench --candidates tools/lab/candidates.py
   bench --timeline FILE.json [--steps N] [--json FILE] [key=value...]
                          compute, communication, exposed       NPROC=8 ./run.sh bench --timeline t.json
   bench --attention [--paths NAME,NAME] [--json FILE] [key=value...]
@@ -266,11 +266,11 @@ train() {
         if [ "$status" -eq 0 ]; then status=1; fi
         exit "$status"
     fi
-    if plot=$("$py" records/record.py plot "$log"); then
+    if plot=$("$py" tools/ledger/record.py plot "$log"); then
         plot=$(printf '%s\n' "$plot" | tail -n 1)
         plot=${plot#plot: }
     else
-        plot="none (records/record.py plot failed, message above)"
+        plot="none (tools/ledger/record.py plot failed, message above)"
     fi
     echo
     score=$(tail -c "+$((before + 1))" "$log" | sed -n 's/^final_score //p' | tail -n 1)
@@ -290,8 +290,8 @@ score() {  # score [key=value...]: eval or audit of $artifact
     data_path=$(setting data_path '' "$@")
     if [ -z "$data_path" ]; then data_path=$(find_data); set -- "$data_path" "$@"; fi
     if [ "$command" = eval ]; then set -- train_gpt.py eval "$artifact" "$@"
-    elif [ -n "$script" ]; then set -- records/audit.py "$artifact" --script "$script" "$@"
-    else set -- records/audit.py "$artifact" "$@"
+    elif [ -n "$script" ]; then set -- tools/audit.py "$artifact" --script "$script" "$@"
+    else set -- tools/audit.py "$artifact" "$@"
     fi
     launch "$(processes record "$gpus")" "$@"
 }
@@ -314,7 +314,7 @@ case $command in
         ;;
     data | record)    # these take paths of the caller's, so they run where the caller stands
         tool=data/prepare.py
-        if [ "$command" = record ]; then tool=records/record.py; fi
+        if [ "$command" = record ]; then tool=tools/ledger/record.py; fi
         needs "$tool"
         use_python
         if [ "$command" = record ]; then use_flash4; fi      # of its verbs some train
@@ -349,7 +349,7 @@ if [ "$command" = bench ]; then
         case $1 in
             --attention | --all) options+=("$1"); shift ;;
             --json | --candidates | --timeline | --script | --only | --seconds | --sustain | --steps | --paths)
-                [ $# -gt 1 ] || die "bench: $1 needs a value: python records/bench.py --help lists the options"
+                [ $# -gt 1 ] || die "bench: $1 needs a value: python tools/lab/bench.py --help lists the options"
                 case $1 in
                     --only | --seconds | --sustain | --steps | --paths) options+=("$1" "$2") ;;
                     *) options+=("$1" "$(absolute "$2")") ;;
@@ -363,7 +363,7 @@ fi
 check_settings "$@"
 check_nproc
 needs train_gpt.py
-if [ "$command" = train ]; then needs records/record.py; fi
+if [ "$command" = train ]; then needs tools/ledger/record.py; fi
 if [ "$command" = audit ] || [ "$command" = bench ]; then needs "records/$command.py"; fi
 for arg in "$@"; do
     shift
@@ -386,7 +386,7 @@ case $command in
     *)
         if [ -z "$(setting preset '' "$@")" ]; then set -- "preset=$(machine_preset "$(count_gpus)")" "$@"; fi
         if [ "$command" = config ]; then exec "$py" train_gpt.py config "$@"; fi
-        if [ "${NPROC:-1}" = 1 ]; then exec "$py" records/bench.py ${options[@]+"${options[@]}"} "$@"; fi
-        launch "$NPROC" records/bench.py ${options[@]+"${options[@]}"} "$@"
+        if [ "${NPROC:-1}" = 1 ]; then exec "$py" tools/lab/bench.py ${options[@]+"${options[@]}"} "$@"; fi
+        launch "$NPROC" tools/lab/bench.py ${options[@]+"${options[@]}"} "$@"
         ;;
 esac

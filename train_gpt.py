@@ -7,8 +7,8 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
           python train_gpt.py train preset=h100x1 data_path=DIR                 one GPU, 300 s of training
           python train_gpt.py train preset=cpu data_path=DIR                    a laptop, minutes
           python train_gpt.py eval ARTIFACT data_path=DIR                       score a file again
-          python train_gpt.py audit ARTIFACT data_path=DIR                      is it legal? records/audit.py
-          python train_gpt.py bench | config         time the step, records/bench.py | print the knobs
+          python train_gpt.py audit ARTIFACT data_path=DIR                      is it legal? tools/audit.py
+          python train_gpt.py bench | config         time the step, tools/lab/bench.py | print the knobs
           Any knob of Config: `key=value` behind the command, or KEY=value in the environment.
 
 Contents
@@ -2456,8 +2456,9 @@ def command_tool(name: str, argv: list[str]) -> int:
     """Hand over to the repository's tool, which is no part of what it judges. Its exit status."""
     script = ["--script", os.path.realpath(__file__)]
     files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv if "=" not in a]
-    instead = " ".join([f"python records/{name}.py", *files, *script, "KEY=VALUE"])
-    tool = repository_file(f"records/{name}.py", instead)
+    tool_file = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}[name]
+    instead = " ".join([f"python {tool_file}", *files, *script, "KEY=VALUE"])
+    tool = repository_file(tool_file, instead)
     outer, sys.argv = sys.argv, [tool, *argv, *script]
     try:
         runpy.run_path(tool, run_name="__main__")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 # Before torch is imported anywhere; child processes inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
@@ -46,8 +46,8 @@ def attention_switches():
 
 @pytest.fixture
 def quick_bench(monkeypatch):
-    """records/bench.py without knobs from the environment, each section timed three times."""
-    import bench
+    """tools/lab/bench.py without knobs from the environment, each section timed three times."""
+    from lab import bench
     import train_gpt as t
 
     for f in dataclasses.fields(t.Config):

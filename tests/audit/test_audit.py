@@ -1,0 +1,997 @@
+"""The audit: nine tests pass on an honest run, and each planted fault fails the tests named beside it.
+
+A fault is a broken scorer, artifact, dataset or training loop, put in place of one honest part. The first
+test named is the one made for it, the others fail with it for a good reason (with a question mark: may fail);
+every test not named must still pass.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import lzma
+import os
+import py_compile
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import cache_from_source
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+from helpers import BOS, ROOT, TINY, WORDS, group_of_one, run_ranks, stop_one_line, train_tokenizer, write_shard
+
+
+import audit  # noqa: E402
+
+KNOBS = TINY | dict(
+    num_layers=2,
+    train_seq_len=32,
+    eval_seq_len=32,
+    eval_stride=8,
+    eval_batch_tokens=256,
+    train_batch_tokens=512,
+    micro_batch_tokens=256,
+    iterations=30,
+    run_id="run",
+)
+SPACE = "\u2581"
+
+
+# ---------------------------------------------------------------- an honest run, made once
+
+
+def prose(count, seed):
+    """Documents of words in which every other word follows from the one before: no long span comes twice."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for _ in range(count):
+        word, out = int(rng.integers(len(WORDS))), []
+        for _ in range(int(rng.integers(30, 70))):
+            out.append(WORDS[word])
+            word = (word * 7 + 3) % len(WORDS) if rng.random() < 0.5 else int(rng.integers(len(WORDS)))
+        documents.append(" ".join(out) + ".")
+    return documents
+
+
+def text_bytes(sp, ids):
+    """UTF-8 length of a document's text. A space spelled in bytes is one; at the start it is none."""
+    text = sp.decode(ids).replace(SPACE, " ")
+    drop = sp.is_unknown(sp.piece_to_id(SPACE)) and text.startswith(" ")
+    return len(text.encode()) - drop
+
+
+def write_dataset(folder, tokenizer, train, val):
+    """A data folder: a train shard per list of documents in `train`, val, tokenizer, manifest."""
+    folder.mkdir(parents=True)
+    place = folder / "tokenizer.model"
+    shutil.copy(tokenizer, place)
+    for i, documents in enumerate(train):
+        write_shard(folder / f"x_train_{i:06d}.bin", sum(documents, []))
+    write_shard(folder / "x_val_000000.bin", sum(val, []))
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(place))
+    weight = sum(text_bytes(sp, d[1:]) for d in val)
+    named = {
+        "kind": "sentencepiece",
+        "file": "tokenizer.model",
+        "encoding": None,
+        "sha256": hashlib.sha256(place.read_bytes()).hexdigest(),
+        "vocab_size": sp.vocab_size(),
+    }
+    split = {"documents": len(val), "tokens": sum(map(len, val)), "decoded_bytes": weight}
+    about = {"format": 1, "name": "x", "bos_id": BOS, "tokenizer": named, "splits": {"val": split}}
+    (folder / "manifest.json").write_text(json.dumps(about))
+    return str(folder)
+
+
+def config(path, **knobs):
+    return t.load_config([f"{k}={v}" for k, v in (KNOBS | dict(data_path=path) | knobs).items()], {})
+
+
+def trained(h):
+    """A run of `h` trained for its steps, packed, and the artifact's weights put back into its model."""
+    with group_of_one() as m:
+        run = t.start_run(h, m, t.Log("", None), t.load_dataset(h), time.perf_counter())
+        t.train(run)
+        blob = t.pack_artifact(dict(run.model.named_parameters()), h)
+        run.model.load_state_dict(t.unpack_artifact(blob))
+    return run, blob
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """Run, artifact and dataset: 60 + 60 training documents, 40 of validation, 30 steps."""
+    folder = tmp_path_factory.mktemp("audit")
+    texts = prose(160, 0)
+    model = train_tokenizer(folder / "sp.model", texts, 320)
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    ids = [[BOS, *sp.encode(x)] for x in texts]
+    train, val = [ids[:60], ids[60:120]], ids[120:]
+    h = config(write_dataset(folder / "data", model, train, val), vocab_size=sp.vocab_size())
+    run, blob = trained(h)
+    return SimpleNamespace(run=run, blob=blob, h=h, folder=folder, model=model, train=train, val=val)
+
+
+@pytest.fixture
+def group():
+    with group_of_one():
+        yield
+
+
+def failing(run, blob):
+    """The tests (T1...T9) that fail, as text, and all verdicts."""
+    subject = audit.make_audit(t, run, blob)
+    verdicts = [test(subject) for test in audit.AUDIT]
+    return " ".join(v.test[:2] for v in verdicts if not v.ok), verdicts
+
+
+def as_expected(fails, expected):
+    """Whether the failing tests are those of "T1 T3?": T1 and perhaps T3."""
+    must = {name for name in expected.split() if not name.endswith("?")}
+    return must <= set(fails.split()) <= {name.rstrip("?") for name in expected.split()}
+
+
+def fresh(run, **changes):
+    """The run with its caches empty and fields replaced."""
+    return dataclasses.replace(run, **(dict(phases={}, splits={}) | changes))
+
+
+def on_data(honest, tmp_path, **change):
+    """The honest run on a changed copy of its data: `train` or `val` id lists."""
+    parts = dict(train=honest.train, val=honest.val) | change
+    h = dataclasses.replace(honest.h, data_path=write_dataset(tmp_path / "data", honest.model, **parts))
+    return fresh(honest.run, h=h, dataset=t.load_dataset(h))
+
+
+def with_nats(run, nats_fn):
+    return fresh(run, nats_fn=nats_fn)
+
+
+def test_the_run_has_learnt(honest, group):
+    """Weights far from their start, or a fault in the scorer would have nothing to show."""
+    start = t.GPT(honest.h)
+    moved = {
+        n: (p - dict(start.named_parameters())[n]).abs().max() for n, p in honest.run.model.named_parameters()
+    }
+    assert all(moved[n] > 1e-3 for n in ("tok_emb", "qo_bank", "mlp_down_bank", "bigram_emb", "smear_gate"))
+    score = fresh(honest.run).score("val", honest.h.eval_stride)
+    assert score.loss < 0.85 * np.log(honest.h.vocab_size)
+
+
+def test_nine_tests_pass_on_an_honest_run(honest, group):
+    fails, verdicts = failing(fresh(honest.run), honest.blob)
+    assert not fails, verdicts
+    assert [v.test[:2] for v in verdicts] == [f"T{i}" for i in range(1, 10)]
+    assert all(v.evidence for v in verdicts)
+    assert "manifest agrees" in verdicts[3].evidence
+    assert not verdicts[4].evidence.startswith("0 documents")
+    assert " of 0 " not in verdicts[5].evidence and " 0 13-word" not in verdicts[5].evidence
+
+
+# ---------------------------------------------------------------- T1, T2, T3: the scorer
+
+
+def nats_of(model):
+    """GPT.nats of a model whose parts were exchanged."""
+    return lambda x, y, last: model.nats(x, y, last)
+
+
+def twin(run, kind=t.GPT, ops=t.Ops()):
+    """The run with its weights in a model of another class or other operations."""
+    model = kind(run.h, ops, run.m.dtype)
+    model.load_state_dict(run.model.state_dict())
+    return fresh(run, model=model, nats_fn=nats_of(model))
+
+
+def attend_all(q, k, v, window=0, docs=None):
+    """Attention without its mask."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+def attend_one_ahead(q, k, v, window=0, docs=None):
+    """A mask off by one: each position sees the next."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+class SmearAcross(t.GPT):
+    """The smear looks across a document start."""
+
+    def embed(self, tokens):
+        inside = torch.where(tokens == self.h.bos_id, self.h.bos_id + 1, tokens)
+        x = super().embed(tokens)
+        y = t.rms_norm(F.embedding(inside, self.tok_emb))
+        gate = torch.sigmoid(self.smear_gate) * (tokens == self.h.bos_id)[..., None]
+        return torch.lerp(x, F.pad(y[:, :-1], (0, 0, 1, 0)), gate)
+
+
+class BigramAcross(t.GPT):
+    """The hashed bigram of a document's first token holds the last token of the document before."""
+
+    def embed(self, tokens):
+        previous = F.pad(tokens[:, :-1], (1, 0))
+        bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % (self.h.bigram_vocab_size - 1)
+        across = F.linear(F.embedding(bucket, self.bigram_emb), self.bigram_scale * self.bigram_proj)
+        return super().embed(tokens) + across * (tokens == self.h.bos_id)[..., None]
+
+
+class BigramAhead(t.GPT):
+    """The hashed bigram reads the next token."""
+
+    def embed(self, tokens):
+        following = F.pad(tokens[:, 1:], (0, 1))
+        bucket = torch.bitwise_xor(36313 * tokens, 27191 * following) % (self.h.bigram_vocab_size - 1)
+        ahead = F.linear(F.embedding(bucket, self.bigram_emb), self.bigram_scale * self.bigram_proj)
+        return super().embed(tokens) + ahead
+
+
+def cached(run, gate):
+    """Targets that occurred before in the window get a bonus, and no other token pays for it."""
+
+    def nats_fn(x, y, last):
+        nats, rows = run.model.nats(x, y, last), []
+        for i in range(y.size(1) - last, y.size(1)):
+            seen = (x[:, : i + 1] == y[:, i : i + 1]).any(1)
+            rows.append(seen)
+        hit = torch.stack(rows, 1)
+        if gate:  # the better of two experts, chosen by whether the target was a hit
+            return torch.where(hit, nats.clamp_max(np.log(x.size(1))), nats)
+        return -(0.8 * (-nats).exp() + 0.2 * hit).log()
+
+    return with_nats(run, nats_fn)
+
+
+class Learner:
+    """Test-time training of a bias on the logits; `order` says what happens first, score or update."""
+
+    def __init__(self, run, order):
+        self.run, self.order = run, order
+        self.reset()
+
+    def reset(self):
+        self.bias = torch.zeros(self.run.h.vocab_size)
+
+    def learn(self, y, last):
+        counts = torch.bincount(y[:, -last:].flatten(), minlength=len(self.bias)).float()
+        self.bias = self.bias + 0.1 * counts / counts.sum() * len(self.bias)
+
+    def nats(self, x, y, last):
+        if self.order == "update first":
+            self.learn(y, last)
+        logits = self.run.model.head(self.run.model.trunk(x)[:, -last:]) + self.bias
+        if self.order == "score first":
+            self.learn(y, last)
+        return F.cross_entropy(logits.transpose(1, 2), y[:, -last:], reduction="none")
+
+
+def learning(run, monkeypatch, order, reset=True):
+    learner, score = Learner(run, order), t.score_targets
+
+    def score_from_the_start(*args):
+        if reset:
+            learner.reset()
+        return score(*args)
+
+    monkeypatch.setattr(t, "score_targets", score_from_the_start)
+    return with_nats(run, learner.nats)
+
+
+def best_of_two(run):
+    """Each target scored under two temperatures, the lower loss kept."""
+
+    def nats_fn(x, y, last):
+        logits = run.model.head(run.model.trunk(x)[:, -last:]).transpose(1, 2)
+        score = lambda heat: F.cross_entropy(logits / heat, y[:, -last:], reduction="none")
+        return torch.minimum(score(1.0), score(1.5))
+
+    return with_nats(run, nats_fn)
+
+
+def in_sliding_windows(run):
+    """The cache joins in only where few targets of a window are scored, as in the final score."""
+    return with_nats(
+        run, lambda x, y, last: (run if last == y.size(1) else cached(run, False)).nats_fn(x, y, last)
+    )
+
+
+def after_64(run):
+    """Long windows; targets behind the first 64 tokens get a bonus that nobody pays for."""
+
+    def nats_fn(x, y, last):
+        late = torch.arange(x.size(1) - last, x.size(1)) >= 64
+        return run.model.nats(x, y, last) - 0.3 * late
+
+    h = dataclasses.replace(run.h, eval_seq_len=128, eval_stride=32, eval_batch_tokens=512)
+    return fresh(run, h=h, nats_fn=nats_fn)
+
+
+SCORERS = {
+    "attention without a mask": ("T1 T3", lambda run, mp: twin(run, ops=t.Ops(attend=attend_all))),
+    "mask off by one": ("T1 T3", lambda run, mp: twin(run, ops=t.Ops(attend=attend_one_ahead))),
+    "smear across a document start": ("T1", lambda run, mp: twin(run, SmearAcross)),
+    "bigram across a document start": ("T1", lambda run, mp: twin(run, BigramAcross)),
+    "bigram of the next token": ("T1 T3?", lambda run, mp: twin(run, BigramAhead)),
+    "cache in sliding windows only": ("T2", lambda run, mp: in_sliding_windows(run)),
+    "cache that is warm after 64 tokens": ("T2", lambda run, mp: after_64(run)),
+    "n-gram cache not normalised": ("T2", lambda run, mp: cached(run, False)),
+    "gate on whether the target is a hit": ("T2", lambda run, mp: cached(run, True)),
+    "best of two temperatures": ("T2", lambda run, mp: best_of_two(run)),
+    "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, "update first")),
+    "second pass over the split": ("T1 T3 T4? T7", lambda run, mp: learning(run, mp, "score first", False)),
+}
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_broken_scorer_fails(name, honest, group, monkeypatch):
+    expected, plant = SCORERS[name]
+    fails, verdicts = failing(plant(honest.run, monkeypatch), honest.blob)
+    assert as_expected(fails, expected), (fails, verdicts)
+
+
+def test_long_windows_pass(honest, group):
+    """The honest part of one of the faults above."""
+    h = dataclasses.replace(honest.h, eval_seq_len=128, eval_stride=32, eval_batch_tokens=512)
+    fails, verdicts = failing(fresh(honest.run, h=h), honest.blob)
+    assert not fails, verdicts
+
+
+def test_windows_and_documents_pass(honest):
+    h = config(honest.h.data_path, vocab_size=honest.h.vocab_size, attn_windows="5 0", doc_mask=1)
+    run, blob = trained(h)
+    with group_of_one():
+        fails, verdicts = failing(run, blob)
+    assert not fails, verdicts
+
+
+# ---------------------------------------------------------------- T4: every target once
+
+
+def rescored_tail(total, seq_len, stride):
+    """A window at every stride that is in the split; those at its end are short and score what was scored."""
+    for start in range(0, total, stride):
+        end = min(start + seq_len, total)
+        if end - start >= stride or start == 0:
+            yield start, end, 0 if start == 0 else start + max(0, end - start - stride)
+
+
+def dropped_tail(total, seq_len, stride):
+    for start, end, score_from in real_windows(total, seq_len, stride):
+        if end - score_from in (seq_len, stride):
+            yield start, end, score_from
+
+
+def skipped_context(total, seq_len, stride):
+    """Each window drops the first target that it should score."""
+    for start, end, score_from in real_windows(total, seq_len, stride):
+        yield start, end, score_from + (start > 0)
+
+
+def half_the_split(total, seq_len, stride):
+    return real_windows(total // 2, seq_len, stride)
+
+
+real_windows = t.score_windows
+WINDOWS = {
+    "short windows at the end score again": rescored_tail,
+    "the tail is dropped": dropped_tail,
+    "one target of each window is dropped": skipped_context,
+    "half of the split is scored": half_the_split,
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_that_do_not_tile_fail(name, honest, group, monkeypatch):
+    tokens = honest.run.held_out("val")
+    assert (len(tokens) - 1 - honest.h.eval_seq_len) % honest.h.eval_stride, "the split has no tail to drop"
+    monkeypatch.setattr(t, "score_windows", lambda *sizes: np.array(list(WINDOWS[name](*sizes))))
+    fails, verdicts = failing(fresh(honest.run), honest.blob)
+    assert fails == "T4", verdicts
+
+
+def worst_targets_dropped(nats_fn, tokens, counts, run, m):
+    nats = t.score_targets(nats_fn, tokens, run, m)[0].sort().values
+    nats = nats[: -max(1, len(nats) // 100)].sum().item()
+    weight = int(counts.of(tokens).sum())
+    return t.Score(nats / (len(tokens) - 1), t.bpb(nats, weight), len(tokens) - 1, weight, 0.0)
+
+
+def mean_of_batches(nats_fn, tokens, counts, run, m):
+    """Losses averaged over the windows, the last one shorter than the others."""
+    nats = t.score_targets(nats_fn, tokens, run, m)[0]
+    mean = torch.stack([part.mean() for part in nats.split(run.stride)]).mean().item() * nats.numel()
+    weight = int(counts.of(tokens).sum())
+    return t.Score(mean / nats.numel(), t.bpb(mean, weight), nats.numel(), weight, 0.0)
+
+
+@pytest.mark.parametrize("evaluate", [worst_targets_dropped, mean_of_batches])
+def test_an_evaluator_whose_sum_is_another_fails(evaluate, honest, group, monkeypatch):
+    """score_targets is sound, what is made of it is not."""
+    monkeypatch.setattr(t, "evaluate", evaluate)
+    fails, verdicts = failing(fresh(honest.run), honest.blob)
+    assert fails == "T4", verdicts
+
+
+def test_a_split_cut_short_fails(honest, group, tmp_path):
+    """Fewer tokens in the shard than in the manifest."""
+    run = on_data(honest, tmp_path)
+    write_shard(tmp_path / "data" / "x_val_000000.bin", sum(honest.val, [])[:-40])
+    fails, verdicts = failing(run, honest.blob)
+    assert fails == "T4", verdicts
+
+
+def test_another_split_of_the_same_length_fails(honest, group, tmp_path):
+    """As many tokens as the manifest says, of other text: the bytes differ."""
+    run = on_data(honest, tmp_path)
+    tokens = np.array(sum(honest.val, []))
+    weights = honest.run.dataset.counts.base
+    heavy = int(weights.argmax())
+    tokens[5] = heavy if weights[tokens[5]] != weights[heavy] else int(weights.argmin())
+    write_shard(tmp_path / "data" / "x_val_000000.bin", tokens)
+    fails, verdicts = failing(run, honest.blob)
+    assert fails == "T4", verdicts
+
+
+def test_a_manifest_of_other_totals_fails(honest, group):
+    manifest = json.loads(json.dumps(honest.run.dataset.manifest))
+    for key in ("tokens", "decoded_bytes"):
+        manifest["splits"]["val"][key] += 1
+        run = fresh(honest.run, dataset=dataclasses.replace(honest.run.dataset, manifest=manifest))
+        assert failing(run, honest.blob)[0] == "T4", key
+
+
+# ---------------------------------------------------------------- T5: bytes
+
+
+class SpaceTwice(t.ByteCounts):
+    def of(self, tokens):
+        return super().of(tokens) + self.space[tokens[1:]]
+
+
+class SpaceAfterStart(t.ByteCounts):
+    """A leading space after a document start is counted, though it is no part of the text."""
+
+    def of(self, tokens):
+        return super().of(tokens) + (tokens[:-1] == BOS)
+
+
+class Constant(t.ByteCounts):
+    """Bytes per token as a constant: right on the whole, wrong on every document."""
+
+    def of(self, tokens):
+        true = super().of(tokens)
+        out = np.full(len(true), true.sum() // len(true))
+        out[: true.sum() - out.sum()] += 1
+        return out
+
+
+BYTE_FAULTS = {
+    "a leading space counts twice": ("T4 T5", SpaceTwice),
+    "a space at a document's start counts": ("T4 T5", SpaceAfterStart),
+    "bytes per token are a constant": ("T5", Constant),
+}
+
+
+@pytest.mark.parametrize("name", BYTE_FAULTS)
+def test_wrong_bytes_fail(name, honest, group):
+    expected, kind = BYTE_FAULTS[name]
+    true = honest.run.dataset.counts
+    counts = kind(true.base, true.space, true.boundary, true.spelled)
+    run = fresh(honest.run, dataset=dataclasses.replace(honest.run.dataset, counts=counts))
+    fails, verdicts = failing(run, honest.blob)
+    assert fails == expected, verdicts
+
+
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory):
+    """A run on a vocabulary without a piece U+2581, where a lone space is three byte pieces."""
+    from test_bytes import edit_pieces
+
+    folder = tmp_path_factory.mktemp("spelled")
+    texts = [x.replace(" ", "  ") for x in prose(60, 5)]
+    rename = lambda text, kind: ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
+    model = edit_pieces(train_tokenizer(folder / "with.model", texts, 320), folder / "sp.model", rename)
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    ids = [[BOS, *sp.encode(x)] for x in texts]
+    path = write_dataset(folder / "data", model, [ids[:40]], ids[40:])
+    return trained(config(path, vocab_size=sp.vocab_size(), iterations=2))
+
+
+def test_a_space_spelled_in_bytes_weighs_one(spelled, group):
+    run, blob = spelled
+    assert run.dataset.counts.spelled is not None
+    fails, verdicts = failing(fresh(run), blob)
+    assert not fails, verdicts
+    counts = dataclasses.replace(run.dataset.counts, spelled=None)
+    run = fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts))
+    assert failing(run, blob)[0] == "T4 T5"
+
+
+# ---------------------------------------------------------------- T6: leaks
+
+
+def most_of(document):
+    """Most of a document, under another beginning."""
+    return [BOS, *document[1 + len(document) // 8 :]]
+
+
+LEAKS = {
+    "a document at the start of a shard": lambda train, val: [[val[3], *train[0]], train[1]],
+    "a document inside a shard": lambda train, val: [train[0], [*train[1][:30], val[0], *train[1][30:]]],
+    "the last document of a shard": lambda train, val: [[*train[0], val[3]], train[1]],
+    "the last document of the split": lambda train, val: [[val[-1], *train[0]], train[1]],
+    "most spans of the split": lambda train, val: [train[0], [*train[1], *map(most_of, val)]],
+    "most spans of two documents": lambda train, val: [train[0], [*train[1], *map(most_of, val[4:6])]],
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_leak_fails(name, honest, group, tmp_path):
+    fails, verdicts = failing(
+        on_data(honest, tmp_path, train=LEAKS[name](honest.train, honest.val)), honest.blob
+    )
+    assert fails == "T6", verdicts
+
+
+def test_a_phrase_in_common_is_no_leak(honest, group, tmp_path):
+    """Forty tokens of one validation document in one training document: text may come twice."""
+    train = [honest.train[0], [*honest.train[1], honest.val[3][:41]]]
+    fails, verdicts = failing(on_data(honest, tmp_path, train=train), honest.blob)
+    assert not fails, verdicts
+
+
+def test_an_empty_document_on_both_sides_is_no_leak(honest, group, tmp_path):
+    train = [[honest.train[0][0], [BOS], *honest.train[0][1:]], honest.train[1]]
+    val = [honest.val[0], [BOS], *honest.val[1:]]
+    fails, verdicts = failing(on_data(honest, tmp_path, train=train, val=val), honest.blob)
+    assert not fails, verdicts
+
+
+# ---------------------------------------------------------------- T7: artifact and repetition
+
+
+def repacked(blob, change):
+    header, payload = t.open_artifact(blob)
+    return change(header, payload)
+
+
+def container(text, payload, **xz):
+    parts = [t.MAGIC, len(text).to_bytes(4, "little"), text, payload]
+    return lzma.compress(b"".join(parts), **(t.XZ | xz))
+
+
+def compact(header):
+    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+
+
+ARTIFACTS = {
+    "another xz preset": lambda head, data: container(compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]),
+    "another xz check": lambda head, data: container(compact(head), data, check=lzma.CHECK_CRC64),
+    "a header of another layout": lambda head, data: container(json.dumps(head).encode(), data),
+    "keys in another order": lambda head, data: container(
+        json.dumps(dict(reversed(head.items())), separators=(",", ":")).encode(), data
+    ),
+    "the time in a key that comes twice": lambda head, data: container(
+        compact(head).replace(b'{"config"', b'{"config":"12:34:56","config"', 1), data
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_an_artifact_that_does_not_pack_again_fails(name, honest, group):
+    blob = repacked(honest.blob, ARTIFACTS[name])
+    assert blob != honest.blob
+    assert t.unpack_artifact(blob).keys() == t.unpack_artifact(honest.blob).keys()
+    fails, verdicts = failing(fresh(honest.run), blob)
+    assert fails == "T7", verdicts
+
+
+def test_dropout_in_the_scorer_fails(honest, group):
+    """Scores that differ from call to call also look like scores that move."""
+    torch.manual_seed(0)
+    noisy = lambda x, y, last: honest.run.model.nats(x, y, last) + 1e-5 * torch.randn(x.size(0), last)
+    fails, verdicts = failing(with_nats(honest.run, noisy), honest.blob)
+    assert as_expected(fails, "T1 T3 T4? T7"), (fails, verdicts)
+
+
+def test_a_scorer_that_forgets_nothing_fails(honest, group):
+    """Every call scores a little better than the one before."""
+    calls = []
+
+    def nats_fn(x, y, last):
+        calls.append(1)
+        return honest.run.model.nats(x, y, last) + 1e-4 / len(calls)
+
+    assert as_expected(failing(with_nats(honest.run, nats_fn), honest.blob)[0], "T1 T3 T4? T7")
+
+
+# ---------------------------------------------------------------- T8: held-out files while training
+
+
+def val_file(h):
+    return t.split_files(h.data_path, "val")[0]
+
+
+def in_loader(read):
+    """A loader that reads the validation shard when it is made."""
+
+    class Loader(t.TokenLoader):
+        def __init__(self, h, m):
+            super().__init__(h, m)
+            read(h)
+
+    return Loader
+
+
+def read_in_chunks(h):
+    with open(val_file(h), "rb") as f:
+        f.read(10)
+
+
+def read_by_descriptor(h):
+    import os
+
+    os.close(os.open(val_file(h), os.O_RDONLY))
+
+
+def read_by_bytes_name(h):
+    with open(val_file(h).encode(), "rb") as f:
+        f.read(10)
+
+
+def read_by_path(h):
+    from pathlib import Path
+
+    Path(val_file(h)).read_bytes()
+
+
+def read_by_roundabout_name(h):
+    with open(h.data_path + "/../data/" + val_file(h).rsplit("/", 1)[1], "rb") as f:
+        f.read(10)
+
+
+def read_by_link(h):
+    from pathlib import Path
+
+    link = Path(h.data_path, "more_tokens.bin")
+    if not link.exists():
+        link.symlink_to(val_file(h))
+    link.read_bytes()
+
+
+READS = {
+    "load_shard": lambda h: t.load_shard(val_file(h)),
+    "open": read_in_chunks,
+    "a descriptor": read_by_descriptor,
+    "a name as bytes": read_by_bytes_name,
+    "a pathlib path": read_by_path,
+    "a roundabout name": read_by_roundabout_name,
+    "a symbolic link": read_by_link,
+    "numpy": lambda h: np.fromfile(val_file(h), np.uint16),
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_loader_that_opens_the_split_fails(how, honest, group, monkeypatch, tmp_path):
+    run = on_data(honest, tmp_path)
+    monkeypatch.setattr(t, "TokenLoader", in_loader(READS[how]))
+    fails, verdicts = failing(run, honest.blob)
+    assert fails == "T8", verdicts
+
+
+def test_a_validation_before_the_clock_stops_fails(honest, group, monkeypatch):
+    """Warm-up on real validation tokens, as if val_loss_every were not 0."""
+    warm = t.warmup
+
+    def warmup(run, *args):
+        t.validate(run, 0, 0.0)
+        return warm(run, *args)
+
+    monkeypatch.setattr(t, "warmup", warmup)
+    fails, verdicts = failing(fresh(honest.run), honest.blob)
+    assert fails == "T8", verdicts
+
+
+def test_training_on_the_report_split_fails(honest, group, monkeypatch, tmp_path):
+    """The second held-out split is held out too."""
+    run = on_data(honest, tmp_path)
+    other = str(tmp_path / "data" / "x_other_000000.bin")
+    write_shard(other, honest.val[0])
+    run = fresh(run, h=dataclasses.replace(run.h, report_split="other"))
+    assert not failing(run, honest.blob)[0]
+    monkeypatch.setattr(t, "TokenLoader", in_loader(lambda h: t.load_shard(other)))
+    assert failing(fresh(run), honest.blob)[0] == "T8"
+
+
+# ---------------------------------------------------------------- T9: network while scoring
+
+
+def connect():
+    with socket.socket() as s:
+        s.settimeout(1)
+        s.connect_ex(("127.0.0.1", 9))
+
+
+def datagram():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.sendto(b"x", ("127.0.0.1", 9))
+
+
+def message():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.sendmsg([b"x"], [], 0, ("127.0.0.1", 9))
+
+
+def fetch():
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen("http://127.0.0.1:9/", timeout=1)
+    except OSError:
+        pass
+
+
+def child():
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-S", "-c", ""])
+
+
+def shell():
+    import os
+
+    os.system(":")
+
+
+CALLS = {
+    "connect": connect,
+    "getaddrinfo": lambda: socket.getaddrinfo("127.0.0.1", 9),
+    "gethostbyname": lambda: socket.gethostbyname("127.0.0.1"),
+    "a datagram": datagram,
+    "a message": message,
+    "a URL": fetch,
+    "a child process": child,
+    "a shell": shell,
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_a_scorer_that_calls_out_fails(how, honest, group):
+    def nats_fn(x, y, last):
+        CALLS[how]()
+        return honest.run.model.nats(x, y, last)
+
+    verdict = audit.audit_network(audit.make_audit(t, with_nats(honest.run, nats_fn), honest.blob))
+    assert not verdict.ok, verdict
+
+
+def test_only_the_network_test_sees_the_network(honest, group):
+    def nats_fn(x, y, last):
+        connect()
+        return honest.run.model.nats(x, y, last)
+
+    assert failing(with_nats(honest.run, nats_fn), honest.blob)[0] == "T9"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def audit_args(honest, tmp_path, data=None):
+    file = tmp_path / "x.int6.xz"
+    file.write_bytes(honest.blob)
+    knobs = dict(
+        data_path=data or honest.h.data_path,
+        out_dir=tmp_path / "logs",
+        run_id="audited",
+        eval_seq_len=32,
+        eval_stride=8,
+        eval_batch_tokens=256,
+        train_seq_len=32,
+        micro_batch_tokens=256,
+        train_batch_tokens=256,
+    )
+    return ["audit", str(file), *(f"{k}={v}" for k, v in knobs.items())]
+
+
+def test_the_command_passes_an_honest_artifact(honest, tmp_path, capsys):
+    assert t.main(audit_args(honest, tmp_path)) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("audit ")]
+    assert len(lines) == 10 and lines[-1] == "audit 9 of 9 tests passed"
+    assert "FAIL" not in out and all(f"audit T{i + 1} " in line for i, line in enumerate(lines[:9]))
+    assert lines == [x for x in (tmp_path / "logs" / "audited.txt").read_text().splitlines() if x in lines]
+
+
+def test_the_command_names_a_leak(honest, tmp_path, capsys):
+    train = [[honest.val[3], *honest.train[0]], honest.train[1]]
+    data = write_dataset(tmp_path / "data", honest.model, train, honest.val)
+    assert t.main(audit_args(honest, tmp_path, data)) == 1
+    out = capsys.readouterr().out
+    assert "audit T6 leak: FAIL (1 of " in out and "audit 8 of 9 tests passed" in out
+    assert out.count("FAIL") == 1
+
+
+def changed_script(folder, old, new):
+    """A train_gpt.py in `folder` with `old` replaced, which must stand in it once."""
+    source = Path(t.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, old
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_gpt.py").write_text(source.replace(old, new), encoding="utf-8")
+    return str(folder / "train_gpt.py")
+
+
+LOOKS_AHEAD = (
+    "\n# 15. Commands",
+    "\nreal_embed = GPT.embed\n"
+    "GPT.embed = lambda self, x: real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
+    "# 15. Commands",
+)
+
+
+def by_auditor(args, script):
+    """The exit status of tools/audit.py on a script, for the arguments of `train_gpt.py audit`."""
+    return audit.main([args[1], "--script", script, *args[2:]], {})
+
+
+def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
+    """A fault in a script's GPT needs no other plant, and the repository's own GPT plays no part."""
+    script = changed_script(tmp_path, *LOOKS_AHEAD)
+    assert by_auditor(audit_args(honest, tmp_path), script) == 1
+    out = capsys.readouterr().out
+    assert "audit T1 causality: FAIL" in out and out.count("FAIL") <= 2
+    assert f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
+
+
+def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
+    """Both ways: the command of the folder's script, and the auditor on an artifact that lies in the folder."""
+    folder = tmp_path / "records" / "track_cpu" / "2026-01-01_Ahead"
+    script = changed_script(folder, *LOOKS_AHEAD)
+    (folder / "submission.json").write_text("{}")
+    (folder / "logs").mkdir()
+    args = audit_args(honest, folder / "logs")
+    assert str(audit.default_script(args[1])) == script
+    assert audit.default_script(tmp_path / "x.int6.xz") == ROOT / "train_gpt.py"
+    assert audit.main(args[1:], {}) == 1
+    assert "audit T1 causality: FAIL" in capsys.readouterr().out
+    shutil.copy(audit.__file__, tmp_path / "records" / "audit.py")  # the repository's, above the folder
+    command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1 and done.stderr == "", done
+    assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
+    assert f"auditing {script} " in done.stdout and f" with {tmp_path / 'records' / 'audit.py'} " in done.stdout
+
+
+def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
+    script = shutil.copy(t.__file__, tmp_path / "train_gpt.py")
+    args = audit_args(honest, tmp_path)
+    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+    assert f"python tools/audit.py {args[1]} --script {script}" in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def audit_rank(rank, args):
+    return t.main(args)
+
+
+def test_two_ranks_audit_together(honest, tmp_path):
+    assert run_ranks(audit_rank, 2, audit_args(honest, tmp_path)) == [0, 0]
+    lines = (tmp_path / "logs" / "audited.txt").read_text().splitlines()
+    assert lines[-1] == "audit 9 of 9 tests passed" and sum("audit T" in line for line in lines[-10:]) == 9
+
+
+def test_the_status_of_the_command_is_the_auditors(tmp_path, capsys):
+    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capsys)
+    assert said.startswith("audit.py: ") and "missing.xz" in said
+    argv = list(sys.argv)
+    assert t.main(["audit", "--help"]) == 0 and sys.argv == argv
+    assert "tools/audit.py ARTIFACT [--script PATH]" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the script under audit
+
+
+def refused(capsys, *args):
+    """The one line with which the auditor refuses these arguments."""
+    capsys.readouterr()
+    assert audit.main([str(a) for a in args], {}) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("audit.py: "), said
+    return said.err
+
+
+@pytest.mark.parametrize("name", ["score_targets", "load_run", "learning"])
+def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, capsys):
+    script = changed_script(tmp_path, f"\ndef {name}(", f"\ndef old_{name}(")
+    args = audit_args(honest, tmp_path)
+    said = refused(capsys, args[1], "--script", script, *args[2:])
+    assert f"{script}: this script has no {name}, which the audit needs" in said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_every_need_is_checked(monkeypatch):
+    """One by one: a script without it lacks just that, be it a function, a method or a field."""
+    needs = audit.NEEDS + audit.TTT_NEEDS
+    assert audit.missing_names(t, needs) == []
+    for name in needs:
+        owner, _, member = name.partition(".")
+        parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in needs}}
+        if member:
+            kind = parts[owner]
+            shape = {n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member}
+            fields = {n: f for n, f in vars(kind).get("__dataclass_fields__", {}).items() if n != member}
+            parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
+            assert audit.missing_names(SimpleNamespace(**parts), needs) == [name]
+        else:
+            del parts[owner]
+            lacking = audit.missing_names(SimpleNamespace(**parts), needs)
+            assert lacking == [n for n in needs if n.partition(".")[0] == owner]
+
+
+def test_needs_are_what_the_auditor_reaches():
+    """Every script.NAME of the auditor, and every attribute of the run that a dataclass or class must have."""
+    tree = ast.parse(Path(audit.__file__).read_text(encoding="utf-8"))
+    reached, shape = set(), {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+        if owner == "script" and not node.attr.startswith("__"):
+            reached.add(node.attr)
+        if owner in shape and (shape[owner], node.attr) != ("GPT", "to"):
+            reached.add(f"{shape[owner]}.{node.attr}")
+    assert reached == {*audit.NEEDS, *audit.TTT_NEEDS}
+
+
+def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
+    artifact = audit_args(honest, tmp_path)[1]
+    for text, word in (("import no_such_module\n", "no_such_module"), ("x = (\n", "SyntaxError"),
+                       ("raise SystemExit(3)\n", "SystemExit"), ("x = 1\n", "has no InputError, Log")):
+        (tmp_path / "other.py").write_text(text)
+        assert word in refused(capsys, artifact, "--script", tmp_path / "other.py"), text
+    for path in (tmp_path, tmp_path / "missing.py"):
+        assert f"{path}: cannot read the script" in refused(capsys, artifact, "--script", path)
+    for args in ([], ["--script", t.__file__], ["data_path=x"], [artifact, "--script"]):
+        assert "usage: audit.py ARTIFACT [--script PATH] [key=value ...]" in refused(capsys, *args)
+
+
+def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
+    """The text that the log shows is what runs: a planted .pyc that python would take is passed over."""
+    script = changed_script(tmp_path, 'MAGIC = b"GPT6"', 'MAGIC = b"TEXT"')
+    evil, mode = tmp_path / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
+    evil.write_text(Path(script).read_text().replace('b"TEXT"', 'b"EVIL"'))
+    py_compile.compile(str(evil), cfile=cache_from_source(script), invalidation_mode=mode)
+    found = subprocess.run(
+        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "EVIL" in found.stdout, "the plant does not work"
+    assert audit.load_audited(Path(script)).MAGIC == b"TEXT"
+
+
+RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
+
+
+@pytest.mark.parametrize("script", RECORDS, ids=lambda p: p.parent.name)
+def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
+    """An artifact that each record's script trained, scored by that script's code."""
+    before = sorted(script.parent.rglob("*"))
+    knobs = KNOBS | dict(data_path=honest.h.data_path, vocab_size=honest.h.vocab_size, out_dir=tmp_path, run_id="own")
+    known = script.read_text(encoding="utf-8")  # a knob may be younger than the record
+    command = [sys.executable, str(script), "train", *(f"{k}={v}" for k, v in knobs.items() if f"\n    {k}: " in known)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    own = SimpleNamespace(blob=(tmp_path / "own.int6.xz").read_bytes(), h=honest.h)
+    assert by_auditor(audit_args(own, tmp_path), str(script)) == 0
+    assert "audit 9 of 9 tests passed" in capsys.readouterr().out
+    assert sorted(script.parent.rglob("*")) == before, "the audit left something in the record's folder"

@@ -1,0 +1,451 @@
+"""run.sh and .ci/run in a copy of the tree with stand-ins for interpreter, GPUs and tools."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["train", "eval", "audit", "config", "bench", "data", "record", "test"]
+
+# Notes every call, then does as little as run.sh needs to go on. Questions (-c) go to a real interpreter.
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+    "-c "*version_info*) if [ -n "$FAKE_VERSION" ]; then echo "$FAKE_VERSION"; exit 0; fi ;;
+    "-c import venv"*) exit ${VENV_MODULE_STATUS:-0} ;;
+    "-c import pip"*) exit 0 ;;
+esac
+if [ "$1" = -c ]; then exec "@REAL@" "$@"; fi
+printf '%s\\n' "$*" >>"$CALLS"
+case "$1 $2" in
+    "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit ;;
+    "-m pip") case "$*" in *flash4*) exit ${FLASH4_STATUS:-0} ;; esac; exit ${PIP_STATUS:-0} ;;
+    "-m pytest") exit ${PYTEST_STATUS:-0} ;;
+    "data/prepare.py auto") echo "working"; echo "${DATA_LINE-data_path=made/here}"; exit ${DATA_STATUS:-0} ;;
+    "tools/ledger/record.py plot") echo "plot: ${3%.txt}.svg"; exit ${PLOT_STATUS:-0} ;;
+esac
+case "$*" in
+    *"train_gpt.py train "*)
+        out_dir=${OUT_DIR:-logs}
+        for a in "$@"; do case $a in run_id=*) run_id=${a#*=} ;; out_dir=*) out_dir=${a#*=} ;; esac; done
+        if [ -n "$CALLS_RESUME" ]; then echo "RESUME=$RESUME" >>"$CALLS"; fi
+        if [ -t 1 ]; then echo "stdout is a terminal"; else echo "stdout is no terminal"; fi
+        if [ -n "$NO_LOG" ]; then exit ${TRAIN_STATUS:-0}; fi
+        mkdir -p "$out_dir"
+        if [ -n "$NO_SCORE" ]; then exit ${TRAIN_STATUS:-0}; fi
+        echo "final_score metric:x val_bpb:1.5" >>"$out_dir/$run_id.txt"
+        echo weights >"$out_dir/$run_id.int6.xz"
+        exit ${TRAIN_STATUS:-0} ;;
+esac
+"""
+
+
+class Tree:
+    def __init__(self, folder: Path):
+        self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
+        for sub in (self.root / "data", self.root / "records", self.root / ".ci", self.bin):
+            sub.mkdir(parents=True)
+        for name in ("run.sh", "requirements.txt", "requirements-flash4.txt", ".ci/run"):
+            shutil.copy(ROOT / name, self.root / name)
+        (self.root / "train_gpt.py").write_text("class Config:\n    seed: int = 7\n")
+        (self.root / "data/prepare.py").touch()
+        (self.root / "tools/ledger/record.py").touch()
+        (self.root / "tools/audit.py").touch()
+        (self.root / "tools/lab/bench.py").touch()
+        self.tool("python3", FAKE_PYTHON.replace("@REAL@", sys.executable))
+        self.gpus(0)
+
+    def tool(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def gpus(self, count: int, capability: str = "8.0") -> None:
+        lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(count))
+        asked = f'case "$*" in *query-gpu=compute_cap*) printf "{capability}\\n%.0s" {" ".join(map(str, range(count)))}; exit;; esac\n'
+        self.tool("nvidia-smi", f"#!/bin/sh\n{asked if count else ''}{lines}exit {0 if count else 9}\n")
+
+    def env(self, **extra: str) -> dict:
+        base = {"PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin", "CALLS": str(self.calls_file)}
+        return base | {"BANKSHOT_PYTHON": str(self.bin / "python3")} | extra
+
+    def run(self, *args: str, cwd: Path | None = None, script: str = "run.sh", **extra: str):
+        return subprocess.run(
+            ["bash", str(self.root / script), *args],
+            cwd=cwd or self.root,
+            env=self.env(**extra),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list:
+        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+    def train_call(self) -> str:
+        found = [line for line in self.calls() if "train_gpt.py train " in line]
+        assert len(found) == 1, self.calls()
+        return found[0]
+
+
+TESTS = "-m pytest -n auto --maxprocesses 2 --dist loadfile"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path)
+
+
+def refused(done, *words: str) -> None:
+    """Non-zero, nothing on stdout, and one line of run.sh's that holds the words."""
+    assert done.returncode != 0 and done.stdout == "", done
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[run.sh ")]
+    assert len(lines) == 1 and lines[0].startswith("run.sh: "), done.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+# ---------------------------------------------------------------- help, bad commands
+
+
+def test_bash_accepts_it():
+    subprocess.run(["bash", "-n", str(ROOT / "run.sh")], check=True)
+    assert os.access(ROOT / "run.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.parametrize("ask", ["--help", "-h", "help"])
+def test_help_lists_every_command_with_an_example(tree, ask):
+    done = tree.run(ask)
+    assert done.returncode == 0 and tree.calls() == []
+    for command in COMMANDS:
+        assert re.search(rf"^  {command}\b", done.stdout, re.M), command
+        assert re.search(rf"\./run\.sh {command}\b", done.stdout), command
+    dispatched = re.findall(
+        r"^    ([a-z |]+)\)", (ROOT / "run.sh").read_text().split("case $command in")[1], re.M
+    )
+    assert sorted(" ".join(dispatched).replace("|", " ").split()) == sorted(COMMANDS)
+
+
+def test_bad_input_is_one_line(tree):
+    refused(tree.run("fly"), "'fly'", "train", "record", "--help")
+    refused(tree.run("--fast"), "--fast", "--help")
+    refused(tree.run("train", "fast"), "'fast'", "key=value")
+    refused(tree.run("eval"), "an artifact", "./run.sh eval")
+    refused(tree.run("eval", "gone.int6.xz"), "gone.int6.xz")
+    refused(tree.run("audit", "run.sh", "--script"), "no script", "--script")
+    refused(tree.run("audit", "run.sh", "--script", "gone.py"), "gone.py", "--script")
+    refused(tree.run("eval", "run.sh", "--script", "train_gpt.py"), "--script")
+    refused(tree.run("bench", "--json"), "--json needs a value")
+    refused(tree.run("bench", "--fast"), "'--fast'", "key=value")
+    refused(tree.run(NPROC="two"), "NPROC=two")
+    refused(tree.run(NPROC="0"), "NPROC=0")
+    refused(tree.run(BANKSHOT_PYTHON="/no/python"), "BANKSHOT_PYTHON=/no/python")
+    assert tree.calls() == []
+    (tree.root / "tools/audit.py").unlink()
+    refused(tree.run("audit", "run.sh"), "tools/audit.py is missing")
+    (tree.root / "tools/lab/bench.py").unlink()
+    refused(tree.run("bench"), "tools/lab/bench.py is missing")
+    (tree.root / "train_gpt.py").unlink()
+    refused(tree.run(), "train_gpt.py is missing")
+
+
+# ---------------------------------------------------------------- set-up, once
+
+
+def test_too_old_python(tree):
+    for name in ("python3.12", "python3.11", "python3.10"):
+        shutil.copy(tree.bin / "python3", tree.bin / name)
+    refused(tree.run("test", BANKSHOT_PYTHON="", FAKE_VERSION="3.9"), "3.10", "python3 is 3.9", "PYTHON=")
+    assert not (tree.root / ".venv").exists()
+
+
+def test_older_python_is_passed_over_for_a_fit_one(tree):
+    shutil.copy(tree.bin / "python3", tree.bin / "python3.12")
+    tree.tool("python3", "#!/bin/sh\necho 3.9\n")
+    done = tree.run("test", BANKSHOT_PYTHON="")
+    assert done.returncode == 0 and "making .venv with python3.12" in done.stderr, done.stderr
+
+
+def test_venv_module_missing(tree):
+    refused(
+        tree.run("test", BANKSHOT_PYTHON="", VENV_MODULE_STATUS="1"),
+        "python3 has no venv module",
+        "python3-venv",
+    )
+
+
+def test_installs_once_and_again_only_when_needed(tree):
+    def pip_calls():
+        return sum(line.startswith("-m pip install") for line in tree.calls())
+
+    failed = tree.run("test", BANKSHOT_PYTHON="", PIP_STATUS="1")
+    refused(failed, "requirements.txt failed", "again")
+    assert pip_calls() == 1 and "-m pytest" not in tree.calls()
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0  # the half-finished install is done again
+    assert pip_calls() == 2
+    done = tree.run("test", BANKSHOT_PYTHON="")  # nothing to do, nothing said
+    assert done.returncode == 0 and done.stderr == "" and pip_calls() == 2
+    with open(tree.root / "requirements.txt", "a") as file:
+        file.write("# a new line\n")
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
+    assert pip_calls() == 3
+    assert sum(line.startswith("-m venv") for line in tree.calls()) == 1
+    (tree.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # its Python went away
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
+    assert sum(line.startswith("-m venv") for line in tree.calls()) == 2 and pip_calls() == 4
+
+
+def flash4_calls(tree) -> int:
+    return sum("requirements-flash4.txt" in line for line in tree.calls())
+
+
+@pytest.mark.parametrize("command", [("train",), ("record", "verify")], ids=lambda command: command[0])
+@pytest.mark.parametrize("gpus,capability,wanted", [(1, "9.0", 1), (8, "10.0", 1), (1, "8.9", 0), (1, "N/A", 0), (0, "", 0)])
+def test_flash4_is_installed_where_a_gpu_can_run_it(tree, gpus, capability, wanted, command):
+    tree.gpus(gpus, capability)
+    for run_id in "ab":  # once
+        done = tree.run(*command, BANKSHOT_PYTHON="", RUN_ID=run_id)
+        assert done.returncode == 0 and flash4_calls(tree) == wanted, done
+    assert ("requirements-flash4" in done.stderr) == 0
+    names = [line.split("/")[-1] for line in tree.calls() if line.startswith("-m pip")]
+    assert names == ["requirements.txt", "requirements-flash4.txt"][: 1 + wanted]
+
+
+def test_flash4_is_installed_again_when_its_file_changes(tree):
+    tree.gpus(1, "9.0")
+    assert tree.run("train", "run_id=a", BANKSHOT_PYTHON="").returncode == 0
+    with open(tree.root / "requirements-flash4.txt", "a") as file:
+        file.write("# a new line\n")
+    assert tree.run("train", "run_id=b", BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 2
+
+
+def test_training_goes_on_without_flash4(tree):
+    """It is tried once, and one line says what it costs."""
+    tree.gpus(1, "9.0")
+    done = tree.run("train", "run_id=a", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
+    told = [line for line in done.stderr.splitlines() if "no FlashAttention-4" in line]
+    assert done.returncode == 0 and len(told) == 1 and "attn_windows=" in told[0] and "requirements-flash4.txt" in told[0]
+    again = tree.run("train", "run_id=b", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
+    assert again.returncode == 0 and flash4_calls(tree) == 1 and "FlashAttention" not in again.stderr
+
+
+@pytest.mark.parametrize("command", ["config", "test", "data"])
+def test_what_trains_nothing_wants_no_flash4(tree, command):
+    tree.gpus(1, "9.0")
+    assert tree.run(command, BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 0
+
+
+def test_a_prepared_interpreter_installs_nothing(tree):
+    assert tree.run("test", "-k", "style").returncode == 0
+    assert tree.calls() == [f"{TESTS} -k style"] and not (tree.root / ".venv").exists()
+
+
+# ---------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize(
+    "gpus, preset, launcher",
+    [
+        (0, "cpu", "train_gpt.py"),
+        (1, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
+        (4, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
+        (8, "record", "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"),
+    ],
+)
+def test_preset_by_machine(tree, gpus, preset, launcher):
+    tree.gpus(gpus)
+    done = tree.run()
+    assert done.returncode == 0, done.stderr
+    settings = rf"preset={preset} data_path=made/here run_id=\d{{8}}_\d{{6}}_{preset}_seed7"
+    pattern = rf"{re.escape(launcher)} train {settings}"
+    assert re.fullmatch(pattern, tree.train_call()), tree.train_call()
+    shards = {"record": " --train-shards 80", "h100x1": " --train-shards 10", "cpu": ""}[preset]
+    assert tree.calls()[0] == "data/prepare.py auto" + shards
+
+
+@pytest.mark.parametrize(
+    "gpus, args, env, launcher",
+    [
+        (8, ["preset=cpu"], {}, "train_gpt.py"),
+        (8, ["preset=h100x1"], {}, "--nproc_per_node=1 train_gpt.py"),
+        (4, ["preset=record"], {}, "--nproc_per_node=4 train_gpt.py"),
+        (8, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
+        (0, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
+        (8, [], {"CUDA_VISIBLE_DEVICES": "3"}, "--nproc_per_node=1 train_gpt.py"),
+        (8, [], {"CUDA_VISIBLE_DEVICES": ""}, "train_gpt.py"),
+    ],
+)
+def test_process_count(tree, gpus, args, env, launcher):
+    tree.gpus(gpus)
+    assert tree.run(*args, **env).returncode == 0
+    call = tree.train_call().split(" train ")[0]
+    assert call.endswith(launcher) and ("nproc" in call) == ("nproc" in launcher), call
+
+
+def test_arguments_pass_through(tree):
+    done = tree.run(
+        "train", "seed=3", "note=two words; $HOME", "data_path=d", "run_id=r", "preset=smoke", "out_dir=o"
+    )
+    assert done.returncode == 0, done.stderr
+    assert tree.calls()[0] == (
+        "train_gpt.py train preset=smoke data_path=d run_id=r seed=3 note=two words; $HOME out_dir=o"
+    )
+    assert tree.calls()[1] == "tools/ledger/record.py plot o/r.txt"
+    assert done.stdout.splitlines()[-4:] == [
+        "score: metric:x val_bpb:1.5",
+        "artifact: o/r.int6.xz",
+        "log: o/r.txt",
+        "plot: o/r.svg",
+    ]
+    again = tree.run("run_id=r", "out_dir=o", "data_path=d")
+    assert again.returncode == 2 and "run_id=r is taken" in again.stderr
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_run_that_resumes_goes_on_with_its_log(tree, tmp_path, how):
+    """resume=auto as it is, a file's path as one of the caller's."""
+    for number, value in enumerate(["auto", "o/r.step9.0of1.ckpt"]):
+        (tree.root / "o").mkdir(exist_ok=True)
+        (tree.root / "o/r.txt").write_text("step:9/20\n")
+        knobs, env = ([f"resume={value}"], {}) if how == "argument" else ([], dict(RESUME=value, CALLS_RESUME="1"))
+        done = tree.run("run_id=r", f"out_dir={tree.root}/o", f"data_path={tmp_path}", *knobs, cwd=tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        want = value if value == "auto" else f"{tmp_path}/{value}"
+        call = [line for line in tree.calls() if "train_gpt.py train " in line][number]
+        assert (f" resume={want}" in call) if how == "argument" else ("resume=" not in call)
+        noted = [line for line in tree.calls() if line.startswith("RESUME=")]
+        assert how == "argument" or noted[number] == f"RESUME={want}"
+
+
+def test_a_resumed_run_that_fails_shows_no_score_of_before(tree):
+    (tree.root / "logs").mkdir()
+    (tree.root / "logs/r.txt").write_text("final_score metric:x val_bpb:9.9\n")
+    done = tree.run("run_id=r", "data_path=d", "resume=auto", TRAIN_STATUS="2", NO_SCORE="1")
+    assert done.returncode == 2 and "score: none" in done.stdout and "9.9" not in done.stdout, done
+    done = tree.run("run_id=r", "data_path=d", "resume=auto")
+    assert done.returncode == 0 and "score: metric:x val_bpb:1.5\n" in done.stdout, done
+
+
+def test_environment_settings(tree):
+    done = tree.run(PRESET="smoke", SEED="5", DATA_PATH="d", OUT_DIR="o")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"train_gpt.py train preset=smoke data_path=d run_id=\w+_smoke_seed5", tree.train_call()
+    )
+    assert not any("prepare.py" in line for line in tree.calls())
+
+
+def test_paths_from_another_directory(tree, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert tree.run("data_path=d", "run_id=r", f"out_dir={elsewhere}", cwd=elsewhere).returncode == 0
+    assert f"data_path={elsewhere}/d" in tree.train_call()
+    done = tree.run("eval", "r.int6.xz", "data_path=d", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert tree.calls()[-1] == f"train_gpt.py eval {elsewhere}/r.int6.xz preset=cpu data_path={elsewhere}/d"
+    (elsewhere / "their.py").touch()
+    args = ("audit", "r.int6.xz", "--script", "their.py", "data_path=d")
+    assert tree.run(*args, cwd=elsewhere, NPROC="2").returncode == 0
+    assert tree.calls()[-1] == (
+        "-m torch.distributed.run --standalone --nproc_per_node=2 tools/audit.py "
+        f"{elsewhere}/r.int6.xz --script {elsewhere}/their.py preset=cpu data_path={elsewhere}/d"
+    )
+    assert tree.run("bench", "--candidates", "c.py", "--json", "/b.json", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"tools/lab/bench.py --candidates {elsewhere}/c.py --json /b.json preset=cpu"
+    assert tree.run("bench", "--candidates", "c.py", "--all", "--sustain", "9", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"tools/lab/bench.py --candidates {elsewhere}/c.py --all --sustain 9 preset=cpu"
+    assert tree.run("bench", "--timeline", "t.json", cwd=elsewhere, NPROC="2").returncode == 0
+    assert tree.calls()[-1] == (
+        f"-m torch.distributed.run --standalone --nproc_per_node=2 tools/lab/bench.py --timeline {elsewhere}/t.json "
+        "preset=cpu"
+    )
+    assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"{tree.root}/tools/ledger/record.py verify here"
+    assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
+    assert tree.calls()[-1] == f"{tree.root}/data/prepare.py auto"
+
+
+def test_trainer_status_is_kept_and_the_plot_still_drawn(tree):
+    done = tree.run("run_id=big", TRAIN_STATUS="3")
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-1] == "plot: logs/big.svg"
+    done = tree.run("run_id=bad", TRAIN_STATUS="4", NO_LOG="1")
+    assert done.returncode == 4 and not any("plot logs/bad" in line for line in tree.calls())
+    assert tree.run("run_id=none", NO_LOG="1").returncode != 0  # a trainer that leaves no log did not succeed
+    done = tree.run("run_id=noplot", PLOT_STATUS="1")
+    assert done.returncode == 0 and "plot: none" in done.stdout
+
+
+def test_data_that_cannot_be_had(tree):
+    done = tree.run(DATA_STATUS="1")
+    assert done.returncode == 2 and "data_path=DIR" in done.stderr.splitlines()[-1]
+    done = tree.run(DATA_LINE="nothing")
+    assert done.returncode == 2 and "'nothing'" in done.stderr.splitlines()[-1]
+    assert not any("train_gpt.py" in line for line in tree.calls())
+
+
+def test_the_trainer_keeps_the_terminal(tree):
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    done = subprocess.Popen(
+        ["bash", str(tree.root / "run.sh"), "run_id=tty"],
+        env=tree.env(),
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert done.wait(timeout=60) == 0 and b"stdout is a terminal" in shown, shown
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def test_the_other_commands(tree):
+    (tree.root / "x.int6.xz").touch()
+    for args, call in [
+        (["config", "preset=record"], "train_gpt.py config preset=record"),
+        (["bench"], "tools/lab/bench.py preset=cpu"),
+        (
+            ["bench", "--json", "b c.json", "--only", "a,b", "seed=1"],
+            "tools/lab/bench.py --json b c.json --only a,b preset=cpu seed=1",
+        ),
+        (["bench", "--timeline", "t.json", "--steps", "3"], "tools/lab/bench.py --timeline t.json --steps 3 preset=cpu"),
+        (
+            ["bench", "--attention", "--paths", "flex,math", "--json", "a.json", "seed=1"],
+            "tools/lab/bench.py --attention --paths flex,math --json a.json preset=cpu seed=1",
+        ),
+        (
+            ["eval", "x.int6.xz", "eval_stride=64"],
+            "train_gpt.py eval x.int6.xz data_path=made/here preset=cpu eval_stride=64",
+        ),
+        (["audit", "x.int6.xz"], "tools/audit.py x.int6.xz data_path=made/here preset=cpu"),
+        (
+            ["audit", "x.int6.xz", "--script", "train_gpt.py", "data_path=d"],
+            "tools/audit.py x.int6.xz --script train_gpt.py preset=cpu data_path=d",
+        ),
+        (["data", "text", "a b.txt"], f"{tree.root}/data/prepare.py text a b.txt"),
+        (["record", "verify"], f"{tree.root}/tools/ledger/record.py verify"),
+    ]:
+        done = tree.run(*args)
+        assert done.returncode == 0 and done.stdout == "" and tree.calls()[-1] == call, (done, tree.calls())
+
+
+def test_ci_keeps_the_exit_status(tree):
+    assert tree.run(script=".ci/run", cwd=Path("/")).returncode == 0
+    assert tree.run(script=".ci/run", PYTEST_STATUS="3").returncode == 3
+    assert tree.calls() == [TESTS, TESTS]

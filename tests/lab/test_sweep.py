@@ -1,0 +1,645 @@
+"""The shoot-out: fair starts, one compilation, a folder that resumes, survives dead workers and proves itself."""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+from ledger import record  # noqa: E402
+from ledger import runlog  # noqa: E402
+from lab import sweep  # noqa: E402
+from ledger import sweep_table  # noqa: E402
+import train_gpt as t  # noqa: E402
+from helpers import english_args, english_dataset  # noqa: E402
+
+STEPS = 14
+LINE = dict(plan="p", row="r", baseline="r", key="matrix_lr", rate="0.02", seed=1, stage=1, workers=1)
+
+
+def base(**knobs):
+    """Settings of all rows: a tiny model on the English dataset."""
+    given = dict(arg.split("=", 1) for arg in english_args(iterations=STEPS, val_loss_every=5, warmup_steps=1))
+    return {k: v for k, v in given.items() if k not in ("run_id", "eval_stride")} | knobs
+
+
+def raw_plan(**change):
+    plan = {
+        "name": "tiny",
+        "base": base(),
+        "rates": [0.02, 0.04],
+        "seeds": [1, 2],
+        "rows": {"ns5": {}, "turbo": {"ortho": "turbo"}},
+    }
+    return plan | change
+
+
+def tiny_plan(**change):
+    return sweep.make_plan(raw_plan(**change), "plan")
+
+
+def final(lines):
+    return [dict(re.findall(r"(\w+):(\S+)", x)) for x in lines if x.startswith("final_score ")][0]
+
+
+def no_sweep_starts(monkeypatch):
+    monkeypatch.setattr(sweep.Sweep, "start", lambda *_: pytest.fail("a worker was started"))
+
+
+# ---------------------------------------------------------------- one device, one model
+
+
+@pytest.fixture(scope="module")
+def bench():
+    made = sweep.Bench(t.load_config(list(tiny_plan().job("ns5", "0.02", 1).argv), {}), {})
+    yield made
+    torch.distributed.destroy_process_group()
+
+
+def folder_for(tmp_path):
+    for sub in ("logs", ".work"):
+        (tmp_path / sub).mkdir()
+    shutil.copyfile(sweep.SCRIPT, tmp_path / "train_gpt.py")
+    return tmp_path
+
+
+def test_a_sweep_trains_what_train_trains(bench, tmp_path):
+    """Bit for bit, for the first configuration of a process and for one behind another."""
+    plan, folder = tiny_plan(), folder_for(tmp_path)
+    jobs = [plan.job("ns5", "0.02", 1), plan.job("turbo", "0.04", 2), plan.job("ns5", "0.04", 1)]
+    for job in jobs:
+        bench.train({"argv": job.argv, "line": LINE}, folder)
+    torch.distributed.destroy_process_group()
+    start = lambda job: runlog.parse_log(folder / "logs" / f"{job.name}.txt").text("sweep", "init_sha256")
+    for job in jobs[:2]:
+        assert t.main([*job.argv, f"out_dir={tmp_path}/alone"]) == 0
+        alone = (tmp_path / "alone" / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()
+        log = (folder / "logs" / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()
+        a, b = final(alone), final(log)
+        assert a["metric"] == "int6_lzma_chunked"
+        for key in ("val_loss", "val_bpb", "steps", "sha256", "bytes_total", "seed"):
+            assert a[key] == b[key], (job.name, key)
+        losses = [[x.split(" train_time")[0] for x in lines if x.startswith("step:")] for lines in (alone, log)]
+        assert len(losses[0]) > STEPS and losses[0] == losses[1]
+        h = t.load_config(list(job.argv), {})
+        assert start(job) == sweep.weights_sha256(t.GPT(h))
+    assert start(jobs[0]) == start(jobs[2]) != start(jobs[1])
+    bench.m = t.init_machine(t.load_config(list(jobs[0].argv), {}), {})
+    assert sorted(p.name for p in (folder / ".work").iterdir()) == []  # no artifact stays behind
+
+
+def test_one_model_holds_all_configurations(bench, tmp_path):
+    """Whatever a torch version guards on, be it the module's or a parameter's identity, stays the same."""
+    plan, runs, parameters = tiny_plan(), [], []
+    for job in (plan.job("ns5", "0.02", 1), plan.job("turbo", "0.04", 2)):
+        h = t.load_config(list(job.argv), {})
+        runs.append(bench.prepare(h, sweep.SweepLog(tmp_path / job.name, bench.m, "0" * 64)))
+        parameters.append([id(p) for p in runs[-1].model.parameters()])
+        assert runs[-1].h == runs[-1].model.h == h
+        t.Optimizer(runs[-1].model, h, bench.m)
+    assert runs[0].model is runs[1].model is bench.kept.model and parameters[0] == parameters[1]
+    assert runs[0].loss_fn is runs[1].loss_fn and runs[0].nats_fn is runs[1].nats_fn
+
+
+def test_entropy_bytes():
+    assert sweep.entropy_bytes(b"a" * 100) == 0.0
+    assert sweep.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
+    assert sweep.entropy_bytes(b"aaab" * 10) == pytest.approx(40 * (0.25 * 2 + 0.75 * math.log2(4 / 3)) / 8)
+
+
+def test_the_entropy_is_that_of_the_artifacts_codes(bench, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Path, "unlink", lambda p, **_: kept.append(p.read_bytes()) if p.exists() else None)
+    job, folder = tiny_plan().job("ns5", "0.02", 1), folder_for(tmp_path)
+    bench.train({"argv": job.argv, "line": LINE}, folder)
+    header, payload = t.open_artifact(kept[-1])
+    codes = b""
+    for name, kind, shape, offset in header["tensors"]:
+        codes += payload[offset : offset + torch.Size(shape).numel()] if kind == "int6" else b""
+    run = runlog.parse_log(folder / "logs" / f"{job.name}.txt")
+    assert run.count("sweep_codes", "int6_weights") == len(codes)
+    assert run.number("sweep_codes", "entropy") == pytest.approx(8 * sweep.entropy_bytes(codes) / len(codes), abs=1e-6)
+
+
+def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
+    """Graphs by function: a seed or a rate costs none, a row only those of the matrix update."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    counts, backends = {}, {}
+
+    def compiler(f):
+        def backend(graph, inputs, name=f.__name__):
+            counts[name] = counts.get(name, 0) + 1
+            return aot_eager(graph, inputs)
+
+        return torch.compile(f, backend=backends.setdefault(f.__name__, backend), dynamic=False, fullgraph=True)
+
+    monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, compile=compiler))
+    monkeypatch.setattr(bench, "kept", None)
+    one_layer = base(iterations=2, val_loss_every=0, num_layers=1, xsa_last_n=1, ve_last_n=1)
+    rows = {name: {"ortho": name} for name in ("ns5", "turbo", "mud")}
+    plan, folder = tiny_plan(base=one_layer, rows=rows), folder_for(tmp_path)
+
+    def graphs(row, rate, seed):
+        before = dict(counts)
+        bench.train({"argv": plan.job(row, rate, seed).argv, "line": LINE}, folder)
+        new = {name: count - before.get(name, 0) for name, count in counts.items()}
+        return {name: count for name, count in new.items() if count}
+
+    first = graphs("ns5", "0.02", 1)
+    assert set(first) == {"loss", "nats", "adam_update", "matrix_update"} and first["loss"] == 1
+    assert graphs("ns5", "0.02", 2) == {}
+    matrices = first["matrix_update"]
+    assert graphs("ns5", "0.04", 1) == {}
+    assert graphs("turbo", "0.02", 1) == graphs("mud", "0.02", 1) == {"matrix_update": matrices}
+    assert 3 * matrices > 8  # more than torch's default limit, which is an error with fullgraph
+    assert graphs("turbo", "0.04", 2) == {}
+    plan = tiny_plan(base=one_layer, rows=rows | {"masks": {"attn_windows": "4"}})
+    assert graphs("masks", "0.02", 1) == first and graphs("masks", "0.02", 2) == {}
+    for log in (folder / "logs").iterdir():
+        assert not runlog.parse_log(log).late
+    torch._dynamo.reset()
+
+
+def test_a_row_may_have_a_model_of_its_own(bench, tmp_path):
+    """Between rows of the first model; each trains, bit for bit, what train trains, and the table says how they differ."""
+    rows = {"ns5": {}, "masks": {"attn_windows": "4 0", "doc_mask": "1"}, "heads": {"num_heads": "2", "num_kv_heads": "1"}}
+    plan, folder = tiny_plan(rows=rows, rates=[0.02]), folder_for(tmp_path)
+    jobs = [plan.job(row, "0.02", seed) for row, seed in (("ns5", 1), ("masks", 1), ("heads", 1), ("heads", 2), ("ns5", 2))]
+    for job in jobs:
+        bench.train({"argv": job.argv, "line": LINE | dict(row=job.row, baseline="ns5", seed=job.seed, stage=job.stage)}, folder)
+    torch.distributed.destroy_process_group()
+    for job in jobs:
+        assert t.main([*job.argv, f"out_dir={tmp_path}/alone"]) == 0
+        alone, log = (final((tmp_path / x / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()) for x in ("alone", "logs"))
+        assert all(alone[key] == log[key] for key in ("val_bpb", "steps", "sha256")), job.name
+    bench.m = t.init_machine(t.load_config(list(jobs[0].argv), {}), {})
+    table = sweep_table.build_table(sweep_table.read_runs(folder))
+    found = {row["name"]: (row["changes"], row["own_init"]) for row in table["rows"]}
+    assert found["masks"] == ({"attn_windows": "4 0", "doc_mask": "True"}, False)
+    assert found["heads"] == ({"num_heads": "2", "num_kv_heads": "1"}, True)
+    assert "num_layers" in table["config"] and not {"num_heads", "doc_mask"} & table["config"].keys()
+
+
+def test_a_gpu_binds_its_kernels_again_for_another_model(bench, monkeypatch):
+    """Only then: heads of another size or windows may take another attention."""
+    bound = []
+    name = lambda h: f"attention{h.head_dim}"
+    monkeypatch.setattr(t, "bind_ops", lambda h, device: bound.append(name(h)) or (t.Ops(qk=len), {"attention": name(h)}))
+    monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, pin=True))
+    m = bench.machine(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
+    assert bound == ["attention128"] and m.ops.qk is len and m.names["attention"] == "attention128"
+    assert m.names["device"] == bench.m.names["device"]
+
+
+def test_a_model_that_cannot_be_bound_is_refused_each_time(bench, tmp_path, monkeypatch):
+    """Its second seed must not train with what an earlier model had bound."""
+    def refused(h):
+        raise t.InputError("no attention kernel")
+
+    monkeypatch.setattr(bench, "machine", refused)
+    h = t.load_config([*english_args(), "attn_windows=4"], {})
+    for _ in range(2):
+        with pytest.raises(t.InputError, match="no attention kernel"):
+            bench.prepare(h, t.Log(str(tmp_path / "log.txt"), None))
+
+
+def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
+    plan, folder = tiny_plan(base=base(iterations=2)), folder_for(tmp_path)
+    real = t.train
+
+    def broken(run):
+        ema = real(run)
+        run.model.qo_bank.data[0] = float("nan")
+        return ema
+
+    monkeypatch.setattr(t, "train", broken)
+    lost = plan.job("turbo", "0.04", 1)
+    bench.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
+    monkeypatch.setattr(t, "train", real)
+    for row, rate in (("ns5", "0.02"), ("turbo", "0.02")):
+        line = LINE | dict(row=row, rate=rate, baseline="ns5")
+        bench.train({"argv": plan.job(row, rate, 1).argv, "line": line}, folder)
+    table = sweep_table.sweep_table(folder)
+    rows = {row["name"]: row for row in table["rows"]}
+    assert table["diverged"] == 1 and rows["turbo"]["rates"]["0.04"] is None
+    assert rows["turbo"]["best_rate"] == "0.02" and rows["turbo"]["edge"]
+    assert "0.04: diverged" in (folder / "README.md").read_text()
+    assert not [row for row in sweep_table.examine(folder) if row[0] == "fail"]
+
+
+def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(bench, tmp_path, monkeypatch):
+    plan, folder, real = tiny_plan(base=base(iterations=9)), folder_for(tmp_path), t.train_step
+
+    def broken(backward, optimizer, batch, hp):
+        loss = real(backward, optimizer, batch, hp)
+        return loss * float("nan") if optimizer.steps == 3 else loss
+
+    monkeypatch.setattr(t, "train_step", broken)
+    lost = plan.job("turbo", "0.04", 1)
+    bench.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
+    run = sweep_table.finished(folder / "logs" / f"{lost.name}.txt")
+    assert sweep_table.diverged(run) and run.text("sweep_diverged", "steps") == "4"  # known one step later
+
+
+# ---------------------------------------------------------------- who is next
+
+
+def outcome(job):
+    """bpb by row and rate: the middle rate of ns5 and the last of turbo are best."""
+    return {"ns5": {"0.01": 1.3, "0.02": 1.1, "0.04": 1.2}, "turbo": {"0.01": 1.3, "0.02": 1.2, "0.04": 1.1}}[
+        job.row
+    ][job.rate]
+
+
+def three_rates(**change):
+    return tiny_plan(rates=[0.01, 0.02, 0.04], seeds=[1, 2, 3], **change)
+
+
+def test_the_second_stage_takes_the_best_rate_of_each_row():
+    jobs, order = sweep.Jobs(three_rates(), {}), []
+    while (job := jobs.take()) is not None:
+        order.append(job)
+        jobs.finish(job, outcome(job))
+    assert [j.rate for j in order[:6]] == ["0.02"] * 2 + ["0.01"] * 2 + ["0.04"] * 2  # all rows at the middle first
+    assert [j.name for j in order[6:]] == [
+        "ns5_0.02_seed2", "turbo_0.04_seed2", "ns5_0.02_seed3", "turbo_0.04_seed3",
+    ]  # fmt: skip
+    assert [j.stage for j in order] == [1] * 6 + [2] * 4 and jobs.over and jobs.left == 0
+    assert len(order) == three_rates().size
+
+
+def test_a_second_stage_waits_for_its_own_row_only():
+    jobs = sweep.Jobs(three_rates(), {})
+    taken = [jobs.take() for _ in range(6)]
+    assert jobs.take() is None and not jobs.over
+    for job in taken:
+        if job.row == "ns5":
+            jobs.finish(job, outcome(job))
+    assert jobs.take().name == "ns5_0.02_seed2"
+
+
+def test_a_worker_keeps_its_row_while_the_seed_has_it():
+    jobs = sweep.Jobs(three_rates(), {})
+    while len(jobs.outcomes) < 6:
+        first = jobs.take("turbo")
+        assert first.row == ("ns5" if len(jobs.outcomes) > 2 else "turbo")  # no seed before the one whose turn it is
+        jobs.finish(first, outcome(first))
+    assert [jobs.take(row).name for row in ("turbo", "turbo", "turbo", "")] == [
+        "turbo_0.04_seed2", "ns5_0.02_seed2", "turbo_0.04_seed3", "ns5_0.02_seed3",
+    ]  # fmt: skip
+
+
+def test_a_dead_worker_costs_one_more_try_then_the_job():
+    jobs = sweep.Jobs(three_rates(), {})
+    job = jobs.take()
+    assert jobs.died(job) and jobs.take() == job
+    assert not jobs.died(job) and job.name in jobs.failed and jobs.take() != job
+    jobs.running.clear()
+    while (next_job := jobs.take()) is not None:
+        jobs.finish(next_job, outcome(next_job))
+    assert jobs.over and jobs.left == 0  # its row goes on with the rates that are left
+    assert {j for j in jobs.outcomes if j.startswith("ns5") and "seed2" in j} == {"ns5_0.04_seed2"}
+
+
+def test_a_row_that_diverges_everywhere_has_no_second_stage():
+    jobs = sweep.Jobs(three_rates(), {})
+    while (job := jobs.take()) is not None:
+        jobs.finish(job, None if job.row == "turbo" else outcome(job))
+    assert jobs.over and jobs.left == 0 and not [name for name in jobs.outcomes if "turbo" in name and "seed2" in name]
+
+
+def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, capsys):
+    plan = three_rates(base=base(max_wallclock_seconds="100"))
+    shoot = sweep.Sweep(plan, tmp_path / "s", 1, budget=150)
+    assert shoot.next_job() is not None and not shoot.out_of_time
+    shoot.durations = [(True, 400.0), (False, 60.0)]
+    assert shoot.estimate() == 60.0  # the first of a process also compiles
+    shoot.began -= 100
+    assert shoot.next_job() is None and shoot.out_of_time
+    shoot.budget = 200
+    assert shoot.next_job() is not None
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(rows={"a": {"orto": "ns5"}}), r"row a: unknown config key 'orto'"),
+        (dict(rows={"a": {"ortho": "none"}}), r"row a: config key ortho: 'none'"),
+        (dict(rows={"a": {"train_seq_len": 8}}), r"row a: train_seq_len is the same in every row"),
+        (dict(rows={"a": {"num_heads": 3}}), r"row a: .*num_heads must divide"),
+        (dict(rate_key="mlp_mult"), r"rate_key 'mlp_mult'"),
+        (dict(rows={"a": {"seed": 3}}), r"row a: seed is the same in every row"),
+        (dict(rows={"a/b": {}}), r"row a/b: a row's name"),
+        (dict(rows={}), r"no rows"),
+        (dict(rates=[]), r"no rates"),
+        (dict(rates=["x"]), r"lists of numbers"),
+        (dict(rates=[-1]), r"config key matrix_lr"),
+        (dict(multipliers=[1]), r"rates .* or multipliers"),
+        (dict(rate_key="ortho"), r"rate_key 'ortho'"),
+        (dict(seeds=[1, 1]), r"seeds must be"),
+        (dict(base=base(fit_cap="1")), r"base sets fit_cap"),
+        (dict(base=base(iterations="x")), r"plan: base: config key iterations"),
+        (dict(colour="red"), r"unknown key 'colour'"),
+    ],
+)
+def test_a_bad_plan_is_one_line(change, says):
+    with pytest.raises(runlog.BadInput, match=says) as caught:
+        tiny_plan(**change)
+    assert "\n" not in str(caught.value)
+
+
+def test_rates_are_values_or_multiples_of_a_rows_own():
+    rows = {"ns5": {}, "slow": {"matrix_lr": 0.1}, "own": {"rates": [0.3], "rate_key": "embed_lr"}}
+    raw = raw_plan(rows=rows, multipliers=[0.5, 2])
+    del raw["rates"]
+    plan = sweep.make_plan(raw, "plan")
+    default = t.Config().matrix_lr
+    assert plan.rows["ns5"].rates == (f"{default / 2:g}", f"{default * 2:g}") and plan.rows["slow"].rates == ("0.05", "0.2")
+    assert (plan.rows["own"].key, plan.rows["own"].rates) == ("embed_lr", ("0.3",))
+    h = t.load_config(list(plan.job("slow", "0.2", 2).argv), {})
+    assert (h.matrix_lr, h.seed, h.eval_stride, h.fit_cap) == (0.2, 2, h.eval_seq_len, False)
+    with pytest.raises(runlog.BadInput, match="--sliding"):
+        sweep.make_plan(raw | dict(base=base(eval_stride=8)), "plan")
+    sliding = sweep.make_plan(raw | dict(base=base(eval_stride=8)), "plan", sliding=True)
+    assert t.load_config(list(sliding.job("ns5", "0.05", 1).argv), {}).eval_stride == 8
+
+
+def test_the_command_line_can_be_the_plan():
+    words = [f"{k}={v}" for k, v in base().items()]
+    args = record.parser().parse_args(
+        ["sweep", *words, "--row", "ns5", "--row", "b:ortho=turbo,step_rule=normuon", "--rates", "0.1,0.2", "--seeds", "5"]
+    )
+    plan, _ = sweep.read_plan(args)
+    assert plan.size == 4 and plan.seeds == (5,) and plan.baseline == "ns5"
+    h = t.load_config(list(plan.job("b", "0.2", 5).argv), {})
+    assert (h.ortho, h.step_rule, h.matrix_lr, h.data_path) == ("turbo", "normuon", 0.2, english_dataset().path)
+
+
+def test_settings_may_stand_behind_options(tmp_path, capsys):
+    status = record.main(["sweep", str(tmp_path / "none.json"), "--workers", "2", "preset=cpu"])
+    assert status == 2 and "none.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        record.main(["sweep", "a.json", "--wrong"])
+    with pytest.raises(SystemExit):
+        record.main(["verify", "--quiet", "x", "--wrong", "y"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "records" / "plans").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_plans(path):
+    """Every plan resolves with the knobs that train_gpt.py has, no two rows are one, and the first is the base."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert raw["name"] == path.stem and [*raw["rows"].values()][0] == {} and raw["seeds"] == [1337, 42, 2025]
+    plan = sweep.make_plan(raw, path.name)
+    count = len(raw["multipliers"])
+    assert count in (1, 3) and all(len(row.rates) == count for row in plan.rows.values())
+    assert len(set(map(repr, plan.rows.values()))) == len(plan.rows)
+
+
+def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
+    knobs, fixed, model = {f.name for f in dataclasses.fields(t.Config)}, set(sweep_table.FIXED), set(sweep_table.MODEL)
+    assert set(t.MODEL_FIELDS) <= fixed | model <= knobs and set(sweep_table.NAMES) <= knobs and not fixed & model
+
+
+# ---------------------------------------------------------------- a folder, end to end
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two rows, two rates, two seeds on two workers, one of which is killed at its first configuration."""
+    folder = tmp_path_factory.mktemp("sweep") / "Tiny"
+    old = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    shoot = sweep.Sweep(tiny_plan(), folder, workers=2)
+    told = []
+    shoot.say = lambda text: told.append(text)
+    status = []
+    thread = threading.Thread(target=lambda: status.append(shoot.run()))
+    thread.start()
+    victim, deadline = None, time.monotonic() + 60
+    while victim is None and thread.is_alive() and time.monotonic() < deadline:
+        parts = list((folder / ".work").glob("*.part"))
+        if parts:
+            victim = shoot.processes[0]
+            os.kill(victim.pid, signal.SIGKILL)
+        time.sleep(0.002)
+    thread.join(90)
+    assert not thread.is_alive()
+    if old is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = old
+    return SimpleNamespace(folder=folder, told=told, status=status, victim=victim)
+
+
+@pytest.fixture
+def folder(done, tmp_path):
+    return Path(shutil.copytree(done.folder, tmp_path / "records" / "sweeps" / "Tiny"))
+
+
+def edit(path, pattern, new):
+    text, count = re.subn(pattern, new, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    assert count, pattern
+    path.write_text(text, encoding="utf-8")
+
+
+def failed(folder):
+    return {claim for status, claim, _ in sweep_table.examine(folder) if status == "fail"}
+
+
+def test_a_killed_workers_job_is_done_by_another(done):
+    assert done.status == [0] and done.victim.returncode == -signal.SIGKILL
+    deaths = [x for x in done.told if "died" in x]
+    assert len(deaths) == 1 and deaths[0].endswith("another try"), done.told
+    again = deaths[0].split(":")[0]
+    assert len([x for x in done.told if x.startswith(f"{again}: val_bpb")]) == 1
+    assert all(re.search(r"\d:\d\d:\d\d left$", x) for x in done.told if "val_bpb" in x)
+
+
+def test_the_folder_holds_every_configuration_and_proves_itself(done):
+    names = sorted(p.name for p in (done.folder / "logs").iterdir())
+    assert len(names) == 6 and sum("seed2" in n for n in names) == 2
+    assert sorted(p.name for p in done.folder.iterdir()) == [
+        "README.md", "curves.png", "logs", "table.json", "train_gpt.py",
+    ]  # fmt: skip
+    assert all(len((done.folder / "logs" / n).read_bytes()) < 10_000 for n in names)
+    rows = sweep_table.examine(done.folder)
+    assert [row for row in rows if row[0] != "ok"] == [] and len(rows) == len(sweep_table.CLAIMS)
+    source = runlog.parse_log(done.folder / "logs" / names[0]).source
+    assert source == (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+
+
+def test_the_table_says_what_the_logs_say(done):
+    table = json.loads((done.folder / "table.json").read_text())
+    assert table == sweep_table.build_table(sweep_table.read_runs(done.folder))
+    assert (table["workers"], table["baseline"], table["configurations"]) == ([2], "ns5", 6)
+    assert table["equal_step"] == STEPS and table["metric"] == "int6_lzma_chunked"
+    for row in table["rows"]:
+        logs = {p.stem: final(p.read_text().splitlines()) for p in (done.folder / "logs").glob(f"{row['name']}_*")}
+        tried = {rate: float(logs[f"{row['name']}_{rate}_seed1"]["val_bpb"]) for rate in ("0.02", "0.04")}
+        assert row["rates"] == tried and row["best_rate"] == min(tried, key=tried.get) and row["edge"]
+        both = [float(logs[f"{row['name']}_{row['best_rate']}_seed{s}"]["val_bpb"]) for s in (1, 2)]
+        assert row["val_bpb"]["mean"] == pytest.approx(sum(both) / 2, abs=1e-8)
+        assert row["val_bpb"]["std"] == pytest.approx(abs(both[0] - both[1]) / 2**0.5, abs=1e-8)
+        assert row["at_step"]["mean"] == pytest.approx(row["live"]["mean"], abs=1e-4)
+        assert row["seeds"] == [1, 2] and not row["own_init"] and row["diverged"] == 0
+    ns5, turbo = ({row["name"]: row for row in table["rows"]}[name] for name in ("ns5", "turbo"))
+    assert turbo["changes"] == {"ortho": "turbo"} and ns5["changes"] == {} and ns5["versus"] is None
+    gap = turbo["val_bpb"]["mean"] - ns5["val_bpb"]["mean"]
+    assert turbo["versus"]["diff"] == pytest.approx(gap, abs=2e-8)
+    assert 0 < turbo["versus"]["paired_p"] < 1 and 0 < turbo["versus"]["welch_p"] < 1
+
+
+def test_rows_start_from_the_same_weights(done):
+    runs = sweep_table.read_runs(done.folder)
+    by_seed = {}
+    for run in runs:
+        by_seed.setdefault(run.text("sweep", "seed"), set()).add(run.text("sweep", "init_sha256"))
+    assert all(len(hashes) == 1 for hashes in by_seed.values()) and by_seed["1"] != by_seed["2"]
+    for run in runs:
+        h = t.load_config([f"{k}={v}" for k, v in run.config.items()], {})
+        assert run.text("sweep", "init_sha256") == sweep.weights_sha256(t.GPT(h))
+
+
+def test_a_rerun_trains_nothing(folder, monkeypatch, capsys):
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    no_sweep_starts(monkeypatch)
+    assert sweep.Sweep(tiny_plan(), folder, workers=2).run() == 0
+    assert "6 of them there already" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
+    shoot = sweep.Sweep(tiny_plan(), folder)
+    assert [job.name for job in shoot.jobs.open()] == ["turbo_0.02_seed1"]
+
+
+def test_another_plan_or_script_is_refused(folder):
+    with pytest.raises(runlog.BadInput, match="not of this plan"):
+        sweep.Sweep(tiny_plan(base=base(muon_wd="0.1")), folder)
+    with pytest.raises(runlog.BadInput, match="not of this plan"):
+        sweep.Sweep(tiny_plan(rates=[0.02]), folder)
+    (folder / "train_gpt.py").write_text("x = 1\n")
+    with pytest.raises(runlog.BadInput, match="train_gpt.py has changed"):
+        sweep.Sweep(tiny_plan(), folder)
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    first = sweep.Sweep(tiny_plan(), tmp_path / "s")
+    with pytest.raises(runlog.BadInput, match="another sweep"):
+        sweep.Sweep(tiny_plan(), tmp_path / "s")
+    first.guard.close()
+
+
+def test_devices_are_not_mixed(folder, capsys):
+    edit(folder / "logs" / "ns5_0.02_seed1.txt", r"^(sweep .*)kind:.*? init", r"\1kind:Other GPU init")
+    with pytest.raises(runlog.BadInput, match="device differs"):
+        sweep_table.sweep_table(folder)
+    assert "fair" in failed(folder)
+
+
+def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
+    (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
+    shoot = sweep.Sweep(tiny_plan(), folder)
+    process = SimpleNamespace(poll=lambda: None, kill=lambda: None, stdin=SimpleNamespace(close=lambda: None),
+                              wait=lambda: 0)  # fmt: skip
+    monkeypatch.setattr(shoot, "start", lambda index: shoot.processes.setdefault(index, process))
+    monkeypatch.setattr(shoot, "ask", lambda *_: {"kind": "Other GPU"})
+    with pytest.raises(runlog.BadInput, match="one kind of device"):
+        shoot.run()
+
+
+@pytest.mark.parametrize(
+    "log, pattern, new, claim",
+    [
+        ("ns5_0.02_seed1", r"^(final_score .*val_bpb:\d\.)\d\d", r"\g<1>00", {"score", "ratio", "table", "readme"}),
+        ("ns5_0.02_seed1", r"^(sweep_codes entropy:)\S+", r"\g<1>1.000000", set()),  # below: a best rate's only
+        ("ns5_BEST_seed2", r"^(sweep_codes entropy:)\S+", r"\g<1>1.000000", {"table", "readme"}),
+        ("ns5_BEST_seed2", r"^train_gpt.py sha256:.", "train_gpt.py sha256:g", {"source"}),
+        ("ns5_BEST_seed2", r"^(train_gpt.py sha256:)[0-9a-f]{4}", r"\g<1>0000", {"logs"}),
+        ("ns5_BEST_seed2", r"^final_score .*\n", "", {"logs"}),
+        ("ns5_BEST_seed2", r"^  matrix_lr: .*", "  matrix_lr: 0.5", {"unique"}),
+        ("ns5_BEST_seed2", r"^  val_tokens: .*", "  val_tokens: 9", {"fair", "table", "readme", "source"}),
+        ("ns5_0.02_seed1", r"init_sha256:....", "init_sha256:0000", {"fair"}),
+        ("ns5_BEST_seed2", r"^(step:5/14 val_loss.*)train_time:\d+ms", r"\1train_time:999999ms", {"steps"}),
+        ("ns5_BEST_seed2", r"^(phase_times .*)", r"late compilation: 2 graphs\n\1", {"clock"}),
+    ],
+)
+def test_a_doctored_log_is_caught(folder, log, pattern, new, claim):
+    best = {r["name"]: r["best_rate"] for r in json.loads((folder / "table.json").read_text())["rows"]}["ns5"]
+    edit(folder / "logs" / f"{log.replace('BEST', best)}.txt", pattern, new)
+    found = failed(folder)
+    assert claim <= found and bool(claim) == bool(found), found
+
+
+def test_doctored_tables_and_files_are_caught(folder):
+    for name, pattern, new, claim in [
+        ("table.json", r'"val_bpb": \{\s*"mean": \d\.\d\d', '"val_bpb": {"mean": 1.00', {"table"}),
+        ("README.md", r"side by side", "alone", {"readme"}),
+        ("train_gpt.py", r"^import math", "import math  # mine", {"logs"}),
+    ]:
+        before = (folder / name).read_text(encoding="utf-8")
+        edit(folder / name, pattern, new)
+        assert claim <= failed(folder), name
+        (folder / name).write_text(before, encoding="utf-8")
+    (folder / "more.py").write_text("")
+    assert failed(folder) == {"files"}
+
+
+def test_a_configuration_twice_is_caught(folder):
+    text = (folder / "logs" / "ns5_0.02_seed1.txt").read_text(encoding="utf-8")
+    twin = text.replace("ns5_0.02_seed1", "again_0.02_seed1").replace("row:ns5 ", "row:again ")
+    (folder / "logs" / "again_0.02_seed1.txt").write_text(twin, encoding="utf-8")
+    assert "unique" in failed(folder)
+
+
+def test_packed_logs_are_read(folder, capsys):
+    for path in (folder / "logs").glob("*.txt"):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        path.unlink()
+    assert failed(folder) == set()
+    root = folder.parent.parent.parent
+    assert record.main(["--root", str(root), "verify", "Tiny"]) == 0
+    (folder / "logs" / "ns5_0.02_seed1.txt.gz").write_bytes(b"\x1f\x8b broken")
+    assert failed(folder) >= {"logs"}
+
+
+def test_the_ledger_lists_verifies_and_tabulates_sweeps(folder, capsys):
+    root = folder.parent.parent.parent
+    board = "<!-- board:start -->\n<!-- board:end -->\n"
+    (root / "README.md").write_text(board)
+    (root / "records" / "README.md").write_text(board)
+    assert record.main(["--root", str(root), "board"]) == 2 and "sweeps:start" in capsys.readouterr().err
+    (root / "records" / "README.md").write_text(board + "<!-- sweeps:start -->\nold\n<!-- sweeps:end -->\nend\n")
+    assert record.main(["--root", str(root), "board"]) == 0
+    page = (root / "records" / "README.md").read_text()
+    assert "**[Tiny](sweeps/Tiny/)**" in page and "\nold\n" not in page and page.endswith("end\n")
+    for line in sweep_table.markdown(json.loads((folder / "table.json").read_text())):
+        assert line in page
+    assert record.main(["--root", str(root), "verify"]) == 0 and "1 folder: 11 ok" in capsys.readouterr().out
+    (folder / "table.json").unlink()
+    assert record.main(["--root", str(root), "verify"]) == 1
+    assert record.main(["sweep", str(folder)]) == 0  # from the logs alone
+    assert record.main(["--root", str(root), "verify", "--quiet"]) == 0
+
+
+def test_bpb_is_interpolated_between_validations(done):
+    run = sweep_table.read_runs(done.folder)[0]
+    points = {s.step: s.bpb for s in run.steps if s.kind == "val"}
+    assert sorted(points) == [0, 5, 10, STEPS]
+    assert sweep_table.bpb_at(run, 7) == pytest.approx(points[5] + (points[10] - points[5]) * 2 / 5)
+    assert sweep_table.bpb_at(run, 10) == points[10] and sweep_table.bpb_at(run, STEPS + 1) is None

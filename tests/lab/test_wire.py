@@ -1,0 +1,335 @@
+"""The wire tool: planted schedules with known counts, real steps of 2 and 4 ranks, the prediction by hand."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+
+from ledger import record  # noqa: E402
+import train_gpt as t  # noqa: E402
+from lab import wire  # noqa: E402
+from helpers import TINY, machine, run_ranks, tiny  # noqa: E402
+from lab.wire import Call, Wait, Work  # noqa: E402
+
+KNOBS = tuple(f"{k}={v}" for k, v in TINY.items())
+STEP = {"reduce-scatter": 3, "all-gather": 3, "all-reduce": 2}  # of Optimizer.step on one node: one for each bank,
+# the small tensors together, and the norm
+EIGHT = tuple(range(8))
+
+
+# ---------------------------------------------------------------- counting
+
+
+def test_bytes_per_link_of_a_ring():
+    wired = lambda kind, n: Call(kind, 1000, tuple(range(n)), "float32").wire
+    assert [wired(kind, 4) for kind in ("reduce-scatter", "all-gather", "all-to-all")] == [750, 750, 750]
+    assert wired("all-reduce", 4) == 1500 and wired("broadcast", 4) == wired("reduce", 4) == 1000
+    assert [wired(kind, 1) for kind in ("all-reduce", "all-gather", "broadcast")] == [0, 0, 0]
+
+
+def test_every_function_is_wrapped_with_arguments_that_it_has():
+    import inspect
+
+    found = [name for name in wire.FUNCTIONS if hasattr(dist, name)]
+    assert {kind for kind, _, _ in (wire.FUNCTIONS[name] for name in found)} == {
+        "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "broadcast", "reduce",
+    }  # fmt: skip
+    for name in found:
+        _, given, whole = wire.FUNCTIONS[name]
+        assert {given, whole, "group"} <= set(inspect.signature(getattr(dist, name)).parameters), name
+
+
+def planted(rank):
+    """A schedule with known counts, on one rank of four."""
+    t.init_machine(tiny(), dict(RANK=str(rank), WORLD_SIZE="4"))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    recorder = wire.Recorder(closely=True, data=True)
+    before = dist.all_reduce
+    bank, shard = torch.ones(8, 3, 5), torch.zeros(2, 3, 5)
+    bank[6:] = 0  # padding
+    with recorder.installed():
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        dist.all_reduce(torch.ones(1))  # not recorded
+        with recorder.recording() as events:
+            arrival = scatter(shard, bank, dist.ReduceOp.SUM, async_op=True)
+            dist.all_reduce(torch.ones(7, dtype=torch.float64), group=pairs[rank // 2])
+            arrival.wait()
+            gather(bank, shard, async_op=True).wait()
+            dist.broadcast(torch.zeros(3), 0)
+        dist.all_reduce(torch.ones(1))
+    assert dist.all_reduce is before and not isinstance(before, wire.Waited)
+    return events, float(bank.sum())
+
+
+def test_a_planted_schedule():
+    ranks = run_ranks(planted, 4)
+    steps = [events for events, _ in ranks]
+    assert {total for _, total in ranks} == {6 * 15 * 4.0}  # they still do what they did
+    everyone = (0, 1, 2, 3)
+    for rank, events in enumerate(steps):
+        pair = (0, 1) if rank < 2 else (2, 3)
+        lost = 120 if rank == 3 else 0  # the last rank owns the padding
+        assert events == [
+            Call("reduce-scatter", 480, everyone, "float32", "cpu", 480, 120),
+            Call("all-reduce", 56, pair, "float64", "cpu", 56, 0),
+            Wait(1),
+            Wait(0),
+            Call("all-gather", 480, everyone, "float32", "cpu", 120, lost),
+            Wait(4),
+            Call("broadcast", 12, everyone, "float32", "cpu", 12, 12),
+            Wait(6),
+        ]
+    found = wire.totals(steps[0], 2)
+    assert found["count"] == {"reduce-scatter": 1, "all-reduce": 1, "all-gather": 1, "broadcast": 1}
+    assert found["payload"] == 480 + 56 + 480 + 12 and found["wire"] == {"intra": 56, "inter": 360 + 360 + 12}
+    assert wire.totals(steps[0], 4)["wire"] == {"intra": 56 + 360 + 360 + 12, "inter": 0}
+    assert wire.totals(steps[2], 1)["wire"]["intra"] == 0
+    assert wire.padding(steps) == (4 * (120 + 12) + 120) / (4 * (480 + 56 + 120 + 12))
+
+
+def test_the_scope_of_a_group():
+    assert [wire.scope((0, 1, 2, 3), 4), wire.scope((4, 6), 4), wire.scope((3, 4), 4), wire.scope((0, 4), 4)] == [
+        "intra", "intra", "inter", "inter"]  # fmt: skip
+
+
+# ---------------------------------------------------------------- real steps
+
+
+def steps_of(world, node_ranks=None, script=ROOT / "train_gpt.py", knobs=KNOBS):
+    port = wire.free_port()
+    job = wire.Job(script, knobs, world, node_ranks or world, 0, port)
+    return wire.in_processes(wire.real_step, [job._replace(rank=rank) for rank in range(world)])
+
+
+@pytest.fixture(scope="module")
+def real():
+    """{ranks: results} of real steps on one node."""
+    return {world: steps_of(world) for world in (2, 4)}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_real_step(real, world):
+    """Collectives, bytes and matrices of a step, from the shapes; one collective more and this fails."""
+    table, banks = t.parameter_table(tiny()), {}  # home -> (matrices, numbers in one)
+    for s in t.MATRICES:
+        count, rows, columns = table[s.name][0]
+        banks[s.home] = banks.get(s.home, (0, 0))[0] + count, rows * columns
+    padded = sum(4 * world * -(-n // world) * numel for n, numel in banks.values())
+    full = sum(4 * n * numel for n, numel in banks.values())
+    ranks, own = real[world], [0] * world
+    assert len({r["digest"] for r in ranks}) == 1
+    for rank, r in enumerate(ranks):
+        calls, found = wire.calls_of(r["events"]), wire.totals(r["events"], world)
+        assert found["count"] == STEP, found["count"]
+        assert {c.ranks for c in calls} == {tuple(range(world))} and found["wire"]["inter"] == 0
+        for kind in ("reduce-scatter", "all-gather"):
+            assert sum(c.payload for c in calls if c.kind == kind) == padded
+        assert sum(c.zeros for c in calls if c.kind == "reduce-scatter") == padded - full
+        waits = [e.of for e in r["events"] if isinstance(e, Wait)]
+        assert Counter(waits) == {i: 1 for i, e in enumerate(r["events"]) if isinstance(e, Call)}
+        works = wire.works_of(r["events"])
+        own[rank] = sum(w.real for w in works)
+        assert sum(w.slots for w in works) == own[rank] <= sum(-(-n // world) for n, _ in banks.values())
+    assert sum(own) == sum(n for n, _ in banks.values())
+
+
+def test_padding_is_seen():
+    """Of 3 layers' banks on 4 ranks a part is padding, on the wire and not in the work."""
+    knobs = (*KNOBS, "num_layers=3")
+    ranks = steps_of(4, knobs=knobs)
+    works = [wire.works_of(r["events"]) for r in ranks]
+    assert sum(w.real for rank in works for w in rank) == sum(w.slots for rank in works for w in rank) == 3 * 6
+    assert 0.1 < wire.padding([r["events"] for r in ranks]) < 0.3
+
+
+def changed(folder, lines):
+    """A copy of train_gpt.py with `lines` ahead of its last statement."""
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    head, main, tail = source.rpartition('\nif __name__ == "__main__":')
+    (folder / "train_gpt.py").write_text(head + "\n" + lines + main + tail, encoding="utf-8")
+    return folder / "train_gpt.py"
+
+
+PATCH = """
+_step = Optimizer.step
+def _patched(self, hp):
+    {before}
+    _step(self, hp)
+    {after}
+Optimizer.step = _patched
+"""
+
+
+def test_one_collective_more_is_counted(tmp_path):
+    script = changed(tmp_path, PATCH.format(before="dist.all_reduce(torch.ones(4))", after="pass"))
+    for r in steps_of(2, script=script):
+        found = wire.totals(r["events"], 2)
+        assert found["count"] != STEP and found["count"]["all-reduce"] == STEP["all-reduce"] + 1
+
+
+def bare(e):
+    """An event without what only data can tell."""
+    return e._replace(given=0, zeros=0) if isinstance(e, Call) else e._replace(real=0) if isinstance(e, Work) else e
+
+
+NODES = """
+_init = init_machine
+def init_machine(h, env):
+    global NODE, ACROSS
+    m, n, here = _init(h, env), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+    NODE = [dist.new_group(list(range(i, i + here))) for i in range(0, n, here)][m.rank // here]
+    ACROSS = [dist.new_group(list(range(i, n, here))) for i in range(here)][m.rank % here]
+    return m
+"""
+
+
+def test_groups_of_nodes(tmp_path):
+    """A script that knows its nodes: what stays on one is told from what crosses, with data and without."""
+    own = "dist.all_reduce(torch.ones(10), group=NODE); dist.all_reduce(torch.ones(100), group=ACROSS)"
+    script = changed(tmp_path, NODES + PATCH.format(before=own, after="pass"))
+    ranks = steps_of(4, 2, script)
+    calls = wire.calls_of(ranks[3]["events"])[:2]
+    assert [c.ranks for c in calls] == [(2, 3), (1, 3)]
+    found, plain = (wire.totals(events, 2)["wire"] for events in (ranks[3]["events"], ranks[3]["events"][4:]))
+    assert found["intra"] - plain["intra"] == 40 and found["inter"] - plain["inter"] == 400
+    dry = wire.in_processes(wire.dry_steps, [(wire.Job(script, KNOBS, 4, 2),)])[0]
+    for events, r in zip(dry["steps"][0], ranks):
+        assert [bare(e) for e in events] == [bare(e) for e in r["events"]]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_without_data_is_the_real_one(real, world):
+    asked = (wire.Job(ROOT / "train_gpt.py", KNOBS, world, world), wire.Job(ROOT / "train_gpt.py", KNOBS, 1, 1))
+    dry = wire.in_processes(wire.dry_steps, [asked])[0]
+    assert len(dry["steps"][0]) == world and len(dry["steps"][1]) == 1
+    for events, r in zip(dry["steps"][0], real[world]):
+        assert [bare(e) for e in events] == [bare(e) for e in r["events"]]
+    assert {name: tuple(shape) for name, (shape, _) in t.parameter_table(tiny()).items()} == dry["shapes"]
+    rows, columns = dry["shapes"]["qo_bank"][1:]
+    n, m = min(rows, columns), max(rows, columns)
+    assert dry["flops"][rows, columns] == 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
+
+
+# ---------------------------------------------------------------- the published schedule
+
+
+def test_the_published_schedule_on_the_record_shapes():
+    shapes = {name: tuple(shape) for name, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
+    events = wire.reference_schedule(shapes, 8)
+    found = wire.totals(events, 8)
+    small = [name for name in shapes if not name.endswith("_bank")]
+    assert found["count"] == {"reduce-scatter": 4, "all-gather": 4, "all-reduce": len(small)}
+    banks = 2 * (24 * 512 * 512 + 24 * 256 * 512 + 2 * 16 * 1536 * 512)  # 22 -> 24, 11 -> 16 slots of bf16
+    small_bytes = 4 * sum(torch.Size(shapes[name]).numel() for name in small)
+    assert found["payload"] == 2 * banks + small_bytes
+    assert found["wire"]["intra"] == pytest.approx(2 * banks * 7 / 8 + small_bytes * 7 / 4)
+    padded = 2 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 5 * 1536 * 512)
+    given = banks + banks / 8 + small_bytes
+    assert wire.padding([events]) == pytest.approx((padded + padded / 8) / given)
+    assert [w.slots for w in wire.works_of(events)] == [2, 2, 3, 3]  # largest bank first
+    matrices = [wire.reference_matrices(shapes, 8, rank) for rank in range(8)]
+    assert sum(w.real for rank in matrices for w in rank) == 66
+    assert [sum(w.real for w in rank) for rank in matrices] == [10, 10, 10, 10, 10, 8, 6, 2]
+    gather = [i for i, e in enumerate(events) if isinstance(e, Call) and e.kind == "all-gather"]
+    work = [i for i, e in enumerate(events) if isinstance(e, Work)]
+    assert Wait(gather[0]) in events[: work[1]] and Wait(gather[1]) not in events[: work[1]]
+
+
+# ---------------------------------------------------------------- the prediction
+
+
+def test_a_walk_by_hand():
+    a, b = Call("reduce-scatter", 1, EIGHT, "f"), Call("all-gather", 1, EIGHT, "f")
+    events = [a, a, Wait(0), Work((1, 1), 1, 1), b, Work((1, 1), 1, 1), b, Wait(4), Wait(6), Wait(1)]
+    lanes = dict.fromkeys((0, 1, 4, 6), "intra")
+    got = wire.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes, {3: 10.0, 5: 2.0})
+    # arrivals end at 2 and 5; directions 2-12, 12-14; gathers 12-16, 16-17
+    assert got == dict(end=17.0, before=2.0, update=12.0, exposed=5.0, communication=10.0)
+    got = wire.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: "inter"}, {3: 10.0, 5: 2.0})
+    assert got["end"] == 16.0  # the second gather on a link of its own: 14-15
+    assert wire.walk([a, Wait(0)], {0: 2.0}, {0: "intra"}, {})["before"] == 2.0
+    assert wire.walk([], {}, {}, {}) == dict(end=0.0, before=0.0, update=0.0, exposed=0.0, communication=0)
+
+
+def test_the_cost_of_a_collective():
+    a = wire.Assumptions(nvlink_gbps=100.0, nvlink_latency_ms=0.5, nic_gbps=10.0, nic_latency_ms=2.0)
+    call = lambda *ranks: Call("broadcast", 1_000_000_000, ranks, "float32")
+    ms = [wire.collective_ms(c, 8, a) for c in (call(0), call(*EIGHT), call(0, 8), call(0, 1, 8, 9))]
+    assert ms == [0.0, 10.5, 102.0, 52.0]
+    assert wire.collective_ms(call(*range(32)), 8, a) == 2.0 + 1000 / 80  # eight adapters of a node
+    assert wire.collective_ms(call(*range(32)), 16, a) == 2.0 + 1000 / 100  # no faster than NVLink
+
+
+def test_the_update_runs_through_the_measured_points():
+    a = wire.Assumptions()
+    assert wire.update_ms(1.0, 0.166, a) == a.update_ms
+    assert wire.update_ms(0.166, 0.166, a) == pytest.approx(a.eighth_ms)
+    assert wire.update_ms(0.583, 0.166, a) == pytest.approx((a.update_ms + a.eighth_ms) / 2)
+
+
+def test_every_assumption_has_a_source():
+    assert set(wire.SOURCES) == set(wire.Assumptions.__dataclass_fields__)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def called(*args):
+    return record.main(["wire", *map(str, args)])
+
+
+def test_the_command(tmp_path, capfd):
+    out = tmp_path / "wire.md"
+    assert called("--ranks", 4, "--nodes", 2, "--assume", "nic_gbps=25", "--out", out, *KNOBS) == 0
+    text = out.read_text()
+    assert capfd.readouterr().out == text and [p.name for p in tmp_path.iterdir()] == ["wire.md"]
+    for line in (r"\| all-reduce \| \d+ \| 14 \|", r"\| collectives \| \d+ \| 22 \|", r"\| nic_gbps \| 25 \| given \|",
+                 r"bit-equal on all 4 ranks", r"\| here \| 4 x 8 \|", r"\| inter \|"):  # fmt: skip
+        assert re.search(line, text), (line, text)
+    assert "NOT" not in text
+
+
+def test_ranks_that_disagree(tmp_path, capfd):
+    script = changed(tmp_path, PATCH.format(before="pass", after="self.flat += self.m.rank"))
+    assert called("--ranks", 2, "--script", script, *KNOBS) == 1
+    assert "NOT bit-equal on all 2 ranks" in capfd.readouterr().out
+
+
+def refused(capfd, *args):
+    assert called(*args) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("record: "), err
+    return err
+
+
+def test_bad_input_is_one_line(tmp_path, capfd):
+    assert "1 to 64" in refused(capfd, "--ranks", 0)
+    assert "must divide" in refused(capfd, "--ranks", 8, "--nodes", 3)
+    assert "no such folder" in refused(capfd, "--out", tmp_path / "no" / "x.md")
+    assert "one of nvlink_gbps" in refused(capfd, "--assume", "speed=3")
+    assert "positive number" in refused(capfd, "--assume", "nic_gbps=fast")
+    assert "unknown config key" in refused(capfd, "sed=1")
+    assert "cannot read the script" in refused(capfd, "--script", tmp_path / "no.py")
+
+
+@pytest.mark.parametrize("how, said", [("os._exit(3)", "status 3"), ("1 / 0", "ZeroDivisionError")])
+def test_a_rank_that_fails(tmp_path, how, said):
+    """The others wait for it in a collective: all are ended and one line says why."""
+    script = changed(tmp_path, PATCH.format(before=f"self.m.rank == 1 and {how}", after="pass"))
+    with pytest.raises(wire.BadInput, match="rank 1 of 2: .*" + said):
+        steps_of(2, script=script)
+
+
+def test_a_machine_of_helpers_is_enough():
+    """Nothing of the tool is left in the script that other tests import."""
+    assert t.orthogonalize.__module__ == "train_gpt" and machine().world_size == 1
+    assert not hasattr(dist.all_reduce, "_told")

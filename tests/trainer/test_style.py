@@ -1,0 +1,443 @@
+"""The shape of train_gpt.py: a free import, a true contents list, small functions, no knob without a use."""
+
+import ast
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train_gpt.py"
+MAX_LINES, MAX_COLUMNS, MAX_PARAMETERS = 2500, 110, 6
+MAX_FUNCTION, MAX_LOOP = 80, 120  # lines; the loop is `train`, Triton kernels are free
+NOT_USE = {"load_config", "check_config"}  # reading a knob to check it is not using it
+RANK_NAMES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_\w+")
+BANNER_RULE = re.compile(r"# -{20,}")
+BANNER = re.compile(r"# (\d+)\. ([^:.]+)[:.]")
+FORBIDDEN = [f"/{name}/" for name in ("work", "home")] + ["TO" + "DO"]  # so that this file holds none
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    if not SCRIPT.is_file():
+        pytest.fail("train_gpt.py is missing at the root of the repository", pytrace=False)
+    return SCRIPT.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tree(source) -> ast.Module:
+    return ast.parse(source)
+
+
+def repo_files() -> list:
+    """Tracked files and new ones not ignored by git; without git, all outside hidden and data folders."""
+    listed = (
+        subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z"],
+            capture_output=True,
+            text=True,
+        )
+        if shutil.which("git")
+        else None
+    )
+    if listed is not None and listed.returncode == 0:
+        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        skip = {"logs", "datasets", "tokenizers", "__pycache__"}
+        paths = [
+            p
+            for p in ROOT.rglob("*")
+            if not any(part.startswith(".") or part in skip for part in p.relative_to(ROOT).parent.parts)
+        ]
+    return sorted(p for p in paths if p.is_file())
+
+
+def is_kernel(node) -> bool:
+    return any(re.search(r"\btriton\.jit\b", ast.unparse(d)) for d in node.decorator_list)
+
+
+def functions(tree) -> list:
+    return [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+
+
+def named(tree, kind, name: str):
+    found = [node for node in tree.body if isinstance(node, kind) and node.name == name]
+    assert len(found) == 1, f"train_gpt.py defines {name} {len(found)} times at its top level"
+    return found[0]
+
+
+# ---------------------------------------------------------------- import
+
+# Runs in its own process: the libraries first, then a watch on every effect, then train_gpt.
+IMPORT_PROBE = """
+import importlib, importlib.abc, json, os, sys
+root, script, libraries = sys.argv[1], sys.argv[2], sys.argv[3:]
+for name in libraries:
+    try: importlib.import_module(name)
+    except ImportError: pass
+import torch
+effects, reads, watching = [], [], True
+
+def watch(event, args):
+    if not watching: return
+    if event == "open" and not str(args[0]).endswith((".py", ".pyc")):
+        effects.append(f"opens {args[0]!r} ({args[1]})")
+    elif event == "open" and (set(args[1] or "") & set("wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
+        effects.append(f"writes {args[0]!r}")
+    elif event.split(".")[0] in ("socket", "subprocess", "urllib", "shutil", "ctypes") or event in (
+            "os.mkdir", "os.remove", "os.rename", "os.putenv", "os.unsetenv", "os.system", "os.fork",
+            "os.chdir"):
+        effects.append(f"{event} {args!r}"[:200])
+
+def called_by_script():
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename in (__file__, os.__file__, "<frozen os>") or \\
+            "_collections_abc" in frame.f_code.co_filename: frame = frame.f_back
+    return os.path.realpath(frame.f_code.co_filename) == script
+
+class Environ(type(os.environ)):
+    def __init__(self, real): self.__dict__.update(real.__dict__)
+    def __getitem__(self, key):
+        if called_by_script(): reads.append(str(key))
+        return super().__getitem__(key)
+    def __iter__(self):
+        if called_by_script(): reads.append("all of it")
+        return super().__iter__()
+    def __setitem__(self, key, value):
+        if called_by_script(): effects.append(f"sets {key} in the environment")
+        super().__setitem__(key, value)
+
+def state():
+    return dict(rng=torch.get_rng_state().tolist(), dtype=str(torch.get_default_dtype()), argv=list(sys.argv),
+                precision=torch.get_float32_matmul_precision(), threads=torch.get_num_threads(),
+                grad=torch.is_grad_enabled(), cwd=os.getcwd(), tf32=torch.backends.cudnn.allow_tf32)
+
+os.environ = Environ(os.environ)
+sys.path.insert(0, root)
+before = state()
+sys.addaudithook(watch)
+import train_gpt
+watching = False
+effects += [f"changes {k}" for k, v in state().items() if v != before[k]]
+if torch.cuda.is_initialized(): effects.append("starts CUDA")
+if torch.distributed.is_initialized(): effects.append("joins a process group")
+print(json.dumps(dict(effects=effects, reads=reads)))
+"""
+
+
+def libraries(tree) -> list:
+    """Top-level modules that the script imports, wherever it does."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return sorted(names - {"__future__"})
+
+
+def probe(script: Path, tree, tmp_path) -> dict:
+    (tmp_path / "probe.py").write_text(IMPORT_PROBE)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-B",
+            str(tmp_path / "probe.py"),
+            str(script.parent),
+            str(script.resolve()),
+            *libraries(tree),
+        ],
+        env={},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    *printed, result = done.stdout.splitlines()
+    assert printed == [] and done.stderr == "", (printed, done.stderr)
+    return json.loads(result)
+
+
+def test_import_has_no_effect(tree, tmp_path):
+    assert probe(SCRIPT, tree, tmp_path) == {"effects": [], "reads": []}
+
+
+def test_the_import_probe_sees_effects(tmp_path):
+    script = tmp_path / "train_gpt.py"
+    script.write_text(
+        "import os, torch\n"
+        "A = os.environ.get('SEED', '1')\nB = os.getenv('LOCAL_RANK')\nC = dict(os.environ)\n"
+        "os.environ['NEW'] = '1'\ntorch.manual_seed(1)\nopen('made.txt', 'w').close()\n"
+        "import socket\nsocket.socket().close()\nimport subprocess\nsubprocess.run(['true'])\n"
+    )
+    seen = probe(script, ast.parse(script.read_text()), tmp_path)
+    assert {"SEED", "LOCAL_RANK", "all of it"} <= set(seen["reads"])
+    for word in ("sets NEW", "made.txt", "socket", "subprocess.Popen", "changes rng"):
+        assert any(word in effect for effect in seen["effects"]), (word, seen)
+
+
+def test_no_local_import(tree):
+    local = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir() if p.is_dir()}
+    assert not {name.split(".")[0] for name in libraries(tree)} & local
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+
+
+def test_environment_is_read_in_main_only(tree):
+    """`main` hands os.environ on; `init_machine` looks up nothing but its place among the ranks."""
+    allowed = {
+        id(node) for f in functions(tree) if f.name in ("main", "init_machine") for node in ast.walk(f)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"):
+            assert id(node) in allowed, f"line {node.lineno}: os.{node.attr} outside main and init_machine"
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            assert not {"environ", "getenv"} & {a.name for a in node.names}, (
+                f"line {node.lineno}: use os.environ in main"
+            )
+    for node in ast.walk(named(tree, FUNCTIONS, "init_machine")):
+        keys = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            keys = node.args[:1]
+        elif isinstance(node, ast.Subscript):
+            keys = [node.slice]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            keys = [node.left]
+        for key in keys:
+            if isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value.isupper():
+                assert RANK_NAMES.fullmatch(key.value), (
+                    f"init_machine reads {key.value}: make it a Config field"
+                )
+
+
+# ---------------------------------------------------------------- banners, contents
+
+
+def banners(source: str) -> list:
+    lines = source.splitlines()
+    found = []
+    for rule, line in zip(lines, lines[1:], strict=False):
+        if BANNER_RULE.fullmatch(rule):
+            match = BANNER.match(line)
+            assert match, f"a banner reads `# NUMBER. Title: one sentence`, not {line!r}"
+            found.append((int(match[1]), match[2].strip()))
+    return found
+
+
+def contents(docstring: str) -> list:
+    """(number, text) of the numbered lines after the line `Contents`, up to the blank line that ends them."""
+    lines = docstring.splitlines()
+    starts = [i for i, line in enumerate(lines) if re.match(r"\s*contents\b", line, re.I)]
+    assert starts, "the docstring has no line that starts with Contents"
+    rows = []
+    for line in lines[starts[0] + 1 :]:
+        match = re.match(r"\s*(\d+)\.? +(\S.*)", line)
+        if match:
+            rows.append((int(match[1]), match[2]))
+        elif rows and not line.strip():
+            break
+    return rows
+
+
+def test_contents_equal_the_banners(source, tree):
+    found, listed = banners(source), contents(ast.get_docstring(tree, clean=False) or "")
+    assert [n for n, _ in found] == list(range(1, len(found) + 1)) and len(found) >= 10, found
+    assert [n for n, _ in listed] == [n for n, _ in found], (listed, found)
+    for (number, title), (_, text) in zip(found, listed):
+        listed_title = re.split(r" {2,}|:", text)[0].strip()
+        assert listed_title == title, (
+            f"section {number}: the banner says {title!r}, the contents {listed_title!r}"
+        )
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_file_size(source):
+    lines = source.splitlines()
+    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
+    wide = [(i, len(line)) for i, line in enumerate(lines, 1) if len(line) > MAX_COLUMNS]
+    assert not wide, f"(line, columns) over {MAX_COLUMNS}: {wide}"
+    separators = [i for i, line in enumerate(lines, 1) if line.strip() == "=" * 100]
+    assert not separators, (
+        f"lines {separators} are the log's separator; the source stands at the head of every log"
+    )
+
+
+def test_function_lengths(tree):
+    long = []
+    for f in functions(tree):
+        lines = f.end_lineno - f.lineno + 1
+        if not is_kernel(f) and lines > (MAX_LOOP if f.name == "train" else MAX_FUNCTION):
+            long.append((f.name, lines))
+    assert not long, f"(function, lines) too long: {long}"
+
+
+def test_parameter_counts(tree):
+    many = []
+    for f in functions(tree):
+        a = f.args
+        names = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs] + [
+            x.arg for x in (a.vararg, a.kwarg) if x
+        ]
+        names = [n for n in names if n not in ("self", "cls")]
+        if not is_kernel(f) and len(names) > MAX_PARAMETERS:
+            many.append((f.name, names))
+    assert not many, f"more than {MAX_PARAMETERS} parameters: {many}"
+
+
+def test_main_is_the_last_statement(tree):
+    last = tree.body[-1]
+    assert (
+        isinstance(last, ast.If)
+        and ast.unparse(last.test) == "__name__ == '__main__'"
+        and len(last.body) == 1
+    )
+
+
+# ---------------------------------------------------------------- knobs
+
+
+def unread_fields(tree) -> list:
+    """Config fields that nothing outside Config reads, be it through a property of Config."""
+    config = named(tree, ast.ClassDef, "Config")
+    fields = [
+        n.target.id for n in config.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    ]
+    properties = {
+        n.name: {a.attr for a in ast.walk(n) if isinstance(a, ast.Attribute)}
+        for n in config.body
+        if isinstance(n, FUNCTIONS)
+    }
+    inside = {id(n) for n in ast.walk(config)}
+    inside |= {id(n) for f in functions(tree) if f.name in NOT_USE for n in ast.walk(f)}
+    read = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and id(n) not in inside
+    }
+    for node in tree.body:  # the parameter table names knobs in strings
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == "PARAM_TABLE" for t in targets):
+            read |= {
+                n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
+    while True:
+        more = {attr for name in read & properties.keys() for attr in properties[name]} - read
+        if not more:
+            return [name for name in fields if name not in read]
+        read |= more
+
+
+def test_every_knob_is_used(tree):
+    assert not unread_fields(tree), "Config fields that nothing reads"
+
+
+def test_the_knob_check_sees_an_unused_one():
+    text = """
+class Config:
+    used: int = 1
+    through: int = 2
+    table: float = 3
+    dead: int = 4
+    checked: int = 5
+    @property
+    def size(self): return self.through + self.dead_too
+    @property
+    def unused_size(self): return self.dead
+PARAM_TABLE = {"bank": "table"}
+def check_config(h): return h.checked
+def f(h): return h.used + h.size, "dead"
+"""
+    assert unread_fields(ast.parse(text)) == ["dead", "checked"]
+
+
+# ---------------------------------------------------------------- every file of the tree
+
+
+def newer_fstrings(text: str) -> list:
+    """Lines whose f-strings only Python 3.12 reads. Below 3.12 the parser itself refuses such a file."""
+    bad, stack = [], []
+    if sys.version_info < (3, 12):
+        return bad
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if stack and token.type not in (tokenize.FSTRING_MIDDLE, tokenize.FSTRING_END):
+            for quote in stack:
+                if (
+                    quote in token.string
+                    or "\\" in token.string
+                    or token.type == tokenize.COMMENT
+                    or (len(quote) == 1 and token.type == tokenize.NL)
+                ):
+                    bad.append(token.start[0])
+        if token.type == tokenize.FSTRING_START:
+            stack.append(token.string.lstrip("fFrRbB"))
+        elif token.type == tokenize.FSTRING_END:
+            stack.pop()
+    return sorted(set(bad))
+
+
+def python_files() -> list:
+    return [p for p in repo_files() if p.suffix == ".py"]
+
+
+def test_python_310_grammar():
+    assert python_files()
+    for path in python_files():
+        text = path.read_text(encoding="utf-8")
+        ast.parse(text, str(path), feature_version=(3, 10))
+        assert not newer_fstrings(text), f"{path}: lines {newer_fstrings(text)} need Python 3.12"
+
+
+def test_the_fstring_check_sees_newer_ones():
+    for text in (
+        'x = f"{a["b"]}"\n',
+        "x = f'{a!r:{w['k']}}'\n",
+        'x = f"{chr(10).join(["\\n"])}"\n',
+        'x = f"{\na}"\n',
+    ):
+        with pytest.raises((SyntaxError, AssertionError)):
+            ast.parse(text, feature_version=(3, 10))
+            assert not newer_fstrings(text)
+    for text in (
+        "x = f\"{a['b']}\"\n",
+        'x = f"""{a["b"]}"""\n',
+        'x = f"\\n{a}"\n',
+        'x = (f"{a}"\n     f"{b}")\n',
+    ):
+        ast.parse(text, feature_version=(3, 10))
+        assert not newer_fstrings(text), text
+
+
+def test_python_310_compiles_it():
+    python = shutil.which("python3.10")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no python3.10 here")
+    code = "import sys\nfor p in sys.stdin.read().split('\\0'): compile(open(p, 'rb').read(), p, 'exec')"
+    done = subprocess.run(
+        [python, "-c", code], input="\0".join(map(str, python_files())), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_machine_paths_and_no_notes_to_self():
+    found = []
+    for path in repo_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{i}: {word}"
+            for i, line in enumerate(lines, 1)
+            for word in FORBIDDEN
+            if word in line
+        ]
+    assert not found, found[:20]
