@@ -302,5 +302,5 @@ def emulate_fp8(monkeypatch, machine=False):
         return dataclasses.replace(m, ops=t.Ops(mlp=ops.mlp), names=m.names | {"mlp": names["mlp"]})
 
     if machine:
-        monkeypatch.setattr(t, "bind_attention", lambda h, device: (t.attend_sdpa, "none"))
+        monkeypatch.setattr(t, "bind_attention", lambda h, device: t.Bound(t.attend_sdpa, "none"))
         monkeypatch.setattr(t, "init_machine", bound)

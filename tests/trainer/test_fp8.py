@@ -100,7 +100,7 @@ def test_steps_follow_the_matrices():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
     """One graph each: the loss and gradients of the eager one; without gradients those of the MLP without fp8."""
-    monkeypatch.setattr(t, "bind", lambda fast, line, inputs, name="triton", limit=0.01: (fast, name))
+    monkeypatch.setattr(t, "bind", lambda fast, reference, inputs, name="triton", limit=0.01: t.Bound(fast, name))
     h = tiny(**SIZES | dict(num_layers=2), fp8=1)
     ops, names = t.bind_ops(h, DEVICE)
     models = [noisy_model(h).to(DEVICE) for _ in range(3)]
@@ -133,7 +133,7 @@ def test_the_artifact_does_not_know_it():
 @on_cpu
 def test_what_is_wrong_is_not_bound(monkeypatch):
     """The log's name says by how much; what is wrong costs the MLP in bf16 nothing."""
-    monkeypatch.setattr(t, "bind_attention", lambda h, device: (t.attend_sdpa, "none"))
+    monkeypatch.setattr(t, "bind_attention", lambda h, device: t.Bound(t.attend_sdpa, "none"))
     bound = lambda **knobs: (lambda ops, names: (ops.mlp, names["mlp"]))(*t.bind_ops(tiny(**SIZES, **knobs), DEVICE))
     line, name = bound()    # a CPU's interpreter is wrong in bf16
     assert line is t.mlp and re.fullmatch(r"torch \(error \S+\),fp8:torch\(error\S+\)", name), name

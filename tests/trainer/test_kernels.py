@@ -391,7 +391,8 @@ def test_the_table_of_wins(monkeypatch):
         def size(self, i):
             return self.shape[i]
 
-    monkeypatch.setattr(t, "WINS", (("xxt", 256, 4, "a"), ("xxt", 512, 8, "b"), ("xxt", 256, 24, "c"), ("lower_solve", 256, 1, "d")))
+    wins = (("xxt", 256, 4, "a"), ("xxt", 512, 8, "b"), ("xxt", 256, 24, "c"), ("lower_solve", 256, 1, "d"))
+    monkeypatch.setattr(t, "WINS", tuple(t.Win(*row) for row in wins))
     capability = type("P", (), {"major": 9})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: capability)
     assert [t.tile_of("xxt", Fake(*shape)) for shape in (

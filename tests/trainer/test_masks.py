@@ -334,7 +334,8 @@ def bound():
     def bind(**knobs):
         sizes = ["model_dim=64", "num_heads=2", "num_kv_heads=1", "rope_dims=16"]
         h = t.load_config([*sizes, "attn_windows=", *(f"{k}={v}" for k, v in knobs.items())], {})
-        attend, name = t.bind_attention(h, DEVICE)
+        bound = t.bind_attention(h, DEVICE)
+        attend, name = bound.function, bound.label
         assert " " not in name
         return attend, name, switches()
 

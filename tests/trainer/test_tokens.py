@@ -329,7 +329,7 @@ def test_the_global_batch_does_not_depend_on_world_or_micro_batch(shards, world,
     reference = loader(shards[0])
     loaders = [loader(shards[0], r, world, micro_batch_tokens=micro) for r in range(world)]
     assert all(x.accum * x.sequences * world * 16 == 128 for x in loaders)
-    assert loaders[0].rows * 16 <= micro
+    assert loaders[0].sequences * 16 <= micro
     for _ in range(5):
         assert torch.equal(global_batch([x.next() for x in loaders]), global_batch([reference.next()]))
 
