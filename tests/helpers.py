@@ -44,7 +44,7 @@ def tiny(**knobs):
 def machine(rank=0, world=1):
     """A CPU Machine as init_machine makes it, without a process group."""
     names = dict(device="cpu", attention="cpu", qk="torch", mlp="torch", compile="none") | {"pass": "eager", "update": "eager"}
-    levels = ((None, slice(0, world), slice(rank, rank + 1)),)
+    levels = (t.Level(None, slice(0, world), slice(rank, rank + 1)),)
     return t.Machine(rank, world, torch.device("cpu"), torch.float32, lambda f: f, t.Ops(), False, levels, names)
 
 
@@ -62,7 +62,7 @@ def padding_of(optimizer, model, home):
     """The rows of a bank that no parameter covers, (n, M * N)."""
     bank = optimizer.bank[home].flatten(0, 1)
     free = torch.ones(len(bank), dtype=torch.bool)
-    for p in (getattr(model, s.name) for s in t.MATRICES if s.home == home):
+    for p in (getattr(model, s.name) for s in t.MATRICES if s.buffer == home):
         first = p.storage_offset() // p[0].numel()
         assert bool(free[first : first + len(p)].all())  # no two parameters share a row
         free[first : first + len(p)] = False

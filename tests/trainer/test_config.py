@@ -47,7 +47,8 @@ def test_every_preset_is_valid_and_names_itself():
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_every_field_is_settable_from_text(name, source, monkeypatch):
     """...takes the field's own type, and changes no other field."""
-    monkeypatch.setattr(t, "check_config", lambda h: None)
+    monkeypatch.setattr(t, "check_ranges", lambda h: None)
+    monkeypatch.setattr(t, "check_relations", lambda h: None)
     default = FIELDS[name].default
     text, value = {
         "preset": ("cpu", "cpu"), "fit_cap": ("false", False),
@@ -193,9 +194,9 @@ def test_help_shows_the_docstring(argv, capsys):
         (["eval", "/nowhere/model.xz", "num_layers=3"], ["num_layers", "artifact"]),
     ],
 )
-def test_bad_commands_are_one_line_and_status_2(argv, words, capsys, monkeypatch, tmp_path):
+def test_bad_commands_are_one_line_and_status_2(argv, words, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    err = stop_one_line(argv, capsys)
+    err = stop_one_line(argv, capfd)
     assert all(w in err for w in words), err
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 

@@ -36,10 +36,11 @@ def main_rank(rank, argv, compiles_late=-1):
     train, seen = t.train, []
 
     def watched(run):
-        ema = train(run)
-        seen.extend(map(digest, (ema.params, ema.average)))
-        run.phases["late_graphs"] += 2 * (rank == compiles_late)
-        return ema
+        trained = train(run)
+        seen.extend(map(digest, (trained.ema.params, trained.ema.average)))
+        if rank == compiles_late:
+            trained = trained._replace(late_graphs=trained.late_graphs + 2)
+        return trained
 
     t.train = watched
     return t.main(argv), seen

@@ -178,7 +178,7 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     assert ops.qk == t.FusedHeads.apply and names["qk"] == "triton"
     assert (ops.mlp is t.mlp) == names["mlp"].startswith("torch (") == (DEVICE.type == "cpu")
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
-    assert t.bind(t.FusedMLP.apply, t.mlp, inputs) == (t.FusedMLP.apply, "triton")
+    assert t.bind(t.FusedMLP.apply, t.mlp, inputs) == t.Bound(t.FusedMLP.apply, "triton")
 
     class Skewed(t.FusedMLP):
         @staticmethod
@@ -186,7 +186,8 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             dx, up, down = t.FusedMLP.backward(ctx, dy)
             return dx, 1.1 * up, down
 
-    line, name = t.bind(Skewed.apply, t.mlp, inputs)
+    bound = t.bind(Skewed.apply, t.mlp, inputs)
+    line, name = bound.function, bound.label
     if DEVICE.type == "cpu":
         assert (line, name) == (t.mlp, "torch (error 0.100)")
     else:       # a tenth, to TF32's rounding
@@ -194,7 +195,7 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
 
     def broken(*inputs):
         raise RuntimeError("no such chip")
-    assert t.bind(broken, t.mlp, inputs) == (t.mlp, "torch (RuntimeError)")
+    assert t.bind(broken, t.mlp, inputs) == t.Bound(t.mlp, "torch", "RuntimeError")
 
     class Undefined(t.FusedMLP):
         @staticmethod
@@ -202,7 +203,7 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             dx, up, down = t.FusedMLP.backward(ctx, dy)
             return dx, up / 0, down * torch.nan
 
-    assert t.bind(Undefined.apply, t.mlp, inputs) == (t.mlp, "torch (error nan)")
+    assert t.bind(Undefined.apply, t.mlp, inputs) == t.Bound(t.mlp, "torch", "error nan")
 
 
 @pytest.mark.parametrize("part", range(4), ids=["q", "k", "v", "gain"])
@@ -217,7 +218,8 @@ def test_binding_looks_at_every_gradient_of_the_heads(part, factor):
             return torch.cat(parts[:3], 2), parts[3], *none
 
     qkv, gain, rope, _ = heads_inputs(2, 16, 2, 1, 32, 16)
-    qk, name = t.bind(Skewed.apply, t.qk_heads, [qkv.requires_grad_(), gain.requires_grad_(), *rope])
+    bound = t.bind(Skewed.apply, t.qk_heads, [qkv.requires_grad_(), gain.requires_grad_(), *rope])
+    qk, name = bound.function, bound.label
     if factor == 1:
         assert qk == Skewed.apply and name == "triton"
     else:

@@ -225,7 +225,7 @@ def test_every_parameter_matters_and_learns(name):
     """Each slice of each tensor moves the loss and receives a gradient that matches a difference quotient."""
     h = tiny()
     model = noisy_model(h, scale=0.3, dtype=torch.float64)
-    model.head = lambda x: h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)  # float64
+    model.unembed = lambda x: h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)  # float64
     tokens, targets = random_tokens(h, (4, 16), 9), random_tokens(h, (4, 16), 10)
     model.loss(tokens, targets).backward()
     p = dict(model.named_parameters())[name]
@@ -357,7 +357,7 @@ def test_at_the_start_only_the_embedding_speaks():
     x = t.rms_norm(x0)
     for w, spec in zip(model.layer_weights(), model.layers):
         rope = t.rope_tables(16, h.rope_dims, h.rope_base, torch.device("cpu"))
-        assert t.attention_block(x, w, None, (rope, None), spec, t.Ops()).abs().max() == 0
+        assert t.attention_block(x, w, spec, None, t.Positions(*rope, None), t.Ops()).abs().max() == 0
         assert t.mlp(x, w.up, w.down).abs().max() == 0
     h = t.load_config(["preset=cpu"], {})
     loss = t.GPT(h).loss(*(random_tokens(h, (2, 64), s) for s in (1, 2))).item()

@@ -53,8 +53,8 @@ def one():
 
 def test_eager_first_then_recorded_once_then_replayed(one):
     events = []
-    m = dataclasses.replace(one, record=recorder(events))
-    run, failure = m.replay(lambda: events.append("run"))
+    m = dataclasses.replace(one, graph_capture=recorder(events))
+    run, failure = m.captured(lambda: events.append("run"))
     assert events == ["run"] * 3 + ["record"] and failure == ""
     run(), run()
     assert events == ["run"] * 3 + ["record"] + ["launch", "run"] * 2
@@ -62,14 +62,14 @@ def test_eager_first_then_recorded_once_then_replayed(one):
 
 def test_without_a_recorder_the_function_is_called_plainly():
     fn = lambda: pytest.fail("nobody asked for it")
-    assert machine().replay(fn) == (fn, "")
+    assert machine().captured(fn) == (fn, "")
 
 
 def test_a_failed_recording_leaves_the_eager_function(one):
     events = []
-    m = dataclasses.replace(one, record=recorder(events, RuntimeError("operation not permitted\nmore of it")))
+    m = dataclasses.replace(one, graph_capture=recorder(events, RuntimeError("operation not permitted\nmore of it")))
     fn = lambda: events.append("run")
-    assert m.replay(fn) == (fn, "rank 0: RuntimeError: operation not permitted")
+    assert m.captured(fn) == (fn, "rank 0: RuntimeError: operation not permitted")
     assert events == ["run"] * 3 + ["record"]
 
 
@@ -78,7 +78,7 @@ def test_errors_of_the_function_itself_are_not_hidden(one):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        dataclasses.replace(one, record=recorder([])).replay(broken)
+        dataclasses.replace(one, graph_capture=recorder([])).captured(broken)
 
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
@@ -87,7 +87,7 @@ def test_training_is_the_same_bits_with_a_recorder(one, rule, error):
     """Binding runs the schedule and leaves no trace; every step is one launch; numbers stay where they are."""
     events, results = [], []
     h = tiny(step_rule=rule, ortho="polar_express", proj_init_std=0.1)
-    for m in (one, dataclasses.replace(one, record=recorder(events, error))):
+    for m in (one, dataclasses.replace(one, graph_capture=recorder(events, error))):
         model = noisy_model(h, seed=3)
         optimizer = t.Optimizer(model, h, m)
         before = noisy_model(h, seed=3)
@@ -112,7 +112,7 @@ def test_training_is_the_same_bits_with_a_recorder(one, rule, error):
 def fail_on(rank, bad, world):
     """What this rank's training launched, its failure and its parameters when rank `bad` cannot record."""
     m, events = t.init_machine(tiny(), os.environ), []
-    m = dataclasses.replace(m, record=recorder(events, OSError("driver") if rank == bad else None))
+    m = dataclasses.replace(m, graph_capture=recorder(events, OSError("driver") if rank == bad else None))
     model = noisy_model(tiny(), seed=3)
     optimizer = t.Optimizer(model, tiny(), m)
     for step in range(2):
@@ -144,7 +144,7 @@ def train_passes(rank, folder, record, bad=None):
     before = [x.clone() for x in optimizer.state()]
     loss_fn = lambda x, y: events.append("pass") or model.loss(x, y)
     record = recorder(events, OSError("driver") if rank == bad else None) if record else None
-    optimizer.m = dataclasses.replace(m, record=record)
+    optimizer.m = dataclasses.replace(m, graph_capture=record)
     backward, failure = t.bind_pass(loss_fn, optimizer)
     bound = list(events)
     clean = optimizer.steps == 0 and all(torch.equal(a, b) for a, b in zip(before, optimizer.state()))
@@ -215,7 +215,7 @@ def test_the_loss_is_the_mean_and_gradients_are_its_gradients(one, shards):
 def run_main(monkeypatch, tmp_path, record, **knobs):
     """main's training run on a machine with a recorder: (status, lines of the log)."""
     real = t.init_machine
-    monkeypatch.setattr(t, "init_machine", lambda h, env: dataclasses.replace(real(h, env), record=record))
+    monkeypatch.setattr(t, "init_machine", lambda h, env: dataclasses.replace(real(h, env), graph_capture=record))
     status = t.main(english_args(out_dir=tmp_path, **(dict(iterations=3, train_log_every=1) | knobs)))
     return status, (tmp_path / "run.txt").read_text(encoding="utf-8").splitlines()
 

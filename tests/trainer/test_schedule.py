@@ -364,8 +364,8 @@ def test_a_step_is_the_float64_step(one):
         grads = {k: p.grad.numpy() for k, p in exact.named_parameters()}
         clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
         for k, g in grads.items():
-            lr, wd, g = getattr(h, rows[k].lr) * hp.lr_mul, h.adam_wd if rows[k].home == "flat" else h.muon_wd, clip * g
-            if rows[k].home == "flat":
+            lr, wd, g = getattr(h, rows[k].lr) * hp.lr_mul, h.adam_wd if rows[k].buffer == "flat" else h.muon_wd, clip * g
+            if rows[k].buffer == "flat":
                 m1[k] = h.adam_beta1 * m1[k] + (1 - h.adam_beta1) * g
                 m2[k] = h.adam_beta2 * m2[k] + (1 - h.adam_beta2) * g * g
                 update = m1[k] / (1 - h.adam_beta1**step) / (np.sqrt(m2[k] / (1 - h.adam_beta2**step)) + h.adam_eps)
@@ -402,9 +402,9 @@ def test_gradients_accumulate_over_micro_batches_and_are_cleared(one):
 
 def test_parameters_live_in_the_optimizers_buffers(one):
     model, optimizer, _, _ = setup(one)
-    homes = {s.name: s.home for s in t.PARAM_TABLE}
+    buffers = {s.name: s.buffer for s in t.PARAM_TABLE}
     for k, p in model.named_parameters():
-        home, grad = optimizer.bank.get(homes[k], optimizer.flat), optimizer.bank_grad.get(homes[k], optimizer.flat_grad)
+        home, grad = optimizer.bank.get(buffers[k], optimizer.flat), optimizer.bank_grad.get(buffers[k], optimizer.flat_grad)
         assert p.untyped_storage().data_ptr() == home.untyped_storage().data_ptr(), k
         assert p.grad.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr(), k
         assert p.data_ptr() % 64 == 0 and p.is_contiguous() and p.grad.is_contiguous()

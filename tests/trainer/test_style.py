@@ -14,9 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_gpt.py"
-MAX_LINES, MAX_COLUMNS, MAX_PARAMETERS = 2500, 110, 6
-MAX_FUNCTION, MAX_LOOP = 80, 120  # lines; the loop is `train`, Triton kernels are free
-NOT_USE = {"load_config", "check_config"}  # reading a knob to check it is not using it
+MAX_PACKED_BYTES = 64_000  # of the source as it counts in a submission
+MAX_COLUMNS = 110
+MAX_PARAMETERS = 6
+MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
+VARIADIC = ("_op", ".timed", ".save_for_backward", "ParamSpec")  # operators; rows of a table
+MAX_FUNCTION = 80  # lines
+MAX_LOOP = 120  # lines of `train`; Triton kernels are free
+THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape"}  # q, k, v; a, b, c; a shape: idioms of the field
+NOT_USE = {"load_config", "check_ranges", "check_relations"}  # reading a knob to check it is not using it
 RANK_NAMES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_\w+")
 BANNER_RULE = re.compile(r"# -{20,}")
 BANNER = re.compile(r"# (\d+)\. ([^:.]+)[:.]")
@@ -191,7 +197,7 @@ def test_no_local_import(tree):
 
 
 def test_environment_is_read_in_main_only(tree):
-    """`main` hands os.environ on; `init_machine` looks up nothing but its place among the ranks."""
+    """`main` hands os.environ on; `init_machine` `read_ranks` looks up nothing but its place among the ranks."""
     allowed = {
         id(node) for f in functions(tree) if f.name in ("main", "init_machine") for node in ast.walk(f)
     }
@@ -202,7 +208,7 @@ def test_environment_is_read_in_main_only(tree):
             assert not {"environ", "getenv"} & {a.name for a in node.names}, (
                 f"line {node.lineno}: use os.environ in main"
             )
-    for node in ast.walk(named(tree, FUNCTIONS, "init_machine")):
+    for node in ast.walk(named(tree, FUNCTIONS, "read_ranks")):
         keys = []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
             keys = node.args[:1]
@@ -213,7 +219,7 @@ def test_environment_is_read_in_main_only(tree):
         for key in keys:
             if isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value.isupper():
                 assert RANK_NAMES.fullmatch(key.value), (
-                    f"init_machine reads {key.value}: make it a Config field"
+                    f"read_ranks reads {key.value}: make it a Config field"
                 )
 
 
@@ -260,9 +266,16 @@ def test_contents_equal_the_banners(source, tree):
 # ---------------------------------------------------------------- sizes
 
 
-def test_file_size(source):
+def test_packed_size(source):
+    """The script counts in every submission; docstrings and comments are in it, too."""
+    import train_gpt
+
+    packed = len(train_gpt.packed_code(source))
+    assert packed <= MAX_PACKED_BYTES, f"{packed} packed bytes"
+
+
+def test_lines(source):
     lines = source.splitlines()
-    assert len(lines) <= MAX_LINES, f"{len(lines)} lines"
     wide = [(i, len(line)) for i, line in enumerate(lines, 1) if len(line) > MAX_COLUMNS]
     assert not wide, f"(line, columns) over {MAX_COLUMNS}: {wide}"
     separators = [i for i, line in enumerate(lines, 1) if line.strip() == "=" * 100]
@@ -300,6 +313,100 @@ def test_main_is_the_last_statement(tree):
         and ast.unparse(last.test) == "__name__ == '__main__'"
         and len(last.body) == 1
     )
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def golfed(tree) -> list:
+    """(line, rule) of every statement that says several things at once, or carries state in an odd place."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            several = isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+            if several:
+                found.append((node.lineno, "an assignment of several values"))
+            if isinstance(node.value, ast.Lambda):
+                found.append((node.lineno, "a lambda with a name"))
+        if isinstance(node, ast.IfExp):
+            if any(isinstance(x, ast.IfExp) for x in (node.body, node.orelse, node.test)):
+                found.append((node.lineno, "a chained conditional expression"))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            sides = (node.left, node.right)
+            a_list = any(isinstance(x, (ast.List, ast.Tuple)) for x in sides)
+            a_test = any(isinstance(x, (ast.Compare, ast.BoolOp)) for x in sides)
+            a_bool = any(isinstance(x, ast.Call) and getattr(x.func, "id", "") == "bool" for x in sides)
+            if a_bool or (a_list and a_test):
+                found.append((node.lineno, "a product with a flag"))
+        if isinstance(node, ast.Call):
+            given = [a for a in node.args if not isinstance(a, ast.Starred)]
+            name = ast.unparse(node.func)
+            if len(given) > MAX_POSITIONAL and not name.endswith(VARIADIC):
+                found.append((node.lineno, "a call with many arguments and no keywords"))
+    return found
+
+
+def test_a_statement_says_one_thing(tree):
+    kernels = {id(n) for f in functions(tree) if is_kernel(f) for n in ast.walk(f)}
+    calls_in_kernels = {n.lineno for n in ast.walk(tree) if id(n) in kernels and isinstance(n, ast.Call)}
+    bad = [(line, rule) for line, rule in golfed(tree) if line not in calls_in_kernels]
+    assert not bad, bad
+
+
+def test_the_sentence_check_sees_each():
+    texts = {
+        "an assignment of several values": "a, b = 1, f(x)",
+        "a lambda with a name": "f = lambda x: x",
+        "a chained conditional expression": "x = 1 if a else 2 if b else 3",
+        "a product with a flag": "x = [1] * bool(y)",
+        "a call with many arguments and no keywords": "f(1, 2, 3, 4, 5, 6)",
+    }
+    for rule, text in texts.items():
+        assert [r for _, r in golfed(ast.parse(text))] == [rule]
+    assert golfed(ast.parse("x = [1] * (y > 2)"))
+    assert not golfed(ast.parse("a, b = f(x)\nw = wd * (U >= 0)\nx = 1 if a else 2\nf(1, 2, 3, 4, 5, k=6)"))
+
+
+def anonymous_tuples(tree) -> list:
+    """(function, line) of returned tuples of three or more values without a name."""
+    gradients = {
+        id(f)
+        for c in ast.walk(tree)
+        if isinstance(c, ast.ClassDef) and any("autograd.Function" in ast.unparse(b) for b in c.bases)
+        for f in ast.walk(c)
+    }
+    found = []
+    for f in functions(tree):
+        if is_kernel(f) or id(f) in gradients or f.name in THREE_OR_MORE:
+            continue
+        for node in ast.walk(f):
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2:
+                found.append((f.name, node.lineno))
+    return found
+
+
+def test_three_values_have_names(tree):
+    assert not anonymous_tuples(tree)
+    assert anonymous_tuples(ast.parse("def f(): return 1, 2, 3")) == [("f", 1)]
+
+
+def test_docstrings(tree):
+    """Every public function and class says what it does, in a first line that is a sentence."""
+    missing = []
+    unfinished = []
+    for owner in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]:
+        for node in owner.body:
+            if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            inside_autograd = isinstance(owner, ast.ClassDef) and node.name in ("forward", "backward")
+            is_property = any("property" in ast.unparse(d) for d in node.decorator_list)
+            text = ast.get_docstring(node)
+            if text is None and not inside_autograd and not is_property and node.name != "Config":
+                missing.append(node.name)
+            elif text and not re.search(r"[.:]$|[.:] ", text.splitlines()[0]):
+                unfinished.append(node.name)
+    assert not missing, missing
+    assert not unfinished, unfinished
 
 
 # ---------------------------------------------------------------- knobs
@@ -353,7 +460,7 @@ class Config:
     @property
     def unused_size(self): return self.dead
 PARAM_TABLE = {"bank": "table"}
-def check_config(h): return h.checked
+def check_ranges(h): return h.checked
 def f(h): return h.used + h.size, "dead"
 """
     assert unread_fields(ast.parse(text)) == ["dead", "checked"]

@@ -294,11 +294,11 @@ def test_batches_share_out_the_rows_of_a_stretch_of_the_stream(shards, mix_token
     """Each row once, in an order of the seed's; never from more than the whole split."""
     data = loader(shards[0], mix_tokens=mix_tokens)
     count = data.h.train_batch_tokens // data.h.train_seq_len
-    assert data.span == span or span is None and data.span == data.total // data.h.train_batch_tokens > 3
+    assert data.draw_batches == span or span is None and data.draw_batches == data.total // data.h.train_batch_tokens > 3
     orders = []
     for draw in range(5 if span else 2):  # into the next epoch
-        wanted, got = stream_rows(data, draw * data.span * count, data.span * count), []
-        for _ in range(data.span):
+        wanted, got = stream_rows(data, draw * data.draw_batches * count, data.draw_batches * count), []
+        for _ in range(data.draw_batches):
             rows = global_batch([data.next()])
             assert rows.dtype == torch.int64 and rows.shape == (count, data.h.train_seq_len + 1)
             got += [tuple(row) for row in rows.numpy()]
@@ -328,7 +328,7 @@ def test_a_book_does_not_fill_a_batch(tmp_path):
 def test_the_global_batch_does_not_depend_on_world_or_micro_batch(shards, world, micro):
     reference = loader(shards[0])
     loaders = [loader(shards[0], r, world, micro_batch_tokens=micro) for r in range(world)]
-    assert all(x.accum * x.rows * world * 16 == 128 for x in loaders)
+    assert all(x.accum * x.sequences * world * 16 == 128 for x in loaders)
     assert loaders[0].rows * 16 <= micro
     for _ in range(5):
         assert torch.equal(global_batch([x.next() for x in loaders]), global_batch([reference.next()]))
@@ -368,7 +368,7 @@ def test_an_error_of_the_prefetch_thread_reaches_next(tmp_path):
     data = loader(tmp_path, iterations=1)
     data.pending.result()  # the thread reads the file's own pages
     write_shard(path, [1, 5, 500] * 2000)  # damaged later: 500 >= vocab_size
-    data.shuffled.cache_clear()
+    data.document_order.cache_clear()
     with pytest.raises(t.InputError, match=r"x_train_000001\.bin.*500"):
         for _ in range(60):
             data.next()

@@ -406,7 +406,7 @@ def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
 @pytest.mark.parametrize("change,name", [(lambda x: x.pop("smear_gate"), "smear_gate"),  # it had none
                                          (lambda x: x.update(attn_gain=x["attn_scale"]), "attn_gain"),  # since gone
                                          (lambda x: x.update(q_gain=x["q_gain"][:1]), "q_gain")])  # fmt: skip
-def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_path, capsys, monkeypatch):
+def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_path, capfd, monkeypatch):
     """Its header has this script's config: the tensors tell. The line names the file, one tensor and the remedy."""
     h = t.load_config(english_args(), {})
     tensors = {k: p.detach() for k, p in t.GPT(h).named_parameters()}
@@ -415,7 +415,7 @@ def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_pa
     with monkeypatch.context() as patch:
         patch.setitem(t.KINDS, name, t.KINDS.get(name, "f16"))
         path.write_bytes(t.pack_artifact(tensors, h))
-    err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capsys)
+    err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capfd)
     assert str(path) in err and f"{name!r} does not fit" in err and "the script that wrote it" in err
 
 
@@ -459,9 +459,9 @@ def test_as_a_program(tmp_path):
     assert sorted(p.name for p in Path(tmp_path, "out").iterdir()) == ["run.int6.xz", "run.txt"]
 
 
-def test_bench_runs(capsys):
+def test_bench_runs(capfd):
     assert t.main(["bench", *english_args()]) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     for name in ("forward+backward", "optimizer", "ema", "step"):
         assert re.search(rf"^bench {re.escape(name)}: median [\d.]+ ms", out, re.M), out
 

@@ -60,7 +60,7 @@ def eager_pass(rank):
     real = t.bind_pass
 
     def bound(loss_fn, optimizer):
-        m, optimizer.m = optimizer.m, dataclasses.replace(optimizer.m, record=None)
+        m, optimizer.m = optimizer.m, dataclasses.replace(optimizer.m, graph_capture=None)
         backward, failure = real(loss_fn, optimizer)
         optimizer.m = m
         return backward, failure
