@@ -318,9 +318,9 @@ def test_nothing_half_written(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
 
 
-def test_the_readmes_script_without_streams_and_graph_still_comes_out_of_the_trainer():
+def test_the_documented_script_without_streams_and_graph_still_comes_out_of_the_trainer():
     """Its two sed expressions each change one line, and what they leave is Python."""
-    text, lines = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()
+    text, lines = (ROOT / "docs/ranks.md").read_text(encoding="utf-8"), (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()
     found = re.findall(r"^.*-e '(s/.*/)'.*$", text, re.M)
     assert len(found) == 2
     for expression in found:
