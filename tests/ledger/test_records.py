@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import fixtures_records as fx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from ledger import diff, record, record_claims, record_folder, runlog, stats
+from ledger.board import BOARD
+from ledger.schema import schema_errors, submission_schema
 
-from ledger import checks  # noqa: E402
-import fixtures_records as fx  # noqa: E402
-from ledger import record  # noqa: E402
-from ledger import runlog  # noqa: E402
-from ledger import stats  # noqa: E402
-from ledger import views  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TRACK, SEEDS, NAME = "track_h100x1_5min", (42, 1337, 2025), "2026-11-22_Base"
 META = {
@@ -47,7 +46,7 @@ def make(root: Path, seeds=SEEDS, meta=None, **change) -> Path:
     meta = {**META, **(meta or {})}
     runs = [runlog.parse_log(Path(log)) for log in write_logs(root / f"logs_{meta['name']}", seeds, **change)]
     place = root / "records" / meta["track"] / f"{meta['date']}_{meta['name']}"
-    record.build(place, runs, meta, "what changed\n", root)
+    record_folder.build(place, runs, meta, "what changed\n", root)
     return place
 
 
@@ -80,7 +79,8 @@ def run(root: Path, *argv) -> int:
 
 def verdict(folder: Path) -> dict[str, tuple[str, str]]:
     return {
-        claim: (status, evidence) for status, claim, evidence in checks.examine(folder, folder.parent.parent)
+        claim: (status, evidence)
+        for status, claim, evidence in record_claims.examine_record(folder, folder.parent.parent)
     }
 
 
@@ -109,7 +109,7 @@ def test_parse_is_not_fooled_by_the_source(tmp_path):
     assert parsed.seed == 42 and parsed.final_scores == 1 and not parsed.over_cap
     assert parsed.steps[0].total == 20000 and parsed.steps[-1].step == 1500
     assert parsed.config["data_path"] == "somewhere/corpus" and parsed.versions["torch"] == "2.13.0+cu130"
-    assert parsed.hardware == "1 x NVIDIA H100 80GB HBM3" and parsed.wire == "int6"
+    assert parsed.hardware == "1 x NVIDIA H100 80GB HBM3" and parsed.weights_format == "int6"
     assert parsed.sizes["peak"] == 21471 and parsed.text("phase_times", "compile") == "45678ms"
 
 
@@ -178,7 +178,7 @@ def test_new_builds_a_folder_that_verifies(repo, capsys):
     )
     place = repo / "records" / TRACK / "2026-11-23_Next.1"
     names = {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()}
-    assert names == set(checks.FILES) | {f"logs/seed{seed}.txt" for seed in SEEDS}
+    assert names == set(record_folder.FILES) | {f"logs/seed{seed}.txt" for seed in SEEDS}
     sub = json.loads((place / "submission.json").read_text())
     assert sub["parent"] == f"{TRACK}/{NAME}" and sub["seeds"] == sorted(SEEDS) and sub["record"] is True
     assert sub["val_loss"] == 2.1 and sub["val_loss_std"] == 0.0
@@ -210,8 +210,17 @@ def test_a_run_on_flash_attention_names_its_package(repo, capsys):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    argv = [sys.executable, str(ROOT / "tools" / "ledger" / "record.py"), "diff", *2 * [f"{ROOT}/records/track_cpu/2026-11-22_Laptop"]]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    argv = [
+        sys.executable,
+        "-m",
+        "ledger.record",
+        "diff",
+        *2 * [f"{ROOT}/records/track_cpu/2026-11-22_Laptop"],
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    with subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 141
 
@@ -459,7 +468,7 @@ def test_one_step_over_the_limit_is_allowed_and_said(tmp_path):
 
 def test_a_module_this_machine_lacks_is_not_a_fault(folder, monkeypatch):
     monkeypatch.setattr(
-        checks, "probe", lambda *_: {"error": "ModuleNotFoundError: torch", "missing": "torch"}
+        record_claims, "probe_script", lambda *_: {"error": "ModuleNotFoundError: torch", "missing": "torch"}
     )
     got = verdict(folder)
     assert {got[claim][0] for claim in ("code", "import", "readme")} == {"not checkable"} and not fails(
@@ -474,7 +483,7 @@ def test_folder_name(folder):
 
 def test_every_claim_has_a_planted_fault():
     planted = {claim for claim, *_ in [*FAULTS.values(), *BROKEN.values()]}
-    assert planted == set(checks.CLAIMS)
+    assert planted == set(record_claims.CLAIMS)
 
 
 def test_verify_verb(repo, folder, capsys):
@@ -496,14 +505,10 @@ def test_verify_verb(repo, folder, capsys):
 
 def test_schema_checker():
     with pytest.raises(ValueError, match="does not know"):
-        runlog.schema_errors(1, {"maximum": 3})
-    assert runlog.schema_errors(True, {"type": "integer"}) and not runlog.schema_errors(
-        None, {"type": ["null"]}
-    )
-    assert runlog.schema_errors([1, 1], {"uniqueItems": True}) and runlog.schema_errors(
-        {}, {"minProperties": 1}
-    )
-    assert set(checks.schema()["required"]) == set(checks.schema()["properties"])
+        schema_errors(1, {"maximum": 3})
+    assert schema_errors(True, {"type": "integer"}) and not schema_errors(None, {"type": ["null"]})
+    assert schema_errors([1, 1], {"uniqueItems": True}) and schema_errors({}, {"minProperties": 1})
+    assert set(submission_schema()["required"]) == set(submission_schema()["properties"])
 
 
 # ---- board ---------------------------------------------------------------------------------------
@@ -542,7 +547,7 @@ def test_board_without_markers_or_records(repo, folder, capsys):
 def test_the_repositorys_own_ledger():
     assert run(ROOT, "verify", "--quiet") == 0
     page = (ROOT / "records" / "README.md").read_text()
-    assert page.count(record.START) == 1 and page.count(record.END) == 1
+    assert page.count(BOARD.start) == 1 and page.count(BOARD.end) == 1
 
 
 # ---- plot, diff, compare, reproduce --------------------------------------------------------------
@@ -583,7 +588,7 @@ def test_diff(repo, folder, tmp_path, capsys):
 def test_diff_of_sections_that_come_and_go():
     a = "x = 1\n# " + "-" * 77 + "\n# 1. Old: gone.\ny = 1\n"
     b = "x = 1\n# " + "-" * 77 + "\n# 1. New: here.\nz = 1\n"
-    out = views.source_diff(a, b)
+    out = diff.source_diff(a, b)
     assert "== New (new section): +1 -0, 2 comment-only lines not shown" in out
     assert any(line.startswith("== Old (removed)") for line in out)
 

@@ -1,8 +1,8 @@
 """Proves folders in the layout of the published parameter-golf submissions, without running their code.
 
 They hold train_seed<seed>.log (or train.log) beside a submission.json of no fixed schema. The claims are
-those of record_claims.py, as far as they can be made here. A figure that the logs do not give is not checkable,
-never ok.
+those of record_claims.py, as far as they can be made here. A figure that the logs do not give is not
+checkable, never ok.
 """
 
 from __future__ import annotations
