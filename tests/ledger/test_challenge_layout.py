@@ -9,18 +9,18 @@ import math
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from ledger import record, runlog
+from ledger.challenge_claims import is_challenge_folder
+from ledger.dialects import parse_published_log
+from ledger.record_claims import CLAIMS
+from ledger.schema import schema_errors, submission_schema
+from ledger.tracks import CAP_BYTES
 
-from ledger import checks  # noqa: E402
-from ledger import dialects  # noqa: E402
-from ledger import foreign  # noqa: E402
-from ledger import record  # noqa: E402
-from ledger import runlog  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 FIXTURES = ROOT / "tests" / "fixtures" / "challenge"
 EARLY, SECOND, PHASED = DIALECTS = (
@@ -51,7 +51,7 @@ def verify(folder, capsys):
     head, *rows, total = said.out.splitlines()
     found = [ROW.fullmatch(row) for row in rows]
     assert all(found), [row for row, match in zip(rows, found) if not match]
-    assert [match[2] for match in found] == list(checks.CLAIMS)
+    assert [match[2] for match in found] == list(CLAIMS)
     assert total.startswith("1 folder: ")
     return {match[2]: (match[1], match[3]) for match in found}, status
 
@@ -199,7 +199,7 @@ def test_the_fixtures_are_sound():
         logs = sorted(folder.glob("train_seed*.log"))
         assert len(logs) == len(sub["seeds"]) == 3 and (folder / "README.md").is_file()
         sizes = [int(re.search(r"Total submission size \S+: (\d+)", log.read_text())[1]) for log in logs]
-        assert max(sizes) == sub["bytes_total"] <= runlog.CAP_BYTES
+        assert max(sizes) == sub["bytes_total"] <= CAP_BYTES
         bits = sub["val_loss"] / math.log(2) * 62_021_632 / 151_080_169
         assert bits == pytest.approx(sub["val_bpb"], rel=1e-6)
         for log in logs:
@@ -254,7 +254,7 @@ def test_missing_files_are_named(place, capsys):
 def test_a_seeds_dict_is_named_when_the_rest_is_there(place, capsys):
     """Of many schema errors three are printed; alone, this one is."""
     stored = {"seeds": {"42": 1.2}}
-    errors = runlog.schema_errors(stored, checks.schema())
+    errors = schema_errors(stored, submission_schema())
     assert any("seeds" in error and "not of type array" in error for error in errors)
 
 
@@ -373,7 +373,7 @@ def test_a_fault_is_named(name, fault, place, capsys):
     claim, evidence = WANTED[fault]
     folder = place(name)
     status, told = verify(folder, capsys)[0][claim]
-    if (name, claim) == (PHASED, "clock"):      # as published: over the limit by its calibration
+    if (name, claim) == (PHASED, "clock"):  # as published: over the limit by its calibration
         assert status == "fail" and evidence not in told
     else:
         assert status == "ok"
@@ -411,7 +411,7 @@ def test_untimed_calibration_is_not_called_ok(place, capsys):
 @pytest.mark.parametrize("name", DIALECTS)
 def test_the_facts_of_a_log(name):
     """Sizes, steps, times, score and seed, whichever way they are printed."""
-    run = dialects.parse(FIXTURES / name / "train_seed1337.log")
+    run = parse_published_log(FIXTURES / name / "train_seed1337.log")
     entry = json.loads((FIXTURES / name / "submission.json").read_text())["seed_results"]["1337"]
     final = {key: run.number("final_score", key) for key in ("val_loss", "val_bpb", "steps", "train_time")}
     final["train_time_s"] = final.pop("train_time") / 1000
@@ -559,11 +559,11 @@ def test_damaged_folders_get_a_line_per_claim(name, place, capsys):
 
 def test_folders_of_this_ledger_are_not_foreign(place):
     folder = place(EARLY)
-    assert foreign.is_foreign(folder)
+    assert is_challenge_folder(folder)
     (folder / "logs").mkdir()
     edit(folder, schema=1)
-    assert not foreign.is_foreign(folder)
+    assert not is_challenge_folder(folder)
     no_logs(folder)
     edit(folder, schema=None)
     (folder / "logs" / "seed42.txt").write_text("")
-    assert not foreign.is_foreign(folder)
+    assert not is_challenge_folder(folder)

@@ -2,6 +2,7 @@
 
 Standard library only. Every test is about the difference mean(b) - mean(a).
 """
+
 from __future__ import annotations
 
 import math
@@ -27,10 +28,12 @@ def beta_inc(a: float, b: float, x: float) -> float:
     """Regularised incomplete beta function I_x(a, b), by Lentz's continued fraction (error below 1e-12)."""
     if x <= 0.0 or x >= 1.0:
         return min(max(x, 0.0), 1.0)
-    if x > (a + 1) / (a + b + 2):                 # the fraction converges fast only on this side
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on this side
         return 1.0 - beta_inc(b, a, 1.0 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-                     + a * math.log(x) + b * math.log1p(-x)) / a
+    front = (
+        math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+        / a
+    )
     c, d, value, tiny = 1.0, 0.0, 1.0, 1e-300
     for i in range(500):
         m = i // 2
@@ -71,6 +74,7 @@ def t_quantile(p: float, df: float) -> float:
 @dataclass(frozen=True)
 class Difference:
     """mean(b) - mean(a) with its standard error and degrees of freedom, in the unit of the samples."""
+
     diff: float
     error: float
     df: float
@@ -103,7 +107,7 @@ def welch(a: list[float], b: list[float]) -> Difference | None:
     va, vb = std(a) ** 2 / len(a), std(b) ** 2 / len(b)
     if va + vb == 0.0:
         return Difference(mean(b) - mean(a), 0.0, float(len(a) + len(b) - 2))
-    df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
+    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     return Difference(mean(b) - mean(a), math.sqrt(va + vb), df)
 
 

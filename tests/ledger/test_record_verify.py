@@ -1,0 +1,238 @@
+"""Every claim of `record verify` catches its fault, and submission.json has a schema."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import fixtures_records as fx
+import pytest
+from record_helpers import (
+    NAME,
+    TRACK,
+    edit,
+    edit_json,
+    edit_log,
+    fails,
+    log42,
+    make,
+    refuse,
+    run,
+    verdict,
+    write_logs,
+)
+
+from ledger import record_claims
+from ledger.schema import schema_errors, submission_schema
+
+
+def test_a_good_folder_passes(folder):
+    assert {status for status, _ in verdict(folder).values()} == {"ok"}
+
+
+def spoil_log(pattern: str, new: str):
+    return lambda folder: edit_log(log42(folder), pattern, new)
+
+
+def spoil_json(change):
+    return lambda folder: edit_json(folder / "submission.json", change)
+
+
+def both_scores(folder: Path) -> None:
+    """A better bpb than the loss allows, told the same way everywhere in the log."""
+    text = log42(folder).read_text()
+    told = re.findall(r"^final_score .*val_bpb:(\S+)", text, flags=re.MULTILINE)[-1]
+    log42(folder).write_text(text.replace(f"val_bpb:{told}", f"val_bpb:{float(told) - 0.01:.8f}"))
+
+
+def second_log(folder: Path) -> None:
+    shutil.copy(log42(folder), folder / "logs" / "seed43.txt")
+
+
+def rename(folder: Path, name: str) -> None:
+    folder.rename(folder.with_name(name))
+
+
+FAULTS = {
+    "key missing": ("schema", spoil_json(lambda sub: sub.pop("val_bpb"))),
+    "script is not text": ("source", lambda folder: (folder / "train_gpt.py").write_bytes(b"x = 1 # \xff\n")),
+    "step line garbled": ("steps", spoil_log(r"^step:550/", "step:5x0/")),
+    "seed not in config": ("seeds", spoil_log(r"^  seed: 42\n", "")),
+    "triton of one log": ("numbers", spoil_log("Triton version 3.7.1", "Triton version 3.6.0")),
+    "key unknown": ("schema", spoil_json(lambda sub: sub.update(mean_bpb=1.2))),
+    "wrong type": ("schema", spoil_json(lambda sub: sub.update(bytes_total="15 MB"))),
+    "not json": ("schema", lambda folder: (folder / "submission.json").write_text("{")),
+    "date differs": ("name", spoil_json(lambda sub: sub.update(date="2026-11-21"))),
+    "no picture": ("files", lambda folder: (folder / "loss.png").unlink()),
+    "log missing": ("files", lambda folder: log42(folder).unlink()),
+    "log extra": ("files", second_log),
+    "helper module": ("files", lambda folder: (folder / "helper.py").write_text("x = 1\n")),
+    "log cut": ("logs", spoil_log(r"^final_score .*\n", "")),
+    "log is prose": ("logs", lambda folder: log42(folder).write_text("it went well\n")),
+    "final_score twice": ("logs", spoil_log(r"^(final_score .*\n)", r"\1\1")),
+    "line after final_score": (
+        "logs",
+        lambda folder: log42(folder).write_text(log42(folder).read_text() + "more\n"),
+    ),
+    "script edited": ("source", lambda folder: edit(folder / "train_gpt.py", "0.025", "0.026")),
+    "log source edited": ("source", lambda folder: edit(log42(folder), "0.025", "0.024")),
+    "bpb typed": ("numbers", spoil_json(lambda sub: sub.update(val_bpb=sub["val_bpb"] - 0.0001))),
+    "seed bpb typed": ("numbers", spoil_json(lambda sub: sub["seed_results"]["42"].update(val_bpb=1.0))),
+    "steps in log edited": ("numbers", spoil_log("steps:1500", "steps:1400")),
+    "hardware typed": ("numbers", spoil_json(lambda sub: sub.update(hardware="8xH100"))),
+    "log config differs": ("config", spoil_log("^  matrix_lr: 0.03", "  matrix_lr: 0.04")),
+    "config.json edited": ("config", lambda folder: edit(folder / "config.json", "0.03", "0.04")),
+    "seed twice": ("seeds", second_log),
+    "config seed differs": ("seeds", spoil_log("^  seed: 42", "  seed: 43")),
+    "sum of bytes": ("bytes", spoil_log(r"bytes_total:\d{8}", "bytes_total:15000000")),
+    "size lines disagree": ("bytes", spoil_log(r"^(Total submission size \S+) \d{8}", r"\1 15000001")),
+    "artifact hash": ("artifacts", lambda folder: edit(folder / "artifact.sha256", "^.", "z")),
+    "code size": ("code", spoil_log(r"bytes_code:\d\d+", "bytes_code:99")),
+    "phases disagree": ("steps", spoil_log(r"train:2999\d\dms|train:300\d\d\dms", "train:290000ms")),
+    "time goes back": ("steps", spoil_log(r"^(step:500/20000 val_loss.*train_time:)\d+ms", r"\g<1>10ms")),
+    "step goes back": ("steps", spoil_log(r"^step:550/", "step:450/")),
+    "average is off": ("steps", spoil_log(r"^(step:500/20000 train_loss.*step_avg:)\S+", r"\g<1>100.00ms")),
+    "another stop": ("steps", spoil_log(r"^(stopping_early.*step:)1500", r"\g<1>1490")),
+    "no stop": ("steps", spoil_log(r"^stopping_early.*\n", "")),
+    "eval too long": ("clock", spoil_log("decompress:800ms", "decompress:580000ms")),
+    "calibration counts": ("clock", spoil_log("calibrate:0ms", "calibrate:4700ms")),
+    "score is another": ("score", spoil_log(r"^(final_int6_sliding_window_exact .*val_bpb:)1", r"\g<1>0")),
+    "part of the split": ("score", spoil_log("^  val_tokens: 0", "  val_tokens: 1000")),
+    "ratio": ("ratio", both_scores),
+    "byte count": ("ratio", spoil_log(r"val_bytes:\d+", "val_bytes:157319833")),
+    "hardware": ("hardware", spoil_log("device:NVIDIA H100", "device:NVIDIA H200")),
+    "torch version": (
+        "requirements",
+        lambda folder: edit(folder / "requirements.txt", "==2.13.0", "==2.9.1"),
+    ),
+    "FlashAttention-4 not named": ("requirements", spoil_log("attention:cudnn", "attention:flash4+cudnn")),
+    "readme edited": ("readme", lambda folder: edit(folder / "README.md", r"\*\*val_bpb 1", "**val_bpb 0")),
+    "readme row lost": ("readme", lambda folder: edit(folder / "README.md", r"^\| 1337 .*\n", "")),
+    "notes marker lost": ("readme", lambda folder: edit(folder / "README.md", "^<!-- notes.*\n", "")),
+    "no parent": ("parent", spoil_json(lambda sub: sub.update(parent="track_cpu/2020-01-01_None"))),
+    "own parent": ("parent", spoil_json(lambda sub: sub.update(parent=f"{TRACK}/{NAME}"))),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_catches(folder, fault):
+    claim, spoil = FAULTS[fault]
+    spoil(folder)
+    got = verdict(folder)
+    assert got[claim][0] == "fail", got[claim]
+    assert "\n" not in got[claim][1]
+
+
+@pytest.mark.parametrize(
+    "change, claim, says",
+    [
+        ({"artifact": 15_999_900}, "bytes", "over the cap"),
+        ({"step_ms": 200.3}, "clock", "more than one step"),
+        ({"world": 8}, "hardware", "needs 1 x H100"),
+        ({"seeds": (1, 2)}, "seeds", "a record needs 3"),
+        (
+            {
+                "source": fx.SCRIPT.replace(
+                    "import dataclasses\n", "import dataclasses\nopen('x', 'w').close()\n", 1
+                )
+            },
+            "import",
+            "writes x",
+        ),
+        (
+            {"source": fx.SCRIPT.replace("import dataclasses\n", "import dataclasses\nprint('hi')\n", 1)},
+            "import",
+            "prints",
+        ),
+    ],
+)
+def test_verify_catches_consistent_faults(tmp_path, change, claim, says):
+    """The whole folder agrees with itself, and is still no record."""
+    (tmp_path / "records").mkdir()
+    status, evidence = verdict(make(tmp_path, **change))[claim]
+    assert status == "fail" and says in evidence
+
+
+BROKEN = {
+    "no such module": (
+        "import",
+        "import dataclasses\n",
+        "import dataclasses\nimport flash_attn_of_nowhere\n",
+    ),
+    "wants the environment": (
+        "import",
+        "import dataclasses\n",
+        "import dataclasses, os\nos.environ['LOCAL_RANK']\n",
+    ),
+    "exits": ("import", "import dataclasses\n", "import dataclasses, os\nos._exit(3)\n"),
+    "nested f-string": ("syntax", 'log("=" * 100)', "log(f'{\"a\" + f'{1}'}')"),
+    "backslash in f-string": ("syntax", 'log("=" * 100)', "log(f\"{'a\\n'.join([])}\")"),
+    "generic syntax": ("syntax", "def log_score(log, loss)", "def log_score[T](log: T, loss)"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_verify_catches_scripts_that_do_not_import(folder, fault):
+    claim, old, new = BROKEN[fault]
+    script = folder / "train_gpt.py"
+    source = script.read_text()
+    assert old in source
+    broken = source.replace(old, new, 1)
+    script.write_text(broken)
+    for log in (folder / "logs").iterdir():
+        log.write_text(log.read_text().replace(source, broken))
+    assert claim in fails(folder)
+
+
+def test_new_refuses_a_script_that_does_not_import(repo, capsys):
+    logs = write_logs(repo / "more", source="import nowhere_at_all\n" + fx.SCRIPT)
+    refuse(repo, capsys, "does not import", "new", "X", "--logs", *logs, "--track", TRACK)
+
+
+def test_one_step_over_the_limit_is_allowed_and_said(tmp_path):
+    (tmp_path / "records").mkdir()
+    status, evidence = verdict(make(tmp_path, step_ms=200.05))["clock"]
+    assert status == "ok" and "within one step" in evidence
+
+
+def test_a_module_this_machine_lacks_is_not_a_fault(folder, monkeypatch):
+    monkeypatch.setattr(
+        record_claims, "probe_script", lambda *_: {"error": "ModuleNotFoundError: torch", "missing": "torch"}
+    )
+    got = verdict(folder)
+    assert {got[claim][0] for claim in ("code", "import", "readme")} == {"not checkable"} and not fails(
+        folder
+    )
+
+
+def test_folder_name(folder):
+    rename(folder, "2026-11-22_two-words")
+    assert "name" in fails(folder.with_name("2026-11-22_two-words"))
+
+
+def test_every_claim_has_a_planted_fault():
+    planted = {claim for claim, *_ in [*FAULTS.values(), *BROKEN.values()]}
+    assert planted == set(record_claims.CLAIMS)
+
+
+def test_verify_verb(repo, folder, capsys):
+    assert run(repo, "verify", NAME, "--quiet") == 0
+    assert capsys.readouterr().out == "1 folder: 21 ok, 0 fail, 0 not checkable\n"
+    edit(folder / "config.json", "0.03", "0.04")
+    assert run(repo, "verify", "--quiet") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].split()[:2] == ["fail", "config"]
+    assert run(repo, "verify", "2020-01-01_Nothing") == 2
+    assert run(repo, "verify", "Base") == 1
+    make(repo, meta={"name": "Base", "date": "2026-11-23"})
+    capsys.readouterr()
+    assert run(repo, "verify", "Base") == 2 and "more than one folder" in capsys.readouterr().err
+
+
+def test_schema_checker():
+    with pytest.raises(ValueError, match="does not know"):
+        schema_errors(1, {"maximum": 3})
+    assert schema_errors(True, {"type": "integer"}) and not schema_errors(None, {"type": ["null"]})
+    assert schema_errors([1, 1], {"uniqueItems": True}) and schema_errors({}, {"minProperties": 1})
+    assert set(submission_schema()["required"]) == set(submission_schema()["properties"])

@@ -1,0 +1,91 @@
+"""`record plot`, `diff`, `compare` and `reproduce`."""
+
+from __future__ import annotations
+
+import math
+
+import fixtures_records as fx
+from record_helpers import NAME, edit, edit_json, make, run
+
+from ledger import diff, stats
+
+
+def test_plot(repo, folder, tmp_path, capsys):
+    log = tmp_path / "run.txt"
+    text = fx.log_text(3)
+    log.write_text(text[: text.index("step:700/20000 train_loss") + 20])  # cut in the middle of a line
+    assert run(repo, "plot", log) == 0 and log.with_suffix(".png").stat().st_size > 5000
+    assert run(repo, "plot", log, NAME) == 2
+    assert run(repo, "plot", log, NAME, "--out", tmp_path / "both.png") == 0
+    log.write_text(text[: text.index("step:0/20000")])
+    assert run(repo, "plot", log) == 2
+    assert "nothing to plot" in capsys.readouterr().err
+    assert run(repo, "plot", tmp_path / "absent.txt") == 2
+
+
+def test_diff(repo, folder, tmp_path, capsys):
+    source = fx.SCRIPT.replace("return lzma.compress", "return b'' + lzma.compress")
+    source = source.replace("# 2. Artifact: what the code weighs.", "# 2. Artifact: its weight.")
+    source = source.replace('"""A stand-in trainer.', '"""Another stand-in.')
+    other = make(repo, meta={"name": "Other"}, source=source, config={"matrix_lr": 0.01, "eval_stride": 32})
+    assert run(repo, "diff", NAME, other) == 0
+    out = capsys.readouterr().out
+    assert (
+        "matrix_lr: 0.03 -> 0.01" in out and "eval_stride: 64 -> 32" in out and "2 of 5 values differ" in out
+    )
+    assert "== Artifact: +1 -1, 1 comment-only lines not shown" in out and "+    return b'' + lzma" in out
+    assert "its weight" not in out and "Another" not in out and "\x1b" not in out
+    assert "source: +1 -1 lines, 2 more differ in comments only" in out
+    page = tmp_path / "diff.html"
+    assert run(repo, "diff", folder / "train_gpt.py", other, "--html", page) == 0
+    assert "<table" in page.read_text() and "not compared" in page.read_text()
+    assert run(repo, "diff", NAME, NAME) == 0 and "source: +0 -0" in capsys.readouterr().out
+
+
+def test_diff_of_sections_that_come_and_go():
+    a = "x = 1\n# " + "-" * 77 + "\n# 1. Old: gone.\ny = 1\n"
+    b = "x = 1\n# " + "-" * 77 + "\n# 1. New: here.\nz = 1\n"
+    out = diff.source_diff(a, b)
+    assert "== New (new section): +1 -0, 2 comment-only lines not shown" in out
+    assert any(line.startswith("== Old (removed)") for line in out)
+
+
+def test_compare(repo, capsys):
+    make(repo, meta={"name": "Better"}, loss=2.1)
+    make(repo, meta={"name": "One"}, seeds=(42,))
+    assert run(repo, "compare", NAME, "2026-11-22_Better") == 0
+    out = capsys.readouterr().out
+    assert "3 shared" in out and "one-sided Welch): yes" in out and out.count("paired") == 3
+    assert run(repo, "compare", NAME, NAME) == 0 and "one-sided Welch): no" in capsys.readouterr().out
+    assert run(repo, "compare", NAME, "2026-11-22_One") == 0 and "not checkable" in capsys.readouterr().out
+
+
+def test_statistics():
+    assert math.isclose(stats.t_quantile(0.975, 2), 4.302652729749456, rel_tol=1e-9)
+    assert math.isclose(stats.t_cdf(-2.0, 5), 0.05096973941492917, rel_tol=1e-9)
+    assert math.isclose(stats.t_cdf(3.0, 1), 0.5 + math.atan(3.0) / math.pi, rel_tol=1e-12)
+    # Welch's own kind of example, checked by hand: means 3 and 4, variances 2.5 and 10
+    test = stats.welch([1, 2, 3, 4, 5], [0, 2, 4, 6, 8])
+    assert test.diff == 1.0 and math.isclose(test.error, math.sqrt(2.5)) and math.isclose(test.df, 100 / 17)
+    assert stats.welch([1.0], [2.0, 3.0]) is None and stats.std([1.0]) is None
+    same = stats.paired([1.0, 2.0], [1.5, 2.5])
+    assert same.error == 0.0 and same.p_two_sided() == 0.0 and same.interval() == (0.5, 0.5)
+    assert stats.paired([1.0, 2.0], [1.0, 2.0]).p_two_sided() == 1.0
+
+
+def test_reproduce(repo, folder, tmp_path, capfd):
+    assert run(repo, "reproduce", NAME, "--dry-run", "--data", tmp_path) == 0
+    out = capfd.readouterr().out
+    assert (
+        f"train preset=h100x1 matrix_lr=0.03 data_path={tmp_path} seed=42" in out and "differs  data" in out
+    )
+    assert run(repo, "reproduce", NAME, "--data", tmp_path) == 2
+    assert "is not the data of the record" in capfd.readouterr().err
+    for log in (folder / "logs").iterdir():
+        edit(log, "manifest_sha256:a+", "manifest_sha256:none")
+    edit_json(folder / "submission.json", lambda sub: sub.update(data_manifest_sha256="none", val_bpb=1.26))
+    assert run(repo, "reproduce", NAME, "--seed", "7") == 0
+    assert "\nreproduced: val_bpb 1.26007" in capfd.readouterr().out
+    edit_json(folder / "submission.json", lambda sub: sub.update(val_bpb=1.2))
+    assert run(repo, "reproduce", NAME) == 1
+    assert "\nnot reproduced: val_bpb 1.26002, recorded 1.20000" in capfd.readouterr().out

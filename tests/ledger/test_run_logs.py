@@ -1,0 +1,55 @@
+"""Reading a training log, and the message for one that is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fixtures_records as fx
+import pytest
+from record_helpers import NAME, TRACK, edit_log, run, write_logs
+
+from ledger import runlog
+
+
+def test_parse_is_not_fooled_by_the_source(tmp_path):
+    parsed = runlog.parse_log(Path(write_logs(tmp_path, (42,))[0]))
+    assert parsed.source == fx.SCRIPT
+    assert parsed.seed == 42 and parsed.final_scores == 1 and not parsed.over_cap
+    assert parsed.steps[0].total == 20000 and parsed.steps[-1].step == 1500
+    assert parsed.config["data_path"] == "somewhere/corpus" and parsed.versions["torch"] == "2.13.0+cu130"
+    assert parsed.hardware == "1 x NVIDIA H100 80GB HBM3" and parsed.weights_format == "int6"
+    assert parsed.sizes["peak"] == 21471 and parsed.text("phase_times", "compile") == "45678ms"
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "not a training log"),
+        ("hello\n" * 50, "not a training log"),
+        (fx.SCRIPT + fx.SEPARATOR + "\nother\n" + fx.SEPARATOR + "\n", "Running Python"),
+    ],
+)
+def test_no_log(tmp_path, text, says):
+    path = tmp_path / "x.txt"
+    path.write_text(text)
+    with pytest.raises(runlog.BadInput, match=says):
+        runlog.parse_log(path)
+
+
+@pytest.mark.parametrize(
+    "pattern, new, says",
+    [
+        (r"^final_score .*\n", "", "the run did not finish"),
+        (r"^(final_score .*)steps:1500", r"\1steps:many", "steps:many is not a number"),
+        (r"^(final_score .*val_bpb:)\S+", r"\1nan", "diverged"),
+        (r"^Serialized.*\n", "", "artifact size"),
+    ],
+)
+def test_new_names_the_broken_log(repo, capsys, pattern, new, says):
+    logs = write_logs(repo / "more")
+    edit_log(Path(logs[1]), pattern, new)
+    assert run(repo, "new", "Other", "--logs", *logs, "--track", TRACK) == 2
+    error = capsys.readouterr().err
+    assert says in error and "run1337.txt" in error and error.count("\n") == 1
+    assert sorted(p.name for p in (repo / "records" / TRACK).iterdir()) == [NAME]
+    assert not list((repo / "records").glob(".new*"))
