@@ -54,7 +54,7 @@ def harmonic(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def heavy_rows(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return a matrix like a gradient: eight shared patterns over noise, rows scaled log-normally (sigma 1)."""
+    """Return a matrix like a gradient: eight shared patterns and noise, rows scaled log-normally."""
     M, N = shape
     patterns = gaussian((M, 8), generator) @ gaussian((8, N), generator)
     noise = gaussian(shape, generator)
