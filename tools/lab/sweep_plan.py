@@ -23,7 +23,7 @@ ROW_KEYS = ("rate_key", "rates", "multipliers")  # of a plan; a row may have its
 PLAN_KEYS = {*ROW_KEYS, "name", "base", "seeds", "rows"}
 FORCED = {"fit_cap": "false"}  # all rows are quantised alike: never fitted to the cap
 DEFAULT_SEEDS = [1337]  # of a sweep without a plan file
-NEEDS = ("Config", "InputError", "load_config")  # what a plan asks of the trainer
+NEEDS = ("InputError", "load_config")  # what a plan asks of the trainer
 
 
 # ---- the plan ------------------------------------------------------------------------------------

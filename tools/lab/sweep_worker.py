@@ -32,10 +32,10 @@ from ledger.runlog import SEPARATOR, read_text, sha256
 from script import TRAINER, load_script
 
 NEEDS = (
-    "Config", "Fault", "GPT", "InputError", "KINDS", "Log", "bind_ops", "conclude", "init_machine",
-    "load_config", "load_dataset", "machine_report", "quantize", "start_run", "train",
+    "Fault", "InputError", "KINDS", "Log", "bind_ops", "conclude", "init_machine", "load_config",
+    "load_dataset", "machine_report", "quantize", "start_run", "train",
 )  # fmt: skip
-# A rank of torchrun could start a sweep; its workers are groups of one.
+# A sweep may be started inside torchrun; its workers are groups of one all the same.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
