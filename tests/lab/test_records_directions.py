@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 import shutil
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +16,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from ledger import direction_log  # noqa: E402
-from lab import directions  # noqa: E402
-from ledger import record  # noqa: E402
-import train_gpt as t  # noqa: E402
-from helpers import english_dataset, machine, tiny  # noqa: E402
+import train_gpt as t
+from helpers import english_dataset, machine, tiny
+from lab import direction_cases, direction_quality, direction_times, directions
+from ledger import direction_log, record
+from script import TRAINER, BadInput
 
 MARKERS = """# R
 
@@ -32,7 +32,7 @@ old
 <!-- directions:end -->
 end
 """
-BENCH = directions.Bench(t, tiny(), machine(), print, True)
+SETUP = direction_cases.Setup(t, tiny(), machine(), print, True)
 
 
 def draw(*shape, seed=0):
@@ -45,95 +45,105 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)], ids=str)
 def test_the_exact_factor_has_no_error(shape):
     u = draw(*shape)
-    f = directions.factor_of(u)
-    got = directions.figures(f.U @ f.Vh, f)
-    assert got["polar"] < 1e-12 and got["orth"] < 1e-12
-    assert math.isclose(got["cosine"], 1, abs_tol=1e-12) and math.isclose(got["efficiency"], 1, abs_tol=1e-12)
-    torch.testing.assert_close(got["band"], torch.ones(24, dtype=torch.float64))
+    f = direction_quality.factor_of(u)
+    got = direction_quality.figures_of(f.U @ f.Vh, f)
+    assert got.polar < 1e-12 and got.orth < 1e-12
+    assert math.isclose(got.cosine, 1, abs_tol=1e-12) and math.isclose(got.efficiency, 1, abs_tol=1e-12)
+    torch.testing.assert_close(got.band, torch.ones(24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)], ids=str)
 def test_a_factor_with_known_singular_values(shape):
     u, s = draw(*shape), torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
-    f = directions.factor_of(u)
-    got = directions.figures(f.U @ s.diag() @ f.Vh, f)
-    torch.testing.assert_close(got["band"], s)
+    f = direction_quality.factor_of(u)
+    got = direction_quality.figures_of(f.U @ s.diag() @ f.Vh, f)
+    torch.testing.assert_close(got.band, s)
     by_hand = dict(
         polar=((s - 1).square().sum() / 20).sqrt(), orth=((s.square() - 1).square().sum() / 20).sqrt(),
         cosine=s.sum() / (s.norm() * 20**0.5), efficiency=(f.S * s).sum() / (f.S.sum() * 1.5),
     )  # fmt: skip
     for key, value in by_hand.items():
-        assert math.isclose(got[key], value.item(), rel_tol=1e-9), key
+        assert math.isclose(getattr(got, key), value.item(), rel_tol=1e-9), key
 
 
 def test_the_factor_of_another_matrix_is_seen():
-    f, other = directions.factor_of(draw(30, 30)), directions.factor_of(draw(30, 30, seed=1))
-    got = directions.figures(other.U @ other.Vh, f)
-    assert got["orth"] < 1e-12 and abs(got["cosine"]) < 0.2 and got["polar"] > 1.2
+    f, other = direction_quality.factor_of(draw(30, 30)), direction_quality.factor_of(draw(30, 30, seed=1))
+    got = direction_quality.figures_of(other.U @ other.Vh, f)
+    assert got.orth < 1e-12 and abs(got.cosine) < 0.2 and got.polar > 1.2
 
 
 def test_a_line_pools_matrices_and_refuses_nan():
-    f = directions.factor_of(draw(8, 8))
-    line = directions.quality_line([directions.figures(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)])
+    f = direction_quality.factor_of(draw(8, 8))
+    line = direction_quality.quality_line(
+        [direction_quality.figures_of(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)]
+    )
     pairs = dict(direction_log.PAIR.findall(line))
     assert pairs["smin"] == "0.500000" and pairs["smax"] == "2.000000" and pairs["s50"] == "1.250000"
     assert pairs["polar"] == "0.750000" and pairs["matrices"] == "2"
-    figures = directions.figures(f.U @ f.Vh, f) | dict(polar=math.nan)
+    figures = direction_quality.figures_of(f.U @ f.Vh, f)._replace(polar=math.nan)
     with pytest.raises(ArithmeticError):
-        directions.quality_line([figures])
+        direction_quality.quality_line([figures])
 
 
 def test_families_are_what_they_are_called():
     generator = torch.Generator().manual_seed(0)
-    spectrum = lambda name: torch.linalg.svdvals(directions.FAMILIES[name]((20, 30), generator))
+
+    def spectrum(name):
+        return torch.linalg.svdvals(direction_quality.FAMILIES[name]((20, 30), generator))
+
     torch.testing.assert_close(spectrum("log1e3").log10(), torch.linspace(0, -3, 20, dtype=torch.float64))
     torch.testing.assert_close(1 / spectrum("harmonic"), torch.arange(1, 21, dtype=torch.float64))
-    rows = directions.FAMILIES["heavy_rows"]((400, 30), generator).norm(dim=1)
+    rows = direction_quality.FAMILIES["heavy_rows"]((400, 30), generator).norm(dim=1)
     assert rows.max() / rows.median() > 5
-    seen = [(family, tuple(u.shape)) for family, u in directions.synthetic(BENCH)]
-    h = BENCH.h
+    seen = [(family, tuple(u.shape)) for family, u in direction_quality.synthetic(SETUP)]
+    h = SETUP.h
     assert ("gaussian", (2, h.mlp_dim, h.model_dim)) in seen and len(seen) == 13
 
 
 def test_flops_by_hand():
-    bank = directions.Bank("x", 3, 8, 20)
+    bank = direction_cases.Bank("x", 3, 8, 20)
     step = 3 * (2 * 8 * 8 * 20 * 2 + 2 * 8**3)
-    assert directions.flops_of(BENCH, "ns5", bank) == 5 * step
-    assert directions.flops_of(BENCH, "polar_express4", bank) == 4 * step
-    assert directions.flops_of(BENCH, "ns5", bank._replace(rows=20, columns=8)) == 5 * step
-    assert directions.flops_of(BENCH, "mud", bank) == 3 * (2 * 8 * 8 * 20 + 8 * 8 * 20)
+    assert direction_cases.direction_flops(t, "ns5", bank.shape) == 5 * step
+    assert direction_cases.direction_flops(t, "polar_express4", bank.shape) == 4 * step
+    assert direction_cases.direction_flops(t, "ns5", bank._replace(rows=20, columns=8).shape) == 5 * step
+    assert direction_cases.direction_flops(t, "mud", bank.shape) == 3 * (2 * 8 * 8 * 20 + 8 * 8 * 20)
 
 
 def test_an_eighth_is_the_largest_share():
     h = t.load_config([], {})
-    bench = BENCH._replace(h=h)
-    assert {x.name: x.count for x in directions.banks_of(bench, "eighth")} == {
+    setup = SETUP._replace(h=h)
+    assert {x.name: x.count for x in direction_cases.banks_of(setup, "eighth")} == {
         "mlp_up_bank": 3, "qo_bank": 3, "kv_bank": 3}  # fmt: skip
-    assert {x[1:] for x in directions.banks_of(bench, "all")} == {
+    assert {x[1:] for x in direction_cases.banks_of(setup, "all")} == {
         (11, 1536, 512), (11, 512, 1536), (22, 512, 512), (22, 256, 512)}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 def test_the_timed_call_is_the_trainers_update(rule):
-    sets = directions.input_sets(BENCH, "all")
+    sets = direction_cases.input_sets(SETUP, "all")
     assert len(sets) >= 4 and len({x["W"].data_ptr() for one in sets for x in one}) == 4 * len(sets)
-    case = directions.Case("update", "all", "turbo", rule)
+    case = direction_cases.TimedCase("update", "all", "turbo", rule)
     before = [x["W"].clone() for x in sets[0]]
     with torch.no_grad():
-        for call in directions.calls_of(BENCH, case, sets, lambda f: f)[0]:
+        for call in direction_cases.calls_of(SETUP, case, sets, direction_cases.uncompiled)[0]:
             call()
     for x, old in zip(sets[0], before):
         assert not torch.equal(x["W"], old) and torch.isfinite(x["W"]).all()
-    assert [call() for call in directions.calls_of(BENCH, case._replace(part="direction"), sets, lambda f: f)[0]]
+    assert [
+        call()
+        for call in direction_cases.calls_of(
+            SETUP, case._replace(part="direction"), sets, direction_cases.uncompiled
+        )[0]
+    ]
 
 
 def test_each_case_is_its_own():
     weights = {}
     for change in ({}, {"cautious": 1}, {"row": "ns5"}, {"rule": "normuon"}):
-        sets = directions.input_sets(BENCH, "all")  # seeded: the same numbers each time
-        case = directions.Case("update", "all", "turbo")._replace(**change)
+        sets = direction_cases.input_sets(SETUP, "all")  # seeded: the same numbers each time
+        case = direction_cases.TimedCase("update", "all", "turbo")._replace(**change)
         with torch.no_grad():
-            directions.calls_of(BENCH, case, sets, lambda f: f)[0][0]()
+            direction_cases.calls_of(SETUP, case, sets, direction_cases.uncompiled)[0][0]()
         weights[case] = sets[0][0]["W"]
     cases = list(weights)
     assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(cases) for b in cases[:i])
@@ -142,42 +152,48 @@ def test_each_case_is_its_own():
 @pytest.mark.parametrize("part", ["direction", "update"])
 def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
     """What a CUDA graph needs: all of it in one piece, and nothing left to compile for the other sets."""
-    compiler = lambda f: torch.compile(f, dynamic=False, fullgraph=True, backend="eager")
-    sets = directions.input_sets(BENCH, "eighth")
+    compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="eager")
+    sets = direction_cases.input_sets(SETUP, "eighth")
     torch._dynamo.reset()
-    compiled = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    before = compiled()
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
     with torch.no_grad():
-        for calls in directions.calls_of(BENCH, directions.Case(part, "eighth", "ns5", "normuon"), sets, compiler):
+        for calls in direction_cases.calls_of(
+            SETUP, direction_cases.TimedCase(part, "eighth", "ns5", "normuon"), sets, compiler
+        ):
             [call() for call in calls]
-    assert compiled() - before == 3  # of an eighth: MLP-up stands for both
+    assert stats["unique_graphs"] - before == 3  # of an eighth: MLP-up stands for both
     torch._dynamo.reset()
 
 
 def test_children_share_out_every_case():
-    cases = directions.all_cases(BENCH)
-    shared = directions.groups(cases)
+    cases = direction_cases.all_cases(SETUP)
+    shared = direction_cases.case_groups(cases)
     assert sorted(sum(shared, [])) == sorted(cases) and len(set(cases)) == len(cases)
     assert len(shared) == len(t.ORTHO) + len(t.STEP_RULES)
 
 
 def test_an_unknown_field_is_named(monkeypatch):
     fields = {name: torch.Tensor for name in (*t.StepScalars._fields, "novelty")}
-    import typing
-
     monkeypatch.setattr(t, "StepScalars", typing.NamedTuple("StepScalars", fields.items()))
-    with pytest.raises(directions.BadInput, match="StepScalars.novelty"):
-        directions.step_scalars(BENCH)
+    with pytest.raises(BadInput, match="StepScalars.novelty"):
+        direction_cases.step_scalars(SETUP)
     monkeypatch.setattr(t, "matrix_update", lambda W, novelty: None)
-    with pytest.raises(directions.BadInput, match=r"matrix_update\(novelty\)"):
-        directions.update_arguments(BENCH, {"W": 1})
+    with pytest.raises(BadInput, match=r"matrix_update\(novelty\)"):
+        direction_cases.update_arguments(SETUP, {"W": 1})
 
 
 def test_the_clock_keeps_the_order():
-    said = dict(direction_log.PAIR.findall(directions.quartiles([4.0, 1.0, 3.0, 2.0, 5.0])))
-    assert said == {"median_ms": "3.00000", "min_ms": "1.00000", "q1_ms": "2.00000", "q3_ms": "4.00000", "n": "5"}
+    said = dict(direction_log.PAIR.findall(direction_times.quartiles([4.0, 1.0, 3.0, 2.0, 5.0])))
+    assert said == {
+        "median_ms": "3.00000",
+        "min_ms": "1.00000",
+        "q1_ms": "2.00000",
+        "q3_ms": "4.00000",
+        "n": "5",
+    }
     turns = []
-    assert len(directions.measure([lambda: turns.append(0), lambda: turns.append(1)], False)) >= 30
+    assert len(direction_times.measure([lambda: turns.append(0), lambda: turns.append(1)], False)) >= 30
     assert turns[:6] == [0, 1] * 3
 
 
@@ -194,10 +210,10 @@ def measured(tmp_path_factory) -> Path:
     data = english_dataset()
     knobs = [f"data_path={data.path}", f"vocab_size={data.vocab_size}"]
     patch = pytest.MonkeyPatch()
-    patch.setattr(directions, "REPLAYS", 3)
+    patch.setattr(direction_times, "REPLAYS", 3)
     patch.setattr(directions, "load_measured", broken_script)
     try:
-        assert record.main(["--root", str(root), "directions", "--tiny", "--steps", "3", *knobs]) == 0
+        assert directions.main(["--root", str(root), "--tiny", "--steps", "3", *knobs]) == 0
     finally:
         patch.undo()
     return root
@@ -245,12 +261,14 @@ def test_the_folder_is_complete(repo, capsys):
     log = direction_log.parse((folder / "log.txt").read_text())
     assert direction_log.names(log, "row") == [*t.ORTHO, "broken"]
     assert direction_log.names(log, "rule") == list(t.STEP_RULES)
-    times = [(x["part"], x["share"], x["row"]) for x in log["time"] if (x["rule"], x["cautious"]) == ("muon", 0)]
+    times = [
+        (x["part"], x["share"], x["row"]) for x in log["time"] if (x["rule"], x["cautious"]) == ("muon", 0)
+    ]
     assert sorted(times) == sorted((*place, row) for place in direction_log.TITLES for row in t.ORTHO)
     ruled = {(x["rule"], x["cautious"]) for x in log["time"] if x["row"] == "ns5" and x["part"] == "update"}
     assert ruled == {(rule, 0) for rule in t.STEP_RULES} | {("muon", 1)}
     places = {(q["family"], q["shape"]) for q in log["quality"]}
-    assert {family for family, _ in places} == {*directions.FAMILIES, "momentum"} and len(places) == 17
+    assert {family for family, _ in places} == {*direction_quality.FAMILIES, "momentum"} and len(places) == 17
     assert len(log["quality"]) == len(places) * len(t.ORTHO)
     assert log["real"][0]["steps"] == 3 and log["real"][0]["loss"] < 7
     by = {(q["row"], q["family"], q["shape"]): q for q in log["quality"]}
@@ -279,22 +297,24 @@ def test_derived_figures_by_hand(repo):
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_products_are_timed_together_on_fresh_inputs(monkeypatch, cuda):
-    """Small products are hidden by their launches: on a GPU one graph holds all calls, each on its own input."""
-    bank, seen, graphs = directions.Bank("b", 3, 8, 4), [], []
-    bench = SimpleNamespace(cuda=cuda, m=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
+    """Launches hide small products: on a GPU one graph holds all calls, each on its own input."""
+    bank, seen, graphs = direction_cases.Bank("b", 3, 8, 4), [], []
+    setup = SimpleNamespace(cuda=cuda, m=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
     real = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y: seen.append((x, y)) or real(x, y))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(directions, "cache_bytes", lambda b: 50 * 96 * 4 if b.cuda else 0)
+    monkeypatch.setattr(direction_times, "cache_bytes", lambda b: 50 * 96 * 4 if b.cuda else 0)
 
     def graphs_of(sets, fork):
         graphs.append(sets)
-        return [SimpleNamespace(replay=directions.one_by_one(one)) for one in sets]
+        return [SimpleNamespace(replay=direction_times.one_by_one(one)) for one in sets]
 
-    monkeypatch.setattr(directions, "graphs_of", graphs_of)
-    monkeypatch.setattr(directions, "measure", lambda calls, on: [call() for call in calls] and [9.0, 1.0, 5.0])
-    rounds = 100 if cuda else directions.PRODUCTS  # twice the cache, 20 calls at least
-    assert directions.products_ms(bench, bank) == 5.0 / rounds
+    monkeypatch.setattr(direction_times, "graphs_of", graphs_of)
+    monkeypatch.setattr(
+        direction_times, "measure", lambda calls, on: [call() for call in calls] and [9.0, 1.0, 5.0]
+    )
+    rounds = 100 if cuda else direction_times.PRODUCTS  # twice the cache, 20 calls at least
+    assert direction_times.products_ms(setup, bank) == 5.0 / rounds
     assert [len(one) for sets in graphs for one in sets] == [rounds] * cuda
     assert len({y.data_ptr() for _, y in seen[1::2]}) == rounds == len(seen) / 2
     assert all(y.shape == (3, 4, 8) for _, y in seen[1::2])
@@ -336,27 +356,33 @@ def test_missing_and_foreign_files(repo, capsys):
     (folder / "spectrum.png").unlink()
     assert ("fail", "files") in [row[:2] for row in direction_log.examine(folder)]
     log = folder / "log.txt"
-    assert run(repo, "directions", "--log", log) == 0  # the same log once more: a second folder, complete
+    assert (
+        directions.main(["--root", str(repo), "--log", str(log)]) == 0
+    )  # the same log once more: a second folder, complete
     second = folder.with_name(folder.name + "_2")
     assert direction_log.newest(repo / "records") == {direction_log.FOLDER.match(folder.name)[2]: second}
     assert run(repo, "board") == 0 and {row[0] for row in direction_log.examine(second)} == {"ok"}
     log.write_text("nothing")
-    assert run(repo, "directions", "--log", log) == 2
+    assert directions.main(["--root", str(repo), "--log", str(log)]) == 2
     (repo / "records" / "README.md").write_text("<!-- board:start -->\n<!-- board:end -->\n")
     assert run(repo, "board") == 2 and "directions:start" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    for argv in (["no_such=1"], ["data_path=" + str(tmp_path / "absent")], ["--script", str(tmp_path / "x.py")]):
+    for argv in (
+        ["no_such=1"],
+        ["data_path=" + str(tmp_path / "absent")],
+        ["--script", str(tmp_path / "x.py")],
+    ):
         assert directions.main(["--tiny", "--out", str(tmp_path / "out"), *argv]) == 2
         err = capsys.readouterr().err
-        assert err.startswith("directions: ") and err.count("\n") == 1
+        assert err.startswith("record: ") and err.count("\n") == 1
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
 def test_another_copy_of_the_script_leaves_the_first_its_operators():
     first = sys.modules["train_gpt"]
-    again = directions.load_measured(ROOT / "train_gpt.py")
+    again = directions.load_measured(TRAINER)
     assert sys.modules["train_gpt"] is first is t and again is not t
     with FakeTensorMode():
         for copy in (t, again):
@@ -376,6 +402,6 @@ def test_graphs_on_a_gpu(tmp_path):
 
 def test_names_of_devices_and_reasons():
     assert direction_log.device_slug("NVIDIA H100 80GB HBM3") == "H100-80GB-HBM3"
-    text = directions.reason(OSError("cannot open /a/b-1/c.so: gone\nmore"))
+    text = direction_cases.reason(OSError("cannot open /a/b-1/c.so: gone\nmore"))
     assert text == "OSError: cannot open c.so: gone"
     assert json.loads(direction_log.result_text({"time": []})) == {"schema": 1, "time": []}

@@ -1,4 +1,4 @@
-"""The shoot-out: fair starts, one compilation, a folder that resumes, survives dead workers and proves itself."""
+"""Sweeps: fair starts, one compilation, a folder that resumes, survives dead workers and proves itself."""
 
 import dataclasses
 import gzip
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,14 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from ledger import record  # noqa: E402
-from ledger import runlog  # noqa: E402
-from lab import sweep  # noqa: E402
-from ledger import sweep_table  # noqa: E402
-import train_gpt as t  # noqa: E402
-from helpers import english_args, english_dataset  # noqa: E402
+import train_gpt as t
+from helpers import english_args, english_dataset
+from lab import sweep, sweep_plan, sweep_worker
+from ledger import record, runlog, sweep_table
+from script import ROOT, TRAINER
 
 STEPS = 14
 LINE = dict(plan="p", row="r", baseline="r", key="matrix_lr", rate="0.02", seed=1, stage=1, workers=1)
@@ -32,7 +30,9 @@ LINE = dict(plan="p", row="r", baseline="r", key="matrix_lr", rate="0.02", seed=
 
 def base(**knobs):
     """Settings of all rows: a tiny model on the English dataset."""
-    given = dict(arg.split("=", 1) for arg in english_args(iterations=STEPS, val_loss_every=5, warmup_steps=1))
+    given = dict(
+        arg.split("=", 1) for arg in english_args(iterations=STEPS, val_loss_every=5, warmup_steps=1)
+    )
     return {k: v for k, v in given.items() if k not in ("run_id", "eval_stride")} | knobs
 
 
@@ -48,7 +48,7 @@ def raw_plan(**change):
 
 
 def tiny_plan(**change):
-    return sweep.make_plan(raw_plan(**change), "plan")
+    return sweep_plan.make_plan(t, raw_plan(**change), "plan")
 
 
 def final(lines):
@@ -63,8 +63,10 @@ def no_sweep_starts(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bench():
-    made = sweep.Bench(t.load_config(list(tiny_plan().job("ns5", "0.02", 1).argv), {}), {})
+def worker():
+    made = sweep_worker.Worker(
+        t, t.load_config(list(tiny_plan().configuration("ns5", "0.02", 1).argv), {}), {}
+    )
     yield made
     torch.distributed.destroy_process_group()
 
@@ -72,69 +74,82 @@ def bench():
 def folder_for(tmp_path):
     for sub in ("logs", ".work"):
         (tmp_path / sub).mkdir()
-    shutil.copyfile(sweep.SCRIPT, tmp_path / "train_gpt.py")
+    shutil.copyfile(TRAINER, tmp_path / "train_gpt.py")
     return tmp_path
 
 
-def test_a_sweep_trains_what_train_trains(bench, tmp_path):
+def test_a_sweep_trains_what_train_trains(worker, tmp_path):
     """Bit for bit, for the first configuration of a process and for one behind another."""
     plan, folder = tiny_plan(), folder_for(tmp_path)
-    jobs = [plan.job("ns5", "0.02", 1), plan.job("turbo", "0.04", 2), plan.job("ns5", "0.04", 1)]
-    for job in jobs:
-        bench.train({"argv": job.argv, "line": LINE}, folder)
+    configurations = [
+        plan.configuration("ns5", "0.02", 1),
+        plan.configuration("turbo", "0.04", 2),
+        plan.configuration("ns5", "0.04", 1),
+    ]
+    for configuration in configurations:
+        worker.train({"argv": configuration.argv, "line": LINE}, folder)
     torch.distributed.destroy_process_group()
-    start = lambda job: runlog.parse_log(folder / "logs" / f"{job.name}.txt").text("sweep", "init_sha256")
-    for job in jobs[:2]:
-        assert t.main([*job.argv, f"out_dir={tmp_path}/alone"]) == 0
-        alone = (tmp_path / "alone" / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()
-        log = (folder / "logs" / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()
+
+    def start(configuration):
+        return runlog.parse_log(folder / "logs" / f"{configuration.name}.txt").text("sweep", "init_sha256")
+
+    for configuration in configurations[:2]:
+        assert t.main([*configuration.argv, f"out_dir={tmp_path}/alone"]) == 0
+        alone = (tmp_path / "alone" / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines()
+        log = (folder / "logs" / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines()
         a, b = final(alone), final(log)
         assert a["metric"] == "int6_lzma_chunked"
         for key in ("val_loss", "val_bpb", "steps", "sha256", "bytes_total", "seed"):
-            assert a[key] == b[key], (job.name, key)
-        losses = [[x.split(" train_time")[0] for x in lines if x.startswith("step:")] for lines in (alone, log)]
+            assert a[key] == b[key], (configuration.name, key)
+        losses = [
+            [x.split(" train_time")[0] for x in lines if x.startswith("step:")] for lines in (alone, log)
+        ]
         assert len(losses[0]) > STEPS and losses[0] == losses[1]
-        h = t.load_config(list(job.argv), {})
-        assert start(job) == sweep.weights_sha256(t.GPT(h))
-    assert start(jobs[0]) == start(jobs[2]) != start(jobs[1])
-    bench.m = t.init_machine(t.load_config(list(jobs[0].argv), {}), {})
+        h = t.load_config(list(configuration.argv), {})
+        assert start(configuration) == sweep_worker.weights_sha256(t.GPT(h))
+    assert start(configurations[0]) == start(configurations[2]) != start(configurations[1])
+    worker.m = t.init_machine(t.load_config(list(configurations[0].argv), {}), {})
     assert sorted(p.name for p in (folder / ".work").iterdir()) == []  # no artifact stays behind
 
 
-def test_one_model_holds_all_configurations(bench, tmp_path):
+def test_one_model_holds_all_configurations(worker, tmp_path):
     """Whatever a torch version guards on, be it the module's or a parameter's identity, stays the same."""
     plan, runs, parameters = tiny_plan(), [], []
-    for job in (plan.job("ns5", "0.02", 1), plan.job("turbo", "0.04", 2)):
-        h = t.load_config(list(job.argv), {})
-        runs.append(bench.prepare(h, sweep.SweepLog(tmp_path / job.name, bench.m, "0" * 64)))
+    for configuration in (plan.configuration("ns5", "0.02", 1), plan.configuration("turbo", "0.04", 2)):
+        h = t.load_config(list(configuration.argv), {})
+        runs.append(worker.prepare(h, t.Log(str(tmp_path / configuration.name), worker.m)))
         parameters.append([id(p) for p in runs[-1].model.parameters()])
         assert runs[-1].h == runs[-1].model.h == h
-        t.Optimizer(runs[-1].model, h, bench.m)
-    assert runs[0].model is runs[1].model is bench.kept.model and parameters[0] == parameters[1]
+        t.Optimizer(runs[-1].model, h, worker.m)
+    assert runs[0].model is runs[1].model is worker.kept.model and parameters[0] == parameters[1]
     assert runs[0].loss_fn is runs[1].loss_fn and runs[0].nats_fn is runs[1].nats_fn
 
 
 def test_entropy_bytes():
-    assert sweep.entropy_bytes(b"a" * 100) == 0.0
-    assert sweep.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
-    assert sweep.entropy_bytes(b"aaab" * 10) == pytest.approx(40 * (0.25 * 2 + 0.75 * math.log2(4 / 3)) / 8)
+    assert sweep_worker.entropy_bytes(b"a" * 100) == 0.0
+    assert sweep_worker.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
+    assert sweep_worker.entropy_bytes(b"aaab" * 10) == pytest.approx(
+        40 * (0.25 * 2 + 0.75 * math.log2(4 / 3)) / 8
+    )
 
 
-def test_the_entropy_is_that_of_the_artifacts_codes(bench, tmp_path, monkeypatch):
+def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(Path, "unlink", lambda p, **_: kept.append(p.read_bytes()) if p.exists() else None)
-    job, folder = tiny_plan().job("ns5", "0.02", 1), folder_for(tmp_path)
-    bench.train({"argv": job.argv, "line": LINE}, folder)
+    configuration, folder = tiny_plan().configuration("ns5", "0.02", 1), folder_for(tmp_path)
+    worker.train({"argv": configuration.argv, "line": LINE}, folder)
     header, payload = t.open_artifact(kept[-1])
     codes = b""
-    for name, kind, shape, offset in header["tensors"]:
+    for _, kind, shape, offset in header["tensors"]:
         codes += payload[offset : offset + torch.Size(shape).numel()] if kind == "int6" else b""
-    run = runlog.parse_log(folder / "logs" / f"{job.name}.txt")
+    run = runlog.parse_log(folder / "logs" / f"{configuration.name}.txt")
     assert run.count("sweep_codes", "int6_weights") == len(codes)
-    assert run.number("sweep_codes", "entropy") == pytest.approx(8 * sweep.entropy_bytes(codes) / len(codes), abs=1e-6)
+    assert run.number("sweep_codes", "entropy") == pytest.approx(
+        8 * sweep_worker.entropy_bytes(codes) / len(codes), abs=1e-6
+    )
 
 
-def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
+def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
     """Graphs by function: a seed or a rate costs none, a row only those of the matrix update."""
     from torch._dynamo.backends.debugging import aot_eager
 
@@ -145,17 +160,19 @@ def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
             counts[name] = counts.get(name, 0) + 1
             return aot_eager(graph, inputs)
 
-        return torch.compile(f, backend=backends.setdefault(f.__name__, backend), dynamic=False, fullgraph=True)
+        return torch.compile(
+            f, backend=backends.setdefault(f.__name__, backend), dynamic=False, fullgraph=True
+        )
 
-    monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, compile=compiler))
-    monkeypatch.setattr(bench, "kept", None)
+    monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, compile=compiler))
+    monkeypatch.setattr(worker, "kept", None)
     one_layer = base(iterations=2, val_loss_every=0, num_layers=1, xsa_last_n=1, ve_last_n=1)
     rows = {name: {"ortho": name} for name in ("ns5", "turbo", "mud")}
     plan, folder = tiny_plan(base=one_layer, rows=rows), folder_for(tmp_path)
 
     def graphs(row, rate, seed):
         before = dict(counts)
-        bench.train({"argv": plan.job(row, rate, seed).argv, "line": LINE}, folder)
+        worker.train({"argv": plan.configuration(row, rate, seed).argv, "line": LINE}, folder)
         new = {name: count - before.get(name, 0) for name, count in counts.items()}
         return {name: count for name, count in new.items() if count}
 
@@ -174,19 +191,31 @@ def test_nothing_of_the_model_is_compiled_twice(bench, tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_row_may_have_a_model_of_its_own(bench, tmp_path):
-    """Between rows of the first model; each trains, bit for bit, what train trains, and the table says how they differ."""
-    rows = {"ns5": {}, "masks": {"attn_windows": "4 0", "doc_mask": "1"}, "heads": {"num_heads": "2", "num_kv_heads": "1"}}
+def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
+    """Between rows of the first model. Each trains what train trains; the table says what differs."""
+    rows = {
+        "ns5": {},
+        "masks": {"attn_windows": "4 0", "doc_mask": "1"},
+        "heads": {"num_heads": "2", "num_kv_heads": "1"},
+    }
     plan, folder = tiny_plan(rows=rows, rates=[0.02]), folder_for(tmp_path)
-    jobs = [plan.job(row, "0.02", seed) for row, seed in (("ns5", 1), ("masks", 1), ("heads", 1), ("heads", 2), ("ns5", 2))]
-    for job in jobs:
-        bench.train({"argv": job.argv, "line": LINE | dict(row=job.row, baseline="ns5", seed=job.seed, stage=job.stage)}, folder)
+    configurations = [
+        plan.configuration(row, "0.02", seed)
+        for row, seed in (("ns5", 1), ("masks", 1), ("heads", 1), ("heads", 2), ("ns5", 2))
+    ]
+    for configuration in configurations:
+        own = {key: getattr(configuration, key) for key in ("row", "seed", "stage")}
+        line = LINE | own | {"baseline": "ns5"}
+        worker.train({"argv": configuration.argv, "line": line}, folder)
     torch.distributed.destroy_process_group()
-    for job in jobs:
-        assert t.main([*job.argv, f"out_dir={tmp_path}/alone"]) == 0
-        alone, log = (final((tmp_path / x / f"{job.name}.txt").read_text(encoding="utf-8").splitlines()) for x in ("alone", "logs"))
-        assert all(alone[key] == log[key] for key in ("val_bpb", "steps", "sha256")), job.name
-    bench.m = t.init_machine(t.load_config(list(jobs[0].argv), {}), {})
+    for configuration in configurations:
+        assert t.main([*configuration.argv, f"out_dir={tmp_path}/alone"]) == 0
+        alone, log = (
+            final((tmp_path / x / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines())
+            for x in ("alone", "logs")
+        )
+        assert all(alone[key] == log[key] for key in ("val_bpb", "steps", "sha256")), configuration.name
+    worker.m = t.init_machine(t.load_config(list(configurations[0].argv), {}), {})
     table = sweep_table.build_table(sweep_table.read_runs(folder))
     found = {row["name"]: (row["changes"], row["own_init"]) for row in table["rows"]}
     assert found["masks"] == ({"attn_windows": "4 0", "doc_mask": "True"}, False)
@@ -194,30 +223,35 @@ def test_a_row_may_have_a_model_of_its_own(bench, tmp_path):
     assert "num_layers" in table["config"] and not {"num_heads", "doc_mask"} & table["config"].keys()
 
 
-def test_a_gpu_binds_its_kernels_again_for_another_model(bench, monkeypatch):
+def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
     """Only then: heads of another size or windows may take another attention."""
     bound = []
-    name = lambda h: f"attention{h.head_dim}"
-    monkeypatch.setattr(t, "bind_ops", lambda h, device: bound.append(name(h)) or (t.Ops(qk=len), {"attention": name(h)}))
-    monkeypatch.setattr(bench, "m", dataclasses.replace(bench.m, pin=True))
-    m = bench.machine(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
+
+    def bind_ops(h, device):
+        bound.append(f"attention{h.head_dim}")
+        return t.Ops(qk=len), {"attention": bound[-1]}
+
+    monkeypatch.setattr(t, "bind_ops", bind_ops)
+    monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, pin=True))
+    m = worker.machine_for(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
     assert bound == ["attention128"] and m.ops.qk is len and m.names["attention"] == "attention128"
-    assert m.names["device"] == bench.m.names["device"]
+    assert m.names["device"] == worker.m.names["device"]
 
 
-def test_a_model_that_cannot_be_bound_is_refused_each_time(bench, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_bound_is_refused_each_time(worker, tmp_path, monkeypatch):
     """Its second seed must not train with what an earlier model had bound."""
+
     def refused(h):
         raise t.InputError("no attention kernel")
 
-    monkeypatch.setattr(bench, "machine", refused)
+    monkeypatch.setattr(worker, "machine_for", refused)
     h = t.load_config([*english_args(), "attn_windows=4"], {})
     for _ in range(2):
         with pytest.raises(t.InputError, match="no attention kernel"):
-            bench.prepare(h, t.Log(str(tmp_path / "log.txt"), None))
+            worker.prepare(h, t.Log(str(tmp_path / "log.txt"), None))
 
 
-def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
+def test_weights_that_are_no_numbers_are_a_result(worker, tmp_path, monkeypatch):
     plan, folder = tiny_plan(base=base(iterations=2)), folder_for(tmp_path)
     real = t.train
 
@@ -227,12 +261,12 @@ def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
         return ema
 
     monkeypatch.setattr(t, "train", broken)
-    lost = plan.job("turbo", "0.04", 1)
-    bench.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
+    lost = plan.configuration("turbo", "0.04", 1)
+    worker.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
     monkeypatch.setattr(t, "train", real)
     for row, rate in (("ns5", "0.02"), ("turbo", "0.02")):
         line = LINE | dict(row=row, rate=rate, baseline="ns5")
-        bench.train({"argv": plan.job(row, rate, 1).argv, "line": line}, folder)
+        worker.train({"argv": plan.configuration(row, rate, 1).argv, "line": line}, folder)
     table = sweep_table.sweep_table(folder)
     rows = {row["name"]: row for row in table["rows"]}
     assert table["diverged"] == 1 and rows["turbo"]["rates"]["0.04"] is None
@@ -241,7 +275,7 @@ def test_weights_that_are_no_numbers_are_a_result(bench, tmp_path, monkeypatch):
     assert not [row for row in sweep_table.examine(folder) if row[0] == "fail"]
 
 
-def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(bench, tmp_path, monkeypatch):
+def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(worker, tmp_path, monkeypatch):
     plan, folder, real = tiny_plan(base=base(iterations=9)), folder_for(tmp_path), t.train_step
 
     def broken(backward, optimizer, batch, hp):
@@ -249,8 +283,8 @@ def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(bench, 
         return loss * float("nan") if optimizer.steps == 3 else loss
 
     monkeypatch.setattr(t, "train_step", broken)
-    lost = plan.job("turbo", "0.04", 1)
-    bench.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
+    lost = plan.configuration("turbo", "0.04", 1)
+    worker.train({"argv": lost.argv, "line": LINE | dict(row="turbo", rate="0.04", baseline="ns5")}, folder)
     run = sweep_table.finished(folder / "logs" / f"{lost.name}.txt")
     assert sweep_table.diverged(run) and run.text("sweep_diverged", "steps") == "4"  # known one step later
 
@@ -258,11 +292,11 @@ def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(bench, 
 # ---------------------------------------------------------------- who is next
 
 
-def outcome(job):
+def outcome(configuration):
     """bpb by row and rate: the middle rate of ns5 and the last of turbo are best."""
     return {"ns5": {"0.01": 1.3, "0.02": 1.1, "0.04": 1.2}, "turbo": {"0.01": 1.3, "0.02": 1.2, "0.04": 1.1}}[
-        job.row
-    ][job.rate]
+        configuration.row
+    ][configuration.rate]
 
 
 def three_rates(**change):
@@ -270,68 +304,73 @@ def three_rates(**change):
 
 
 def test_the_second_stage_takes_the_best_rate_of_each_row():
-    jobs, order = sweep.Jobs(three_rates(), {}), []
-    while (job := jobs.take()) is not None:
-        order.append(job)
-        jobs.finish(job, outcome(job))
-    assert [j.rate for j in order[:6]] == ["0.02"] * 2 + ["0.01"] * 2 + ["0.04"] * 2  # all rows at the middle first
+    queue, order = sweep_plan.Queue(three_rates(), {}), []
+    while (configuration := queue.take()) is not None:
+        order.append(configuration)
+        queue.finish(configuration, outcome(configuration))
+    # all rows at the middle first
+    assert [j.rate for j in order[:6]] == ["0.02"] * 2 + ["0.01"] * 2 + ["0.04"] * 2
     assert [j.name for j in order[6:]] == [
         "ns5_0.02_seed2", "turbo_0.04_seed2", "ns5_0.02_seed3", "turbo_0.04_seed3",
     ]  # fmt: skip
-    assert [j.stage for j in order] == [1] * 6 + [2] * 4 and jobs.over and jobs.left == 0
+    assert [j.stage for j in order] == [1] * 6 + [2] * 4 and queue.over and queue.left == 0
     assert len(order) == three_rates().size
 
 
 def test_a_second_stage_waits_for_its_own_row_only():
-    jobs = sweep.Jobs(three_rates(), {})
-    taken = [jobs.take() for _ in range(6)]
-    assert jobs.take() is None and not jobs.over
-    for job in taken:
-        if job.row == "ns5":
-            jobs.finish(job, outcome(job))
-    assert jobs.take().name == "ns5_0.02_seed2"
+    queue = sweep_plan.Queue(three_rates(), {})
+    taken = [queue.take() for _ in range(6)]
+    assert queue.take() is None and not queue.over
+    for configuration in taken:
+        if configuration.row == "ns5":
+            queue.finish(configuration, outcome(configuration))
+    assert queue.take().name == "ns5_0.02_seed2"
 
 
 def test_a_worker_keeps_its_row_while_the_seed_has_it():
-    jobs = sweep.Jobs(three_rates(), {})
-    while len(jobs.outcomes) < 6:
-        first = jobs.take("turbo")
-        assert first.row == ("ns5" if len(jobs.outcomes) > 2 else "turbo")  # no seed before the one whose turn it is
-        jobs.finish(first, outcome(first))
-    assert [jobs.take(row).name for row in ("turbo", "turbo", "turbo", "")] == [
+    queue = sweep_plan.Queue(three_rates(), {})
+    while len(queue.outcomes) < 6:
+        first = queue.take("turbo")
+        # no seed before the one whose turn it is
+        assert first.row == ("ns5" if len(queue.outcomes) > 2 else "turbo")
+        queue.finish(first, outcome(first))
+    assert [queue.take(row).name for row in ("turbo", "turbo", "turbo", "")] == [
         "turbo_0.04_seed2", "ns5_0.02_seed2", "turbo_0.04_seed3", "ns5_0.02_seed3",
     ]  # fmt: skip
 
 
 def test_a_dead_worker_costs_one_more_try_then_the_job():
-    jobs = sweep.Jobs(three_rates(), {})
-    job = jobs.take()
-    assert jobs.died(job) and jobs.take() == job
-    assert not jobs.died(job) and job.name in jobs.failed and jobs.take() != job
-    jobs.running.clear()
-    while (next_job := jobs.take()) is not None:
-        jobs.finish(next_job, outcome(next_job))
-    assert jobs.over and jobs.left == 0  # its row goes on with the rates that are left
-    assert {j for j in jobs.outcomes if j.startswith("ns5") and "seed2" in j} == {"ns5_0.04_seed2"}
+    queue = sweep_plan.Queue(three_rates(), {})
+    configuration = queue.take()
+    assert queue.died(configuration) and queue.take() == configuration
+    assert not queue.died(configuration)
+    assert configuration.name in queue.failed and queue.take() != configuration
+    queue.running.clear()
+    while (following := queue.take()) is not None:
+        queue.finish(following, outcome(following))
+    assert queue.over and queue.left == 0  # its row goes on with the rates that are left
+    assert {j for j in queue.outcomes if j.startswith("ns5") and "seed2" in j} == {"ns5_0.04_seed2"}
 
 
 def test_a_row_that_diverges_everywhere_has_no_second_stage():
-    jobs = sweep.Jobs(three_rates(), {})
-    while (job := jobs.take()) is not None:
-        jobs.finish(job, None if job.row == "turbo" else outcome(job))
-    assert jobs.over and jobs.left == 0 and not [name for name in jobs.outcomes if "turbo" in name and "seed2" in name]
+    queue = sweep_plan.Queue(three_rates(), {})
+    while (configuration := queue.take()) is not None:
+        queue.finish(configuration, None if configuration.row == "turbo" else outcome(configuration))
+    assert queue.over and queue.left == 0
+    assert not [name for name in queue.outcomes if "turbo" in name and "seed2" in name]
 
 
 def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, capsys):
     plan = three_rates(base=base(max_wallclock_seconds="100"))
     shoot = sweep.Sweep(plan, tmp_path / "s", 1, budget=150)
-    assert shoot.next_job() is not None and not shoot.out_of_time
-    shoot.durations = [(True, 400.0), (False, 60.0)]
+    assert shoot.next_configuration() is not None and not shoot.out_of_time
+    shoot.cold_seconds.append(400.0)
+    shoot.warm_seconds.append(60.0)
     assert shoot.estimate() == 60.0  # the first of a process also compiles
     shoot.began -= 100
-    assert shoot.next_job() is None and shoot.out_of_time
+    assert shoot.next_configuration() is None and shoot.out_of_time
     shoot.budget = 200
-    assert shoot.next_job() is not None
+    assert shoot.next_configuration() is not None
 
 
 # ---------------------------------------------------------------- plans
@@ -369,52 +408,67 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
     rows = {"ns5": {}, "slow": {"matrix_lr": 0.1}, "own": {"rates": [0.3], "rate_key": "embed_lr"}}
     raw = raw_plan(rows=rows, multipliers=[0.5, 2])
     del raw["rates"]
-    plan = sweep.make_plan(raw, "plan")
+    plan = sweep_plan.make_plan(t, raw, "plan")
     default = t.Config().matrix_lr
-    assert plan.rows["ns5"].rates == (f"{default / 2:g}", f"{default * 2:g}") and plan.rows["slow"].rates == ("0.05", "0.2")
-    assert (plan.rows["own"].key, plan.rows["own"].rates) == ("embed_lr", ("0.3",))
-    h = t.load_config(list(plan.job("slow", "0.2", 2).argv), {})
+    assert plan.rows["ns5"].rates == (f"{default / 2:g}", f"{default * 2:g}")
+    assert plan.rows["slow"].rates == ("0.05", "0.2")
+    assert (plan.rows["own"].rate_key, plan.rows["own"].rates) == ("embed_lr", ("0.3",))
+    h = t.load_config(list(plan.configuration("slow", "0.2", 2).argv), {})
     assert (h.matrix_lr, h.seed, h.eval_stride, h.fit_cap) == (0.2, 2, h.eval_seq_len, False)
     with pytest.raises(runlog.BadInput, match="--sliding"):
-        sweep.make_plan(raw | dict(base=base(eval_stride=8)), "plan")
-    sliding = sweep.make_plan(raw | dict(base=base(eval_stride=8)), "plan", sliding=True)
-    assert t.load_config(list(sliding.job("ns5", "0.05", 1).argv), {}).eval_stride == 8
+        sweep_plan.make_plan(t, raw | dict(base=base(eval_stride=8)), "plan")
+    sliding = sweep_plan.make_plan(t, raw | dict(base=base(eval_stride=8)), "plan", sliding=True)
+    assert t.load_config(list(sliding.configuration("ns5", "0.05", 1).argv), {}).eval_stride == 8
 
 
 def test_the_command_line_can_be_the_plan():
     words = [f"{k}={v}" for k, v in base().items()]
-    args = record.parser().parse_args(
-        ["sweep", *words, "--row", "ns5", "--row", "b:ortho=turbo,step_rule=normuon", "--rates", "0.1,0.2", "--seeds", "5"]
-    )
-    plan, _ = sweep.read_plan(args)
+    options = "--row ns5 --row b:ortho=turbo,step_rule=normuon --rates 0.1,0.2 --seeds 5".split()
+    args = sweep.argument_parser().parse_args([*words, *options])
+    plan = sweep_plan.read_plan(t, args)
     assert plan.size == 4 and plan.seeds == (5,) and plan.baseline == "ns5"
-    h = t.load_config(list(plan.job("b", "0.2", 5).argv), {})
-    assert (h.ortho, h.step_rule, h.matrix_lr, h.data_path) == ("turbo", "normuon", 0.2, english_dataset().path)
+    h = t.load_config(list(plan.configuration("b", "0.2", 5).argv), {})
+    assert (h.ortho, h.step_rule, h.matrix_lr) == ("turbo", "normuon", 0.2)
+    assert h.data_path == english_dataset().path
 
 
-def test_settings_may_stand_behind_options(tmp_path, capsys):
-    status = record.main(["sweep", str(tmp_path / "none.json"), "--workers", "2", "preset=cpu"])
+def test_settings_may_follow_options(tmp_path, capsys):
+    status = sweep.main([str(tmp_path / "none.json"), "--workers", "2", "preset=cpu"])
     assert status == 2 and "none.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        record.main(["sweep", "a.json", "--wrong"])
+        sweep.main(["a.json", "--wrong"])
     with pytest.raises(SystemExit):
         record.main(["verify", "--quiet", "x", "--wrong", "y"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "records" / "plans").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_plans(path):
-    """Every plan resolves with the knobs that train_gpt.py has, no two rows are one, and the first is the base."""
+    """Every plan resolves with train_gpt.py's knobs, no two rows are alike, and the first is the base."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     assert raw["name"] == path.stem and [*raw["rows"].values()][0] == {} and raw["seeds"] == [1337, 42, 2025]
-    plan = sweep.make_plan(raw, path.name)
+    plan = sweep_plan.make_plan(t, raw, path.name)
     count = len(raw["multipliers"])
     assert count in (1, 3) and all(len(row.rates) == count for row in plan.rows.values())
     assert len(set(map(repr, plan.rows.values()))) == len(plan.rows)
 
 
 def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
-    knobs, fixed, model = {f.name for f in dataclasses.fields(t.Config)}, set(sweep_table.FIXED), set(sweep_table.MODEL)
-    assert set(t.MODEL_FIELDS) <= fixed | model <= knobs and set(sweep_table.NAMES) <= knobs and not fixed & model
+    knobs = {f.name for f in dataclasses.fields(t.Config)}
+    fixed = set(sweep_table.FIXED)
+    model = set(sweep_table.MODEL)
+    assert set(t.MODEL_FIELDS) <= fixed | model <= knobs
+    assert set(sweep_table.NAMES) <= knobs and not fixed & model
+
+
+def test_tables_need_no_torch(folder):
+    """`record sweep FOLDER` in a process of its own, from another folder."""
+    code = (
+        "import sys\nfrom lab import sweep\n"
+        f"assert sweep.main([{str(folder)!r}]) == 0\nassert 'torch' not in sys.modules"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "| ns5 |" in done.stdout, done.stderr
 
 
 # ---------------------------------------------------------------- a folder, end to end
@@ -491,7 +545,9 @@ def test_the_table_says_what_the_logs_say(done):
     assert (table["workers"], table["baseline"], table["configurations"]) == ([2], "ns5", 6)
     assert table["equal_step"] == STEPS and table["metric"] == "int6_lzma_chunked"
     for row in table["rows"]:
-        logs = {p.stem: final(p.read_text().splitlines()) for p in (done.folder / "logs").glob(f"{row['name']}_*")}
+        logs = {
+            p.stem: final(p.read_text().splitlines()) for p in (done.folder / "logs").glob(f"{row['name']}_*")
+        }
         tried = {rate: float(logs[f"{row['name']}_{rate}_seed1"]["val_bpb"]) for rate in ("0.02", "0.04")}
         assert row["rates"] == tried and row["best_rate"] == min(tried, key=tried.get) and row["edge"]
         both = [float(logs[f"{row['name']}_{row['best_rate']}_seed{s}"]["val_bpb"]) for s in (1, 2)]
@@ -514,7 +570,7 @@ def test_rows_start_from_the_same_weights(done):
     assert all(len(hashes) == 1 for hashes in by_seed.values()) and by_seed["1"] != by_seed["2"]
     for run in runs:
         h = t.load_config([f"{k}={v}" for k, v in run.config.items()], {})
-        assert run.text("sweep", "init_sha256") == sweep.weights_sha256(t.GPT(h))
+        assert run.text("sweep", "init_sha256") == sweep_worker.weights_sha256(t.GPT(h))
 
 
 def test_a_rerun_trains_nothing(folder, monkeypatch, capsys):
@@ -525,7 +581,7 @@ def test_a_rerun_trains_nothing(folder, monkeypatch, capsys):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
     shoot = sweep.Sweep(tiny_plan(), folder)
-    assert [job.name for job in shoot.jobs.open()] == ["turbo_0.02_seed1"]
+    assert [configuration.name for configuration in shoot.queue.open()] == ["turbo_0.02_seed1"]
 
 
 def test_another_plan_or_script_is_refused(folder):
@@ -566,8 +622,18 @@ def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
 @pytest.mark.parametrize(
     "log, pattern, new, claim",
     [
-        ("ns5_0.02_seed1", r"^(final_score .*val_bpb:\d\.)\d\d", r"\g<1>00", {"score", "ratio", "table", "readme"}),
-        ("ns5_0.02_seed1", r"^(sweep_codes entropy:)\S+", r"\g<1>1.000000", set()),  # below: a best rate's only
+        (
+            "ns5_0.02_seed1",
+            r"^(final_score .*val_bpb:\d\.)\d\d",
+            r"\g<1>00",
+            {"score", "ratio", "table", "readme"},
+        ),
+        (
+            "ns5_0.02_seed1",
+            r"^(sweep_codes entropy:)\S+",
+            r"\g<1>1.000000",
+            set(),
+        ),  # below: a best rate's only
         ("ns5_BEST_seed2", r"^(sweep_codes entropy:)\S+", r"\g<1>1.000000", {"table", "readme"}),
         ("ns5_BEST_seed2", r"^train_gpt.py sha256:.", "train_gpt.py sha256:g", {"source"}),
         ("ns5_BEST_seed2", r"^(train_gpt.py sha256:)[0-9a-f]{4}", r"\g<1>0000", {"logs"}),
@@ -624,7 +690,9 @@ def test_the_ledger_lists_verifies_and_tabulates_sweeps(folder, capsys):
     (root / "README.md").write_text(board)
     (root / "records" / "README.md").write_text(board)
     assert record.main(["--root", str(root), "board"]) == 2 and "sweeps:start" in capsys.readouterr().err
-    (root / "records" / "README.md").write_text(board + "<!-- sweeps:start -->\nold\n<!-- sweeps:end -->\nend\n")
+    (root / "records" / "README.md").write_text(
+        board + "<!-- sweeps:start -->\nold\n<!-- sweeps:end -->\nend\n"
+    )
     assert record.main(["--root", str(root), "board"]) == 0
     page = (root / "records" / "README.md").read_text()
     assert "**[Tiny](sweeps/Tiny/)**" in page and "\nold\n" not in page and page.endswith("end\n")
@@ -633,7 +701,7 @@ def test_the_ledger_lists_verifies_and_tabulates_sweeps(folder, capsys):
     assert record.main(["--root", str(root), "verify"]) == 0 and "1 folder: 11 ok" in capsys.readouterr().out
     (folder / "table.json").unlink()
     assert record.main(["--root", str(root), "verify"]) == 1
-    assert record.main(["sweep", str(folder)]) == 0  # from the logs alone
+    assert sweep.main([str(folder)]) == 0  # from the logs alone
     assert record.main(["--root", str(root), "verify", "--quiet"]) == 0
 
 

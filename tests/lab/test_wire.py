@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from ledger import record  # noqa: E402
-import train_gpt as t  # noqa: E402
-from lab import wire  # noqa: E402
-from helpers import TINY, machine, run_ranks, tiny  # noqa: E402
-from lab.wire import Call, Wait, Work  # noqa: E402
+import train_gpt as t
+from helpers import TINY, machine, run_ranks, tiny
+from lab import collectives, wire, wire_predict, wire_steps
+from lab.collectives import Collective, MatrixBatch, Wait
+from lab.wire_predict import StepTimes
+from script import TRAINER, BadInput
 
 KNOBS = tuple(f"{k}={v}" for k, v in TINY.items())
-STEP = {"reduce-scatter": 3, "all-gather": 3, "all-reduce": 2}  # of Optimizer.step on one node: one for each bank,
-# the small tensors together, and the norm
+# Optimizer.step on one node: one for each bank; all-reduce: the small tensors together, and the norm
+STEP = {"reduce-scatter": 3, "all-gather": 3, "all-reduce": 2}
 EIGHT = tuple(range(8))
 
 
@@ -29,21 +27,21 @@ EIGHT = tuple(range(8))
 
 
 def test_bytes_per_link_of_a_ring():
-    wired = lambda kind, n: Call(kind, 1000, tuple(range(n)), "float32").wire
+    def wired(kind, n):
+        return Collective(kind, 1000, tuple(range(n)), "float32").wire
+
     assert [wired(kind, 4) for kind in ("reduce-scatter", "all-gather", "all-to-all")] == [750, 750, 750]
     assert wired("all-reduce", 4) == 1500 and wired("broadcast", 4) == wired("reduce", 4) == 1000
     assert [wired(kind, 1) for kind in ("all-reduce", "all-gather", "broadcast")] == [0, 0, 0]
 
 
 def test_every_function_is_wrapped_with_arguments_that_it_has():
-    import inspect
-
-    found = [name for name in wire.FUNCTIONS if hasattr(dist, name)]
-    assert {kind for kind, _, _ in (wire.FUNCTIONS[name] for name in found)} == {
+    found = [name for name in collectives.FUNCTIONS if hasattr(dist, name)]
+    assert {kind for kind, _, _ in (collectives.FUNCTIONS[name] for name in found)} == {
         "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "broadcast", "reduce",
     }  # fmt: skip
     for name in found:
-        _, given, whole = wire.FUNCTIONS[name]
+        _, given, whole = collectives.FUNCTIONS[name]
         assert {given, whole, "group"} <= set(inspect.signature(getattr(dist, name)).parameters), name
 
 
@@ -51,7 +49,7 @@ def planted(rank):
     """A schedule with known counts, on one rank of four."""
     t.init_machine(tiny(), dict(RANK=str(rank), WORLD_SIZE="4"))
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    recorder = wire.Recorder(closely=True, data=True)
+    recorder = collectives.Recorder(waits=True, zeros=True)
     before = dist.all_reduce
     bank, shard = torch.ones(8, 3, 5), torch.zeros(2, 3, 5)
     bank[6:] = 0  # padding
@@ -66,7 +64,7 @@ def planted(rank):
             gather(bank, shard, async_op=True).wait()
             dist.broadcast(torch.zeros(3), 0)
         dist.all_reduce(torch.ones(1))
-    assert dist.all_reduce is before and not isinstance(before, wire.Waited)
+    assert dist.all_reduce is before and not isinstance(before, collectives.Waited)
     return events, float(bank.sum())
 
 
@@ -79,35 +77,35 @@ def test_a_planted_schedule():
         pair = (0, 1) if rank < 2 else (2, 3)
         lost = 120 if rank == 3 else 0  # the last rank owns the padding
         assert events == [
-            Call("reduce-scatter", 480, everyone, "float32", "cpu", 480, 120),
-            Call("all-reduce", 56, pair, "float64", "cpu", 56, 0),
+            Collective("reduce-scatter", 480, everyone, "float32", "cpu", 480, 120),
+            Collective("all-reduce", 56, pair, "float64", "cpu", 56, 0),
             Wait(1),
             Wait(0),
-            Call("all-gather", 480, everyone, "float32", "cpu", 120, lost),
+            Collective("all-gather", 480, everyone, "float32", "cpu", 120, lost),
             Wait(4),
-            Call("broadcast", 12, everyone, "float32", "cpu", 12, 12),
+            Collective("broadcast", 12, everyone, "float32", "cpu", 12, 12),
             Wait(6),
         ]
-    found = wire.totals(steps[0], 2)
-    assert found["count"] == {"reduce-scatter": 1, "all-reduce": 1, "all-gather": 1, "broadcast": 1}
-    assert found["payload"] == 480 + 56 + 480 + 12 and found["wire"] == {"intra": 56, "inter": 360 + 360 + 12}
-    assert wire.totals(steps[0], 4)["wire"] == {"intra": 56 + 360 + 360 + 12, "inter": 0}
-    assert wire.totals(steps[2], 1)["wire"]["intra"] == 0
-    assert wire.padding(steps) == (4 * (120 + 12) + 120) / (4 * (480 + 56 + 120 + 12))
+    found = collectives.totals(steps[0], 2)
+    assert found.counts == {"reduce-scatter": 1, "all-reduce": 1, "all-gather": 1, "broadcast": 1}
+    assert found.payload == 480 + 56 + 480 + 12 and found.wire == {"intra": 56, "inter": 360 + 360 + 12}
+    assert collectives.totals(steps[0], 4).wire == {"intra": 56 + 360 + 360 + 12, "inter": 0}
+    assert collectives.totals(steps[2], 1).wire["intra"] == 0
+    assert collectives.padding(steps) == (4 * (120 + 12) + 120) / (4 * (480 + 56 + 120 + 12))
 
 
 def test_the_scope_of_a_group():
-    assert [wire.scope((0, 1, 2, 3), 4), wire.scope((4, 6), 4), wire.scope((3, 4), 4), wire.scope((0, 4), 4)] == [
-        "intra", "intra", "inter", "inter"]  # fmt: skip
+    groups = [(0, 1, 2, 3), (4, 6), (3, 4), (0, 4)]
+    assert [collectives.scope(ranks, 4) for ranks in groups] == ["intra", "intra", "inter", "inter"]
 
 
 # ---------------------------------------------------------------- real steps
 
 
-def steps_of(world, node_ranks=None, script=ROOT / "train_gpt.py", knobs=KNOBS):
-    port = wire.free_port()
-    job = wire.Job(script, knobs, world, node_ranks or world, 0, port)
-    return wire.in_processes(wire.real_step, [job._replace(rank=rank) for rank in range(world)])
+def steps_of(world, node_ranks=None, script=TRAINER, knobs=KNOBS):
+    port = wire_steps.free_port()
+    job = wire_steps.RankTask(script, knobs, world, node_ranks or world, 0, port)
+    return wire_steps.in_processes(wire_steps.real_step, [job._replace(rank=rank) for rank in range(world)])
 
 
 @pytest.fixture(scope="module")
@@ -119,24 +117,24 @@ def real():
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_real_step(real, world):
     """Collectives, bytes and matrices of a step, from the shapes; one collective more and this fails."""
-    table, banks = t.parameter_table(tiny()), {}  # home -> (matrices, numbers in one)
+    table, banks = t.parameter_table(tiny()), {}  # buffer -> (matrices, numbers in one)
     for s in t.MATRICES:
         count, rows, columns = table[s.name][0]
         banks[s.home] = banks.get(s.home, (0, 0))[0] + count, rows * columns
     padded = sum(4 * world * -(-n // world) * numel for n, numel in banks.values())
     full = sum(4 * n * numel for n, numel in banks.values())
     ranks, own = real[world], [0] * world
-    assert len({r["digest"] for r in ranks}) == 1
+    assert len({r.digest for r in ranks}) == 1
     for rank, r in enumerate(ranks):
-        calls, found = wire.calls_of(r["events"]), wire.totals(r["events"], world)
-        assert found["count"] == STEP, found["count"]
-        assert {c.ranks for c in calls} == {tuple(range(world))} and found["wire"]["inter"] == 0
+        calls, found = collectives.collectives_of(r.events), collectives.totals(r.events, world)
+        assert found.counts == STEP, found.counts
+        assert {c.ranks for c in calls} == {tuple(range(world))} and found.wire["inter"] == 0
         for kind in ("reduce-scatter", "all-gather"):
             assert sum(c.payload for c in calls if c.kind == kind) == padded
         assert sum(c.zeros for c in calls if c.kind == "reduce-scatter") == padded - full
-        waits = [e.of for e in r["events"] if isinstance(e, Wait)]
-        assert Counter(waits) == {i: 1 for i, e in enumerate(r["events"]) if isinstance(e, Call)}
-        works = wire.works_of(r["events"])
+        waits = [e.of for e in r.events if isinstance(e, Wait)]
+        assert Counter(waits) == {i: 1 for i, e in enumerate(r.events) if isinstance(e, Collective)}
+        works = collectives.batches_of(r.events)
         own[rank] = sum(w.real for w in works)
         assert sum(w.slots for w in works) == own[rank] <= sum(-(-n // world) for n, _ in banks.values())
     assert sum(own) == sum(n for n, _ in banks.values())
@@ -146,14 +144,16 @@ def test_padding_is_seen():
     """Of 3 layers' banks on 4 ranks a part is padding, on the wire and not in the work."""
     knobs = (*KNOBS, "num_layers=3")
     ranks = steps_of(4, knobs=knobs)
-    works = [wire.works_of(r["events"]) for r in ranks]
-    assert sum(w.real for rank in works for w in rank) == sum(w.slots for rank in works for w in rank) == 3 * 6
-    assert 0.1 < wire.padding([r["events"] for r in ranks]) < 0.3
+    works = [collectives.batches_of(r.events) for r in ranks]
+    assert (
+        sum(w.real for rank in works for w in rank) == sum(w.slots for rank in works for w in rank) == 3 * 6
+    )
+    assert 0.1 < collectives.padding([r.events for r in ranks]) < 0.3
 
 
 def changed(folder, lines):
     """A copy of train_gpt.py with `lines` ahead of its last statement."""
-    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    source = (TRAINER).read_text(encoding="utf-8")
     head, main, tail = source.rpartition('\nif __name__ == "__main__":')
     (folder / "train_gpt.py").write_text(head + "\n" + lines + main + tail, encoding="utf-8")
     return folder / "train_gpt.py"
@@ -172,13 +172,15 @@ Optimizer.step = _patched
 def test_one_collective_more_is_counted(tmp_path):
     script = changed(tmp_path, PATCH.format(before="dist.all_reduce(torch.ones(4))", after="pass"))
     for r in steps_of(2, script=script):
-        found = wire.totals(r["events"], 2)
-        assert found["count"] != STEP and found["count"]["all-reduce"] == STEP["all-reduce"] + 1
+        found = collectives.totals(r.events, 2)
+        assert found.counts != STEP and found.counts["all-reduce"] == STEP["all-reduce"] + 1
 
 
 def bare(e):
     """An event without what only data can tell."""
-    return e._replace(given=0, zeros=0) if isinstance(e, Call) else e._replace(real=0) if isinstance(e, Work) else e
+    if isinstance(e, Collective):
+        return e._replace(given=0, zeros=0)
+    return e._replace(real=0) if isinstance(e, MatrixBatch) else e
 
 
 NODES = """
@@ -197,26 +199,26 @@ def test_groups_of_nodes(tmp_path):
     own = "dist.all_reduce(torch.ones(10), group=NODE); dist.all_reduce(torch.ones(100), group=ACROSS)"
     script = changed(tmp_path, NODES + PATCH.format(before=own, after="pass"))
     ranks = steps_of(4, 2, script)
-    calls = wire.calls_of(ranks[3]["events"])[:2]
+    calls = collectives.collectives_of(ranks[3].events)[:2]
     assert [c.ranks for c in calls] == [(2, 3), (1, 3)]
-    found, plain = (wire.totals(events, 2)["wire"] for events in (ranks[3]["events"], ranks[3]["events"][4:]))
+    found, plain = (collectives.totals(events, 2).wire for events in (ranks[3].events, ranks[3].events[4:]))
     assert found["intra"] - plain["intra"] == 40 and found["inter"] - plain["inter"] == 400
-    dry = wire.in_processes(wire.dry_steps, [(wire.Job(script, KNOBS, 4, 2),)])[0]
-    for events, r in zip(dry["steps"][0], ranks):
-        assert [bare(e) for e in events] == [bare(e) for e in r["events"]]
+    dry = wire_steps.in_processes(wire_steps.dry_steps, [(wire_steps.RankTask(script, KNOBS, 4, 2),)])[0]
+    for events, r in zip(dry.steps[0], ranks):
+        assert [bare(e) for e in events] == [bare(e) for e in r.events]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_without_data_is_the_real_one(real, world):
-    asked = (wire.Job(ROOT / "train_gpt.py", KNOBS, world, world), wire.Job(ROOT / "train_gpt.py", KNOBS, 1, 1))
-    dry = wire.in_processes(wire.dry_steps, [asked])[0]
-    assert len(dry["steps"][0]) == world and len(dry["steps"][1]) == 1
-    for events, r in zip(dry["steps"][0], real[world]):
-        assert [bare(e) for e in events] == [bare(e) for e in r["events"]]
-    assert {name: tuple(shape) for name, (shape, _) in t.parameter_table(tiny()).items()} == dry["shapes"]
-    rows, columns = dry["shapes"]["qo_bank"][1:]
+    asked = (wire_steps.RankTask(TRAINER, KNOBS, world, world), wire_steps.RankTask(TRAINER, KNOBS, 1, 1))
+    dry = wire_steps.in_processes(wire_steps.dry_steps, [asked])[0]
+    assert len(dry.steps[0]) == world and len(dry.steps[1]) == 1
+    for events, r in zip(dry.steps[0], real[world]):
+        assert [bare(e) for e in events] == [bare(e) for e in r.events]
+    assert {name: tuple(shape) for name, (shape, _) in t.parameter_table(tiny()).items()} == dry.shapes
+    rows, columns = dry.shapes["qo_bank"][1:]
     n, m = min(rows, columns), max(rows, columns)
-    assert dry["flops"][rows, columns] == 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
+    assert dry.flops[rows, columns] == 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
 
 
 # ---------------------------------------------------------------- the published schedule
@@ -224,23 +226,23 @@ def test_a_step_without_data_is_the_real_one(real, world):
 
 def test_the_published_schedule_on_the_record_shapes():
     shapes = {name: tuple(shape) for name, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
-    events = wire.reference_schedule(shapes, 8)
-    found = wire.totals(events, 8)
+    events = wire_predict.published_schedule(shapes, 8)
+    found = collectives.totals(events, 8)
     small = [name for name in shapes if not name.endswith("_bank")]
-    assert found["count"] == {"reduce-scatter": 4, "all-gather": 4, "all-reduce": len(small)}
+    assert found.counts == {"reduce-scatter": 4, "all-gather": 4, "all-reduce": len(small)}
     banks = 2 * (24 * 512 * 512 + 24 * 256 * 512 + 2 * 16 * 1536 * 512)  # 22 -> 24, 11 -> 16 slots of bf16
     small_bytes = 4 * sum(torch.Size(shapes[name]).numel() for name in small)
-    assert found["payload"] == 2 * banks + small_bytes
-    assert found["wire"]["intra"] == pytest.approx(2 * banks * 7 / 8 + small_bytes * 7 / 4)
+    assert found.payload == 2 * banks + small_bytes
+    assert found.wire["intra"] == pytest.approx(2 * banks * 7 / 8 + small_bytes * 7 / 4)
     padded = 2 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 5 * 1536 * 512)
     given = banks + banks / 8 + small_bytes
-    assert wire.padding([events]) == pytest.approx((padded + padded / 8) / given)
-    assert [w.slots for w in wire.works_of(events)] == [2, 2, 3, 3]  # largest bank first
-    matrices = [wire.reference_matrices(shapes, 8, rank) for rank in range(8)]
+    assert collectives.padding([events]) == pytest.approx((padded + padded / 8) / given)
+    assert [w.slots for w in collectives.batches_of(events)] == [2, 2, 3, 3]  # largest bank first
+    matrices = [wire_predict.published_batches(shapes, 8, rank) for rank in range(8)]
     assert sum(w.real for rank in matrices for w in rank) == 66
     assert [sum(w.real for w in rank) for rank in matrices] == [10, 10, 10, 10, 10, 8, 6, 2]
-    gather = [i for i, e in enumerate(events) if isinstance(e, Call) and e.kind == "all-gather"]
-    work = [i for i, e in enumerate(events) if isinstance(e, Work)]
+    gather = [i for i, e in enumerate(events) if isinstance(e, Collective) and e.kind == "all-gather"]
+    work = [i for i, e in enumerate(events) if isinstance(e, MatrixBatch)]
     assert Wait(gather[0]) in events[: work[1]] and Wait(gather[1]) not in events[: work[1]]
 
 
@@ -248,43 +250,59 @@ def test_the_published_schedule_on_the_record_shapes():
 
 
 def test_a_walk_by_hand():
-    a, b = Call("reduce-scatter", 1, EIGHT, "f"), Call("all-gather", 1, EIGHT, "f")
-    events = [a, a, Wait(0), Work((1, 1), 1, 1), b, Work((1, 1), 1, 1), b, Wait(4), Wait(6), Wait(1)]
+    a, b = Collective("reduce-scatter", 1, EIGHT, "f"), Collective("all-gather", 1, EIGHT, "f")
+    events = [
+        a,
+        a,
+        Wait(0),
+        MatrixBatch((1, 1), 1, 1),
+        b,
+        MatrixBatch((1, 1), 1, 1),
+        b,
+        Wait(4),
+        Wait(6),
+        Wait(1),
+    ]
     lanes = dict.fromkeys((0, 1, 4, 6), "intra")
-    got = wire.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes, {3: 10.0, 5: 2.0})
+    got = wire_predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes, {3: 10.0, 5: 2.0})
     # arrivals end at 2 and 5; directions 2-12, 12-14; gathers 12-16, 16-17
-    assert got == dict(end=17.0, before=2.0, update=12.0, exposed=5.0, communication=10.0)
-    got = wire.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: "inter"}, {3: 10.0, 5: 2.0})
-    assert got["end"] == 16.0  # the second gather on a link of its own: 14-15
-    assert wire.walk([a, Wait(0)], {0: 2.0}, {0: "intra"}, {})["before"] == 2.0
-    assert wire.walk([], {}, {}, {}) == dict(end=0.0, before=0.0, update=0.0, exposed=0.0, communication=0)
+    assert got == StepTimes(end=17.0, before=2.0, update=12.0, exposed=5.0, communication=10.0)
+    got = wire_predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: "inter"}, {3: 10.0, 5: 2.0})
+    assert got.end == 16.0  # the second gather on a link of its own: 14-15
+    assert wire_predict.walk([a, Wait(0)], {0: 2.0}, {0: "intra"}, {}).before == 2.0
+    assert wire_predict.walk([], {}, {}, {}) == StepTimes(
+        end=0.0, before=0.0, update=0.0, exposed=0.0, communication=0
+    )
 
 
 def test_the_cost_of_a_collective():
-    a = wire.Assumptions(nvlink_gbps=100.0, nvlink_latency_ms=0.5, nic_gbps=10.0, nic_latency_ms=2.0)
-    call = lambda *ranks: Call("broadcast", 1_000_000_000, ranks, "float32")
-    ms = [wire.collective_ms(c, 8, a) for c in (call(0), call(*EIGHT), call(0, 8), call(0, 1, 8, 9))]
+    a = wire_predict.Assumptions(nvlink_gbps=100.0, nvlink_latency_ms=0.5, nic_gbps=10.0, nic_latency_ms=2.0)
+
+    def call(*ranks):
+        return Collective("broadcast", 1_000_000_000, ranks, "float32")
+
+    ms = [wire_predict.collective_ms(c, 8, a) for c in (call(0), call(*EIGHT), call(0, 8), call(0, 1, 8, 9))]
     assert ms == [0.0, 10.5, 102.0, 52.0]
-    assert wire.collective_ms(call(*range(32)), 8, a) == 2.0 + 1000 / 80  # eight adapters of a node
-    assert wire.collective_ms(call(*range(32)), 16, a) == 2.0 + 1000 / 100  # no faster than NVLink
+    assert wire_predict.collective_ms(call(*range(32)), 8, a) == 2.0 + 1000 / 80  # eight adapters of a node
+    assert wire_predict.collective_ms(call(*range(32)), 16, a) == 2.0 + 1000 / 100  # no faster than NVLink
 
 
 def test_the_update_runs_through_the_measured_points():
-    a = wire.Assumptions()
-    assert wire.update_ms(1.0, 0.166, a) == a.update_ms
-    assert wire.update_ms(0.166, 0.166, a) == pytest.approx(a.eighth_ms)
-    assert wire.update_ms(0.583, 0.166, a) == pytest.approx((a.update_ms + a.eighth_ms) / 2)
+    a = wire_predict.Assumptions()
+    assert wire_predict.update_ms(1.0, 0.166, a) == a.update_ms
+    assert wire_predict.update_ms(0.166, 0.166, a) == pytest.approx(a.eighth_ms)
+    assert wire_predict.update_ms(0.583, 0.166, a) == pytest.approx((a.update_ms + a.eighth_ms) / 2)
 
 
 def test_every_assumption_has_a_source():
-    assert set(wire.SOURCES) == set(wire.Assumptions.__dataclass_fields__)
+    assert set(wire_predict.SOURCES) == set(wire_predict.Assumptions.__dataclass_fields__)
 
 
 # ---------------------------------------------------------------- the command
 
 
 def called(*args):
-    return record.main(["wire", *map(str, args)])
+    return wire.main([*map(str, args)])
 
 
 def test_the_command(tmp_path, capfd):
@@ -292,8 +310,14 @@ def test_the_command(tmp_path, capfd):
     assert called("--ranks", 4, "--nodes", 2, "--assume", "nic_gbps=25", "--out", out, *KNOBS) == 0
     text = out.read_text()
     assert capfd.readouterr().out == text and [p.name for p in tmp_path.iterdir()] == ["wire.md"]
-    for line in (r"\| all-reduce \| \d+ \| 14 \|", r"\| collectives \| \d+ \| 22 \|", r"\| nic_gbps \| 25 \| given \|",
-                 r"bit-equal on all 4 ranks", r"\| here \| 4 x 8 \|", r"\| inter \|"):  # fmt: skip
+    for line in (
+        r"\| all-reduce \| \d+ \| 14 \|",
+        r"\| collectives \| \d+ \| 22 \|",
+        r"\| nic_gbps \| 25 \| given \|",
+        r"bit-equal on all 4 ranks",
+        r"\| here \| 4 x 8 \|",
+        r"\| inter \|",
+    ):
         assert re.search(line, text), (line, text)
     assert "NOT" not in text
 
@@ -325,7 +349,7 @@ def test_bad_input_is_one_line(tmp_path, capfd):
 def test_a_rank_that_fails(tmp_path, how, said):
     """The others wait for it in a collective: all are ended and one line says why."""
     script = changed(tmp_path, PATCH.format(before=f"self.m.rank == 1 and {how}", after="pass"))
-    with pytest.raises(wire.BadInput, match="rank 1 of 2: .*" + said):
+    with pytest.raises(BadInput, match="rank 1 of 2: .*" + said):
         steps_of(2, script=script)
 
 
