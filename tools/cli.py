@@ -661,7 +661,7 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    """Run a command line of run.sh and return the exit status. After --check, only see whether it can be read."""
+    """Run a command line of run.sh and return the exit status. After --check, only read it."""
     only_check = argv[:1] == ["--check"]
     if only_check:
         argv = argv[1:]
