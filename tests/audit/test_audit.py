@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import BOS, ROOT, TINY, WORDS, group_of_one, run_ranks, stop_one_line, train_tokenizer, write_shard
+from helpers import (
+    BOS,
+    ROOT,
+    TINY,
+    WORDS,
+    group_of_one,
+    run_ranks,
+    stop_one_line,
+    train_tokenizer,
+    write_shard,
+)
 
 
 import audit  # noqa: E402
@@ -575,7 +585,9 @@ def compact(header):
 
 
 ARTIFACTS = {
-    "another xz preset": lambda head, data: container(compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]),
+    "another xz preset": lambda head, data: container(
+        compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]
+    ),
     "another xz check": lambda head, data: container(compact(head), data, check=lzma.CHECK_CRC64),
     "a header of another layout": lambda head, data: container(json.dumps(head).encode(), data),
     "keys in another order": lambda head, data: container(
@@ -805,20 +817,20 @@ def audit_args(honest, tmp_path, data=None):
     return ["audit", str(file), *(f"{k}={v}" for k, v in knobs.items())]
 
 
-def test_the_command_passes_an_honest_artifact(honest, tmp_path, capsys):
+def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
     assert t.main(audit_args(honest, tmp_path)) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("audit ")]
     assert len(lines) == 10 and lines[-1] == "audit 9 of 9 tests passed"
     assert "FAIL" not in out and all(f"audit T{i + 1} " in line for i, line in enumerate(lines[:9]))
     assert lines == [x for x in (tmp_path / "logs" / "audited.txt").read_text().splitlines() if x in lines]
 
 
-def test_the_command_names_a_leak(honest, tmp_path, capsys):
+def test_the_command_names_a_leak(honest, tmp_path, capfd):
     train = [[honest.val[3], *honest.train[0]], honest.train[1]]
     data = write_dataset(tmp_path / "data", honest.model, train, honest.val)
     assert t.main(audit_args(honest, tmp_path, data)) == 1
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "audit T6 leak: FAIL (1 of " in out and "audit 8 of 9 tests passed" in out
     assert out.count("FAIL") == 1
 
@@ -842,7 +854,7 @@ LOOKS_AHEAD = (
 
 def by_auditor(args, script):
     """The exit status of tools/audit.py on a script, for the arguments of `train_gpt.py audit`."""
-    return audit.main([args[1], "--script", script, *args[2:]], {})
+    return audit.main([args[1], "--script", script, *args[2:]])
 
 
 def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
@@ -851,7 +863,9 @@ def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
     assert by_auditor(audit_args(honest, tmp_path), script) == 1
     out = capsys.readouterr().out
     assert "audit T1 causality: FAIL" in out and out.count("FAIL") <= 2
-    assert f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
+    assert (
+        f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
+    )
 
 
 def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
@@ -863,20 +877,25 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     args = audit_args(honest, folder / "logs")
     assert str(audit.default_script(args[1])) == script
     assert audit.default_script(tmp_path / "x.int6.xz") == ROOT / "train_gpt.py"
-    assert audit.main(args[1:], {}) == 1
+    assert audit.main(args[1:]) == 1
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
-    shutil.copy(audit.__file__, tmp_path / "records" / "audit.py")  # the repository's, above the folder
+    tools = tmp_path / "tools"  # the repository's, above the folder
+    tools.mkdir()
+    for name in ("audit.py", "script.py"):
+        shutil.copy(ROOT / "tools" / name, tools / name)
     command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and done.stderr == "", done
     assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
-    assert f"auditing {script} " in done.stdout and f" with {tmp_path / 'records' / 'audit.py'} " in done.stdout
+    assert f"auditing {script} " in done.stdout and f" with {tools / 'audit.py'} " in done.stdout
 
 
 def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
     script = shutil.copy(t.__file__, tmp_path / "train_gpt.py")
     args = audit_args(honest, tmp_path)
-    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(
+        [sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
     assert f"python tools/audit.py {args[1]} --script {script}" in done.stderr
     assert not (tmp_path / "logs").exists()
@@ -892,12 +911,12 @@ def test_two_ranks_audit_together(honest, tmp_path):
     assert lines[-1] == "audit 9 of 9 tests passed" and sum("audit T" in line for line in lines[-10:]) == 9
 
 
-def test_the_status_of_the_command_is_the_auditors(tmp_path, capsys):
-    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capsys)
+def test_the_status_of_the_command_is_the_auditors(tmp_path, capfd):
+    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capfd)
     assert said.startswith("audit.py: ") and "missing.xz" in said
     argv = list(sys.argv)
     assert t.main(["audit", "--help"]) == 0 and sys.argv == argv
-    assert "tools/audit.py ARTIFACT [--script PATH]" in capsys.readouterr().out
+    assert "tools/audit.py ARTIFACT [--script PATH]" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- the script under audit
@@ -906,7 +925,7 @@ def test_the_status_of_the_command_is_the_auditors(tmp_path, capsys):
 def refused(capsys, *args):
     """The one line with which the auditor refuses these arguments."""
     capsys.readouterr()
-    assert audit.main([str(a) for a in args], {}) == 2
+    assert audit.main([str(a) for a in args]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("audit.py: "), said
     return said.err
@@ -917,7 +936,7 @@ def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, 
     script = changed_script(tmp_path, f"\ndef {name}(", f"\ndef old_{name}(")
     args = audit_args(honest, tmp_path)
     said = refused(capsys, args[1], "--script", script, *args[2:])
-    assert f"{script}: this script has no {name}, which the audit needs" in said
+    assert f"{script}: this script has no {name}, which audit needs" in said
     assert not (tmp_path / "logs").exists()
 
 
@@ -930,7 +949,9 @@ def test_every_need_is_checked(monkeypatch):
         parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in needs}}
         if member:
             kind = parts[owner]
-            shape = {n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member}
+            shape = {
+                n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member
+            }
             fields = {n: f for n, f in vars(kind).get("__dataclass_fields__", {}).items() if n != member}
             parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
             assert audit.missing_names(SimpleNamespace(**parts), needs) == [name]
@@ -943,7 +964,10 @@ def test_every_need_is_checked(monkeypatch):
 def test_needs_are_what_the_auditor_reaches():
     """Every script.NAME of the auditor, and every attribute of the run that a dataclass or class must have."""
     tree = ast.parse(Path(audit.__file__).read_text(encoding="utf-8"))
-    reached, shape = set(), {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
+    reached, shape = (
+        set(),
+        {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"},
+    )
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):
             continue
@@ -957,8 +981,12 @@ def test_needs_are_what_the_auditor_reaches():
 
 def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
     artifact = audit_args(honest, tmp_path)[1]
-    for text, word in (("import no_such_module\n", "no_such_module"), ("x = (\n", "SyntaxError"),
-                       ("raise SystemExit(3)\n", "SystemExit"), ("x = 1\n", "has no InputError, Log")):
+    for text, word in (
+        ("import no_such_module\n", "no_such_module"),
+        ("x = (\n", "SyntaxError"),
+        ("raise SystemExit(3)\n", "SystemExit"),
+        ("x = 1\n", "has no InputError, Log"),
+    ):
         (tmp_path / "other.py").write_text(text)
         assert word in refused(capsys, artifact, "--script", tmp_path / "other.py"), text
     for path in (tmp_path, tmp_path / "missing.py"):
@@ -974,7 +1002,10 @@ def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
     evil.write_text(Path(script).read_text().replace('b"TEXT"', 'b"EVIL"'))
     py_compile.compile(str(evil), cfile=cache_from_source(script), invalidation_mode=mode)
     found = subprocess.run(
-        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert "EVIL" in found.stdout, "the plant does not work"
     assert audit.load_audited(Path(script)).MAGIC == b"TEXT"
@@ -987,10 +1018,19 @@ RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
 def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
     """An artifact that each record's script trained, scored by that script's code."""
     before = sorted(script.parent.rglob("*"))
-    knobs = KNOBS | dict(data_path=honest.h.data_path, vocab_size=honest.h.vocab_size, out_dir=tmp_path, run_id="own")
+    knobs = KNOBS | dict(
+        data_path=honest.h.data_path, vocab_size=honest.h.vocab_size, out_dir=tmp_path, run_id="own"
+    )
     known = script.read_text(encoding="utf-8")  # a knob may be younger than the record
-    command = [sys.executable, str(script), "train", *(f"{k}={v}" for k, v in knobs.items() if f"\n    {k}: " in known)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    command = [
+        sys.executable,
+        str(script),
+        "train",
+        *(f"{k}={v}" for k, v in knobs.items() if f"\n    {k}: " in known),
+    ]
+    subprocess.run(
+        command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
     own = SimpleNamespace(blob=(tmp_path / "own.int6.xz").read_bytes(), h=honest.h)
     assert by_auditor(audit_args(own, tmp_path), str(script)) == 0
     assert "audit 9 of 9 tests passed" in capsys.readouterr().out
