@@ -1,4 +1,4 @@
-"""Load a train_gpt.py by path, the repository's or a record's. All tools load scripts here. Imports no torch."""
+"""Load a train_gpt.py by path, the repository's or a record's, for all tools. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The audit: nine tests pass on an honest run, and each planted fault fails the tests named beside it.
+"""The auditor passes an honest run in nine tests, and fails each planted fault in the tests named beside it.
 
-A fault is a broken scorer, artifact, dataset or training loop, put in place of one honest part. The first
-test named is the one made for it, the others fail with it for a good reason (with a question mark: may fail);
-every test not named must still pass.
+A fault is a broken scorer, artifact, dataset or training loop that replaces one honest part. The first test
+named was made for it, the others fail with it for a good reason (with a question mark: may fail); every test
+not named must still pass.
 """
 
 import ast
@@ -27,6 +27,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
+import audit
 import train_gpt as t
 from helpers import (
     BOS,
@@ -39,9 +40,6 @@ from helpers import (
     train_tokenizer,
     write_shard,
 )
-
-
-import audit  # noqa: E402
 
 KNOBS = TINY | dict(
     num_layers=2,
@@ -65,7 +63,8 @@ def prose(count, seed):
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
-        word, out = int(rng.integers(len(WORDS))), []
+        word = int(rng.integers(len(WORDS)))
+        out = []
         for _ in range(int(rng.integers(30, 70))):
             out.append(WORDS[word])
             word = (word * 7 + 3) % len(WORDS) if rng.random() < 0.5 else int(rng.integers(len(WORDS)))
@@ -83,18 +82,18 @@ def text_bytes(sp, ids):
 def write_dataset(folder, tokenizer, train, val):
     """A data folder: a train shard per list of documents in `train`, val, tokenizer, manifest."""
     folder.mkdir(parents=True)
-    place = folder / "tokenizer.model"
-    shutil.copy(tokenizer, place)
+    copied = folder / "tokenizer.model"
+    shutil.copy(tokenizer, copied)
     for i, documents in enumerate(train):
         write_shard(folder / f"x_train_{i:06d}.bin", sum(documents, []))
     write_shard(folder / "x_val_000000.bin", sum(val, []))
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(place))
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(copied))
     weight = sum(text_bytes(sp, d[1:]) for d in val)
     named = {
         "kind": "sentencepiece",
         "file": "tokenizer.model",
         "encoding": None,
-        "sha256": hashlib.sha256(place.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(copied.read_bytes()).hexdigest(),
         "vocab_size": sp.vocab_size(),
     }
     split = {"documents": len(val), "tokens": sum(map(len, val)), "decoded_bytes": weight}
@@ -195,9 +194,9 @@ def nats_of(model):
     return lambda x, y, last: model.nats(x, y, last)
 
 
-def twin(run, kind=t.GPT, ops=t.Ops()):
+def twin(run, kind=t.GPT, ops=None):
     """The run with its weights in a model of another class or other operations."""
-    model = kind(run.h, ops, run.m.dtype)
+    model = kind(run.h, ops or t.Ops(), run.m.dtype)
     model.load_state_dict(run.model.state_dict())
     return fresh(run, model=model, nats_fn=nats_of(model))
 
@@ -250,11 +249,11 @@ def cached(run, gate):
     """Targets that occurred before in the window get a bonus, and no other token pays for it."""
 
     def nats_fn(x, y, last):
-        nats, rows = run.model.nats(x, y, last), []
+        nats = run.model.nats(x, y, last)
+        seen = []
         for i in range(y.size(1) - last, y.size(1)):
-            seen = (x[:, : i + 1] == y[:, i : i + 1]).any(1)
-            rows.append(seen)
-        hit = torch.stack(rows, 1)
+            seen.append((x[:, : i + 1] == y[:, i : i + 1]).any(1))
+        hit = torch.stack(seen, 1)
         if gate:  # the better of two experts, chosen by whether the target was a hit
             return torch.where(hit, nats.clamp_max(np.log(x.size(1))), nats)
         return -(0.8 * (-nats).exp() + 0.2 * hit).log()
@@ -286,7 +285,8 @@ class Learner:
 
 
 def learning(run, monkeypatch, order, reset=True):
-    learner, score = Learner(run, order), t.score_targets
+    learner = Learner(run, order)
+    score = t.score_targets
 
     def score_from_the_start(*args):
         if reset:
@@ -302,8 +302,8 @@ def best_of_two(run):
 
     def nats_fn(x, y, last):
         logits = run.model.head(run.model.trunk(x)[:, -last:]).transpose(1, 2)
-        score = lambda heat: F.cross_entropy(logits / heat, y[:, -last:], reduction="none")
-        return torch.minimum(score(1.0), score(1.5))
+        scores = [F.cross_entropy(logits / heat, y[:, -last:], reduction="none") for heat in (1.0, 1.5)]
+        return torch.minimum(*scores)
 
     return with_nats(run, nats_fn)
 
@@ -316,7 +316,7 @@ def in_sliding_windows(run):
 
 
 def after_64(run):
-    """Long windows; targets behind the first 64 tokens get a bonus that nobody pays for."""
+    """Long windows; targets after the first 64 tokens get a bonus that nobody pays for."""
 
     def nats_fn(x, y, last):
         late = torch.arange(x.size(1) - last, x.size(1)) >= 64
@@ -509,7 +509,10 @@ def spelled(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("spelled")
     texts = [x.replace(" ", "  ") for x in prose(60, 5)]
-    rename = lambda text, kind: ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
+
+    def rename(text, kind):
+        return ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
+
     model = edit_pieces(train_tokenizer(folder / "with.model", texts, 320), folder / "sp.model", rename)
     sp = sentencepiece.SentencePieceProcessor(model_file=model)
     ids = [[BOS, *sp.encode(x)] for x in texts]
@@ -611,7 +614,10 @@ def test_an_artifact_that_does_not_pack_again_fails(name, honest, group):
 def test_dropout_in_the_scorer_fails(honest, group):
     """Scores that differ from call to call also look like scores that move."""
     torch.manual_seed(0)
-    noisy = lambda x, y, last: honest.run.model.nats(x, y, last) + 1e-5 * torch.randn(x.size(0), last)
+
+    def noisy(x, y, last):
+        return honest.run.model.nats(x, y, last) + 1e-5 * torch.randn(x.size(0), last)
+
     fails, verdicts = failing(with_nats(honest.run, noisy), honest.blob)
     assert as_expected(fails, "T1 T3 T4? T7"), (fails, verdicts)
 
@@ -847,7 +853,8 @@ def changed_script(folder, old, new):
 LOOKS_AHEAD = (
     "\n# 15. Commands",
     "\nreal_embed = GPT.embed\n"
-    "GPT.embed = lambda self, x: real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
+    "GPT.embed = lambda self, x: "
+    "real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
     "# 15. Commands",
 )
 
@@ -869,7 +876,7 @@ def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
 
 
 def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
-    """Both ways: the command of the folder's script, and the auditor on an artifact that lies in the folder."""
+    """Both ways: the auditor on an artifact inside the folder, and the audit command of the folder's script."""
     folder = tmp_path / "records" / "track_cpu" / "2026-01-01_Ahead"
     script = changed_script(folder, *LOOKS_AHEAD)
     (folder / "submission.json").write_text("{}")
@@ -949,10 +956,9 @@ def test_every_need_is_checked(monkeypatch):
         parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in needs}}
         if member:
             kind = parts[owner]
-            shape = {
-                n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member
-            }
-            fields = {n: f for n, f in vars(kind).get("__dataclass_fields__", {}).items() if n != member}
+            all_fields = vars(kind).get("__dataclass_fields__", {})
+            shape = {n: None for n in [*vars(kind), *all_fields] if n != member}
+            fields = {n: f for n, f in all_fields.items() if n != member}
             parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
             assert audit.missing_names(SimpleNamespace(**parts), needs) == [name]
         else:
@@ -962,12 +968,10 @@ def test_every_need_is_checked(monkeypatch):
 
 
 def test_needs_are_what_the_auditor_reaches():
-    """Every script.NAME of the auditor, and every attribute of the run that a dataclass or class must have."""
+    """Every script.NAME in the auditor, and every attribute that its uses of the run need a class to have."""
     tree = ast.parse(Path(audit.__file__).read_text(encoding="utf-8"))
-    reached, shape = (
-        set(),
-        {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"},
-    )
+    reached = set()
+    shape = {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):
             continue
@@ -998,7 +1002,8 @@ def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
 def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
     """The text that the log shows is what runs: a planted .pyc that python would take is passed over."""
     script = changed_script(tmp_path, 'MAGIC = b"GPT6"', 'MAGIC = b"TEXT"')
-    evil, mode = tmp_path / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
+    evil = tmp_path / "evil.py"
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     evil.write_text(Path(script).read_text().replace('b"TEXT"', 'b"EVIL"'))
     py_compile.compile(str(evil), cfile=cache_from_source(script), invalidation_mode=mode)
     found = subprocess.run(
