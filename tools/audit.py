@@ -136,7 +136,7 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
     tokens = run.held_out("val")
     if chunk and len(tokens) <= 2 * chunk + 1:
         raise BadInput(
-            f"ttt_chunk_tokens={chunk}: {len(tokens)} tokens of val are less than three chunks; "
+            f"ttt_chunk_tokens={chunk}: {len(tokens)} tokens of val make fewer than three chunks; "
             "audit on more text or with smaller chunks"
         )
 
@@ -180,7 +180,7 @@ def count_moved(gaps: Tensor) -> Moved:
     return Moved(int((gaps > 0).sum()), gaps.max().item())
 
 
-def add_moved(parts: list[Moved]) -> Moved:
+def total_moved(parts: list[Moved]) -> Moved:
     return Moved(sum(part.scores for part in parts), max((part.nats for part in parts), default=0.0))
 
 
@@ -197,7 +197,7 @@ def replace_later_tokens(audit: Audit, cuts: list[int], seed: int) -> Moved:
         changed[cut:] = random.integers(0, audit.run.h.vocab_size, len(changed) - cut)
         gaps = (audit.nats(changed) - before).abs()
         parts.append(count_moved(gaps[: max(0, cut - 1)]))
-    return add_moved(parts)
+    return total_moved(parts)
 
 
 def replace_later_inputs(audit: Audit) -> Moved:
@@ -251,7 +251,7 @@ def audit_causality(audit: Audit) -> Verdict:
         cuts.update(i * audit.chunk + offset for i in (1, 2) for offset in (0, 1, 2, stride + 1))
     cuts = sorted(cut for cut in cuts if 2 <= cut < size)
 
-    moved = add_moved([replace_later_tokens(audit, cuts, 2), replace_later_inputs(audit)])
+    moved = total_moved([replace_later_tokens(audit, cuts, 2), replace_later_inputs(audit)])
     seeing = starts_that_see_back(audit)
     return Verdict(
         "T1 causality",
@@ -293,8 +293,8 @@ class Learning(NamedTuple):
 
 
 def examine_learning(audit: Audit) -> Learning:
-    still = audit.scoring._replace(chunk=0, learner=nullcontext)
-    gaps = audit.nats(audit.piece) - audit.nats(audit.piece, still)
+    without = audit.nats(audit.piece, audit.scoring._replace(chunk=0, learner=nullcontext))
+    gaps = audit.nats(audit.piece) - without
     only_later = bool((gaps[: audit.chunk] == 0).all())
     return Learning(only_later and bool(gaps.any()), tokens_learnt_early(audit))
 
@@ -513,13 +513,13 @@ def audit_leak(audit: Audit) -> Verdict:
 
     span_rate = span_found.sum() / max(1, len(spans))
     document_rate = document_found.sum() / max(1, len(documents))
-    document_limit = f"limit {100 * LEAKED_DOCUMENTS:.1f} %"
-    span_limit = f"limit {100 * LEAKED_SPANS:.0f} %"
+    documents_found = f"{document_found.sum()} of {len(documents)} documents"
+    spans_found = f"{100 * span_rate:.3f} % of {len(spans)} {SPAN_WORDS}-word spans"
     return Verdict(
         "T6 leak",
         bool(document_rate <= LEAKED_DOCUMENTS and span_rate < LEAKED_SPANS),
-        f"{document_found.sum()} of {len(documents)} documents ({document_limit}) and {100 * span_rate:.3f} % "
-        f"of {len(spans)} {SPAN_WORDS}-word spans ({span_limit}) are in {len(files)} training shards",
+        f"{documents_found} (limit {100 * LEAKED_DOCUMENTS:.1f} %) and {spans_found} "
+        f"(limit {100 * LEAKED_SPANS:.0f} %) are in {len(files)} training shards",
     )
 
 

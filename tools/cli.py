@@ -479,16 +479,16 @@ STRESS = ("tests/stress",)
 def test(request: Request) -> int:
     """Check format and style, then run tests: two files at a time, a file's tests in one process."""
     os.chdir(ROOT)
-    selection, words = [], request.words
-    if words[:1] in (["fast"], ["stress"]):
-        selection = {"fast": FAST, "stress": STRESS}[words[0]]
-        words = words[1:]
+    words = request.words
+    selections = {"fast": FAST, "stress": STRESS}
+    if words and words[0] in selections:
+        words = [*selections[words[0]], *words[1:]]
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tests = ["-m", "pytest", "-n", "auto", "--maxprocesses", "2", "--dist", "loadfile"]
     format_status = run(["-m", "ruff", "format", "--quiet", "--check", "."])
     style_status = run(["-m", "ruff", "check", "--quiet", "."])
-    tests_status = run([*tests, *selection, *words])
+    tests_status = run([*tests, *words])
     if format_status != 0:
         say("ruff would format some files otherwise: .venv/bin/ruff format")
     if style_status != 0:

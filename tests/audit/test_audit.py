@@ -876,7 +876,7 @@ def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
 
 
 def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
-    """Both ways: the auditor on an artifact inside the folder, and the audit command of the folder's script."""
+    """Both ways: the auditor on an artifact inside the folder, and its script's audit command."""
     folder = tmp_path / "records" / "track_cpu" / "2026-01-01_Ahead"
     script = changed_script(folder, *LOOKS_AHEAD)
     (folder / "submission.json").write_text("{}")
