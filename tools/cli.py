@@ -466,12 +466,21 @@ def record(request: Request) -> int:
     return ledger_record.main(request.words)
 
 
-# `./run.sh test fast` ends in under 90 s on two idle cores. `./run.sh test --durations=0` shows what a test
-# takes; those marked slow take more than ten seconds.
+# `./run.sh test fast` ends in under 90 s on two idle cores. `./run.sh test --durations=0` shows what each test
+# takes; those that take more than ten seconds are marked slow.
 FAST = (
     *("-m", "not slow and not gpu"),
     *("tests/cli", "tests/data", "tests/ledger"),
-    *("tests/trainer/test_config.py", "tests/trainer/test_style.py"),
+    "tests/audit/test_audit.py::test_nine_tests_pass_on_an_honest_run",
+    "tests/trainer/test_artifact.py",
+    "tests/trainer/test_bytes.py",
+    "tests/trainer/test_config.py",
+    "tests/trainer/test_directions.py",
+    "tests/trainer/test_masks.py",
+    "tests/trainer/test_model.py",
+    "tests/trainer/test_style.py",
+    "tests/trainer/test_tokens.py",
+    "tests/trainer/test_windows.py",
 )
 STRESS = ("tests/stress",)
 

@@ -1019,6 +1019,7 @@ def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
 RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", RECORDS, ids=lambda p: p.parent.name)
 def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
     """An artifact that each record's script trained, scored by that script's code."""
