@@ -81,7 +81,7 @@ class Request(NamedTuple):
     words: list[str]  # as they were given
     artifact: str = ""
     options: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()
 
 
 class Command(NamedTuple):
@@ -89,8 +89,8 @@ class Command(NamedTuple):
 
     run: Callable[[Request], int]
     forms: tuple[Form, ...]
-    files: tuple[str, ...] = ()  # without which it cannot run
-    reads_settings: bool = True  # else its words go to another program as they are
+    files: tuple[str, ...] = ()  # that it needs
+    reads_knobs: bool = True  # if not, its words go to another program as they are
     needs_artifact: bool = False
     options: dict[str, Takes] = {}
 
@@ -106,7 +106,7 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
     for file in command.files:
         if not (ROOT / file).is_file():
             raise BadInput(f"{file} is missing from {ROOT}: get a complete copy of the repository")
-    if not command.reads_settings:
+    if not command.reads_knobs:
         return Request(words)
 
     rest = list(words)
@@ -114,12 +114,12 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
     if command.needs_artifact:
         artifact = read_artifact(name, rest)
     options = read_options(name, command.options, rest)
-    settings = [read_setting(word) for word in rest]
+    knobs = [read_knob(word) for word in rest]
 
     nproc = os.environ.get("NPROC") or "1"
     if not nproc.isdecimal() or nproc.startswith("0"):
         raise BadInput(f"NPROC={nproc} is not a number of processes: give 1, 2, 4 or 8")
-    return Request(words, artifact, tuple(options), tuple(settings))
+    return Request(words, artifact, tuple(options), tuple(knobs))
 
 
 def read_artifact(name: str, rest: list[str]) -> str:
@@ -133,7 +133,7 @@ def read_artifact(name: str, rest: list[str]) -> str:
 
 
 def read_options(name: str, known: dict[str, Takes], rest: list[str]) -> list[str]:
-    """Take the options, which precede the settings, off the front of `rest`."""
+    """Take the options, which precede the knobs, off the front of `rest`."""
     options = []
     while rest and rest[0] in known:
         option = rest.pop(0)
@@ -151,19 +151,19 @@ def read_options(name: str, known: dict[str, Takes], rest: list[str]) -> list[st
     return options
 
 
-def read_setting(word: str) -> str:
-    """Return a key=value of the trainer's, its path as seen from the repository."""
+def read_knob(word: str) -> str:
+    """Check that a word is a key=value, and return it, a path in it as seen from the repository."""
     key, equals, value = word.partition("=")
     if not equals or not key[:1].islower():
-        raise BadInput(f"{word!r} is no setting: settings are key=value, ./run.sh config prints them all")
+        raise BadInput(f"{word!r} is not a knob: knobs are given as key=value, ./run.sh config lists them")
     if key in PATH_KNOBS and value and (key, value) != ("resume", "auto"):
         value = from_caller(value)
     return f"{key}={value}"
 
 
-def setting(key: str, settings: tuple[str, ...]) -> str:
-    """Return a knob's text from key=value or else from the environment, "" if neither gives it."""
-    for word in reversed(settings):
+def knob_value(key: str, knobs: tuple[str, ...]) -> str:
+    """Return a knob's value from key=value or else from the environment, "" if neither gives it."""
+    for word in reversed(knobs):
         if word.startswith(f"{key}="):
             return word.partition("=")[2]
     return os.environ.get(key.upper(), "")
@@ -215,7 +215,7 @@ def choose_processes(gpus: int, sharing: Sequence[int]) -> int | None:
 
 
 class Resolved(NamedTuple):
-    """What the trainer makes of the settings of a run."""
+    """What the trainer makes of a run's knobs."""
 
     seed: int
     out_dir: str
@@ -224,20 +224,20 @@ class Resolved(NamedTuple):
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
 
 
-def resolve(settings: list[str]) -> Resolved:
-    """Ask the trainer's load_config and cut_batch in a child process. Exits if they refuse the settings."""
-    command = [sys.executable, str(TOOLS / "cli.py"), "--resolve", *settings]
+def resolve(knobs: list[str]) -> Resolved:
+    """Ask the trainer's load_config and cut_batch in a child process. Exits if they refuse the knobs."""
+    command = [sys.executable, str(TOOLS / "cli.py"), "--resolve", *knobs]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if answer.returncode != 0:
         raise SystemExit(answer.returncode)  # its one line is on the terminal
     return Resolved(**json.loads(answer.stdout))
 
 
-def print_resolved(settings: list[str]) -> int:
+def print_resolved(knobs: list[str]) -> int:
     """Print a Resolved as JSON: the child's side of `resolve`."""
     trainer = load_script(TRAINER, "trainer", ("InputError", "load_config", "cut_batch"), "train")
     try:
-        h = trainer.load_config(settings, os.environ)
+        h = trainer.load_config(knobs, os.environ)
     except trainer.InputError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
@@ -287,13 +287,12 @@ def add_tools_to_path() -> None:
 
 
 def find_data(*options: str) -> str:
-    """Return the folder that `data/prepare.py auto` found or made; its output goes to stderr as it comes."""
+    """Run `data/prepare.py auto`, showing its output on stderr, and return the folder it found or made."""
     say(" ".join(["no data_path given: data/prepare.py auto", *options]))
     command = [sys.executable, "data/prepare.py", "auto", *options]
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     last = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    ) as auto:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as auto:
         for line in auto.stdout:
             last = line.decode(errors="replace").rstrip("\n")
             print(last, file=sys.stderr, flush=True)
@@ -372,8 +371,8 @@ def train(request: Request) -> int:
     """Train what this machine can, then show score, artifact, log and plot."""
     enter_repository()
     gpus = count_gpus()
-    preset = setting("preset", request.settings) or machine_preset(gpus)
-    resolved = resolve([f"preset={preset}", *request.settings])
+    preset = knob_value("preset", request.knobs) or machine_preset(gpus)
+    resolved = resolve([f"preset={preset}", *request.knobs])
     stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime())
     run_id = resolved.run_id or f"{stamp}_{preset}_seed{resolved.seed}"
     log = os.path.join(resolved.out_dir, f"{run_id}.txt")
@@ -385,9 +384,9 @@ def train(request: Request) -> int:
         )
 
     processes = choose_processes(0 if preset == "cpu" else gpus, resolved.sharing)
-    data_path = setting("data_path", request.settings) or find_training_data(preset, processes)
+    data_path = knob_value("data_path", request.knobs) or find_training_data(preset, processes)
     chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
-    others = [word for word in request.settings if not word.startswith(("preset=", "data_path=", "run_id="))]
+    others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
     earlier = read_score(log)  # a run that resumes may find the score of another there
     say(f"{gpus} NVIDIA GPU(s), preset {preset}, log {log}")
     status = launch(processes, ["train_gpt.py", "train", *chosen, *others])
@@ -403,22 +402,22 @@ def train(request: Request) -> int:
 # ---- the other commands --------------------------------------------------------------------------
 
 
-def with_preset(settings: tuple[str, ...], gpus: int) -> list[str]:
-    """Return the settings with this machine's preset first, unless one is given."""
-    if setting("preset", settings):
-        return list(settings)
-    return [f"preset={machine_preset(gpus)}", *settings]
+def with_preset(knobs: tuple[str, ...], gpus: int) -> list[str]:
+    """Return the knobs with this machine's preset first, unless one is given."""
+    if knob_value("preset", knobs):
+        return list(knobs)
+    return [f"preset={machine_preset(gpus)}", *knobs]
 
 
 def score(program: list[str], request: Request) -> int:
     """Run eval or audit on the data that is given or found, with a process on each of 1, 2, 4 or 8 GPUs."""
     enter_repository()
     gpus = count_gpus()
-    settings = with_preset(request.settings, gpus)
-    if not setting("data_path", request.settings):
-        settings = [f"data_path={find_data()}", *settings]
+    knobs = with_preset(request.knobs, gpus)
+    if not knob_value("data_path", request.knobs):
+        knobs = [f"data_path={find_data()}", *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
-    return launch(processes, [*program, request.artifact, *request.options, *settings])
+    return launch(processes, [*program, request.artifact, *request.options, *knobs])
 
 
 def evaluate(request: Request) -> int:
@@ -431,14 +430,14 @@ def audit(request: Request) -> int:
 
 def config(request: Request) -> int:
     enter_repository()
-    return run(["train_gpt.py", "config", *with_preset(request.settings, count_gpus())])
+    return run(["train_gpt.py", "config", *with_preset(request.knobs, count_gpus())])
 
 
 def bench(request: Request) -> int:
     """Time this machine with one process, or with NPROC of them."""
     enter_repository()
     add_tools_to_path()
-    program = ["-m", "lab.bench", *request.options, *with_preset(request.settings, count_gpus())]
+    program = ["-m", "lab.bench", *request.options, *with_preset(request.knobs, count_gpus())]
     processes = int(os.environ.get("NPROC") or 1)
     if processes == 1:
         return run(program)
@@ -449,14 +448,11 @@ def data(request: Request) -> int:
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 
-MEASURED = (
-    "directions",
-    "sweep",
-    "wire",
-)  # verbs of record that measure here, with torch; the others read logs
+MEASURED = ("directions", "sweep", "wire")
 
 
 def record(request: Request) -> int:
+    """Run a verb of the ledger, or of the lab if it measures on this machine, with torch."""
     if request.words[:1] and request.words[0] in MEASURED:
         verb, *words = request.words
         add_tools_to_path()
@@ -466,8 +462,8 @@ def record(request: Request) -> int:
     return ledger_record.main(request.words)
 
 
-# `./run.sh test fast` ends in under 90 s on two idle cores. `./run.sh test --durations=0` shows what each test
-# takes; those that take more than ten seconds are marked slow.
+# `./run.sh test fast` ends in under 90 s on two idle cores. `./run.sh test --durations=0` lists the seconds
+# of each test; those over ten are marked slow.
 FAST = (
     *("-m", "not slow and not gpu"),
     *("tests/cli", "tests/data", "tests/ledger"),
@@ -586,7 +582,7 @@ COMMANDS = {
         data,
         forms=(Form("VERB", "Get or make training data.", "data --help"),),
         files=("data/prepare.py",),
-        reads_settings=False,
+        reads_knobs=False,
     ),
     "record": Command(
         record,
@@ -595,7 +591,7 @@ COMMANDS = {
             Form("sweep PLAN", "Train many configurations and compare them fairly.", "record sweep --help"),
         ),
         files=("tools/ledger/record.py",),
-        reads_settings=False,
+        reads_knobs=False,
     ),
     "test": Command(
         test,
@@ -604,7 +600,7 @@ COMMANDS = {
             Form("fast", "The same with the quick tests only: under 90 seconds on two cores.", "test fast"),
             Form("stress", "The same with soak, kill and fuzz tests only.", "test stress"),
         ),
-        reads_settings=False,
+        reads_knobs=False,
     ),
 }
 
@@ -683,7 +679,7 @@ def main(argv: list[str]) -> int:
             return print_resolved(argv[1:])
         name, words = split_command(argv)
         command = COMMANDS[name]
-        if command.reads_settings and {"-h", "--help"} & set(words):
+        if command.reads_knobs and {"-h", "--help"} & set(words):
             print(help_text(), end="")
             return 0
         request = read_request(name, command, words)
