@@ -92,8 +92,11 @@ def test_signals_do_not_orphan_the_program(number, status):
     if number == signal.SIGINT:
         with pytest.raises(subprocess.TimeoutExpired):
             parent.wait(timeout=0.3)
-    parent.communicate("\n" if number == signal.SIGINT else None, timeout=20)
-    assert parent.returncode == status
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+    assert parent.wait(timeout=20) == status
+    parent.stdin.close()
+    parent.stdout.close()
 
 
 def test_a_program_that_a_signal_ended_has_the_shells_status():
