@@ -1,4 +1,4 @@
-"""Loads a train_gpt.py by path, the repository's or any record's. The only loader of scripts; imports no torch."""
+"""Load a train_gpt.py by path, the repository's or a record's, for all tools. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def missing_names(module: ModuleType, needs: tuple[str, ...]) -> list[str]:
     return [name for name in needs if not has(name)]
 
 
+def require_names(module: ModuleType, path: Path, needs: tuple[str, ...], tool: str) -> None:
+    """Raise BadInput if the module, loaded from `path`, lacks some of what the tool uses of it."""
+    if lacking := missing_names(module, needs):
+        raise BadInput(
+            f"{path}: this script has no {', '.join(lacking)}, which {tool} needs; "
+            f"{tool} it with the tools of its own age"
+        )
+
+
 def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> ModuleType:
     """Import the script at `path` from its text, so that no bytecode beside it is used or written.
 
@@ -39,7 +48,9 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
     try:
         source = loader.get_data(str(path))
     except OSError as error:
-        raise BadInput(f"{path}: cannot read the script ({error.strerror}); --script PATH names one") from None
+        raise BadInput(
+            f"{path}: cannot read the script ({error.strerror}); --script PATH names one"
+        ) from None
 
     module = module_from_spec(spec_from_loader(name, loader))
     sys.modules[name] = module
@@ -49,9 +60,5 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{path}: does not import here ({reason}); fix it or {tool} another") from None
 
-    if lacking := missing_names(module, needs):
-        raise BadInput(
-            f"{path}: this script has no {', '.join(lacking)}, which {tool} needs; "
-            f"{tool} it with the tools of its own age"
-        )
+    require_names(module, path, needs, tool)
     return module

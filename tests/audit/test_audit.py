@@ -1,8 +1,8 @@
-"""The audit: nine tests pass on an honest run, and each planted fault fails the tests named beside it.
+"""The auditor passes an honest run in nine tests, and fails each planted fault in the tests named beside it.
 
-A fault is a broken scorer, artifact, dataset or training loop, put in place of one honest part. The first
-test named is the one made for it, the others fail with it for a good reason (with a question mark: may fail);
-every test not named must still pass.
+A fault is a broken scorer, artifact, dataset or training loop that replaces one honest part. The first test
+named was made for it, the others fail with it for a good reason (with a question mark: may fail); every test
+not named must still pass.
 """
 
 import ast
@@ -27,11 +27,19 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
+import audit
 import train_gpt as t
-from helpers import BOS, ROOT, TINY, WORDS, group_of_one, run_ranks, stop_one_line, train_tokenizer, write_shard
-
-
-import audit  # noqa: E402
+from helpers import (
+    BOS,
+    ROOT,
+    TINY,
+    WORDS,
+    group_of_one,
+    run_ranks,
+    stop_one_line,
+    train_tokenizer,
+    write_shard,
+)
 
 KNOBS = TINY | dict(
     num_layers=2,
@@ -55,7 +63,8 @@ def prose(count, seed):
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
-        word, out = int(rng.integers(len(WORDS))), []
+        word = int(rng.integers(len(WORDS)))
+        out = []
         for _ in range(int(rng.integers(30, 70))):
             out.append(WORDS[word])
             word = (word * 7 + 3) % len(WORDS) if rng.random() < 0.5 else int(rng.integers(len(WORDS)))
@@ -73,18 +82,18 @@ def text_bytes(sp, ids):
 def write_dataset(folder, tokenizer, train, val):
     """A data folder: a train shard per list of documents in `train`, val, tokenizer, manifest."""
     folder.mkdir(parents=True)
-    place = folder / "tokenizer.model"
-    shutil.copy(tokenizer, place)
+    copied = folder / "tokenizer.model"
+    shutil.copy(tokenizer, copied)
     for i, documents in enumerate(train):
         write_shard(folder / f"x_train_{i:06d}.bin", sum(documents, []))
     write_shard(folder / "x_val_000000.bin", sum(val, []))
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(place))
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(copied))
     weight = sum(text_bytes(sp, d[1:]) for d in val)
     named = {
         "kind": "sentencepiece",
         "file": "tokenizer.model",
         "encoding": None,
-        "sha256": hashlib.sha256(place.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(copied.read_bytes()).hexdigest(),
         "vocab_size": sp.vocab_size(),
     }
     split = {"documents": len(val), "tokens": sum(map(len, val)), "decoded_bytes": weight}
@@ -185,9 +194,9 @@ def nats_of(model):
     return lambda x, y, last: model.nats(x, y, last)
 
 
-def twin(run, kind=t.GPT, ops=t.Ops()):
+def twin(run, kind=t.GPT, ops=None):
     """The run with its weights in a model of another class or other operations."""
-    model = kind(run.h, ops, run.m.dtype)
+    model = kind(run.h, ops or t.Ops(), run.m.dtype)
     model.load_state_dict(run.model.state_dict())
     return fresh(run, model=model, nats_fn=nats_of(model))
 
@@ -240,11 +249,11 @@ def cached(run, gate):
     """Targets that occurred before in the window get a bonus, and no other token pays for it."""
 
     def nats_fn(x, y, last):
-        nats, rows = run.model.nats(x, y, last), []
+        nats = run.model.nats(x, y, last)
+        seen = []
         for i in range(y.size(1) - last, y.size(1)):
-            seen = (x[:, : i + 1] == y[:, i : i + 1]).any(1)
-            rows.append(seen)
-        hit = torch.stack(rows, 1)
+            seen.append((x[:, : i + 1] == y[:, i : i + 1]).any(1))
+        hit = torch.stack(seen, 1)
         if gate:  # the better of two experts, chosen by whether the target was a hit
             return torch.where(hit, nats.clamp_max(np.log(x.size(1))), nats)
         return -(0.8 * (-nats).exp() + 0.2 * hit).log()
@@ -276,7 +285,8 @@ class Learner:
 
 
 def learning(run, monkeypatch, order, reset=True):
-    learner, score = Learner(run, order), t.score_targets
+    learner = Learner(run, order)
+    score = t.score_targets
 
     def score_from_the_start(*args):
         if reset:
@@ -292,8 +302,8 @@ def best_of_two(run):
 
     def nats_fn(x, y, last):
         logits = run.model.head(run.model.trunk(x)[:, -last:]).transpose(1, 2)
-        score = lambda heat: F.cross_entropy(logits / heat, y[:, -last:], reduction="none")
-        return torch.minimum(score(1.0), score(1.5))
+        scores = [F.cross_entropy(logits / heat, y[:, -last:], reduction="none") for heat in (1.0, 1.5)]
+        return torch.minimum(*scores)
 
     return with_nats(run, nats_fn)
 
@@ -306,7 +316,7 @@ def in_sliding_windows(run):
 
 
 def after_64(run):
-    """Long windows; targets behind the first 64 tokens get a bonus that nobody pays for."""
+    """Long windows; targets after the first 64 tokens get a bonus that nobody pays for."""
 
     def nats_fn(x, y, last):
         late = torch.arange(x.size(1) - last, x.size(1)) >= 64
@@ -499,7 +509,10 @@ def spelled(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("spelled")
     texts = [x.replace(" ", "  ") for x in prose(60, 5)]
-    rename = lambda text, kind: ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
+
+    def rename(text, kind):
+        return ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
+
     model = edit_pieces(train_tokenizer(folder / "with.model", texts, 320), folder / "sp.model", rename)
     sp = sentencepiece.SentencePieceProcessor(model_file=model)
     ids = [[BOS, *sp.encode(x)] for x in texts]
@@ -575,7 +588,9 @@ def compact(header):
 
 
 ARTIFACTS = {
-    "another xz preset": lambda head, data: container(compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]),
+    "another xz preset": lambda head, data: container(
+        compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]
+    ),
     "another xz check": lambda head, data: container(compact(head), data, check=lzma.CHECK_CRC64),
     "a header of another layout": lambda head, data: container(json.dumps(head).encode(), data),
     "keys in another order": lambda head, data: container(
@@ -599,7 +614,10 @@ def test_an_artifact_that_does_not_pack_again_fails(name, honest, group):
 def test_dropout_in_the_scorer_fails(honest, group):
     """Scores that differ from call to call also look like scores that move."""
     torch.manual_seed(0)
-    noisy = lambda x, y, last: honest.run.model.nats(x, y, last) + 1e-5 * torch.randn(x.size(0), last)
+
+    def noisy(x, y, last):
+        return honest.run.model.nats(x, y, last) + 1e-5 * torch.randn(x.size(0), last)
+
     fails, verdicts = failing(with_nats(honest.run, noisy), honest.blob)
     assert as_expected(fails, "T1 T3 T4? T7"), (fails, verdicts)
 
@@ -805,20 +823,20 @@ def audit_args(honest, tmp_path, data=None):
     return ["audit", str(file), *(f"{k}={v}" for k, v in knobs.items())]
 
 
-def test_the_command_passes_an_honest_artifact(honest, tmp_path, capsys):
+def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
     assert t.main(audit_args(honest, tmp_path)) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("audit ")]
     assert len(lines) == 10 and lines[-1] == "audit 9 of 9 tests passed"
     assert "FAIL" not in out and all(f"audit T{i + 1} " in line for i, line in enumerate(lines[:9]))
     assert lines == [x for x in (tmp_path / "logs" / "audited.txt").read_text().splitlines() if x in lines]
 
 
-def test_the_command_names_a_leak(honest, tmp_path, capsys):
+def test_the_command_names_a_leak(honest, tmp_path, capfd):
     train = [[honest.val[3], *honest.train[0]], honest.train[1]]
     data = write_dataset(tmp_path / "data", honest.model, train, honest.val)
     assert t.main(audit_args(honest, tmp_path, data)) == 1
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "audit T6 leak: FAIL (1 of " in out and "audit 8 of 9 tests passed" in out
     assert out.count("FAIL") == 1
 
@@ -835,14 +853,15 @@ def changed_script(folder, old, new):
 LOOKS_AHEAD = (
     "\n# 15. Commands",
     "\nreal_embed = GPT.embed\n"
-    "GPT.embed = lambda self, x: real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
+    "GPT.embed = lambda self, x: "
+    "real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
     "# 15. Commands",
 )
 
 
 def by_auditor(args, script):
     """The exit status of tools/audit.py on a script, for the arguments of `train_gpt.py audit`."""
-    return audit.main([args[1], "--script", script, *args[2:]], {})
+    return audit.main([args[1], "--script", script, *args[2:]])
 
 
 def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
@@ -851,11 +870,13 @@ def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
     assert by_auditor(audit_args(honest, tmp_path), script) == 1
     out = capsys.readouterr().out
     assert "audit T1 causality: FAIL" in out and out.count("FAIL") <= 2
-    assert f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
+    assert (
+        f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
+    )
 
 
 def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
-    """Both ways: the command of the folder's script, and the auditor on an artifact that lies in the folder."""
+    """Both ways: the auditor on an artifact inside the folder, and its script's audit command."""
     folder = tmp_path / "records" / "track_cpu" / "2026-01-01_Ahead"
     script = changed_script(folder, *LOOKS_AHEAD)
     (folder / "submission.json").write_text("{}")
@@ -863,20 +884,25 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     args = audit_args(honest, folder / "logs")
     assert str(audit.default_script(args[1])) == script
     assert audit.default_script(tmp_path / "x.int6.xz") == ROOT / "train_gpt.py"
-    assert audit.main(args[1:], {}) == 1
+    assert audit.main(args[1:]) == 1
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
-    shutil.copy(audit.__file__, tmp_path / "records" / "audit.py")  # the repository's, above the folder
+    tools = tmp_path / "tools"  # the repository's, above the folder
+    tools.mkdir()
+    for name in ("audit.py", "script.py"):
+        shutil.copy(ROOT / "tools" / name, tools / name)
     command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and done.stderr == "", done
     assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
-    assert f"auditing {script} " in done.stdout and f" with {tmp_path / 'records' / 'audit.py'} " in done.stdout
+    assert f"auditing {script} " in done.stdout and f" with {tools / 'audit.py'} " in done.stdout
 
 
 def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
     script = shutil.copy(t.__file__, tmp_path / "train_gpt.py")
     args = audit_args(honest, tmp_path)
-    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(
+        [sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
     assert f"python tools/audit.py {args[1]} --script {script}" in done.stderr
     assert not (tmp_path / "logs").exists()
@@ -892,12 +918,12 @@ def test_two_ranks_audit_together(honest, tmp_path):
     assert lines[-1] == "audit 9 of 9 tests passed" and sum("audit T" in line for line in lines[-10:]) == 9
 
 
-def test_the_status_of_the_command_is_the_auditors(tmp_path, capsys):
-    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capsys)
+def test_the_status_of_the_command_is_the_auditors(tmp_path, capfd):
+    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capfd)
     assert said.startswith("audit.py: ") and "missing.xz" in said
     argv = list(sys.argv)
     assert t.main(["audit", "--help"]) == 0 and sys.argv == argv
-    assert "tools/audit.py ARTIFACT [--script PATH]" in capsys.readouterr().out
+    assert "tools/audit.py ARTIFACT [--script PATH]" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- the script under audit
@@ -906,7 +932,7 @@ def test_the_status_of_the_command_is_the_auditors(tmp_path, capsys):
 def refused(capsys, *args):
     """The one line with which the auditor refuses these arguments."""
     capsys.readouterr()
-    assert audit.main([str(a) for a in args], {}) == 2
+    assert audit.main([str(a) for a in args]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("audit.py: "), said
     return said.err
@@ -917,7 +943,7 @@ def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, 
     script = changed_script(tmp_path, f"\ndef {name}(", f"\ndef old_{name}(")
     args = audit_args(honest, tmp_path)
     said = refused(capsys, args[1], "--script", script, *args[2:])
-    assert f"{script}: this script has no {name}, which the audit needs" in said
+    assert f"{script}: this script has no {name}, which audit needs" in said
     assert not (tmp_path / "logs").exists()
 
 
@@ -930,8 +956,9 @@ def test_every_need_is_checked(monkeypatch):
         parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in needs}}
         if member:
             kind = parts[owner]
-            shape = {n: None for n in [*vars(kind), *vars(kind).get("__dataclass_fields__", {})] if n != member}
-            fields = {n: f for n, f in vars(kind).get("__dataclass_fields__", {}).items() if n != member}
+            all_fields = vars(kind).get("__dataclass_fields__", {})
+            shape = {n: None for n in [*vars(kind), *all_fields] if n != member}
+            fields = {n: f for n, f in all_fields.items() if n != member}
             parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
             assert audit.missing_names(SimpleNamespace(**parts), needs) == [name]
         else:
@@ -941,9 +968,10 @@ def test_every_need_is_checked(monkeypatch):
 
 
 def test_needs_are_what_the_auditor_reaches():
-    """Every script.NAME of the auditor, and every attribute of the run that a dataclass or class must have."""
+    """Every script.NAME in the auditor, and every attribute that its uses of the run need a class to have."""
     tree = ast.parse(Path(audit.__file__).read_text(encoding="utf-8"))
-    reached, shape = set(), {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
+    reached = set()
+    shape = {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):
             continue
@@ -957,8 +985,12 @@ def test_needs_are_what_the_auditor_reaches():
 
 def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
     artifact = audit_args(honest, tmp_path)[1]
-    for text, word in (("import no_such_module\n", "no_such_module"), ("x = (\n", "SyntaxError"),
-                       ("raise SystemExit(3)\n", "SystemExit"), ("x = 1\n", "has no InputError, Log")):
+    for text, word in (
+        ("import no_such_module\n", "no_such_module"),
+        ("x = (\n", "SyntaxError"),
+        ("raise SystemExit(3)\n", "SystemExit"),
+        ("x = 1\n", "has no InputError, Log"),
+    ):
         (tmp_path / "other.py").write_text(text)
         assert word in refused(capsys, artifact, "--script", tmp_path / "other.py"), text
     for path in (tmp_path, tmp_path / "missing.py"):
@@ -970,11 +1002,15 @@ def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
 def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
     """The text that the log shows is what runs: a planted .pyc that python would take is passed over."""
     script = changed_script(tmp_path, 'MAGIC = b"GPT6"', 'MAGIC = b"TEXT"')
-    evil, mode = tmp_path / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
+    evil = tmp_path / "evil.py"
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     evil.write_text(Path(script).read_text().replace('b"TEXT"', 'b"EVIL"'))
     py_compile.compile(str(evil), cfile=cache_from_source(script), invalidation_mode=mode)
     found = subprocess.run(
-        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert "EVIL" in found.stdout, "the plant does not work"
     assert audit.load_audited(Path(script)).MAGIC == b"TEXT"
@@ -983,14 +1019,24 @@ def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
 RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", RECORDS, ids=lambda p: p.parent.name)
 def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
     """An artifact that each record's script trained, scored by that script's code."""
     before = sorted(script.parent.rglob("*"))
-    knobs = KNOBS | dict(data_path=honest.h.data_path, vocab_size=honest.h.vocab_size, out_dir=tmp_path, run_id="own")
+    knobs = KNOBS | dict(
+        data_path=honest.h.data_path, vocab_size=honest.h.vocab_size, out_dir=tmp_path, run_id="own"
+    )
     known = script.read_text(encoding="utf-8")  # a knob may be younger than the record
-    command = [sys.executable, str(script), "train", *(f"{k}={v}" for k, v in knobs.items() if f"\n    {k}: " in known)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    command = [
+        sys.executable,
+        str(script),
+        "train",
+        *(f"{k}={v}" for k, v in knobs.items() if f"\n    {k}: " in known),
+    ]
+    subprocess.run(
+        command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
     own = SimpleNamespace(blob=(tmp_path / "own.int6.xz").read_bytes(), h=honest.h)
     assert by_auditor(audit_args(own, tmp_path), str(script)) == 0
     assert "audit 9 of 9 tests passed" in capsys.readouterr().out

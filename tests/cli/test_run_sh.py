@@ -1,4 +1,4 @@
-"""run.sh and .ci/run in a copy of the tree with stand-ins for interpreter, GPUs and tools."""
+"""run.sh, .ci/run and tools/cli.py in a copy of the tree with stand-ins for interpreter, GPUs and tools."""
 
 import os
 import re
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["train", "eval", "audit", "config", "bench", "data", "record", "test"]
 
-# Notes every call, then does as little as run.sh needs to go on. Questions (-c) go to a real interpreter.
+# Notes every call, then does as little as tools/cli.py needs to go on. Questions (-c) and tools/cli.py itself
+# go to a real interpreter, which takes this stand-in for its own executable.
 FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
     "-c "*version_info*) if [ -n "$FAKE_VERSION" ]; then echo "$FAKE_VERSION"; exit 0; fi ;;
@@ -20,13 +23,16 @@ case "$1 $2" in
     "-c import pip"*) exit 0 ;;
 esac
 if [ "$1" = -c ]; then exec "@REAL@" "$@"; fi
+case "$1" in */tools/cli.py) exec "@REAL@" "@RUN_AS@" "$0" "$@" ;; esac
 printf '%s\\n' "$*" >>"$CALLS"
 case "$1 $2" in
     "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit ;;
     "-m pip") case "$*" in *flash4*) exit ${FLASH4_STATUS:-0} ;; esac; exit ${PIP_STATUS:-0} ;;
+    "-m ruff") exit ${RUFF_STATUS:-0} ;;
     "-m pytest") exit ${PYTEST_STATUS:-0} ;;
+    "-m ledger.record") echo "plot: ${4%.txt}.svg"; exit ${PLOT_STATUS:-0} ;;
+    "-m lab."*) echo "$PYTHONPATH" >>"$CALLS.path" ;;
     "data/prepare.py auto") echo "working"; echo "${DATA_LINE-data_path=made/here}"; exit ${DATA_STATUS:-0} ;;
-    "tools/ledger/record.py plot") echo "plot: ${3%.txt}.svg"; exit ${PLOT_STATUS:-0} ;;
 esac
 case "$*" in
     *"train_gpt.py train "*)
@@ -37,26 +43,85 @@ case "$*" in
         if [ -n "$NO_LOG" ]; then exit ${TRAIN_STATUS:-0}; fi
         mkdir -p "$out_dir"
         if [ -n "$NO_SCORE" ]; then exit ${TRAIN_STATUS:-0}; fi
-        echo "final_score metric:x val_bpb:1.5" >>"$out_dir/$run_id.txt"
+        if [ ! -e "$out_dir/$run_id.txt" ]; then cp "@LOG_HEAD@" "$out_dir/$run_id.txt"; fi
+        echo "final_score metric:x val_loss:2.0 val_bpb:1.5" >>"$out_dir/$run_id.txt"
         echo weights >"$out_dir/$run_id.int6.xz"
         exit ${TRAIN_STATUS:-0} ;;
 esac
 """
 
+# run_as.py EXECUTABLE FILE WORDS...: a Python file whose child processes start as EXECUTABLE
+RUN_AS = """
+import os, runpy, sys
+
+sys.executable, file = sys.argv[1:3]
+sys.argv = sys.argv[2:]
+sys.path[0] = os.path.dirname(file)
+runpy.run_path(file, run_name="__main__")
+"""
+
+FAKE_TRAINER = """
+from types import SimpleNamespace
+
+
+class InputError(Exception):
+    pass
+
+
+def load_config(argv, env):
+    values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": ""}
+    values |= {key: env[key.upper()] for key in values if env.get(key.upper())}
+    values |= dict(word.split("=", 1) for word in argv)
+    if values["preset"] == "wrong":
+        raise InputError("config key preset: 'wrong' is not one of record")
+    return SimpleNamespace(**values)
+
+
+def cut_batch(h, world_size):
+    if h.preset == "thirds" and world_size > 2:
+        raise InputError("no whole micro-batches")
+"""
+
+FAKE_RECORD = """
+import os
+
+
+def main(argv):
+    with open(os.environ["CALLS"], "a") as calls:
+        print("ledger.record", *argv, "in", os.getcwd(), file=calls)
+    return int(os.environ.get("RECORD_STATUS", 0))
+"""
+
+LOG_HEAD = f"import torch\n{'=' * 100}\nRunning Python 3.11\n{'=' * 100}\n"
+
 
 class Tree:
     def __init__(self, folder: Path):
         self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
-        for sub in (self.root / "data", self.root / "records", self.root / ".ci", self.bin):
-            sub.mkdir(parents=True)
-        for name in ("run.sh", "requirements.txt", "requirements-flash4.txt", ".ci/run"):
+        for sub in ("data", "tools/lab", ".ci"):
+            (self.root / sub).mkdir(parents=True)
+        self.bin.mkdir()
+        copied = (
+            "run.sh",
+            "requirements.txt",
+            "requirements-flash4.txt",
+            ".ci/run",
+            "tools/cli.py",
+            "tools/script.py",
+        )
+        for name in copied:
             shutil.copy(ROOT / name, self.root / name)
-        (self.root / "train_gpt.py").write_text("class Config:\n    seed: int = 7\n")
-        (self.root / "data/prepare.py").touch()
-        (self.root / "tools/ledger/record.py").touch()
-        (self.root / "tools/audit.py").touch()
-        (self.root / "tools/lab/bench.py").touch()
-        self.tool("python3", FAKE_PYTHON.replace("@REAL@", sys.executable))
+        shutil.copytree(ROOT / "tools/ledger", self.root / "tools/ledger")
+        (self.root / "tools/ledger/record.py").write_text(FAKE_RECORD)
+        (self.root / "train_gpt.py").write_text(FAKE_TRAINER)
+        for name in ("data/prepare.py", "tools/audit.py", "tools/lab/bench.py"):
+            (self.root / name).touch()
+
+        run_as, log_head = folder / "run_as.py", folder / "log_head"
+        run_as.write_text(RUN_AS)
+        log_head.write_text(LOG_HEAD)
+        fake = FAKE_PYTHON.replace("@REAL@", sys.executable)
+        self.tool("python3", fake.replace("@RUN_AS@", str(run_as)).replace("@LOG_HEAD@", str(log_head)))
         self.gpus(0)
 
     def tool(self, name: str, text: str) -> None:
@@ -65,7 +130,8 @@ class Tree:
 
     def gpus(self, count: int, capability: str = "8.0") -> None:
         lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(count))
-        asked = f'case "$*" in *query-gpu=compute_cap*) printf "{capability}\\n%.0s" {" ".join(map(str, range(count)))}; exit;; esac\n'
+        numbers = " ".join(map(str, range(count)))
+        asked = f'case "$*" in *query-gpu=compute_cap*) printf "{capability}\\n%.0s" {numbers}; exit;; esac\n'
         self.tool("nvidia-smi", f"#!/bin/sh\n{asked if count else ''}{lines}exit {0 if count else 9}\n")
 
     def env(self, **extra: str) -> dict:
@@ -92,6 +158,7 @@ class Tree:
         return found[0]
 
 
+CHECKS = ["-m ruff format --quiet --check .", "-m ruff check --quiet ."]
 TESTS = "-m pytest -n auto --maxprocesses 2 --dist loadfile"
 
 
@@ -124,10 +191,17 @@ def test_help_lists_every_command_with_an_example(tree, ask):
     for command in COMMANDS:
         assert re.search(rf"^  {command}\b", done.stdout, re.M), command
         assert re.search(rf"\./run\.sh {command}\b", done.stdout), command
-    dispatched = re.findall(
-        r"^    ([a-z |]+)\)", (ROOT / "run.sh").read_text().split("case $command in")[1], re.M
-    )
-    assert sorted(" ".join(dispatched).replace("|", " ").split()) == sorted(COMMANDS)
+    assert sorted(cli.COMMANDS) == sorted(COMMANDS)
+
+
+def test_help_needs_no_packages(tree):
+    """On a fresh clone help comes before minutes of installing, and so does refusing a misspelt command."""
+    for args in (["--help"], ["train", "--help"], ["bench", "--json", "x.json", "-h"]):
+        done = tree.run(*args, BANKSHOT_PYTHON="")
+        assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh"), done
+    refused(tree.run("fly", BANKSHOT_PYTHON=""), "'fly'")
+    refused(tree.run("eval", "gone.int6.xz", BANKSHOT_PYTHON=""), "gone.int6.xz")
+    assert tree.calls() == [] and not (tree.root / ".venv").exists()
 
 
 def test_bad_input_is_one_line(tree):
@@ -157,7 +231,7 @@ def test_bad_input_is_one_line(tree):
 
 
 def test_too_old_python(tree):
-    for name in ("python3.12", "python3.11", "python3.10"):
+    for name in ("python3.14", "python3.13", "python3.12", "python3.11", "python3.10"):
         shutil.copy(tree.bin / "python3", tree.bin / name)
     refused(tree.run("test", BANKSHOT_PYTHON="", FAKE_VERSION="3.9"), "3.10", "python3 is 3.9", "PYTHON=")
     assert not (tree.root / ".venv").exists()
@@ -204,7 +278,9 @@ def flash4_calls(tree) -> int:
 
 
 @pytest.mark.parametrize("command", [("train",), ("record", "verify")], ids=lambda command: command[0])
-@pytest.mark.parametrize("gpus,capability,wanted", [(1, "9.0", 1), (8, "10.0", 1), (1, "8.9", 0), (1, "N/A", 0), (0, "", 0)])
+@pytest.mark.parametrize(
+    "gpus,capability,wanted", [(1, "9.0", 1), (8, "10.0", 1), (1, "8.9", 0), (1, "N/A", 0), (0, "", 0)]
+)
 def test_flash4_is_installed_where_a_gpu_can_run_it(tree, gpus, capability, wanted, command):
     tree.gpus(gpus, capability)
     for run_id in "ab":  # once
@@ -228,7 +304,12 @@ def test_training_goes_on_without_flash4(tree):
     tree.gpus(1, "9.0")
     done = tree.run("train", "run_id=a", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
     told = [line for line in done.stderr.splitlines() if "no FlashAttention-4" in line]
-    assert done.returncode == 0 and len(told) == 1 and "attn_windows=" in told[0] and "requirements-flash4.txt" in told[0]
+    assert (
+        done.returncode == 0
+        and len(told) == 1
+        and "attn_windows=" in told[0]
+        and "requirements-flash4.txt" in told[0]
+    )
     again = tree.run("train", "run_id=b", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
     assert again.returncode == 0 and flash4_calls(tree) == 1 and "FlashAttention" not in again.stderr
 
@@ -241,7 +322,7 @@ def test_what_trains_nothing_wants_no_flash4(tree, command):
 
 def test_a_prepared_interpreter_installs_nothing(tree):
     assert tree.run("test", "-k", "style").returncode == 0
-    assert tree.calls() == [f"{TESTS} -k style"] and not (tree.root / ".venv").exists()
+    assert tree.calls() == [*CHECKS, f"{TESTS} -k style"] and not (tree.root / ".venv").exists()
 
 
 # ---------------------------------------------------------------- train
@@ -252,8 +333,12 @@ def test_a_prepared_interpreter_installs_nothing(tree):
     [
         (0, "cpu", "train_gpt.py"),
         (1, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
-        (4, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
+        (2, "record", "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py"),
+        (3, "record", "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py"),
+        (4, "record", "-m torch.distributed.run --standalone --nproc_per_node=4 train_gpt.py"),
+        (7, "record", "-m torch.distributed.run --standalone --nproc_per_node=4 train_gpt.py"),
         (8, "record", "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"),
+        (10, "record", "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"),
     ],
 )
 def test_preset_by_machine(tree, gpus, preset, launcher):
@@ -263,7 +348,8 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     settings = rf"preset={preset} data_path=made/here run_id=\d{{8}}_\d{{6}}_{preset}_seed7"
     pattern = rf"{re.escape(launcher)} train {settings}"
     assert re.fullmatch(pattern, tree.train_call()), tree.train_call()
-    shards = {"record": " --train-shards 80", "h100x1": " --train-shards 10", "cpu": ""}[preset]
+    processes = re.findall(r"nproc_per_node=(\d)", launcher)
+    shards = f" --train-shards {10 * int(processes[0])}" if processes else ""
     assert tree.calls()[0] == "data/prepare.py auto" + shards
 
 
@@ -271,7 +357,11 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     "gpus, args, env, launcher",
     [
         (8, ["preset=cpu"], {}, "train_gpt.py"),
-        (8, ["preset=h100x1"], {}, "--nproc_per_node=1 train_gpt.py"),
+        (8, ["preset=h100x1"], {}, "--nproc_per_node=8 train_gpt.py"),
+        (3, ["preset=h100x1"], {}, "--nproc_per_node=2 train_gpt.py"),
+        (8, ["preset=thirds"], {}, "--nproc_per_node=2 train_gpt.py"),
+        (8, ["preset=h100x1"], {"NPROC": "1"}, "--nproc_per_node=1 train_gpt.py"),
+        (1, ["preset=record"], {}, "--nproc_per_node=1 train_gpt.py"),
         (4, ["preset=record"], {}, "--nproc_per_node=4 train_gpt.py"),
         (8, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
         (0, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
@@ -294,9 +384,9 @@ def test_arguments_pass_through(tree):
     assert tree.calls()[0] == (
         "train_gpt.py train preset=smoke data_path=d run_id=r seed=3 note=two words; $HOME out_dir=o"
     )
-    assert tree.calls()[1] == "tools/ledger/record.py plot o/r.txt"
+    assert tree.calls()[1] == "-m ledger.record plot o/r.txt"
     assert done.stdout.splitlines()[-4:] == [
-        "score: metric:x val_bpb:1.5",
+        "score: metric:x val_loss:2.0 val_bpb:1.5",
         "artifact: o/r.int6.xz",
         "log: o/r.txt",
         "plot: o/r.svg",
@@ -311,8 +401,12 @@ def test_a_run_that_resumes_goes_on_with_its_log(tree, tmp_path, how):
     for number, value in enumerate(["auto", "o/r.step9.0of1.ckpt"]):
         (tree.root / "o").mkdir(exist_ok=True)
         (tree.root / "o/r.txt").write_text("step:9/20\n")
-        knobs, env = ([f"resume={value}"], {}) if how == "argument" else ([], dict(RESUME=value, CALLS_RESUME="1"))
-        done = tree.run("run_id=r", f"out_dir={tree.root}/o", f"data_path={tmp_path}", *knobs, cwd=tmp_path, **env)
+        knobs, env = (
+            ([f"resume={value}"], {}) if how == "argument" else ([], dict(RESUME=value, CALLS_RESUME="1"))
+        )
+        done = tree.run(
+            "run_id=r", f"out_dir={tree.root}/o", f"data_path={tmp_path}", *knobs, cwd=tmp_path, **env
+        )
         assert done.returncode == 0, done.stderr
         want = value if value == "auto" else f"{tmp_path}/{value}"
         call = [line for line in tree.calls() if "train_gpt.py train " in line][number]
@@ -323,11 +417,11 @@ def test_a_run_that_resumes_goes_on_with_its_log(tree, tmp_path, how):
 
 def test_a_resumed_run_that_fails_shows_no_score_of_before(tree):
     (tree.root / "logs").mkdir()
-    (tree.root / "logs/r.txt").write_text("final_score metric:x val_bpb:9.9\n")
+    (tree.root / "logs/r.txt").write_text(f"{LOG_HEAD}final_score metric:x val_loss:2.0 val_bpb:9.9\n")
     done = tree.run("run_id=r", "data_path=d", "resume=auto", TRAIN_STATUS="2", NO_SCORE="1")
     assert done.returncode == 2 and "score: none" in done.stdout and "9.9" not in done.stdout, done
     done = tree.run("run_id=r", "data_path=d", "resume=auto")
-    assert done.returncode == 0 and "score: metric:x val_bpb:1.5\n" in done.stdout, done
+    assert done.returncode == 0 and "score: metric:x val_loss:2.0 val_bpb:1.5\n" in done.stdout, done
 
 
 def test_environment_settings(tree):
@@ -355,16 +449,16 @@ def test_paths_from_another_directory(tree, tmp_path):
         f"{elsewhere}/r.int6.xz --script {elsewhere}/their.py preset=cpu data_path={elsewhere}/d"
     )
     assert tree.run("bench", "--candidates", "c.py", "--json", "/b.json", cwd=elsewhere).returncode == 0
-    assert tree.calls()[-1] == f"tools/lab/bench.py --candidates {elsewhere}/c.py --json /b.json preset=cpu"
+    assert tree.calls()[-1] == f"-m lab.bench --candidates {elsewhere}/c.py --json /b.json preset=cpu"
     assert tree.run("bench", "--candidates", "c.py", "--all", "--sustain", "9", cwd=elsewhere).returncode == 0
-    assert tree.calls()[-1] == f"tools/lab/bench.py --candidates {elsewhere}/c.py --all --sustain 9 preset=cpu"
+    assert tree.calls()[-1] == f"-m lab.bench --candidates {elsewhere}/c.py --all --sustain 9 preset=cpu"
     assert tree.run("bench", "--timeline", "t.json", cwd=elsewhere, NPROC="2").returncode == 0
     assert tree.calls()[-1] == (
-        f"-m torch.distributed.run --standalone --nproc_per_node=2 tools/lab/bench.py --timeline {elsewhere}/t.json "
-        "preset=cpu"
+        "-m torch.distributed.run --standalone --nproc_per_node=2 -m lab.bench "
+        f"--timeline {elsewhere}/t.json preset=cpu"
     )
     assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
-    assert tree.calls()[-1] == f"{tree.root}/tools/ledger/record.py verify here"
+    assert tree.calls()[-1] == f"ledger.record verify here in {elsewhere}"
     assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"{tree.root}/data/prepare.py auto"
 
@@ -419,15 +513,18 @@ def test_the_other_commands(tree):
     (tree.root / "x.int6.xz").touch()
     for args, call in [
         (["config", "preset=record"], "train_gpt.py config preset=record"),
-        (["bench"], "tools/lab/bench.py preset=cpu"),
+        (["bench"], "-m lab.bench preset=cpu"),
         (
             ["bench", "--json", "b c.json", "--only", "a,b", "seed=1"],
-            "tools/lab/bench.py --json b c.json --only a,b preset=cpu seed=1",
+            "-m lab.bench --json b c.json --only a,b preset=cpu seed=1",
         ),
-        (["bench", "--timeline", "t.json", "--steps", "3"], "tools/lab/bench.py --timeline t.json --steps 3 preset=cpu"),
+        (
+            ["bench", "--timeline", "t.json", "--steps", "3"],
+            "-m lab.bench --timeline t.json --steps 3 preset=cpu",
+        ),
         (
             ["bench", "--attention", "--paths", "flex,math", "--json", "a.json", "seed=1"],
-            "tools/lab/bench.py --attention --paths flex,math --json a.json preset=cpu seed=1",
+            "-m lab.bench --attention --paths flex,math --json a.json preset=cpu seed=1",
         ),
         (
             ["eval", "x.int6.xz", "eval_stride=64"],
@@ -439,7 +536,10 @@ def test_the_other_commands(tree):
             "tools/audit.py x.int6.xz --script train_gpt.py preset=cpu data_path=d",
         ),
         (["data", "text", "a b.txt"], f"{tree.root}/data/prepare.py text a b.txt"),
-        (["record", "verify"], f"{tree.root}/tools/ledger/record.py verify"),
+        (["record", "verify"], f"ledger.record verify in {tree.root}"),
+        (["record", "sweep", "plan.json", "--workers", "2"], "-m lab.sweep plan.json --workers 2"),
+        (["record", "wire", "ortho=mud"], "-m lab.wire ortho=mud"),
+        (["record", "directions"], "-m lab.directions"),
     ]:
         done = tree.run(*args)
         assert done.returncode == 0 and done.stdout == "" and tree.calls()[-1] == call, (done, tree.calls())
@@ -448,4 +548,35 @@ def test_the_other_commands(tree):
 def test_ci_keeps_the_exit_status(tree):
     assert tree.run(script=".ci/run", cwd=Path("/")).returncode == 0
     assert tree.run(script=".ci/run", PYTEST_STATUS="3").returncode == 3
-    assert tree.calls() == [TESTS, TESTS]
+    assert tree.calls() == [*CHECKS, TESTS, *CHECKS, TESTS]
+
+
+def test_tests_fail_on_format_and_style(tree):
+    done = tree.run("test", "-k", "style", RUFF_STATUS="1")
+    assert done.returncode == 1 and tree.calls() == [*CHECKS, f"{TESTS} -k style"]
+    assert "ruff format" in done.stderr and "ruff check" in done.stderr
+
+
+def test_selections_of_tests(tree):
+    for name, selection in (("fast", cli.FAST), ("stress", cli.STRESS)):
+        assert tree.run("test", name, "-x").returncode == 0
+        assert tree.calls()[-1] == " ".join([TESTS, *selection, "-x"])
+        paths = [word.partition("::")[0] for word in selection if word.startswith("tests/")]
+        assert paths and all((ROOT / path).exists() for path in paths)
+
+
+def test_lab_commands_find_their_packages(tree):
+    for args in (["bench"], ["record", "wire"]):
+        assert tree.run(*args, PYTHONPATH="mine").returncode == 0
+    paths = Path(f"{tree.calls_file}.path").read_text().splitlines()
+    assert paths == [f"{tree.root}/tools{os.pathsep}mine"] * 2
+
+
+def test_the_status_of_a_tool_is_kept(tree):
+    assert tree.run("record", "verify", RECORD_STATUS="1").returncode == 1
+
+
+def test_settings_that_the_trainer_refuses_begin_nothing(tree):
+    done = tree.run("preset=wrong")
+    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.stderr == "train_gpt.py: config key preset: 'wrong' is not one of record\n"

@@ -1,0 +1,104 @@
+"""Functions of tools/cli.py that need no stand-ins: the machine table against the trainer, help, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("machine", cli.MACHINES, ids=lambda machine: f"{machine.gpus} GPUs")
+def test_every_row_of_the_machine_table_can_be_trained(machine):
+    h = t.load_config([f"preset={machine.preset}"], {})
+    accum, sequences = t.cut_batch(h, machine.processes)
+    tokens = accum * sequences * h.train_seq_len * machine.processes
+    assert tokens == h.train_batch_tokens and machine.processes <= max(1, machine.gpus)
+
+
+@pytest.mark.parametrize("preset", ["record", "h100x1"])
+def test_presets_for_gpus_are_shared_by_any_count(preset):
+    """So preset= on several GPUs uses 8, 4 or 2 of them, at the same tokens a step."""
+    h = t.load_config([f"preset={preset}"], {})
+    for count in cli.PROCESS_COUNTS:
+        accum, sequences = t.cut_batch(h, count)
+        assert accum * sequences * h.train_seq_len * count == h.train_batch_tokens
+
+
+def test_the_trainer_is_asked_in_a_child_process():
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tools/cli.py",
+            "--resolve",
+            "preset=h100x1",
+            "seed=5",
+            "run_id=r",
+            "out_dir=o",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RESUME": "auto"},
+        check=True,
+    )
+    assert done.stderr == "" and '"sharing": [8, 4, 2, 1]' in done.stdout
+    assert '"seed": 5, "out_dir": "o", "run_id": "r", "resume": "auto"' in done.stdout
+
+
+def test_the_command_line_is_read_without_torch():
+    program = (
+        "import cli, sys; status = cli.main(['--check', 'train']); sys.exit(status or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT / "tools").returncode == 0
+
+
+def test_help_has_the_machine_table():
+    text = cli.help_text()
+    for row in ("0            cpu       1", "1            h100x1    1", "2 to 3       record    2"):
+        assert f"  {row}\n" in text
+    for row in ("4 to 7       record    4", "8 or more    record    8"):
+        assert f"  {row}\n" in text
+
+
+CHILD = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(5))
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 0), (signal.SIGTERM, 5)], ids=["SIGINT", "SIGTERM"]
+)
+def test_signals_do_not_orphan_the_program(number, status):
+    """It decides how to end: SIGINT comes to it from the terminal, SIGTERM is passed on."""
+    program = f"import cli, sys; sys.exit(cli.run(['-c', {CHILD!r}]))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT / "tools",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(number)
+    if number == signal.SIGINT:
+        with pytest.raises(subprocess.TimeoutExpired):
+            parent.wait(timeout=0.3)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+    assert parent.wait(timeout=20) == status
+    parent.stdin.close()
+    parent.stdout.close()
+
+
+def test_a_program_that_a_signal_ended_has_the_shells_status():
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert cli.run(["-c", program]) == 128 + signal.SIGKILL

@@ -1,0 +1,695 @@
+"""The commands of run.sh: choose preset, data and processes for this machine, then start the right program.
+
+run.sh finds Python, installs the requirements and hands over here, where the caller stands. COMMANDS, at the
+end, is the list of commands; `./run.sh --help` is printed from it. Notes go to stderr, so that
+`./run.sh config > file` stays clean.
+
+This process never imports torch, so that help and every refusal are quick. What only the trainer knows (its
+default seed, whether its batch divides) a child process asks of it, `cli.py --resolve`: importing the trainer
+takes 2 to 4 seconds either way, but in a child its 300 MB are free again before training starts.
+
+Exit status: the program's own (128 + N after signal N), or 2 for bad input (one line on stderr says it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from script import ROOT, TRAINER, BadInput, load_script
+
+STARTED = time.monotonic()
+TOOLS = ROOT / "tools"
+PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
+SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
+
+
+class Machine(NamedTuple):
+    """What a machine with at least `gpus` NVIDIA GPUs trains unless told otherwise."""
+
+    gpus: int
+    preset: str
+    processes: int
+
+
+# A preset fixes tokens a step and seconds; fewer processes accumulate more micro-batches for the same step.
+MACHINES = (
+    Machine(8, "record", 8),
+    Machine(4, "record", 4),
+    Machine(2, "record", 2),
+    Machine(1, "h100x1", 1),
+    Machine(0, "cpu", 1),
+)
+PROCESS_COUNTS = (8, 4, 2, 1)
+
+
+def say(text: str) -> None:
+    print(f"[run.sh {time.monotonic() - STARTED:.0f}s] {text}", file=sys.stderr, flush=True)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+class Takes(Enum):
+    """What an option is followed by."""
+
+    NOTHING = "nothing"
+    VALUE = "a value"
+    FILE = "a file of the caller's"
+    SCRIPT = "a train_gpt.py, which must exist"
+
+
+class Form(NamedTuple):
+    """One way to use a command, for --help."""
+
+    arguments: str
+    summary: str
+    example: str
+
+
+class Request(NamedTuple):
+    """The words after a command, read. Paths of the caller's are as seen from the repository."""
+
+    words: list[str]  # as they were given
+    artifact: str = ""
+    options: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS."""
+
+    run: Callable[[Request], int]
+    forms: tuple[Form, ...]
+    files: tuple[str, ...] = ()  # that it needs
+    reads_knobs: bool = True  # if not, its words go to another program as they are
+    needs_artifact: bool = False
+    options: dict[str, Takes] = {}
+
+
+def from_caller(path: str) -> str:
+    """Return a path of the caller's as seen from the repository, where the trainer runs."""
+    caller = os.getcwd()
+    return path if caller == str(ROOT) else os.path.join(caller, path)
+
+
+def read_request(name: str, command: Command, words: list[str]) -> Request:
+    """Check the words after a command: [ARTIFACT] [options] [key=value...]. Raises BadInput."""
+    for file in command.files:
+        if not (ROOT / file).is_file():
+            raise BadInput(f"{file} is missing from {ROOT}: get a complete copy of the repository")
+    if not command.reads_knobs:
+        return Request(words)
+
+    rest = list(words)
+    artifact = ""
+    if command.needs_artifact:
+        artifact = read_artifact(name, rest)
+    options = read_options(name, command.options, rest)
+    knobs = [read_knob(word) for word in rest]
+
+    nproc = os.environ.get("NPROC") or "1"
+    if not nproc.isdecimal() or nproc.startswith("0"):
+        raise BadInput(f"NPROC={nproc} is not a number of processes: give 1, 2, 4 or 8")
+    return Request(words, artifact, tuple(options), tuple(knobs))
+
+
+def read_artifact(name: str, rest: list[str]) -> str:
+    """Take the artifact's path off the front of `rest`."""
+    if not rest or "=" in rest[0]:
+        raise BadInput(f"{name} needs an artifact: ./run.sh {name} logs/RUN.int6.xz")
+    path = rest.pop(0)
+    if not os.path.isfile(path):
+        raise BadInput(f"no artifact at {path}: train writes them as logs/RUN.int6.xz")
+    return from_caller(path)
+
+
+def read_options(name: str, known: dict[str, Takes], rest: list[str]) -> list[str]:
+    """Take the options, which precede the knobs, off the front of `rest`."""
+    options = []
+    while rest and rest[0] in known:
+        option = rest.pop(0)
+        takes = known[option]
+        options.append(option)
+        if takes is Takes.NOTHING:
+            continue
+
+        value = rest.pop(0) if rest else ""
+        if takes is Takes.SCRIPT and not os.path.isfile(value):
+            raise BadInput(f"no script at {value!r}: {option} names the train_gpt.py to {name}")
+        if not value:
+            raise BadInput(f"{name}: {option} needs a value: ./run.sh --help shows how")
+        options.append(value if takes is Takes.VALUE else from_caller(value))
+    return options
+
+
+def read_knob(word: str) -> str:
+    """Check that a word is a key=value, and return it, a path in it as seen from the repository."""
+    key, equals, value = word.partition("=")
+    if not equals or not key[:1].islower():
+        raise BadInput(f"{word!r} is not a knob: knobs are given as key=value, ./run.sh config lists them")
+    if key in PATH_KNOBS and value and (key, value) != ("resume", "auto"):
+        value = from_caller(value)
+    return f"{key}={value}"
+
+
+def knob_value(key: str, knobs: tuple[str, ...]) -> str:
+    """Return a knob's value from key=value or else from the environment, "" if neither gives it."""
+    for word in reversed(knobs):
+        if word.startswith(f"{key}="):
+            return word.partition("=")[2]
+    return os.environ.get(key.upper(), "")
+
+
+def enter_repository() -> None:
+    """Go where the trainer runs, taking along the paths that the environment gives relative to the caller."""
+    for key in PATH_KNOBS:
+        value = os.environ.get(key.upper(), "")
+        if value and (key, value) != ("resume", "auto"):
+            os.environ[key.upper()] = from_caller(value)
+    os.chdir(ROOT)
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs torch will see, asking nvidia-smi and CUDA_VISIBLE_DEVICES."""
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    except OSError:
+        return 0
+    count = 0
+    if found.returncode == 0:
+        count = sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    if visible.startswith("-1"):
+        return 0
+    return min(count, sum(bool(name) for name in visible.split(",")))
+
+
+def machine_preset(gpus: int) -> str:
+    return next(machine.preset for machine in MACHINES if gpus >= machine.gpus)
+
+
+def choose_processes(gpus: int, sharing: Sequence[int]) -> int | None:
+    """Return how many processes to start with torchrun; None: one, as plain python, without a GPU.
+
+    sharing: the numbers of processes that can share the work. NPROC, if set, is taken as it is.
+    """
+    nproc = int(os.environ.get("NPROC") or 0)
+    if gpus == 0 and nproc <= 1:
+        return None
+    return nproc or max((count for count in sharing if count <= gpus), default=1)
+
+
+class Resolved(NamedTuple):
+    """What the trainer makes of a run's knobs."""
+
+    seed: int
+    out_dir: str
+    run_id: str
+    resume: str
+    sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
+
+
+def resolve(knobs: list[str]) -> Resolved:
+    """Ask the trainer's load_config and cut_batch in a child process. Exits if they refuse the knobs."""
+    command = [sys.executable, str(TOOLS / "cli.py"), "--resolve", *knobs]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if answer.returncode != 0:
+        raise SystemExit(answer.returncode)  # its one line is on the terminal
+    return Resolved(**json.loads(answer.stdout))
+
+
+def print_resolved(knobs: list[str]) -> int:
+    """Print a Resolved as JSON: the child's side of `resolve`."""
+    trainer = load_script(TRAINER, "trainer", ("InputError", "load_config", "cut_batch"), "train")
+    try:
+        h = trainer.load_config(knobs, os.environ)
+    except trainer.InputError as error:
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 2
+
+    sharing = []
+    for count in PROCESS_COUNTS:
+        try:
+            trainer.cut_batch(h, count)
+        except trainer.InputError:
+            continue
+        sharing.append(count)
+    print(json.dumps(Resolved(h.seed, h.out_dir, h.run_id, h.resume, sharing)._asdict()))
+    return 0
+
+
+# ---- other programs ------------------------------------------------------------------------------
+
+
+def run(program: list[str]) -> int:
+    """Run a Python program in this terminal and return its exit status, 128 + N if signal N ended it.
+
+    The program keeps the terminal as its own, with no pipe in between, so that its status line stays live.
+    Ctrl-C reaches it from the terminal; it decides how to end while this process waits. SIGTERM is passed on.
+    """
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    child = subprocess.Popen([sys.executable, *program])
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    status = child.wait()
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, before)
+    return status if status >= 0 else 128 - status
+
+
+def launch(processes: int | None, program: list[str]) -> int:
+    """Run a program on several processes with torchrun, or as plain python if None."""
+    if processes is not None:
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
+    say("running: " + " ".join([sys.executable, *program]))
+    return run(program)
+
+
+def add_tools_to_path() -> None:
+    """Let `python -m lab.X` and `python -m ledger.X` find their packages."""
+    paths = [str(TOOLS), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+
+def find_data(*options: str) -> str:
+    """Run `data/prepare.py auto`, showing its output on stderr, and return the folder it found or made."""
+    say(" ".join(["no data_path given: data/prepare.py auto", *options]))
+    command = [sys.executable, "data/prepare.py", "auto", *options]
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as auto:
+        for line in auto.stdout:
+            last = line.decode(errors="replace").rstrip("\n")
+            print(last, file=sys.stderr, flush=True)
+
+    if auto.returncode != 0:
+        raise BadInput("data/prepare.py auto found no data (message above): give data_path=DIR")
+    key, _, folder = last.partition("=")
+    if key != "data_path" or not folder:
+        raise BadInput(
+            f"data/prepare.py auto did not end with data_path=DIR but with {last!r}: give data_path=DIR"
+        )
+    return folder
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def find_training_data(preset: str, processes: int | None) -> str:
+    """Return a data folder that suits the preset, with enough FineWeb that no token is seen twice."""
+    if preset == "cpu":
+        return find_data()
+    shards = SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes)
+    return find_data("--train-shards", str(shards))
+
+
+class FinalScore(NamedTuple):
+    """The figures of the last final_score line of a log, and how many such lines there are."""
+
+    figures: str
+    lines: int
+
+
+NO_SCORE = FinalScore("none (this run left no final_score line)", 0)
+
+
+def read_score(log: str) -> FinalScore:
+    """Read a log's final score with the ledger's reader."""
+    from ledger import runlog
+
+    try:
+        run = runlog.parse_log(Path(log))
+    except BadInput:
+        return NO_SCORE
+    if not run.final_scores:
+        return NO_SCORE
+    figures = " ".join(f"{key}:{value}" for key, value in run.facts["final_score"].items())
+    return FinalScore(figures, run.final_scores)
+
+
+def draw_plot(log: str) -> str:
+    """Draw the loss curve of a log and return the picture's path, or why there is none.
+
+    In a child process: whatever happens to matplotlib, the run keeps its exit status.
+    """
+    add_tools_to_path()
+    command = [sys.executable, "-m", "ledger.record", "plot", log]
+    drawn = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if drawn.returncode != 0 or not drawn.stdout:
+        return "none (./run.sh record plot failed, message above)"
+    return drawn.stdout.splitlines()[-1].removeprefix("plot: ")
+
+
+def report(log: str, artifact: str, earlier: FinalScore) -> None:
+    """Print where a run's results are; its score, unless the log has only the `earlier` one."""
+    plot = draw_plot(log)
+    score = read_score(log)
+    if score.lines == earlier.lines:
+        score = NO_SCORE
+    print(f"\nscore: {score.figures}")
+    print(f"artifact: {artifact if os.path.exists(artifact) else 'none'}")
+    print(f"log: {log}")
+    print(f"plot: {plot}", flush=True)
+
+
+def train(request: Request) -> int:
+    """Train what this machine can, then show score, artifact, log and plot."""
+    enter_repository()
+    gpus = count_gpus()
+    preset = knob_value("preset", request.knobs) or machine_preset(gpus)
+    resolved = resolve([f"preset={preset}", *request.knobs])
+    stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime())
+    run_id = resolved.run_id or f"{stamp}_{preset}_seed{resolved.seed}"
+    log = os.path.join(resolved.out_dir, f"{run_id}.txt")
+    artifact = os.path.join(resolved.out_dir, f"{run_id}.int6.xz")
+    if not resolved.resume and (os.path.exists(log) or os.path.exists(artifact)):
+        raise BadInput(
+            f"run_id={run_id} is taken ({resolved.out_dir}/{run_id}.* exists): "
+            "choose another run_id, or move those files"
+        )
+
+    processes = choose_processes(0 if preset == "cpu" else gpus, resolved.sharing)
+    data_path = knob_value("data_path", request.knobs) or find_training_data(preset, processes)
+    chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
+    others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
+    earlier = read_score(log)  # a run that resumes may find the score of another there
+    say(f"{gpus} NVIDIA GPU(s), preset {preset}, log {log}")
+    status = launch(processes, ["train_gpt.py", "train", *chosen, *others])
+    if not os.path.exists(log):
+        say(f"the trainer ended with status {status} and left no log at {log}")
+        return status or 1
+
+    report(log, artifact, earlier)
+    say(f"done, the trainer's exit status is {status}")
+    return status
+
+
+# ---- the other commands --------------------------------------------------------------------------
+
+
+def with_preset(knobs: tuple[str, ...], gpus: int) -> list[str]:
+    """Return the knobs with this machine's preset first, unless one is given."""
+    if knob_value("preset", knobs):
+        return list(knobs)
+    return [f"preset={machine_preset(gpus)}", *knobs]
+
+
+def score(program: list[str], request: Request) -> int:
+    """Run eval or audit on the data that is given or found, with a process on each of 1, 2, 4 or 8 GPUs."""
+    enter_repository()
+    gpus = count_gpus()
+    knobs = with_preset(request.knobs, gpus)
+    if not knob_value("data_path", request.knobs):
+        knobs = [f"data_path={find_data()}", *knobs]
+    processes = choose_processes(gpus, PROCESS_COUNTS)
+    return launch(processes, [*program, request.artifact, *request.options, *knobs])
+
+
+def evaluate(request: Request) -> int:
+    return score(["train_gpt.py", "eval"], request)
+
+
+def audit(request: Request) -> int:
+    return score(["tools/audit.py"], request)
+
+
+def config(request: Request) -> int:
+    enter_repository()
+    return run(["train_gpt.py", "config", *with_preset(request.knobs, count_gpus())])
+
+
+def bench(request: Request) -> int:
+    """Time this machine with one process, or with NPROC of them."""
+    enter_repository()
+    add_tools_to_path()
+    program = ["-m", "lab.bench", *request.options, *with_preset(request.knobs, count_gpus())]
+    processes = int(os.environ.get("NPROC") or 1)
+    if processes == 1:
+        return run(program)
+    return launch(processes, program)
+
+
+def data(request: Request) -> int:
+    return run([str(ROOT / "data/prepare.py"), *request.words])
+
+
+MEASURED = ("directions", "sweep", "wire")
+
+
+def record(request: Request) -> int:
+    """Run a verb of the ledger, or of the lab if it measures on this machine, with torch."""
+    if request.words[:1] and request.words[0] in MEASURED:
+        verb, *words = request.words
+        add_tools_to_path()
+        return run(["-m", f"lab.{verb}", *words])
+    from ledger import record as ledger_record
+
+    return ledger_record.main(request.words)
+
+
+# `./run.sh test fast` ends in under 90 s on two idle cores. `./run.sh test --durations=0` lists the seconds
+# of each test; those over ten are marked slow.
+FAST = (
+    *("-m", "not slow and not gpu"),
+    *("tests/cli", "tests/data", "tests/ledger"),
+    "tests/audit/test_audit.py::test_nine_tests_pass_on_an_honest_run",
+    "tests/trainer/test_artifact.py",
+    "tests/trainer/test_bytes.py",
+    "tests/trainer/test_config.py",
+    "tests/trainer/test_directions.py",
+    "tests/trainer/test_masks.py",
+    "tests/trainer/test_model.py",
+    "tests/trainer/test_style.py",
+    "tests/trainer/test_tokens.py",
+    "tests/trainer/test_windows.py",
+)
+STRESS = ("tests/stress",)
+
+
+def test(request: Request) -> int:
+    """Check format and style, then run tests: two files at a time, a file's tests in one process."""
+    os.chdir(ROOT)
+    words = request.words
+    selections = {"fast": FAST, "stress": STRESS}
+    if words and words[0] in selections:
+        words = [*selections[words[0]], *words[1:]]
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    tests = ["-m", "pytest", "-n", "auto", "--maxprocesses", "2", "--dist", "loadfile"]
+    format_status = run(["-m", "ruff", "format", "--quiet", "--check", "."])
+    style_status = run(["-m", "ruff", "check", "--quiet", "."])
+    tests_status = run([*tests, *words])
+    if format_status != 0:
+        say("ruff would format some files otherwise: .venv/bin/ruff format")
+    if style_status != 0:
+        say("ruff found faults (listed above the tests): .venv/bin/ruff check")
+    return tests_status or format_status or style_status
+
+
+COMMANDS = {
+    "train": Command(
+        train,
+        forms=(
+            Form(
+                "[key=value...]",
+                "Train, export the artifact, score it, draw the plot. The default command.",
+                "train seed=42 run_id=first",
+            ),
+        ),
+        files=("train_gpt.py", "tools/ledger/record.py"),
+    ),
+    "eval": Command(
+        evaluate,
+        forms=(
+            Form("ARTIFACT [key=value...]", "Score an artifact from its file.", "eval logs/first.int6.xz"),
+        ),
+        files=("train_gpt.py",),
+        needs_artifact=True,
+    ),
+    "audit": Command(
+        audit,
+        forms=(
+            Form(
+                "ARTIFACT [--script PATH] [key=value...]",
+                "Is the score legal? Nine tests of an artifact and the script that scores it.",
+                "audit logs/first.int6.xz",
+            ),
+        ),
+        files=("train_gpt.py", "tools/audit.py"),
+        needs_artifact=True,
+        options={"--script": Takes.SCRIPT},
+    ),
+    "config": Command(
+        config,
+        forms=(Form("[key=value...]", "Print the resolved configuration.", "config preset=record"),),
+        files=("train_gpt.py",),
+    ),
+    "bench": Command(
+        bench,
+        forms=(
+            Form(
+                "[--json FILE] [--sustain SECONDS] [key=value...]",
+                "Time the training step and its sections.",
+                "bench --json bench.json",
+            ),
+            Form(
+                "--candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]",
+                "Time replacements against the reference.",
+                "bench --candidates tools/lab/candidates.py",
+            ),
+            Form(
+                "--timeline FILE.json [--steps N] [--json FILE] [key=value...]",
+                "Measure compute, communication, and how much of it is exposed.",
+                "bench --timeline t.json",
+            ),
+            Form(
+                "--attention [--paths NAME,NAME] [--json FILE] [key=value...]",
+                "Time every attention kernel on several masks.",
+                "bench --attention --paths flex",
+            ),
+        ),
+        files=("train_gpt.py", "tools/lab/bench.py"),
+        options={
+            "--attention": Takes.NOTHING,
+            "--all": Takes.NOTHING,
+            "--json": Takes.FILE,
+            "--candidates": Takes.FILE,
+            "--timeline": Takes.FILE,
+            "--script": Takes.SCRIPT,
+            "--only": Takes.VALUE,
+            "--paths": Takes.VALUE,
+            "--seconds": Takes.VALUE,
+            "--steps": Takes.VALUE,
+            "--sustain": Takes.VALUE,
+        },
+    ),
+    "data": Command(
+        data,
+        forms=(Form("VERB", "Get or make training data.", "data --help"),),
+        files=("data/prepare.py",),
+        reads_knobs=False,
+    ),
+    "record": Command(
+        record,
+        forms=(
+            Form("VERB", "Make, check, compare and list records.", "record verify"),
+            Form("sweep PLAN", "Train many configurations and compare them fairly.", "record sweep --help"),
+        ),
+        files=("tools/ledger/record.py",),
+        reads_knobs=False,
+    ),
+    "test": Command(
+        test,
+        forms=(
+            Form("[pytest arguments]", "Check format and style, then run the tests.", "test -k style"),
+            Form("fast", "The same with the quick tests only: under 90 seconds on two cores.", "test fast"),
+            Form("stress", "The same with soak, kill and fuzz tests only.", "test stress"),
+        ),
+        reads_knobs=False,
+    ),
+}
+
+
+# ---- help and main -------------------------------------------------------------------------------
+
+HELP = """\
+usage: ./run.sh [COMMAND] [ARGUMENTS]          works from any directory
+       ./run.sh                                trains what suits this machine, on data that it finds
+
+{commands}
+The first use makes .venv and installs requirements.txt into it (once: again only when that file changes), and
+requirements-flash4.txt where a GPU is a Hopper or later.
+
+Unless told otherwise, the number of NVIDIA GPUs chooses preset and processes:
+  GPUs         preset    processes
+{machines}
+A preset fixes tokens a step and seconds; fewer processes accumulate more micro-batches for the same step.
+With preset= given, train takes the largest of 8, 4, 2 and 1 processes that have a GPU each and divide its
+batch. eval and audit take as many as have a GPU each, bench takes one. NPROC overrides.
+  data_path=   else what `data/prepare.py auto` finds or makes
+  run_id=      else time, preset and seed; names the log and the artifact in out_dir= (logs)
+Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
+
+environment: NPROC            number of processes for train, eval, audit and bench
+             PYTHON           interpreter that makes .venv (3.10 to 3.14)
+             BANKSHOT_PYTHON  interpreter to use as it is: no .venv, nothing is installed
+"""
+
+
+def help_text() -> str:
+    """Return --help, made from COMMANDS and MACHINES."""
+    commands = []
+    for name, command in COMMANDS.items():
+        for form in command.forms:
+            commands.append(
+                f"  {name} {form.arguments}\n      {form.summary}\n      ./run.sh {form.example}\n"
+            )
+
+    machines = []
+    upper = None  # of the row before, which is for more GPUs
+    for machine in MACHINES:
+        gpus = f"{machine.gpus}"
+        if upper is None:
+            gpus += " or more"
+        elif upper > machine.gpus:
+            gpus += f" to {upper}"
+        machines.append(f"  {gpus:<11}  {machine.preset:<8}  {machine.processes}")
+        upper = machine.gpus - 1
+    return HELP.format(commands="".join(commands), machines="\n".join(reversed(machines)))
+
+
+def split_command(argv: list[str]) -> tuple[str, list[str]]:
+    """Return the command, train if none is given, and the words after it. BadInput if it is unknown."""
+    if not argv or "=" in argv[0]:
+        return "train", argv
+    if argv[0].startswith("-"):
+        raise BadInput(f"unknown option {argv[0]!r}: ./run.sh --help lists the commands")
+    if argv[0] not in COMMANDS:
+        *most, last = COMMANDS
+        raise BadInput(f"unknown command {argv[0]!r}: {', '.join(most)} or {last} (./run.sh --help)")
+    return argv[0], argv[1:]
+
+
+def main(argv: list[str]) -> int:
+    """Run a command line of run.sh and return the exit status. After --check, only read it."""
+    only_check = argv[:1] == ["--check"]
+    if only_check:
+        argv = argv[1:]
+    if argv[:1] in (["-h"], ["--help"], ["help"]):
+        print(help_text(), end="")
+        return 0
+
+    try:
+        if argv[:1] == ["--resolve"]:
+            return print_resolved(argv[1:])
+        name, words = split_command(argv)
+        command = COMMANDS[name]
+        if command.reads_knobs and {"-h", "--help"} & set(words):
+            print(help_text(), end="")
+            return 0
+        request = read_request(name, command, words)
+        return 0 if only_check else command.run(request)
+    except BadInput as error:
+        print(f"run.sh: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
