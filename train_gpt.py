@@ -92,6 +92,15 @@ class Fault(InputError):
     status = 1
 
 
+class Diverged(Fault):
+    """A run whose loss or gradient norm left all bounds after `steps` steps and `train_ms` on the clock."""
+
+    def __init__(self, message: str, steps: int, train_ms: float) -> None:
+        super().__init__(message)
+        self.steps = steps
+        self.train_ms = train_ms
+
+
 @contextmanager
 def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn an OSError, or one of `errors`, raised inside into an InputError: "problem (reason); remedy"."""
@@ -3578,7 +3587,7 @@ def is_sound(fetched: Callable[[], list[Tensor]]) -> bool:
 
 
 def train(run: Run) -> Trained:
-    """Train until iterations, the clock or a signal end it. Raises Fault one step after a step that diverged.
+    """Train until iterations, the clock or a signal end it. Raises Diverged one step after a bad one.
 
     The clock is rank 0's and pauses during validation; no compilation happens on it. The host is at most one
     step ahead of the device. A step starts only if it and the step in flight should both finish in time.
@@ -3643,7 +3652,8 @@ def train(run: Run) -> Trained:
     late_graphs = compiled_graphs() - graphs_before
     _, last_end = m.agree(0.0, End.NOT_YET if is_sound(reached) else End.DIVERGED)
     if End.DIVERGED in (end, last_end):
-        raise divergence(run, checkpoints, step, reached()[0].tolist())
+        good = checkpoints.last_good() if checkpoints else 0
+        raise Diverged(describe_divergence(run, step, reached()[0].tolist(), good), step, train_ms)
 
     grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
     if checkpoints:
@@ -3654,12 +3664,11 @@ def train(run: Run) -> Trained:
     return Trained(ema, step, train_ms, late_graphs, grams)
 
 
-def divergence(run: Run, checkpoints: Checkpoints | None, step: int, reached: list[float]) -> Fault:
-    """Describe a run that diverged: last loss and gradient norm, first bad tensor, last checkpoint."""
+def describe_divergence(run: Run, step: int, reached: list[float], good: int) -> str:
+    """Describe a run that diverged: last loss and gradient norm, first bad tensor, last good checkpoint."""
     bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
-    good = checkpoints.last_good() if checkpoints else 0
     loss, norm = reached
-    return Fault(
+    return (
         f"step {step}: diverged, loss {loss:.4g}, gradient norm {norm:.4g}, "
         f"first bad tensor {bad}, last good checkpoint {good or 'none'}"
     )

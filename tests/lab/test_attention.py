@@ -70,7 +70,13 @@ def test_masks_agree_with_their_definition(name):
 
 def test_masks_of_a_long_row():
     masks = attention.masks_of(48, 2048)
-    assert [m.name for m in masks] == ["causal", "documents", "window 512", "window 256", "documents, window 512"]
+    assert [m.name for m in masks] == [
+        "causal",
+        "documents",
+        "window 512",
+        "window 256",
+        "documents, window 512",
+    ]
     assert masks[0].pairs == 48 * 2048 * 2049 // 2 and masks[3].pairs == 48 * (256 * 257 // 2 + 1792 * 256)
     assert masks[1].bounds == masks[4].bounds and masks[4].pairs < min(masks[1].pairs, masks[2].pairs)
     assert [m.name for m in attention.masks_of(2, 1024)][2:4] == ["window 512", "window 256"]
@@ -134,7 +140,9 @@ def sequences(q, k, v, bounds, window):
 def varlens(calls):
     """varlen_attn with the signatures of torch 2.12, 2.11 and 2.10."""
 
-    def newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    def newest(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
+    ):
         calls.append((max_q, max_k, enable_gqa))
         assert torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0  # else it is not causal
         assert isinstance(window_size, tuple) and (enable_gqa or query.size(1) == key.size(1))
@@ -144,7 +152,9 @@ def varlens(calls):
         return newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
 
     def oldest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        return older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0 if is_causal else -1))
+        return older(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0 if is_causal else -1)
+        )
 
     return newest, older, oldest
 
@@ -174,7 +184,10 @@ def plant_flash4(monkeypatch, calls):
         calls.append(form)
         flat, cuts = (q, k, v), bounds
         if bounds is None:
-            flat, cuts = [x.flatten(0, 1) for x in flat], torch.arange(0, q.size(0) * q.size(1) + 1, q.size(1))
+            flat, cuts = (
+                [x.flatten(0, 1) for x in flat],
+                torch.arange(0, q.size(0) * q.size(1) + 1, q.size(1)),
+            )
         return sequences(*flat, cuts, form[1] - 1).view(q.shape)
 
     monkeypatch.setattr(t, "Flash4", SimpleNamespace(apply=apply))
@@ -201,7 +214,10 @@ def test_flash4_compiles_whole_for_every_mask(monkeypatch):
     compiled, stand_in = [], lambda q, k, v, window=0, docs=None: t.attend_sdpa(q, k, v, window, docs)
     monkeypatch.setattr(t, "attend_flash4", stand_in)
     b = a_bench(rows=2)
-    compiler = lambda f: (compiled.append(f), torch.compile(f, backend="eager", dynamic=False, fullgraph=True))[1]
+    compiler = lambda f: (
+        compiled.append(f),
+        torch.compile(f, backend="eager", dynamic=False, fullgraph=True),
+    )[1]
     b = b._replace(m=dataclasses.replace(b.m, compile=compiler))
     case = lambda layout, mask: attention.make_case(b, layout, mask)
     layouts, masks = attention.layouts_of(b.h), attention.masks_of(2, 16)
@@ -230,7 +246,9 @@ def test_pytorchs_backends_go_through_the_trainers_line(monkeypatch):
     """One context of one backend around attend_sdpa, with the mask where the backend takes one."""
     seen, line = [], t.attend_sdpa
     monkeypatch.setattr(t, "attend_sdpa", lambda *args, **how: (seen.append(how), line(*args, **how))[1])
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: (seen.append(backend), contextlib.nullcontext())[1])
+    monkeypatch.setattr(
+        attention, "sdpa_kernel", lambda backend: (seen.append(backend), contextlib.nullcontext())[1]
+    )
     backend = attention.SDPBackend
     for name, c in cases(rows=2).items():
         for path, mine in (("math", backend.MATH), ("efficient", backend.EFFICIENT_ATTENTION)):
@@ -242,7 +260,9 @@ def test_pytorchs_backends_go_through_the_trainers_line(monkeypatch):
             assert {x for x in seen if not isinstance(x, dict)} == {mine}
             assert bool(hows) == (path == "math" or name != "causal")
             assert all(x["window"] == c.mask.window and (x["docs"] is not None) == docs for x in hows)
-            assert row["note"] == {"math": ""}.get(path, "k, v heads repeated" + ", mask made" * (name != "causal"))
+            assert row["note"] == {"math": ""}.get(
+                path, "k, v heads repeated" + ", mask made" * (name != "causal")
+            )
             seen.clear()
 
 
@@ -287,7 +307,14 @@ def test_repeated_heads():
     """efficient repeats: q head n sees k head n // group."""
     q, k = torch.zeros(1, 2, 6, 4), torch.arange(2.0).view(1, 1, 2, 1).expand(1, 2, 2, 4)
     heads = attention.repeated(q, k, k)
-    assert heads[0] is q and heads[1][0, 0, :, 0].tolist() == heads[2][0, 1, :, 3].tolist() == [0, 0, 0, 1, 1, 1]
+    assert heads[0] is q and heads[1][0, 0, :, 0].tolist() == heads[2][0, 1, :, 3].tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
     assert [name for name, path in attention.PATHS.items() if path.causal_only] == ["cudnn", "flash", "math"]
 
 
@@ -311,8 +338,10 @@ FAULTS = {
     "not a number": (lambda c, f: lambda q, k, v: f(q, k, v) * math.nan, "nan"),
     "the last row": (lambda c, f: lambda q, k, v: torch.cat([f(q, k, v)[:-1], f(q, k, v)[-1:] + 1]), "out"),
     "a window one too long": (
-        lambda c, f: lambda q, k, v: sequences(*(x.flatten(0, 1) for x in (q, k, v)), c.bounds, c.mask.window).view(
-            q.shape
+        lambda c, f: (
+            lambda q, k, v: sequences(*(x.flatten(0, 1) for x in (q, k, v)), c.bounds, c.mask.window).view(
+                q.shape
+            )
         ),
         "out",
     ),
@@ -350,9 +379,13 @@ def test_a_path_that_raises_is_skipped(late, capsys, monkeypatch):
     monkeypatch.setitem(attention.PATHS, "varlen", AttentionPath(broken))
     rows = attention.group(cases()["causal"], ["varlen", "math"], lambda: None)
     assert [row["status"] for row in rows] == ["skipped", "measured"]
-    assert rows[0]["why"] == "ImportError: no such" if not late else rows[0]["why"].startswith("RuntimeError: ")
+    assert (
+        rows[0]["why"] == "ImportError: no such" if not late else rows[0]["why"].startswith("RuntimeError: ")
+    )
     said = capsys.readouterr().out
-    assert "varlen    skipped: " in said and said.endswith("fastest: forward math, backward math, both math\n")
+    assert "varlen    skipped: " in said and said.endswith(
+        "fastest: forward math, backward math, both math\n"
+    )
 
 
 # ---------------------------------------------------------------- clocks and tables
@@ -412,7 +445,9 @@ def test_the_fastest():
         a_row(two, "documents", "flex", 100.0),
     ]  # fmt: skip
     best = attention.fastest(rows[:3])
-    assert {k: row["path"] for k, row in best.items()} == dict(forward="flash", backward="cudnn", both="cudnn")
+    assert {k: row["path"] for k, row in best.items()} == dict(
+        forward="flash", backward="cudnn", both="cudnn"
+    )
     assert attention.fastest(rows[2:3]) == {}
     lines = [line.split() for line in attention.summary(rows).splitlines()[1:]]
     assert [line[6:] for line in lines] == [
@@ -448,12 +483,24 @@ def test_the_command(tmp_path, capsys):
 
 def test_an_odd_number_of_heads(capsys):
     """There is one layout then, and a line that says so. Without --paths a CPU tries all."""
-    knobs = [*KNOBS, "num_heads=1", "num_kv_heads=1", "rope_dims=4", "micro_batch_tokens=16", "train_batch_tokens=16"]
+    knobs = [
+        *KNOBS,
+        "num_heads=1",
+        "num_kv_heads=1",
+        "rope_dims=4",
+        "micro_batch_tokens=16",
+        "train_batch_tokens=16",
+    ]
     assert bench.main(["--attention", *knobs], {}) == 0
     out = capsys.readouterr().out
     assert "skipped the second layout: num_heads=1 is odd" in out
     first = [line.split()[0] for line in out.splitlines() if line]
-    assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * ["efficient", "varlen", "flex", "flash4"]
+    assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * [
+        "efficient",
+        "varlen",
+        "flex",
+        "flash4",
+    ]
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -78,7 +78,9 @@ def test_work_by_hand():
     assert [s.name for s in found.values() if not s.count] == ["attention block", "layer"]
     D, kv, F = h.model_dim, h.kv_dim, h.mlp_dim
     products = (N, D, F), (N, F, D)
-    assert found["MLP"].forward == bench.Work(4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products))
+    assert found["MLP"].forward == bench.Work(
+        4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products)
+    )
     assert found["MLP"].backward.moved == 4 * (3 * N * (D + F) + 4 * D * F)
     assert found["O product"].backward.moved == 4 * (3 * N * D + 2 * D * D)
     qk, both = found["QK norm + rope + gain"], N * (D + kv)  # v is a view, its gradient is copied
@@ -194,7 +196,10 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
         monkeypatch.setattr(bench, "wall_times", wall_times)
         bench.time_whole(b, run, 4)
         bench.sustained(b, run, None, 0.01)
-    counts = {w["name"]: (of[i].count("both_ways"), of[i].count("schedule")) for i, w in enumerate(b.report["whole"])}
+    counts = {
+        w["name"]: (of[i].count("both_ways"), of[i].count("schedule"))
+        for i, w in enumerate(b.report["whole"])
+    }
     each, accumulated = (0, 0) if error else (14, 4 * 14)
     assert counts["forward"] == (0, 0) and counts["forward+backward"] == (each, 0)
     assert counts["optimizer"] == (0, 14) and counts["step"] == (accumulated, 14)
@@ -301,9 +306,13 @@ def test_blocks_by_hand(monkeypatch):
 
     with group_of_one() as m:
         b = a_bench()._replace(m=m)
-        blocks, half = bench.run_blocks(b, dict(fixed=runs("a", 0.0, 0.25), training=runs("b", 0.125, 0.25)), 8.0)
+        blocks, half = bench.run_blocks(
+            b, dict(fixed=runs("a", 0.0, 0.25), training=runs("b", 0.125, 0.25)), 8.0
+        )
         assert order == list("aba" + "a" + "aaaa" + 8 * "b" + 8 * "a" + 8 * "b" + "aaaa")
-        assert half == 4 * 0.25 + 0.125 + 4 * (2 * 0.25 + 2 * 0.375) and [x["which"] for x in blocks[4:6]] == ["fixed", "training"]
+        assert half == 4 * 0.25 + 0.125 + 4 * (2 * 0.25 + 2 * 0.375) and [
+            x["which"] for x in blocks[4:6]
+        ] == ["fixed", "training"]
         assert {(x["which"], x["steps"], x["ms"], x["between_ms"]) for x in blocks} == {
             ("fixed", 3, 250, 0), ("training", 3, 375, 125)}  # fmt: skip
         blocks, _ = bench.run_blocks(b, dict(fixed=runs("a", 0.0, 9.0)), 1.0)
@@ -347,7 +356,7 @@ def smi(tmp_path, monkeypatch):
         file.chmod(0o755)
         monkeypatch.setenv("PATH", f"{file.parent}:{os.environ['PATH']}")
 
-        def alive():        # a process that nobody has waited for yet would count for the system
+        def alive():  # a process that nobody has waited for yet would count for the system
             beat = Path(f"{file}.beat")
             before = beat.stat().st_size
             time.sleep(0.3)
@@ -387,7 +396,11 @@ def test_clocks_are_read_by_the_half(smi, tmp_path):
 
 def test_figures_of_clocks_by_hand():
     sampler = bench.Sampler("GPU-a")
-    lines = ["1515, 690.10, 0x0000000000000004", "1830, 704.00, 0x0000000000000000", "1700, [N/A], 0x0000000000000024"]
+    lines = [
+        "1515, 690.10, 0x0000000000000004",
+        "1830, 704.00, 0x0000000000000000",
+        "1700, [N/A], 0x0000000000000024",
+    ]
     sampler.samples = [bench.read_sample(line)._replace(at=i) for i, line in enumerate(lines)]
     assert sampler.figures(0) == dict(samples=3, sm_mhz=1700, sm_mhz_range=[1515, 1830], power_w=704.0,
                                       reasons={"SW power cap": 2, "SW thermal slowdown": 1})  # fmt: skip
@@ -489,12 +502,19 @@ def test_sustained_steps_without_data(capsys):
         assert bench.time_loader(b) is None and b.report["skipped"][0]["what"] == "loader"
         bench.sustained(b, bench.build(b), None, 0.01)
     out = capsys.readouterr().out
-    assert "bench sustained step, one batch: " in out and "all of training" not in out and "loader +" not in out
-    assert "bench sustained clocks: not available (no NVIDIA GPU)\n" in out and "training_ms" not in b.report["sustained"]
+    assert (
+        "bench sustained step, one batch: " in out and "all of training" not in out and "loader +" not in out
+    )
+    assert (
+        "bench sustained clocks: not available (no NVIDIA GPU)\n" in out
+        and "training_ms" not in b.report["sustained"]
+    )
 
 
 def test_sustained_steps_that_diverge_are_no_figures(tmp_path, capsys):
-    report, out = measured(["--seconds", 0, "--sustain", 0.01, "embed_lr=1e15", "grad_clip=0"], tmp_path, capsys)
+    report, out = measured(
+        ["--seconds", 0, "--sustain", 0.01, "embed_lr=1e15", "grad_clip=0"], tmp_path, capsys
+    )
     assert "sustained" not in report and "skipped sustained steps: RuntimeError: step " in out
     assert "beyond 1e+06" in out
 
@@ -505,10 +525,15 @@ def test_what_is_sustained_delays_the_deadline(monkeypatch):
     monkeypatch.setattr(bench, "time_whole", lambda *_: None)
     monkeypatch.setattr(bench, "time_loader", lambda *_: None)
     asked = []
-    monkeypatch.setattr(bench, "sustained", lambda b, run, loader, s: (asked.append(s), now.__setitem__(0, now[0] + s)))
+    monkeypatch.setattr(
+        bench, "sustained", lambda b, run, loader, s: (asked.append(s), now.__setitem__(0, now[0] + s))
+    )
     b = a_bench()._replace(deadline=100.0)
     gpu = b._replace(m=dataclasses.replace(b.m, device=torch.device("cuda")))
-    assert bench.measure_steps(b, None, 1, 3.0).deadline == 103 and bench.measure_steps(b, None, 1, 0.0).deadline == 100
+    assert (
+        bench.measure_steps(b, None, 1, 3.0).deadline == 103
+        and bench.measure_steps(b, None, 1, 0.0).deadline == 100
+    )
     assert bench.measure_steps(gpu, None, 1, None).deadline == 108 and asked == [3, 8]
 
 
@@ -586,24 +611,41 @@ def test_candidates(tmp_path, capsys):
     rows = {row["name"]: row for row in report["candidates"]}
     assert list(rows) == ["lean", "gradient", "rope", "nan", "two"]
     for name in ("lean", "two"):
-        assert rows[name]["errors"] == rows[name]["plain"] and max(list(rows[name]["errors"].values())[:3]) < 1e-3
+        assert (
+            rows[name]["errors"] == rows[name]["plain"]
+            and max(list(rows[name]["errors"].values())[:3]) < 1e-3
+        )
         assert re.match(r"keep|drop \(takes", rows[name]["verdict"])
     assert [s["section"] for s in rows["lean"]["sections"]] == ["MLP", "layer"]
     assert [s["section"] for s in rows["two"]["sections"]] == ["XSA", "MLP", "layer"]
     xsa = rows["gradient"]["sections"][0]
-    assert xsa["section"] == "XSA" and xsa["errors"]["forward"] < 1e-5 and math.isclose(xsa["errors"]["gradients"], 0.5, rel_tol=1e-3)
-    assert rows["gradient"]["errors"]["loss"] < 1e-3 and rows["gradient"]["verdict"].startswith("drop (gradients error")
+    assert (
+        xsa["section"] == "XSA"
+        and xsa["errors"]["forward"] < 1e-5
+        and math.isclose(xsa["errors"]["gradients"], 0.5, rel_tol=1e-3)
+    )
+    assert rows["gradient"]["errors"]["loss"] < 1e-3 and rows["gradient"]["verdict"].startswith(
+        "drop (gradients error"
+    )
     rope = rows["rope"]["sections"][0]
-    assert rope["section"] == "QK norm + rope + gain" and math.isclose(rope["errors"]["forward"], 0.01, rel_tol=1e-2)
+    assert rope["section"] == "QK norm + rope + gain" and math.isclose(
+        rope["errors"]["forward"], 0.01, rel_tol=1e-2
+    )
     assert rows["rope"]["verdict"].startswith("drop (")
     assert "nan" in rows["nan"]["verdict"] and rows["nan"]["sections"][0]["section"].startswith("head")
     why = {s["what"]: s["why"] for s in report["skipped"]}
     assert why["candidate broken"] == "RuntimeError: no kernel" and "no_such" in why["candidate absent"]
     assert report["whole"] == report["sections"] == [] and "profile" not in why  # nothing but candidates
     assert "skipped candidate broken: RuntimeError: no kernel" in out
-    assert re.search(r"^candidate lean \(mlp\): forward\+backward [\d.]+ ms, plain [\d.]+; error of loss", out, re.M)
-    assert re.search(r"^  MLP: forward [\d.]+ ms, plain .*\n  layer: .*\ncandidate lean: (keep|drop) \(", out, re.M)
-    assert out.startswith("\ncandidates: lean, gradient, broken, rope, nan, absent, two; first the plain lines")
+    assert re.search(
+        r"^candidate lean \(mlp\): forward\+backward [\d.]+ ms, plain [\d.]+; error of loss", out, re.M
+    )
+    assert re.search(
+        r"^  MLP: forward [\d.]+ ms, plain .*\n  layer: .*\ncandidate lean: (keep|drop) \(", out, re.M
+    )
+    assert out.startswith(
+        "\ncandidates: lean, gradient, broken, rope, nan, absent, two; first the plain lines"
+    )
     assert t.mlp(torch.zeros(1, 1, 2), torch.zeros(3, 2), torch.zeros(2, 3)).shape == (1, 1, 2)
 
 
@@ -611,11 +653,15 @@ def test_candidates_and_all_the_rest(tmp_path, capsys):
     """--all measures what bench measures without candidates; they are not compared first."""
     file = tmp_path / "c.py"
     file.write_text("CANDIDATES = {'same': ('mlp', t.mlp)}\n")
-    report, out = measured(["--candidates", file, "--all", "--seconds", 0, "--sustain", 0.01], tmp_path, capsys)
+    report, out = measured(
+        ["--candidates", file, "--all", "--seconds", 0, "--sustain", 0.01], tmp_path, capsys
+    )
     why = {s["what"]: s["why"] for s in report["skipped"]}
     assert [w["name"] for w in report["whole"]] == WHOLE and why["section MLP"] == "out of time (--seconds)"
     assert report["sustained"]["blocks"] and [row["name"] for row in report["candidates"]] == ["same"]
-    places = [out.index(word) for word in ("bench forward:", "bench sustained", "sum of floors", "candidate same")]
+    places = [
+        out.index(word) for word in ("bench forward:", "bench sustained", "sum of floors", "candidate same")
+    ]
     assert places == sorted(places)
 
 
@@ -628,7 +674,9 @@ def test_candidates_meet_the_model_that_trains_without_its_optimizers_recording(
     moving = lambda run: {name: p.requires_grad for name, p in run.model.named_parameters()}
     assert moving(plain) == moving(whole) and set(moving(plain).values()) == {True, False}
     assert all(p.grad.shape == p.shape for p in plain.model.parameters())
-    assert bench.build(b).model.tok_emb.norm() > 0 == plain.model.tok_emb.norm()  # initialisation takes seconds
+    assert (
+        bench.build(b).model.tok_emb.norm() > 0 == plain.model.tok_emb.norm()
+    )  # initialisation takes seconds
 
 
 def test_lines_come_when_they_are_known(monkeypatch, tmp_path, capsys):
@@ -648,7 +696,9 @@ def test_lines_come_when_they_are_known(monkeypatch, tmp_path, capsys):
     said.clear()
     assert bench.main(english_args(), {}) == 0
     for (name, _), (_, printed) in zip(said, said[1:]):
-        assert re.fullmatch(rf"{re.escape(name)} +forward .*\n{re.escape(name)} +backward .*\n", printed), printed
+        assert re.fullmatch(rf"{re.escape(name)} +forward .*\n{re.escape(name)} +backward .*\n", printed), (
+            printed
+        )
     columns = {len(line) for _, out in said[1:] for line in out.replace("product", "   copy").splitlines()}
     assert len(columns) == 1 and said[0][1].endswith("bound\n")
 
@@ -659,7 +709,9 @@ def test_verdicts():
     assert bench.verdict(row) == "keep (10.0 % faster, faster in 8 of 10 pairs)"
     assert bench.verdict(row | dict(ms=9.99)) == "drop (takes 99.9 % of the time, faster in 8 of 10 pairs)"
     assert bench.verdict(row | dict(wins=7)) == "drop (takes 90.0 % of the time, faster in 7 of 10 pairs)"
-    assert bench.verdict(row | dict(errors=errors | dict(gradients=1.6e-2))).startswith("drop (gradients error")
+    assert bench.verdict(row | dict(errors=errors | dict(gradients=1.6e-2))).startswith(
+        "drop (gradients error"
+    )
     assert bench.verdict(row | dict(errors=errors | dict(worst=math.nan))).startswith("drop (worst error nan")
     part = dict(section="XSA", errors=dict(forward=4e-3), plain_errors=dict(forward=2e-3))
     assert bench.verdict(row | dict(sections=[part])).startswith("drop (XSA, forward error")
@@ -690,7 +742,9 @@ def test_the_reference_is_the_model_in_float64():
     exact.load_state_dict(model.state_dict())
     true = exact.loss(rows[:, :-1], rows[:, 1:])
     true.backward()
-    assert math.isclose(loss, true.item(), rel_tol=1e-6) and set(grads) == dict(exact.named_parameters()).keys()
+    assert (
+        math.isclose(loss, true.item(), rel_tol=1e-6) and set(grads) == dict(exact.named_parameters()).keys()
+    )
     for name, p in exact.named_parameters():
         assert bench.relative(grads[name], p.grad) < 1e-5 and p.grad.norm() > 0, name
 
@@ -709,10 +763,14 @@ def test_the_command_measures_everything(tmp_path, capsys):
         line = rf"^bench {re.escape(name)}: median [\d.]+ ms, min [\d.]+, max [\d.]+ \(device \S+, attention cpu\)$"
         assert re.search(line, out, re.M), name
     rows = report["sections"]
-    assert [(r["section"], r["which"]) for r in rows] == [(n, w) for n in SECTIONS for w in ("forward", "backward")]
+    assert [(r["section"], r["which"]) for r in rows] == [
+        (n, w) for n in SECTIONS for w in ("forward", "backward")
+    ]
     assert math.isclose(report["sums"]["floors_ms"], sum(r["floor_ms"] * r["count"] for r in rows))
     assert report["rates"]["copy_gbps"] > 0 and all(p["tflops"] > 0 for p in report["rates"]["products"])
-    assert [s["what"] for s in report["skipped"]] == ["sustained steps", "profile"] and report["config"]["num_layers"] == 2
+    assert [s["what"] for s in report["skipped"]] == ["sustained steps", "profile"] and report["config"][
+        "num_layers"
+    ] == 2
     assert re.search(r"^MLP +backward +2 ", out, re.M) and "sum of floors" in out
 
 
@@ -736,7 +794,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 def test_a_script_without_the_tool_says_where_it_is(tmp_path):
     script = shutil.copy(t.__file__, tmp_path / "train_gpt.py")
-    done = subprocess.run([sys.executable, script, "bench"], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script, "bench"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
     assert f"python tools/lab/bench.py --script {script} KEY=VALUE" in done.stderr
 
@@ -745,9 +805,20 @@ def test_a_script_without_the_tool_says_where_it_is(tmp_path):
 def test_on_a_gpu(tmp_path):
     file = tmp_path / "b.json"
     started = time.perf_counter()
-    assert bench.main(["--json", str(file), "preset=h100x1", "train_batch_tokens=98304", "micro_batch_tokens=98304"], {}) == 0
+    assert (
+        bench.main(
+            ["--json", str(file), "preset=h100x1", "train_batch_tokens=98304", "micro_batch_tokens=98304"], {}
+        )
+        == 0
+    )
     report = json.loads(file.read_text())
     assert [s["what"] for s in report["skipped"]] in ([], ["loader"]) and time.perf_counter() - started < 120
     row = report["sustained"]
-    assert row["fixed_ms"] > 0 and ("why" in row["gpu"] or row["gpu"]["sm_mhz"] > 0 and row["gpu"]["samples"] > 5)
-    assert {c["which"] for c in report["profile"]["classes"]} >= {"attention", "matrix products", "Inductor pointwise"}
+    assert row["fixed_ms"] > 0 and (
+        "why" in row["gpu"] or row["gpu"]["sm_mhz"] > 0 and row["gpu"]["samples"] > 5
+    )
+    assert {c["which"] for c in report["profile"]["classes"]} >= {
+        "attention",
+        "matrix products",
+        "Inductor pointwise",
+    }

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import train_gpt as t
 from helpers import english_dataset, machine, tiny
 from lab import direction_cases, direction_quality, direction_times, directions
-from ledger import direction_log, record
+from ledger import direction_claims, direction_log, direction_tables, folders, record
 from script import TRAINER, BadInput
 
 MARKERS = """# R
@@ -256,7 +256,7 @@ def doctor(path: Path, pattern: str, new: str) -> None:
 
 def test_the_folder_is_complete(repo, capsys):
     folder = folder_of(repo)
-    assert sorted(path.name for path in folder.iterdir()) == list(direction_log.FILES)
+    assert sorted(path.name for path in folder.iterdir()) == list(direction_tables.FILES)
     assert (folder / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
     log = direction_log.parse((folder / "log.txt").read_text())
     assert direction_log.names(log, "row") == [*t.ORTHO, "broken"]
@@ -264,7 +264,7 @@ def test_the_folder_is_complete(repo, capsys):
     times = [
         (x["part"], x["share"], x["row"]) for x in log["time"] if (x["rule"], x["cautious"]) == ("muon", 0)
     ]
-    assert sorted(times) == sorted((*place, row) for place in direction_log.TITLES for row in t.ORTHO)
+    assert sorted(times) == sorted((*place, row) for place in direction_tables.TITLES for row in t.ORTHO)
     ruled = {(x["rule"], x["cautious"]) for x in log["time"] if x["row"] == "ns5" and x["part"] == "update"}
     assert ruled == {(rule, 0) for rule in t.STEP_RULES} | {("muon", 1)}
     places = {(q["family"], q["shape"]) for q in log["quality"]}
@@ -354,14 +354,18 @@ def test_a_doctored_number_is_caught(repo, capsys, file, pattern, new, claim):
 def test_missing_and_foreign_files(repo, capsys):
     folder = folder_of(repo)
     (folder / "spectrum.png").unlink()
-    assert ("fail", "files") in [row[:2] for row in direction_log.examine(folder)]
+    assert ("fail", "files") in [row[:2] for row in direction_claims.examine_measurement(folder)]
     log = folder / "log.txt"
     assert (
         directions.main(["--root", str(repo), "--log", str(log)]) == 0
     )  # the same log once more: a second folder, complete
     second = folder.with_name(folder.name + "_2")
-    assert direction_log.newest(repo / "records") == {direction_log.FOLDER.match(folder.name)[2]: second}
-    assert run(repo, "board") == 0 and {row[0] for row in direction_log.examine(second)} == {"ok"}
+    assert direction_tables.newest(repo / "records") == {
+        folders.MEASUREMENT_NAME.match(folder.name)[2]: second
+    }
+    assert run(repo, "board") == 0 and {row[0] for row in direction_claims.examine_measurement(second)} == {
+        "ok"
+    }
     log.write_text("nothing")
     assert directions.main(["--root", str(repo), "--log", str(log)]) == 2
     (repo / "records" / "README.md").write_text("<!-- board:start -->\n<!-- board:end -->\n")
@@ -404,4 +408,4 @@ def test_names_of_devices_and_reasons():
     assert direction_log.device_slug("NVIDIA H100 80GB HBM3") == "H100-80GB-HBM3"
     text = direction_cases.reason(OSError("cannot open /a/b-1/c.so: gone\nmore"))
     assert text == "OSError: cannot open c.so: gone"
-    assert json.loads(direction_log.result_text({"time": []})) == {"schema": 1, "time": []}
+    assert json.loads(direction_tables.result_text({"time": []})) == {"schema": 1, "time": []}

@@ -21,7 +21,7 @@ import torch
 import train_gpt as t
 from helpers import english_args, english_dataset
 from lab import sweep, sweep_plan, sweep_worker
-from ledger import record, runlog, sweep_table
+from ledger import record, runlog, sweep_claims, sweep_table
 from script import ROOT, TRAINER
 
 STEPS = 14
@@ -267,12 +267,12 @@ def test_weights_that_are_no_numbers_are_a_result(worker, tmp_path, monkeypatch)
     for row, rate in (("ns5", "0.02"), ("turbo", "0.02")):
         line = LINE | dict(row=row, rate=rate, baseline="ns5")
         worker.train({"argv": plan.configuration(row, rate, 1).argv, "line": line}, folder)
-    table = sweep_table.sweep_table(folder)
+    table = sweep_table.write_tables(folder)
     rows = {row["name"]: row for row in table["rows"]}
     assert table["diverged"] == 1 and rows["turbo"]["rates"]["0.04"] is None
     assert rows["turbo"]["best_rate"] == "0.02" and rows["turbo"]["edge"]
     assert "0.04: diverged" in (folder / "README.md").read_text()
-    assert not [row for row in sweep_table.examine(folder) if row[0] == "fail"]
+    assert not [row for row in sweep_claims.examine_sweep(folder) if row[0] == "fail"]
 
 
 def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(worker, tmp_path, monkeypatch):
@@ -514,7 +514,7 @@ def edit(path, pattern, new):
 
 
 def failed(folder):
-    return {claim for status, claim, _ in sweep_table.examine(folder) if status == "fail"}
+    return {claim for status, claim, _ in sweep_claims.examine_sweep(folder) if status == "fail"}
 
 
 def test_a_killed_workers_job_is_done_by_another(done):
@@ -533,8 +533,8 @@ def test_the_folder_holds_every_configuration_and_proves_itself(done):
         "README.md", "curves.png", "logs", "table.json", "train_gpt.py",
     ]  # fmt: skip
     assert all(len((done.folder / "logs" / n).read_bytes()) < 10_000 for n in names)
-    rows = sweep_table.examine(done.folder)
-    assert [row for row in rows if row[0] != "ok"] == [] and len(rows) == len(sweep_table.CLAIMS)
+    rows = sweep_claims.examine_sweep(done.folder)
+    assert [row for row in rows if row[0] != "ok"] == [] and len(rows) == len(sweep_claims.CLAIMS)
     source = runlog.parse_log(done.folder / "logs" / names[0]).source
     assert source == (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
@@ -604,7 +604,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
 def test_devices_are_not_mixed(folder, capsys):
     edit(folder / "logs" / "ns5_0.02_seed1.txt", r"^(sweep .*)kind:.*? init", r"\1kind:Other GPU init")
     with pytest.raises(runlog.BadInput, match="device differs"):
-        sweep_table.sweep_table(folder)
+        sweep_table.write_tables(folder)
     assert "fair" in failed(folder)
 
 
@@ -696,7 +696,7 @@ def test_the_ledger_lists_verifies_and_tabulates_sweeps(folder, capsys):
     assert record.main(["--root", str(root), "board"]) == 0
     page = (root / "records" / "README.md").read_text()
     assert "**[Tiny](sweeps/Tiny/)**" in page and "\nold\n" not in page and page.endswith("end\n")
-    for line in sweep_table.markdown(json.loads((folder / "table.json").read_text())):
+    for line in sweep_table.table_lines(json.loads((folder / "table.json").read_text())):
         assert line in page
     assert record.main(["--root", str(root), "verify"]) == 0 and "1 folder: 11 ok" in capsys.readouterr().out
     (folder / "table.json").unlink()

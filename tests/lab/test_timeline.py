@@ -68,7 +68,9 @@ def test_the_arithmetic_agrees_with_a_grid():
     for _ in range(500):
         a, b = draw(), draw()
         assert points(merged(a)) == points(a) and length(merged(a)) == len(points(a))
-        assert points(minus(a, b)) == points(a) - points(b) and length(minus(a, b)) == len(points(a) - points(b))
+        assert points(minus(a, b)) == points(a) - points(b) and length(minus(a, b)) == len(
+            points(a) - points(b)
+        )
         assert points(clipped(a, (10, 20))) == points(a) & set(range(10, 20))
         found = account((5, 35), a, b)
         window = set(range(5, 35))
@@ -137,7 +139,11 @@ def test_a_gpu_trace():
         assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 610, 360, 290, 100, 600]
         rows = found["collectives"]
         assert [r["kind"] for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
-        assert [r["bytes"] for r in rows] == [8000, 400, 8000] and [r["wire"] for r in rows] == [4000, 400, 4000]
+        assert [r["bytes"] for r in rows] == [8000, 400, 8000] and [r["wire"] for r in rows] == [
+            4000,
+            400,
+            4000,
+        ]
         assert [round(1000 * r["exposed_ms"]) for r in rows] == [100, 10, 190]
         assert [round(1000 * r["start_ms"]) for r in rows] == [400, 490, 650]
 
@@ -176,7 +182,9 @@ def test_a_cpu_trace():
     assert [s.name for s in lanes.compute] == ["aten::linear", "aten::add", "aten::mul"]
     found = timeline.one_step(lanes, 0, [wire.Call("reduce-scatter", 800, (0, 1), "float32")], False)
     assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 370, 160, 130, 500, 560]
-    assert found["collectives"][0]["kind"] == "reduce-scatter"  # what was called; gloo makes it of an all-reduce
+    assert (
+        found["collectives"][0]["kind"] == "reduce-scatter"
+    )  # what was called; gloo makes it of an all-reduce
 
 
 def spans(*kinds):
@@ -202,10 +210,14 @@ def planted_ranks():
     ranks = []
     for rank, late in ((0, 0), (1, 60)):
         lanes = timeline.read_lanes(gpu_trace(), cuda=True)
-        moved = [s._replace(start=s.start + late) if s.kind == "reduce-scatter" else s for s in lanes.collectives]
+        moved = [
+            s._replace(start=s.start + late) if s.kind == "reduce-scatter" else s for s in lanes.collectives
+        ]
         lanes = Lanes(lanes.bounds, lanes.compute, moved)
         steps = [timeline.one_step(lanes, i, CALLS, True) for i in range(2)]
-        ranks.append(dict(rank=rank, plain_ms=1.0, lanes=lanes, calls=[c._asdict() for c in CALLS], steps=steps))
+        ranks.append(
+            dict(rank=rank, plain_ms=1.0, lanes=lanes, calls=[c._asdict() for c in CALLS], steps=steps)
+        )
     return ranks
 
 
@@ -213,7 +225,9 @@ def test_bandwidth_is_that_of_the_last_to_come():
     rows = timeline.collective_rows(planted_ranks())
     assert rows[0]["ms"] == pytest.approx(0.07) and rows[0]["last_ms"] == pytest.approx(0.04)
     assert rows[0]["bus_gbps"] == pytest.approx(4000 / 40e-6 / 1e9)
-    assert rows[2]["last_ms"] == pytest.approx(0.25) and rows[2]["bus_gbps"] == pytest.approx(4000 / 250e-6 / 1e9)
+    assert rows[2]["last_ms"] == pytest.approx(0.25) and rows[2]["bus_gbps"] == pytest.approx(
+        4000 / 250e-6 / 1e9
+    )
     ranks = planted_ranks()
     ranks[1]["steps"][0]["collectives"].pop()
     assert timeline.collective_rows(ranks) == []
@@ -230,7 +244,9 @@ def test_the_chrome_trace(tmp_path):
         mine = [e for e in trace if e["ph"] == "X" and e["pid"] == rank]
         assert min(e["ts"] for e in mine) == 0 and "old" not in {e["name"] for e in mine}
         lane = lambda tid, mine=mine: [e for e in mine if e["tid"] == tid]
-        assert sum(e["dur"] for e in lane(1)) == pytest.approx(sum(e["args"]["exposed_ms"] for e in lane(0)) * 1000)
+        assert sum(e["dur"] for e in lane(1)) == pytest.approx(
+            sum(e["args"]["exposed_ms"] for e in lane(0)) * 1000
+        )
         assert len(lane(0)) == 2 and len(lane(4)) == 2
     timeline.picture(planted_ranks(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
@@ -320,7 +336,10 @@ def test_nothing_half_written(tmp_path, capsys):
 
 def test_the_documented_script_without_streams_and_graph_still_comes_out_of_the_trainer():
     """Its two sed expressions each change one line, and what they leave is Python."""
-    text, lines = (ROOT / "docs/ranks.md").read_text(encoding="utf-8"), (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()
+    text, lines = (
+        (ROOT / "docs/ranks.md").read_text(encoding="utf-8"),
+        (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines(),
+    )
     found = re.findall(r"^.*-e '(s/.*/)'.*$", text, re.M)
     assert len(found) == 2
     for expression in found:

@@ -120,7 +120,7 @@ def test_a_real_step(real, world):
     table, banks = t.parameter_table(tiny()), {}  # buffer -> (matrices, numbers in one)
     for s in t.MATRICES:
         count, rows, columns = table[s.name][0]
-        banks[s.home] = banks.get(s.home, (0, 0))[0] + count, rows * columns
+        banks[s.buffer] = banks.get(s.buffer, (0, 0))[0] + count, rows * columns
     padded = sum(4 * world * -(-n // world) * numel for n, numel in banks.values())
     full = sum(4 * n * numel for n, numel in banks.values())
     ranks, own = real[world], [0] * world

@@ -19,8 +19,7 @@ import train_gpt as t
 from helpers import ROOT, english_args, english_dataset, machine, noisy_model, random_tokens, run_ranks, stop_one_line, tiny
 
 
-from ledger import checks  # noqa: E402
-from ledger import runlog  # noqa: E402
+from ledger import claims, log_claims, record_claims, runlog, tracks  # noqa: E402
 
 STEPS = 12
 
@@ -175,17 +174,17 @@ def test_a_signal_ends_the_step_saves_and_scores(whole, tmp_path, monkeypatch):
     assert sets(tmp_path)[-1] == 5 and any(re.match(r"stopping_early: signal train_time:\d+ms step:5/12$", x) for x in text)
     assert text[-1].startswith("final_score ") and " steps:5 " in text[-1]
     run = runlog.parse_log(tmp_path / "run.txt")
-    assert not run.resumed and checks.steps_fault(run) is None
+    assert not run.resumed and log_claims.steps_fault(run) is None
     assert t.main(args(tmp_path, resume="auto")) == 0
     assert kill_runs.same(kill_runs.final_state(tmp_path, step=STEPS), whole[1])
     run = runlog.parse_log(tmp_path / "run.txt")
-    assert len(run.resumed) == 1 and checks.steps_fault(run) is None and run.final_scores == 1 and not run.trailing
+    assert len(run.resumed) == 1 and log_claims.steps_fault(run) is None and run.final_scores == 1 and not run.trailing
     assert [s.step for s in run.steps if s.kind == "train"] == list(range(1, STEPS + 1))
-    case = type("Case", (), dict(track=checks.TRACKS["track_h100x1_5min"], stored={"record": True}, runs=[run]))
-    with pytest.raises(checks.Wrong, match="resumed 1 times: the clock does not count what was lost"):
-        checks.claim_clock(case)
+    case = type("Case", (), dict(track=tracks.TRACKS["track_h100x1_5min"], stored={"record": True}, runs=[run]))
+    with pytest.raises(claims.Wrong, match="resumed 1 times: the clock does not count what was lost"):
+        record_claims.claim_clock(case)
     case.stored = {"record": False}
-    assert "resumed 1 times" in checks.claim_clock(case)
+    assert "resumed 1 times" in record_claims.claim_clock(case)
 
 
 def test_steps_that_were_lost_are_void(tmp_path, monkeypatch):
@@ -198,7 +197,7 @@ def test_steps_that_were_lost_are_void(tmp_path, monkeypatch):
     assert t.main(args(tmp_path, resume="auto")) == 0
     run = runlog.parse_log(log)
     assert run.resumed == [x for x in lines(tmp_path) if x.startswith(f"resumed step:{last} ")] != []
-    assert checks.steps_fault(run) is None
+    assert log_claims.steps_fault(run) is None
     assert [s.step for s in run.steps if s.kind == "train"] == list(range(1, STEPS + 1))
 
 

@@ -241,7 +241,7 @@ def test_rows_of_a_sweep_bind_and_compile_their_own(swept, monkeypatch):
         assert told == {"bf16": "triton", "fp8": "triton+fp8"}[row]
         assert t.main([*job.argv, f"out_dir={folder}/alone"]) == 0
         assert score(folder / "alone" / f"{job.name}.txt") == score(path)
-    rows = {row["name"]: row for row in sweep_table.sweep_table(folder)["rows"]}
+    rows = {row["name"]: row for row in sweep_table.write_tables(folder)["rows"]}
     assert (rows["fp8"]["changes"], rows["fp8"]["own_init"]) == ({"fp8": "True"}, False)
     torch._dynamo.reset()
 

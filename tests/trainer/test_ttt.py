@@ -21,11 +21,10 @@ from test_audit import audit_args, by_auditor, changed_script, honest  # noqa: F
 from test_windows import ONE_BYTE, SILENT
 
 
-from ledger import checks  # noqa: E402
-from ledger import dialects  # noqa: E402
+from ledger import dialects, tracks  # noqa: E402
 import fixtures_records as fx  # noqa: E402
 from ledger import record  # noqa: E402
-from test_records import TRACK, edit, make, verdict  # noqa: E402
+from record_helpers import TRACK, edit, make, verdict  # noqa: E402
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
 
@@ -381,7 +380,7 @@ def audited(honest, folder, script, capsys):  # noqa: F811
 
 def test_the_audit_passes_an_honest_score_that_learns(honest, tmp_path, capsys):  # noqa: F811
     status, fails, lines = audited(honest, tmp_path, ROOT / "train_gpt.py", capsys)
-    assert status == 0 and not fails and "2 behind learning, 0 tokens learnt ahead of their score, 0 scores moved" in lines[2], lines
+    assert status == 0 and not fails and "2 after learning, 0 tokens learnt before they are scored, 0 earlier scores moved" in lines[2], lines
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -436,7 +435,7 @@ def test_a_record_is_made_of_a_run_that_learnt(tmp_path):
     page = (folder / "README.md").read_text()
     assert " ttt_chunk_tokens=512 ttt_lr=0.1 " in page and "| int6 ttt |" in page
     assert record.main(["--root", str(root), "verify", str(folder)]) == 0
-    assert TRACK in checks.TRACKS
+    assert TRACK in tracks.TRACKS
 
 
 def test_the_published_scripts_label_is_read(tmp_path):
@@ -444,5 +443,5 @@ def test_the_published_scripts_label_is_read(tmp_path):
     log = next((ROOT / "tests" / "fixtures" / "challenge").glob("*_EarlyDialect/train_seed*.log"))
     lines = "legal_ttt val_loss:1.8900 val_bpb:1.1194 eval_time:409000ms\nlegal_ttt_exact val_loss:1.89000001 val_bpb:1.11940002\n"
     (tmp_path / log.name).write_text(log.read_text(encoding="utf-8") + lines, encoding="utf-8")
-    final = dialects.parse(tmp_path / log.name).facts["final_score"]
+    final = dialects.parse_published_log(tmp_path / log.name).facts["final_score"]
     assert (final["metric"], final["val_bpb"]) == ("legal_ttt_exact", "1.11940002")

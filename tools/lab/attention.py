@@ -21,6 +21,7 @@ says why, and the others go on. us: median of a layer by the device's clock, wit
 so that launches by the host do not count; backward is forward + backward less forward. TFLOP/s: products of
 visible pairs only, 4 Dh a pair and head forward, 2.5 times that backward. A CPU has no backward of flex.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -46,14 +47,24 @@ from ledger import runlog
 from ledger import views
 from script import BadInput
 
-MEAN = 1000                         # tokens of a document on average, before rows cut the last one
-WRONG = 0.02                        # relative error beyond which a path is not timed; bfloat16 makes 0.004
-WARM, CALLS = 3, 15                 # calls ahead of the timed ones, and those
-FILLER = 8192                       # side of the product ahead of a timed call: 1.7 ms on an H100
-BACKWARD = 2.5                      # products of a backward over those of a forward: five for two
+MEAN = 1000  # tokens of a document on average, before rows cut the last one
+WRONG = 0.02  # relative error beyond which a path is not timed; bfloat16 makes 0.004
+WARM, CALLS = 3, 15  # calls ahead of the timed ones, and those
+FILLER = 8192  # side of the product ahead of a timed call: 1.7 ms on an H100
+BACKWARD = 2.5  # products of a backward over those of a forward: five for two
 PACKAGES = ("triton", "flash-attn-4")
-COLUMNS = {"path": -10, "forward us": 12, "backward us": 13, "both us": 11, "TF/s fwd": 10, "TF/s bwd": 10,
-           "err out": 9, "err dq": 9, "err dk": 9, "err dv": 9}             # and their widths; negative: left
+COLUMNS = {
+    "path": -10,
+    "forward us": 12,
+    "backward us": 13,
+    "both us": 11,
+    "TF/s fwd": 10,
+    "TF/s bwd": 10,
+    "err out": 9,
+    "err dq": 9,
+    "err dk": 9,
+    "err dv": 9,
+}  # and their widths; negative: left
 ERRORS = ("out", "dq", "dk", "dv")
 
 
@@ -63,8 +74,10 @@ class Unfit(Exception):
 
 # ---- shapes and masks ----------------------------------------------------------------------------
 
+
 class Layout(NamedTuple):
     """Heads of a layer."""
+
     heads: int
     kv_heads: int
     head_dim: int
@@ -78,6 +91,7 @@ class Mask(NamedTuple):
 
     bounds: where the sequences begin in the flat batch, and its end: documents, or else rows.
     """
+
     name: str
     window: int
     documents: bool
@@ -116,13 +130,18 @@ def masks_of(rows: int, T: int) -> list[Mask]:
     """Windows are 512 and 256 tokens, less where a row has no room for them to matter."""
     whole, cut = [*range(0, rows * T + 1, T)], document_bounds(rows, T)
     wide, narrow = max(min(512, T // 2), 1), max(min(256, T // 4), 1)
-    return [Mask("causal", 0, False, whole), Mask("documents", 0, True, cut),
-            Mask(f"window {wide}", wide, False, whole), Mask(f"window {narrow}", narrow, False, whole),
-            Mask(f"documents, window {wide}", wide, True, cut)]
+    return [
+        Mask("causal", 0, False, whole),
+        Mask("documents", 0, True, cut),
+        Mask(f"window {wide}", wide, False, whole),
+        Mask(f"window {narrow}", narrow, False, whole),
+        Mask(f"documents, window {wide}", wide, True, cut),
+    ]
 
 
 class Case(NamedTuple):
     """A layer's tensors and a mask. ids (B, T) int32: the number of a token's document or row."""
+
     b: bench.Bench
     layout: Layout
     mask: Mask
@@ -150,8 +169,10 @@ def make_case(b: bench.Bench, layout: Layout, mask: Mask) -> Case:
 
 # ---- paths ---------------------------------------------------------------------------------------
 
+
 class Bound(NamedTuple):
     """A path on one case: (q, k, v) -> (B, T, H, Dh); what its time includes; whether it has a backward."""
+
     attend: Callable
     note: str = ""
     backward: bool = True
@@ -159,6 +180,7 @@ class Bound(NamedTuple):
 
 class Path(NamedTuple):
     """bind: Case -> Bound, whatever it raises skips the row. causal_only: other masks are not tried."""
+
     bind: Callable
     causal_only: bool = False
 
@@ -174,11 +196,14 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def sdpa(backend: SDPBackend) -> Path:
     """The trainer's attend_sdpa by one backend that groups heads."""
+
     def bind(c: Case) -> Bound:
         def attend(q, k, v):
             with sdpa_kernel(backend):
                 return c.b.t.attend_sdpa(q, k, v, **c.how)
+
         return Bound(attend)
+
     return Path(bind, causal_only=True)
 
 
@@ -194,12 +219,14 @@ def efficient(c: Case) -> Bound:
     def attend(q, k, v):
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
             return c.b.t.attend_sdpa(q, k, v, **how) if masked else causal(q, k, v)
+
     return Bound(attend, f"{REPEATS}, mask made" if masked else REPEATS)
 
 
 def varlen(c: Case) -> Bound:
     """torch.nn.attention.varlen. torch 2.10 knows no window, 2.11 no grouped heads: the signature tells."""
     from torch.nn.attention.varlen import varlen_attn
+
     known, window, longest = inspect.signature(varlen_attn).parameters, c.mask.window, max(c.mask.lengths)
     if window and "window_size" not in known:
         raise Unfit(f"varlen_attn of torch {torch.__version__} has no window_size")
@@ -212,17 +239,21 @@ def varlen(c: Case) -> Bound:
     def attend(q, k, v):
         flat = (x.flatten(0, 1) for x in ((q, k, v) if grouped else repeated(q, k, v)))
         return varlen_attn(*flat, c.bounds, c.bounds, longest, longest, **how).view(q.shape)
+
     return Bound(attend, "" if grouped else REPEATS)
 
 
 def flex(c: Case) -> Bound:
     """flex_attention, compiled anew for each mask: one function's recompilations are few."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     ids, window, T = c.ids, c.mask.window, c.ids.size(1)
-    rules = {(False, False): lambda b, h, i, j: i >= j,
-             (False, True): lambda b, h, i, j: (i >= j) & (i - j < window),
-             (True, False): lambda b, h, i, j: (i >= j) & (ids[b, i] == ids[b, j]),
-             (True, True): lambda b, h, i, j: (i >= j) & (i - j < window) & (ids[b, i] == ids[b, j])}
+    rules = {
+        (False, False): lambda b, h, i, j: i >= j,
+        (False, True): lambda b, h, i, j: (i >= j) & (i - j < window),
+        (True, False): lambda b, h, i, j: (i >= j) & (ids[b, i] == ids[b, j]),
+        (True, True): lambda b, h, i, j: (i >= j) & (i - j < window) & (ids[b, i] == ids[b, j]),
+    }
     rule = rules[c.mask.documents, window > 0]
     blocks = create_block_mask(rule, len(ids) if c.mask.documents else None, None, T, T, device=ids.device)
     torch.compiler.reset()
@@ -231,34 +262,41 @@ def flex(c: Case) -> Bound:
     def attend(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+
     return Bound(attend, "" if c.b.cuda else "no backward on a CPU", backward=c.b.cuda)
 
 
 def flash4(c: Case) -> Bound:
     """The trainer's attend_flash4, compiled as in its model: bounds of documents are part of its time."""
     import flash_attn.cute.interface  # noqa: F401              # where it is missing nothing is compiled
+
     how, most = c.how, c.b.t.DOCUMENTS
     if how["docs"] is not None and (count := int(how["docs"].max()) + 1) > most:
         raise Unfit(f"{count} documents in a row: attend_flash4 keeps {most} apart")
-    torch.compiler.reset()                                      # one function's recompilations are few
+    torch.compiler.reset()  # one function's recompilations are few
     compiled = c.b.m.compile(c.b.t.attend_flash4)
     return Bound(lambda q, k, v: compiled(q, k, v, **how))
 
 
 PATHS = {
-    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "efficient": Path(efficient), "math": sdpa(SDPBackend.MATH), "varlen": Path(varlen), "flex": Path(flex),
+    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "efficient": Path(efficient),
+    "math": sdpa(SDPBackend.MATH),
+    "varlen": Path(varlen),
+    "flex": Path(flex),
     "flash4": Path(flash4),
 }
 
 
 # ---- exact ---------------------------------------------------------------------------------------
 
+
 def exact_row(c: Case, row: int) -> list[Tensor]:
     """(1, T, heads, Dh) of the output, dq, dk and dv of one row, in float64."""
-    leaves = [x[row:row + 1].detach().double().requires_grad_() for x in c.tensors]
-    out = bench.attend_exact(*leaves, c.mask.window, c.ids[row:row + 1])
-    return [out.detach(), *torch.autograd.grad(out, leaves, c.dout[row:row + 1].double())]
+    leaves = [x[row : row + 1].detach().double().requires_grad_() for x in c.tensors]
+    out = bench.attend_exact(*leaves, c.mask.window, c.ids[row : row + 1])
+    return [out.detach(), *torch.autograd.grad(out, leaves, c.dout[row : row + 1].double())]
 
 
 def exact(c: Case) -> dict[int, list[Tensor]]:
@@ -275,6 +313,7 @@ def errors_of(found: list[Tensor], true: dict[int, list[Tensor]]) -> dict[str, f
 
 
 # ---- clocks --------------------------------------------------------------------------------------
+
 
 def micros(b: bench.Bench, fn: Callable, ahead: Callable) -> float:
     """Median us of fn(). ahead: queues device work that keeps the device busy while the host launches fn."""
@@ -305,7 +344,7 @@ def measured(c: Case, path: Path, true: dict, ahead: Callable) -> dict:
     """Errors and, where these are small, times of a path."""
     bound = path.bind(c)
     tensors = c.tensors if bound.backward else [x.detach() for x in c.tensors]
-    forward = lambda: bound.attend(*tensors)        # as in training: what a backward needs is kept
+    forward = lambda: bound.attend(*tensors)  # as in training: what a backward needs is kept
 
     def both():
         out = forward()
@@ -320,7 +359,7 @@ def measured(c: Case, path: Path, true: dict, ahead: Callable) -> dict:
     row |= dict(status="measured", forward_us=us, forward_tflops=flops / us / 1e6)
     if bound.backward:
         whole = micros(c.b, both, ahead)
-        back = max(whole - us, 1e-3)                # of two medians: noise may cross zero
+        back = max(whole - us, 1e-3)  # of two medians: noise may cross zero
         row |= dict(both_us=whole, backward_us=back, backward_tflops=BACKWARD * flops / back / 1e6)
     return row
 
@@ -330,15 +369,16 @@ def attempt(c: Case, name: str, true: dict, ahead: Callable) -> dict:
     row = dict(layout=c.layout._asdict(), mask=c.mask.name, path=name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # why a backend is not chosen, that flex is not compiled
+            warnings.simplefilter("ignore")  # why a backend is not chosen, that flex is not compiled
             return row | measured(c, PATHS[name], true, ahead)
-    except Exception as error:                      # whatever a kernel, a compiler or an import raises
+    except Exception as error:  # whatever a kernel, a compiler or an import raises
         why = (str(error).strip().splitlines() or [""])[0]
         why = why if isinstance(error, Unfit) else f"{type(error).__name__}: {why}"
         return row | dict(status="skipped", why=why)
 
 
 # ---- tables --------------------------------------------------------------------------------------
+
 
 def cells(values: list[str]) -> str:
     """A line of the table, after its columns."""
@@ -375,7 +415,7 @@ def group(c: Case, names: list[str], ahead: Callable) -> list[dict]:
         if c.mask.name == "causal" or not PATHS[name].causal_only:
             started = time.perf_counter()
             row = attempt(c, name, true, ahead)
-            rows.append(row | dict(seconds=time.perf_counter() - started))          # compilation included
+            rows.append(row | dict(seconds=time.perf_counter() - started))  # compilation included
             say(line_of(row))
     best = fastest(rows)
     say("fastest: " + (", ".join(f"{key} {row['path']}" for key, row in best.items()) or "none ran"))
@@ -401,6 +441,7 @@ def summary(rows: list[dict]) -> str:
 
 
 # ---- the command ---------------------------------------------------------------------------------
+
 
 def checked(args: argparse.Namespace) -> list[str] | None:
     """Paths asked for, None: all that the machine should try. BadInput before anything runs."""
@@ -434,19 +475,34 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         rows = t.cut_batch(h, m.world_size)[1]
     except t.InputError as error:
         raise BadInput(str(error)) from None
-    report = dict(schema=1, device=m.names["device"], machine=m.names, versions=versions(),
-                  dtype=str(m.dtype)[6:], world_size=m.world_size, rows=rows, seq_len=h.train_seq_len,
-                  config=dataclasses.asdict(h), layouts=[x._asdict() for x in layouts_of(h)], masks=[],
-                  table=[], skipped=[])
+    report = dict(
+        schema=1,
+        device=m.names["device"],
+        machine=m.names,
+        versions=versions(),
+        dtype=str(m.dtype)[6:],
+        world_size=m.world_size,
+        rows=rows,
+        seq_len=h.train_seq_len,
+        config=dataclasses.asdict(h),
+        layouts=[x._asdict() for x in layouts_of(h)],
+        masks=[],
+        table=[],
+        skipped=[],
+    )
     b = bench.Bench(t, h, m, rows, report, math.inf)
     names = names or [name for name in PATHS if name != "math" or not b.cuda]
-    b.say(f"attention of a layer: {rows} x {h.train_seq_len} tokens, {report['dtype']}, device "
-          + ", ".join([report["device"], *(f"{k} {v}" for k, v in report["versions"].items())]))
+    b.say(
+        f"attention of a layer: {rows} x {h.train_seq_len} tokens, {report['dtype']}, device "
+        + ", ".join([report["device"], *(f"{k} {v}" for k, v in report["versions"].items())])
+    )
     if len(report["layouts"]) == 1:
         b.skip("the second layout", f"num_heads={h.num_heads} is odd: it cannot be halved")
     masks, ahead = masks_of(rows, h.train_seq_len), filler(b)
-    report["masks"] = [dict(name=x.name, window=x.window, documents=x.documents, sequences=len(x.lengths),
-                            pairs=x.pairs) for x in masks]
+    report["masks"] = [
+        dict(name=x.name, window=x.window, documents=x.documents, sequences=len(x.lengths), pairs=x.pairs)
+        for x in masks
+    ]
     for layout in layouts_of(h):
         for mask in masks:
             report["table"] += group(make_case(b, layout, mask), names, ahead)

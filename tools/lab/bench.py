@@ -32,6 +32,7 @@ calls the one it replaces keeps it under a name of its own (plain = t.mlp). Erro
 
 Exit status: 0 measured (what failed is listed as skipped); 2 bad input (one line says it).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -62,28 +63,40 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # tools/, also when a command runs this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/, also when a command runs this file
 
 import script  # noqa: E402
 from script import BadInput  # noqa: E402
 
-NEEDS = ("InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "bind_pass", "train_step", "log_step",
-         "hyper_at", "Machine.fetch")
-MODULE = "benched_script"           # its name in sys.modules; copies with a candidate get a suffix
-QUARTERS = 4                        # documents of a row, where the config keeps documents apart
-ROUNDS, REPLAYS = 4, 10             # calls of a big section in a CUDA graph; timed replays of it
-FRESH = 20                          # calls, each with inputs of its own, where these fit the L2 cache
-HOST_SECONDS = 0.3                  # on a CPU a section ends after this long, with three repetitions at least
-SUSTAIN, BLOCKS = 8.0, 8            # seconds of training's loop on a GPU, cut into so many blocks
-SAMPLE_MS, GRACE = 200, 2.0         # between two readings of nvidia-smi; seconds it has to end when asked to
-TOP = 25                            # kernels listed
-ERROR_SLACK = 1.5                   # a candidate may be this much less exact than the plain lines,
-FEW, CHANCE = 64, 0.1               # and of a tensor of so few numbers this is forgiven: signs may cancel
-GAIN, WINS = 0.998, 0.8             # it is faster when it takes less than this of their time, so often
+NEEDS = (
+    "InputError",
+    "GPT",
+    "Ops",
+    "Optimizer",
+    "Ema",
+    "TokenLoader",
+    "bind_pass",
+    "train_step",
+    "log_step",
+    "hyper_at",
+    "Machine.fetch",
+)
+MODULE = "benched_script"  # its name in sys.modules; copies with a candidate get a suffix
+QUARTERS = 4  # documents of a row, where the config keeps documents apart
+ROUNDS, REPLAYS = 4, 10  # calls of a big section in a CUDA graph; timed replays of it
+FRESH = 20  # calls, each with inputs of its own, where these fit the L2 cache
+HOST_SECONDS = 0.3  # on a CPU a section ends after this long, with three repetitions at least
+SUSTAIN, BLOCKS = 8.0, 8  # seconds of training's loop on a GPU, cut into so many blocks
+SAMPLE_MS, GRACE = 200, 2.0  # between two readings of nvidia-smi; seconds it has to end when asked to
+TOP = 25  # kernels listed
+ERROR_SLACK = 1.5  # a candidate may be this much less exact than the plain lines,
+FEW, CHANCE = 64, 0.1  # and of a tensor of so few numbers this is forgiven: signs may cancel
+GAIN, WINS = 0.998, 0.8  # it is faster when it takes less than this of their time, so often
 
 
 class Work(NamedTuple):
     """Of one call. products: (flops, shape (m, k, n) whose rate counts; None: the best rate)."""
+
     moved: float = 0.0
     products: tuple = ()
 
@@ -98,6 +111,7 @@ class Section(NamedTuple):
     count: calls in a pass; 0: a composite, built for candidates only. back: (fn, inputs) where autograd's
     backward of `fn` alone is not what the model's backward does. uses: what a candidate may replace in it.
     """
+
     name: str
     count: int
     fn: Callable
@@ -112,6 +126,7 @@ class Section(NamedTuple):
 
 class Bench(NamedTuple):
     """What is measured: the script as a module, its config and machine; sequences of a micro-batch."""
+
     t: ModuleType
     h: Any
     m: Any
@@ -145,6 +160,7 @@ def load_script(path: Path, name: str = MODULE) -> ModuleType:
 
 
 # ---- clocks --------------------------------------------------------------------------------------
+
 
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
@@ -182,12 +198,12 @@ def call_ms(b: Bench, calls: list[Callable]) -> float:
             call()
 
     for _ in range(2):
-        with b.m.lanes() as lane, lane():      # off the default stream, as a recording is
+        with b.m.lanes() as lane, lane():  # off the default stream, as a recording is
             run()
     b.m.sync()
     try:
         launch = b.m.record(run)
-    except Exception as error:                  # whatever a driver raises: then launches by the host count
+    except Exception as error:  # whatever a driver raises: then launches by the host count
         launch = run
         b.skip("a CUDA graph: launched one by one", error)
     try:
@@ -200,7 +216,7 @@ def call_ms(b: Bench, calls: list[Callable]) -> float:
         b.m.sync()
         return median([start.elapsed_time(end) for start, end in events[1:]]) / len(calls)
     finally:
-        b.m.sync()                              # before the graph and its memory go
+        b.m.sync()  # before the graph and its memory go
 
 
 def fresh_sets(b: Bench, make: Callable) -> list:
@@ -219,9 +235,10 @@ def in_turn(b: Bench, fn: Callable, sets: list) -> list[Callable]:
 
 # ---- what the hardware allows --------------------------------------------------------------------
 
+
 def measure_rates(b: Bench, shapes: list[tuple]) -> tuple[float, dict]:
     """(GB/s read and written by a copy, {(m, k, n): TFLOP/s of one product}); None: the best of them."""
-    size = 2 ** 28 if b.cuda else 2 ** 23
+    size = 2**28 if b.cuda else 2**23
     source, target = torch.ones(size, device=b.m.device), torch.empty(size, device=b.m.device)
     gbps = 2 * 4 * size / call_ms(b, [lambda: target.copy_(source)] * (ROUNDS if b.cuda else 1)) / 1e6
     del source, target
@@ -234,8 +251,11 @@ def measure_rates(b: Bench, shapes: list[tuple]) -> tuple[float, dict]:
         listed.append(dict(m=m, k=k, n=n, ms=ms, tflops=rates[m, k, n]))
     rates[None] = max(rates.values())
     b.report["rates"] = dict(copy_gbps=gbps, products=listed)
-    b.say(f"\nrates: copy {gbps:,.0f} GB/s; products "
-          + ", ".join(f"{r['m']}x{r['k']}x{r['n']} {r['tflops']:.4g}" for r in listed) + " TFLOP/s")
+    b.say(
+        f"\nrates: copy {gbps:,.0f} GB/s; products "
+        + ", ".join(f"{r['m']}x{r['k']}x{r['n']} {r['tflops']:.4g}" for r in listed)
+        + " TFLOP/s"
+    )
     return gbps, rates
 
 
@@ -247,6 +267,7 @@ def floor_of(work: Work, gbps: float, rates: dict) -> tuple[float, str]:
 
 
 # ---- sections ------------------------------------------------------------------------------------
+
 
 def quick_model(t: ModuleType, h: Any, ops: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A GPT of zeros: initialisation takes seconds and every weight is written afterwards anyway."""
@@ -278,15 +299,18 @@ def product(m: int, k: int, n: int, e: int) -> tuple[Work, Work]:
 def mlp_work(N: int, D: int, hidden: int, e: int, back: bool) -> Work:
     """Of the MLP over N rows: the hidden layer is written and read once, in backward its gradient too."""
     flops, streams = 2.0 * N * D * hidden * (2 if back else 1), 3 if back else 2
-    return Work(e * (streams * N * (D + hidden) + (4 if back else 2) * D * hidden),
-                ((flops, (N, D, hidden)), (flops, (N, hidden, D))))
+    return Work(
+        e * (streams * N * (D + hidden) + (4 if back else 2) * D * hidden),
+        ((flops, (N, D, hidden)), (flops, (N, hidden, D))),
+    )
 
 
 def one_layer(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> Any:
     """A model of one layer, with all the tensors that are not of a layer at full size."""
     h = dataclasses.replace(b.h, num_layers=1, xsa_last_n=1, ve_last_n=1)
     return scatter(quick_model(t, h, ops, torch.float32, b.m.device)).to(
-        torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
 
 
 def documents_of(b: Bench) -> Tensor | None:
@@ -304,19 +328,20 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
     small.dtype = dtype
     rope = t.rope_tables(T, h.rope_dims, h.rope_base, b.m.device)
     draw = lambda *shape, dtype=dtype: torch.randn(shape, device=b.m.device, dtype=dtype).requires_grad_()
-    wide = lambda n, at: (lambda x: x[..., at: at + n].view(B, T, n // Dh, Dh).detach().requires_grad_())
+    wide = lambda n, at: lambda x: x[..., at : at + n].view(B, T, n // Dh, Dh).detach().requires_grad_()
     qkv = lambda: torch.randn(B, T, D + 2 * kv, device=b.m.device, dtype=dtype)
     vector = lambda *shape: draw(*shape, dtype=small.tok_emb.dtype)
     tokens = lambda: torch.randint(V, (B, T), device=b.m.device)
     stream, both, tables = e * N * D, e * N * (D + kv), 4 * (V * D + h.bigram_vocab_size * h.bigram_dim)
     linear = lambda name, count, k, n: Section(
-        name, count, F.linear, lambda: [draw(B, T, k), draw(n, k)], *product(N, k, n, e), compiled=False)
+        name, count, F.linear, lambda: [draw(B, T, k), draw(n, k)], *product(N, k, n, e), compiled=False
+    )
 
     def value_embedding(ids: Tensor) -> Tensor:
         ve = F.embedding(ids, small.ve_emb).to(dtype)
         return F.linear(ve, (small.ve_scale * small.ve_proj).to(dtype))
 
-    def mix_norm(x, y, x0, mix):                # the layer before ends here: x + y
+    def mix_norm(x, y, x0, mix):  # the layer before ends here: x + y
         mix = mix.to(x.dtype)
         x = mix[0] * (x + y) + mix[1] * x0
         return x, t.rms_norm(x)
@@ -325,7 +350,7 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
         x = x + y
         return x, t.rms_norm(x)
 
-    class Head(t.GPT):                          # its trunk is given: only what follows it is timed
+    class Head(t.GPT):  # its trunk is given: only what follows it is timed
         def trunk(self, tokens):
             return t.rms_norm(tokens)
 
@@ -338,49 +363,111 @@ def sections_of(b: Bench, t: ModuleType, ops: Any, dtype: torch.dtype) -> list[S
 
     def attention(window: int) -> Section:
         seen, name = min(window or longest, longest), f"attention, window {window}" if window else "attention"
-        scores = 4.0 * B * T * D * seen * (1 - seen / longest / 2)          # of both products
-        return Section(name, sum(s.window == window for s in specs),
-                       lambda q, k, v: ops.attend(q, k, v, window, docs), attend_inputs,
-                       Work(2 * both, ((scores, None),)), Work(4 * both, ((2.5 * scores, None),)),
-                       ("attend_sdpa", "attend_flash4"), compiled=h.doc_mask or window > 0)
+        scores = 4.0 * B * T * D * seen * (1 - seen / longest / 2)  # of both products
+        return Section(
+            name,
+            sum(s.window == window for s in specs),
+            lambda q, k, v: ops.attend(q, k, v, window, docs),
+            attend_inputs,
+            Work(2 * both, ((scores, None),)),
+            Work(4 * both, ((2.5 * scores, None),)),
+            ("attend_sdpa", "attend_flash4"),
+            compiled=h.doc_mask or window > 0,
+        )
 
     parts = [
-        Section("embedding + bigram + smear", 1, small.embed, lambda: [tokens()],
-                Work(8 * N + tables + stream, ((2.0 * N * h.bigram_dim * D, (N, h.bigram_dim, D)),)),
-                Work(8 * N + 2 * tables + stream, ((4.0 * N * h.bigram_dim * D, (N, h.bigram_dim, D)),)),
-                ("GPT.embed", "rms_norm"),
-                (small.tok_emb, small.bigram_emb, small.bigram_proj, small.bigram_scale, small.smear_gate)),
-        Section("value embedding", 1, value_embedding, lambda: [tokens()],
-                Work(8 * N + 4 * V * h.ve_dim + e * N * kv, ((2.0 * N * h.ve_dim * kv, (N, h.ve_dim, kv)),)),
-                Work(8 * N + 8 * V * h.ve_dim + e * N * kv, ((4.0 * N * h.ve_dim * kv, (N, h.ve_dim, kv)),)),
-                (), (small.ve_emb, small.ve_proj, small.ve_scale)),
-        Section("residual mix + norm", L, mix_norm, lambda: [*(draw(B, T, D) for _ in range(3)), vector(2, D)],
-                Work(5 * stream), Work(7 * stream), ("rms_norm",)),
+        Section(
+            "embedding + bigram + smear",
+            1,
+            small.embed,
+            lambda: [tokens()],
+            Work(8 * N + tables + stream, ((2.0 * N * h.bigram_dim * D, (N, h.bigram_dim, D)),)),
+            Work(8 * N + 2 * tables + stream, ((4.0 * N * h.bigram_dim * D, (N, h.bigram_dim, D)),)),
+            ("GPT.embed", "rms_norm"),
+            (small.tok_emb, small.bigram_emb, small.bigram_proj, small.bigram_scale, small.smear_gate),
+        ),
+        Section(
+            "value embedding",
+            1,
+            value_embedding,
+            lambda: [tokens()],
+            Work(8 * N + 4 * V * h.ve_dim + e * N * kv, ((2.0 * N * h.ve_dim * kv, (N, h.ve_dim, kv)),)),
+            Work(8 * N + 8 * V * h.ve_dim + e * N * kv, ((4.0 * N * h.ve_dim * kv, (N, h.ve_dim, kv)),)),
+            (),
+            (small.ve_emb, small.ve_proj, small.ve_scale),
+        ),
+        Section(
+            "residual mix + norm",
+            L,
+            mix_norm,
+            lambda: [*(draw(B, T, D) for _ in range(3)), vector(2, D)],
+            Work(5 * stream),
+            Work(7 * stream),
+            ("rms_norm",),
+        ),
         linear("QKV product", L, D, D + 2 * kv),
         # compiled alone, a fused one would get v's gradient outside: v is a view of this section's input
-        Section("QK norm + rope + gain", L, lambda qkv, gain: ops.qk(qkv, gain, *rope), qk_inputs,
-                Work(2 * both), Work(3 * both + 2 * e * N * kv),
-                ("qk_heads", "qk_norm_rope", "rms_norm"),
-                compiled=ops.qk is getattr(t, "qk_heads", None)),
+        Section(
+            "QK norm + rope + gain",
+            L,
+            lambda qkv, gain: ops.qk(qkv, gain, *rope),
+            qk_inputs,
+            Work(2 * both),
+            Work(3 * both + 2 * e * N * kv),
+            ("qk_heads", "qk_norm_rope", "rms_norm"),
+            compiled=ops.qk is getattr(t, "qk_heads", None),
+        ),
         *map(attention, sorted({s.window for s in specs})),
-        Section("XSA", sum(s.xsa for s in specs), t.exclude_self, xsa_inputs, Work(stream + both),
-                Work(stream + 2 * both), ("exclude_self",)),
+        Section(
+            "XSA",
+            sum(s.xsa for s in specs),
+            t.exclude_self,
+            xsa_inputs,
+            Work(stream + both),
+            Work(stream + 2 * both),
+            ("exclude_self",),
+        ),
         linear("O product", L, D, D),
-        Section("residual add + norm", L, add_norm, lambda: [draw(B, T, D), draw(B, T, D)],
-                Work(4 * stream), Work(4 * stream), ("rms_norm",)),
-        Section("MLP", L, ops.mlp, lambda: [draw(B, T, D), draw(Fm, D), draw(D, Fm)],
-                mlp_work(N, D, Fm, e, False), mlp_work(N, D, Fm, e, True), ("mlp",)),
-        Section("skip adds", sum(s.skip >= 0 for s in specs), lambda x, kept, w: x + w.to(x.dtype) * kept,
-                lambda: [draw(B, T, D), draw(B, T, D), vector(D)], Work(3 * stream), Work(3 * stream)),
-        Section("head + softcap + cross-entropy", 1, lambda x, y: head.loss(x, y),
-                lambda: [draw(B, T, D), tokens()],
-                Work(8 * N + 4 * V * D + stream, ((2.0 * N * D * V, (N, D, V)),)),
-                Work(8 * N + 8 * V * D + 2 * stream, ((4.0 * N * D * V, (N, D, V)),)),
-                ("GPT.nats", "GPT.head", "GPT.loss", "rms_norm"), (small.tok_emb,)),
+        Section(
+            "residual add + norm",
+            L,
+            add_norm,
+            lambda: [draw(B, T, D), draw(B, T, D)],
+            Work(4 * stream),
+            Work(4 * stream),
+            ("rms_norm",),
+        ),
+        Section(
+            "MLP",
+            L,
+            ops.mlp,
+            lambda: [draw(B, T, D), draw(Fm, D), draw(D, Fm)],
+            mlp_work(N, D, Fm, e, False),
+            mlp_work(N, D, Fm, e, True),
+            ("mlp",),
+        ),
+        Section(
+            "skip adds",
+            sum(s.skip >= 0 for s in specs),
+            lambda x, kept, w: x + w.to(x.dtype) * kept,
+            lambda: [draw(B, T, D), draw(B, T, D), vector(D)],
+            Work(3 * stream),
+            Work(3 * stream),
+        ),
+        Section(
+            "head + softcap + cross-entropy",
+            1,
+            lambda x, y: head.loss(x, y),
+            lambda: [draw(B, T, D), tokens()],
+            Work(8 * N + 4 * V * D + stream, ((2.0 * N * D * V, (N, D, V)),)),
+            Work(8 * N + 8 * V * D + 2 * stream, ((4.0 * N * D * V, (N, D, V)),)),
+            ("GPT.nats", "GPT.head", "GPT.loss", "rms_norm"),
+            (small.tok_emb,),
+        ),
     ]
     try:
         blocks = composites(b, t, ops, small, parts)
-    except Exception as error:      # a script whose blocks have other parameters still has its sections
+    except Exception as error:  # a script whose blocks have other parameters still has its sections
         blocks = b.skip("blocks", error) or []
     return parts + [casts(b, dtype)] + blocks
 
@@ -395,16 +482,22 @@ def casts(b: Bench, dtype: torch.dtype) -> Section:
     def accumulate(*tensors: Tensor) -> tuple:
         grads, at = tensors[: len(shapes)], len(shapes)
         for grad in grads:
-            grad.add_(torch.stack(tensors[at: at + len(grad)]))
+            grad.add_(torch.stack(tensors[at : at + len(grad)]))
             at += len(grad)
         return grads
 
     inputs = lambda: [make(shape, torch.float32) for shape in shapes]
     slices = lambda: [make(shape[1:], dtype) for shape in shapes for _ in range(shape[0])]
     none = dtype == torch.float32
-    return Section("bank casts", 1, lambda *banks: [bank.to(dtype) for bank in banks], inputs,
-                   Work(0 if none else numel * (4 + e)), Work(numel * (8 + e)),
-                   back=(accumulate, lambda: inputs() + slices()))
+    return Section(
+        "bank casts",
+        1,
+        lambda *banks: [bank.to(dtype) for bank in banks],
+        inputs,
+        Work(0 if none else numel * (4 + e)),
+        Work(numel * (8 + e)),
+        back=(accumulate, lambda: inputs() + slices()),
+    )
 
 
 def composites(b: Bench, t: ModuleType, ops: Any, small: Any, parts: list[Section]) -> list[Section]:
@@ -420,15 +513,22 @@ def composites(b: Bench, t: ModuleType, ops: Any, small: Any, parts: list[Sectio
 
     def work(streams: int, matrices: int, sections: tuple, back: bool) -> Work:
         works = [at[name].backward if back else at[name].forward for name in sections]
-        return Work(e * (streams * B * T * D + matrices * (2 if back else 1)),
-                    tuple(p for w in works for p in w.products))
+        return Work(
+            e * (streams * B * T * D + matrices * (2 if back else 1)),
+            tuple(p for w in works for p in w.products),
+        )
 
     def row(name: str, fn: Callable, first: int, sections: tuple, uses: tuple) -> Section:
         matrices = size["attention"] + size["mlp"] * (name == "layer")
-        return Section(name, 0, lambda *a: fn(*a[:first], t.LayerWeights(*a[first:])),
-                       lambda: [*(draw() for _ in range(first)), *weights()],
-                       work(first + 1, matrices, sections, False),
-                       work(2 * first + 1, matrices, sections, True), uses)
+        return Section(
+            name,
+            0,
+            lambda *a: fn(*a[:first], t.LayerWeights(*a[first:])),
+            lambda: [*(draw() for _ in range(first)), *weights()],
+            work(first + 1, matrices, sections, False),
+            work(2 * first + 1, matrices, sections, True),
+            uses,
+        )
 
     assert names[:4] == ("qkv", "o", "up", "down"), "LayerWeights: the bench knows another order"
     attend = f"attention, window {spec.window}" if spec.window else "attention"
@@ -436,8 +536,13 @@ def composites(b: Bench, t: ModuleType, ops: Any, small: Any, parts: list[Sectio
     block = lambda x, w: t.attention_block(x, w, None, (rope, documents_of(b)), spec, ops)
     return [
         row("attention block", block, 1, attention, ("attention_block",)),
-        row("layer", lambda x, x0, w: t.layer(x, x0, w, lambda z: block(z, w), ops.mlp), 2, attention + mlp,
-            ("layer", "attention_block", "mlp")),
+        row(
+            "layer",
+            lambda x, x0, w: t.layer(x, x0, w, lambda z: block(z, w), ops.mlp),
+            2,
+            attention + mlp,
+            ("layer", "attention_block", "mlp"),
+        ),
     ]
 
 
@@ -459,8 +564,10 @@ def time_section(b: Bench, s: Section) -> tuple[float, float]:
                 times.append(call_ms(b, in_turn(b, lambda a: call(*a), fresh_sets(b, make))))
             return times[0], times[1]
     outs = as_list(fn(*s.inputs()))
-    douts = lambda: [torch.ones_like(o) if o.dim() == 0 else
-                     torch.randn(o.shape, device=o.device, dtype=o.dtype) for o in outs]
+    douts = lambda: [
+        torch.ones_like(o) if o.dim() == 0 else torch.randn(o.shape, device=o.device, dtype=o.dtype)
+        for o in outs
+    ]
     sets = [(args, leaves_of(s, args), douts()) for args in fresh_sets(b, s.inputs)]
     del outs
 
@@ -480,10 +587,21 @@ def section_row(s: Section, which: str, ms: float, limits: tuple) -> dict:
     """One line of the table: a section's pass. limits: of measure_rates."""
     work = s.forward if which == "forward" else s.backward
     floor, bound = floor_of(work, *limits)
-    return dict(section=s.name, which=which, count=s.count, ms=ms, total_ms=ms * s.count, mb=work.moved / 1e6,
-                gflop=work.flops / 1e9, gbps=work.moved / ms / 1e6 if ms else 0.0,
-                tflops=work.flops / ms / 1e9 if ms else 0.0, floor_ms=floor, floor_total_ms=floor * s.count,
-                percent_of_floor=100 * floor / ms if ms else None, bound=bound)
+    return dict(
+        section=s.name,
+        which=which,
+        count=s.count,
+        ms=ms,
+        total_ms=ms * s.count,
+        mb=work.moved / 1e6,
+        gflop=work.flops / 1e9,
+        gbps=work.moved / ms / 1e6 if ms else 0.0,
+        tflops=work.flops / ms / 1e9 if ms else 0.0,
+        floor_ms=floor,
+        floor_total_ms=floor * s.count,
+        percent_of_floor=100 * floor / ms if ms else None,
+        bound=bound,
+    )
 
 
 def table(heads: tuple, rows: list[tuple]) -> str:
@@ -494,7 +612,7 @@ def table(heads: tuple, rows: list[tuple]) -> str:
     return "\n".join("  ".join(align(row)).rstrip() for row in cells)
 
 
-WIDE = (-32, -8, 3, 10, 9, 9, 9, 7, 8, 9, 5, 8)         # columns of HEADS; negative: to the left
+WIDE = (-32, -8, 3, 10, 9, 9, 9, 7, 8, 9, 5, 8)  # columns of HEADS; negative: to the left
 
 
 def section_line(cells: tuple) -> str:
@@ -504,9 +622,20 @@ def section_line(cells: tuple) -> str:
 
 def section_cells(r: dict) -> tuple:
     percent = "-" if r["percent_of_floor"] is None else f"{r['percent_of_floor']:.0f}"
-    return (r["section"], r["which"], str(r["count"] or "-"), f"{r['ms']:.4f}", f"{r['total_ms']:.3f}",
-            f"{r['mb']:.1f}", f"{r['gflop']:.2f}", f"{r['gbps']:.0f}", f"{r['tflops']:.2f}",
-            f"{r['floor_ms']:.4f}", percent, r["bound"])
+    return (
+        r["section"],
+        r["which"],
+        str(r["count"] or "-"),
+        f"{r['ms']:.4f}",
+        f"{r['total_ms']:.3f}",
+        f"{r['mb']:.1f}",
+        f"{r['gflop']:.2f}",
+        f"{r['gbps']:.0f}",
+        f"{r['tflops']:.2f}",
+        f"{r['floor_ms']:.4f}",
+        percent,
+        r["bound"],
+    )
 
 
 def time_sections(b: Bench) -> tuple:
@@ -524,28 +653,36 @@ def time_sections(b: Bench) -> tuple:
             for which, ms in zip(("forward", "backward"), time_section(b, s)):
                 rows.append(section_row(s, which, ms, limits))
                 b.say(section_line(section_cells(rows[-1])))
-        except Exception as error:      # whatever a compiler, kernel or capture raises
+        except Exception as error:  # whatever a compiler, kernel or capture raises
             b.skip(f"section {s.name}", error)
     whole = {w["name"]: w["median_ms"] for w in b.report["whole"]}
     total = {key: sum(r[key] for r in rows) for key in ("total_ms", "floor_total_ms")}
     measured = whole["forward+backward"]
     percent = 100 * total["floor_total_ms"] / measured
-    b.report["sums"] = dict(sections_ms=total["total_ms"], floors_ms=total["floor_total_ms"],
-                            forward_backward_ms=measured, floors_percent=percent)
-    b.say(f"sum of floors {total['floor_total_ms']:.3f} ms, of sections {total['total_ms']:.3f} ms; "
-          f"forward+backward takes {measured:.3f} ms: floors are {percent:.0f} % of it")
+    b.report["sums"] = dict(
+        sections_ms=total["total_ms"],
+        floors_ms=total["floor_total_ms"],
+        forward_backward_ms=measured,
+        floors_percent=percent,
+    )
+    b.say(
+        f"sum of floors {total['floor_total_ms']:.3f} ms, of sections {total['total_ms']:.3f} ms; "
+        f"forward+backward takes {measured:.3f} ms: floors are {percent:.0f} % of it"
+    )
     return limits
 
 
 # ---- the whole step ------------------------------------------------------------------------------
 
+
 class Trained(NamedTuple):
     """The model and what trains it."""
+
     model: Any
     loss_fn: Callable
     optimizer: Any
     ema: Any
-    batches: list[Tensor]           # (B, T + 1) random tokens
+    batches: list[Tensor]  # (B, T + 1) random tokens
 
     def fresh(self) -> Tensor:
         return self.batches[int(torch.randint(len(self.batches), ()))]
@@ -575,10 +712,13 @@ def build(b: Bench, steps: bool = True) -> Trained:
 
 def add_whole(b: Bench, name: str, times: list[float]) -> None:
     times = sorted(times)
-    b.report["whole"].append(dict(name=name, median_ms=median(times), min_ms=times[0], max_ms=times[-1],
-                                  n=len(times)))
-    b.say(f"bench {name}: median {median(times):.2f} ms, min {times[0]:.2f}, max {times[-1]:.2f} "
-          f"(device {b.m.names['device']}, attention {b.m.names['attention']})")
+    b.report["whole"].append(
+        dict(name=name, median_ms=median(times), min_ms=times[0], max_ms=times[-1], n=len(times))
+    )
+    b.say(
+        f"bench {name}: median {median(times):.2f} ms, min {times[0]:.2f}, max {times[-1]:.2f} "
+        f"(device {b.m.names['device']}, attention {b.m.names['attention']})"
+    )
 
 
 def time_whole(b: Bench, run: Trained, accum: int) -> None:
@@ -589,7 +729,7 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
     """
     t, h, m, hp = b.t, b.h, b.m, b.t.hyper_at(b.h, 0, 0.0)
     grads = [*run.optimizer.bank_grad.values(), run.optimizer.flat_grad]
-    numbers = torch.zeros(2, dtype=torch.float64, device=m.device)          # a step's loss and gradient norm
+    numbers = torch.zeros(2, dtype=torch.float64, device=m.device)  # a step's loss and gradient norm
 
     def clock() -> None:
         fetched = m.fetch(numbers)
@@ -600,17 +740,22 @@ def time_whole(b: Bench, run: Trained, accum: int) -> None:
     backward, failure = t.bind_pass(run.loss_fn, run.optimizer)
     if failure:
         b.skip("a CUDA graph of forward+backward: launched one by one", failure)
-    cases = {"forward+backward": lambda: backward(run.fresh()),
-             "optimizer": lambda: run.optimizer.step(hp),
-             "ema": lambda: run.ema.update(0.0), "zero gradients": lambda: torch._foreach_zero_(grads),
-             "clock check": clock,
-             "step": lambda: t.train_step(backward, run.optimizer, [run.fresh()] * accum, hp)}
+    cases = {
+        "forward+backward": lambda: backward(run.fresh()),
+        "optimizer": lambda: run.optimizer.step(hp),
+        "ema": lambda: run.ema.update(0.0),
+        "zero gradients": lambda: torch._foreach_zero_(grads),
+        "clock check": clock,
+        "step": lambda: t.train_step(backward, run.optimizer, [run.fresh()] * accum, hp),
+    }
     for name, fn in cases.items():
         add_whole(b, name, wall_times(b, fn))
     if m.pin:
-        b.report["peak_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
-        b.say(f"bench rows:{b.rows} seq_len:{h.train_seq_len} accum:{accum} peak memory allocated: "
-              f"{b.report['peak_mib']} MiB")
+        b.report["peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
+        b.say(
+            f"bench rows:{b.rows} seq_len:{h.train_seq_len} accum:{accum} peak memory allocated: "
+            f"{b.report['peak_mib']} MiB"
+        )
     loss = backward(run.fresh())
     with quiet_log(b) as logged:
         times = wall_times(b, lambda: t.log_step(logged, 1, loss, 1.0))
@@ -649,9 +794,16 @@ def time_loader(b: Bench) -> Any:
 
 # ---- steps as warm as training's -----------------------------------------------------------------
 
-REASONS = {                             # of a clock below its highest: NVML's nvmlClocksEventReason bits
-    0x1: "idle", 0x2: "application clocks", 0x4: "SW power cap", 0x8: "HW slowdown", 0x10: "sync boost",
-    0x20: "SW thermal slowdown", 0x40: "HW thermal slowdown", 0x80: "HW power brake", 0x100: "display clocks",
+REASONS = {  # of a clock below its highest: NVML's nvmlClocksEventReason bits
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "SW power cap",
+    0x8: "HW slowdown",
+    0x10: "sync boost",
+    0x20: "SW thermal slowdown",
+    0x40: "HW thermal slowdown",
+    0x80: "HW power brake",
+    0x100: "display clocks",
 }
 
 
@@ -662,17 +814,21 @@ def gpu_of(b: Bench) -> str | None:
 
 
 class Sample(NamedTuple):
-    at: float               # perf_counter
+    at: float  # perf_counter
     sm_mhz: float
-    power_w: float          # nan: this GPU does not say
-    reasons: int            # bits of REASONS
+    power_w: float  # nan: this GPU does not say
+    reasons: int  # bits of REASONS
 
 
 def read_sample(line: str) -> Sample:
     """A line of nvidia-smi. ValueError: it is something else, a complaint perhaps."""
     clock, power, reasons = (x.strip() for x in line.split(","))
-    return Sample(time.perf_counter(), float(clock), math.nan if power.startswith("[") else float(power),
-                  int(reasons, 16))
+    return Sample(
+        time.perf_counter(),
+        float(clock),
+        math.nan if power.startswith("[") else float(power),
+        int(reasons, 16),
+    )
 
 
 class Sampler:
@@ -683,15 +839,27 @@ class Sampler:
     def __init__(self, gpu: str | None) -> None:
         self.samples: list[Sample] = []
         self.process, self.why = None, "" if gpu else "no NVIDIA GPU"
-        self.command = ["nvidia-smi", f"--id={gpu}", "-lms", f"{SAMPLE_MS}", "--format=csv,noheader,nounits",
-                        "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active"]
+        self.command = [
+            "nvidia-smi",
+            f"--id={gpu}",
+            "-lms",
+            f"{SAMPLE_MS}",
+            "--format=csv,noheader,nounits",
+            "--query-gpu=clocks.sm,power.draw,clocks_event_reasons.active",
+        ]
 
     def __enter__(self) -> Sampler:
         if not self.why:
             none, pipe = subprocess.DEVNULL, subprocess.PIPE
-            try:        # a group of its own, for whatever it may start
-                self.process = subprocess.Popen(self.command, stdin=none, stdout=pipe, text=True,
-                                                stderr=subprocess.STDOUT, start_new_session=True)
+            try:  # a group of its own, for whatever it may start
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=none,
+                    stdout=pipe,
+                    text=True,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             except OSError as error:
                 self.why = f"nvidia-smi: {error.strerror}"
                 return self
@@ -712,7 +880,7 @@ class Sampler:
         if status := self.process.poll():
             self.why = self.why or f"nvidia-smi: status {status}"
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(OSError):              # it is gone
+            with contextlib.suppress(OSError):  # it is gone
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
@@ -727,9 +895,13 @@ class Sampler:
             return dict(why=self.why or "nvidia-smi gave no reading in time")
         clocks, powers = [x.sm_mhz for x in found], [x.power_w for x in found if not math.isnan(x.power_w)]
         counts = {name: sum(bool(x.reasons & bit) for x in found) for bit, name in REASONS.items()}
-        return dict(samples=len(found), sm_mhz=median(clocks), sm_mhz_range=[min(clocks), max(clocks)],
-                    power_w=median(powers) if powers else None,
-                    reasons={name: n for name, n in counts.items() if n})
+        return dict(
+            samples=len(found),
+            sm_mhz=median(clocks),
+            sm_mhz_range=[min(clocks), max(clocks)],
+            power_w=median(powers) if powers else None,
+            reasons={name: n for name, n in counts.items() if n},
+        )
 
 
 def tick(b: Bench) -> Any:
@@ -751,7 +923,7 @@ def loops(b: Bench, run: Trained, loader: Any, logged: SimpleNamespace) -> dict[
     lets the host run ahead. RuntimeError: what is trained has diverged."""
     t, h, m, accum = b.t, b.h, b.m, b.t.cut_batch(b.h, b.m.world_size)[0]
     backward, _ = t.bind_pass(run.loss_fn, run.optimizer)
-    batch = loader.next() if loader else [run.fresh()] * accum      # text: random tokens draw other power
+    batch = loader.next() if loader else [run.fresh()] * accum  # text: random tokens draw other power
     step, clock_ms, start = 0, 0.0, time.perf_counter()
     reached = m.fetch(torch.zeros(2, device=m.device))
     sound = lambda fetched: all(abs(x) < t.DIVERGED for x in fetched()[0].tolist())
@@ -787,13 +959,13 @@ def run_blocks(b: Bench, steps: dict[str, Callable], seconds: float) -> tuple[li
     """(BLOCKS blocks [{which, steps, ms: per step, between_ms: of it between steps}], perf_counter at their
     middle). Of two kinds a b b a ...: a drift of clocks and temperature meets both. A block's first step fills
     the queue and is not timed."""
-    for fn in (*steps.values(), steps["fixed"]):            # what is compiled or allocated once
+    for fn in (*steps.values(), steps["fixed"]):  # what is compiled or allocated once
         fn()
     b.m.sync()
     start = time.perf_counter()
     steps["fixed"]()
     b.m.sync()
-    took, _ = b.m.agree(time.perf_counter() - start)        # ranks must make the same number of steps
+    took, _ = b.m.agree(time.perf_counter() - start)  # ranks must make the same number of steps
     count, blocks, half, names = max(2, round(seconds / BLOCKS / took)), [], 0.0, list(steps)
     for i in range(BLOCKS):
         if i == BLOCKS // 2:
@@ -802,8 +974,14 @@ def run_blocks(b: Bench, steps: dict[str, Callable], seconds: float) -> tuple[li
         begins, ends = zip(*(steps[name]() for _ in range(count)))
         b.m.sync()
         between = sum(map(ms_between, ends, begins[1:]))
-        blocks.append(dict(which=name, steps=count - 1, ms=ms_between(ends[0], ends[-1]) / (count - 1),
-                           between_ms=between / (count - 1)))
+        blocks.append(
+            dict(
+                which=name,
+                steps=count - 1,
+                ms=ms_between(ends[0], ends[-1]) / (count - 1),
+                between_ms=between / (count - 1),
+            )
+        )
     return blocks, half
 
 
@@ -812,24 +990,29 @@ def sustained(b: Bench, run: Trained, loader: Any, seconds: float) -> None:
     begun = time.perf_counter()
     with quiet_log(b) as logged, Sampler(gpu_of(b) if b.m.rank == 0 else None) as sampler:
         blocks, half = run_blocks(b, loops(b, run, loader, logged), seconds)
-    later = blocks[len(blocks) // 2:]
+    later = blocks[len(blocks) // 2 :]
     of = {x["which"]: [y["ms"] for y in later if y["which"] == x["which"]] for x in blocks}
-    row = b.report["sustained"] = dict(seconds=time.perf_counter() - begun, blocks=blocks,
-                                       gpu=sampler.figures(half))
+    row = b.report["sustained"] = dict(
+        seconds=time.perf_counter() - begun, blocks=blocks, gpu=sampler.figures(half)
+    )
     for name, what in (("fixed", "one batch"), ("training", "all of training")):
         if name in of:
             row[f"{name}_ms"] = sum(of[name]) / len(of[name])
-            b.say(f"bench sustained step, {what}: {row[f'{name}_ms']:.2f} ms/step (later half of "
-                  f"{row['seconds']:.1f} s, {len(of[name])} blocks of {later[0]['steps']} steps: "
-                  f"{min(of[name]):.2f} to {max(of[name]):.2f})")
+            b.say(
+                f"bench sustained step, {what}: {row[f'{name}_ms']:.2f} ms/step (later half of "
+                f"{row['seconds']:.1f} s, {len(of[name])} blocks of {later[0]['steps']} steps: "
+                f"{min(of[name]):.2f} to {max(of[name]):.2f})"
+            )
     if "training" in of:
         pairs = [z - a for a, z in zip(of["fixed"], of["training"])]
         row["loader_log_clock_ms"] = row["training_ms"] - row["fixed_ms"]
         between = [x["between_ms"] for x in later if x["which"] == "training"]
         row["between_steps_ms"] = sum(between) / len(between)
-        b.say(f"bench sustained loader + log + clock check: {row['loader_log_clock_ms']:.2f} ms/step "
-              f"(pairs of blocks: {min(pairs):.2f} to {max(pairs):.2f}); by the device's clock "
-              f"{row['between_steps_ms']:.2f} pass between two steps")
+        b.say(
+            f"bench sustained loader + log + clock check: {row['loader_log_clock_ms']:.2f} ms/step "
+            f"(pairs of blocks: {min(pairs):.2f} to {max(pairs):.2f}); by the device's clock "
+            f"{row['between_steps_ms']:.2f} pass between two steps"
+        )
     gpu = row["gpu"]
     if "why" in gpu:
         b.say(f"bench sustained clocks: not available ({gpu['why']})")
@@ -837,8 +1020,10 @@ def sustained(b: Bench, run: Trained, loader: Any, seconds: float) -> None:
     low, high = gpu["sm_mhz_range"]
     power = "power not told" if gpu["power_w"] is None else f"power {gpu['power_w']:.0f} W"
     held = ", ".join(f"{name} in {n}" for name, n in gpu["reasons"].items()) or "nothing holds them down"
-    b.say(f"bench sustained clocks: SM {gpu['sm_mhz']:.0f} MHz ({low:.0f} to {high:.0f}), {power}; "
-          f"of {gpu['samples']} readings: {held}")
+    b.say(
+        f"bench sustained clocks: SM {gpu['sm_mhz']:.0f} MHz ({low:.0f} to {high:.0f}), {power}; "
+        f"of {gpu['samples']} readings: {held}"
+    )
 
 
 # ---- kernels of the compiled pass ----------------------------------------------------------------
@@ -865,8 +1050,10 @@ def kernel_tables(events: list[dict], own: set[str], passes: int) -> dict:
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             found.setdefault(event["name"], []).append(event["dur"] / 1000)
-    kernels = [dict(name=name, which=kernel_class(name, own), ms=sum(ms) / passes, count=len(ms) / passes)
-               for name, ms in found.items()]
+    kernels = [
+        dict(name=name, which=kernel_class(name, own), ms=sum(ms) / passes, count=len(ms) / passes)
+        for name, ms in found.items()
+    ]
     kernels.sort(key=lambda k: -k["ms"])
     classes: dict[str, dict] = {}
     for k in kernels:
@@ -901,12 +1088,14 @@ def profile(b: Bench, run: Trained, script: Path) -> None:
     total = sum(c["ms"] for c in found["classes"])
     b.say(f"\nkernels of one forward+backward, {total:.3f} ms in all")
     b.say(table(("class", "", "ms", "launches"), rows))
-    rows = [(k["name"][:100], k["which"], f"{k['ms']:.3f}", f"{k['count']:.0f}")
-            for k in found["kernels"][:TOP]]
+    rows = [
+        (k["name"][:100], k["which"], f"{k['ms']:.3f}", f"{k['count']:.0f}") for k in found["kernels"][:TOP]
+    ]
     b.say(f"\nthe {len(rows)} largest kernels\n" + table(("kernel", "class", "ms", "launches"), rows))
 
 
 # ---- candidates ----------------------------------------------------------------------------------
+
 
 def read_candidates(path: Path, t: ModuleType) -> dict[str, list[tuple]]:
     """{name: [(path, function), ...]} of a file, run with `t` in its scope. BadInput: it has none."""
@@ -914,7 +1103,7 @@ def read_candidates(path: Path, t: ModuleType) -> dict[str, list[tuple]]:
         source = path.read_text(encoding="utf-8")
     except OSError as e:
         raise BadInput(f"{path}: cannot read the candidates ({e.strerror})") from None
-    name = f"{t.__name__}_candidates"       # a module, for torch.compile looks names up there
+    name = f"{t.__name__}_candidates"  # a module, for torch.compile looks names up there
     module = sys.modules[name] = ModuleType(name)
     module.__dict__.update(t=t, __file__=str(path))
     try:
@@ -939,7 +1128,7 @@ def replace(t: ModuleType, ops: Any, pairs: list[tuple]) -> tuple[Any, set[str]]
         before = getattr(owner, last)
         setattr(owner, last, function)
         for field, default in t.Ops._field_defaults.items():
-            if default is before:                # a machine may have bound another in its place
+            if default is before:  # a machine may have bound another in its place
                 ops = ops._replace(**{field: function})
         paths.add(path)
     return ops, paths
@@ -972,8 +1161,11 @@ def forgiven(x: Tensor | None, exact: Tensor) -> float:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-            for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def reference(b: Bench, run: Trained, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1006,8 +1198,12 @@ def model_errors(model: Any, loss_fn: Callable, rows: Tensor, exact: tuple) -> d
     flat = lambda tensors: torch.cat([tensors[name].double().flatten() for name in exact[1]])
     worst = {name: forgiven(found[name], exact[1][name]) for name in found}
     name = max(worst, key=lambda name: math.inf if math.isnan(worst[name]) else worst[name])
-    return dict(loss=relative(loss.detach(), exact[0]), gradients=relative(flat(found), flat(exact[1])),
-                worst=worst[name], worst_parameter=name)
+    return dict(
+        loss=relative(loss.detach(), exact[0]),
+        gradients=relative(flat(found), flat(exact[1])),
+        worst=worst[name],
+        worst_parameter=name,
+    )
 
 
 def section_errors(b: Bench, t: ModuleType, ops: Any, name: str) -> dict:
@@ -1015,10 +1211,11 @@ def section_errors(b: Bench, t: ModuleType, ops: Any, name: str) -> dict:
     one = b._replace(rows=1)
     pick = lambda *how: next(s for s in sections_of(one, *how) if s.name == name)
     s, plain = pick(t, ops, b.m.dtype), pick(b.t, b.t.Ops(attend=attend_exact), torch.float64)
-    torch.manual_seed(0)                        # every candidate meets the numbers that the plain lines met
+    torch.manual_seed(0)  # every candidate meets the numbers that the plain lines met
     args = s.inputs()
-    doubles = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-               for x in args]
+    doubles = [
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in args
+    ]
     outs, exact = as_list(s.fn(*args)), as_list(plain.fn(*doubles))
     douts = [torch.randn_like(x) for x in outs]
     got = torch.autograd.grad(outs, leaves_of(s, args), douts, allow_unused=True)
@@ -1055,24 +1252,43 @@ def judge(b: Bench, run: Trained, pairs: Callable, name: str, exact: tuple, know
     model = quick_model(t, b.h, ops, b.m.dtype, b.m.device)
     adopt(model, run.model)
     other = run._replace(model=model, loss_fn=b.m.compile(model.loss))
-    row = dict(name=name, paths=sorted(paths), plain=exact[2],
-               errors=model_errors(model, other.loss_fn, run.batches[0], exact), sections=[])
+    row = dict(
+        name=name,
+        paths=sorted(paths),
+        plain=exact[2],
+        errors=model_errors(model, other.loss_fn, run.batches[0], exact),
+        sections=[],
+    )
     times = in_pairs(b, run, other)
-    row |= dict(plain_ms=median([p for p, _ in times]), ms=median([c for _, c in times]),
-                wins=sum(c < p for p, c in times), pairs=len(times))
+    row |= dict(
+        plain_ms=median([p for p, _ in times]),
+        ms=median([c for _, c in times]),
+        wins=sum(c < p for p, c in times),
+        pairs=len(times),
+    )
     e = row["errors"]
-    b.say(f"candidate {name} ({', '.join(row['paths'])}): forward+backward {row['ms']:.3f} ms, plain "
-          f"{row['plain_ms']:.3f}; error of loss {e['loss']:.1e}, of gradients {e['gradients']:.1e}, "
-          f"worst {e['worst']:.1e} ({e['worst_parameter']})")
+    b.say(
+        f"candidate {name} ({', '.join(row['paths'])}): forward+backward {row['ms']:.3f} ms, plain "
+        f"{row['plain_ms']:.3f}; error of loss {e['loss']:.1e}, of gradients {e['gradients']:.1e}, "
+        f"worst {e['worst']:.1e} ({e['worst_parameter']})"
+    )
     used = lambda how: [s for s in sections_of(b, *how, b.m.dtype) if paths & set(s.uses)]
     for s, plain in zip(used((t, ops)), used((b.t, b.m.ops))):
         try:
             if s.name not in known:
                 known[s.name] = (*time_section(b, plain), section_errors(b, b.t, b.m.ops, s.name))
             (pf, pb, errors), (f, bw) = known[s.name], time_section(b, s)
-            row["sections"].append(dict(section=s.name, plain_forward_ms=pf, plain_backward_ms=pb,
-                                        forward_ms=f, backward_ms=bw, plain_errors=errors,
-                                        errors=section_errors(b, t, ops, s.name)))
+            row["sections"].append(
+                dict(
+                    section=s.name,
+                    plain_forward_ms=pf,
+                    plain_backward_ms=pb,
+                    forward_ms=f,
+                    backward_ms=bw,
+                    plain_errors=errors,
+                    errors=section_errors(b, t, ops, s.name),
+                )
+            )
             b.say(candidate_section(row["sections"][-1]))
         except Exception as error:
             b.skip(f"candidate {name}, section {s.name}", error)
@@ -1082,22 +1298,26 @@ def judge(b: Bench, run: Trained, pairs: Callable, name: str, exact: tuple, know
 
 
 def candidate_section(s: dict) -> str:
-    return (f"  {s['section']}: forward {s['forward_ms']:.4f} ms, plain {s['plain_forward_ms']:.4f}; "
-            f"backward {s['backward_ms']:.4f}, plain {s['plain_backward_ms']:.4f}; errors "
-            f"{s['errors']['forward']:.1e} {s['errors']['gradients']:.1e}, plain "
-            f"{s['plain_errors']['forward']:.1e} {s['plain_errors']['gradients']:.1e}")
+    return (
+        f"  {s['section']}: forward {s['forward_ms']:.4f} ms, plain {s['plain_forward_ms']:.4f}; "
+        f"backward {s['backward_ms']:.4f}, plain {s['plain_backward_ms']:.4f}; errors "
+        f"{s['errors']['forward']:.1e} {s['errors']['gradients']:.1e}, plain "
+        f"{s['plain_errors']['forward']:.1e} {s['plain_errors']['gradients']:.1e}"
+    )
 
 
 def verdict(row: dict) -> str:
     """keep, or drop and why: a suggestion, from one run on one machine. nan is too large an error."""
-    figures = [(f"{key} error", row["errors"][key], row["plain"][key])
-               for key in ("loss", "gradients", "worst")]
+    figures = [
+        (f"{key} error", row["errors"][key], row["plain"][key]) for key in ("loss", "gradients", "worst")
+    ]
     for s in row["sections"]:
-        figures += [(f"{s['section']}, {key} error", s["errors"][key], s["plain_errors"][key])
-                    for key in s["errors"]]
+        figures += [
+            (f"{s['section']}, {key} error", s["errors"][key], s["plain_errors"][key]) for key in s["errors"]
+        ]
     for what, error, plain in figures:
         one = what == "loss error" or what.startswith("head") and "forward" in what
-        if not error <= ERROR_SLACK * plain + (1e-3 if one else 1e-5):      # of one number chance leaves any
+        if not error <= ERROR_SLACK * plain + (1e-3 if one else 1e-5):  # of one number chance leaves any
             return f"drop ({what} {error:.1e}, plain {plain:.1e})"
     gain, wins = row["ms"] / row["plain_ms"], f"faster in {row['wins']} of {row['pairs']} pairs"
     if gain < GAIN and row["wins"] >= WINS * row["pairs"]:
@@ -1112,8 +1332,10 @@ def judge_candidates(b: Bench, run: Trained, path: Path, names: list[str]) -> No
         scatter(run.model)
     exact = reference(b, run, run.batches[0])
     plain = model_errors(run.model, run.loss_fn, run.batches[0], exact)
-    b.say(f"plain lines: error of loss {plain['loss']:.1e}, of gradients {plain['gradients']:.1e}, "
-          f"worst {plain['worst']:.1e} ({plain['worst_parameter']})")
+    b.say(
+        f"plain lines: error of loss {plain['loss']:.1e}, of gradients {plain['gradients']:.1e}, "
+        f"worst {plain['worst']:.1e} ({plain['worst_parameter']})"
+    )
     rows, known = b.report["candidates"], {}
     for name in names:
         try:
@@ -1128,6 +1350,7 @@ def judge_candidates(b: Bench, run: Trained, path: Path, names: list[str]) -> No
 
 # ---- the command ---------------------------------------------------------------------------------
 
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise BadInput(f"{message}; --help says what bench takes")
@@ -1138,22 +1361,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=plain)
     add = parser.add_argument
     add("knobs", nargs="*", metavar="key=value", help="knobs of Config: preset=h100x1 ...")
-    add("--script", type=Path, default=Path(__file__).resolve().parents[2] / "train_gpt.py",
-        metavar="PATH", help="the train_gpt.py to time; without it the repository's")
+    add(
+        "--script",
+        type=Path,
+        default=Path(__file__).resolve().parents[2] / "train_gpt.py",
+        metavar="PATH",
+        help="the train_gpt.py to time; without it the repository's",
+    )
     add("--json", type=Path, metavar="FILE", help="write every figure there, too")
     add("--candidates", type=Path, metavar="FILE.py", help="compare the replacements in its CANDIDATES")
     add("--only", metavar="NAME,NAME", help="of the candidates")
     add("--all", action="store_true", help="with --candidates: all that bench prints without them, too")
-    add("--sustain", type=float, metavar="S",
-        help=f"seconds of training's own loop ({SUSTAIN:g} on a GPU, 0 on a CPU; 0: none)")
-    add("--timeline", type=Path, metavar="FILE.json",
-        help="instead: trace whole steps: compute, communication, what of it is seen (tools/lab/timeline.py)")
+    add(
+        "--sustain",
+        type=float,
+        metavar="S",
+        help=f"seconds of training's own loop ({SUSTAIN:g} on a GPU, 0 on a CPU; 0: none)",
+    )
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE.json",
+        help="instead: trace whole steps: compute, communication, what of it is seen (tools/lab/timeline.py)",
+    )
     add("--steps", type=int, default=5, metavar="N", help="that the timeline shows (5)")
-    add("--attention", action="store_true",
-        help="instead: time every attention of this machine on several masks (tools/lab/attention.py)")
+    add(
+        "--attention",
+        action="store_true",
+        help="instead: time every attention of this machine on several masks (tools/lab/attention.py)",
+    )
     add("--paths", metavar="NAME,NAME", help="of the attention: cudnn, flash, varlen, flex, flash4, ...")
-    add("--seconds", type=float, default=100.0, metavar="S",
-        help="begin no further section after this long (100; neither --sustain nor candidates count)")
+    add(
+        "--seconds",
+        type=float,
+        default=100.0,
+        metavar="S",
+        help="begin no further section after this long (100; neither --sustain nor candidates count)",
+    )
     args = parser.parse_intermixed_args(argv)
     if args.json and not args.json.resolve().parent.is_dir():
         raise BadInput(f"--json {args.json}: no such folder; make it first")
@@ -1164,8 +1408,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.sustain is not None and not 0 <= args.sustain < math.inf:
         raise BadInput(f"--sustain {args.sustain:g}: not a number of seconds")
     if args.sustain is not None and (args.attention or args.timeline or args.candidates and not args.all):
-        raise BadInput("--sustain is of bench's own lines: leave out --attention and --timeline, and add --all "
-                       "to --candidates")
+        raise BadInput(
+            "--sustain is of bench's own lines: leave out --attention and --timeline, and add --all "
+            "to --candidates"
+        )
     if args.paths is not None and not args.attention:
         raise BadInput("--paths needs --attention")
     return args
@@ -1192,7 +1438,7 @@ def measure_steps(b: Bench, trained: Trained, accum: int, seconds: float | None)
     elif seconds != 0:
         try:
             sustained(b, trained, loader, SUSTAIN if seconds is None else seconds)
-        except Exception as error:      # whatever a driver raises, or training that diverged
+        except Exception as error:  # whatever a driver raises, or training that diverged
             b.skip("sustained steps", error)
     return b._replace(deadline=b.deadline + time.perf_counter() - begun)
 
@@ -1203,10 +1449,23 @@ def run_bench(args: argparse.Namespace, t: ModuleType, env: Mapping[str, str]) -
     m = t.init_machine(h, env)
     accum, rows = t.cut_batch(h, m.world_size)
     source = args.script.read_bytes()
-    report = dict(schema=1, device=m.names["device"], machine=m.names, torch=torch.__version__,
-                  dtype=str(m.dtype)[6:], script_sha256=hashlib.sha256(source).hexdigest(),
-                  world_size=m.world_size, rows=rows, seq_len=h.train_seq_len, accum=accum, config=dataclasses.asdict(h),
-                  whole=[], sections=[], candidates=[], skipped=[])
+    report = dict(
+        schema=1,
+        device=m.names["device"],
+        machine=m.names,
+        torch=torch.__version__,
+        dtype=str(m.dtype)[6:],
+        script_sha256=hashlib.sha256(source).hexdigest(),
+        world_size=m.world_size,
+        rows=rows,
+        seq_len=h.train_seq_len,
+        accum=accum,
+        config=dataclasses.asdict(h),
+        whole=[],
+        sections=[],
+        candidates=[],
+        skipped=[],
+    )
     b = Bench(t, h, m, rows, report, started + args.seconds)
     everything = args.all or not names
     trained, parts = build(b, everything), {}
@@ -1234,9 +1493,11 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         args = parse(argv)
         if args.attention:
             from lab import attention
+
             return attention.run(args, env)
         if args.timeline:
             from lab import timeline
+
             return timeline.run(args, env)
         t = load_script(args.script)
         mendable += (t.InputError,)
@@ -1246,7 +1507,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         return 2
     finally:
         if dist.is_initialized():
-            traceback.clear_frames(sys.exc_info()[2])      # NCCL waits for every graph that holds its work
+            traceback.clear_frames(sys.exc_info()[2])  # NCCL waits for every graph that holds its work
             gc.collect()
             dist.destroy_process_group()
 

@@ -5,6 +5,7 @@
 bench times each in turn with the script as it is and says "drop" where the fused path is the faster one. An idea of
 one's own is one more entry: (path, function of the same signature); `t` is a copy of the script.
 """
+
 CANDIDATES = {
     "plain QK": ("qk_heads", t.qk_heads),  # noqa: F821
     "MLP in bf16": ("mlp", t.FusedMLP.apply if t.torch.cuda.is_available() else t.mlp),  # noqa: F821

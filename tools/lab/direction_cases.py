@@ -107,7 +107,7 @@ def banks_of(s: Setup, share: str) -> list[Bank]:
     buffers: dict[str, list[Bank]] = {}
     for spec in s.t.MATRICES:
         shape, _ = table[spec.name]
-        buffers.setdefault(getattr(spec, "home", spec.name), []).append(Bank(spec.name, *shape))
+        buffers.setdefault(spec.buffer, []).append(Bank(spec.name, *shape))
     if share == "all":
         return [bank for banks in buffers.values() for bank in banks]
 

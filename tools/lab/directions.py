@@ -40,8 +40,9 @@ from lab.direction_cases import (
 )
 from lab.direction_quality import Inputs, log_quality, train_momentum
 from lab.direction_times import log_floors, log_work, time_cases
-from ledger import direction_log
-from ledger.runlog import SEPARATOR, read_text
+from ledger import direction_log, direction_tables
+from ledger.files import read_text
+from ledger.runlog import SEPARATOR
 from script import ROOT, TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
@@ -300,8 +301,8 @@ def publish(text: str, out: Path) -> Path:
     name = f"{machine['date']}_{direction_log.device_slug(machine['note'])}"
     files = {
         "log.txt": text,
-        "result.json": direction_log.result_text(log),
-        "tables.md": direction_log.tables_text(log),
+        "result.json": direction_tables.result_text(log),
+        "tables.md": direction_tables.tables_text(log),
     }
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=out))
@@ -311,7 +312,7 @@ def publish(text: str, out: Path) -> Path:
         for file, content in files.items():
             (folder / file).write_bytes(content.encode("utf-8"))
         try:
-            direction_log.plot(log, folder / "spectrum.png")
+            direction_tables.plot(log, folder / "spectrum.png")
         except BadInput as error:
             print(f"directions: no spectrum.png: {error}; then --log {name}/log.txt", file=sys.stderr)
         target = free_name(out, name)

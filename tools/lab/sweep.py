@@ -29,8 +29,9 @@ from typing import NamedTuple
 
 from lab import sweep_plan, verbs
 from lab.sweep_plan import Configuration, Plan, Queue
-from ledger import sweep_table, views
-from ledger.runlog import Run, read_text
+from ledger import pictures, sweep_table
+from ledger.files import read_text
+from ledger.runlog import Run
 from script import TRAINER, BadInput, load_script
 
 PATH_KNOBS = ("out_dir", "data_path", "tokenizer_path")  # they may differ when a sweep is continued
@@ -318,7 +319,7 @@ class Sweep:
                 "the same command continues with them",
                 flush=True,
             )
-        write_tables(self.folder)
+        sweep_table.rewrite(self.folder)
         files = {name: self.folder / name for name in ("README.md", "table.json", "curves.png")}
         print(
             f"tables: {files['README.md']}, {files['table.json']}; picture: {files['curves.png']}", flush=True
@@ -346,12 +347,6 @@ class Sweep:
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-
-def write_tables(folder: Path) -> None:
-    """Write the tables of a sweep folder from its logs, and print them."""
-    table = sweep_table.sweep_table(folder)
-    print("\n".join(sweep_table.markdown(table)))
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -386,11 +381,11 @@ def command(args: argparse.Namespace) -> int:
     """Train a plan, or write the tables of a folder again. BadInput: the command line asks for neither."""
     given = sweep_plan.named_file(args.words)
     if given and given.is_dir():
-        write_tables(given)
+        sweep_table.rewrite(given)
         return 0
     if args.workers < 1 or args.budget < 0:
         raise BadInput("--workers must be 1 or more, and --budget a number of seconds")
-    views.pyplot()  # without matplotlib, fail now and not after hours
+    pictures.pyplot()  # without matplotlib, fail now and not after hours
 
     trainer = load_script(TRAINER, "swept_trainer", sweep_plan.NEEDS, "sweep")
     plan = sweep_plan.read_plan(trainer, args)

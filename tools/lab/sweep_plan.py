@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ledger import sweep_table
-from ledger.runlog import read_text
+from ledger.files import read_text
 from script import BadInput
 
 ROW_KEYS = ("rate_key", "rates", "multipliers")  # of a plan; a row may have its own

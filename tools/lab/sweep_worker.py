@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from ledger import sweep_table
-from ledger.runlog import SEPARATOR, read_text, sha256
+from ledger.files import read_text, sha256
+from ledger.runlog import SEPARATOR
 from script import TRAINER, load_script
 
 NEEDS = (
-    "Fault", "InputError", "KINDS", "Log", "bind_ops", "conclude", "init_machine", "load_config",
+    "Diverged", "InputError", "KINDS", "Log", "bind_ops", "conclude", "init_machine", "load_config",
     "load_dataset", "machine_report", "quantize", "start_run", "train",
 )  # fmt: skip
 # A sweep may be started inside torchrun; its workers are groups of one all the same.
@@ -63,13 +64,13 @@ def entropy_bytes(raw: bytes) -> float:
     return float(-(p * np.log2(p)).sum() * len(raw) / 8)
 
 
-def int6_codes(trainer: ModuleType, run: Any, ema: Any) -> bytes:
+def int6_codes(trainer: ModuleType, run: Any, trained: Any) -> bytes:
     """Return the int6 codes of the weights that are exported, one byte each."""
-    weights = ema.average if run.h.artifact_weights == "ema" else ema.params
+    weights = trained.ema.average if run.h.artifact_weights == "ema" else trained.ema.params
     codes = []
     for (name, _), p in zip(run.model.named_parameters(), weights):
         if trainer.KINDS[name] == "int6":
-            code, *_ = trainer.quantize(p, "int6", run.h.int6_step, run.grams.get(name))
+            code, *_ = trainer.quantize(p, "int6", run.h.int6_step, trained.grams.get(name))
             codes.append(code.cpu().numpy().tobytes())
     return b"".join(codes)
 
@@ -117,7 +118,7 @@ class Worker:
         """Start a run. If its model is that of the run before, reuse the model and its compiled functions.
 
         A compiled function guards on types, shapes and the settings it reads, not on where parameters lie.
-        So neither new contents nor the storage that Optimizer.rehome gives them compile it again, but new
+        So neither new contents nor the storage that Optimizer.move gives them compile it again, but new
         settings would. torch 2.13 would accept a new model of the same shapes, too; keeping it is safer.
         """
         if model_knobs(h) != self.model_knobs:
@@ -168,17 +169,18 @@ class Worker:
         """Train, export and score a run; a diverged one ends with `sweep_diverged` in place of a score."""
         t = self.trainer
         try:
-            ema = t.train(run)
-        except t.Fault:  # it diverged, and the phases say when
-            ema = None
-        if ema is None or not all(bool(p.isfinite().all()) for p in run.model.parameters()):
-            run.log(f"sweep_diverged steps:{run.phases['steps']} train_time:{run.phases['train']:.0f}ms")
+            trained = t.train(run)
+        except t.Diverged as end:
+            run.log(f"sweep_diverged steps:{end.steps} train_time:{end.train_ms:.0f}ms")
+            return
+        if not all(bool(p.isfinite().all()) for p in run.model.parameters()):
+            run.log(f"sweep_diverged steps:{trained.steps} train_time:{trained.train_ms:.0f}ms")
             return
 
-        codes = int6_codes(t, run, ema)
+        codes = int6_codes(t, run, trained)
         bits = 8 * entropy_bytes(codes) / len(codes)
         run.log(f"sweep_codes entropy:{bits:.6f} int6_weights:{len(codes)} int6_step:{run.h.int6_step}")
-        t.conclude(run, ema, str(artifact))
+        t.conclude(run, trained, str(artifact))
         artifact.unlink()
 
 

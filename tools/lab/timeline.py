@@ -19,6 +19,7 @@ Bytes come from watching torch.distributed's functions, inside a recorded graph 
 the number of collectives traced, they are unknown. FILE.json is a Chrome trace (chrome://tracing, Perfetto),
 process = rank, with a lane of exposed communication; FILE.png shows the median step.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,20 +46,28 @@ from ledger import views
 from lab import wire
 from script import BadInput
 
-STEP = "training step "             # the host's ranges, numbered
-WARM = 4                            # steps before anything is timed: compilation, allocator, communicators
+STEP = "training step "  # the host's ranges, numbered
+WARM = 4  # steps before anything is timed: compilation, allocator, communicators
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 NCCL = re.compile(r"nccl\w*Kernel_?(AllReduce|ReduceScatter|AllGather|AllToAll|Broadcast|Reduce|SendRecv)?")
-KINDS = {"AllReduce": "all-reduce", "ReduceScatter": "reduce-scatter", "AllGather": "all-gather",
-         "AllToAll": "all-to-all", "Broadcast": "broadcast", "Reduce": "reduce", "SendRecv": "all-to-all"}
+KINDS = {
+    "AllReduce": "all-reduce",
+    "ReduceScatter": "reduce-scatter",
+    "AllGather": "all-gather",
+    "AllToAll": "all-to-all",
+    "Broadcast": "broadcast",
+    "Reduce": "reduce",
+    "SendRecv": "all-to-all",
+}
 FIGURES = ("step_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms", "update_ms")
-PIXELS = 2000                       # of a picture: narrower gaps are not drawn
+PIXELS = 2000  # of a picture: narrower gaps are not drawn
 
 Interval = tuple[float, float]
 
 
 # ---- intervals -----------------------------------------------------------------------------------
+
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
     """The same points as disjoint intervals in order; touching ones become one, empty ones none."""
@@ -75,7 +84,7 @@ def minus(intervals: Iterable[Interval], others: Iterable[Interval]) -> list[Int
     """What of `intervals` none of `others` covers, disjoint and in order."""
     out, holes, at = [], merged(others), 0
     for start, end in merged(intervals):
-        while at and holes[at - 1][1] > start:          # a hole may reach over several intervals
+        while at and holes[at - 1][1] > start:  # a hole may reach over several intervals
             at -= 1
         while at < len(holes) and holes[at][0] < end:
             if holes[at][0] > start:
@@ -104,15 +113,23 @@ def account(window: Interval, compute: list[Interval], collectives: list[Interva
     exposed = minus(talk, busy)
     step = window[1] - window[0]
     update = window[1] - talk[0][0] if talk else 0
-    values = (step, length(busy), length(talk), length(exposed), step - length(busy) - length(exposed), update)
-    return dict(zip(FIGURES, values), exposed=exposed,
-                each=[length(minus([c], busy)) for c in collectives])
+    values = (
+        step,
+        length(busy),
+        length(talk),
+        length(exposed),
+        step - length(busy) - length(exposed),
+        update,
+    )
+    return dict(zip(FIGURES, values), exposed=exposed, each=[length(minus([c], busy)) for c in collectives])
 
 
 # ---- the trace -----------------------------------------------------------------------------------
 
+
 class Span(NamedTuple):
     """An event of the trace; microseconds. lane: the stream or thread. kind: of a collective, else ''."""
+
     name: str
     start: float
     end: float
@@ -122,6 +139,7 @@ class Span(NamedTuple):
 
 class Lanes(NamedTuple):
     """bounds: where each step begins, and where the last one ends."""
+
     bounds: list[float]
     compute: list[Span]
     collectives: list[Span]
@@ -139,8 +157,11 @@ def span(event: dict, kind: str, lane: int) -> Span:
 
 def device_lanes(events: list[dict], starts: list[float]) -> Lanes:
     """Lanes of a GPU's trace. starts: of the host's ranges. BadInput when a step shows no device work."""
-    launched = {e["args"]["correlation"]: e["ts"] for e in events
-                if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})}
+    launched = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})
+    }
     bounds: list[float | None] = [None] * len(starts)
     spans = []
     for e in events:
@@ -161,7 +182,7 @@ def host_lanes(events: list[dict], starts: list[float]) -> Lanes:
     threads, compute, ends = {e["tid"] for e in gloo}, [], {}
     for e in sorted(events, key=lambda e: e["ts"]):
         if e.get("cat") == "cpu_op" and e["tid"] not in threads and not e["name"].startswith("c10d::"):
-            if e["ts"] >= ends.get(e["tid"], 0.0):                  # else a part of the one before
+            if e["ts"] >= ends.get(e["tid"], 0.0):  # else a part of the one before
                 compute.append(span(e, "", e["tid"]))
                 ends[e["tid"]] = compute[-1].end
     return Lanes(starts, compute, [span(e, e["name"][5:].replace("_", "-"), e["tid"]) for e in gloo])
@@ -170,8 +191,9 @@ def host_lanes(events: list[dict], starts: list[float]) -> Lanes:
 def read_lanes(events: list[dict], cuda: bool) -> Lanes:
     """Compute, collectives and the steps of a Chrome trace's events."""
     whole = [e for e in events if e.get("ph") == "X"]
-    starts = sorted(e["ts"] for e in whole
-                    if e.get("cat") == "user_annotation" and e["name"].startswith(STEP))
+    starts = sorted(
+        e["ts"] for e in whole if e.get("cat") == "user_annotation" and e["name"].startswith(STEP)
+    )
     return (device_lanes if cuda else host_lanes)(whole, starts)
 
 
@@ -199,15 +221,23 @@ def one_step(lanes: Lanes, index: int, calls: list[wire.Call], by_kind: bool) ->
     mine = sorted((s for s in lanes.collectives if window[0] <= s.start < window[1]), key=lambda s: s.start)
     spans = [(s.start, s.end) for s in mine]
     found = account(window, [(s.start, s.end) for s in lanes.compute], spans)
-    rows = [dict(kind=call.kind if call else s.kind, bytes=call.payload if call else None,
-                 wire=call.wire if call else None, ranks=len(call.ranks) if call else None,
-                 start_ms=(s.start - window[0]) / 1000, ms=(s.end - s.start) / 1000,
-                 exposed_ms=exposed / 1000)
-            for s, call, exposed in zip(mine, matched(mine, calls, by_kind), found["each"])]
+    rows = [
+        dict(
+            kind=call.kind if call else s.kind,
+            bytes=call.payload if call else None,
+            wire=call.wire if call else None,
+            ranks=len(call.ranks) if call else None,
+            start_ms=(s.start - window[0]) / 1000,
+            ms=(s.end - s.start) / 1000,
+            exposed_ms=exposed / 1000,
+        )
+        for s, call, exposed in zip(mine, matched(mine, calls, by_kind), found["each"])
+    ]
     return {name: found[name] / 1000 for name in FIGURES} | dict(collectives=rows, exposed=found["exposed"])
 
 
 # ---- measuring -----------------------------------------------------------------------------------
+
 
 def calls_of_a_step(t: ModuleType, recorder: wire.Recorder) -> Callable[[Callable], list[wire.Call]]:
     """Watch the collectives of the script's optimizer. Returns step -> the calls in one of them.
@@ -267,11 +297,17 @@ def measure(b: bench.Bench, accum: int, steps: int, recorder: wire.Recorder) -> 
     b.m.sync()
     plain_ms = 1000 * (time.perf_counter() - start) / steps
     lanes = traced(b, step, steps)
-    return dict(rank=b.m.rank, plain_ms=plain_ms, lanes=lanes, calls=[c._asdict() for c in calls],
-                steps=[one_step(lanes, i, calls, b.cuda) for i in range(steps)])
+    return dict(
+        rank=b.m.rank,
+        plain_ms=plain_ms,
+        lanes=lanes,
+        calls=[c._asdict() for c in calls],
+        steps=[one_step(lanes, i, calls, b.cuda) for i in range(steps)],
+    )
 
 
 # ---- what all ranks say --------------------------------------------------------------------------
+
 
 def spread(values: list[float]) -> str:
     """Median, and the least and the largest where they differ."""
@@ -299,8 +335,13 @@ def collective_rows(ranks: list[dict]) -> list[dict]:
         ms, exposed = ([s[j][key] for s in steps] for key in ("ms", "exposed_ms"))
         last = [min(s["collectives"][j]["ms"] for s in same) for same in zip(*(r["steps"] for r in ranks))]
         row = {key: one[key] for key in ("kind", "bytes", "wire", "ranks")}
-        row |= dict(ms=median(ms), last_ms=median(last), exposed_ms=median(exposed),
-                    exposed_least=min(exposed), exposed_most=max(exposed))
+        row |= dict(
+            ms=median(ms),
+            last_ms=median(last),
+            exposed_ms=median(exposed),
+            exposed_least=min(exposed),
+            exposed_most=max(exposed),
+        )
         row["bus_gbps"] = one["wire"] / row["last_ms"] / 1e6 if one["wire"] and row["last_ms"] else None
         rows.append(row)
     return rows
@@ -308,14 +349,26 @@ def collective_rows(ranks: list[dict]) -> list[dict]:
 
 def collective_table(rows: list[dict]) -> str:
     number = lambda value, form: "-" if value is None else format(value, form)
-    return bench.table(("collective", "ranks", "bytes", "ms", "last to come", "bus GB/s", "exposed ms",
-                        "exposed"), [
-        (f"{i + 1} {r['kind']}", number(r["ranks"], "d"), number(r["bytes"], ",d"), f"{r['ms']:.3f}",
-         f"{r['last_ms']:.3f}", number(r["bus_gbps"], ".3g"), f"{r['exposed_ms']:.3f}",
-         f"{100 * r['exposed_ms'] / r['ms'] if r['ms'] else 0:.0f} %") for i, r in enumerate(rows)])
+    return bench.table(
+        ("collective", "ranks", "bytes", "ms", "last to come", "bus GB/s", "exposed ms", "exposed"),
+        [
+            (
+                f"{i + 1} {r['kind']}",
+                number(r["ranks"], "d"),
+                number(r["bytes"], ",d"),
+                f"{r['ms']:.3f}",
+                f"{r['last_ms']:.3f}",
+                number(r["bus_gbps"], ".3g"),
+                f"{r['exposed_ms']:.3f}",
+                f"{100 * r['exposed_ms'] / r['ms'] if r['ms'] else 0:.0f} %",
+            )
+            for i, r in enumerate(rows)
+        ],
+    )
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
 
 def chrome_trace(ranks: list[dict]) -> dict:
     """The ranks' steps as one trace. Processes are ranks; lanes: steps, exposed, then streams or threads."""
@@ -323,8 +376,17 @@ def chrome_trace(ranks: list[dict]) -> dict:
     events = []
 
     def event(r: dict, lane: int, name: str, when: Interval, **args: Any) -> None:
-        events.append(dict(ph="X", pid=r["rank"], tid=lane, name=name, ts=when[0] - zero,
-                           dur=when[1] - when[0], args=args))
+        events.append(
+            dict(
+                ph="X",
+                pid=r["rank"],
+                tid=lane,
+                name=name,
+                ts=when[0] - zero,
+                dur=when[1] - when[0],
+                args=args,
+            )
+        )
 
     for r in ranks:
         lanes = r["lanes"]
@@ -359,11 +421,13 @@ def draw_lanes(axis: Any, row: int, r: dict, index: int, zoomed: bool) -> None:
     drawn = lambda spans: merged((a, b + gap) for a, b in clipped(spans, window))
     bars = lambda spans: [((a - zero) / 1000, (b - a) / 1000) for a, b in spans]
     for label, color, above, spans in (
-            ("compute", "C0", 0.0, drawn(pairs(lanes.compute))),
-            ("hidden communication", "C2", 0.45, drawn(communication)),
-            ("exposed communication", "C3", 0.45, clipped(r["steps"][index]["exposed"], window))):
-        axis.broken_barh(bars(spans), (row + above, 0.4), color=color, linewidth=0,
-                         label=None if row else label)
+        ("compute", "C0", 0.0, drawn(pairs(lanes.compute))),
+        ("hidden communication", "C2", 0.45, drawn(communication)),
+        ("exposed communication", "C3", 0.45, clipped(r["steps"][index]["exposed"], window)),
+    ):
+        axis.broken_barh(
+            bars(spans), (row + above, 0.4), color=color, linewidth=0, label=None if row else label
+        )
     axis.grid(axis="y", visible=False)
 
 
@@ -402,31 +466,48 @@ def checked(args: argparse.Namespace) -> Path:
 
 def summary(b: bench.Bench, ranks: list[dict], rows: list[dict]) -> dict:
     """The machine readable result: every figure of every rank and step, and the medians."""
-    figures = {name: median([median([s[name] for s in r["steps"]]) for r in ranks])
-               for name in FIGURES}
+    figures = {name: median([median([s[name] for s in r["steps"]]) for r in ranks]) for name in FIGURES}
     plain = [r["plain_ms"] for r in ranks]
-    return dict(schema=1, device=b.m.names["device"], machine=b.m.names, torch=torch.__version__,
-                world_size=b.m.world_size, config=dataclasses.asdict(b.h), median=figures,
-                plain_step_ms=median(plain), collectives=rows, calls=ranks[0]["calls"], ranks=[
-                    dict(rank=r["rank"], plain_ms=r["plain_ms"],
-                         steps=[{k: v for k, v in s.items() if k != "exposed"} for s in r["steps"]])
-                    for r in ranks])
+    return dict(
+        schema=1,
+        device=b.m.names["device"],
+        machine=b.m.names,
+        torch=torch.__version__,
+        world_size=b.m.world_size,
+        config=dataclasses.asdict(b.h),
+        median=figures,
+        plain_step_ms=median(plain),
+        collectives=rows,
+        calls=ranks[0]["calls"],
+        ranks=[
+            dict(
+                rank=r["rank"],
+                plain_ms=r["plain_ms"],
+                steps=[{k: v for k, v in s.items() if k != "exposed"} for s in r["steps"]],
+            )
+            for r in ranks
+        ],
+    )
 
 
 def conclude(b: bench.Bench, ranks: list[dict], args: argparse.Namespace, image: Path) -> None:
     """Tables and files, by rank 0."""
     rows = collective_rows(ranks)
     result = summary(b, ranks, rows)
-    b.say(f"timeline of {len(ranks[0]['steps'])} steps on {b.m.world_size} rank(s), device "
-          f"{b.m.names['device']}, update {b.m.names['update']}; without the profiler a step takes "
-          f"{result['plain_step_ms']:.3f} ms")
+    b.say(
+        f"timeline of {len(ranks[0]['steps'])} steps on {b.m.world_size} rank(s), device "
+        f"{b.m.names['device']}, update {b.m.names['update']}; without the profiler a step takes "
+        f"{result['plain_step_ms']:.3f} ms"
+    )
     b.say("\nsteps: median of the ranks (least to most)\n" + step_table(ranks))
     traces, calls = len(ranks[0]["steps"][0]["collectives"]), len(ranks[0]["calls"])
     if rows:
         b.say("\ncollectives of a step, medians over steps and ranks\n" + collective_table(rows))
     if traces != calls:
-        b.say(f"\n{calls} collectives were called and {traces} traced in step 0: bytes are unknown where "
-              "their numbers differ" + (" (NCCL runs no kernel for one rank)" if b.m.world_size == 1 else ""))
+        b.say(
+            f"\n{calls} collectives were called and {traces} traced in step 0: bytes are unknown where "
+            "their numbers differ" + (" (NCCL runs no kernel for one rank)" if b.m.world_size == 1 else "")
+        )
     views.write_atomic(args.timeline, json.dumps(chrome_trace(ranks)) + "\n")
     b.say(f"\ntimeline: {args.timeline}")
     if args.json:

@@ -41,7 +41,7 @@ from lab.wire_predict import (
     work_of,
 )
 from lab.wire_steps import DrySteps, RankTask, dry_steps, free_port, in_processes, real_step
-from ledger.views import write_atomic
+from ledger.files import write_atomic
 from script import ROOT, BadInput
 
 PREDICTED = ((1, 8), (4, 8))  # nodes, ranks on each
