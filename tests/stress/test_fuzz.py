@@ -263,7 +263,7 @@ def test_configs_at_random(scored, tmp_path, monkeypatch):
         except Exception as e:
             raise AssertionError(f"{key}={value!r:.40}: {type(e).__name__}: {e}") from None
         finally:
-            if dist.is_initialized():       # most are refused before there is a group, as main allows for
+            if dist.is_initialized():  # most are refused before there is a group, as main allows for
                 dist.destroy_process_group()
     assert 20 < refused < 60
 
