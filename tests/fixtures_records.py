@@ -89,7 +89,7 @@ def score(loss: float, digits: int = 8) -> str:
 
 
 def step_lines(steps: int, step_ms: float, loss: float) -> list[str]:
-    """Return the lines of training: train_loss every 50 steps, val_loss every 500. The last val_loss is `loss`."""
+    """Return the lines of training: train_loss every 50 steps, val_loss every 500 and at the end (`loss`)."""
     lines = [f"step:0/20000 {score(6.94, 4)} train_time:0ms step_avg:0.00ms"]
     for step in range(50, steps + 1, 50):
         train_ms = round(step * step_ms)
