@@ -1,9 +1,9 @@
-"""A corpus with no network: the documentation inside the Python installation itself.
+"""Build a corpus without a network, from the documentation inside the Python installation itself.
 
-Docstrings (and long string literals, which is how torch, numpy and the standard library keep theirs) of the
-standard library and of every installed package, cleaned to prose, freed of duplicates and split by document.
-The same installed versions give the same bytes. Real English, though narrow: good for seeing a model learn,
-not for comparing scores with FineWeb.
+The text is the docstrings of the standard library and of every installed package, with long string literals,
+which is how torch, numpy and the standard library keep theirs. It is cleaned to prose, freed of duplicates
+and split by document. The same installed versions give the same bytes. The English is real but narrow: good
+for seeing a model learn, not for comparing scores with FineWeb.
 """
 
 import ast
@@ -23,154 +23,200 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import build
 import shards
-from shards import DataError
+from messages import DataError, Progress, megabytes, require
+from tokenizing import open_tokenizer
 
-RECIPE = 1                                      # raise when a change here changes the corpus
+RECIPE = 1  # raise it with every change here that changes the corpus
 VOCAB = 1024
-MIN_CHARS = 200                                 # shorter documents are names and signatures
-LITERAL_CHARS = 400                             # shorter string literals are messages and templates
-LONG_CHARS = 2000                               # a docstring that is a document of its own
-SENTENCE_CHARS = 40                             # shorter lines repeat by chance
+CHUNK_FILES = 64  # one unit of work for a reading process
 VAL_ONE_IN = 25
-DOC_FILES = (".rst", ".md", ".txt")
+
+# In characters:
+MIN_CHARS = 200  # a shorter document is names and signatures
+LITERAL_CHARS = 400  # a shorter string literal is a message or a template
+LONG_CHARS = 2000  # a docstring this long is a document of its own
+SENTENCE_CHARS = 40  # a shorter sentence repeats by chance
+
+DOC_SUFFIXES = (".rst", ".md", ".txt")
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__", "site-packages", "lib2to3", "licenses"}
-SKIPPED_FILES = ("license", "copying", "notice", "authors", "requirements", "top_level", "entry_points",
-                 "sources", "cmakelists", "dependency_links", "vendor")
-LITERAL = (".. code", ".. math", ".. plot", ".. sourcecode", ".. doctest", ".. test", ".. image", ".. figure")
-MARKUP = (":param", ":type", ".. ", "|", "+--", "$ ")   # lines that begin so are not sentences
+SKIPPED_PREFIXES = tuple(
+    "license copying notice authors requirements top_level entry_points sources cmakelists "
+    "dependency_links vendor".split()
+)
+
+# How a line begins that opens a block without prose, and one that is no sentence.
+BLOCK_OPENERS = (
+    *(".. code", ".. math", ".. plot", ".. sourcecode"),
+    *(".. doctest", ".. test", ".. image", ".. figure"),
+)
+MARKUP = (":param", ":type", ".. ", "|", "+--", "$ ")
+ROLE = re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]*?)(?: ?<[^`]*>)?`")  # :func:`~a.b`; group 1 is a.b
+EMPHASIS = re.compile(r"`{1,2}|\*\*|:(?=:$)")
+
 # Common words: a fifth of English prose, almost absent from code, tables and word lists.
-WORDS = frozenset("the of and to a in is that for it as be on by with this are not or an if from at can "
-                  "which will was used have when has may but all any use should its one must only than been "
-                  "also into".split())
+COMMON_WORDS = frozenset(
+    "the of and to a in is that for it as be on by with this are not or an if from at can which will was "
+    "used have when has may but all any use should its one must only than been also into".split()
+)
 
 
 # -----------------------------------------------------------------------------
-# What is installed
+# Finding what is installed
 # -----------------------------------------------------------------------------
+
 
 def installed():
-    """({package: version}, [files]): what the corpus is made from, in a fixed order.
+    """Return ({package: version}, [files]), the sources of the corpus in a fixed order.
 
-    Files are .py, .rst, .md and .txt of the standard library and of all distributions on sys.path.
+    The files are .py of the standard library, and .py, .rst, .md and .txt of all distributions on sys.path.
     """
-    versions, files = {"python": platform.python_version()}, []
+    versions = {"python": platform.python_version()}
+    files = []
     library = Path(sysconfig.get_paths()["stdlib"])
-    for folder, folders, names in os.walk(library):
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
-        files += [Path(folder) / n for n in sorted(names) if n.endswith(".py")]
+    for folder, subfolders, names in os.walk(library):
+        subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
+        files += [Path(folder) / name for name in sorted(names) if name.endswith(".py")]
+
+    for name, distribution in sorted(installed_distributions().items()):
+        versions[name] = distribution.version
+        for file in sorted(distribution.files or [], key=str):
+            is_skipped = SKIPPED_FOLDERS & set(file.parts[:-1])
+            if file.suffix in (".py", *DOC_SUFFIXES) and not is_skipped:
+                files.append(Path(distribution.locate_file(file)))
+    return versions, [file for file in files if not file.name.lower().startswith(SKIPPED_PREFIXES)]
+
+
+def installed_distributions():
+    """Return {normalized name: distribution}; of two with one name, the first on sys.path, as for imports."""
     found = {}
-    for dist in importlib.metadata.distributions():
-        name = (dist.metadata["Name"] or "").lower().replace("_", "-")
-        if name and name not in found:          # the first on sys.path is the one that imports
-            found[name] = dist
-    for name, dist in sorted(found.items()):
-        versions[name] = dist.version
-        for file in sorted(dist.files or [], key=str):
-            if file.suffix in (".py", *DOC_FILES) and not SKIPPED_FOLDERS & set(file.parts[:-1]):
-                files.append(Path(dist.locate_file(file)))
-    return versions, [f for f in files if not f.name.lower().startswith(SKIPPED_FILES)]
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name:
+            found.setdefault(name, distribution)
+    return found
 
 
 # -----------------------------------------------------------------------------
 # From files to documents
 # -----------------------------------------------------------------------------
 
+
 def strings_of(source):
-    """Docstrings and long string literals of Python source, in order; none if it does not parse."""
+    """Return the docstrings and long string literals of Python source, in order; [] if it does not parse."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # other people's escape sequences
+        warnings.simplefilter("ignore")  # about escape sequences in the source
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return []
-    found, stack = [], [tree]
+
+    found = []  # (line, 0 for a docstring or 1 for a literal, text), to be sorted
+    stack = [tree]
     while stack:
         node = stack.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if text:
-                found.append((getattr(node, "lineno", 0), 0, text))
+            docstring = ast.get_docstring(node)
+            if docstring:
+                found.append((getattr(node, "lineno", 0), 0, docstring))
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Constant):
                 if isinstance(child.value, str) and len(child.value) >= LITERAL_CHARS:
                     found.append((child.lineno, 1, inspect.cleandoc(child.value)))
             elif not isinstance(child, (ast.expr_context, ast.operator, ast.cmpop, ast.Name)):
                 stack.append(child)
-    return list(dict.fromkeys(text for _, _, text in sorted(found)))    # a long docstring is a literal too
+    return list(dict.fromkeys(text for _, _, text in sorted(found)))  # a long docstring is found twice
 
 
 def clean(text):
-    """Prose of a docstring: no doctest sessions, code blocks, rules, tables or mark-up; lines kept."""
-    kept, session, block = [], False, None          # block: indent of the line that opened a literal block
+    """Return the prose of a docstring, line by line: no doctests, code blocks, rules, tables or mark-up."""
+    kept = []
+    in_doctest = False  # from a prompt to the next blank line, so that its output goes too
+    block_indent = None  # of the line that opened the current literal block
     for line in text.expandtabs().split("\n"):
         bare = line.strip()
-        indent = len(line) - len(line.lstrip())
         if not bare:
-            session = False
+            in_doctest = False
             kept.append("")
             continue
-        if block is not None and indent > block:
+
+        indent = len(line) - len(line.lstrip())
+        if block_indent is not None and indent > block_indent:
             continue
-        literal = bare.startswith(LITERAL) or bare.endswith("::") and not bare.startswith("..")
-        block = indent if literal else None
-        session = session or bare.startswith(">>>")     # up to the next blank line: a prompt and its output
-        line = re.sub(r":[a-z]+(?::[a-z]+)?:`~?([^`<]*?)(?: ?<[^`]*>)?`", r"\1", line.rstrip())
-        line = re.sub(r"`{1,2}|\*\*|:(?=:$)", "", line)
-        letters = sum(c.isalpha() or c == " " for c in line.strip())
-        if not session and letters >= 0.6 * len(line.strip()) and not bare.startswith(MARKUP):
-            kept.append(line)
+        is_paragraph_opener = bare.endswith("::") and not bare.startswith("..")
+        opens_block = bare.startswith(BLOCK_OPENERS) or is_paragraph_opener
+        block_indent = indent if opens_block else None
+        in_doctest = in_doctest or bare.startswith(">>>")
+
+        plain = EMPHASIS.sub("", ROLE.sub(r"\1", line.rstrip()))
+        if not in_doctest and is_mostly_letters(plain.strip()) and not bare.startswith(MARKUP):
+            kept.append(plain)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
 
 
+def is_mostly_letters(line):
+    """Return whether at least three fifths of a line are letters and spaces."""
+    return sum(char.isalpha() or char == " " for char in line) >= 0.6 * len(line)
+
+
 def is_prose(text):
-    """Mostly English sentences: at least a seventh common words, almost only ASCII."""
+    """Return whether a text is mostly English: at least a seventh common words, and almost all ASCII."""
     words = re.findall(r"[A-Za-z']+", text.lower())
-    return (len(text) >= MIN_CHARS and len(words) >= 20
-            and sum(w in WORDS for w in words) >= len(words) / 7
-            and sum(c.isascii() for c in text) >= 0.97 * len(text))
+    return (
+        len(text) >= MIN_CHARS
+        and len(words) >= 20
+        and sum(word in COMMON_WORDS for word in words) >= len(words) / 7
+        and sum(char.isascii() for char in text) >= 0.97 * len(text)
+    )
 
 
 def documents_of(path):
-    """The documents of one file: each long docstring, and all the short ones together."""
+    """Return the documents of one file: each long docstring, and all the short ones together."""
     try:
         source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):       # not installed after all, or not text
+    except (OSError, UnicodeDecodeError):  # listed but not installed, or not text
         return []
-    texts = strings_of(source) if str(path).endswith(".py") else [source]
-    texts = [t for t in (clean(t.replace("\0", " ")) for t in texts) if t]
-    documents = [t for t in texts if len(t) >= LONG_CHARS]
-    documents.append("\n\n".join(t for t in texts if len(t) < LONG_CHARS))
-    return [d for d in documents if is_prose(d)]
+
+    strings = strings_of(source) if str(path).endswith(".py") else [source]
+    texts = [clean(string.replace("\0", " ")) for string in strings]
+    documents = [text for text in texts if len(text) >= LONG_CHARS]
+    documents.append("\n\n".join(text for text in texts if 0 < len(text) < LONG_CHARS))
+    return [document for document in documents if is_prose(document)]
 
 
 def documents_of_files(paths):
-    """`documents_of` for a chunk of files."""
-    gc.disable()                                # millions of short-lived tree nodes: a third of the time
-    documents = [d for path in paths for d in documents_of(path)]
+    """Return the documents of all `paths`, in order."""
+    gc.disable()  # collecting millions of short-lived tree nodes takes a third of the time
+    documents = [document for path in paths for document in documents_of(path)]
     gc.enable()
     gc.collect()
     return documents
 
 
-def extract(files, workers):
-    """All documents of `files`, in order."""
-    chunks = [files[i:i + 64] for i in range(0, len(files), 64)]
-    progress, documents = shards.Progress("read", len(files), " files"), []
+def documents_of_chunks(chunks, workers):
+    """Yield `documents_of_files` of each chunk, in order, from `workers` processes."""
     if workers == 1:
-        results = map(documents_of_files, chunks)
-        pool = None
-    else:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), shards.ignore_interrupt)
-        results = pool.map(documents_of_files, chunks)
+        yield from map(documents_of_files, chunks)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, build.ignore_interrupt)
     try:
-        for number, found in enumerate(results, 1):
-            documents += found
-            progress.update(min(64 * number, len(files)))
+        yield from pool.map(documents_of_files, chunks)
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    progress.close(f"{len(files)} files, {len(documents)} documents, {shards.mb(sum(map(len, documents)))}")
+        pool.shutdown(cancel_futures=True)
+
+
+def extract(files, workers):
+    """Return all documents of `files`, in order."""
+    chunks = [files[start : start + CHUNK_FILES] for start in range(0, len(files), CHUNK_FILES)]
+    progress = Progress("read", len(files), " files")
+    documents = []
+    for number, found in enumerate(documents_of_chunks(chunks, workers), 1):
+        documents += found
+        progress.update(min(CHUNK_FILES * number, len(files)))
+    size = megabytes(sum(map(len, documents)))
+    progress.close(f"{len(files)} files, {len(documents)} documents, {size}")
     return documents
 
 
@@ -178,92 +224,123 @@ def extract(files, workers):
 # Duplicates and the split
 # -----------------------------------------------------------------------------
 
+
 def sentences(text):
-    """(hash, length) of the sentences and lines of at least SENTENCE_CHARS characters, case ignored."""
-    for line in re.split(r"(?<=[.!?])\s+|\n", text):
-        line = " ".join(line.lower().split())
-        if len(line) >= SENTENCE_CHARS:
-            yield hashlib.blake2b(line.encode(), digest_size=8).digest(), len(line)
+    """Yield (hash, length) of each sentence or line of at least SENTENCE_CHARS characters, ignoring case."""
+    for piece in re.split(r"(?<=[.!?])\s+|\n", text):
+        sentence = " ".join(piece.lower().split())
+        if len(sentence) >= SENTENCE_CHARS:
+            yield hashlib.blake2b(sentence.encode(), digest_size=8).digest(), len(sentence)
+
+
+def sentence_chars(found, seen=None):
+    """Return the total length of some `sentences`, or of those of them whose hash is in `seen`."""
+    return sum(size for mark, size in found if seen is None or mark in seen)
 
 
 def deduplicate(documents):
-    """Documents that are mostly new: no repetition, and under half of the sentence text seen before."""
-    exact, seen, kept = set(), set(), []
+    """Return the documents of which at most half of the sentence text occurs in documents before them."""
+    exact = set()
+    seen = set()
+    kept = []
     for text in documents:
-        mark = shards.fingerprint(text)
+        fingerprint = build.fingerprint(text)
         found = list(sentences(text))
-        total = sum(size for _, size in found)
-        known = sum(size for key, size in found if key in seen)
-        if mark in exact or 2 * known > total:
+        if fingerprint in exact or 2 * sentence_chars(found, seen) > sentence_chars(found):
             continue
-        exact.add(mark)
-        seen.update(key for key, _ in found)
+        exact.add(fingerprint)
+        seen.update(mark for mark, _ in found)
         kept.append(text)
     return kept
 
 
 def split_documents(documents):
-    """(train, val) by hash of the text, about 1 in VAL_ONE_IN.
+    """Return (train, val): about 1 in VAL_ONE_IN documents goes to val, chosen by the hash of its text.
 
-    A val document is left out altogether when over a quarter of its sentence text occurs in train, which
-    `deduplicate` allows when the train document is the longer one.
+    A val document is dropped if over a quarter of its sentence text occurs in train. `deduplicate` allows
+    that if the train document is the longer one. Raises DataError if train or val is empty.
     """
-    train, val = [], []
+    train = []
+    candidates = []
     for text in documents:
-        mark = int.from_bytes(shards.fingerprint(text)[:4], "little")
-        (val if mark % VAL_ONE_IN == 0 else train).append(text)
-    seen = {key for text in train for key, _ in sentences(text)}
-    clean_val = []
-    for text in val:
+        number = int.from_bytes(build.fingerprint(text)[:4], "little")
+        if number % VAL_ONE_IN == 0:
+            candidates.append(text)
+        else:
+            train.append(text)
+
+    seen = {mark for text in train for mark, _ in sentences(text)}
+    val = []
+    for text in candidates:
         found = list(sentences(text))
-        if 4 * sum(size for key, size in found if key in seen) <= sum(size for _, size in found):
-            clean_val.append(text)
-    if not train or not clean_val:
-        raise DataError(f"too little documentation is installed ({len(documents)} documents); "
-                        "run: pip install -r requirements.txt")
-    return train, clean_val
+        if 4 * sentence_chars(found, seen) <= sentence_chars(found):
+            val.append(text)
+
+    if not train or not val:
+        raise DataError(
+            f"too little documentation is installed ({len(documents)} documents); "
+            "run: pip install -r requirements.txt"
+        )
+    return train, val
 
 
 # -----------------------------------------------------------------------------
 # The tokenizer and the dataset
 # -----------------------------------------------------------------------------
 
-def train_tokenizer(texts, vocab):
-    """Bytes of a SentencePiece BPE model with the challenge's settings.
 
-    They are those of openai/parameter-golf, data/download_hf_docs_and_tokenize.py. Whole documents are fed,
-    as they will be encoded. DataError unless U+2581, the mark of a space, is a piece of its own: the
-    byte count of a token relies on it.
+def train_tokenizer(texts, vocab):
+    """Train a SentencePiece BPE model of `vocab` pieces with the challenge's settings and return its bytes.
+
+    The settings are those of openai/parameter-golf, data/download_hf_docs_and_tokenize.py. It trains on whole
+    documents, as they will be encoded. Raises DataError unless U+2581, the mark of a space, is a piece of its
+    own, since the byte count of a token relies on it.
     """
-    spm = shards.require("sentencepiece")
+    sentencepiece = require("sentencepiece")
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab,
-        character_coverage=0.999, byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False,
-        max_sentence_length=1 << 24, num_threads=1, minloglevel=2)
-    sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
-    if sp.is_unknown(sp.piece_to_id("\u2581")):
-        raise DataError("the trained tokenizer has no piece for a single space; "
-                        "use `text` with another tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab,
+        hard_vocab_limit=False,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        max_sentence_length=1 << 24,
+        num_threads=1,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    if processor.is_unknown(processor.piece_to_id("\u2581")):
+        raise DataError(
+            "the trained tokenizer has no piece for a single space; use `text` with another tokenizer"
+        )
     return model.getvalue()
 
 
 def identity(versions):
-    """The manifest's `source`: what must be equal for the corpus to be equal."""
+    """Return the manifest's `source`: if it is equal, the corpus is equal."""
     mark = hashlib.sha256(json.dumps([RECIPE, VOCAB, versions], sort_keys=True).encode()).hexdigest()
     return {"kind": "offline", "recipe": RECIPE, "fingerprint": mark, "versions": versions}
 
 
 def write_documents(path, documents):
-    """A .txt input of `shards.build`: documents separated by NUL."""
+    """Write documents as .txt input of `build.build_dataset`, separated by NUL."""
     path.write_bytes("\0".join(documents).encode())
 
 
-def build(out, workers, sources=None, vocab=VOCAB):
-    """Build the corpus into `out`; returns (manifest, True when built just now).
+def build_corpus(out, workers, sources=None, vocab=VOCAB):
+    """Build the corpus into `out` and return (manifest, whether it was built just now).
 
-    sources: (versions, files) in place of `installed()`. At once when `out` was built from the same versions.
+    sources: (versions, files), instead of `installed()`. Returns at once if `out` was built from the same
+    versions.
     """
     versions, files = sources or installed()
     source = identity(versions)
@@ -272,21 +349,32 @@ def build(out, workers, sources=None, vocab=VOCAB):
         if manifest["source"] == source and not shards.check_dataset(out, deep=False):
             return manifest, False
     except DataError:
-        pass                                    # not there, or not ours: built below, or refused there
+        pass  # no dataset to reuse; build_dataset refuses a folder that is not ours
+
     documents = extract(files, workers)
-    progress = shards.Progress("drop duplicates", 0)
+    progress = Progress("drop duplicates", 0)
     train, val = split_documents(deduplicate(documents))
-    progress.close(f"{len(train)} + {len(val)} documents kept, {shards.mb(sum(map(len, train)))} train, "
-                   f"{shards.mb(sum(map(len, val)))} val")
-    progress = shards.Progress("train tokenizer", 0)
+    progress.close(
+        f"{len(train)} + {len(val)} documents kept, {megabytes(sum(map(len, train)))} train, "
+        f"{megabytes(sum(map(len, val)))} val"
+    )
+
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / shards.MODEL).write_bytes(train_tokenizer(train, vocab))
-        tokenizer = shards.open_tokenizer(folder / shards.MODEL)
+        model = Path(scratch) / shards.MODEL
+        progress = Progress("train tokenizer", 0)
+        model.write_bytes(train_tokenizer(train, vocab))
+        tokenizer = open_tokenizer(model)
         progress.close(f"{tokenizer.vocab_size} pieces")
-        write_documents(folder / "train.txt", train)
-        write_documents(folder / "val.txt", val)
-        splits = {"train": [folder / "train.txt"], "val": [folder / "val.txt"]}
-        ours = all(name.startswith("offline_") for name in shards.shard_files(out))
-        options = shards.BuildOptions(workers=workers, replace=ours)     # an older one of ours; nothing else
-        return shards.build(out, "offline", tokenizer, splits, source, options)
+
+        splits = {"train": [model.with_name("train.txt")], "val": [model.with_name("val.txt")]}
+        write_documents(splits["train"][0], train)
+        write_documents(splits["val"][0], val)
+        is_older_corpus = all(name.startswith("offline_") for name in shards.shard_files(out))
+        return build.build_dataset(
+            out,
+            "offline",
+            tokenizer,
+            splits=splits,
+            source=source,
+            options=build.BuildOptions(workers=workers, replace=is_older_corpus),
+        )

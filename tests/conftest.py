@@ -1,22 +1,18 @@
-"""For every test: the root importable, few threads, no network, gpu tests skipped without a GPU."""
+"""For every test: few threads, no network, gpu tests skipped without a GPU."""
 
 import dataclasses
 import os
 import shutil
 import socket
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 # Before torch is imported anywhere; child processes inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if shutil.which("nvidia-smi") is None:    # kernels run in Triton's interpreter; read when triton is imported
+if shutil.which("nvidia-smi") is None:
+    # Triton reads this when it is imported; its interpreter then runs the kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -24,6 +20,7 @@ real_connect = socket.socket.connect
 
 
 def loopback_connect(self, address):
+    """Connect like socket.connect, but raise OSError for an internet address other than this machine's."""
     if isinstance(address, tuple) and address[0] not in LOOPBACK:
         raise OSError(f"tests have no network: connect to {address[0]!r} refused")
     return real_connect(self, address)
@@ -34,14 +31,14 @@ socket.socket.connect = loopback_connect
 
 @pytest.fixture(autouse=True)
 def attention_switches():
-    """PyTorch's attention kernels as a test found them: binding one switches the others off for the process."""
+    """Restore PyTorch's attention kernels: binding one switches the others off for the process."""
     import torch
 
-    names = "cudnn", "flash", "mem_efficient", "math"
-    before = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names]
+    names = ("cudnn", "flash", "mem_efficient", "math")
+    enabled = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names}
     yield
-    for name, on in zip(names, before):
-        getattr(torch.backends.cuda, f"enable_{name}_sdp")(on)
+    for name, is_enabled in enabled.items():
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(is_enabled)
 
 
 @pytest.fixture
@@ -56,9 +53,11 @@ def quick_bench(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
+    """Skip the tests marked gpu if there is no GPU. torch is imported only if there are such tests."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
+
     import torch
 
     if torch.cuda.is_available():

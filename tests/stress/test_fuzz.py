@@ -1,4 +1,4 @@
-"""No bytes make the artifact reader do more than refuse in one line; tests/fuzz_artifact.py tries more."""
+"""No bytes make the artifact reader do more than refuse in one line. fuzz_artifact.py tries more."""
 
 import copy
 import json
@@ -8,62 +8,71 @@ import pickle
 import random
 from pathlib import Path
 
+import bombs
+import fuzz_artifact
+import mutations
 import pytest
+import reader
 import torch.distributed as dist
+from mutations import KIND, NAME, OFFSET, SHAPE
+from xz_streams import blocks, compress
 
-import fuzz_artifact as fuzz
 import train_gpt as t
 from helpers import english_dataset, stop_one_line
 
 
 @pytest.fixture(scope="module")
 def base():
-    return fuzz.small_artifact()
+    return mutations.small_artifact()
 
 
 def edited(base, change):
+    """Return `base` as an artifact whose header change(header) has changed."""
     header = copy.deepcopy(base.header)
     change(header)
-    return fuzz.with_header(base, header)
+    return mutations.with_header(base, header)
 
 
 def test_the_sound_artifact_is_read(base):
-    assert fuzz.outcome(base.blob) == ("read", "")
-    assert fuzz.outcome(fuzz.with_header(base, base.header)) == ("read", "")
+    assert reader.outcome(base.blob) == ("read", "")
+    assert reader.outcome(mutations.with_header(base, base.header)) == ("read", "")
 
 
 def test_every_truncation_is_refused(base):
     for length in range(len(base.blob)):
-        assert fuzz.outcome(base.blob[:length])[0] == "refused", length
+        assert reader.outcome(base.blob[:length])[0] == "refused", length
 
 
 def test_every_truncation_below_the_compression_is_refused(base):
-    """As if written by a process that died: a sound stream of less than the artifact."""
+    """A sound stream of less than the artifact, as if its writer had died."""
     head = len(base.raw) - len(base.payload)
     for length in [*range(0, head, 7), *range(head, len(base.raw), 101), len(base.raw) - 1]:
-        assert fuzz.outcome(fuzz.compress(base.raw[:length]))[0] == "refused", length
+        assert reader.outcome(compress(base.raw[:length]))[0] == "refused", length
 
 
 def test_every_single_bit_matters_to_the_container(base):
-    """One bit in each byte: what xz does not notice it leaves as it was."""
-    rng, tensors = random.Random(0), t.unpack_artifact(base.blob)
+    """Flip one bit in each byte: if xz does not notice, the tensors are the same."""
+    rng = random.Random(0)
+    tensors = t.unpack_artifact(base.blob)
     for i in range(len(base.blob)):
         blob = bytearray(base.blob)
         blob[i] ^= 1 << rng.randrange(8)
-        if fuzz.outcome(bytes(blob))[0] == "read":
-            assert all((v == tensors[k]).all() for k, v in t.unpack_artifact(bytes(blob)).items()), i
+        if reader.outcome(bytes(blob)).verdict == "read":
+            read = t.unpack_artifact(bytes(blob))
+            assert all((tensor == tensors[name]).all() for name, tensor in read.items()), i
 
 
-@pytest.mark.parametrize("name", fuzz.MUTATIONS)
+@pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_mutations(name, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "MARK", str(tmp_path / "ran"))
-    bad, seen = [], set()
+    monkeypatch.setattr(mutations, "MARK", str(tmp_path / "ran"))
+    bad = []
+    seen = set()
     for i in range(150):
-        blob = fuzz.MUTATIONS[name](random.Random(f"{name} {i}"), base)
+        blob = mutations.MUTATIONS[name](random.Random(f"{name} {i}"), base)
         try:
-            seen.add(fuzz.outcome(blob)[0])
-        except fuzz.Violation as e:
-            bad.append(f"case {i}: {e}")
+            seen.add(reader.outcome(blob)[0])
+        except reader.Violation as error:
+            bad.append(f"case {i}: {error}")
     assert not bad, bad[:5]
     assert seen - {"read"}, "nothing was refused: the mutation does nothing"
     assert name != "odd_values" or "read" in seen, "any float is a float, if the codes keep their limit"
@@ -71,74 +80,86 @@ def test_mutations(name, base, tmp_path, monkeypatch):
 
 
 def test_the_pickle_would_have_an_effect(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "MARK", str(tmp_path / "ran"))
-    pickle.loads(pickle.dumps(fuzz.Payload())).close()
+    monkeypatch.setattr(mutations, "MARK", str(tmp_path / "ran"))
+    pickle.loads(pickle.dumps(mutations.Payload())).close()
     assert (tmp_path / "ran").exists()
 
 
-def set_row(i, field, value):
-    return lambda header: header["tensors"][i].__setitem__(field, value)
+def set_first(field, value):
+    """Return a change of one field of the first tensor's entry."""
+
+    def change(header):
+        header["tensors"][0][field] = value
+
+    return change
+
+
+def with_config(**values):
+    """Return a change of the config."""
+    return lambda header: header["config"].update(values)
 
 
 def config_list(header):
+    """Replace the config by the list of its keys."""
     header["config"] = sorted(header["config"])
 
 
+# Name -> change of a header that the reader must refuse.
 REFUSED = {
     "config is the list of its keys": config_list,
-    "an offset of 0.0": set_row(0, 3, 0.0),
-    "an offset of -0.0": set_row(0, 3, -0.0),
-    "an offset of false": set_row(0, 3, False),
-    "an offset of nan": set_row(0, 3, math.nan),
-    "a shape of true": set_row(0, 2, [True]),
-    "a shape of one float": set_row(0, 2, [8.0]),
-    "a shape of null": set_row(0, 2, None),
-    "a shape of text": set_row(0, 2, "88"),
-    "a shape of huge numbers": set_row(0, 2, [2**27] * 20),
-    "a shape of more than int64": set_row(0, 2, [2**70]),
-    "a shape of zero": set_row(0, 2, [0]),
-    "a kind of 5,000 letters": set_row(0, 1, "x" * 5000),
-    "a kind over two lines": set_row(0, 1, "a\nb"),
-    "a kind of null": set_row(0, 1, None),
-    "a kind of list": set_row(0, 1, ["int6"]),
-    "a name of null": set_row(0, 0, None),
+    "an offset of 0.0": set_first(OFFSET, 0.0),
+    "an offset of -0.0": set_first(OFFSET, -0.0),
+    "an offset of false": set_first(OFFSET, False),
+    "an offset of nan": set_first(OFFSET, math.nan),
+    "a shape of true": set_first(SHAPE, [True]),
+    "a shape of one float": set_first(SHAPE, [8.0]),
+    "a shape of null": set_first(SHAPE, None),
+    "a shape of text": set_first(SHAPE, "88"),
+    "a shape of huge numbers": set_first(SHAPE, [2**27] * 20),
+    "a shape of more than int64": set_first(SHAPE, [2**70]),
+    "a shape of zero": set_first(SHAPE, [0]),
+    "a kind of 5,000 letters": set_first(KIND, "x" * 5000),
+    "a kind over two lines": set_first(KIND, "a\nb"),
+    "a kind of null": set_first(KIND, None),
+    "a kind of list": set_first(KIND, ["int6"]),
+    "a name of null": set_first(NAME, None),
     "a name that comes twice": lambda header: header["tensors"].append(list(header["tensors"][0])),
     "no config": lambda header: header.pop("config"),
     "a third key": lambda header: header.update(more=1),
-    "a bool for an int": lambda header: header["config"].update(num_layers=True),
-    "an int for a float": lambda header: header["config"].update(rope_base=10000),
-    "a string for an int": lambda header: header["config"].update(vocab_size="16"),
+    "a bool for an int": with_config(num_layers=True),
+    "an int for a float": with_config(rope_base=10000),
+    "a string for an int": with_config(vocab_size="16"),
 }
 
 
 def test_codes_keep_their_limit(base):
-    """One code past it is refused in the first and the last place of every quantised tensor; at it, read."""
-    quantised = [span for span in fuzz.spans(base) if span[0] in t.CODE_LIMIT]
-    assert {kind for kind, _, _ in quantised} == set(t.CODE_LIMIT)
-    for kind, at, count in quantised:
+    """Refuse a code beyond the limit, first or last in any quantised tensor; read one at the limit."""
+    quantised = [span for span in mutations.spans(base) if span.kind in t.CODE_LIMIT]
+    assert {span.kind for span in quantised} == set(t.CODE_LIMIT)
+    for kind, start, count in quantised:
         limit = t.CODE_LIMIT[kind]
         for code in {limit, -limit, min(limit + 1, 127), -limit - 1, -128}:
-            for place in (at, at + count - 1):
+            for position in (start, start + count - 1):
                 payload = bytearray(base.payload)
-                payload[place] = code & 255
-                verdict, reason = fuzz.outcome(fuzz.with_header(base, base.header, bytes(payload)))
+                payload[position] = code & 255
+                verdict, reason = reader.outcome(mutations.with_header(base, base.header, bytes(payload)))
                 assert verdict == ("read" if abs(code) <= limit else "refused"), (kind, code)
                 assert verdict == "read" or f"a code beyond {limit}" in reason
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_headers_that_must_be_refused(name, base):
-    verdict, reason = fuzz.outcome(edited(base, REFUSED[name]))
+    verdict, reason = reader.outcome(edited(base, REFUSED[name]))
     assert verdict == "refused" and len(reason) < 200, reason
 
 
 def test_a_seeded_run_of_all_mutations_is_the_same_twice():
-    assert fuzz.fuzz(90, 5)[0] == fuzz.fuzz(90, 5)[0]
+    assert fuzz_artifact.fuzz(90, 5)[0] == fuzz_artifact.fuzz(90, 5)[0]
 
 
 def test_hand_made_streams_are_xz():
     parts = [b"one", b"two" * 1000, b"x"]
-    blob = fuzz.blocks((parts[0], 1), (parts[1], 50), (parts[2], 2))
+    blob = blocks((parts[0], 1), (parts[1], 50), (parts[2], 2))
     assert lzma.decompress(blob) == parts[0] + parts[1] * 50 + parts[2] * 2
 
 
@@ -147,20 +168,20 @@ CI_BOMBS = ["1 GiB of zeros", "streams of zeros", "a dictionary of 4 GiB", "a he
 
 @pytest.fixture(scope="module")
 def reports():
-    return {r["bomb"]: r for r in fuzz.bomb_reports(CI_BOMBS)}
+    return {report.bomb: report for report in bombs.bomb_reports(CI_BOMBS)}
 
 
 @pytest.mark.parametrize("name", CI_BOMBS)
 def test_bombs(name, reports):
-    """Refused in seconds, in bounded memory. The file is a few hundred kilobytes."""
+    """Refuse a file of a few hundred kilobytes in seconds and in bounded memory."""
     report = reports[name]
-    assert report["outcome"] == "refused", report
-    assert report["bytes"] < 1_000_000
+    assert report.outcome == "refused", report
+    assert report.size < 1_000_000
 
 
 @pytest.mark.slow
 def test_all_bombs():
-    bad = [r for r in fuzz.bomb_reports() if r["outcome"] == "VIOLATION"]
+    bad = [report for report in bombs.bomb_reports() if report.outcome == reader.VIOLATION]
     assert not bad, bad
 
 
@@ -169,40 +190,30 @@ def test_all_bombs():
 
 @pytest.fixture(scope="module")
 def scored():
-    """An artifact that fits a dataset: what the command reads when nothing is wrong."""
+    """Make an artifact that fits a dataset, which the command reads if nothing is wrong."""
     data = english_dataset()
-    return fuzz.small_artifact(
+    return mutations.small_artifact(
         vocab_size=data.vocab_size, eval_seq_len=32, eval_stride=16, train_seq_len=16, eval_batch_tokens=64
     )
 
 
 def knobs(tmp_path):
+    """Return the arguments that score an artifact on english_dataset()."""
     return [f"data_path={english_dataset().path}", f"out_dir={tmp_path / 'logs'}", "run_id=x"]
 
 
-def refuse(base, change):
-    return lambda: edited(base, change)
-
-
-def with_config(**values):
-    return lambda header: header["config"].update(values)
-
-
-def without_last(header):
-    header["tensors"].pop()
-
-
+# Name -> function of a sound artifact that returns the bytes of a file that the command must refuse.
 FILES = {
     "empty": lambda a: b"",
     "truncated": lambda a: a.blob[:-100],
-    "bytes behind it": lambda a: a.blob + b"x",
-    "a pickle": lambda a: pickle.dumps(fuzz.Payload()),
-    "xz around a pickle": lambda a: lzma.compress(pickle.dumps(fuzz.Payload())),
+    "bytes after it": lambda a: a.blob + b"x",
+    "a pickle": lambda a: pickle.dumps(mutations.Payload()),
+    "xz around a pickle": lambda a: lzma.compress(pickle.dumps(mutations.Payload())),
     "a page": lambda a: b"<html>Not found</html>",
     "a config list": lambda a: edited(a, config_list),
-    "an offset of 0.0": lambda a: edited(a, set_row(0, 3, 0.0)),
-    "an unknown kind": lambda a: edited(a, set_row(0, 1, "int4")),
-    "a tensor of another name": lambda a: edited(a, set_row(0, 0, "another")),
+    "an offset of 0.0": lambda a: edited(a, set_first(OFFSET, 0.0)),
+    "an unknown kind": lambda a: edited(a, set_first(KIND, "int4")),
+    "a tensor of another name": lambda a: edited(a, set_first(NAME, "another")),
     "one layer more": lambda a: edited(a, with_config(num_layers=3)),
     "a million layers": lambda a: edited(a, with_config(num_layers=10**6)),
     "no layers": lambda a: edited(a, with_config(num_layers=0)),
@@ -222,7 +233,7 @@ FILES = {
 @pytest.mark.parametrize("command", ["eval", "audit"])
 @pytest.mark.parametrize("name", FILES)
 def test_the_command_refuses_in_one_line(command, name, scored, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fuzz, "MARK", str(tmp_path / "ran"))
+    monkeypatch.setattr(mutations, "MARK", str(tmp_path / "ran"))
     file = tmp_path / "bad.int6.xz"
     file.write_bytes(FILES[name](scored))
     said = stop_one_line([command, str(file), *knobs(tmp_path)], capsys)
@@ -238,8 +249,9 @@ def test_the_command_refuses_what_is_no_file(command, tmp_path, capsys):
 
 
 def test_configs_at_random(scored, tmp_path, monkeypatch):
-    """A header of any values is refused with InputError, or gives a model that can be scored."""
-    rng, refused = random.Random(3), 0
+    """A header with any config is refused with InputError, or gives a model that can be scored."""
+    rng = random.Random(3)
+    refused = 0
     argv = knobs(tmp_path)[:2]
     for i in range(60):
         key = rng.choice(t.MODEL_FIELDS)
@@ -257,13 +269,13 @@ def test_configs_at_random(scored, tmp_path, monkeypatch):
             run, _ = t.load_run(str(file), [*argv, f"run_id={i}"], {})
             x = t.torch.zeros(1, run.h.eval_seq_len, dtype=t.torch.long)
             run.nats_fn(x, x, 1)
-        except t.InputError as e:
+        except t.InputError as error:
             refused += 1
-            assert "\n" not in str(e), (key, value)
-        except Exception as e:
-            raise AssertionError(f"{key}={value!r:.40}: {type(e).__name__}: {e}") from None
+            assert "\n" not in str(error), (key, value)
+        except Exception as error:
+            raise AssertionError(f"{key}={value!r:.40}: {type(error).__name__}: {error}") from None
         finally:
-            if dist.is_initialized():       # most are refused before there is a group, as main allows for
+            if dist.is_initialized():  # most are refused before there is a group
                 dist.destroy_process_group()
     assert 20 < refused < 60
 

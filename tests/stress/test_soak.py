@@ -1,36 +1,40 @@
-"""The soak command, by runs of seconds."""
+"""The soak command, on runs of seconds."""
 
 import os
 import subprocess
 import sys
 
 import soak
+
 import train_gpt as t
 
 
 def leak(rank):
-    """A MiB that stays, after each step."""
-    real, kept = t.train_step, []
+    """Keep a MiB with each step."""
+    train_step = t.train_step
+    kept = []
 
-    def leaking(*a):
+    def leaking_step(*args):
         kept.append(b"x" * (1 << 20))
-        return real(*a)
+        return train_step(*args)
 
-    t.train_step = leaking
+    t.train_step = leaking_step
 
 
 def crash(rank):
-    real = t.train_step
+    """Fail after 30 steps."""
+    train_step = t.train_step
 
-    def broken(*a):
-        if a[1].steps == 30:
+    def failing_step(*args):
+        optimizer = args[1]
+        if optimizer.steps == 30:
             raise ZeroDivisionError("cosmic ray")
-        return real(*a)
+        return train_step(*args)
 
-    t.train_step = broken
+    t.train_step = failing_step
 
 
-def test_the_slope_is_that_behind_the_first_third():
+def test_the_slope_is_of_the_samples_after_the_first_third():
     climb = [(0.0, 100.0), (1.0, 900.0), (2.0, 500.0), (4.0, 501.0), (6.0, 502.0), (7.0, 502.5)]
     assert abs(soak.slope(climb) - 1800) < 1e-6
 
@@ -43,7 +47,7 @@ def test_a_process_that_has_just_ended_has_no_memory():
 
 def test_a_plain_run_is_within_a_wide_bound(capsys):
     assert soak.soak(5, 30_000) == 0
-    assert " MiB/hour behind the first third, bound 30000" in capsys.readouterr().out
+    assert " MiB/hour after the first third, bound 30000" in capsys.readouterr().out
 
 
 def test_a_leak_is_beyond_it(capsys):
@@ -51,6 +55,6 @@ def test_a_leak_is_beyond_it(capsys):
     assert "bound 30000" in capsys.readouterr().out
 
 
-def test_a_run_that_ends_by_itself_is_no_pass(capsys):
+def test_a_run_that_ends_by_itself_fails(capsys):
     assert soak.soak(5, 30_000, crash) == 1
     assert "the run ended with status 1: " in capsys.readouterr().out

@@ -1,0 +1,462 @@
+"""Turn files of documents into a dataset folder: read, tokenize in several processes, write shards.
+
+Input files: .txt (documents separated by one NUL byte), .jsonl (one object per line), both also as .zst.
+The output depends on the input, the tokenizer and the shard size, not on the number of processes.
+"""
+
+import fnmatch
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import shards
+from messages import DataError, Progress, explain, megabytes, require, say, short
+
+FORMATS = (".txt", ".txt.zst", ".jsonl", ".jsonl.zst")
+BATCH_CHARS = 1 << 20  # one unit of work for a tokenizing process
+
+
+# -----------------------------------------------------------------------------
+# Reading documents
+# -----------------------------------------------------------------------------
+
+
+def read_blocks(path):
+    """Yield (block of bytes, bytes of the file read so far) of a plain or .zst file.
+
+    Raises DataError if the file is damaged.
+    """
+    with open(path, "rb") as raw:
+        if str(path).endswith(".zst"):
+            yield from decompress_blocks(raw, path)
+        else:
+            while block := raw.read(1 << 20):
+                yield block, raw.tell()
+
+
+def decompress_blocks(raw, path):
+    """Yield (unpacked block, bytes of the file read so far) of an open .zst file of one or more frames."""
+    zstandard = require("zstandard")
+    # `zstd --long` writes windows that the library refuses unless told otherwise.
+    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = None  # not a stream_reader, which takes a file that is cut short for a complete one
+    try:
+        while block := raw.read(1 << 18):
+            while block:
+                frame = frame or context.decompressobj()
+                yield frame.decompress(block), raw.tell()
+                if frame.eof:
+                    block = frame.unused_data
+                    frame = None
+                else:
+                    block = b""
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path}: damaged zstd file ({error}); copy it again") from None
+    if frame is not None:
+        raise DataError(f"{path}: zstd file cut short; copy it again")
+
+
+def split_blocks(blocks, separator):
+    """Yield (bytes between two separators, position) from the output of `read_blocks`."""
+    unfinished = []
+    position = 0
+    for block, position in blocks:
+        first, *others = block.split(separator)
+        unfinished.append(first)
+        for piece in others:
+            yield b"".join(unfinished), position
+            unfinished = [piece]
+    yield b"".join(unfinished), position
+
+
+def json_text(path, number, line, key):
+    """Return the text field of one line of JSON. Raises DataError if the line has none."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: line {number}: not JSON ({error}); one object per line is expected"
+        ) from None
+    if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        found = ", ".join(sorted(row)[:8]) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{path}: line {number}: no text field {key!r} (found: {found}); name it with --field"
+        )
+    return row[key]
+
+
+def read_documents(path, key="text"):
+    """Yield (document, bytes of the file read so far) in file order, without blank documents.
+
+    key: the text field of .jsonl. Raises DataError on bytes that are not UTF-8 and on malformed lines.
+    """
+    is_json = str(path).endswith((".jsonl", ".jsonl.zst"))
+    separator = b"\n" if is_json else b"\0"
+    unit = "line" if is_json else "document"
+    for number, (piece, position) in enumerate(split_blocks(read_blocks(path), separator), 1):
+        if not piece.strip():
+            continue
+        try:
+            text = json_text(path, number, piece, key) if is_json else piece.decode()
+            text.encode()  # JSON may hold lone surrogates
+        except UnicodeError:
+            raise DataError(
+                f"{path}: {unit} {number}: not valid UTF-8; convert the file, for example with iconv"
+            ) from None
+        if text.strip():
+            yield text, position
+
+
+def fingerprint(text):
+    """Return 16 bytes that are equal for texts that differ only in case and white space."""
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+
+
+# -----------------------------------------------------------------------------
+# Tokenizing
+# -----------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """The documents that a process tokenizes at a time. position: bytes of the file read so far."""
+
+    documents: list
+    position: int
+
+
+class Encoded(NamedTuple):
+    """One tokenized document.
+
+    ids: uint16 (n,) with BOS; empty if the text normalizes to nothing, such as control characters only.
+    text_bytes: its UTF-8 length. decoded_bytes: the UTF-8 length of the document decoded from its ids.
+    """
+
+    ids: np.ndarray
+    text_bytes: int
+    decoded_bytes: int
+    fingerprint: bytes
+
+
+def read_batches(path, key):
+    """Yield a file's documents as Batches of about BATCH_CHARS characters. key: the text field of .jsonl."""
+    documents = []
+    chars = 0
+    position = 0
+    for text, position in read_documents(path, key):
+        documents.append(text)
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield Batch(documents, position)
+            documents = []
+            chars = 0
+    if documents:
+        yield Batch(documents, position)
+
+
+_coder = None  # this process's SentencePieceCoder or TiktokenCoder
+
+
+def start_coder(tokenizer):
+    """Load the tokenizer, once per process."""
+    global _coder
+    _coder = tokenizer.load()
+
+
+def ignore_interrupt():
+    """Leave Ctrl-C to the parent: a terminal sends it to every process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def start_worker(tokenizer):
+    """Prepare a worker process for `encode_batch`."""
+    ignore_interrupt()
+    start_coder(tokenizer)
+
+
+def encode_batch(documents):
+    """Return the Encoded of each document, with the tokenizer of `start_coder`."""
+    ids = _coder.encode(documents)
+    decoded_bytes = _coder.decoded_bytes(documents, ids)
+    return [
+        Encoded(
+            ids=np.array([_coder.bos_id, *document_ids] if document_ids else [], dtype=np.uint16),
+            text_bytes=len(text.encode()),
+            decoded_bytes=size,
+            fingerprint=fingerprint(text),
+        )
+        for text, document_ids, size in zip(documents, ids, decoded_bytes)
+    ]
+
+
+class Encoders:
+    """A pool of tokenizing processes, as a context manager. With workers=1 this process tokenizes."""
+
+    def __init__(self, tokenizer, workers):
+        self.pool = None
+        self.depth = 2 * workers + 2  # most batches in memory
+        if workers == 1:
+            start_coder(tokenizer)
+        else:
+            context = multiprocessing.get_context("spawn")  # fork is unsafe beside other threads
+            self.pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer,))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, batches):
+        """Yield (Batch, its list of Encoded), in the order of `batches` whatever the number of workers."""
+        if not self.pool:
+            for batch in batches:
+                yield batch, encode_batch(batch.documents)
+            return
+
+        waiting = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, self.pool.submit(encode_batch, batch.documents)))
+                if len(waiting) == self.depth:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for batch, future in waiting:
+                yield batch, future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a tokenizing process died, probably for lack of memory; use --workers 1"
+            ) from None
+
+
+# -----------------------------------------------------------------------------
+# Checking the request
+# -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of a build.
+
+    key: the text field of .jsonl. shard_tokens: most tokens in a shard. workers: number of processes.
+    replace: whether to overwrite another dataset in the folder.
+    """
+
+    key: str = "text"
+    shard_tokens: int = shards.SHARD_TOKENS
+    workers: int = 1
+    replace: bool = False
+
+
+def check_names(name, splits):
+    """Raise DataError if a name is malformed or a shard of one split matches the pattern of another."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise DataError(f"--name {name!r}: use letters, digits, '_', '-' and '.' only")
+    for split in splits:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", split):
+            raise DataError(f"--split {split!r}: use lower-case words joined by '_', such as val_news")
+        for other in splits:
+            pattern = shards.shard_pattern(other)
+            if other != split and fnmatch.fnmatch(f"{name}_{split}_000000.bin", pattern):
+                raise DataError(
+                    f"--split {split!r}: its files would also match {pattern} of split {other!r}; "
+                    "choose another split or dataset name"
+                )
+
+
+def describe_inputs(splits):
+    """Return the manifest's list of input files. Raises DataError on a missing, empty or unknown file."""
+    inputs = []
+    for split, files in splits.items():
+        for path in files:
+            if not str(path).endswith(FORMATS):
+                raise DataError(f"{path}: unknown input format; name it {', '.join(FORMATS)}")
+            try:
+                size = os.stat(path).st_size
+                digest = shards.sha256_file(path)
+            except OSError as error:
+                raise DataError(explain(error, path)) from None
+            if not size:
+                raise DataError(f"{path}: empty file; leave it out or fill it")
+            inputs.append({"split": split, "file": Path(path).name, "bytes": size, "sha256": digest})
+    return inputs
+
+
+def text_source(splits, options):
+    """Return the manifest's `source` of a dataset made from text files."""
+    return {
+        "kind": "text",
+        "inputs": describe_inputs(splits),
+        "options": {"field": options.key, "shard_tokens": options.shard_tokens},
+    }
+
+
+def reusable_manifest(out, head, replace):
+    """Return the manifest in `out` if it describes this very dataset and the files are whole, else None.
+
+    head: the manifest to be written, without its splits. Raises DataError if `out` holds something else and
+    `replace` is off.
+    """
+    out = Path(out)
+    if not (out / shards.MANIFEST).exists():
+        strays = [name for name in shards.shard_files(out) if not name.startswith(head["name"] + "_")]
+        if strays and not replace:
+            raise DataError(
+                f"{out}: holds {strays[0]} but no {shards.MANIFEST}; choose another --out, remove it, "
+                "or use --replace"
+            )
+        return None
+    try:
+        manifest = shards.load_manifest(out)
+    except DataError:
+        if replace:
+            return None
+        raise
+
+    different = sorted(key for key, value in head.items() if manifest.get(key) != value)
+    if different:
+        if not replace:
+            raise DataError(
+                f"{out}: holds another dataset (different {', '.join(different)}); choose another --out, "
+                "remove it, or use --replace"
+            )
+        return None
+
+    problems = shards.check_dataset(out, deep=False)
+    if problems:
+        say(f"building again: {problems[0]}")
+        return None
+    return manifest
+
+
+# -----------------------------------------------------------------------------
+# Building a dataset
+# -----------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Where a held-out document comes from. start: its first characters."""
+
+    split: str
+    number: int
+    start: str
+    path: str
+
+
+class LeakCheck:
+    """Remember the held-out documents and refuse a train document that is one of them."""
+
+    def __init__(self):
+        self.held_out = {}
+
+    def add(self, fingerprint, document):
+        """Remember a HeldOut document; of equal ones, the first."""
+        self.held_out.setdefault(fingerprint, document)
+
+    def refuse(self, fingerprint, path, index):
+        """Raise DataError if the train document `index` of `path` is held out too."""
+        if fingerprint in self.held_out:
+            split, number, start, held_out_path = self.held_out[fingerprint]
+            raise DataError(
+                f"{held_out_path}: {split} document {number} ({start!r}) also occurs in train: {path} "
+                f"document {index}; remove it from one of the two"
+            )
+
+
+def write_split(writer, split, files, key, encoders, leaks):
+    """Tokenize the files of one split into a ShardWriter and return the manifest's entry for the split.
+
+    key: the text field of .jsonl. leaks: a LeakCheck, for which train must be the last split. Documents are
+    numbered from 0 in each file.
+    """
+    totals = {"documents": 0, "tokens": 0, "text_bytes": 0, "decoded_bytes": 0}
+    progress = Progress(f"tokenize {split}", sum(os.stat(path).st_size for path in files))
+    finished_bytes = 0
+    try:
+        for path in files:
+            index = 0
+            for batch, encoded in encoders.run(read_batches(path, key)):
+                for text, document in zip(batch.documents, encoded):
+                    if split == "train":
+                        leaks.refuse(document.fingerprint, path, index)
+                    else:
+                        leaks.add(document.fingerprint, HeldOut(split, index, text[:60], path))
+                    index += 1
+                    if not len(document.ids):
+                        continue
+                    writer.add(document.ids)
+                    counts = (1, len(document.ids), document.text_bytes, document.decoded_bytes)
+                    for key, count in zip(totals, counts):
+                        totals[key] += count
+                progress.update(finished_bytes + batch.position)
+
+            if not index:
+                raise DataError(f"{path}: no documents; leave it out or fill it")
+            if index == 1 and ".txt" in str(path):
+                say(f"{path}: no NUL byte, so the whole file is one document")
+            finished_bytes += os.stat(path).st_size
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+
+    if not totals["tokens"]:
+        raise DataError(f"{files[0]}: no document of split {split} has any text; fill it")
+    text_tokens = totals["tokens"] - totals["documents"]  # without BOS
+    progress.close(
+        f"{totals['documents']} documents, {megabytes(totals['text_bytes'])}, "
+        f"{short(totals['tokens'])} tokens, {totals['text_bytes'] / max(text_tokens, 1):.4f} bytes/token"
+    )
+    return {**totals, "shards": writer.shards}
+
+
+def build_dataset(out, name, tokenizer, *, splits, source, options):
+    """Write the dataset `name` into the folder `out` and return (manifest, whether it was built just now).
+
+    splits: {split name: [input files]} with "train" and at least one other. source: the manifest's `source`.
+    Does nothing if `out` holds this dataset already. Raises DataError on a held-out document that also occurs
+    in train, unreadable input or a full disk, and leaves `out` as it was.
+    """
+    check_names(name, splits)
+    head = {
+        "format": shards.MANIFEST_FORMAT,
+        "name": name,
+        "tokenizer": tokenizer.entry(),
+        "bos_id": tokenizer.bos_id,
+        "source": source,
+    }
+    found = reusable_manifest(out, head, options.replace)
+    if found:
+        return found, False
+
+    leaks = LeakCheck()
+    entries = {}
+    with shards.Staging(out) as staging, Encoders(tokenizer, options.workers) as encoders:
+        if tokenizer.blob:
+            write_tokenizer(staging, tokenizer.blob)
+        held_out_splits = [split for split in splits if split != "train"]
+        for split in [*held_out_splits, "train"]:  # train last, to compare it with the others
+            writer = shards.ShardWriter(staging, name, split, options.shard_tokens)
+            entries[split] = write_split(writer, split, splits[split], options.key, encoders, leaks)
+        manifest = {**head, "splits": entries}
+        staging.commit(manifest)
+    return manifest, True
+
+
+def write_tokenizer(staging, blob):
+    """Write the tokenizer's model file as a file of a `Staging`. Raises DataError if that fails."""
+    path = staging.temp(shards.MODEL)
+    try:
+        path.write_bytes(blob)
+    except OSError as error:
+        raise DataError(explain(error, staging.out / shards.MODEL)) from None

@@ -1,0 +1,377 @@
+"""Download published FineWeb shards from the Hugging Face hub into a dataset folder."""
+
+import errno
+import os
+import re
+import shutil
+import ssl
+import sys
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import shards
+from messages import DataError, Progress, explain, megabytes, require, say
+from tokenizing import count_bytes, open_tokenizer
+
+SCRATCH = ".download"  # in the dataset folder: complete files of a download that is not
+SEQUENCE = 2048  # the challenge cuts its validation split to a multiple of it
+VAL_BYTES = (151_070_000, 151_081_000)  # decoded bytes of that split, least and most over all tokenizers
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published export of FineWeb in a dataset repository of the hub.
+
+    folder: where the shards are; "" is the top. tokenizer: path of the model, or the name of a tiktoken
+    encoding. first_train: number of the first train shard. val_scored: validation targets, cut to a multiple
+    of SEQUENCE.
+    """
+
+    repo: str
+    folder: str
+    tokenizer: str
+    first_train: int
+    val_scored: int | None
+
+
+VARIANTS = {
+    # Repositories and counts: openai/parameter-golf, data/README.md and the logs of its records.
+    "sp1024": Variant(
+        repo="willdepueoai/parameter-golf",
+        folder="datasets/datasets/fineweb10B_sp1024",
+        tokenizer="datasets/tokenizers/fineweb_1024_bpe.model",
+        first_train=0,
+        val_scored=62_021_632,
+    ),
+    "sp8192": Variant(
+        repo="kevclark/parameter-golf",
+        folder="datasets/datasets/fineweb10B_sp8192",
+        tokenizer="datasets/tokenizers/fineweb_8192_bpe.model",
+        first_train=0,
+        val_scored=40_540_160,
+    ),
+    # modded-nanogpt, data/cached_fineweb10B.py: shard 0 is the validation split.
+    "gpt2": Variant(repo="kjj0/fineweb10B-gpt2", folder="", tokenizer="gpt2", first_train=1, val_scored=None),
+}
+
+
+class HubUnreachable(DataError):
+    """The hub could not be reached; if it answered and refused, the error is a plain DataError."""
+
+    status = 3
+
+    def __init__(self, reason):
+        super().__init__(
+            f"the Hugging Face hub is not reachable ({reason}); get online and repeat, "
+            "or build a corpus without a network: ./run.sh data offline"
+        )
+
+
+class HubFile(NamedTuple):
+    """Size in bytes and SHA-256 of a file, as the hub lists them; None if not known."""
+
+    size: int | None
+    sha256: str | None
+
+
+# -----------------------------------------------------------------------------
+# The hub
+# -----------------------------------------------------------------------------
+
+
+def probe_hub(timeout=4.0):
+    """Raise HubUnreachable unless the hub gives any answer within `timeout` seconds.
+
+    This saves the half minute for which huggingface_hub would retry. The request has a thread of its own
+    because looking up a host name has no timeout.
+    """
+    constants = require("huggingface_hub.constants")
+    if constants.HF_HUB_OFFLINE:
+        raise HubUnreachable("HF_HUB_OFFLINE is set")
+    problem = f"no answer in {timeout:g} s"
+    url = f"{constants.ENDPOINT}/api/datasets/{VARIANTS['sp1024'].repo}"
+
+    def ask():
+        nonlocal problem
+        problem = request_problem(url, timeout)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    if problem:
+        raise HubUnreachable(problem)
+
+
+def request_problem(url, timeout):
+    """Request `url` and return why the hub is not reachable, or None if it is."""
+    try:
+        urllib.request.urlopen(url, timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (403, 407):  # the answers of a proxy; any other comes from the hub
+            return f"HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        # The hub's client brings its own certificates, so a missing one proves nothing.
+        if not isinstance(reason, ssl.SSLError):
+            return str(reason)
+    return None
+
+
+def hub_error(error, path):
+    """Return the DataError for an exception that huggingface_hub raised while fetching `path`."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return DataError(
+            f"{path}: the hub answered {response.status_code}; check that it is still there, "
+            "or try again later"
+        )
+    disk_errors = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    if isinstance(error, OSError) and error.errno in disk_errors:
+        return DataError(explain(error, path))
+    return HubUnreachable(f"{path}: {type(error).__name__}")
+
+
+def list_hub(variant):
+    """Return {path: HubFile} of the files in a Variant's folder. Raises DataError if the hub refuses."""
+    hub = require("huggingface_hub")
+    try:
+        tree = hub.HfApi().list_repo_tree(variant.repo, variant.folder or None, repo_type="dataset")
+        files = [entry for entry in tree if hasattr(entry, "size")]  # a folder has no size
+        return {file.path: HubFile(file.size, file.lfs.sha256 if file.lfs else None) for file in files}
+    except Exception as error:  # the client's exceptions change with its HTTP library
+        raise hub_error(error, f"{variant.repo}/{variant.folder}") from None
+
+
+def is_complete(path, listed):
+    """Return whether the file exists and agrees with its HubFile as far as that is known."""
+    if not path.exists():
+        return False
+    if listed.size is not None and path.stat().st_size != listed.size:
+        return False
+    return listed.sha256 is None or shards.sha256_file(path) == listed.sha256
+
+
+def fetch(variant, repo_path, out, listed):
+    """Fetch one file of a Variant's repository unless it is complete already, and return its local path.
+
+    A file of an earlier download is in `out`. A new one goes to `out`/.download until all are complete, and
+    an interrupted download continues from there. listed: its HubFile.
+    """
+    name = shards.MODEL if repo_path.endswith(".model") else Path(repo_path).name
+    scratch = out / SCRATCH
+    for path in (out / name, scratch / name):
+        if is_complete(path, listed):
+            return path
+
+    hub = require("huggingface_hub")
+    try:
+        got = Path(hub.hf_hub_download(variant.repo, repo_path, repo_type="dataset", local_dir=scratch))
+    except Exception as error:  # the client's exceptions change with its HTTP library
+        raise hub_error(error, f"{variant.repo}/{repo_path}") from None
+
+    if not is_complete(got, listed):
+        size = got.stat().st_size
+        got.unlink()  # or the next attempt would take it for complete
+        raise DataError(
+            f"{out / name}: {size} bytes arrived, not the {listed.size} bytes with sha256 {listed.sha256} "
+            "that the hub lists; repeat the command"
+        )
+    if name.endswith(".bin"):
+        try:
+            shards.read_header(got)
+        except DataError as error:
+            got.unlink()
+            raise DataError(str(error).replace(str(got), str(out / name))) from None  # its final name
+    os.replace(got, scratch / name)
+    return scratch / name
+
+
+# -----------------------------------------------------------------------------
+# Choosing and describing files
+# -----------------------------------------------------------------------------
+
+
+class Selection(NamedTuple):
+    """Paths in the repository: of the chosen shards, and of the last train shard that there is."""
+
+    val: list
+    train: list
+    last_train: str
+
+
+def choose_files(name, listing, train_shards):
+    """Return the Selection of the val split and the first `train_shards` train shards of a variant.
+
+    Raises DataError if the listing does not hold the shards published for `name`, or too few of them.
+    """
+    variant = VARIANTS[name]
+    found = {"train": {}, "val": {}}
+    for path in listing:
+        match = re.fullmatch(r"fineweb_(train|val)_(\d{6})\.bin", path.rsplit("/", 1)[-1])
+        if match:
+            found[match[1]][int(match[2])] = path
+
+    train = [found["train"][number] for number in sorted(found["train"])]
+    val = [found["val"][number] for number in sorted(found["val"])]
+    first = variant.first_train
+    if not val or sorted(found["train"]) != list(range(first, first + len(train))):
+        raise DataError(
+            f"{variant.repo}/{variant.folder}: its shards are not the ones published for {name}; "
+            "choose another --variant"
+        )
+    if not 1 <= train_shards <= len(train):
+        raise DataError(
+            f"--train-shards {train_shards}: {name} has {len(train)} train shards; choose 1 to {len(train)}"
+        )
+    return Selection(val=val, train=train[:train_shards], last_train=train[-1])
+
+
+def describe_split(paths, tokenizer):
+    """Return the manifest's entry for a downloaded split: token counts and checksums.
+
+    Raises DataError on an id outside the vocabulary.
+    """
+    entries = []
+    for path in paths:
+        tokens = shards.load_tokens(path)
+        highest = int(tokens.max())
+        if highest >= tokenizer.vocab_size:
+            raise DataError(
+                f"{path}: token id {highest}, vocab_size is {tokenizer.vocab_size}; "
+                "wrong tokenizer or damaged file: remove it and repeat"
+            )
+        entries.append({"file": path.name, "tokens": len(tokens), "sha256": shards.sha256_file(path)})
+    return {
+        "documents": None,
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "text_bytes": None,
+        "decoded_bytes": None,
+        "shards": entries,
+    }
+
+
+def describe_val(paths, tokenizer, variant):
+    """Return `describe_split` with documents and decoded bytes. Raises DataError on an unofficial split."""
+    about = describe_split(paths, tokenizer)
+    scored_tokens = (about["tokens"] - 1) // SEQUENCE * SEQUENCE
+    count = count_bytes(paths, tokenizer, scored_tokens)
+    low, high = VAL_BYTES
+    is_official = scored_tokens == variant.val_scored and low <= count.scored <= high
+    if variant.val_scored and not is_official:
+        raise DataError(
+            f"{paths[0]}: {scored_tokens:,} scored tokens and {count.scored:,} bytes, the official split has "
+            f"{variant.val_scored:,} and {low:,} to {high:,}; scores on it would not compare: "
+            "remove it and repeat, or use another --variant"
+        )
+    documents = sum(int(np.count_nonzero(shards.load_tokens(path) == tokenizer.bos_id)) for path in paths)
+    return {**about, "documents": documents, "decoded_bytes": count.total}
+
+
+def check_full_shards(paths, last_name):
+    """Raise DataError if a train shard other than the last one of the variant is not full."""
+    for path in paths:
+        tokens = shards.read_header(path)
+        if path.name != last_name and tokens != shards.SHARD_TOKENS:
+            raise DataError(
+                f"{path}: {tokens:,} tokens, a full shard has {shards.SHARD_TOKENS:,}; remove it and repeat"
+            )
+
+
+# -----------------------------------------------------------------------------
+# Downloading
+# -----------------------------------------------------------------------------
+
+
+def fetch_all(variant, repo_paths, listing, out):
+    """Fetch every file of `repo_paths` and return {path in the repository: local path}.
+
+    Raises DataError before the first request if the disk is too small.
+    """
+    sizes = {path: listing[path].size or 0 for path in repo_paths}
+    present = [
+        path
+        for path in repo_paths
+        if any((folder / Path(path).name).exists() for folder in (out, out / SCRATCH))
+    ]
+    needed = sum(sizes.values()) - sum(sizes[path] for path in present)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise DataError(
+            f"{out}: {megabytes(needed)} to fetch, {megabytes(free)} free; free some space, "
+            "choose an --out on a larger disk or fewer --train-shards"
+        )
+
+    progress = Progress("download", sum(sizes.values()))
+    fetched = {}
+    done = 0
+    for path in repo_paths:
+        fetched[path] = fetch(variant, path, out, listing[path])
+        done += sizes[path]
+        progress.update(done)
+    progress.close(f"{len(repo_paths)} files, {megabytes(done)}")
+    return fetched
+
+
+def quiet_hub_client():
+    """Turn off the warnings of huggingface_hub, and its progress bars unless stderr is a terminal."""
+    utils = require("huggingface_hub.utils")
+    utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+
+
+def download_dataset(name, train_shards, out):
+    """Make `out` hold the first `train_shards` train shards of a variant, its val split and its tokenizer.
+
+    Keeps files that are complete, and train shards beyond `train_shards`. Raises DataError on bad data and
+    HubUnreachable without a network; `out` is then as it was, apart from its `.download`.
+    """
+    variant = VARIANTS[name]
+    quiet_hub_client()
+    probe_hub()
+    listing = list_hub(variant)
+    choose_files(name, listing, train_shards)  # refuses a number out of range
+    numbers = [int(path.stem[-6:]) for path in out.glob("fineweb_train_[0-9]*.bin")]
+    present_shards = max(numbers, default=variant.first_train - 1) - variant.first_train + 1
+    if present_shards > train_shards:
+        train_shards = present_shards
+        say(f"{out} already goes up to {train_shards} train shards; keeping them")
+    selection = choose_files(name, listing, train_shards)
+
+    with shards.Staging(out) as staging:
+        finished = []
+        tokenizer_name = variant.tokenizer
+        if "/" in variant.tokenizer:  # a file of the repository, not a tiktoken encoding
+            model = fetch(variant, variant.tokenizer, out, HubFile(size=None, sha256=None))
+            tokenizer_name = str(model)
+            finished.append(model)
+        tokenizer = open_tokenizer(tokenizer_name)
+        fetched = fetch_all(variant, [*selection.val, *selection.train], listing, out)
+        val = [fetched[path] for path in selection.val]
+        train = [fetched[path] for path in selection.train]
+        finished += [*train, *val]
+
+        check_full_shards(train, Path(selection.last_train).name)
+        say("checking every token")
+        splits = {
+            "val": describe_val(val, tokenizer, variant),
+            "train": describe_split(train, tokenizer),
+        }
+        for path in finished:
+            staging.adopt(path)
+        staging.commit(
+            {
+                "format": shards.MANIFEST_FORMAT,
+                "name": "fineweb",
+                "tokenizer": tokenizer.entry(),
+                "bos_id": tokenizer.bos_id,
+                "splits": splits,
+                "source": {"kind": "download", "repo": variant.repo, "variant": name},
+            }
+        )
+    shutil.rmtree(out / SCRATCH, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""Messages of the commands of data/: errors of one line, short forms of sizes, progress with an ETA."""
+
+import errno
+import importlib
+import sys
+import time
+
+
+class DataError(Exception):
+    """Bad input or a failed build. The message is the one line that the user sees: file, problem, remedy."""
+
+    status = 1
+
+
+def say(line):
+    """Print one line on stderr. stdout is for results that scripts read."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def explain(error, path=None):
+    """Describe an OSError and its remedy in one line. `path` names the file if the error does not."""
+    name = path or error.filename or "file"
+    reason = (error.strerror or str(error)).lower()
+    remedies = {
+        errno.ENOSPC: "free some space or choose an --out on a larger disk",
+        errno.EDQUOT: "free some of your quota or choose another --out",
+        errno.EFBIG: "choose an --out on another file system, or fewer --shard-tokens",
+        errno.ENOENT: "check the path",
+        errno.EISDIR: "give a file, not a folder",
+    }
+    remedy = remedies.get(error.errno, "check its permissions, or choose another path")
+    return f"{name}: {reason}; {remedy}"
+
+
+def require(module):
+    """Import and return a third-party module that only some verbs need. Raises DataError if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f"Python package {module} is missing ({error}); run: pip install -r requirements.txt"
+        ) from None
+
+
+def megabytes(count):
+    """Format a number of bytes as decimal megabytes."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def short(count):
+    """Format a count with a decimal prefix, such as 37.2M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{suffix}"
+    return str(int(count))
+
+
+class Progress:
+    """Report progress on stderr: one line rewritten in place on a terminal, elsewhere a line every 15 s.
+
+    label: what is being done. total: the final value of `done`, in units of `unit`; 0 if unknown.
+    """
+
+    def __init__(self, label, total, unit="B", stream=None):
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.start = self.last = time.perf_counter()
+
+    def update(self, done):
+        """Show that `done` units are complete; at most every 0.2 s on a terminal, else every 15 s."""
+        now = time.perf_counter()
+        interval = 0.2 if self.live else 15.0
+        if now - self.last < interval or not done:
+            return
+
+        self.last = now
+        elapsed = now - self.start
+        text = f"{self.label}: {short(done)}{self.unit} {short(done / elapsed)}{self.unit}/s"
+        if self.total:
+            percent = min(100 * done / self.total, 100)
+            remaining = int(elapsed * max(self.total - done, 0) / done)
+            text += f" {percent:.0f} % ETA {remaining // 60}:{remaining % 60:02d}"
+        self._write(text, end="" if self.live else "\n")
+
+    def close(self, summary):
+        """Print the closing line: the label, `summary` and the elapsed time."""
+        elapsed = time.perf_counter() - self.start
+        self._write(f"{self.label}: {summary}, {elapsed:.1f} s", end="\n")
+
+    def _write(self, text, end):
+        erase_line = "\r\x1b[K" if self.live else ""
+        self.stream.write(f"{erase_line}{text}{end}")
+        self.stream.flush()

@@ -1,0 +1,80 @@
+"""The offline corpus: deterministic, cached, cleaned, and train apart from val."""
+
+import argparse
+
+import build
+import offline
+import prepare
+import pytest
+import sentencepiece
+from data_cases import content, prose
+from messages import DataError
+
+
+def test_offline_is_deterministic_and_cached(tmp_path, sources, monkeypatch):
+    out = tmp_path / "a"
+    a, fresh = offline.build_corpus(out, 1, sources, 400)
+    assert fresh
+    offline.build_corpus(tmp_path / "b", 2, sources, 400)
+    assert content(out) == content(tmp_path / "b")
+    assert prepare.main(["verify", str(out)]) == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "extract", None)  # cached: reads nothing
+        assert offline.build_corpus(out, 1, sources, 400) == (a, False)
+
+    versions, files = sources
+    c, fresh = offline.build_corpus(out, 1, ({**versions, "toy": "2"}, files), 400)
+    assert fresh and c["source"]["fingerprint"] != a["source"]["fingerprint"]
+    assert c["splits"] == a["splits"]
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    assert not sp.is_unknown(sp.piece_to_id("\u2581"))
+    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()) == (0, 1, 2, 3)
+
+
+def is_val(text):
+    """Return whether the hash of a text assigns it to val."""
+    return int.from_bytes(build.fingerprint(text)[:4], "little") % offline.VAL_ONE_IN == 0
+
+
+def test_offline_cleans_and_separates(tmp_path, sources, monkeypatch):
+    monkeypatch.setattr(offline, "VAL_ONE_IN", 8)
+    documents = offline.extract(sources[1], 1)
+    kept = offline.deduplicate(documents)
+    assert len(documents) == 122 and len(kept) == 120  # two copies dropped; n3 is no prose, n4 no Python
+    assert not any("secret_doctest" in d or "xyzzy" in d for d in kept)
+
+    train, val = offline.split_documents(kept)
+    assert 2 <= len(val) <= 30 and len(train) + len(val) == 120 and not set(train) & set(val)
+
+    # A train document that contains a val document is no repetition, but the val document must go.
+    candidates = (val[0] + "\n" + prose(seed, 300) for seed in range(8000, 8100))
+    longer = next(text for text in candidates if not is_val(text))
+    assert longer in offline.deduplicate([*kept, longer])
+    train, rest = offline.split_documents([*kept, longer])
+    assert longer in train and rest == val[1:]
+
+
+def test_offline_leaves_other_datasets_alone(tmp_path, files, sources, capsys):
+    assert prepare.main(files.args) == 0
+    before = content(files.out)
+    with pytest.raises(DataError, match="holds another dataset"):
+        offline.build_corpus(files.out, 1, sources, 400)
+    assert content(files.out) == before
+
+
+def test_installed_is_sorted_and_readable():
+    versions, found = offline.installed()
+    assert versions["sentencepiece"] and len(found) > 500 and len(found) == len(set(found))
+    assert (versions, found) == offline.installed()
+    assert offline.documents_of(argparse.__file__)
+
+
+def test_clean():
+    text = (
+        "Summary of the :func:`~a.b` call::\n\n    code()\n\nAfter it.\n\n>>> x\n1\n\n"
+        ".. note::\n    Kept.\n\n"
+        ".. math::\n    dropped words\n======\n``end`` of *it*."
+    )
+    assert offline.clean(text) == "Summary of the a.b call:\n\nAfter it.\n\n    Kept.\n\nend of *it*."

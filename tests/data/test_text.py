@@ -1,0 +1,154 @@
+"""The verb `text`: documents come back out of shards, and the same input gives the same bytes."""
+
+import fnmatch
+import json
+
+import build
+import numpy as np
+import prepare
+import pytest
+import sentencepiece
+import shards
+import tokenizing
+from data_cases import (
+    content,
+    documents_in,
+    make_documents,
+    one_line,
+    prose,
+    read_split,
+    replaced,
+    text_args,
+    write_docs,
+)
+from messages import DataError
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.zst", ".jsonl", ".jsonl.zst"])
+def test_round_trip(tmp_path, model, suffix):
+    train = make_documents(0, 30)
+    val = make_documents(500, 4)
+    a = write_docs(tmp_path / f"t{suffix}", train)
+    b = write_docs(tmp_path / f"v{suffix}", val)
+    args = text_args(a, b, model, tmp_path / "toy", "--split", f"val_two={b}")
+    assert prepare.main(args) == 0
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for split, docs in (("train", train), ("val", val), ("val_two", val)):
+        ids = documents_in(tmp_path / "toy", split)
+        assert ids == sp.encode(docs)
+        assert sp.decode(ids) == sp.decode(sp.encode(docs))
+        about = shards.load_manifest(tmp_path / "toy")["splits"][split]
+        assert about["documents"] == len(docs)
+        assert about["tokens"] == sum(map(len, ids)) + len(docs)
+        assert about["text_bytes"] == sum(len(d.encode()) for d in docs)
+        assert about["decoded_bytes"] == sum(len(d.encode()) for d in sp.decode(ids))
+        assert about["shards"][0]["file"] == f"toy_{split}_000000.bin"
+    assert (tmp_path / "toy" / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+def test_workers_do_not_change_a_byte(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(build, "BATCH_CHARS", 1500)  # several batches, so that order could go wrong
+    assert prepare.main(files.args) == 0
+    assert prepare.main(replaced(files.args, workers=2, out=tmp_path / "two")) == 0
+    assert content(files.out) == content(tmp_path / "two")
+    assert str(tmp_path) not in (files.out / "manifest.json").read_text()
+
+
+def test_shards_are_cut_between_documents(tmp_path, files, model):
+    docs = make_documents(300, 12, 20) + [prose(999, 900)] + make_documents(400, 6, 20)
+    write_docs(files.train, docs)
+    limit = 500
+    assert prepare.main([*files.args, "--shard-tokens", str(limit)]) == 0
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert documents_in(files.out, "train") == sp.encode(docs)
+    parts = [
+        np.array(shards.load_tokens(files.out / s["file"]))
+        for s in shards.load_manifest(files.out)["splits"]["train"]["shards"]
+    ]
+
+    assert max(map(len, parts)) == limit and len(parts) > 4
+    inside = [i for i, p in enumerate(parts) if p[0] != 1]
+    assert inside and all(len(parts[i - 1]) == limit for i in inside)  # only the long document is cut
+    assert 1 not in parts[inside[0] - 1][1:]  # and it began a shard of its own
+    assert prepare.main(["verify", str(files.out)]) == 0
+
+
+def test_field_and_blank_documents(tmp_path, files):
+    rows = [{"body": "One document of text."}, {"body": "  \n "}, {"body": "Another document."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    assert prepare.main([*replaced(files.args, val=path), "--field", "body", "--split", f"more={path}"]) == 0
+    assert shards.load_manifest(files.out)["splits"]["val"]["documents"] == 2
+
+
+def test_leak_is_refused_and_named(tmp_path, files, capsys):
+    leaked = make_documents(200, 5)[3]
+    other = write_docs(tmp_path / "t2.jsonl", [*make_documents(700, 2), leaked.upper().replace(" ", "  ")])
+    args = list(files.args)
+    args.insert(args.index("--train") + 1, str(other))
+    assert prepare.main(args) == 1
+    line = one_line(capsys)
+    assert repr(leaked[:60]) in line and "val document 3" in line and "document 2" in line
+    assert str(files.val) in line and str(other) in line
+    assert not files.out.exists()
+
+
+def test_resume(tmp_path, files, capsys, monkeypatch):
+    assert prepare.main(files.args) == 0
+    before = content(files.out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "Encoders", None)  # a second run must not get as far as tokenizing
+        assert prepare.main(replaced(files.args, workers=2)) == 0
+    assert "already there" in capsys.readouterr().err
+    assert content(files.out) == before
+
+    (files.out / "toy_val_000000.bin").write_bytes(b"short")
+    assert prepare.main(files.args) == 0  # damaged: built again
+    assert content(files.out) == before
+
+    write_docs(files.val, make_documents(250, 6))
+    assert prepare.main(files.args) == 1  # other input: refused, kept
+    assert "holds another dataset (different source)" in one_line(capsys)
+    assert content(files.out) == before
+
+    assert prepare.main([*replaced(files.args, name="new"), "--replace"]) == 0
+    assert not list(files.out.glob("toy_*")) and prepare.main(["verify", str(files.out)]) == 0
+
+
+def test_tiktoken(tmp_path, files, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+    encoding = tiktoken.Encoding(
+        "toy", pat_str=r"\s?\w+|\s+|[^\s\w]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+
+    docs = ["the <|endoftext|> of the text", *make_documents(800, 3)]
+    write_docs(files.train, docs)
+    assert prepare.main(replaced(files.args, tokenizer="toy")) == 0
+    manifest = shards.load_manifest(files.out)
+    assert manifest["tokenizer"]["kind"] == "tiktoken" and manifest["tokenizer"]["file"] is None
+    assert manifest["tokenizer"]["vocab_size"] == 259 and manifest["bos_id"] == 258
+
+    tokens = read_split(files.out, "train")
+    parts = np.split(tokens, np.flatnonzero(tokens == 258))[1:]
+    assert [encoding.decode(p[1:].tolist()) for p in parts] == docs
+
+    about = manifest["splits"]["train"]
+    assert about["decoded_bytes"] == about["text_bytes"] == sum(len(d.encode()) for d in docs)
+    tokenizer = tokenizing.open_tokenizer("toy")
+    count = tokenizing.count_bytes([files.out / "toy_train_000000.bin"], tokenizer, 10)
+    assert count.total == about["text_bytes"]
+    assert prepare.main(["verify", str(files.out)]) == 0
+
+
+def test_patterns_do_not_overlap():
+    build.check_names("toy", ["train", "val", "val_fineweb"])
+    assert fnmatch.fnmatch("toy_val_000000.bin", shards.shard_pattern("val"))
+    assert not fnmatch.fnmatch("toy_val_fineweb_000000.bin", shards.shard_pattern("val"))
+    for name, splits in (("toy", ["val_2", "train"]), ("a/b", ["val"]), ("toy_val_1", ["val", "train"])):
+        with pytest.raises(DataError):
+            build.check_names(name, splits)
