@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if shutil.which("nvidia-smi") is None:    # kernels run in Triton's interpreter; read when triton is imported
+if shutil.which("nvidia-smi") is None:  # kernels run in Triton's interpreter; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -34,7 +34,7 @@ socket.socket.connect = loopback_connect
 
 @pytest.fixture(autouse=True)
 def attention_switches():
-    """PyTorch's attention kernels as a test found them: binding one switches the others off for the process."""
+    """Restore PyTorch's attention kernels after a test: binding one switches the others off."""
     import torch
 
     names = "cudnn", "flash", "mem_efficient", "math"
@@ -46,13 +46,13 @@ def attention_switches():
 
 @pytest.fixture
 def quick_bench(monkeypatch):
-    """tools/lab/bench.py without knobs from the environment, each section timed three times."""
-    from lab import bench
+    """The lab without knobs from the environment, each section timed three times."""
     import train_gpt as t
+    from lab import timing
 
     for f in dataclasses.fields(t.Config):
         monkeypatch.delenv(f.name.upper(), raising=False)
-    monkeypatch.setattr(bench, "HOST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "HOST_SECONDS", 0.0)
 
 
 def pytest_collection_modifyitems(items):

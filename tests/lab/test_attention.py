@@ -30,7 +30,7 @@ NAMES = ["causal", "documents", "window 8", "window 4", "documents, window 8"]
 
 def a_bench(rows=3, **knobs):
     report = dict(skipped=[])
-    return bench.Bench(t, tiny(**knobs), machine(), rows, report, math.inf)
+    return Session(t, tiny(**knobs), machine(), rows, report, math.inf)
 
 
 def cases(rows=3, layout=None):
@@ -60,7 +60,7 @@ def sees(mask, i, j):
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_agree_with_their_definition(name):
     c = cases()[name]
-    seen = [bench.visible(c.ids[row], c.mask.window) for row in range(3)]
+    seen = [exact.visible(c.ids[row], c.mask.window) for row in range(3)]
     for row in range(3):
         by_hand = [[sees(c.mask, 16 * row + i, 16 * row + j) for j in range(16)] for i in range(16)]
         assert seen[row].tolist() == by_hand
@@ -104,7 +104,7 @@ def test_the_exact_lines(layout):
     for c in cases(layout=layout).values():
         leaves = [x.detach().double().requires_grad_() for x in c.tensors]
         q, k, v = (x.transpose(1, 2) for x in leaves)
-        seen = torch.stack([bench.visible(ids, c.mask.window) for ids in c.ids])[:, None]
+        seen = torch.stack([exact.visible(ids, c.mask.window) for ids in c.ids])[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
         expected = [out, *torch.autograd.grad(out, leaves, c.dout.double())]
         found = attention.exact(c)
@@ -276,7 +276,7 @@ def test_flex_compiles_whole_and_skips_blocks():
             c = attention.make_case(b, layout, mask)
             row = attention.attempt(c, "flex", attention.exact(c), lambda: None)
             assert row["status"] == "measured" and row["errors"]["out"] < 1e-5, row
-            seen = torch.stack([bench.visible(ids, mask.window) for ids in c.ids])
+            seen = torch.stack([exact.visible(ids, mask.window) for ids in c.ids])
             seen = seen.view(2, T // 128, 128, T // 128, 128).any(4).any(2)
             found = blocks[-1].to_dense()[:, 0].bool()
             assert torch.equal(found.expand_as(seen), seen), mask

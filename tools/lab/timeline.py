@@ -111,7 +111,7 @@ def clipped(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
 
 
 def account(window: Interval, compute: list[Interval], collectives: list[Interval]) -> dict:
-    """Return a step's FIGURES in the intervals' unit, its `exposed` parts, and how much `each` one exposes."""
+    """Return a step's FIGURES in the intervals' unit, its `exposed` parts and how much `each` exposes."""
     busy = merged(clipped(compute, window))
     communication = merged(clipped(collectives, window))
     exposed = minus(communication, busy)
