@@ -110,7 +110,7 @@ def test_fixed_steps_have_nothing_beside_the_step(calls):
 
 
 def test_blocks_by_hand(monkeypatch):
-    """a b b a a b b a of as many steps as fit; a block's first is not timed, nor is what passes before it."""
+    """a b b a a b b a of as many steps as fit; a block's first is not timed; between_ms is the gap."""
     now, order = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
