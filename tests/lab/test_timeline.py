@@ -103,7 +103,8 @@ def host(name, ts, dur, cat="cpu_op", tid=1, **args):
 def gpu_trace():
     """Two steps and the one after them: a kernel each, then a graph launch of NCCL and compute.
 
-    A warm step comes first. The device lags behind the host by 100 us, so that host and device times of different steps overlap.
+    A warm step comes first. The device lags behind the host by 100 us, so that host and device times of
+    different steps overlap.
     """
     events = [host("PyTorch Profiler (0)", 0, 9000, "Trace"), dict(ph="i", name="Iteration Start", ts=0)]
     events += [host("cudaLaunchKernel", 5, 1, "cuda_runtime", correlation=1)]
