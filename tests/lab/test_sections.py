@@ -96,6 +96,19 @@ def test_every_section_runs_forward_and_backward(knobs):
         assert leaves or section.back, section.name
 
 
+def test_every_compiled_section_compiles_whole():
+    """In one graph, as on a GPU, with the masks of windows and documents."""
+    torch.compiler.reset()  # one function may be recompiled only a few times
+    s = a_session(attn_windows="4 0", doc_mask=1)
+    found = [section for section in sections_by_name(s).values() if section.compiled]
+    assert {"attention, window 4", "QK norm + rope + gain", "layer"} <= {section.name for section in found}
+    for section in found:
+        compiled = torch.compile(section.fn, backend="eager", dynamic=False, fullgraph=True)
+        args = section.inputs()
+        for ours, plain in zip(sections.as_list(compiled(*args)), sections.as_list(section.fn(*args))):
+            torch.testing.assert_close(ours, plain)
+
+
 # ---- floors --------------------------------------------------------------------------------------
 
 

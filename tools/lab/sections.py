@@ -111,7 +111,10 @@ def lookup_work(rows: int, table_numbers: int, out_bytes: int, k: int, n: int) -
 
 
 class Pieces:
-    """Makes the sections of one script, with its `ops`, computing in `dtype`. Shapes are a micro-batch's."""
+    """Makes the sections of one script, with its `ops`, computing in `dtype`. Shapes are a micro-batch's.
+
+    Functions that are compiled close over locals, not over self: the compiler guards whatever they reach.
+    """
 
     def __init__(self, s: Session, t: ModuleType, ops: Any, dtype: torch.dtype) -> None:
         self.s = s
@@ -175,10 +178,11 @@ class Pieces:
     def value_embedding(self) -> Section:
         h = self.h
         m = self.model
+        dtype = self.dtype
 
         def embed(ids: Tensor) -> Tensor:
-            values = F.embedding(ids, m.ve_emb).to(self.dtype)
-            return F.linear(values, (m.ve_scale * m.ve_proj).to(self.dtype))
+            values = F.embedding(ids, m.ve_emb).to(dtype)
+            return F.linear(values, (m.ve_scale * m.ve_proj).to(dtype))
 
         out = self.size * self.tokens * h.kv_dim
         work = lookup_work(self.tokens, h.vocab_size * h.ve_dim, out, h.ve_dim, h.kv_dim)
@@ -186,10 +190,12 @@ class Pieces:
         return Section("value embedding", 1, embed, lambda: [self.ids()], *work, params=params)
 
     def residual_mix(self) -> Section:
+        t = self.t
+
         def mix_norm(x: Tensor, y: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
             mix = mix.to(x.dtype)
             x = mix[0] * (x + y) + mix[1] * x0  # x + y ends the layer before
-            return x, self.t.rms_norm(x)
+            return x, t.rms_norm(x)
 
         def inputs() -> list[Tensor]:
             return [*(self.activations() for _ in range(3)), self.vector(2, self.h.model_dim)]
@@ -212,6 +218,7 @@ class Pieces:
 
     def queries_and_keys(self) -> Section:
         h = self.h
+        ops = self.ops
         rope = rope_of(self.s, self.t)
         kv_bytes = self.size * self.tokens * h.kv_dim
 
@@ -221,17 +228,18 @@ class Pieces:
         return Section(
             "QK norm + rope + gain",
             len(self.layers),
-            lambda qkv, gain: self.ops.qk(qkv, gain, *rope),
+            lambda qkv, gain: ops.qk(qkv, gain, *rope),
             inputs,
             Work(2 * self.queries_keys),
             Work(3 * self.queries_keys + 2 * kv_bytes),
             uses=("qk_heads", "qk_norm_rope", "rms_norm"),
             # a fused one, compiled alone, would get v's gradient outside: v is a view of this section's input
-            compiled=self.ops.qk is getattr(self.t, "qk_heads", None),
+            compiled=ops.qk is getattr(self.t, "qk_heads", None),
         )
 
     def attention(self, window: int) -> Section:
         h = self.h
+        ops = self.ops
         documents = documents_of(self.s)
         longest = self.T // DOCUMENTS_PER_SEQUENCE if h.doc_mask else self.T
         seen = min(window or longest, longest)
@@ -244,7 +252,7 @@ class Pieces:
         return Section(
             f"attention, window {window}" if window else "attention",
             sum(spec.window == window for spec in self.layers),
-            lambda q, k, v: self.ops.attend(q, k, v, window, documents),
+            lambda q, k, v: ops.attend(q, k, v, window, documents),
             inputs,
             Work(2 * self.queries_keys, (Product(flops, None),)),
             Work(4 * self.queries_keys, (Product(ATTENTION_BACKWARD * flops, None),)),
@@ -267,9 +275,11 @@ class Pieces:
         )
 
     def residual_add(self) -> Section:
+        t = self.t
+
         def add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             x = x + y
-            return x, self.t.rms_norm(x)
+            return x, t.rms_norm(x)
 
         def inputs() -> list[Tensor]:
             return [self.activations(), self.activations()]
@@ -315,9 +325,10 @@ class Pieces:
         """Make the casts of banks to the compute dtype; backward adds the layers' gradients to float32."""
         shapes = bank_shapes(self.s)
         numbers = sum(count * rows * columns for count, rows, columns in shapes)
+        dtype = self.dtype
 
         def cast(*banks: Tensor) -> list[Tensor]:
-            return [bank.to(self.dtype) for bank in banks]
+            return [bank.to(dtype) for bank in banks]
 
         def accumulate(*tensors: Tensor) -> tuple[Tensor, ...]:
             grads = tensors[: len(shapes)]
@@ -327,17 +338,17 @@ class Pieces:
                 slices = slices[len(grad) :]
             return grads
 
-        def make(shape: tuple, dtype: torch.dtype) -> Tensor:
-            return torch.randn(shape, device=self.s.m.device, dtype=dtype)
+        def make(shape: tuple, of: torch.dtype) -> Tensor:
+            return torch.randn(shape, device=self.s.m.device, dtype=of)
 
         def banks() -> list[Tensor]:
             return [make(shape, torch.float32) for shape in shapes]
 
         def banks_and_gradients() -> list[Tensor]:
-            return banks() + [make(shape[1:], self.dtype) for shape in shapes for _ in range(shape[0])]
+            return banks() + [make(shape[1:], dtype) for shape in shapes for _ in range(shape[0])]
 
         read_and_written = numbers * (TABLE_BYTES + self.size)
-        forward = Work(0 if self.dtype == torch.float32 else read_and_written)
+        forward = Work(0 if dtype == torch.float32 else read_and_written)
         backward = Work(read_and_written + numbers * TABLE_BYTES)
         own = OwnBackward(accumulate, banks_and_gradients)
         return Section("bank casts", 1, cast, banks, forward, backward, back=own)

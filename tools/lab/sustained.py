@@ -25,7 +25,7 @@ class Ticks(NamedTuple):
     end: Any
 
 
-class Blocks(NamedTuple):
+class TimedBlocks(NamedTuple):
     """rows: {which, steps, ms, between_ms}, ms a step and how much passes between two; half: their middle.
 
     half is a perf_counter().
@@ -135,7 +135,7 @@ def run_block(s: Session, which: str, step: Callable[[], Ticks], count: int) -> 
     return dict(which=which, steps=timed, ms=whole_ms / timed, between_ms=between_ms / timed)
 
 
-def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float) -> Blocks:
+def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float) -> TimedBlocks:
     """Run BLOCKS blocks for about so many seconds, of two kinds as a b b a ...
 
     That order spreads a drift of clocks and temperature over both kinds.
@@ -152,7 +152,7 @@ def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float
             half = time.perf_counter()
         name = names[(i + 1) // 2 % len(names)]
         rows.append(run_block(s, name, kinds[name], count))
-    return Blocks(rows, half)
+    return TimedBlocks(rows, half)
 
 
 # ---- the lines -----------------------------------------------------------------------------------

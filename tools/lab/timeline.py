@@ -331,7 +331,7 @@ def trace_steps(s: Session, step: Callable[[], Any], steps: int) -> Lanes:
     return read_lanes(trace_events(s.cuda, run), s.cuda)
 
 
-def measure_steps(s: Session, steps: int, recorder: wire.Recorder) -> dict:
+def measure_rank(s: Session, steps: int, recorder: wire.Recorder) -> dict:
     """Return one rank's figures and spans."""
     watch = StepWatch(s.t, recorder)
     run = build_trained(s)
@@ -649,7 +649,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
             raise BadInput(f"{args.script}: its Optimizer has no schedule(), which --timeline watches")
         with input_errors_of(t):
             s = open_session(t, args.knobs, env)
-            mine = measure_steps(s, args.steps, recorder)
+            mine = measure_rank(s, args.steps, recorder)
         ranks: list = [None] * s.m.world_size
         dist.gather_object(mine, ranks if s.m.rank == 0 else None)
 
