@@ -295,7 +295,7 @@ LINES = [
     r"\(later half of [\d.]+ s, 2 blocks of \d+ steps: [\d.]+ to [\d.]+\)",
     r"bench sustained step, all of training: [\d.]+ ms/step \(later half of .*\)",
     r"bench sustained loader \+ log \+ clock check: -?[\d.]+ ms/step "
-    r"\(pairs of blocks: -?[\d.]+ to -?[\d.]+\); by the device's clock [\d.]+ pass between two steps",
+    r"\(pairs of blocks: -?[\d.]+ to -?[\d.]+\); by the device's clock [\d.]+ ms pass between two steps",
 ]
 CLOCKS = (
     r"bench sustained clocks: SM 1650 MHz \(1650 to 1650\), power 698 W; "

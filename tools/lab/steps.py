@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lab.timing import median, wall_times
-from lab.trainer import Session, Trained, gradient_buffers, quiet_run
+from lab.trainer import Session, Trained, bind_backward, gradient_buffers, quiet_run
 
 
 def report_times(s: Session, name: str, times: list[float]) -> None:
@@ -38,7 +38,7 @@ def time_step(s: Session, run: Trained) -> None:
         fetched()
 
     report_times(s, "forward", wall_times(s, run.forward))
-    backward, failure = t.bind_pass(run.loss_fn, run.optimizer)
+    backward, failure = bind_backward(s, run)
     if failure:
         s.skip("a CUDA graph of forward+backward: launched one by one", failure)
 

@@ -12,7 +12,7 @@ import torch
 
 from lab.smi import Sampler, gpu_of
 from lab.timing import ms_between, tick
-from lab.trainer import Session, Trained, quiet_run
+from lab.trainer import Session, Trained, bind_backward, quiet_run
 
 SUSTAIN = 8.0  # seconds on a GPU
 BLOCKS = 8  # into which they are cut
@@ -46,7 +46,7 @@ class TrainingLoop:
         self.run = run
         self.loader = loader
         self.logged = logged
-        self.backward, _ = s.t.bind_pass(run.loss_fn, run.optimizer)
+        self.backward, _ = bind_backward(s, run)
         # text if there is any: random tokens draw other power
         self.batch = loader.next() if loader else [run.fresh()] * s.accum
         self.step = 0
@@ -173,7 +173,7 @@ def say_clocks(s: Session, gpu: dict) -> None:
         s.say(f"bench sustained clocks: not available ({gpu['why']})")
         return
     low, high = gpu["sm_mhz_range"]
-    power = "power not told" if gpu["power_w"] is None else f"power {gpu['power_w']:.0f} W"
+    power = "power not reported" if gpu["power_w"] is None else f"power {gpu['power_w']:.0f} W"
     held = ", ".join(f"{name} in {count}" for name, count in gpu["reasons"].items())
     s.say(
         f"bench sustained clocks: SM {gpu['sm_mhz']:.0f} MHz ({low:.0f} to {high:.0f}), {power}; "
@@ -203,7 +203,7 @@ def summarise(s: Session, blocks: list[dict], seconds: float, gpu: dict) -> None
         s.say(
             f"bench sustained loader + log + clock check: {report['loader_log_clock_ms']:.2f} ms/step "
             f"(pairs of blocks: {min(differences):.2f} to {max(differences):.2f}); by the device's clock "
-            f"{report['between_steps_ms']:.2f} pass between two steps"
+            f"{report['between_steps_ms']:.2f} ms pass between two steps"
         )
     say_clocks(s, gpu)
 

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from lab import wire
 from lab.kernels import DEVICE_EVENTS, trace_events
 from lab.timing import aligned
-from lab.trainer import Session, build_trained, input_errors_of, load_trainer, open_session
+from lab.trainer import Session, bind_backward, build_trained, input_errors_of, load_trainer, open_session
 from ledger import runlog, views
 from script import BadInput
 
@@ -336,7 +336,7 @@ def measure_rank(s: Session, steps: int, recorder: wire.Recorder) -> dict:
     watch = StepWatch(s.t, recorder)
     run = build_trained(s)
     hp = s.t.hyper_at(s.h, 0, 0.0)
-    backward, _ = s.t.bind_pass(run.loss_fn, run.optimizer)
+    backward, _ = bind_backward(s, run)
 
     def step() -> None:
         s.t.train_step(backward, run.optimizer, [run.fresh()] * s.accum, hp)
@@ -420,7 +420,7 @@ def collective_table(rows: list[dict]) -> str:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    heads = ("collective", "ranks", "bytes", "ms", "last to come", "bus GB/s", "exposed ms", "exposed")
+    heads = ("collective", "ranks", "bytes", "ms", "last to arrive", "bus GB/s", "exposed ms", "exposed")
     lines = []
     for i, row in enumerate(rows):
         percent = 100 * row["exposed_ms"] / row["ms"] if row["ms"] else 0

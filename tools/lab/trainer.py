@@ -273,6 +273,14 @@ def build_trained(s: Session, steps: bool = True) -> Trained:
     return Trained(model, s.m.compile(model.loss), optimizer, s.t.Ema(model, s.h), batches)
 
 
+def bind_backward(s: Session, run: Trained) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Bind training's forward+backward of a micro-batch, (B, T + 1) -> its share of the loss.
+
+    It is a CUDA graph where the machine captures. Also returns the reason why a capture failed, or ''.
+    """
+    return s.t.bind_pass(run.loss_fn, run.optimizer)
+
+
 def gradient_buffers(optimizer: Any) -> list[Tensor]:
     """Return the buffers in which a step's gradients add up."""
     return [*optimizer.bank_grad.values(), optimizer.flat_grad]
