@@ -18,7 +18,7 @@ import pytest
 from lab_helpers import SECTIONS, WHOLE
 
 import train_gpt as t
-from helpers import english_args, stop_one_line
+from helpers import english_args, refused_by, stop_one_line
 from lab import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,13 +26,13 @@ LAB = ROOT / "tools" / "lab"
 pytestmark = pytest.mark.usefixtures("quick_bench")
 
 
-def test_the_command_measures_everything(tmp_path, capsys):
+def test_the_command_measures_everything(tmp_path, capfd):
     """Through train_gpt.py: summary lines, both passes of every section, sums, a machine-readable copy."""
     file = tmp_path / "b.json"
     argv = list(sys.argv)
     assert t.main(["bench", "--json", str(file), *english_args()]) == 0
     assert sys.argv == argv
-    out, report = capsys.readouterr().out, json.loads(file.read_text())
+    out, report = capfd.readouterr().out, json.loads(file.read_text())
 
     assert [whole["name"] for whole in report["whole"]] == WHOLE
     for name in WHOLE:
@@ -51,7 +51,7 @@ def test_the_command_measures_everything(tmp_path, capsys):
     assert "sum of floors" in out
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
+def test_bad_input_is_one_line(tmp_path, capfd):
     empty = tmp_path / "c.py"
     empty.write_text("CANDIDATES = {}\n")
     named = tmp_path / "d.py"
@@ -72,11 +72,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (["--sustain", "2", "--timeline", "x"], "leave out"),
         (["--sustain", "2", "--candidates", "x"], "--all"),
     ]:
-        said = stop_one_line(["bench", *argv], capsys)
+        said = refused_by(bench.main, capfd, *argv)
         assert said.startswith("bench.py: "), said
         assert word in said, said
+    assert stop_one_line(["bench", "sead=1"], capfd).startswith("bench.py: ")
     assert t.main(["bench", "--help"]) == 0
-    assert "--candidates FILE.py" in capsys.readouterr().out
+    assert "--candidates FILE.py" in capfd.readouterr().out
 
 
 def test_a_script_without_the_tool_says_where_it_is(tmp_path):

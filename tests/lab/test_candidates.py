@@ -35,7 +35,7 @@ def lean(x, up, down): return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square
 def wrong_gradient(y, v): return Half.apply(plain_xsa(y, v))
 def wrong_forward(qkv, gain, cos, sin): return [1.01 * x for x in plain_heads(qkv, gain, cos, sin)]
 def not_a_number(self, tokens, targets, last): return plain_nats(self, tokens, targets, last) * float("nan")
-def broken(*args): raise RuntimeError("no kernel\\nhere")
+def broken(*args, **options): raise RuntimeError("no kernel\\nhere")
 
 CANDIDATES = {
     "lean": ("t.mlp", lean), "gradient": ("exclude_self", wrong_gradient), "broken": ("layer", broken),
