@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 import shards
 from messages import DataError, Progress, explain, megabytes, require, say, short
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 import shards
 from messages import DataError, Progress, explain, megabytes, require, say
 from tokenizing import count_bytes, open_tokenizer

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+
 from messages import DataError, explain
 
 try:

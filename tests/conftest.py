@@ -43,13 +43,13 @@ def attention_switches():
 
 @pytest.fixture
 def quick_bench(monkeypatch):
-    """tools/lab/bench.py without knobs from the environment, each section timed three times."""
-    from lab import bench
+    """The lab without knobs from the environment, each section timed three times."""
     import train_gpt as t
+    from lab import timing
 
     for f in dataclasses.fields(t.Config):
         monkeypatch.delenv(f.name.upper(), raising=False)
-    monkeypatch.setattr(bench, "HOST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "HOST_SECONDS", 0.0)
 
 
 def pytest_collection_modifyitems(items):

@@ -278,7 +278,7 @@ class Learner:
     def nats(self, x, y, last):
         if self.order == "update first":
             self.learn(y, last)
-        logits = self.run.model.head(self.run.model.trunk(x)[:, -last:]) + self.bias
+        logits = self.run.model.unembed(self.run.model.trunk(x)[:, -last:]) + self.bias
         if self.order == "score first":
             self.learn(y, last)
         return F.cross_entropy(logits.transpose(1, 2), y[:, -last:], reduction="none")
@@ -301,7 +301,7 @@ def best_of_two(run):
     """Each target scored under two temperatures, the lower loss kept."""
 
     def nats_fn(x, y, last):
-        logits = run.model.head(run.model.trunk(x)[:, -last:]).transpose(1, 2)
+        logits = run.model.unembed(run.model.trunk(x)[:, -last:]).transpose(1, 2)
         scores = [F.cross_entropy(logits / heat, y[:, -last:], reduction="none") for heat in (1.0, 1.5)]
         return torch.minimum(*scores)
 

@@ -1,16 +1,12 @@
 """Fixtures of the tests of data/. No network, no GPU; the tokenizer is trained on generated text."""
 
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))  # tokenizing processes look there, too
-
-import offline  # noqa: E402
-from data_cases import make_documents, prose, text_args, write_docs  # noqa: E402
+import offline
+from data_cases import make_documents, prose, text_args, write_docs
 
 pytest.importorskip("sentencepiece")
 

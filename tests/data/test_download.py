@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import download
 import numpy as np
-import offline
-import prepare
 import pytest
 import sentencepiece
+
+import download
+import offline
+import prepare
 import shards
 import tokenizing
 from data_cases import make_documents, one_line

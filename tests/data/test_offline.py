@@ -2,11 +2,12 @@
 
 import argparse
 
+import pytest
+import sentencepiece
+
 import build
 import offline
 import prepare
-import pytest
-import sentencepiece
 from data_cases import content, prose
 from messages import DataError
 

@@ -3,8 +3,9 @@
 import errno
 from types import SimpleNamespace
 
-import prepare
 import pytest
+
+import prepare
 import shards
 from data_cases import content, make_documents, one_line, replaced, write_docs
 

@@ -4,8 +4,9 @@ import hashlib
 import shutil
 
 import numpy as np
-import prepare
 import pytest
+
+import prepare
 import shards
 
 

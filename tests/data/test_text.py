@@ -3,11 +3,12 @@
 import fnmatch
 import json
 
-import build
 import numpy as np
-import prepare
 import pytest
 import sentencepiece
+
+import build
+import prepare
 import shards
 import tokenizing
 from data_cases import (

@@ -1,8 +1,9 @@
 """The byte count of tokens."""
 
 import numpy as np
-import prepare
 import sentencepiece
+
+import prepare
 import shards
 import tokenizing
 

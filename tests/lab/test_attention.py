@@ -8,47 +8,40 @@ import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lab_helpers import a_session
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from lab import attention  # noqa: E402
-from lab import bench  # noqa: E402
-import train_gpt as t  # noqa: E402
-from lab.attention import Bound, Layout, Mask, Path as AttentionPath  # noqa: E402
-from helpers import TINY, machine, refused_by, tiny  # noqa: E402
+import train_gpt as t
+from helpers import TINY, refused_by, tiny
+from lab import attention, bench, exact
+from lab.attention import AttentionPath, BoundPath, Layout
 
 KNOBS = [f"{k}={v}" for k, v in (TINY | dict(micro_batch_tokens=64)).items()]  # 4 rows of 16 tokens
 pytestmark = pytest.mark.usefixtures("quick_bench")
 NAMES = ["causal", "documents", "window 8", "window 4", "documents, window 8"]
 
 
-def a_bench(rows=3, **knobs):
-    report = dict(skipped=[])
-    return bench.Bench(t, tiny(**knobs), machine(), rows, report, math.inf)
-
-
 def cases(rows=3, layout=None):
-    b = a_bench(rows)
-    layout = layout or attention.layouts_of(b.h)[0]
-    return {m.name: attention.make_case(b, layout, m) for m in attention.masks_of(rows, b.h.train_seq_len)}
+    s = a_session(rows)
+    layout = layout or attention.layouts_of(s.h)[0]
+    masks = attention.masks_of(rows, s.h.train_seq_len)
+    return {mask.name: attention.make_layer(s, layout, mask) for mask in masks}
 
 
 def outcome(c, path):
     """The row of a path put in the table for once."""
     attention.PATHS["planted"] = path
     try:
-        return attention.attempt(c, "planted", attention.exact(c), lambda: None)
+        return attention.attempt_path(c, "planted", attention.exact_rows(c), lambda: None)
     finally:
         del attention.PATHS["planted"]
 
 
-# ---------------------------------------------------------------- masks
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 def sees(mask, i, j):
@@ -60,7 +53,7 @@ def sees(mask, i, j):
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_agree_with_their_definition(name):
     c = cases()[name]
-    seen = [bench.visible(c.ids[row], c.mask.window) for row in range(3)]
+    seen = [exact.visible(c.ids[row], c.mask.window) for row in range(3)]
     for row in range(3):
         by_hand = [[sees(c.mask, 16 * row + i, 16 * row + j) for j in range(16)] for i in range(16)]
         assert seen[row].tolist() == by_hand
@@ -70,15 +63,12 @@ def test_masks_agree_with_their_definition(name):
 
 def test_masks_of_a_long_row():
     masks = attention.masks_of(48, 2048)
-    assert [m.name for m in masks] == [
-        "causal",
-        "documents",
-        "window 512",
-        "window 256",
-        "documents, window 512",
-    ]
-    assert masks[0].pairs == 48 * 2048 * 2049 // 2 and masks[3].pairs == 48 * (256 * 257 // 2 + 1792 * 256)
-    assert masks[1].bounds == masks[4].bounds and masks[4].pairs < min(masks[1].pairs, masks[2].pairs)
+    names = ["causal", "documents", "window 512", "window 256", "documents, window 512"]
+    assert [m.name for m in masks] == names
+    assert masks[0].pairs == 48 * 2048 * 2049 // 2
+    assert masks[3].pairs == 48 * (256 * 257 // 2 + 1792 * 256)
+    assert masks[1].bounds == masks[4].bounds
+    assert masks[4].pairs < min(masks[1].pairs, masks[2].pairs)
     assert [m.name for m in attention.masks_of(2, 1024)][2:4] == ["window 512", "window 256"]
     assert all(m.pairs == 3 for m in attention.masks_of(3, 1))  # no room for anything
 
@@ -86,7 +76,9 @@ def test_masks_of_a_long_row():
 def test_documents():
     bounds = attention.document_bounds(500, 2048)
     assert bounds == attention.document_bounds(500, 2048) != attention.document_bounds(500, 2048, seed=1)
-    assert bounds[0] == 0 and bounds[-1] == 500 * 2048 and all(a < b for a, b in zip(bounds, bounds[1:]))
+    assert bounds[0] == 0
+    assert bounds[-1] == 500 * 2048
+    assert all(a < b for a, b in zip(bounds, bounds[1:]))
     assert {*range(0, 500 * 2048, 2048)} <= {*bounds}  # every row begins one
     whole = [b - a for a, b in zip(bounds, bounds[1:]) if b % 2048]
     # exponential: 1 - 1/e of those with room for it are shorter than the mean
@@ -96,7 +88,9 @@ def test_documents():
 
 
 def test_layouts():
-    h = lambda **knobs: attention.layouts_of(tiny(**knobs))
+    def h(**knobs):
+        return attention.layouts_of(tiny(**knobs))
+
     assert h() == [Layout(4, 2, 8), Layout(2, 1, 16)]
     assert h(num_heads=2, num_kv_heads=1) == [Layout(2, 1, 16), Layout(1, 1, 32)]
     assert h(num_heads=6, num_kv_heads=3, model_dim=48) == [Layout(6, 3, 8), Layout(3, 1, 16)]
@@ -105,15 +99,15 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("layout", [Layout(4, 2, 8), Layout(3, 3, 4)])
-def test_the_exact_lines(layout):
+def test_the_exact_attention(layout):
     """Against torch's own attention with the mask written out, in float64."""
     for c in cases(layout=layout).values():
         leaves = [x.detach().double().requires_grad_() for x in c.tensors]
         q, k, v = (x.transpose(1, 2) for x in leaves)
-        seen = torch.stack([bench.visible(ids, c.mask.window) for ids in c.ids])[:, None]
+        seen = torch.stack([exact.visible(ids, c.mask.window) for ids in c.ids])[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
         expected = [out, *torch.autograd.grad(out, leaves, c.dout.double())]
-        found = attention.exact(c)
+        found = attention.exact_rows(c)
         assert list(found) == [0, 2]
         for row in found:
             for x, y in zip(found[row], expected):
@@ -121,7 +115,7 @@ def test_the_exact_lines(layout):
         assert max(attention.errors_of(expected, found).values()) < 1e-12
 
 
-# ---------------------------------------------------------------- paths
+# ---- paths ---------------------------------------------------------------------------------------
 
 
 def sequences(q, k, v, bounds, window):
@@ -152,9 +146,8 @@ def varlens(calls):
         return newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
 
     def oldest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        return older(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0 if is_causal else -1)
-        )
+        window_size = (-1, 0 if is_causal else -1)
+        return older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
 
     return newest, older, oldest
 
@@ -176,31 +169,30 @@ def test_varlen_by_its_signature(age, monkeypatch):
 
 
 def plant_flash4(monkeypatch, calls):
-    """Where package flash-attn-4 would be, and below the trainer's own function the operator, by plain lines."""
+    """Plant package flash-attn-4, and its operator under the trainer's function, by sequences()."""
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
     def apply(q, k, v, bounds, form):
         calls.append(form)
-        flat, cuts = (q, k, v), bounds
-        if bounds is None:
-            flat, cuts = (
-                [x.flatten(0, 1) for x in flat],
-                torch.arange(0, q.size(0) * q.size(1) + 1, q.size(1)),
-            )
-        return sequences(*flat, cuts, form[1] - 1).view(q.shape)
+        window = form[1] - 1
+        if bounds is not None:
+            return sequences(q, k, v, bounds, window).view(q.shape)
+        B, T = q.shape[:2]
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        return sequences(*flat, torch.arange(0, B * T + 1, T), window).view(q.shape)
 
     monkeypatch.setattr(t, "Flash4", SimpleNamespace(apply=apply))
 
 
 def test_flash4_is_the_trainers(monkeypatch):
-    """attend_flash4 with the window and the documents of the mask, compiled as the machine does; all of it right."""
+    """attend_flash4 with the mask's window and documents, compiled as the machine does, all of it right."""
     calls, compiled = [], []
     plant_flash4(monkeypatch, calls)
-    b = a_bench()
-    b = b._replace(m=dataclasses.replace(b.m, compile=lambda f: (compiled.append(f), f)[1]))
+    s = a_session(rows=3)
+    s = s._replace(m=dataclasses.replace(s.m, compile=lambda f: (compiled.append(f), f)[1]))
     for mask in attention.masks_of(3, 16):
-        c = attention.make_case(b, attention.layouts_of(b.h)[0], mask)
+        c = attention.make_layer(s, attention.layouts_of(s.h)[0], mask)
         row = outcome(c, attention.PATHS["flash4"])
         assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (mask, row)
         assert set(calls) == {(16, mask.window)} and compiled == [t.attend_flash4]
@@ -210,17 +202,23 @@ def test_flash4_is_the_trainers(monkeypatch):
 
 
 def test_flash4_compiles_whole_for_every_mask(monkeypatch):
-    """In one graph each, for more masks than one function may be recompiled; nothing where the package is missing."""
-    compiled, stand_in = [], lambda q, k, v, window=0, docs=None: t.attend_sdpa(q, k, v, window, docs)
+    """One graph each, for more masks than one function may be recompiled; none without the package."""
+    compiled = []
+
+    def stand_in(q, k, v, window=0, docs=None):
+        return t.attend_sdpa(q, k, v, window, docs)
+
+    def compiler(f):
+        compiled.append(f)
+        return torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
+
+    def case(layout, mask):
+        return attention.make_layer(s, layout, mask)
+
     monkeypatch.setattr(t, "attend_flash4", stand_in)
-    b = a_bench(rows=2)
-    compiler = lambda f: (
-        compiled.append(f),
-        torch.compile(f, backend="eager", dynamic=False, fullgraph=True),
-    )[1]
-    b = b._replace(m=dataclasses.replace(b.m, compile=compiler))
-    case = lambda layout, mask: attention.make_case(b, layout, mask)
-    layouts, masks = attention.layouts_of(b.h), attention.masks_of(2, 16)
+    s = a_session(rows=2)
+    s = s._replace(m=dataclasses.replace(s.m, compile=compiler))
+    layouts, masks = attention.layouts_of(s.h), attention.masks_of(2, 16)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     row = outcome(case(layouts[0], masks[0]), attention.PATHS["flash4"])
     assert row["status"] == "skipped" and "flash_attn" in row["why"] and not compiled, row
@@ -242,13 +240,20 @@ def test_flash4_has_room_for_so_many_documents(monkeypatch):
     assert row["why"] == f"{count} documents in a row: attend_flash4 keeps {count - 1} apart"
 
 
-def test_pytorchs_backends_go_through_the_trainers_line(monkeypatch):
+def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
     """One context of one backend around attend_sdpa, with the mask where the backend takes one."""
-    seen, line = [], t.attend_sdpa
-    monkeypatch.setattr(t, "attend_sdpa", lambda *args, **how: (seen.append(how), line(*args, **how))[1])
-    monkeypatch.setattr(
-        attention, "sdpa_kernel", lambda backend: (seen.append(backend), contextlib.nullcontext())[1]
-    )
+    seen, reference = [], t.attend_sdpa
+
+    def attend_sdpa(*args, **options):
+        seen.append(options)
+        return reference(*args, **options)
+
+    def sdpa_kernel(backend):
+        seen.append(backend)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(t, "attend_sdpa", attend_sdpa)
+    monkeypatch.setattr(attention, "sdpa_kernel", sdpa_kernel)
     backend = attention.SDPBackend
     for name, c in cases(rows=2).items():
         for path, mine in (("math", backend.MATH), ("efficient", backend.EFFICIENT_ATTENTION)):
@@ -260,43 +265,49 @@ def test_pytorchs_backends_go_through_the_trainers_line(monkeypatch):
             assert {x for x in seen if not isinstance(x, dict)} == {mine}
             assert bool(hows) == (path == "math" or name != "causal")
             assert all(x["window"] == c.mask.window and (x["docs"] is not None) == docs for x in hows)
-            assert row["note"] == {"math": ""}.get(
-                path, "k, v heads repeated" + ", mask made" * (name != "causal")
-            )
+            repeats = "k, v heads repeated" if name == "causal" else "k, v heads repeated, mask made"
+            assert row["note"] == ("" if path == "math" else repeats)
             seen.clear()
 
 
 def test_paths_of_a_cpu():
     """math and flash run; flex runs forward on every mask; the rest says why not, in one line."""
-    found = {name: {path: attention.attempt(c, path, attention.exact(c), lambda: None) for path in attention.PATHS}
-             for name, c in cases(rows=2).items()}  # fmt: skip
+    found = {}
+    for name, c in cases(rows=2).items():
+        exact_rows = attention.exact_rows(c)
+        found[name] = {
+            path: attention.attempt_path(c, path, exact_rows, lambda: None) for path in attention.PATHS
+        }
     for name, rows in found.items():
-        assert rows["flex"]["status"] == "measured" and [*rows["flex"]["errors"]] == ["out"], rows["flex"]
+        assert rows["flex"]["status"] == "measured", rows["flex"]
+        assert [*rows["flex"]["errors"]] == ["out"], rows["flex"]
         assert rows["flex"]["errors"]["out"] < 1e-5 and "both_us" not in rows["flex"], name
     for path in ("math", "flash"):
         row = found["causal"][path]
-        assert row["status"] == "measured" and len(row["errors"]) == 4 and max(row["errors"].values()) < 1e-5
+        assert row["status"] == "measured"
+        assert len(row["errors"]) == 4
+        assert max(row["errors"].values()) < 1e-5
     for path in ("cudnn", "varlen", "flash4"):
         row = found["causal"][path]
         assert row["status"] == "skipped" and row["why"] and "\n" not in row["why"], row
 
 
 def test_flex_compiles_whole_and_skips_blocks():
-    """In one graph, for more masks than one function may be recompiled; only blocks that hold a visible pair."""
+    """One graph, for more masks than one function may be recompiled; only blocks with a visible pair."""
     T, blocks = 512, []
 
     def compiler(f):
         compiled = torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
         return lambda *args, **how: (blocks.append(how["block_mask"]), compiled(*args, **how))[1]
 
-    b = a_bench(rows=2, train_seq_len=T, micro_batch_tokens=2 * T, train_batch_tokens=2 * T)
-    b = b._replace(m=dataclasses.replace(b.m, compile=compiler))
-    for layout in attention.layouts_of(b.h):
+    s = a_session(rows=2, train_seq_len=T, micro_batch_tokens=2 * T, train_batch_tokens=2 * T)
+    s = s._replace(m=dataclasses.replace(s.m, compile=compiler))
+    for layout in attention.layouts_of(s.h):
         for mask in attention.masks_of(2, T):
-            c = attention.make_case(b, layout, mask)
-            row = attention.attempt(c, "flex", attention.exact(c), lambda: None)
+            c = attention.make_layer(s, layout, mask)
+            row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
             assert row["status"] == "measured" and row["errors"]["out"] < 1e-5, row
-            seen = torch.stack([bench.visible(ids, mask.window) for ids in c.ids])
+            seen = torch.stack([exact.visible(ids, mask.window) for ids in c.ids])
             seen = seen.view(2, T // 128, 128, T // 128, 128).any(4).any(2)
             found = blocks[-1].to_dense()[:, 0].bool()
             assert torch.equal(found.expand_as(seen), seen), mask
@@ -307,27 +318,25 @@ def test_repeated_heads():
     """efficient repeats: q head n sees k head n // group."""
     q, k = torch.zeros(1, 2, 6, 4), torch.arange(2.0).view(1, 1, 2, 1).expand(1, 2, 2, 4)
     heads = attention.repeated(q, k, k)
-    assert heads[0] is q and heads[1][0, 0, :, 0].tolist() == heads[2][0, 1, :, 3].tolist() == [
-        0,
-        0,
-        0,
-        1,
-        1,
-        1,
-    ]
+    assert heads[0] is q
+    assert heads[1][0, 0, :, 0].tolist() == heads[2][0, 1, :, 3].tolist() == [0, 0, 0, 1, 1, 1]
     assert [name for name, path in attention.PATHS.items() if path.causal_only] == ["cudnn", "flash", "math"]
 
 
-# ---------------------------------------------------------------- faults
+# ---- faults --------------------------------------------------------------------------------------
+
+
+def flat_sequences(q, k, v, bounds, window):
+    """sequences() of a batch."""
+    return sequences(*(x.flatten(0, 1) for x in (q, k, v)), bounds, window).view(q.shape)
 
 
 def right(c):
-    return lambda q, k, v: sequences(*(x.flatten(0, 1) for x in (q, k, v)), c.bounds,
-                                     (c.mask.window or 0) - 1).view(q.shape)  # fmt: skip
+    return lambda q, k, v: flat_sequences(q, k, v, c.bounds, (c.mask.window or 0) - 1)
 
 
 def planted(make):
-    return AttentionPath(lambda c: Bound(make(c, right(c))))
+    return AttentionPath(lambda c: BoundPath(make(c, right(c))))
 
 
 FAULTS = {
@@ -338,11 +347,7 @@ FAULTS = {
     "not a number": (lambda c, f: lambda q, k, v: f(q, k, v) * math.nan, "nan"),
     "the last row": (lambda c, f: lambda q, k, v: torch.cat([f(q, k, v)[:-1], f(q, k, v)[-1:] + 1]), "out"),
     "a window one too long": (
-        lambda c, f: (
-            lambda q, k, v: sequences(*(x.flatten(0, 1) for x in (q, k, v)), c.bounds, c.mask.window).view(
-                q.shape
-            )
-        ),
+        lambda c, f: lambda q, k, v: flat_sequences(q, k, v, c.bounds, c.mask.window),
         "out",
     ),
 }
@@ -359,7 +364,7 @@ def test_a_wrong_path_is_not_timed(name, monkeypatch):
     assert row["status"] == "wrong" and word in row["why"] and "forward_us" not in row, row
     if name.endswith("only"):
         assert row["why"].split()[2] == word and "," not in row["why"], row
-    assert attention.line_of(row).startswith("planted   wrong: error of ")
+    assert attention.row_line(row).startswith("planted   wrong: error of ")
     json.dumps(row, allow_nan=False)
 
 
@@ -374,21 +379,21 @@ def test_a_path_that_raises_is_skipped(late, capsys, monkeypatch):
     def broken(c):
         if not late:
             raise ImportError("no such\npackage")
-        return Bound(lambda q, k, v: torch.ones(3).view(2))
+        return BoundPath(lambda q, k, v: torch.ones(3).view(2))
 
     monkeypatch.setitem(attention.PATHS, "varlen", AttentionPath(broken))
-    rows = attention.group(cases()["causal"], ["varlen", "math"], lambda: None)
+    rows = attention.time_paths(cases()["causal"], ["varlen", "math"], lambda: None)
     assert [row["status"] for row in rows] == ["skipped", "measured"]
-    assert (
-        rows[0]["why"] == "ImportError: no such" if not late else rows[0]["why"].startswith("RuntimeError: ")
-    )
+    if late:
+        assert rows[0]["why"].startswith("RuntimeError: ")
+    else:
+        assert rows[0]["why"] == "ImportError: no such"
     said = capsys.readouterr().out
-    assert "varlen    skipped: " in said and said.endswith(
-        "fastest: forward math, backward math, both math\n"
-    )
+    assert "varlen    skipped: " in said
+    assert said.endswith("fastest: forward math, backward math, both math\n")
 
 
-# ---------------------------------------------------------------- clocks and tables
+# ---- clocks and tables ---------------------------------------------------------------------------
 
 
 def test_figures_by_hand(monkeypatch):
@@ -396,16 +401,17 @@ def test_figures_by_hand(monkeypatch):
     times = iter([200.0, 700.0])
     monkeypatch.setattr(attention, "micros", lambda b, fn, ahead: (fn(), next(times))[1])
     c = cases(rows=2)["window 4"]
-    row = attention.attempt(c, "flex", attention.exact(c), lambda: None)
+    row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
     pairs = 2 * (1 + 2 + 3 + 13 * 4)
-    assert c.mask.pairs == pairs and row["forward_tflops"] == pytest.approx(4 * 8 * 4 * pairs / 200e-6 / 1e12)
+    assert c.mask.pairs == pairs
+    assert row["forward_tflops"] == pytest.approx(4 * 8 * 4 * pairs / 200e-6 / 1e12)
     times = iter([200.0, 700.0])
     row = outcome(c, planted(lambda c, f: f))
     assert (row["forward_us"], row["backward_us"], row["both_us"]) == (200, 500, 700)
     assert row["backward_tflops"] == pytest.approx(2.5 * 4 * 8 * 4 * pairs / 500e-6 / 1e12)
-    line = attention.line_of(row).split()
+    line = attention.row_line(row).split()
     assert line[:4] == ["planted", "200.0", "500.0", "700.0"] and len(line) == 10
-    assert len(attention.line_of(row)) == len(attention.cells(list(attention.COLUMNS)))
+    assert len(attention.row_line(row)) == len(attention.path_line(list(attention.COLUMNS)))
 
 
 def test_the_devices_clock(monkeypatch):
@@ -424,8 +430,8 @@ def test_the_devices_clock(monkeypatch):
             return (end.at - self.at) / 1000
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    b = SimpleNamespace(cuda=True, m=SimpleNamespace(sync=lambda: queue.append("sync")))
-    us = attention.micros(b, lambda: queue.append("fn"), lambda: queue.append("ahead"))
+    s = SimpleNamespace(cuda=True, m=SimpleNamespace(sync=lambda: queue.append("sync")))
+    us = attention.micros(s, lambda: queue.append("fn"), lambda: queue.append("ahead"))
     assert us == pytest.approx(1001)
     assert queue == ["fn"] * 3 + ["ahead", "event", "fn", "event"] * 15 + ["sync"]
     assert attention.CALLS >= 10
@@ -440,23 +446,25 @@ def a_row(layout, mask, path, forward=None, both=None):
 def test_the_fastest():
     one, two = Layout(8, 4, 64), Layout(4, 2, 128)
     rows = [
-        a_row(one, "causal", "cudnn", 300.0, 1000.0), a_row(one, "causal", "flash", 250.0, 1200.0),
-        a_row(one, "causal", "math"), a_row(one, "documents", "flex", 200.0, 600.0), a_row(two, "causal", "math"),
+        a_row(one, "causal", "cudnn", 300.0, 1000.0),
+        a_row(one, "causal", "flash", 250.0, 1200.0),
+        a_row(one, "causal", "math"),
+        a_row(one, "documents", "flex", 200.0, 600.0),
+        a_row(two, "causal", "math"),
         a_row(two, "documents", "flex", 100.0),
-    ]  # fmt: skip
+    ]
     best = attention.fastest(rows[:3])
-    assert {k: row["path"] for k, row in best.items()} == dict(
-        forward="flash", backward="cudnn", both="cudnn"
-    )
+    names = {key: row["path"] for key, row in best.items()}
+    assert names == dict(forward="flash", backward="cudnn", both="cudnn")
     assert attention.fastest(rows[2:3]) == {}
-    lines = [line.split() for line in attention.summary(rows).splitlines()[1:]]
+    lines = [line.split() for line in attention.fastest_table(rows).splitlines()[1:]]
     assert [line[6:] for line in lines] == [
         ["causal", "cudnn", "1,000.0", "1.000"], ["documents", "flex", "600.0", "0.600"], ["causal", "none"],
         ["documents", "flex", "100.0", "-", "forward", "only"],
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- the command
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path, capsys):
@@ -476,31 +484,21 @@ def test_the_command(tmp_path, capsys):
     assert {row["status"] for row in report["table"] if row["path"] != "varlen"} == {"measured"}
     assert 0 < sum(row["seconds"] for row in report["table"]) < report["seconds"]
     for row in report["table"]:
-        assert said.out.count(attention.line_of(row)) >= 1
+        assert said.out.count(attention.row_line(row)) >= 1
     assert "attention of a layer: 4 x 16 tokens, float32" in said.out
     assert said.out.index("fastest: forward") < said.out.index("forward + backward, the fastest path of each")
 
 
 def test_an_odd_number_of_heads(capsys):
     """There is one layout then, and a line that says so. Without --paths a CPU tries all."""
-    knobs = [
-        *KNOBS,
-        "num_heads=1",
-        "num_kv_heads=1",
-        "rope_dims=4",
-        "micro_batch_tokens=16",
-        "train_batch_tokens=16",
-    ]
+    knobs = [*KNOBS, "num_heads=1", "num_kv_heads=1", "rope_dims=4"]
+    knobs += ["micro_batch_tokens=16", "train_batch_tokens=16"]
     assert bench.main(["--attention", *knobs], {}) == 0
     out = capsys.readouterr().out
     assert "skipped the second layout: num_heads=1 is odd" in out
     first = [line.split()[0] for line in out.splitlines() if line]
-    assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * [
-        "efficient",
-        "varlen",
-        "flex",
-        "flash4",
-    ]
+    masked = ["efficient", "varlen", "flex", "flash4"]
+    assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * masked
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -523,7 +521,8 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys):
     at.mkdir()
     assert bench.main(["--attention", "--paths", "math", "--json", str(at), *KNOBS], {}) == 2
     said = capsys.readouterr()
-    assert said.err.endswith("cannot write: Is a directory\n") and "the fastest path of each" in said.out
+    assert said.err.endswith("cannot write: Is a directory\n")
+    assert "the fastest path of each" in said.out
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -1,4 +1,4 @@
-"""The timeline: interval arithmetic by hand, planted traces of a GPU and a CPU, two gloo ranks, its manners."""
+"""The timeline: interval arithmetic by hand, planted traces of a GPU and a CPU, two gloo ranks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers import TINY, refused_by
+from lab import bench, timeline
+from lab.collectives import Collective, Recorder
+from lab.timeline import Lanes, Span, account, clipped, length, matched, merged, minus
+
 ROOT = Path(__file__).resolve().parents[2]
-
-from lab import bench  # noqa: E402
-from lab import timeline  # noqa: E402
-from lab import wire  # noqa: E402
-from helpers import TINY, refused_by  # noqa: E402
-from lab.timeline import Lanes, Span, account, clipped, length, matched, merged, minus  # noqa: E402
-
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]
 
-# ---------------------------------------------------------------- intervals
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,14 +61,19 @@ def test_minus(given, others, expected):
 
 def test_the_arithmetic_agrees_with_a_grid():
     rng = random.Random(0)
-    draw = lambda: [(a, a + rng.randrange(6)) for a in (rng.randrange(40) for _ in range(rng.randrange(8)))]
-    points = lambda intervals: {x for a, b in intervals for x in range(a, b)}
+
+    def draw():
+        starts = [rng.randrange(40) for _ in range(rng.randrange(8))]
+        return [(start, start + rng.randrange(6)) for start in starts]
+
+    def points(intervals):
+        return {x for start, end in intervals for x in range(start, end)}
+
     for _ in range(500):
         a, b = draw(), draw()
         assert points(merged(a)) == points(a) and length(merged(a)) == len(points(a))
-        assert points(minus(a, b)) == points(a) - points(b) and length(minus(a, b)) == len(
-            points(a) - points(b)
-        )
+        assert points(minus(a, b)) == points(a) - points(b)
+        assert length(minus(a, b)) == len(points(a) - points(b))
         assert points(clipped(a, (10, 20))) == points(a) & set(range(10, 20))
         found = account((5, 35), a, b)
         window = set(range(5, 35))
@@ -91,7 +94,7 @@ def test_a_step_by_hand():
     assert [empty[name] for name in timeline.FIGURES] == [4, 0, 0, 0, 4, 0] and empty["each"] == []
 
 
-# ---------------------------------------------------------------- traces
+# ---- traces --------------------------------------------------------------------------------------
 
 
 def host(name, ts, dur, cat="cpu_op", tid=1, **args):
@@ -99,9 +102,10 @@ def host(name, ts, dur, cat="cpu_op", tid=1, **args):
 
 
 def gpu_trace():
-    """Two steps and the one behind them: a kernel each, then a graph launch of NCCL and compute; a warm one ahead.
+    """Two steps and the one after them: a kernel each, then a graph launch of NCCL and compute.
 
-    The device lags behind the host by 100 us, so that host and device times of different steps overlap.
+    A warm step comes first. The device lags behind the host by 100 us, so that host and device times of
+    different steps overlap.
     """
     events = [host("PyTorch Profiler (0)", 0, 9000, "Trace"), dict(ph="i", name="Iteration Start", ts=0)]
     events += [host("cudaLaunchKernel", 5, 1, "cuda_runtime", correlation=1)]
@@ -114,20 +118,22 @@ def gpu_trace():
             host("launch", t0 + 10, 1, ("cuda_driver", "cuda_runtime")[i % 2], correlation=10 + i),
             host("cudaGraphLaunch", t0 + 20, 1, "cuda_runtime", correlation=20 + i),
             host("triton_poi_fused_0", d0, 400, "kernel", stream=7, correlation=10 + i),
-            host("ncclDevKernel_ReduceScatter_SumPostDiv_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", d0 + 400, 100,
-                 "kernel", stream=20, correlation=20 + i),
-            host("ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)", d0 + 490, 20, "kernel", stream=21, correlation=20 + i),
+            host("ncclDevKernel_ReduceScatter_SumPostDiv_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+                 d0 + 400, 100, "kernel", stream=20, correlation=20 + i),
+            host("ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)",
+                 d0 + 490, 20, "kernel", stream=21, correlation=20 + i),
             host("matrix_update", d0 + 500, 200, "kernel", stream=13, correlation=20 + i),
             host("Memset (Device)", d0 + 700, 10, "gpu_memset", stream=13, correlation=20 + i),
-            host("ncclDevKernel_AllGather_RING_LL(...)", d0 + 650, 250, "kernel", stream=20, correlation=20 + i),
+            host("ncclDevKernel_AllGather_RING_LL(...)",
+                 d0 + 650, 250, "kernel", stream=20, correlation=20 + i),
         ]  # fmt: skip
     return events
 
 
 CALLS = [
-    wire.Call("reduce-scatter", 8000, (0, 1), "float32"),
-    wire.Call("all-reduce", 400, (0, 1), "float32"),
-    wire.Call("all-gather", 8000, (0, 1), "float32"),
+    Collective("reduce-scatter", 8000, (0, 1), "float32"),
+    Collective("all-reduce", 400, (0, 1), "float32"),
+    Collective("all-gather", 8000, (0, 1), "float32"),
 ]
 
 
@@ -135,15 +141,12 @@ def test_a_gpu_trace():
     lanes = timeline.read_lanes(gpu_trace(), cuda=True)
     assert lanes.bounds == [400, 1400, 2400]
     for i in range(2):
-        found = timeline.one_step(lanes, i, CALLS, True)
+        found = timeline.step_figures(lanes, i, CALLS, True)
         assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 610, 360, 290, 100, 600]
         rows = found["collectives"]
         assert [r["kind"] for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
-        assert [r["bytes"] for r in rows] == [8000, 400, 8000] and [r["wire"] for r in rows] == [
-            4000,
-            400,
-            4000,
-        ]
+        assert [r["bytes"] for r in rows] == [8000, 400, 8000]
+        assert [r["wire"] for r in rows] == [4000, 400, 4000]
         assert [round(1000 * r["exposed_ms"]) for r in rows] == [100, 10, 190]
         assert [round(1000 * r["start_ms"]) for r in rows] == [400, 490, 650]
 
@@ -171,7 +174,7 @@ def test_nccl_kernels_by_name(name, kind):
 
 
 def test_a_cpu_trace():
-    """Operators are compute once, whatever they are made of; gloo's threads and the calls themselves are none."""
+    """An operator is compute once, with all inside it; gloo's threads and the calls themselves are none."""
     events = [host(f"{timeline.STEP}{i}", 1000 * i, 900, "user_annotation") for i in range(2)]
     events += [
         host("aten::linear", 100, 300), host("aten::mm", 150, 100), host("aten::add", 400, 50),
@@ -180,11 +183,9 @@ def test_a_cpu_trace():
     ]  # fmt: skip
     lanes = timeline.read_lanes(events, cuda=False)
     assert [s.name for s in lanes.compute] == ["aten::linear", "aten::add", "aten::mul"]
-    found = timeline.one_step(lanes, 0, [wire.Call("reduce-scatter", 800, (0, 1), "float32")], False)
+    found = timeline.step_figures(lanes, 0, [Collective("reduce-scatter", 800, (0, 1), "float32")], False)
     assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 370, 160, 130, 500, 560]
-    assert (
-        found["collectives"][0]["kind"] == "reduce-scatter"
-    )  # what was called; gloo makes it of an all-reduce
+    assert found["collectives"][0]["kind"] == "reduce-scatter"  # as called; gloo runs an all-reduce
 
 
 def spans(*kinds):
@@ -193,7 +194,10 @@ def spans(*kinds):
 
 def test_collectives_find_their_calls():
     calls = [c._replace(payload=i) for i, c in enumerate(2 * CALLS)]  # RS AR AG RS AR AG
-    sizes = lambda *kinds, by_kind=True: [c and c.payload for c in matched(spans(*kinds), calls, by_kind)]
+
+    def sizes(*kinds, by_kind=True):
+        return [call and call.payload for call in matched(spans(*kinds), calls, by_kind)]
+
     rs, ar, ag = (c.kind for c in CALLS)
     assert sizes(ar, rs, rs, ag, ar, ag) == [1, 0, 3, 2, 4, 5]  # another order, kind by kind
     assert sizes(ar, ar, ag, ar, ar, ag, by_kind=False) == [0, 1, 2, 3, 4, 5]
@@ -202,7 +206,7 @@ def test_collectives_find_their_calls():
     assert sizes() == []
 
 
-# ---------------------------------------------------------------- what all ranks say
+# ---- what all ranks say --------------------------------------------------------------------------
 
 
 def planted_ranks():
@@ -211,13 +215,13 @@ def planted_ranks():
     for rank, late in ((0, 0), (1, 60)):
         lanes = timeline.read_lanes(gpu_trace(), cuda=True)
         moved = [
-            s._replace(start=s.start + late) if s.kind == "reduce-scatter" else s for s in lanes.collectives
+            span._replace(start=span.start + late) if span.kind == "reduce-scatter" else span
+            for span in lanes.collectives
         ]
         lanes = Lanes(lanes.bounds, lanes.compute, moved)
-        steps = [timeline.one_step(lanes, i, CALLS, True) for i in range(2)]
-        ranks.append(
-            dict(rank=rank, plain_ms=1.0, lanes=lanes, calls=[c._asdict() for c in CALLS], steps=steps)
-        )
+        steps = [timeline.step_figures(lanes, i, CALLS, True) for i in range(2)]
+        calls = [call._asdict() for call in CALLS]
+        ranks.append(dict(rank=rank, plain_ms=1.0, lanes=lanes, calls=calls, steps=steps))
     return ranks
 
 
@@ -225,9 +229,8 @@ def test_bandwidth_is_that_of_the_last_to_come():
     rows = timeline.collective_rows(planted_ranks())
     assert rows[0]["ms"] == pytest.approx(0.07) and rows[0]["last_ms"] == pytest.approx(0.04)
     assert rows[0]["bus_gbps"] == pytest.approx(4000 / 40e-6 / 1e9)
-    assert rows[2]["last_ms"] == pytest.approx(0.25) and rows[2]["bus_gbps"] == pytest.approx(
-        4000 / 250e-6 / 1e9
-    )
+    assert rows[2]["last_ms"] == pytest.approx(0.25)
+    assert rows[2]["bus_gbps"] == pytest.approx(4000 / 250e-6 / 1e9)
     ranks = planted_ranks()
     ranks[1]["steps"][0]["collectives"].pop()
     assert timeline.collective_rows(ranks) == []
@@ -238,47 +241,52 @@ def test_the_chrome_trace(tmp_path):
     trace = timeline.chrome_trace(planted_ranks())["traceEvents"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace if e["name"] == "thread_name"}
     assert [names[1, lane] for lane in range(6)] == [
-        "steps", "exposed communication", "communication, 20", "communication, 21", "compute, 7", "compute, 13",
-    ]  # fmt: skip
+        "steps",
+        "exposed communication",
+        "communication, 20",
+        "communication, 21",
+        "compute, 7",
+        "compute, 13",
+    ]
     for rank in range(2):
         mine = [e for e in trace if e["ph"] == "X" and e["pid"] == rank]
         assert min(e["ts"] for e in mine) == 0 and "old" not in {e["name"] for e in mine}
-        lane = lambda tid, mine=mine: [e for e in mine if e["tid"] == tid]
-        assert sum(e["dur"] for e in lane(1)) == pytest.approx(
-            sum(e["args"]["exposed_ms"] for e in lane(0)) * 1000
-        )
-        assert len(lane(0)) == 2 and len(lane(4)) == 2
+        lanes = {tid: [e for e in mine if e["tid"] == tid] for tid in range(6)}
+        exposed_ms = sum(e["args"]["exposed_ms"] for e in lanes[0])
+        assert sum(e["dur"] for e in lanes[1]) == pytest.approx(exposed_ms * 1000)
+        assert len(lanes[0]) == 2 and len(lanes[4]) == 2
     timeline.picture(planted_ranks(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_calls_of_a_recorded_step():
-    """A replayed graph calls nothing: the recording's calls count, and what the step calls itself besides."""
-    recorder, made = wire.Recorder(), []
+def test_the_calls_of_a_captured_step():
+    """A replayed graph calls nothing: the capture's calls count, and what the step calls itself besides."""
+    recorder, made = Recorder(), []
 
     class Optimizer:
         def schedule(self):
             recorder.events += made
 
-    watched = timeline.calls_of_a_step(SimpleNamespace(Optimizer=Optimizer), recorder)
+    watched = timeline.StepWatch(SimpleNamespace(Optimizer=Optimizer), recorder).calls_of
     optimizer = Optimizer()
     made[:] = CALLS[:1]
     optimizer.schedule()
     made[:] = CALLS
-    optimizer.schedule()  # the recording
+    optimizer.schedule()  # the capture
     assert watched(lambda: None) == CALLS
     assert watched(lambda: recorder.events.append(CALLS[0])) == [CALLS[0], *CALLS]
     assert watched(optimizer.schedule) == CALLS  # eager: once, not twice
 
 
-# ---------------------------------------------------------------- the command
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def torchrun(ranks, *args):
-    env = {k: v for k, v in os.environ.items() if k.lower() not in TINY} | dict(OMP_NUM_THREADS="1")
+    env = {k: v for k, v in os.environ.items() if k.lower() not in TINY}
+    env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT / "tools"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*command, str(ROOT / "tools/lab/bench.py"), *map(str, args)], env=env, text=True,
-                          capture_output=True, timeout=180)  # fmt: skip
+    command += ["-m", "lab.bench", *map(str, args)]
+    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=180)
 
 
 def test_two_ranks(tmp_path):
@@ -330,16 +338,15 @@ def test_nothing_half_written(tmp_path, capsys):
     at.mkdir()
     assert bench.main(["--timeline", str(at), "--steps", "1", *KNOBS], {}) == 2
     said = capsys.readouterr()
-    assert said.err.endswith("cannot write: Is a directory\n") and "steps: median of the ranks" in said.out
+    assert said.err.endswith("cannot write: Is a directory\n")
+    assert "steps: median of the ranks" in said.out
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
 
 
 def test_the_documented_script_without_streams_and_graph_still_comes_out_of_the_trainer():
     """Its two sed expressions each change one line, and what they leave is Python."""
-    text, lines = (
-        (ROOT / "docs/ranks.md").read_text(encoding="utf-8"),
-        (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines(),
-    )
+    text = (ROOT / "docs/ranks.md").read_text(encoding="utf-8")
+    lines = (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()
     found = re.findall(r"^.*-e '(s/.*/)'.*$", text, re.M)
     assert len(found) == 2
     for expression in found:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from record_helpers import MARKERS, NAME, TRACK, make
 
 

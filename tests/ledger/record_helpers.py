@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import fixtures_records as fx
-
 from ledger import record, record_claims, record_folder, runlog
 
 TRACK, SEEDS, NAME = "track_h100x1_5min", (42, 1337, 2025), "2026-11-22_Base"

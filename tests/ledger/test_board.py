@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from record_helpers import MARKERS, make, run
-
 from ledger.board import BOARD
+from record_helpers import MARKERS, make, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

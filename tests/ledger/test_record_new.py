@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import fixtures_records as fx
-from record_helpers import NAME, SEEDS, TRACK, fails, make, refuse, run, verdict, write_logs
-
 from ledger import record_folder
+from record_helpers import NAME, SEEDS, TRACK, fails, make, refuse, run, verdict, write_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 

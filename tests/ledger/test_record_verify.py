@@ -6,8 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-import fixtures_records as fx
 import pytest
+
+import fixtures_records as fx
+from ledger import record_claims
+from ledger.schema import schema_errors, submission_schema
 from record_helpers import (
     NAME,
     TRACK,
@@ -22,9 +25,6 @@ from record_helpers import (
     verdict,
     write_logs,
 )
-
-from ledger import record_claims
-from ledger.schema import schema_errors, submission_schema
 
 
 def test_a_good_folder_passes(folder):

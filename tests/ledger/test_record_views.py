@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import fixtures_records as fx
-from record_helpers import NAME, edit, edit_json, make, run
-
 from ledger import diff, stats
+from record_helpers import NAME, edit, edit_json, make, run
 
 
 def test_plot(repo, folder, tmp_path, capsys):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fixtures_records as fx
 import pytest
-from record_helpers import NAME, TRACK, edit_log, run, write_logs
 
+import fixtures_records as fx
 from ledger import runlog
+from record_helpers import NAME, TRACK, edit_log, run, write_logs
 
 
 def test_parse_is_not_fooled_by_the_source(tmp_path):

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import train_gpt as t
 from mutations import small_artifact
 from reader import VIOLATION, Violation, clock, outcome, since
 from xz_streams import blocks, compress, with_dictionary
-
-import train_gpt as t
 
 MEMORY = 1_600_000_000  # most bytes that the reader may need
 MEMORY_REFUSED = 6_000_000_000  # the operating system gives no more than these

@@ -17,9 +17,9 @@ import zlib
 from typing import NamedTuple
 
 import torch
-from xz_streams import blocks, compress, with_dictionary
 
 import train_gpt as t
+from xz_streams import blocks, compress, with_dictionary
 
 SMALL = dict(
     vocab_size=16,

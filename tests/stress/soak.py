@@ -16,9 +16,9 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-from kill_runs import began, ended, start, wait_until
 
 from helpers import temporary_folder
+from kill_runs import began, ended, start, wait_until
 
 
 class Sample(NamedTuple):

@@ -8,17 +8,17 @@ import pickle
 import random
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
 import bombs
 import fuzz_artifact
 import mutations
-import pytest
 import reader
-import torch.distributed as dist
-from mutations import KIND, NAME, OFFSET, SHAPE
-from xz_streams import blocks, compress
-
 import train_gpt as t
 from helpers import english_dataset, stop_one_line
+from mutations import KIND, NAME, OFFSET, SHAPE
+from xz_streams import blocks, compress
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import soak
-
 import train_gpt as t
 
 

@@ -18,7 +18,9 @@ import torch
 import train_gpt as t
 from helpers import ROOT, noisy_model, tiny
 
-SMALL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, ve_dim=4, bigram_dim=4, bigram_vocab_size=16)
+SMALL = dict(
+    num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, ve_dim=4, bigram_dim=4, bigram_vocab_size=16
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,9 @@ def test_quantize_takes_the_clip_of_least_squared_error(kind, limit):
 def test_without_clipping_the_error_is_half_a_step(kind, limit):
     W = gaussian(4, 200).clamp(-2, 2)  # flat-topped: the full range is best
     codes, scales = t.quantize(W, kind)
-    assert ((codes * scales.float() - W).square().sum() <= (W.abs().amax(-1) / limit / 2).square().sum() * 200).all()
+    assert (
+        (codes * scales.float() - W).square().sum() <= (W.abs().amax(-1) / limit / 2).square().sum() * 200
+    ).all()
 
 
 def test_rows_of_zeros_and_tiny_rows():
@@ -129,7 +133,9 @@ def test_round_trip_error_by_kind(h, tensors, blob):
 def test_same_tensors_same_bytes(h, tensors, blob):
     assert t.pack_artifact(tensors, h) == blob
     assert t.pack_artifact(dict(reversed(tensors.items())), h) == blob
-    copies = {k: torch.nn.Parameter(v.clone().mT.contiguous().mT) if v.dim() > 1 else v for k, v in tensors.items()}
+    copies = {
+        k: torch.nn.Parameter(v.clone().mT.contiguous().mT) if v.dim() > 1 else v for k, v in tensors.items()
+    }
     assert t.pack_artifact(copies, h) == blob  # strides and gradients do not count
     assert t.pack_artifact(tensors, tiny(**SMALL, seed=5, matrix_lr=0.5, out_dir="elsewhere")) == blob
     changed = dict(tensors, ve_scale=tensors["ve_scale"] + 1e-3)
@@ -173,7 +179,9 @@ def test_layout_is_the_documented_one(h, tensors, blob):
 def test_the_header_is_enough_to_build_the_model(h, blob):
     config = t.open_artifact(blob)[0]["config"]
     rebuilt = t.GPT(t.load_config([f"{k}={v}" for k, v in (SMALL_RUN | config).items()], {}))
-    assert {k: p.shape for k, p in rebuilt.named_parameters()} == {k: v.shape for k, v in t.unpack_artifact(blob).items()}
+    assert {k: p.shape for k, p in rebuilt.named_parameters()} == {
+        k: v.shape for k, v in t.unpack_artifact(blob).items()
+    }
 
 
 SMALL_RUN = dict(train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, eval_batch_tokens=64)
@@ -230,7 +238,9 @@ def rebuilt(blob, change, payload=None):
     header, old, _ = parse(blob)
     header = change(header) or header
     text = json.dumps(header).encode()
-    return lzma.compress(b"GPT6" + struct.pack("<I", len(text)) + text + (old if payload is None else payload))
+    return lzma.compress(
+        b"GPT6" + struct.pack("<I", len(text)) + text + (old if payload is None else payload)
+    )
 
 
 def set_row(header, column, value, row=0):
@@ -327,9 +337,13 @@ def test_packed_code_is_deterministic_and_holds_the_source(source):
     packed = t.packed_code(source)
     assert packed == t.packed_code(source) and packed != t.packed_code(source + "\n")
     assert len(packed) < len(source.encode()) / 2
-    assert {n.name for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Import) for n in node.names} == {"lzma", "base64"}
+    assert {
+        n.name for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Import) for n in node.names
+    } == {"lzma", "base64"}
     text = packed.split(b"'")[1]
-    raw = lzma.decompress(base64.b85decode(text), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+    raw = lzma.decompress(
+        base64.b85decode(text), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    )
     assert raw.decode() == source
 
 
@@ -340,7 +354,12 @@ def test_packed_code_runs_any_program(name):
         "module scope": "import sys\ndef f():\n    return g()\ndef g():\n    return __name__\nprint(f())",
         "text that quotes would break": "print('é \\' \"\"\" \\\\ {x}')",
     }[name]
-    run = lambda code: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    run = lambda code: subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
     plain, packed = run(program), run(t.packed_code(program).decode())
     assert plain.returncode == packed.returncode == 0, packed.stderr
     assert packed.stdout == plain.stdout

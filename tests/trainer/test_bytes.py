@@ -2,18 +2,14 @@
 
 import math
 import struct
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece
 
-import train_gpt as t
-
-
 import audit  # noqa: E402
+import train_gpt as t
 from helpers import BOS, english, english_dataset, tiny, train_tokenizer  # noqa: E402
 
 SPACE = "\u2581"
@@ -183,7 +179,11 @@ def test_unused_pieces_and_inner_marks(vocabularies, tmp_path):
     source, sp = vocabularies["ordinary"]
     ids = [i for i in range(sp.vocab_size()) if not sp.is_byte(i) and i > 3]
     a, b, c = (sp.id_to_piece(i) for i in ids[10:13])
-    edits = {a: lambda kind: (a, unused), b: lambda kind: (f"{SPACE}q{SPACE}é", kind), c: lambda kind: (f"{SPACE}zz", unused)}
+    edits = {
+        a: lambda kind: (a, unused),
+        b: lambda kind: (f"{SPACE}q{SPACE}é", kind),
+        c: lambda kind: (f"{SPACE}zz", unused),
+    }
     change = lambda text, kind: edits[text](kind) if text in edits else (text, kind)
     counts = t.sentencepiece_counts(edit_pieces(source, tmp_path / "edited.model", change))
     assert counts.of(np.array([ids[0], ids[10]]))[0] == 0 and counts.boundary[ids[10]]

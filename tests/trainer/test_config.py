@@ -66,7 +66,9 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
     assert dataclasses.asdict(h) == expected
 
 
-@pytest.mark.parametrize("text,value", [("1", True), ("true", True), ("True", True), ("0", False), ("FALSE", False)])
+@pytest.mark.parametrize(
+    "text,value", [("1", True), ("true", True), ("True", True), ("0", False), ("FALSE", False)]
+)
 def test_spellings_of_a_flag(text, value):
     assert t.load_config([f"fit_cap={text}"], {}).fit_cap is value
 
@@ -203,7 +205,9 @@ def test_bad_commands_are_one_line_and_status_2(argv, words, capfd, monkeypatch,
 
 def test_world_size_must_cut_the_batch():
     with pytest.raises(t.InputError, match="WORLD_SIZE=3 .*train_batch_tokens"):
-        t.init_machine(t.load_config([f"{k}={v}" for k, v in TINY.items()], {}), {"WORLD_SIZE": "3", "RANK": "0"})
+        t.init_machine(
+            t.load_config([f"{k}={v}" for k, v in TINY.items()], {}), {"WORLD_SIZE": "3", "RANK": "0"}
+        )
     assert not t.dist.is_initialized()
 
 
@@ -223,7 +227,11 @@ def test_as_a_program(argv, word, tmp_path):
     argv = [a.format(data=english_dataset().path, file=file) for a in argv]
     env = {k: v for k, v in os.environ.items() if k.lower() not in FIELDS}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), *argv], capture_output=True, text=True, cwd=tmp_path, env=env
+        [sys.executable, str(ROOT / "train_gpt.py"), *argv],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("train_gpt.py: ") and done.stderr.count("\n") == 1 and word in done.stderr

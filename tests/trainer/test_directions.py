@@ -152,7 +152,12 @@ def test_matrix_update_over_several_steps(shape):
     W, momentum = gaussian(*shape), torch.zeros(shape)
     w, m = W.double().numpy().copy(), np.zeros(shape)
     for step in range(5):
-        g, mu, lr_mul, clip = gaussian(*shape, seed=10 + step), 0.85 + 0.02 * step, 1 - 0.1 * step, [1.0, 0.3][step % 2]
+        g, mu, lr_mul, clip = (
+            gaussian(*shape, seed=10 + step),
+            0.85 + 0.02 * step,
+            1 - 0.1 * step,
+            [1.0, 0.3][step % 2],
+        )
         before = g.clone()
         t.matrix_update(W, g, momentum, scalars(clip, mu, 0.02 * lr_mul), h)
         assert torch.equal(g, before)
@@ -177,7 +182,9 @@ def test_adam_update_is_adamw():
     m, v, lr, wd = torch.zeros(57), torch.zeros(57), per_element(lrs), per_element(wds)
     for step in range(1, 7):
         g, clip, lr_mul = gaussian(57, seed=step), [1.0, 0.2][step % 2], 1.0 - 0.1 * step
-        t.adam_update((p, g, m, v, lr, wd), scalars(clip, math.nan, adam=lr_mul, c1=1 - 0.8**step, c2=1 - 0.9**step), h)
+        t.adam_update(
+            (p, g, m, v, lr, wd), scalars(clip, math.nan, adam=lr_mul, c1=1 - 0.8**step, c2=1 - 0.9**step), h
+        )
         for x, part, group, rate in zip(reference, g.split(sizes), adamw.param_groups, lrs):
             x.grad, group["lr"] = clip * part.double(), rate * lr_mul
         adamw.step()

@@ -9,7 +9,6 @@ import os
 import re
 
 import pytest
-import torch
 
 import train_gpt as t
 from helpers import english_args, english_dataset, run_ranks, temporary_folder
@@ -18,7 +17,9 @@ STEPS = 10
 KNOBS = dict(iterations=STEPS, warmup_steps=1, train_batch_tokens=1024, micro_batch_tokens=128, val_tokens=100, report_split="other",
              max_wallclock_seconds=600, checkpoint_every=1e-6)  # fmt: skip
 LOSSES = re.compile(r"^step:\d+/\d+ train_loss:(\S+) ", re.M)
-SCORES = re.compile(r"^(?:final_int6_\w+_exact|report split:other metric:\w+) val_loss:(\S+) val_bpb:(\S+)$", re.M)
+SCORES = re.compile(
+    r"^(?:final_int6_\w+_exact|report split:other metric:\w+) val_loss:(\S+) val_bpb:(\S+)$", re.M
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,19 +77,26 @@ def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
     assert all(other == [live, average] for other in others) and live != average  # bit-equal
     log, blob = text(folder), (folder / "run.int6.xz").read_bytes()
     assert "machine world_size:8 " in log and not re.search(r"^rank \d", log, re.M)
-    assert [len(re.findall(rf"^{x}", log, re.M)) for x in ("step:", "final_score ")] == [STEPS + 1, 1]  # rank 0 alone writes
+    assert [len(re.findall(rf"^{x}", log, re.M)) for x in ("step:", "final_score ")] == [
+        STEPS + 1,
+        1,
+    ]  # rank 0 alone writes
     assert t.main(argv(tmp_path, checkpoint_every=0)) == 0
     one = text(tmp_path)
     losses = [[float(x) for x in LOSSES.findall(each)] for each in (log, one)]
     assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=2e-4)
     assert losses[0][-1] < losses[0][0] - 0.5
     mine, theirs = ([float(x) for pair in SCORES.findall(each) for x in pair] for each in (log, one))
-    assert len(mine) == 6 and mine == pytest.approx(theirs, abs=2e-3)  # of two trainings, a code may round the other way
+    assert len(mine) == 6 and mine == pytest.approx(
+        theirs, abs=2e-3
+    )  # of two trainings, a code may round the other way
 
     scoring = ["eval", str(folder / "run.int6.xz"), f"data_path={english_dataset().path}", f"out_dir={tmp_path}",
                "eval_batch_tokens=512", "val_tokens=100", "report_split=other"]  # fmt: skip
     assert t.main([*scoring, "run_id=by1"]) == 0
-    assert run_ranks(main_rank, 3, [*scoring, "run_id=by3"]) == [(0, [])] * 3  # three could not share a step's batch
+    assert (
+        run_ranks(main_rank, 3, [*scoring, "run_id=by3"]) == [(0, [])] * 3
+    )  # three could not share a step's batch
     for name in ("by1.txt", "by3.txt"):
         again = [float(x) for pair in SCORES.findall(text(tmp_path, name)) for x in pair]
         assert again == pytest.approx(mine, abs=2e-8)  # of one file

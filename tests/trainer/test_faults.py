@@ -5,9 +5,7 @@ import dataclasses
 import os
 import random
 import re
-import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +14,16 @@ import torch
 
 import kill_runs
 import train_gpt as t
-from helpers import ROOT, english_args, english_dataset, machine, noisy_model, random_tokens, run_ranks, stop_one_line, tiny
-
-
+from helpers import (
+    english_args,
+    english_dataset,
+    machine,
+    noisy_model,
+    random_tokens,
+    run_ranks,
+    stop_one_line,
+    tiny,
+)
 from ledger import claims, log_claims, record_claims, runlog, tracks  # noqa: E402
 
 STEPS = 12
@@ -32,7 +37,9 @@ def clean_environment(monkeypatch):
 
 def args(folder, **knobs):
     """A short run that writes a checkpoint after every step."""
-    return english_args(**(dict(out_dir=folder, iterations=STEPS, checkpoint_every=1e-6, warmup_steps=1) | knobs))
+    return english_args(
+        **(dict(out_dir=folder, iterations=STEPS, checkpoint_every=1e-6, warmup_steps=1) | knobs)
+    )
 
 
 def lines(folder):
@@ -86,7 +93,9 @@ def test_killed_and_resumed_is_bit_equal(world, monkeypatch):
 
 def trained(rank, folder, steps, read):
     """Some steps of four-rank-proof training, then a checkpoint; or one that is read and written elsewhere."""
-    h = tiny(step_rule="normuon", checkpoint_every=1, resume="auto", train_batch_tokens=192, micro_batch_tokens=64)
+    h = tiny(
+        step_rule="normuon", checkpoint_every=1, resume="auto", train_batch_tokens=192, micro_batch_tokens=64
+    )
     m = t.init_machine(h, os.environ)
     log = t.Log(f"{folder}/{'run' if not read else read}.txt", None)
     model = noisy_model(h, seed=3 if not read else 5)
@@ -113,7 +122,9 @@ def test_another_number_of_ranks_reads_the_same_state(worlds, tmp_path):
     a = kill_runs.final_state(tmp_path, worlds[0], 3)
     b = kill_runs.final_state(tmp_path, worlds[1], 3, "again")
     assert len(a) == 2 + 2 * 18 + 2 * 4 and kill_runs.same(a, b)
-    assert all(a[f"momentum.{x.name}"].abs().max() > 0 and a[f"second.{x.name}"].min() >= 0 for x in t.MATRICES)
+    assert all(
+        a[f"momentum.{x.name}"].abs().max() > 0 and a[f"second.{x.name}"].min() >= 0 for x in t.MATRICES
+    )
 
 
 def stopped(folder, monkeypatch, step, **knobs):
@@ -153,7 +164,7 @@ def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch,
     for other in (path.replace("step3", "step5"), str(tmp_path / "run.txt")):
         err = stop_one_line(args(tmp_path / "b", run_id=len(other), resume=other), capsys)
         assert f"{other}: not of a sound checkpoint" in err
-    assert t.main(args(tmp_path / "c", resume=path, checkpoint_every=0)) == 0      # by name, into another folder
+    assert t.main(args(tmp_path / "c", resume=path, checkpoint_every=0)) == 0  # by name, into another folder
     assert f"resumed step:3 from {path[:-9]}*" in "\n".join(lines(tmp_path / "c"))
 
 
@@ -171,16 +182,25 @@ def test_a_signal_ends_the_step_saves_and_scores(whole, tmp_path, monkeypatch):
     stopped(tmp_path, monkeypatch, 5)
     assert signal.getsignal(signal.SIGTERM) is handler
     text = lines(tmp_path)
-    assert sets(tmp_path)[-1] == 5 and any(re.match(r"stopping_early: signal train_time:\d+ms step:5/12$", x) for x in text)
+    assert sets(tmp_path)[-1] == 5 and any(
+        re.match(r"stopping_early: signal train_time:\d+ms step:5/12$", x) for x in text
+    )
     assert text[-1].startswith("final_score ") and " steps:5 " in text[-1]
     run = runlog.parse_log(tmp_path / "run.txt")
     assert not run.resumed and log_claims.steps_fault(run) is None
     assert t.main(args(tmp_path, resume="auto")) == 0
     assert kill_runs.same(kill_runs.final_state(tmp_path, step=STEPS), whole[1])
     run = runlog.parse_log(tmp_path / "run.txt")
-    assert len(run.resumed) == 1 and log_claims.steps_fault(run) is None and run.final_scores == 1 and not run.trailing
+    assert (
+        len(run.resumed) == 1
+        and log_claims.steps_fault(run) is None
+        and run.final_scores == 1
+        and not run.trailing
+    )
     assert [s.step for s in run.steps if s.kind == "train"] == list(range(1, STEPS + 1))
-    case = type("Case", (), dict(track=tracks.TRACKS["track_h100x1_5min"], stored={"record": True}, runs=[run]))
+    case = type(
+        "Case", (), dict(track=tracks.TRACKS["track_h100x1_5min"], stored={"record": True}, runs=[run])
+    )
     with pytest.raises(claims.Wrong, match="resumed 1 times: the clock does not count what was lost"):
         record_claims.claim_clock(case)
     case.stored = {"record": False}
@@ -223,6 +243,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 
 def stop_in_warmup(rank):
     """A signal before the first step: of torch.compile's workers, too, when it is a process group's."""
+
     def slow(*a):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -264,7 +285,9 @@ def test_a_rank_that_dies_takes_the_other_down_its_traceback_first(tmp_path):
     statuses = kill_runs.ended(kill_runs.start(tmp_path, 2, crash_on_rank_1))
     assert statuses == [1, 1] and time.monotonic() - began < 60
     text = lines(tmp_path)
-    first, second = (next(i for i, x in enumerate(text) if x.startswith(f"rank {r}: Traceback")) for r in (1, 0))
+    first, second = (
+        next(i for i, x in enumerate(text) if x.startswith(f"rank {r}: Traceback")) for r in (1, 0)
+    )
     assert first < second and "ZeroDivisionError: cosmic ray" in text[first:second]
 
 
@@ -293,12 +316,19 @@ def test_numbers_that_are_none_end_the_run_with_a_diagnosis(tmp_path, monkeypatc
     capsys.readouterr()
     assert t.main(args(tmp_path)) == 1
     err = capsys.readouterr().err
-    found = re.search(r"step (\d+): diverged, loss nan, gradient norm nan, first bad tensor (\w+), last good checkpoint (\d+)", err)
+    found = re.search(
+        r"step (\d+): diverged, loss nan, gradient norm nan, first bad tensor (\w+), last good checkpoint (\d+)",
+        err,
+    )
     assert found and 5 <= int(found[1]) <= 7 and int(found[3]) <= 5, err
     assert found[0] in "\n".join(lines(tmp_path)) and not (tmp_path / "run.int6.xz").exists()
     for path in (tmp_path / f"run.step{n}.0of1.ckpt" for n in sets(tmp_path)):
         header_end = 4 + int.from_bytes(path.read_bytes()[:4], "little")
-        assert torch.frombuffer(bytearray(path.read_bytes()[header_end:-32]), dtype=torch.float32).isfinite().all()
+        assert (
+            torch.frombuffer(bytearray(path.read_bytes()[header_end:-32]), dtype=torch.float32)
+            .isfinite()
+            .all()
+        )
     monkeypatch.undo()
     assert t.main(args(tmp_path, resume="auto")) == 0  # the sound one is there to go on from
 
@@ -306,12 +336,15 @@ def test_numbers_that_are_none_end_the_run_with_a_diagnosis(tmp_path, monkeypatc
 def test_a_last_step_that_diverges_is_found_too(tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, STEPS - 1, lambda o: parameter(o, "kv_bank").view(-1)[:1].fill_(float("nan")))
     assert t.main(args(tmp_path)) == 1
-    assert f"step {STEPS}: diverged, loss nan" in capsys.readouterr().err and not (tmp_path / "run.int6.xz").exists()
+    assert (
+        f"step {STEPS}: diverged, loss nan" in capsys.readouterr().err
+        and not (tmp_path / "run.int6.xz").exists()
+    )
 
 
 def parameter(optimizer, name):
     """The storage of a parameter, from the optimizer's own buffers."""
-    if name in ("qo_bank", "kv_bank"):        # alone in their buffers
+    if name in ("qo_bank", "kv_bank"):  # alone in their buffers
         return optimizer.bank[name.removesuffix("_bank")]
     shapes, at = t.parameter_table(optimizer.h), 0
     for spec in t.SMALL:
@@ -324,7 +357,9 @@ def parameter(optimizer, name):
 def test_a_gradient_beyond_reason_ends_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(t, "DIVERGED", 1e-3)
     assert t.main(args(tmp_path, checkpoint_every=0)) == 1
-    assert re.search(r"step 2: diverged, .* first bad tensor none, last good checkpoint none", capsys.readouterr().err)
+    assert re.search(
+        r"step 2: diverged, .* first bad tensor none, last good checkpoint none", capsys.readouterr().err
+    )
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -340,7 +375,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert t.main(args(tmp_path)) == 0
     text = lines(tmp_path)
     good = sets(tmp_path)[-1]
-    assert good <= 4 and any(re.match(rf"checkpoint step:12 failed: .*No space left.*; step:{good} stays$", x) for x in text)
+    assert good <= 4 and any(
+        re.match(rf"checkpoint step:12 failed: .*No space left.*; step:{good} stays$", x) for x in text
+    )
     assert text[-1].startswith("final_score") and (tmp_path / "run.int6.xz").exists()
     assert kill_runs.final_state(tmp_path, step=good)
 
@@ -359,7 +396,9 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path, monkeypatch, capsys):
             return getattr(self.file, name)
 
     real = t.Log.__init__
-    monkeypatch.setattr(t.Log, "__init__", lambda self, *a, **k: real(self, *a, **k) or setattr(self, "file", Full(self.file)))
+    monkeypatch.setattr(
+        t.Log, "__init__", lambda self, *a, **k: real(self, *a, **k) or setattr(self, "file", Full(self.file))
+    )
     err = stop_one_line(args(tmp_path), capsys)
     assert "run.txt: cannot write the log (No space left on device)" in err
     assert any(x.startswith("step:2/") for x in lines(tmp_path))
@@ -381,7 +420,10 @@ def test_a_stuck_read_names_the_file_and_ends(tmp_path):
     began = time.monotonic()
     assert kill_runs.ended(kill_runs.start(tmp_path, fault=stick)) == [1]
     assert time.monotonic() - began < 40
-    assert re.search(rf"rank 0: {english_dataset().path}/tiny_train_00000\d.bin: not read within 0.5 s", lines(tmp_path)[-1])
+    assert re.search(
+        rf"rank 0: {english_dataset().path}/tiny_train_00000\d.bin: not read within 0.5 s",
+        lines(tmp_path)[-1],
+    )
 
 
 def test_host_copies_are_of_the_moment():
@@ -414,8 +456,14 @@ def test_a_gpus_copies_cross_beside_its_queue_and_the_host_asks(monkeypatch, pas
     events = []
     side = SideStream(events, passes)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(events.append(f"on side {stream is side}")))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: events.append(f"held for side {stream is side}"))
+    monkeypatch.setattr(
+        torch.cuda,
+        "stream",
+        lambda stream: contextlib.nullcontext(events.append(f"on side {stream is side}")),
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: events.append(f"held for side {stream is side}")
+    )
     monkeypatch.setattr(t, "PATIENCE", 0.3)
     fetched = dataclasses.replace(machine(), pin=True, streams=(side,)).fetch(torch.ones(2), torch.zeros(1))
     assert events == ["waits for main", "on side True", "event", "held for side True", "held for side True"]
@@ -439,9 +487,16 @@ def late(rank):
 
 
 def test_the_clock_starts_when_the_last_rank_is_ready(tmp_path):
-    processes = kill_runs.start(tmp_path, 2, late, iterations=3, train_log_every=1, checkpoint_every=0, resume="")
+    processes = kill_runs.start(
+        tmp_path, 2, late, iterations=3, train_log_every=1, checkpoint_every=0, resume=""
+    )
     assert kill_runs.ended(processes) == [0, 0]
-    ms = [float(x) for x in re.findall(r"^step:\d/3 train_loss:\S+ train_time:(\d+)ms", (tmp_path / "run.txt").read_text(), re.M)]
+    ms = [
+        float(x)
+        for x in re.findall(
+            r"^step:\d/3 train_loss:\S+ train_time:(\d+)ms", (tmp_path / "run.txt").read_text(), re.M
+        )
+    ]
     assert len(ms) == 3 and ms[-1] < 2000, ms
 
 

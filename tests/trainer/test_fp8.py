@@ -12,7 +12,9 @@ import train_gpt as t
 from helpers import ROOT, emulate_fp8, english_args, noisy_model, random_tokens, tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32    # the interpreter's bf16 products are wrong
+DTYPE = (
+    torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+)  # the interpreter's bf16 products are wrong
 on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU does, or emulates")
 SIZES = dict(num_layers=1, xsa_last_n=1, ve_last_n=1, model_dim=64, num_heads=2, num_kv_heads=1, mlp_mult=3.0)
 
@@ -52,7 +54,7 @@ def interpreter_rounds(monkeypatch):
 def test_both_products_are_of_e4m3_copies(size):
     """h is of the float64 product of x's and up's copies, y that of h's and down's; a zero is a zero."""
     x, up, down = draws(*size)
-    x, up[5] = x[0], 100 * up[5]            # h of one row saturates
+    x, up[5] = x[0], 100 * up[5]  # h of one row saturates
     (x8, _), (up8, a), (down8, b) = t.to_fp8(x, 0.125), t.to_fp8(up), t.to_fp8(down)
     assert up8.float().abs().max() == down8.float().abs().max() == 448
     step = torch.tensor(0.5, device=DEVICE)
@@ -61,13 +63,15 @@ def test_both_products_are_of_e4m3_copies(size):
     assert relative(h, F.leaky_relu(u, 0.5).square()) < (1e-6 if DTYPE == torch.float32 else 4e-3)
     h8 = (h.float() / step).clamp(max=448).to(torch.float8_e4m3fn).double()
     assert (h8 == 448).any() and h.dtype == y.dtype == DTYPE
-    assert relative(y, h8 @ down8.double().T * (step.double() * b.double())) < (1e-6 if DTYPE == torch.float32 else 5e-3)
+    assert relative(y, h8 @ down8.double().T * (step.double() * b.double())) < (
+        1e-6 if DTYPE == torch.float32 else 5e-3
+    )
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(t.mlp8_op, (x8, up8, down8, [0.125 * a, step, b], DTYPE), test_utils=checks)
     nothing, step = t.to_fp8(torch.zeros(16, 32))
     assert not nothing.float().any() and step > 0
     big, _ = t.to_fp8(torch.tensor([1e9, -1e9]), 0.125)
-    assert big.tolist() == [448, -448]      # not NaN
+    assert big.tolist() == [448, -448]  # not NaN
 
 
 def test_its_backward_is_the_one_without():
@@ -88,8 +92,10 @@ def test_its_backward_is_the_one_without():
 def test_steps_follow_the_matrices():
     """The error is e4m3's at any size of either matrix, and nothing but zeros comes of zeros."""
     x, up, down = draws(2, 64, 64, 192)
-    errors = [relative(t.FusedMLP8.apply(x, a * up, b * down), t.mlp(x, a * up, b * down))
-              for a, b in ((1, 1), (0.02, 1), (50, 1), (1, 0.02), (1, 50))]
+    errors = [
+        relative(t.FusedMLP8.apply(x, a * up, b * down), t.mlp(x, a * up, b * down))
+        for a, b in ((1, 1), (0.02, 1), (50, 1), (1, 0.02), (1, 50))
+    ]
     assert 0.02 < min(errors) and max(errors) < 0.07 and max(errors) < 1.2 * min(errors), errors
     assert not t.FusedMLP8.apply(x, 0 * up, down).any() and not t.FusedMLP8.apply(x, up, 0 * down).any()
 
@@ -100,7 +106,9 @@ def test_steps_follow_the_matrices():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
     """One graph each: the loss and gradients of the eager one; without gradients those of the MLP without fp8."""
-    monkeypatch.setattr(t, "bind", lambda fast, reference, inputs, name="triton", limit=0.01: t.Bound(fast, name))
+    monkeypatch.setattr(
+        t, "bind", lambda fast, reference, inputs, name="triton", limit=0.01: t.Bound(fast, name)
+    )
     h = tiny(**SIZES | dict(num_layers=2), fp8=1)
     ops, names = t.bind_ops(h, DEVICE)
     models = [noisy_model(h).to(DEVICE) for _ in range(3)]
@@ -111,9 +119,12 @@ def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
     losses = [fn(x, y) for fn in (compiled, models[1].loss, models[2].loss)]
     for loss in losses:
         loss.backward()
-    assert names["mlp"] == "triton+fp8" and abs(losses[0] - losses[1]) < 1e-4 < abs(losses[1] - losses[2]) < 0.02 * losses[2]
+    assert (
+        names["mlp"] == "triton+fp8"
+        and abs(losses[0] - losses[1]) < 1e-4 < abs(losses[1] - losses[2]) < 0.02 * losses[2]
+    )
     grads = [[p.grad for p in model.parameters() if p.dim() > 1] for model in models]
-    assert max(map(relative, grads[0], grads[1])) < 0.02    # an ulp in front of e4m3 is a step of it behind
+    assert max(map(relative, grads[0], grads[1])) < 0.02  # an ulp in front of e4m3 is a step of it behind
     assert 0.01 < max(map(relative, grads[1], grads[2])) < 0.2
     with torch.no_grad():
         scores = [fn(x, y) for fn in (compiled, models[1].loss, models[2].loss)]
@@ -123,7 +134,9 @@ def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
 def test_the_artifact_does_not_know_it():
     h = tiny(**SIZES)
     assert h.fp8
-    header, _ = t.open_artifact(t.pack_artifact({k: v.detach() for k, v in noisy_model(h).named_parameters()}, h))
+    header, _ = t.open_artifact(
+        t.pack_artifact({k: v.detach() for k, v in noisy_model(h).named_parameters()}, h)
+    )
     assert "fp8" not in header["config"]
 
 
@@ -134,8 +147,10 @@ def test_the_artifact_does_not_know_it():
 def test_what_is_wrong_is_not_bound(monkeypatch):
     """The log's name says by how much; what is wrong costs the MLP in bf16 nothing."""
     monkeypatch.setattr(t, "bind_attention", lambda h, device: t.Bound(t.attend_sdpa, "none"))
-    bound = lambda **knobs: (lambda ops, names: (ops.mlp, names["mlp"]))(*t.bind_ops(tiny(**SIZES, **knobs), DEVICE))
-    line, name = bound()    # a CPU's interpreter is wrong in bf16
+    bound = lambda **knobs: (lambda ops, names: (ops.mlp, names["mlp"]))(
+        *t.bind_ops(tiny(**SIZES, **knobs), DEVICE)
+    )
+    line, name = bound()  # a CPU's interpreter is wrong in bf16
     assert line is t.mlp and re.fullmatch(r"torch \(error \S+\),fp8:torch\(error\S+\)", name), name
     emulate_fp8(monkeypatch)
     assert bound(fp8=0) == (t.FusedMLP.apply, "triton")
@@ -150,7 +165,7 @@ def test_what_is_wrong_is_not_bound(monkeypatch):
             assert fn == t.FusedMLP.apply and re.fullmatch(rf"triton,fp8:torch\({why}\S*\)", told), told
 
     fails("mlp8_op", lambda *a: (right(*a)[0], 1.15 * right(*a)[1]), "error0.1")
-    fails("mlp8_op", lambda *a: (1.15 * right(*a)[0], right(*a)[1]), "error1")     # the signs, too
+    fails("mlp8_op", lambda *a: (1.15 * right(*a)[0], right(*a)[1]), "error1")  # the signs, too
     fails("mlp8_op", lambda *a: (right(*a)[0], torch.nan * right(*a)[1]), "errornan")
     fails("to_fp8", lambda x, step=None: quantise(x, None if step is None else step / 64), "error")
     fails("to_fp8", lambda x, step=None: (x, step), "TypeError")
@@ -173,7 +188,18 @@ def test_a_run_trains_in_it_and_is_scored_without(tmp_path, capfd, monkeypatch):
     find = lambda text: float(re.search(r"^final_int6_sliding_window_exact val_loss:(\S+)", text, re.M)[1])
     capfd.readouterr()
     data = [arg for arg in args if arg.startswith("data_path=")]
-    assert t.main(["eval", str(tmp_path / "1" / "run.int6.xz"), *data, "eval_batch_tokens=512", f"out_dir={tmp_path}"]) == 0
+    assert (
+        t.main(
+            [
+                "eval",
+                str(tmp_path / "1" / "run.int6.xz"),
+                *data,
+                "eval_batch_tokens=512",
+                f"out_dir={tmp_path}",
+            ]
+        )
+        == 0
+    )
     assert find(capfd.readouterr().out) == pytest.approx(find(texts[1]), rel=1e-6)
 
 
@@ -193,12 +219,24 @@ def swept(tmp_path, monkeypatch):
     for sub in ("logs", ".work"):
         (tmp_path / sub).mkdir()
     shutil.copyfile(sweep.SCRIPT, tmp_path / "train_gpt.py")
-    yield sweep, {(row, seed): plan.job(row, plan.rows[row].rates[0], seed) for row in plan.rows for seed in (1, 2)}, tmp_path
+    yield (
+        sweep,
+        {(row, seed): plan.job(row, plan.rows[row].rates[0], seed) for row in plan.rows for seed in (1, 2)},
+        tmp_path,
+    )
     torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
 
 
 def request(job):
-    line = dict(plan="fp8", row=job.row, baseline="bf16", key="matrix_lr", rate=job.rate, seed=job.seed, stage=job.stage)
+    line = dict(
+        plan="fp8",
+        row=job.row,
+        baseline="bf16",
+        key="matrix_lr",
+        rate=job.rate,
+        seed=job.seed,
+        stage=job.stage,
+    )
     return {"argv": job.argv, "line": line | dict(workers=1)}
 
 
@@ -206,15 +244,14 @@ def request(job):
 def test_rows_of_a_sweep_bind_and_compile_their_own(swept, monkeypatch):
     """Each row's log names what it bound; a seed binds nothing and compiles nothing; train trains the same."""
     emulate_fp8(monkeypatch, machine=True)
-    from ledger import runlog
-    from ledger import sweep_table
+    from ledger import runlog, sweep_table
 
     def machine_of(bench, h):
         ops, names = t.bind_ops(h, bench.m.device)
         return dataclasses.replace(bench.m, ops=t.Ops(mlp=ops.mlp), names=bench.m.names | names)
 
     sweep, jobs, folder = swept
-    monkeypatch.setattr(sweep.Bench, "machine", machine_of)     # as a GPU's binds
+    monkeypatch.setattr(sweep.Bench, "machine", machine_of)  # as a GPU's binds
     bench, kept, graphs = sweep.Bench(t.load_config(list(jobs["bf16", 1].argv), {}), {}), [], []
 
     def compiler(f):
@@ -222,7 +259,11 @@ def test_rows_of_a_sweep_bind_and_compile_their_own(swept, monkeypatch):
             graphs.append(f.__name__)
             return graph.forward
 
-        return torch.compile(f, backend=backend, dynamic=False, fullgraph=True) if f.__name__ in ("loss", "nats") else f
+        return (
+            torch.compile(f, backend=backend, dynamic=False, fullgraph=True)
+            if f.__name__ in ("loss", "nats")
+            else f
+        )
 
     bench.m = dataclasses.replace(bench.m, compile=compiler)
     counts = []

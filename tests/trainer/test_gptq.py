@@ -33,7 +33,10 @@ def problem(matrices=2, rows=5, columns=12, seed=0, scale=0.1):
 
 
 def damped(gram):
-    return gram + 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.size(-1)).double()
+    return (
+        gram
+        + 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.size(-1)).double()
+    )
 
 
 def nearest(W, scale, limit=LIMIT):
@@ -75,7 +78,9 @@ def test_codes_stay_in_their_range():
     assert float(t.gptq(W, steps, gram, LIMIT).abs().max()) == LIMIT
 
 
-@pytest.mark.parametrize("gram", [torch.eye(12).double() * 3, torch.zeros(12, 12).double()], ids=["apart", "no input"])
+@pytest.mark.parametrize(
+    "gram", [torch.eye(12).double() * 3, torch.zeros(12, 12).double()], ids=["apart", "no input"]
+)
 def test_inputs_that_say_nothing_leave_the_nearest(gram):
     W, steps, _ = problem()
     assert torch.equal(t.gptq(W, steps, gram.expand(2, 12, 12), LIMIT), nearest(W, steps))
@@ -101,7 +106,9 @@ def test_only_matrices_with_a_gram_change_in_an_artifact():
     tensors = {k: p.detach() for k, p in noisy_model(h).named_parameters()}
     x = torch.randn(50, h.model_dim, generator=torch.Generator().manual_seed(1))
     gram = (x.T @ x + 20).expand(len(tensors["qo_bank"]), -1, -1)
-    plain, changed = (t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, g))) for g in ({}, {"qo_bank": gram}))
+    plain, changed = (
+        t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, g))) for g in ({}, {"qo_bank": gram})
+    )
     assert {k for k in plain if not torch.equal(plain[k], changed[k])} == {"qo_bank"}
     assert t.pack_artifact(tensors, h) == t.compress(t.raw_artifact(tensors, h))
 
@@ -161,8 +168,14 @@ def test_grams_are_of_the_inputs_of_every_matrix():
             model.trunk(x[:, :-1])
         for i in range(L):  # two products of the embeddings come first
             qkv, o, up, down = (x.T @ x for x in seen.inputs[2 + 4 * i : 6 + 4 * i])
-            for name, at, gram in (("qo_bank", i, qkv), ("qo_bank", L + i, o), ("kv_bank", i, qkv), ("kv_bank", L + i, qkv),
-                                   ("mlp_up_bank", i, up), ("mlp_down_bank", i, down)):
+            for name, at, gram in (
+                ("qo_bank", i, qkv),
+                ("qo_bank", L + i, o),
+                ("kv_bank", i, qkv),
+                ("kv_bank", L + i, qkv),
+                ("mlp_up_bank", i, up),
+                ("mlp_down_bank", i, down),
+            ):
                 expected[name][at] += gram
     for name, gram in grams.items():
         assert gram.shape == (len(dict(model.named_parameters())[name]), *2 * gram.shape[-1:])
@@ -193,7 +206,9 @@ def trained(tmp_path, **knobs):
     """The log of a run of train with these knobs, and its artifact."""
     argv = english_args(**(dict(iterations=6, out_dir=tmp_path, int6_step=0.3) | knobs))
     assert t.main(["train", *argv]) == 0
-    return (tmp_path / "run.txt").read_text(encoding="utf-8").rsplit("=" * 100, 1)[1], (tmp_path / "run.int6.xz").read_bytes()
+    return (tmp_path / "run.txt").read_text(encoding="utf-8").rsplit("=" * 100, 1)[1], (
+        tmp_path / "run.int6.xz"
+    ).read_bytes()
 
 
 def phase(log, name):
@@ -217,7 +232,16 @@ def test_the_text_is_what_training_would_read_next(tmp_path, monkeypatch):
     plain = t.TokenLoader.next
     monkeypatch.setattr(t.TokenLoader, "next", lambda self: (asked.append(self.index), plain(self))[1])
     trained(tmp_path, gptq_batches=2, warmup_steps=1)
-    assert asked == [0, 1, 2, 3, 4, *range(6), 6, 7]  # warm-up's step and two rehearsals; training; calibration
+    assert asked == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        *range(6),
+        6,
+        7,
+    ]  # warm-up's step and two rehearsals; training; calibration
 
 
 def test_the_clock_holds_time_for_it(tmp_path, monkeypatch):
@@ -244,6 +268,8 @@ def test_rates_reach_their_end_before_it(tmp_path, monkeypatch):
         return plain(run, loader)
 
     monkeypatch.setattr(t, "calibrate", slow)
-    monkeypatch.setattr(t, "hyper_at", lambda *args: (seen.append(hyper_at(*args).progress), hyper_at(*args))[1])
+    monkeypatch.setattr(
+        t, "hyper_at", lambda *args: (seen.append(hyper_at(*args).progress), hyper_at(*args))[1]
+    )
     trained(tmp_path, iterations=100_000, max_wallclock_seconds=2.0, train_log_every=1000)
     assert seen[-1] > 0.9  # of the whole two seconds it is 0.62

@@ -1,16 +1,18 @@
 """Triton kernels against float64 and their torch lines: in Triton's CPU interpreter here, on the device with one."""
+
 import re
 
 import pytest
 import torch
 
-from helpers import noisy_model
-
 import train_gpt as t
+from helpers import noisy_model
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-in_float32 = pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's; 16-bit tests follow for the GPU")
+in_float32 = pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="the interpreter's; 16-bit tests follow for the GPU"
+)
 
 
 def relative(a, b):
@@ -22,8 +24,12 @@ def heads_inputs(B, T, H, kv, Dh, dims, dtype=torch.float32):
     way: transposed, a slice, and with strided dimensions."""
     generator = torch.Generator().manual_seed(B * T + H)
     make = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    qkv = make(B, T, (H + 2 * kv) * Dh + 32)[..., 16: -16].unflatten(-1, (-1, Dh))
-    dys = make(B, H, T, Dh).transpose(1, 2), make(B, T, kv + 2, 3 * Dh)[:, :, 1: -1, Dh: 2 * Dh], make(B, T, kv, 2 * Dh)[..., ::2]
+    qkv = make(B, T, (H + 2 * kv) * Dh + 32)[..., 16:-16].unflatten(-1, (-1, Dh))
+    dys = (
+        make(B, H, T, Dh).transpose(1, 2),
+        make(B, T, kv + 2, 3 * Dh)[:, :, 1:-1, Dh : 2 * Dh],
+        make(B, T, kv, 2 * Dh)[..., ::2],
+    )
     gain = (torch.rand(H, generator=generator) + 0.5).to(DEVICE)
     return qkv, gain, t.rope_tables(T, dims, 1e4, DEVICE), dys
 
@@ -46,11 +52,19 @@ HEADS = [(2, 64, 2, 1, 64, 16), (3, 37, 3, 3, 64, 16), (1, 5, 1, 1, 32, 32), (2,
 def test_fused_heads_and_their_gradients_match_float64(size):
     """Strided input and gradients, sizes that no tile divides, each part of qkv's gradient by itself."""
     inputs = heads_inputs(*size)
-    exact, line, fused = (heads_results(fn, *inputs, dtype) for fn, dtype in (
-        (t.qk_heads, torch.float64), (t.qk_heads, torch.float32), (t.FusedHeads.apply, torch.float32)))
+    exact, line, fused = (
+        heads_results(fn, *inputs, dtype)
+        for fn, dtype in (
+            (t.qk_heads, torch.float64),
+            (t.qk_heads, torch.float32),
+            (t.FusedHeads.apply, torch.float32),
+        )
+    )
     for got, reference, plain in zip(fused, exact, line):
         assert relative(got, reference) < max(2 * relative(plain, reference), 5e-7)
-    assert torch.equal(fused[2], line[2]) and torch.equal(fused[5], inputs[-1][2].double())  # v is not touched
+    assert torch.equal(fused[2], line[2]) and torch.equal(
+        fused[5], inputs[-1][2].double()
+    )  # v is not touched
 
 
 def test_the_gradient_of_the_heads_is_one_tensor():
@@ -58,7 +72,12 @@ def test_the_gradient_of_the_heads_is_one_tensor():
     gradient where only some outputs are used."""
     qkv, gain, rope, dys = heads_inputs(2, 33, 4, 2, 16, 8)
     dqkv, dgain = t.qk_backward_op(qkv, gain, *rope, *dys)
-    assert not qkv.is_contiguous() and dqkv.is_contiguous() and dqkv.shape == qkv.shape and dgain.shape == gain.shape
+    assert (
+        not qkv.is_contiguous()
+        and dqkv.is_contiguous()
+        and dqkv.shape == qkv.shape
+        and dgain.shape == gain.shape
+    )
     for used in range(3):
         whole, line = (torch.zeros_like(qkv).copy_(qkv).requires_grad_() for _ in range(2))
         (t.FusedHeads.apply(whole, gain, *rope)[used] * dys[used]).sum().backward()
@@ -74,11 +93,19 @@ def test_the_fake_heads_are_the_operators():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [(4, 256, 8, 4, 64, 16), (3, 200, 4, 2, 128, 16), (2, 77, 4, 4, 32, 16)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(4, 256, 8, 4, 64, 16), (3, 200, 4, 2, 128, 16), (2, 77, 4, 4, 32, 16)], ids=str
+)
 def test_fused_heads_in_bf16_are_no_worse_than_the_torch_line(size):
     inputs = heads_inputs(*size, dtype=torch.bfloat16)
-    exact, line, fused = (heads_results(fn, *inputs, dtype) for fn, dtype in (
-        (t.qk_heads, torch.float64), (t.qk_heads, torch.bfloat16), (t.FusedHeads.apply, torch.bfloat16)))
+    exact, line, fused = (
+        heads_results(fn, *inputs, dtype)
+        for fn, dtype in (
+            (t.qk_heads, torch.float64),
+            (t.qk_heads, torch.bfloat16),
+            (t.FusedHeads.apply, torch.bfloat16),
+        )
+    )
     for got, reference, plain in zip(fused, exact, line):
         assert relative(got, reference) <= relative(plain, reference) * 1.01
 
@@ -104,15 +131,21 @@ def mlp_results(fn, inputs, dtype):
 MLP_SIZES = [(2, 150, 64, 192), (1, 7, 32, 264), (3, 130, 72, 520)]  # no tile divides them
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
-@pytest.mark.parametrize("size", MLP_SIZES + [pytest.param((4, 2048, 512, 1536), marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
+)
+@pytest.mark.parametrize(
+    "size", MLP_SIZES + [pytest.param((4, 2048, 512, 1536), marks=pytest.mark.gpu)], ids=str
+)
 def test_fused_mlp_and_its_gradients(size, dtype):
     """Against float64, no worse than the torch line. In float32 the bit that says u < 0 costs one bit of h."""
     if DEVICE.type == "cuda" and dtype == torch.float32:
         pytest.skip("the interpreter's; a float32 product is TF32 on the device")
     inputs = mlp_inputs(*size, dtype)
-    exact, line, fused = (mlp_results(fn, inputs, kind) for fn, kind in (
-        (t.mlp, torch.float64), (t.mlp, dtype), (t.FusedMLP.apply, dtype)))
+    exact, line, fused = (
+        mlp_results(fn, inputs, kind)
+        for fn, kind in ((t.mlp, torch.float64), (t.mlp, dtype), (t.FusedMLP.apply, dtype))
+    )
     for got, reference, plain in zip(fused, exact, line):
         assert relative(got, reference) < max(1.05 * relative(plain, reference), 6e-7)
 
@@ -129,7 +162,9 @@ def test_the_hidden_layer_carries_the_sign():
     torch.testing.assert_close(h.double(), torch.where(u > 0, u, 0.5 * u).square(), rtol=2e-6, atol=2e-6)
     assert not bits[3].any()
     du = t.mlp_op(torch.ones(40, 8, device=DEVICE), torch.full((8, 96), 0.125, device=DEVICE), h)
-    torch.testing.assert_close(du.double()[clear], torch.where(u > 0, 2 * u, 0.5 * u)[clear], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        du.double()[clear], torch.where(u > 0, 2 * u, 0.5 * u)[clear], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("ops,knobs", [
@@ -190,11 +225,14 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     line, name = bound.function, bound.label
     if DEVICE.type == "cpu":
         assert (line, name) == (t.mlp, "torch (error 0.100)")
-    else:       # a tenth, to TF32's rounding
-        assert line is t.mlp and float(re.fullmatch(r"torch \(error ([\d.]+)\)", name)[1]) == pytest.approx(0.1, abs=0.005)
+    else:  # a tenth, to TF32's rounding
+        assert line is t.mlp and float(re.fullmatch(r"torch \(error ([\d.]+)\)", name)[1]) == pytest.approx(
+            0.1, abs=0.005
+        )
 
     def broken(*inputs):
         raise RuntimeError("no such chip")
+
     assert t.bind(broken, t.mlp, inputs) == t.Bound(t.mlp, "torch", "RuntimeError")
 
     class Undefined(t.FusedMLP):
@@ -237,14 +275,17 @@ def matrices(B, M, N, layout, seed=0):
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)
     if layout == "slice":
-        return make(2 * B, M + 3, N + 5)[::2, 2: 2 + M, 1: 1 + N]
+        return make(2 * B, M + 3, N + 5)[::2, 2 : 2 + M, 1 : 1 + N]
     return make(B, N, M).mT if layout == "tall" else make(B, M, N)
 
 
 def assert_no_worse(got, plain, exact, factor=2.0):
     """Error against float64: at most `factor` times the torch line's, or float32 rounding."""
     assert got.shape == exact.shape
-    assert relative(got, exact) < max(factor * relative(plain, exact), 3e-7), (relative(got, exact), relative(plain, exact))
+    assert relative(got, exact) < max(factor * relative(plain, exact), 3e-7), (
+        relative(got, exact),
+        relative(plain, exact),
+    )
 
 
 @in_float32
@@ -260,8 +301,8 @@ def test_symmetric_products_match_float64(B, M, N, layout, tile):
         A, sums = t.symmetric_op(X, scale, (), power, torch.float32, tile)
         assert_no_worse(A, t.xxt(X, scale)[0], exact)
         assert_no_worse(sums.sum(1), t.xxt(X, scale, power)[1], exact.abs().pow(power).sum(-1))
-        for i in range(0, M, tile[0]):      # off the diagonal tiles the mirror image is exact
-            assert torch.equal(A[:, i + tile[0]:, i: i + tile[0]], A[:, i: i + tile[0], i + tile[0]:].mT)
+        for i in range(0, M, tile[0]):  # off the diagonal tiles the mirror image is exact
+            assert torch.equal(A[:, i + tile[0] :, i : i + tile[0]], A[:, i : i + tile[0], i + tile[0] :].mT)
     A = A / 30
     for scale in (r, None):
         line = lambda x: t.ba_plus_caa(x, 3.5, -4.0, 2.5, None if scale is None else r.to(x.dtype))
@@ -276,7 +317,9 @@ CORRELATED = {
     "gaussian": lambda X: X,
     "nearly equal rows": lambda X: X[:, :1] + 1e-3 * X,
     "rank 5 and noise": lambda X: X[:, :, :5] @ X[:, :5] + 1e-2 * X,
-    "alternating": lambda X: (X[:, :1] + 0.1 * X) * (1 - 2 * (torch.arange(X.size(1), device=X.device) % 2))[:, None],
+    "alternating": lambda X: (
+        (X[:, :1] + 0.1 * X) * (1 - 2 * (torch.arange(X.size(1), device=X.device) % 2))[:, None]
+    ),
 }
 
 
@@ -294,13 +337,18 @@ def solve_inputs(X, dtype):
 
 def solve_exactly(T, X, d):
     """On the host, from the lower triangle alone: a library may read, and multiply by zero, what it does not need."""
-    lower, Q = T.double().cpu().masked_fill(torch.ones(T.shape[1:], dtype=torch.bool).triu(), 0), X.double() * d.double()[:, :, None]
+    lower, Q = (
+        T.double().cpu().masked_fill(torch.ones(T.shape[1:], dtype=torch.bool).triu(), 0),
+        X.double() * d.double()[:, :, None],
+    )
     return torch.linalg.solve_triangular(lower, Q.cpu(), upper=False, unitriangular=True).to(T.device)
 
 
 @in_float32
 @pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
-@pytest.mark.parametrize("B,M,N,layout", [(2, 70, 131, "wide"), (1, 193, 200, "tall"), (1, 64, 64, "wide"), (1, 7, 30, "tall")])
+@pytest.mark.parametrize(
+    "B,M,N,layout", [(2, 70, 131, "wide"), (1, 193, 200, "tall"), (1, 64, 64, "wide"), (1, 7, 30, "tall")]
+)
 def test_substitution_matches_float64_on_any_correlation(case, B, M, N, layout):
     """Also where the powers of T - I that a product formula needs reach 1e30; the upper half holds NaN."""
     X = correlated(case, B, M, N, layout)
@@ -312,7 +360,7 @@ def test_substitution_matches_float64_on_any_correlation(case, B, M, N, layout):
         assert got.dtype == Y.dtype == dtype and got.stride() == X.stride()
         if dtype == torch.float32:
             assert_no_worse(got, Y, exact, 4.0)
-        else:       # the inverse and every Y_i are rounded on the way; relative to the largest row
+        else:  # the inverse and every Y_i are rounded on the way; relative to the largest row
             assert (got - exact).norm(dim=-1).max() < 1e-2 * exact.norm(dim=-1).max()
         torch.testing.assert_close(partial.sum(1), got.float().square().sum(-1))
         torch.testing.assert_close(squares, Y.float().square().sum(-1))
@@ -351,7 +399,8 @@ def test_a_direction_in_kernels_is_the_direction_in_torch_lines(method, shape, m
     torch.testing.assert_close(t.orthogonalize(G, method), plain, atol=3e-5, rtol=0)
     steps = {"ns5": 5, "polar_express": 5, "polar_express4": 4, "turbo": 4}
     expected = ["symmetric_op", "symmetric_op"] * steps.get(method, 0) or ["symmetric_op", "solve_op"] * (
-        2 if method == "mud2" else 1)
+        2 if method == "mud2" else 1
+    )
     assert calls == expected
     assert not t.orthogonalize(G[:1] * 0, method).any()
 
@@ -371,7 +420,9 @@ def test_kernels_stay_whole_in_a_compiled_update(method, monkeypatch):
         T = t.xxt(X, d)[0]
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(t.symmetric_op, (X, d, [], 1, torch.float32, [64, 64, 4, 2]), test_utils=checks)
-        torch.library.opcheck(t.symmetric_op, (T, None, [1.0, 2.0, 3.0], 0, torch.float16, [64, 64, 4, 2]), test_utils=checks)
+        torch.library.opcheck(
+            t.symmetric_op, (T, None, [1.0, 2.0, 3.0], 0, torch.float16, [64, 64, 4, 2]), test_utils=checks
+        )
         torch.library.opcheck(t.solve_op, (T.half(), X, d, [64, 4, 2]), test_utils=checks)
 
 
@@ -382,6 +433,7 @@ def test_the_table_of_wins(monkeypatch):
         *blocks, warps, stages = tile or TILES[name]
         assert len(tile or TILES[name]) == lengths[name] and short >= 64 and count >= 1
         assert all(b in (16, 32, 64, 128, 256) for b in blocks) and warps in (4, 8) and 1 <= stages <= 6
+
     class Fake:
         is_cuda, dtype, device = True, torch.bfloat16, "cuda"
 
@@ -395,10 +447,21 @@ def test_the_table_of_wins(monkeypatch):
     monkeypatch.setattr(t, "WINS", tuple(t.Win(*row) for row in wins))
     capability = type("P", (), {"major": 9})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: capability)
-    assert [t.tile_of("xxt", Fake(*shape)) for shape in (
-        (3, 256, 512), (8, 192, 512), (9, 256, 512), (9, 320, 512), (1, 576, 640), (3, 256, 520), (3, 200, 512))] == [
-        "a", "b", "c", None, None, None, None]
-    assert t.tile_of("lower_solve", Fake(1, 64, 64)) == "d" and t.tile_of("ba_plus_caa", Fake(1, 64, 64)) is None
+    assert [
+        t.tile_of("xxt", Fake(*shape))
+        for shape in (
+            (3, 256, 512),
+            (8, 192, 512),
+            (9, 256, 512),
+            (9, 320, 512),
+            (1, 576, 640),
+            (3, 256, 520),
+            (3, 200, 512),
+        )
+    ] == ["a", "b", "c", None, None, None, None]
+    assert (
+        t.tile_of("lower_solve", Fake(1, 64, 64)) == "d" and t.tile_of("ba_plus_caa", Fake(1, 64, 64)) is None
+    )
     for Fake.dtype in (torch.float32, torch.float64):
         assert t.tile_of("xxt", Fake(1, 64, 64)) is None
     Fake.dtype, capability.major = torch.float16, 8
@@ -413,7 +476,7 @@ def test_the_table_of_wins(monkeypatch):
 def test_products_in_16_bits_are_no_worse_than_the_torch_lines(B, M, N, layout, dtype, monkeypatch):
     monkeypatch.setattr(t, "tile_of", lambda product, X: None)
     X = matrices(B, M, N, layout).to(dtype)
-    r = (torch.rand(B, M, device=DEVICE) + 0.5) / N ** 0.5
+    r = (torch.rand(B, M, device=DEVICE) + 0.5) / N**0.5
     exact = t.xxt(X.double(), r.double())[0]
     for tile in ((64, 64, 4, 4), (128, 64, 8, 3)):
         A, sums = t.symmetric_op(X, r, (), 1, dtype, tile)
@@ -439,9 +502,21 @@ def test_a_direction_on_the_gpu_is_the_direction_in_float32(method, shape, monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
-@pytest.mark.parametrize("B,M,N,layout", [
-    (22, 512, 512, "wide"), (3, 512, 1536, "tall"), (5, 192, 320, "wide"),
-    pytest.param(5, 200, 328, "wide", marks=pytest.mark.xfail(strict=True, reason="Triton 3.6 miscompiles the tile (32, 4)"))])
+@pytest.mark.parametrize(
+    "B,M,N,layout",
+    [
+        (22, 512, 512, "wide"),
+        (3, 512, 1536, "tall"),
+        (5, 192, 320, "wide"),
+        pytest.param(
+            5,
+            200,
+            328,
+            "wide",
+            marks=pytest.mark.xfail(strict=True, reason="Triton 3.6 miscompiles the tile (32, 4)"),
+        ),
+    ],
+)
 def test_substitution_in_fp16_is_right_and_the_same_every_time(case, B, M, N, layout):
     """tile_of gives it sides of whole 64s only: on an H200 200 x 328 came out wrong from row 16 on, and 200 x 320
     was an illegal access; the interpreter, above, is right at any side."""
@@ -451,6 +526,6 @@ def test_substitution_in_fp16_is_right_and_the_same_every_time(case, B, M, N, la
     for tile in ((32, 4, 3), (64, 4, 3), (128, 8, 2)):
         Y, squares = t.solve_op(T, X, d, tile)
         assert (Y - exact).norm(dim=-1).max() < 1e-2 * exact.norm(dim=-1).max()
-        for _ in range(20):     # a panel reads back its own rows: a race would show
+        for _ in range(20):  # a panel reads back its own rows: a race would show
             again = t.solve_op(T, X, d, tile)
             assert torch.equal(again[0], Y) and torch.equal(again[1], squares)

@@ -15,8 +15,19 @@ import train_gpt as t
 from helpers import noisy_model, random_tokens, tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KINDS = [(3, False), (7, False), (1, False), (2, False), (4, False), (8, False), (0, True), (3, True), (4, True), (16, False),
-         (40, True)]  # of rows of 16 tokens
+KINDS = [
+    (3, False),
+    (7, False),
+    (1, False),
+    (2, False),
+    (4, False),
+    (8, False),
+    (0, True),
+    (3, True),
+    (4, True),
+    (16, False),
+    (40, True),
+]  # of rows of 16 tokens
 
 
 def sees(i, j, window, docs):
@@ -101,13 +112,13 @@ class Flash4:
         mask = causal, window_size_left, right
         out = [self.one(*x, *mask) for x in self.each((q, k, v), cu_seqlens_q)]
         out = (torch.stack if cu_seqlens_q is None else torch.cat)(out) * (1 + self.wrong)
-        lse = q[..., 0].mT.contiguous().float()        # any numbers: backward must get them again
+        lse = q[..., 0].mT.contiguous().float()  # any numbers: backward must get them again
         return out, lse, None, None, None
 
     def backward(self, q, k, v, out, dout, lse, causal=False, window_size_left=None, cu_seqlens_q=None, cu_seqlens_k=None,
                  max_seqlen_q=None, max_seqlen_k=None, deterministic=False):  # fmt: skip
         assert causal and dout.is_contiguous() and out.shape == dout.shape == q.shape
-        assert torch.equal(lse, q[..., 0].mT.float())        # what forward gave
+        assert torch.equal(lse, q[..., 0].mT.float())  # what forward gave
         assert (max_seqlen_q, max_seqlen_k) == self.calls[-1]["longest"] and cu_seqlens_q is cu_seqlens_k
         self.calls[-1]["deterministic"] = deterministic
         mask = causal, window_size_left, None if window_size_left is None else 0
@@ -131,7 +142,9 @@ def flash4(monkeypatch):
 def test_the_torch_line_shows_what_it_should(window, own):
     qkv = heads(2, 16, 4, 2, 8, torch.float64, torch.device("cpu"))
     docs = t.documents(random_tokens(tiny(), (2, 16), 1, bos_share=0.2), 1) if own else None
-    torch.testing.assert_close(t.attend_sdpa(*qkv, window, docs), written_out(*qkv, window, docs), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        t.attend_sdpa(*qkv, window, docs), written_out(*qkv, window, docs), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("window,own", [*KINDS, (0, False), (16, True)])
@@ -140,17 +153,24 @@ def test_flash4_is_the_torch_line(window, own, flash4):
     tokens[1], tokens[2], tokens[3, [0, 15]] = 1, 5, 1
     how = dict(window=window, docs=t.documents(tokens, 1) if own else None)
     qkv = [x.cpu() for x in heads(4, 16, 4, 2, 8)]
-    for got, want in zip(with_gradients(t.attend_flash4, qkv, **how), with_gradients(t.attend_sdpa, qkv, **how)):
+    for got, want in zip(
+        with_gradients(t.attend_flash4, qkv, **how), with_gradients(t.attend_sdpa, qkv, **how)
+    ):
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
-    call, = flash4.calls
+    (call,) = flash4.calls
     assert (call["bounds"] is not None) == own and call["longest"] == ((16, 16) if own else (None, None))
-    assert call["window"] == ((window - 1, 0) if 0 < window < 16 else (None, None)) and not call["deterministic"]
+    assert (
+        call["window"] == ((window - 1, 0) if 0 < window < 16 else (None, None)) and not call["deterministic"]
+    )
 
 
 def test_the_fake_flash4_is_the_operator(flash4):
     """Dense, and one row of sequences; forward and backward."""
     for flat, bounds in ((False, None), (True, torch.tensor([0, 5, 5, 9, 18], dtype=torch.int32))):
-        qkv = [x.detach().flatten(0, 1) if flat else x.detach() for x in heads(2, 9, 4, 2, 8, torch.bfloat16, "cpu")]
+        qkv = [
+            x.detach().flatten(0, 1) if flat else x.detach()
+            for x in heads(2, 9, 4, 2, 8, torch.bfloat16, "cpu")
+        ]
         out, lse = t.flash4_op(qkv, bounds, 9, 3, [])
         for back in ([], [out, torch.randn_like(out), lse]):
             checks = ("test_schema", "test_faketensor")
@@ -212,7 +232,9 @@ def test_one_graph_trains_like_the_torch_line(flash4):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
     for names in ([str(n.target) for n in g.graph.nodes] for g in graphs):
         assert sum("flash4" in n for n in names) == h.num_layers
-    assert sum("aten.lt." in str(n.target) for n in graphs[0].graph.nodes) == 1, "the bounds are made in every layer"
+    assert sum("aten.lt." in str(n.target) for n in graphs[0].graph.nodes) == 1, (
+        "the bounds are made in every layer"
+    )
     assert len(graphs) == 2
 
 
@@ -221,17 +243,27 @@ def test_one_graph_trains_like_the_torch_line(flash4):
 
 def test_documents_are_counted_within_a_row():
     tokens = torch.tensor([[5, 5, 1, 5, 1, 1], [1, 5, 5, 5, 5, 1], [5, 5, 5, 5, 5, 5]])
-    assert t.document_starts(tokens, 1).int().tolist() == [[1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]
+    assert t.document_starts(tokens, 1).int().tolist() == [
+        [1, 0, 1, 0, 1, 1],
+        [1, 0, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0],
+    ]
     assert t.documents(tokens, 1).tolist() == [[0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 0, 1], [0] * 6]
     many = t.documents(torch.ones(1, 40, dtype=torch.long), 1)[0].tolist()
     assert many == [*range(t.DOCUMENTS), *[t.DOCUMENTS - 1] * (40 - t.DOCUMENTS)]
 
 
-@pytest.mark.parametrize("window,keys", [(4, [8, 8]), (2, [4, 4]), (8, [16]), (3, [16]), (16, [16]), (0, [16])])
+@pytest.mark.parametrize(
+    "window,keys", [(4, [8, 8]), (2, [4, 4]), (8, [16]), (3, [16]), (16, [16]), (0, [16])]
+)
 def test_a_window_that_divides_the_row_sees_few_keys(window, keys, monkeypatch):
     """In blocks of its length: a product makes twice as many scores as are seen, and not as many as without windows."""
     made, real = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **how: (made.append(k.size(2)), real(q, k, v, **how))[1])
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **how: (made.append(k.size(2)), real(q, k, v, **how))[1],
+    )
     t.attend_sdpa(*heads(2, 16, 4, 2, 8), window)
     assert made == keys
 
@@ -260,7 +292,16 @@ def moved_by(h, at, tokens, local=True):
 
 @pytest.mark.parametrize(
     "layers,pattern,reach",
-    [(1, "1", 0), (1, "4", 3), (2, "3 5", 6), (2, "5 3", 6), (3, "2 4", 5), (2, "4 0", 12), (1, "", 12), (1, "13", 12)],
+    [
+        (1, "1", 0),
+        (1, "4", 3),
+        (2, "3 5", 6),
+        (2, "5 3", 6),
+        (3, "2 4", 5),
+        (2, "4 0", 12),
+        (1, "", 12),
+        (1, "13", 12),
+    ],
 )
 def test_a_token_reaches_as_far_as_the_windows(layers, pattern, reach):
     """`reach` tokens further, of 16; the layers' windows less one add up."""
@@ -276,7 +317,9 @@ def test_a_token_moves_no_logit_of_another_document():
     for at, end in ((2, 5), (7, 11), (13, 16)):
         assert moved_by(h, at, tokens, local=False) == list(range(at, end))
         assert moved_by(tiny(), at, tokens, local=False) == list(range(at, 16))
-    assert moved_by(tiny(doc_mask=True, attn_windows="2", num_layers=1, xsa_last_n=0, ve_last_n=1), 6, tokens) == [6, 7]
+    assert moved_by(
+        tiny(doc_mask=True, attn_windows="2", num_layers=1, xsa_last_n=0, ve_last_n=1), 6, tokens
+    ) == [6, 7]
 
 
 @pytest.mark.parametrize("knobs", [dict(attn_windows="3"), dict(doc_mask=True), dict(attn_windows="3 0", doc_mask=True)],
@@ -291,7 +334,7 @@ def test_a_mask_changes_the_loss_and_not_causality(knobs):
         before = model.logits(x)
         for cut in range(15):
             changed = x.clone()
-            changed[0, cut + 1:] = random_tokens(h, (15 - cut,), 50 + cut, bos_share=0.4)
+            changed[0, cut + 1 :] = random_tokens(h, (15 - cut,), 50 + cut, bos_share=0.4)
             assert torch.equal(model.logits(changed)[:, : cut + 1], before[:, : cut + 1]), cut
 
 
@@ -368,7 +411,9 @@ def test_what_this_machine_binds_runs_each_mask(bound, caplog, capfd):
     """The real calls, one after the other in a process: an earlier choice switches nothing off for a later."""
     for knobs in (*MASKS, {}, MASKS[1]):
         attend, name, on = bound(**knobs)
-        assert name.split("+")[0] in (*KERNELS, "flash4") and (name == "flash4" or bool(knobs) == ("mem_efficient" in on))
+        assert name.split("+")[0] in (*KERNELS, "flash4") and (
+            name == "flash4" or bool(knobs) == ("mem_efficient" in on)
+        )
         qkv = heads(2, 64, 2, 1, 32, torch.bfloat16)
         docs = torch.arange(64, device=DEVICE).expand(2, 64) // 20
         how = dict(window=9 * ("attn_windows" in knobs), docs=docs if "doc_mask" in knobs else None)
@@ -397,7 +442,9 @@ def test_flash4_is_bound_where_it_is_right(knobs, bound, flash4):
 def test_one_wrong_form_is_enough_against_flash4(wrong, bound, flash4):
     real = flash4.weights
     hide = lambda causal: dict(windowed=not causal, causal=causal)[wrong]
-    flash4.weights = lambda q, k, causal, left, right: real(q, k, causal, left, right) * (2 if hide(right is None) else 1)
+    flash4.weights = lambda q, k, causal, left, right: (
+        real(q, k, causal, left, right) * (2 if hide(right is None) else 1)
+    )
     assert (bound()[1] == "flash4") == (wrong == "windowed")
     attend, name, _ = bound(**MASKS[0])
     assert attend is t.attend_sdpa and name.startswith("flash+mem_efficient,flash4:torch(error")
@@ -426,7 +473,9 @@ def test_flash4_on_the_device_is_the_torch_line_in_float32(window, own, heads_of
 @pytest.mark.gpu
 def test_a_compiled_model_with_masks_trains_on_the_device():
     pytest.importorskip("flash_attn.cute.interface")
-    h = t.load_config(["num_layers=2", "attn_windows=100 0", "doc_mask=1", "train_seq_len=512", "xsa_last_n=1"], {})
+    h = t.load_config(
+        ["num_layers=2", "attn_windows=100 0", "doc_mask=1", "train_seq_len=512", "xsa_last_n=1"], {}
+    )
     ops, names = t.bind_ops(h, DEVICE)
     assert ops.attend is t.attend_flash4, names
     x, y = random_tokens(h, (2, 4, 512), 3, bos_share=0.02).to(DEVICE)

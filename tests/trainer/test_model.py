@@ -48,7 +48,9 @@ def reference_embed(p, h, row):
         start = i == 0 or token == h.bos_id
         buckets = h.bigram_vocab_size - 1
         bucket = buckets if start else ((36313 * token) ^ (27191 * row[i - 1])) % buckets
-        x.append(norm(p["tok_emb"][token] + p["bigram_scale"][0] * (p["bigram_proj"] @ p["bigram_emb"][bucket])))
+        x.append(
+            norm(p["tok_emb"][token] + p["bigram_scale"][0] * (p["bigram_proj"] @ p["bigram_emb"][bucket]))
+        )
     gate = 1 / (1 + np.exp(-p["smear_gate"]))
     keep = lambda i: i == 0 or row[i] == h.bos_id
     return np.stack([x[i] if keep(i) else x[i] + gate * (x[i - 1] - x[i]) for i in range(len(row))])
@@ -109,7 +111,9 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("knobs", VARIANTS, ids=lambda k: ",".join(f"{a}={b}" for a, b in k.items()) or "tiny")
+@pytest.mark.parametrize(
+    "knobs", VARIANTS, ids=lambda k: ",".join(f"{a}={b}" for a, b in k.items()) or "tiny"
+)
 def test_logits_match_the_second_implementation(knobs):
     h = tiny(**knobs)
     model = noisy_model(h, seed=1, scale=0.3, dtype=torch.float64)
@@ -225,7 +229,9 @@ def test_every_parameter_matters_and_learns(name):
     """Each slice of each tensor moves the loss and receives a gradient that matches a difference quotient."""
     h = tiny()
     model = noisy_model(h, scale=0.3, dtype=torch.float64)
-    model.unembed = lambda x: h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)  # float64
+    model.unembed = lambda x: (
+        h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)
+    )  # float64
     tokens, targets = random_tokens(h, (4, 16), 9), random_tokens(h, (4, 16), 10)
     model.loss(tokens, targets).backward()
     p = dict(model.named_parameters())[name]
@@ -303,15 +309,21 @@ def test_qk_norm_makes_scores_independent_of_scale():
     x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(0))
     cos, sin = t.rope_tables(5, 4, 1e4, torch.device("cpu"))
     one, gain = torch.ones(2), torch.tensor([1.5, 0.25])
-    torch.testing.assert_close(t.qk_norm_rope(100 * x, one, cos, sin), t.qk_norm_rope(x, one, cos, sin), atol=1e-4, rtol=0)
-    torch.testing.assert_close(t.qk_norm_rope(x, gain, cos, sin), t.qk_norm_rope(x, one, cos, sin) * gain[:, None])
+    torch.testing.assert_close(
+        t.qk_norm_rope(100 * x, one, cos, sin), t.qk_norm_rope(x, one, cos, sin), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        t.qk_norm_rope(x, gain, cos, sin), t.qk_norm_rope(x, one, cos, sin) * gain[:, None]
+    )
 
 
 def test_grouped_attention_equals_repeated_heads():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 9, 4, 8, generator=generator)
     k, v = (torch.randn(2, 9, 2, 8, generator=generator) for _ in range(2))
-    torch.testing.assert_close(t.attend_sdpa(q, k, v), t.attend_sdpa(q, *(x.repeat_interleave(2, 2) for x in (k, v))))
+    torch.testing.assert_close(
+        t.attend_sdpa(q, k, v), t.attend_sdpa(q, *(x.repeat_interleave(2, 2) for x in (k, v)))
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 11])
@@ -371,7 +383,9 @@ def test_orthogonal_inits_are_orthogonal():
     for bank in (model.mlp_up_bank, model.kv_bank, model.qo_bank[:L]):
         for matrix in bank.detach().double():
             short = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
-            torch.testing.assert_close(short @ short.T, torch.eye(len(short), dtype=torch.float64), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                short @ short.T, torch.eye(len(short), dtype=torch.float64), atol=1e-5, rtol=0
+            )
     assert model.qo_bank[L:].abs().max() == 0 and model.mlp_down_bank.abs().max() == 0
     assert not torch.equal(model.kv_bank[0], model.kv_bank[1])
     assert model.tok_emb.std().item() == pytest.approx(h.tied_embed_init_std, rel=0.1)

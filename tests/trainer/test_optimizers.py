@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,7 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
 from helpers import (
-    english_args, group_of_one, noisy_model, padding_of, run_ranks, shard_folder, temporary_folder, tiny,
+    english_args,
+    group_of_one,
+    noisy_model,
+    padding_of,
+    run_ranks,
+    shard_folder,
+    temporary_folder,
+    tiny,
 )  # fmt: skip
 
 POLAR = ("ns5", "polar_express", "polar_express4")  # singular vectors stay; the other rows turn them
@@ -66,7 +73,9 @@ def test_published_polar_express_lists():
     np.testing.assert_allclose(t.polar_express(1e-3, 4, 2e-2, 2e-2)[:3], FIVE[:3], rtol=0, atol=1e-9)
     paper = t.polar_express(1e-3, 8, 0.0, 0.02407327424182761)
     np.testing.assert_allclose(paper[:7], PAPER[:7], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(paper[7], PAPER[7], rtol=0, atol=5e-9)  # printed as the limit; here u = 1 + 1e-9
+    np.testing.assert_allclose(
+        paper[7], PAPER[7], rtol=0, atol=5e-9
+    )  # printed as the limit; here u = 1 + 1e-9
     assert t.PE5 == t.polar_express(1e-3, 5, 2e-2, 2e-2)
     assert t.polar_express(1e-3, 5, 2e-2, 2e-2) is t.polar_express(1e-3, 5, 2e-2, 2e-2)  # computed once
 
@@ -186,7 +195,10 @@ def test_distance_to_the_polar_factor(columns):
         error[k] = ((t.orthogonalize(G, k).double() - P[0] @ P[2]).norm() / math.sqrt(512)).item()
     for k, both in DISTANCE.items():
         assert error[k] == pytest.approx(both[columns > 512], abs=0.004), k
-    assert error["turbo"] < error["polar_express"] < error["polar_express4"] < error["ns5"] < error["mud"] or columns > 512
+    assert (
+        error["turbo"] < error["polar_express"] < error["polar_express4"] < error["ns5"] < error["mud"]
+        or columns > 512
+    )
 
 
 DEGENERATE = {
@@ -196,7 +208,9 @@ DEGENERATE = {
     "zero columns": lambda: gaussian(2, 12, 20) * (torch.arange(20) % 3 > 0).float(),
     "rank one": lambda: gaussian(2, 12, 1) @ gaussian(2, 1, 20, seed=1),
     "equal rows": lambda: gaussian(1, 20).expand(12, 20).contiguous(),
-    "one entry": lambda: torch.zeros(12, 20).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(1e-30)),
+    "one entry": lambda: torch.zeros(12, 20).index_put(
+        (torch.tensor(3), torch.tensor(5)), torch.tensor(1e-30)
+    ),
     "1e-20": lambda: 1e-20 * gaussian(2, 12, 20),
     "1e20": lambda: 1e20 * gaussian(2, 12, 20),
     "one tiny row": lambda: gaussian(12, 20) * torch.tensor([1.0] * 11 + [1e-20])[:, None],
@@ -214,7 +228,9 @@ def test_degenerate_inputs_give_finite_directions(method, case):
     dead = G.reshape(-1, *G.shape[-2:]).abs().amax((-2, -1)) == 0
     assert t.orthogonalize(G, method).reshape(-1, *G.shape[-2:])[dead].abs().sum() == 0  # zero stays zero
     if case.startswith("1e"):
-        torch.testing.assert_close(t.orthogonalize(G, method), t.orthogonalize(gaussian(2, 12, 20), method), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            t.orthogonalize(G, method), t.orthogonalize(gaussian(2, 12, 20), method), atol=1e-4, rtol=0
+        )
     if case == "zero rows":
         assert t.orthogonalize(G, method)[:, ::3].abs().max() < 1e-6
 
@@ -353,7 +369,14 @@ def test_matrix_update_compiles_into_one_graph(method, rule):
             W, momentum = gaussian(3, 12, 20), torch.zeros(3, 12, 20)
             second = torch.zeros(t.RULE_STATE[rule](*W.shape)) if rule in t.RULE_STATE else None
             for step in range(3):
-                update(W, gaussian(3, 12, 20, seed=step), momentum, scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step)), h, second)
+                update(
+                    W,
+                    gaussian(3, 12, 20, seed=step),
+                    momentum,
+                    scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step)),
+                    h,
+                    second,
+                )
             sides.append((W, momentum, *([] if second is None else [second])))
     assert counter.frame_count == 1
     for eager, graph in zip(*sides):
@@ -386,7 +409,12 @@ def every_pair(rank, folder, knobs):
         saved, ends = optimizer.snapshot(), []
         for _ in range(2):
             loader.seek(3)
-            t.train_step(t.bind_pass(model.loss, optimizer)[0], optimizer, loader.next(), t.hyper_at(optimizer.h, 3, 0.0))
+            t.train_step(
+                t.bind_pass(model.loss, optimizer)[0],
+                optimizer,
+                loader.next(),
+                t.hyper_at(optimizer.h, 3, 0.0),
+            )
             ends.append([x.clone() for x in optimizer.state()])
             optimizer.restore(saved)
         again = all(torch.equal(a, b) for a, b in zip(*ends))
@@ -399,7 +427,7 @@ def every_pair(rank, folder, knobs):
 CASES = {"three layers": dict(num_layers=3), "one layer": dict(num_layers=1, xsa_last_n=1, ve_last_n=1)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def data_folder():
     folder = temporary_folder() / "data"
     shard_folder(folder, tiny(), [60, 40], seed=5)
@@ -422,7 +450,9 @@ def alone_and_together(rank, cases):
         W = {s.name: getattr(model, s.name).detach().clone() for s in t.MATRICES}
         optimizer = t.Optimizer(model, h, m)
         momentum = {k: torch.zeros_like(w) for k, w in W.items()}
-        second = {k: torch.zeros(t.RULE_STATE[pair[1]](*w.shape)) for k, w in W.items() if pair[1] in t.RULE_STATE}
+        second = {
+            k: torch.zeros(t.RULE_STATE[pair[1]](*w.shape)) for k, w in W.items() if pair[1] in t.RULE_STATE
+        }
         for step in range(3):
             for i, (k, w) in enumerate(W.items()):
                 grad = gaussian(*w.shape, seed=10 * step + i) * torch.logspace(0, -2, w.size(-2))[:, None]
@@ -447,7 +477,9 @@ def test_a_shared_bank_updates_each_parameter_as_if_alone(world):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
 def worlds(request):
-    sizes = (1, 2, 4) if request.param == "three layers" else (1, 4)  # one layer: two ranks own nothing but padding
+    sizes = (
+        (1, 2, 4) if request.param == "three layers" else (1, 4)
+    )  # one layer: two ranks own nothing but padding
     return {w: run_ranks(every_pair, w, data_folder(), CASES[request.param], timeout=180) for w in sizes}
 
 
@@ -460,9 +492,13 @@ def test_every_pair_on_ranks(worlds, pair):
     assert all(torch.isfinite(p).all() for p in one.values())
     for world, ranks in worlds.items():
         for rank in ranks:
-            assert all(torch.equal(p, rank[pair]["params"][k]) for k, p in ranks[0][pair]["params"].items()), world
+            assert all(
+                torch.equal(p, rank[pair]["params"][k]) for k, p in ranks[0][pair]["params"].items()
+            ), world
             assert rank[pair]["padding"] == 0.0 and rank[pair]["again"]
-            assert set(rank[pair]["shapes"]) == (set(rank[pair]["owned"]) if pair[1] in t.RULE_STATE else set())
+            assert set(rank[pair]["shapes"]) == (
+                set(rank[pair]["owned"]) if pair[1] in t.RULE_STATE else set()
+            )
         for k, p in ranks[0][pair]["params"].items():
             assert (p - one[k]).norm() <= CLOSE * one[k].norm(), (world, k)
 
@@ -483,7 +519,10 @@ def test_state_is_sharded(worlds):
 
 
 def test_every_pair_trains_other_parameters(worlds):
-    banks = {pair: torch.cat([r["params"][s.name].flatten() for s in t.MATRICES]) for pair, r in worlds[1][0].items()}
+    banks = {
+        pair: torch.cat([r["params"][s.name].flatten() for s in t.MATRICES])
+        for pair, r in worlds[1][0].items()
+    }
     for a, b in itertools.combinations(PAIRS, 2):
         assert (banks[a] - banks[b]).norm() > 1e-3 * banks[a].norm(), (a, b)
 

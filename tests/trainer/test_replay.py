@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, group_of_one, machine, noisy_model, random_tokens, run_ranks, shard_folder, temporary_folder, tiny
+from helpers import (
+    english_args,
+    group_of_one,
+    machine,
+    noisy_model,
+    random_tokens,
+    run_ranks,
+    shard_folder,
+    temporary_folder,
+    tiny,
+)
 
 
 class Launch:
@@ -67,7 +77,9 @@ def test_without_a_recorder_the_function_is_called_plainly():
 
 def test_a_failed_recording_leaves_the_eager_function(one):
     events = []
-    m = dataclasses.replace(one, graph_capture=recorder(events, RuntimeError("operation not permitted\nmore of it")))
+    m = dataclasses.replace(
+        one, graph_capture=recorder(events, RuntimeError("operation not permitted\nmore of it"))
+    )
     fn = lambda: events.append("run")
     assert m.captured(fn) == (fn, "rank 0: RuntimeError: operation not permitted")
     assert events == ["run"] * 3 + ["record"]
@@ -100,7 +112,9 @@ def test_training_is_the_same_bits_with_a_recorder(one, rule, error):
             lr_mul = 0.5 + step / 10
             optimizer.step(t.Hyper(0.0, 0.9, lr_mul))
             b1, b2 = 1 - h.adam_beta1 ** (step + 1), 1 - h.adam_beta2 ** (step + 1)
-            torch.testing.assert_close(optimizer.numbers, torch.tensor([0.9, h.matrix_lr * lr_mul, lr_mul, b1, b2]))
+            torch.testing.assert_close(
+                optimizer.numbers, torch.tensor([0.9, h.matrix_lr * lr_mul, lr_mul, b1, b2])
+            )
             assert optimizer.numbers.data_ptr() == home
         results.append([x.clone() for x in optimizer.state()])
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -153,7 +167,9 @@ def train_passes(rank, folder, record, bad=None):
     share = backward(loader.next()[0])
     clean &= share.grad_fn is None and share is backward(loader.next()[0])  # no activation is kept, one place
     state = [x.clone() for x in optimizer.state()]
-    return types.SimpleNamespace(bound=bound, events=events[len(bound) :], failure=failure, clean=clean, losses=losses, state=state)
+    return types.SimpleNamespace(
+        bound=bound, events=events[len(bound) :], failure=failure, clean=clean, losses=losses, state=state
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +196,9 @@ def test_a_recorded_pass_is_launched_for_every_micro_batch_and_trains_the_same_b
         assert recorded.bound == ["pass"] * 3 + ["record"] and recorded.events == ["launch", "pass"] * micro
         assert eager.failure == recorded.failure == "" and eager.clean and recorded.clean
         assert [x.item() for x in eager.losses] == [x.item() for x in recorded.losses]
-        assert len({x.item() for x in eager.losses}) == 3  # a step's loss is its own, not the next one's place
+        assert (
+            len({x.item() for x in eager.losses}) == 3
+        )  # a step's loss is its own, not the next one's place
         assert all(torch.equal(a, b) for a, b in zip(eager.state, recorded.state))
 
 
@@ -215,7 +233,9 @@ def test_the_loss_is_the_mean_and_gradients_are_its_gradients(one, shards):
 def run_main(monkeypatch, tmp_path, record, **knobs):
     """main's training run on a machine with a recorder: (status, lines of the log)."""
     real = t.init_machine
-    monkeypatch.setattr(t, "init_machine", lambda h, env: dataclasses.replace(real(h, env), graph_capture=record))
+    monkeypatch.setattr(
+        t, "init_machine", lambda h, env: dataclasses.replace(real(h, env), graph_capture=record)
+    )
     status = t.main(english_args(out_dir=tmp_path, **(dict(iterations=3, train_log_every=1) | knobs)))
     return status, (tmp_path / "run.txt").read_text(encoding="utf-8").splitlines()
 
@@ -248,7 +268,9 @@ def test_each_that_fails_is_eager_alone(monkeypatch, tmp_path):
 
 
 def test_a_run_is_the_same_bytes_with_a_recorder(monkeypatch, tmp_path):
-    runs = [run_main(monkeypatch, tmp_path / name, record) for name, record in (("a", recorder([])), ("b", None))]
+    runs = [
+        run_main(monkeypatch, tmp_path / name, record) for name, record in (("a", recorder([])), ("b", None))
+    ]
     blobs = [(tmp_path / name / "run.int6.xz").read_bytes() for name in "ab"]
     assert [status for status, _ in runs] == [0, 0] and blobs[0] == blobs[1]
 
@@ -259,7 +281,9 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch, tmp_path):
     place = lambda: [(p.data_ptr(), p.grad.data_ptr()) for p in models[-1].parameters()]
 
     def record(fn):
-        own = lambda: [c.cell_contents.data_ptr() for c in fn.__closure__ or () if torch.is_tensor(c.cell_contents)]
+        own = lambda: [
+            c.cell_contents.data_ptr() for c in fn.__closure__ or () if torch.is_tensor(c.cell_contents)
+        ]
         assert len(own()) == (0 if "schedule" in fn.__name__ else 2)
         homes.append(place())
         kept = homes[-1], own()
@@ -287,7 +311,9 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch, tmp_path):
 
 def test_the_machine_line_names_pass_and_update(tmp_path):
     t.main(english_args(out_dir=tmp_path, iterations=1))
-    line = next(x for x in (tmp_path / "run.txt").read_text().splitlines() if x.startswith("machine world_size"))
+    line = next(
+        x for x in (tmp_path / "run.txt").read_text().splitlines() if x.startswith("machine world_size")
+    )
     assert line.endswith("compile:none pass:eager update:eager")
 
 
@@ -308,7 +334,9 @@ def test_no_graph_is_alive_when_the_process_group_closes(monkeypatch, tmp_path, 
         return 0.0
 
     monkeypatch.setattr(t, "log_step", log_step)
-    monkeypatch.setattr(t.dist, "destroy_process_group", lambda: checked.extend(x() for x in alive) or close())
+    monkeypatch.setattr(
+        t.dist, "destroy_process_group", lambda: checked.extend(x() for x in alive) or close()
+    )
     with pytest.raises(ZeroDivisionError) if end == "crash" else contextlib.nullcontext():
         status, _ = run_main(monkeypatch, tmp_path, record)
         assert status == (2 if end == "input error" else 0)
@@ -352,7 +380,10 @@ def test_lanes_fork_from_the_current_stream_and_join_it(monkeypatch):
     events.clear()
     with m.lanes() as lane, lane(), m.lanes() as inner, inner():  # a schedule that runs in a lane itself
         events.append(f"on {current[-1].name}")
-    assert events[3:6] == ["b waits for a", "c waits for a", "on b"] and events[-5:-3] == ["a waits for b", "a waits for c"]
+    assert events[3:6] == ["b waits for a", "c waits for a", "on b"] and events[-5:-3] == [
+        "a waits for b",
+        "a waits for c",
+    ]
 
 
 def test_on_a_cpu_lanes_are_nothing():
@@ -377,11 +408,20 @@ def test_the_schedule_queues_each_bank_in_a_lane_of_its_own(one, monkeypatch):
     monkeypatch.setattr(t.Machine, "lanes", lanes)
     model = noisy_model(tiny(), seed=3)
     optimizer = t.Optimizer(model, tiny(), one)
-    for name, module in (("reduce_scatter", t), ("all_gather", t), ("adam_update", optimizer), ("matrix_update", optimizer)):
+    for name, module in (
+        ("reduce_scatter", t),
+        ("all_gather", t),
+        ("adam_update", optimizer),
+        ("matrix_update", optimizer),
+    ):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: seen.append((name, now[0])) or real(*a, **k))
+        monkeypatch.setattr(
+            module, name, lambda *a, real=real, name=name, **k: seen.append((name, now[0])) or real(*a, **k)
+        )
     optimizer.step(t.hyper_at(tiny(), 0, 0.0))
     assert seen[:3] == [("reduce_scatter", None)] * 3 and len(seen) == 11
     assert seen[3] == ("adam_update", 0)
     one_shape, two = ("matrix_update", "all_gather"), ("matrix_update", "matrix_update", "all_gather")
-    assert seen[4:] == [(name, i) for i, names in ((1, one_shape), (2, one_shape), (3, two)) for name in names]
+    assert seen[4:] == [
+        (name, i) for i, names in ((1, one_shape), (2, one_shape), (3, two)) for name in names
+    ]

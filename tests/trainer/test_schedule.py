@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,7 +12,15 @@ import torch
 
 import train_gpt as t
 from helpers import (
-    group_of_one, machine, noisy_model, padding_of, random_tokens, run_ranks, shard_folder, temporary_folder, tiny,
+    group_of_one,
+    machine,
+    noisy_model,
+    padding_of,
+    random_tokens,
+    run_ranks,
+    shard_folder,
+    temporary_folder,
+    tiny,
 )  # fmt: skip
 
 STEPS = 6
@@ -22,7 +30,7 @@ STEPS = 6
 TOLERANCE = 3e-5
 
 
-@lru_cache(maxsize=None)
+@cache
 def data_folder():
     folder = temporary_folder() / "data"
     shard_folder(folder, tiny(), [60, 40], seed=5)
@@ -62,7 +70,9 @@ def watch_collectives():
         def launch(out, *rest, **named):
             whole = rest[0] if name == "reduce_scatter" else out
             group = named.get("group") or (rest[1] if name == "all_gather" and len(rest) > 1 else None)
-            calls.append((name, whole.numel() * whole.element_size(), whole.dtype, t.dist.get_world_size(group)))
+            calls.append(
+                (name, whole.numel() * whole.element_size(), whole.dtype, t.dist.get_world_size(group))
+            )
             return real(out, *rest, **named)
 
         return launch
@@ -108,7 +118,11 @@ def train_rank(rank, folder, knobs, per_node=0):
     )  # fmt: skip
 
 
-CASES = {"four layers": {}, "one layer": dict(num_layers=1, xsa_last_n=1, ve_last_n=1), "three layers": dict(num_layers=3)}
+CASES = {
+    "four layers": {},
+    "one layer": dict(num_layers=1, xsa_last_n=1, ve_last_n=1),
+    "three layers": dict(num_layers=3),
+}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
@@ -208,10 +222,12 @@ WIRE_STEPS = 12
 def wire_rank(rank, folder, dtype):
     """WIRE_STEPS steps: parameters, the mean loss of the last four, the collectives of the last step."""
     m = env_machine(tiny(data_path=folder))
-    knobs = dict(step_rule="muon", matrix_lr=0.025, mix_tokens=0)     # what the bounds below were found with
+    knobs = dict(step_rule="muon", matrix_lr=0.025, mix_tokens=0)  # what the bounds below were found with
     model, optimizer, _, loader = setup(m, data_path=folder, wire_dtype=dtype, **knobs)
     state = {str(x.dtype) for x in optimizer.state()}
-    same = all(optimizer.wire[k] is g for k, g in (optimizer.bank_grad | {"flat": optimizer.flat_grad}).items())
+    same = all(
+        optimizer.wire[k] is g for k, g in (optimizer.bank_grad | {"flat": optimizer.flat_grad}).items()
+    )
     backward, losses = t.bind_pass(model.loss, optimizer)[0], []
     for step in range(WIRE_STEPS):
         batch, hp = loader.next(), t.hyper_at(optimizer.h, step, 0.0)
@@ -226,18 +242,24 @@ def wire_rank(rank, folder, dtype):
 @pytest.fixture(scope="module")
 def wires():
     """(dtype, world size) -> results of its ranks."""
-    return {(d, w): run_ranks(wire_rank, w, data_folder(), d) for d in ("float32", "bfloat16") for w in (1, 2, 4)}
+    return {
+        (d, w): run_ranks(wire_rank, w, data_folder(), d) for d in ("float32", "bfloat16") for w in (1, 2, 4)
+    }
 
 
 def test_the_schedule_of_one_node(wires):
     """Gradients biggest first, the small tensors behind them, one norm; banks go back cheapest first."""
     for (dtype, world), ranks in wires.items():
         for rank in ranks:
-            assert [c[0] for c in rank["calls"]] == ["reduce_scatter"] * 3 + ["all_reduce"] * 2 + ["all_gather"] * 3
+            assert [c[0] for c in rank["calls"]] == ["reduce_scatter"] * 3 + ["all_reduce"] * 2 + [
+                "all_gather"
+            ] * 3
             sizes = [c[1] for c in rank["calls"]]
             assert sizes[:3] == sorted(sizes[:3], reverse=True) and sizes[5:] == sorted(sizes[5:])
             assert all(c[3] == world for c in rank["calls"])
-            assert rank["clear"] and rank["state"] == {"torch.float32"} and rank["same"] == (dtype == "float32")
+            assert (
+                rank["clear"] and rank["state"] == {"torch.float32"} and rank["same"] == (dtype == "float32")
+            )
 
 
 def test_bfloat16_halves_the_bytes_of_gradients_and_of_nothing_else(wires):
@@ -245,7 +267,9 @@ def test_bfloat16_halves_the_bytes_of_gradients_and_of_nothing_else(wires):
         wide, narrow = (wires[d, world][0]["calls"] for d in ("float32", "bfloat16"))
         assert [c[1] for c in wide[:4]] == [2 * c[1] for c in narrow[:4]]
         assert wide[4:] == narrow[4:] and {c[2] for c in wide[:4]} == {torch.float32}
-        assert {c[2] for c in narrow[:4]} == {torch.bfloat16} and {c[2] for c in narrow[5:]} == {torch.float32}
+        assert {c[2] for c in narrow[:4]} == {torch.bfloat16} and {c[2] for c in narrow[5:]} == {
+            torch.float32
+        }
 
 
 # Of a parameter's norm and of the loss after twelve steps, bfloat16 against float32: eight bits of a gradient, which
@@ -258,7 +282,10 @@ def test_bfloat16_gradients_train_the_same_model_to_their_precision(wires):
     exact = wires["float32", 1][0]
     for (dtype, world), ranks in wires.items():
         for other in ranks[1:]:
-            assert all(torch.equal(p, other["params"][k]) for k, p in ranks[0]["params"].items()), (dtype, world)
+            assert all(torch.equal(p, other["params"][k]) for k, p in ranks[0]["params"].items()), (
+                dtype,
+                world,
+            )
         bound = TOLERANCE if dtype == "float32" else WIRE_BOUND
         for k, p in ranks[0]["params"].items():
             assert (p - exact["params"][k]).norm() <= bound * exact["params"][k].norm(), (dtype, world, k)
@@ -276,7 +303,11 @@ def test_what_arrives_in_bfloat16_is_added_up_in_float32():
     ends = []
     for sent in (g, g.float()):
         W, momentum, second = torch.ones(2, 24, 16), torch.full((2, 24, 16), 0.1), torch.zeros(2, 24, 1)
-        flat = [torch.ones(sent.numel()), sent.flatten(), *(torch.full((sent.numel(),), 0.1) for _ in range(4))]
+        flat = [
+            torch.ones(sent.numel()),
+            sent.flatten(),
+            *(torch.full((sent.numel(),), 0.1) for _ in range(4)),
+        ]
         t.matrix_update(W, sent, momentum, s, h, second)
         t.adam_update(tuple(flat), s, h)
         ends.append([W, momentum, second, flat[0], *flat[2:]])
@@ -316,7 +347,9 @@ def test_what_crosses_nodes_is_a_nodes_share(nodes):
     """Inside a node all of a bank, between the ranks of one place 1 / per_node of it; one node has one level."""
     per_node, _, ranks = nodes
     world, count = len(ranks), len(ranks) // per_node
-    inward = [(per_node, 1), (count, per_node)] if count > 1 else [(world, 1)]  # (ranks, the divisor of the bytes)
+    inward = (
+        [(per_node, 1), (count, per_node)] if count > 1 else [(world, 1)]
+    )  # (ranks, the divisor of the bytes)
     for rank, r in enumerate(ranks):
         place, node = rank % per_node, rank // per_node
         groups = [list(range(node * per_node, (node + 1) * per_node)), list(range(place, world, per_node))]
@@ -325,12 +358,18 @@ def test_what_crosses_nodes_is_a_nodes_share(nodes):
         expected = [("reduce_scatter", size // cut, n) for size in r["sizes"] for n, cut in inward]
         expected += [("all_gather", size // cut, n) for size in r["sizes"][::-1] for n, cut in inward[::-1]]
         assert [(c[0], c[1], c[3]) for c in r["calls"] if c[0] != "all_reduce"] == expected
-        assert [c[3] for c in r["calls"] if c[0] == "all_reduce"] == [world] * 2  # the small tensors, the norm
+        assert [c[3] for c in r["calls"] if c[0] == "all_reduce"] == [
+            world
+        ] * 2  # the small tensors, the norm
     shares = [r["ours"][-1] for r in ranks]
-    assert sorted(x.start for x in shares) == list(range(world)) and all(x.stop - x.start == 1 for x in shares)
+    assert sorted(x.start for x in shares) == list(range(world)) and all(
+        x.stop - x.start == 1 for x in shares
+    )
 
 
-@pytest.mark.parametrize("place", [dict(LOCAL_WORLD_SIZE="3"), dict(LOCAL_WORLD_SIZE="2", LOCAL_RANK="1")], ids=str)
+@pytest.mark.parametrize(
+    "place", [dict(LOCAL_WORLD_SIZE="3"), dict(LOCAL_WORLD_SIZE="2", LOCAL_RANK="1")], ids=str
+)
 def test_unequal_nodes_are_refused(place):
     env = dict(WORLD_SIZE="8", RANK="4", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1") | place
     with pytest.raises(t.InputError, match=r"^RANK=4 LOCAL_WORLD_SIZE=\d: .*--nproc_per_node"):
@@ -364,11 +403,19 @@ def test_a_step_is_the_float64_step(one):
         grads = {k: p.grad.numpy() for k, p in exact.named_parameters()}
         clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
         for k, g in grads.items():
-            lr, wd, g = getattr(h, rows[k].lr) * hp.lr_mul, h.adam_wd if rows[k].buffer == "flat" else h.muon_wd, clip * g
+            lr, wd, g = (
+                getattr(h, rows[k].lr) * hp.lr_mul,
+                h.adam_wd if rows[k].buffer == "flat" else h.muon_wd,
+                clip * g,
+            )
             if rows[k].buffer == "flat":
                 m1[k] = h.adam_beta1 * m1[k] + (1 - h.adam_beta1) * g
                 m2[k] = h.adam_beta2 * m2[k] + (1 - h.adam_beta2) * g * g
-                update = m1[k] / (1 - h.adam_beta1**step) / (np.sqrt(m2[k] / (1 - h.adam_beta2**step)) + h.adam_eps)
+                update = (
+                    m1[k]
+                    / (1 - h.adam_beta1**step)
+                    / (np.sqrt(m2[k] / (1 - h.adam_beta2**step)) + h.adam_eps)
+                )
                 params[k] = params[k] * (1 - lr * wd) - lr * update
                 continue
             m1[k] = 0.9 * m1[k] + 0.1 * g
@@ -393,7 +440,9 @@ def test_gradients_accumulate_over_micro_batches_and_are_cleared(one):
         model, optimizer, _, loader = setup(one, micro_batch_tokens=micro)
         batch = loader.next()
         assert len(batch) == 128 // micro
-        loss = t.train_step(t.bind_pass(model.loss, optimizer)[0], optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0))
+        loss = t.train_step(
+            t.bind_pass(model.loss, optimizer)[0], optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0)
+        )
         results.append((loss.item(), optimizer.flat.clone()))
         assert all(p.grad.abs().max() == 0 for p in model.parameters())
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -404,7 +453,10 @@ def test_parameters_live_in_the_optimizers_buffers(one):
     model, optimizer, _, _ = setup(one)
     buffers = {s.name: s.buffer for s in t.PARAM_TABLE}
     for k, p in model.named_parameters():
-        home, grad = optimizer.bank.get(buffers[k], optimizer.flat), optimizer.bank_grad.get(buffers[k], optimizer.flat_grad)
+        home, grad = (
+            optimizer.bank.get(buffers[k], optimizer.flat),
+            optimizer.bank_grad.get(buffers[k], optimizer.flat_grad),
+        )
         assert p.untyped_storage().data_ptr() == home.untyped_storage().data_ptr(), k
         assert p.grad.untyped_storage().data_ptr() == grad.untyped_storage().data_ptr(), k
         assert p.data_ptr() % 64 == 0 and p.is_contiguous() and p.grad.is_contiguous()
@@ -424,12 +476,21 @@ def test_snapshot_is_exact_and_a_copy(one):
     step(2)
     assert optimizer.steps == 3 and any(not torch.equal(a, b) for a, b in zip(saved[1], optimizer.state()))
     assert all(torch.equal(a, b) for a, b in zip(saved[1], frozen))  # a copy, not a view
-    model.loss(*(random_tokens(optimizer.h, (2, 16), s) for s in (1, 2))).backward()  # half a step's gradients
+    model.loss(
+        *(random_tokens(optimizer.h, (2, 16), s) for s in (1, 2))
+    ).backward()  # half a step's gradients
     optimizer.restore(saved)
     assert optimizer.steps == 2 and all(torch.equal(a, b) for a, b in zip(frozen, optimizer.state()))
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
     named = {x.data_ptr() for x in optimizer.state()}  # nothing that a step changes is left out
-    kept = [optimizer.flat, optimizer.flat_m, optimizer.flat_v, *optimizer.bank.values(), *optimizer.momentum.values(), *optimizer.second.values()]
+    kept = [
+        optimizer.flat,
+        optimizer.flat_m,
+        optimizer.flat_v,
+        *optimizer.bank.values(),
+        *optimizer.momentum.values(),
+        *optimizer.second.values(),
+    ]
     assert optimizer.second
     assert {x.data_ptr() for x in kept} == named
 
@@ -443,7 +504,9 @@ def test_warmup_leaves_no_trace(one):
     reference = [x.clone() for x in loader.build(0)]
     hidden = []
     real = optimizer.step
-    optimizer.step = lambda hp: real(hp) or hidden.append(any(not torch.equal(a, b) for a, b in zip(before[0], optimizer.state())))
+    optimizer.step = lambda hp: (
+        real(hp) or hidden.append(any(not torch.equal(a, b) for a, b in zip(before[0], optimizer.state())))
+    )
     t.warmup(run, optimizer, ema, loader)
     assert hidden == [True] * 3  # it did train
     assert all(torch.equal(a, b) for a, b in zip(before[0], optimizer.state())) and optimizer.steps == 0
@@ -479,7 +542,11 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
     assert all(a > b or b == 0.1 for a, b in zip(lr[120:], lr[121:]))
     assert lr[160] == pytest.approx(0.5) and lr[140] == pytest.approx(0.75)  # linear
     momentum = [p.momentum for p in points]
-    assert momentum[0] == 0.8 and momentum[20] == pytest.approx(0.875) and momentum[40:] == pytest.approx([0.95] * 161)
+    assert (
+        momentum[0] == 0.8
+        and momentum[20] == pytest.approx(0.875)
+        and momentum[40:] == pytest.approx([0.95] * 161)
+    )
     assert all(a < b for a, b in zip(momentum[:40], momentum[1:41]))
     assert t.hyper_at(h, 500, 0.0).progress == 1.0
     assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).lr_mul == 0.0
@@ -490,7 +557,9 @@ def test_the_multiplier_drives_every_parameter(one):
     for lr_mul in (0.0, 1.0):
         model, optimizer, _, loader = setup(one)
         before = parameters(model)
-        t.train_step(t.bind_pass(model.loss, optimizer)[0], optimizer, loader.next(), t.Hyper(0.0, 0.9, lr_mul))
+        t.train_step(
+            t.bind_pass(model.loss, optimizer)[0], optimizer, loader.next(), t.Hyper(0.0, 0.9, lr_mul)
+        )
         moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
         assert moved == ({s.name for s in t.PARAM_TABLE} if lr_mul else set())
 
@@ -517,7 +586,9 @@ def test_what_has_a_rate_of_zero_is_frozen(one, rate):
     frozen = {s.name for s in t.SMALL if s.lr == rate}
     for name in frozen:
         p = getattr(model, name)
-        assert not p.requires_grad and p.grad.abs().max() == 0 and torch.equal(states[0][name], states[-1][name])
+        assert (
+            not p.requires_grad and p.grad.abs().max() == 0 and torch.equal(states[0][name], states[-1][name])
+        )
     learning = {k for k, p in model.named_parameters() if p.requires_grad}
     assert frozen and learning == {s.name for s in t.PARAM_TABLE} - frozen
     assert all(not torch.equal(states[0][k], states[-1][k]) for k in learning)
@@ -556,7 +627,9 @@ def test_the_horizon_is_a_share_of_the_run(frac):
     short, long = (averaged(n, frac).mean().item() for n in (100, 1000))
     x = (np.arange(200_000) + 0.5) / 200_000
     weight = np.exp((x - 1) / frac) / frac / 200_000
-    limit = (weight * (1 + x + np.sin(3 * x))).sum()  # the start's share decays with weight exp(-1 / frac) of 0
+    limit = (
+        weight * (1 + x + np.sin(3 * x))
+    ).sum()  # the start's share decays with weight exp(-1 / frac) of 0
     assert long == pytest.approx(limit, abs=0.005) and short == pytest.approx(limit, abs=0.05)
     assert abs(averaged(100, 2 * frac).mean().item() - short) > 0.01  # another horizon is another average
 

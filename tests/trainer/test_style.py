@@ -21,7 +21,11 @@ MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
 VARIADIC = ("_op", ".timed", ".save_for_backward", "ParamSpec")  # operators; rows of a table
 MAX_FUNCTION = 80  # lines
 MAX_LOOP = 120  # lines of `train`; Triton kernels are free
-THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape"}  # q, k, v; a, b, c; a shape: idioms of the field
+THREE_OR_MORE = {
+    "qk_heads",
+    "minimax_quintic",
+    "neuron_shape",
+}  # q, k, v; a, b, c; a shape: idioms of the field
 NOT_USE = {"load_config", "check_ranges", "check_relations"}  # reading a knob to check it is not using it
 RANK_NAMES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_\w+")
 BANNER_RULE = re.compile(r"# -{20,}")
@@ -380,7 +384,11 @@ def anonymous_tuples(tree) -> list:
         if is_kernel(f) or id(f) in gradients or f.name in THREE_OR_MORE:
             continue
         for node in ast.walk(f):
-            if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2:
+            if (
+                isinstance(node, ast.Return)
+                and isinstance(node.value, ast.Tuple)
+                and len(node.value.elts) > 2
+            ):
                 found.append((f.name, node.lineno))
     return found
 

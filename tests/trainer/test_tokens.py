@@ -80,7 +80,13 @@ def test_split_files(tmp_path):
         t.split_files(str(tmp_path), "val")
     odd = tmp_path / "we[i]rd *"
     odd.mkdir()
-    for name in ("b_val_000001.bin", "b_val_000000.bin", "b_train_000000.bin", "b_val_x.bin", "b_val_000002.txt"):
+    for name in (
+        "b_val_000001.bin",
+        "b_val_000000.bin",
+        "b_train_000000.bin",
+        "b_val_x.bin",
+        "b_val_000002.txt",
+    ):
         (odd / name).write_bytes(b"")
     names = [Path(f).name for f in t.split_files(str(odd), "val")]
     assert names == ["b_val_000000.bin", "b_val_000001.bin"]
@@ -256,9 +262,17 @@ def test_read_is_one_stream_across_shards_and_epochs(shards):
     rng = np.random.default_rng(0)
     spans = [(int(a), int(b)) for a, b in zip(rng.integers(0, 3 * data.total, 200), rng.integers(1, 50, 200))]
     bounds = [k * data.total for k in (1, 2, 3)]
-    spans += [(b - 1, 2) for b in bounds] + [(b, 1) for b in bounds] + [(b - 20, 40) for b in bounds] + [(0, data.total)]
+    spans += (
+        [(b - 1, 2) for b in bounds]
+        + [(b, 1) for b in bounds]
+        + [(b - 20, 40) for b in bounds]
+        + [(0, data.total)]
+    )
     for position, count in spans:
-        assert np.array_equal(data.read(position, count), whole[position : position + count]), (position, count)
+        assert np.array_equal(data.read(position, count), whole[position : position + count]), (
+            position,
+            count,
+        )
     fresh = loader(shards[0])  # nothing depends on what was read before
     assert np.array_equal(fresh.read(2 * data.total + 7, 30), whole[2 * data.total + 7 :][:30])
 
@@ -294,7 +308,11 @@ def test_batches_share_out_the_rows_of_a_stretch_of_the_stream(shards, mix_token
     """Each row once, in an order of the seed's; never from more than the whole split."""
     data = loader(shards[0], mix_tokens=mix_tokens)
     count = data.h.train_batch_tokens // data.h.train_seq_len
-    assert data.draw_batches == span or span is None and data.draw_batches == data.total // data.h.train_batch_tokens > 3
+    assert (
+        data.draw_batches == span
+        or span is None
+        and data.draw_batches == data.total // data.h.train_batch_tokens > 3
+    )
     orders = []
     for draw in range(5 if span else 2):  # into the next epoch
         wanted, got = stream_rows(data, draw * data.draw_batches * count, data.draw_batches * count), []
@@ -306,7 +324,9 @@ def test_batches_share_out_the_rows_of_a_stretch_of_the_stream(shards, mix_token
         orders.append([wanted.index(row) for row in got])
     assert (orders[0] != orders[1]) == (span != 1)
     other = loader(shards[0], mix_tokens=mix_tokens, seed=99)
-    assert not torch.equal(global_batch([other.next()]), global_batch([loader(shards[0], mix_tokens=mix_tokens).next()]))
+    assert not torch.equal(
+        global_batch([other.next()]), global_batch([loader(shards[0], mix_tokens=mix_tokens).next()])
+    )
 
 
 def test_a_book_does_not_fill_a_batch(tmp_path):

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +20,16 @@ import train_gpt as t
 from helpers import ROOT, english_args, english_dataset, run_ranks, stop_one_line, temporary_folder
 
 # The formats that parsers of modded-nanogpt and parameter-golf logs take, to the letter.
-TRAIN_LINE = re.compile(r"^step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$")
+TRAIN_LINE = re.compile(
+    r"^step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
+)
 VAL_LINE = re.compile(
     r"^step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
 )
-COMMUNITY = [re.compile(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+)"), re.compile(r"step:(\d+)/\d+ val_loss:([\d.]+)")]
+COMMUNITY = [
+    re.compile(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+)"),
+    re.compile(r"step:(\d+)/\d+ val_loss:([\d.]+)"),
+]
 SCORE_LINES = [
     r"^final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms$",
     r"^final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
@@ -55,10 +60,12 @@ def read_run(folder, status):
     log = (folder / "run.txt").read_text(encoding="utf-8")
     blob = (folder / "run.int6.xz").read_bytes()
     lines = log.splitlines()
-    return SimpleNamespace(folder=folder, status=status, log=log, lines=lines, blob=blob, final=FINAL.match(lines[-1]))
+    return SimpleNamespace(
+        folder=folder, status=status, log=log, lines=lines, blob=blob, final=FINAL.match(lines[-1])
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def finished(**knobs):
     """A finished training in this process; its folder, status, log and artifact."""
     folder = temporary_folder() / "out"
@@ -96,7 +103,7 @@ def test_what_frequencies_alone_score_by_hand():
     """Those of the first training shard, add-one."""
     run, data = finished_with(), english_dataset()
     train = np.fromfile(f"{data.path}/tiny_train_000000.bin", dtype="<u2")[512:].tolist()
-    targets = data.val[1: 1 + int(value(run, r".* val_tokens:(\d+)"))]
+    targets = data.val[1 : 1 + int(value(run, r".* val_tokens:(\d+)"))]
     weigh = lambda x: targets.count(x) * math.log((train.count(x) + 1) / (len(train) + data.vocab_size))
     nats = -sum(map(weigh, set(targets)))
     assert value(run, r"unigram val_loss:([\d.]+)") == f"{nats / len(targets):.4f}"
@@ -167,7 +174,11 @@ def score_by_hand(blob, stride):
     """Mean nats and bpb of an artifact on the English val split, one window and one forward at a time."""
     data = english_dataset()
     config = t.open_artifact(blob)[0]["config"]
-    h = t.load_config([x for x in english_args() if x.split("=")[0] not in config] + [f"{k}={v}" for k, v in config.items()], {})
+    h = t.load_config(
+        [x for x in english_args() if x.split("=")[0] not in config]
+        + [f"{k}={v}" for k, v in config.items()],
+        {},
+    )
     model = t.GPT(h)
     with torch.no_grad():
         for k, p in model.named_parameters():
@@ -187,7 +198,9 @@ def test_the_score_is_the_files():
     assert float(run.final["val_loss"]) == pytest.approx(loss, abs=2e-6)
     assert float(run.final["val_bpb"]) == pytest.approx(bits, abs=2e-6)
     chunked, _ = score_by_hand(run.blob, 32)
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(chunked, abs=2e-6)
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(
+        chunked, abs=2e-6
+    )
 
 
 def test_sliding_beats_chunked_after_training():
@@ -199,7 +212,12 @@ def test_sliding_beats_chunked_after_training():
 
 def eval_again(run, folder, name, *args):
     """`eval` of a finished run's artifact: the last line of its log."""
-    argv = ["eval", str(run.folder / "run.int6.xz"), f"data_path={english_dataset().path}", f"out_dir={folder}"]
+    argv = [
+        "eval",
+        str(run.folder / "run.int6.xz"),
+        f"data_path={english_dataset().path}",
+        f"out_dir={folder}",
+    ]
     assert t.main([*argv, f"run_id={name}", "eval_batch_tokens=2048", *args]) == 0
     return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()[-1]
 
@@ -237,7 +255,10 @@ def test_eval_of_something_else_is_one_line(tmp_path, capsys):
     damaged = {"cut": run.blob[:-9], "empty": b"", "text": b"hello", "tail": run.blob + b"x"}
     for name, blob in damaged.items():
         (tmp_path / name).write_bytes(blob)
-        err = stop_one_line(["eval", str(tmp_path / name), f"data_path={english_dataset().path}", f"out_dir={tmp_path}/x"], capsys)
+        err = stop_one_line(
+            ["eval", str(tmp_path / name), f"data_path={english_dataset().path}", f"out_dir={tmp_path}/x"],
+            capsys,
+        )
         assert str(tmp_path / name) in err
     assert not (tmp_path / "x").exists()
     stop_one_line(["eval", str(tmp_path), f"data_path={english_dataset().path}"], capsys)  # a folder
@@ -247,7 +268,11 @@ def test_eval_of_something_else_is_one_line(tmp_path, capsys):
 
 
 def test_the_seed_decides_every_bit():
-    first, again, other = finished_with(), finished_with(run_id="run", train_log_every=2), finished_with(seed=7)
+    first, again, other = (
+        finished_with(),
+        finished_with(run_id="run", train_log_every=2),
+        finished_with(seed=7),
+    )
     assert again.folder != first.folder
     assert first.final["sha256"] == again.final["sha256"] and first.blob == again.blob
     assert first.final["val_loss"] == again.final["val_loss"]
@@ -257,7 +282,9 @@ def test_the_seed_decides_every_bit():
 def test_deterministic_mode_is_torchs(monkeypatch):
     """It is on while the run lasts, off in the next; on a GPU two runs with it give the same bytes."""
     seen, real = [], t.train_step
-    monkeypatch.setattr(t, "train_step", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or real(*a))
+    monkeypatch.setattr(
+        t, "train_step", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or real(*a)
+    )
     first, again = finished_with(deterministic=True), finished_with(deterministic=True, train_log_every=3)
     assert all(seen) and seen and first.blob == again.blob
     seen.clear()
@@ -268,7 +295,10 @@ def test_deterministic_mode_is_torchs(monkeypatch):
 def test_ema_and_live_weights_are_different_artifacts():
     ema, live = finished_with(), finished_with(artifact_weights="live")
     assert ema.blob != live.blob
-    assert "artifact weights:ema int6_step:0.0" in ema.lines and "artifact weights:live int6_step:0.0" in live.lines
+    assert (
+        "artifact weights:ema int6_step:0.0" in ema.lines
+        and "artifact weights:live int6_step:0.0" in live.lines
+    )
     for name in ("final_live", "final_ema"):  # the training was the same
         assert value(ema, rf"{name} val_loss:([\d.]+)") == value(live, rf"{name} val_loss:([\d.]+)")
     for run, name in ((ema, "ema"), (live, "live")):  # the artifact is near the weights that it names
@@ -332,7 +362,9 @@ def test_val_tokens_cuts_the_split():
 
 def test_a_stride_of_a_window_is_the_chunked_score():
     run = finished_with(eval_stride=32)
-    assert run.lines[-1].startswith("final_score metric:int6_lzma_chunked ") and "sliding" not in run.lines[-1]
+    assert (
+        run.lines[-1].startswith("final_score metric:int6_lzma_chunked ") and "sliding" not in run.lines[-1]
+    )
     assert not any(x.startswith("final_int6_sliding") for x in run.lines)
     exact = [x for x in run.lines if x.startswith("final_int6_roundtrip_exact ")]
     assert len(exact) == 1 and loss_in(exact[0]) == loss_in(run.lines[-1])
@@ -450,7 +482,13 @@ def test_as_a_program(tmp_path):
     """A shell's view: status, progress on stdout, nothing on stderr, knobs from the environment."""
     env = {k: v for k, v in os.environ.items()} | {"ITERATIONS": "2", "OMP_NUM_THREADS": "1"}
     argv = [a for a in english_args(out_dir="out") if not a.startswith("iterations=")]
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *argv], capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), *argv],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
     assert lines[-2:] == ["log: out/run.txt", "artifact: out/run.int6.xz"] and FINAL.match(lines[-3])

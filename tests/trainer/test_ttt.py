@@ -5,25 +5,35 @@ import dataclasses
 import hashlib
 import re
 import shutil
-import sys
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-
-import train_gpt as t
-from helpers import (ROOT, english_args, english_dataset, group_of_one, noisy_model, random_tokens, run_ranks,
-                     stop_one_line, temporary_folder, tiny)
 from test_audit import audit_args, by_auditor, changed_script, honest  # noqa: F401
 from test_windows import ONE_BYTE, SILENT
 
-
-from ledger import dialects, tracks  # noqa: E402
 import fixtures_records as fx  # noqa: E402
-from ledger import record  # noqa: E402
+import train_gpt as t
+from helpers import (
+    ROOT,
+    english_args,
+    english_dataset,
+    group_of_one,
+    noisy_model,
+    random_tokens,
+    run_ranks,
+    stop_one_line,
+    temporary_folder,
+    tiny,
+)
+from ledger import (  # noqa: E402
+    dialects,
+    record,  # noqa: E402
+    tracks,
+)
 from record_helpers import TRACK, edit, make, verdict  # noqa: E402
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
@@ -85,7 +95,9 @@ def test_a_step_is_that_of_a_naive_loop(batch, scale):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text: f"{name}: {text}")
         assert all((a != b).any() for a, b in zip(weights_of(model), before) if a.dim() > 1)
     assert equal(weights_of(model), before)
-    assert max(naive.norms) > 1 and (min(naive.norms) < 1) == (scale == 0.01), naive.norms  # some are clipped, or all
+    assert max(naive.norms) > 1 and (min(naive.norms) < 1) == (scale == 0.01), (
+        naive.norms
+    )  # some are clipped, or all
 
 
 def test_a_rank_that_is_gone_ends_a_step_before_its_collective(monkeypatch):
@@ -147,11 +159,18 @@ def sizes(count, seed):
 
 def test_what_is_learnt_has_been_scored_and_nothing_is_learnt_from_the_last_chunk():
     with group_of_one() as m:
-        for total, seq_len, stride, chunk in [(200, 16, 4, 64), (64, 16, 4, 64), (65, 16, 4, 64), *sizes(80, 1)]:
+        for total, seq_len, stride, chunk in [
+            (200, 16, 4, 64),
+            (64, 16, 4, 64),
+            (65, 16, 4, 64),
+            *sizes(80, 1),
+        ]:
             scored, learnt = set(), []
 
             def nats_fn(x, y, last):
-                scored.update(y[:, -last:].flatten().tolist())  # tokens are their positions; padding scores total
+                scored.update(
+                    y[:, -last:].flatten().tolist()
+                )  # tokens are their positions; padding scores total
                 return torch.zeros(len(x), last)
 
             def learn(tokens, progress):
@@ -198,10 +217,15 @@ def test_no_score_depends_on_a_later_token():
 
 def ranks_score(rank, knobs):
     h = tiny(**knobs)
-    model, tokens = noisy_model(h, scale=0.01), random_tokens(h, (230,), 6).numpy()  # some steps are not clipped
+    model, tokens = (
+        noisy_model(h, scale=0.01),
+        random_tokens(h, (230,), 6).numpy(),
+    )  # some steps are not clipped
     before, digests = weights_of(model), []
     with t.torch.no_grad():
-        m = t.init_machine(h, {k: v for k, v in t.os.environ.items() if k in ("RANK", "WORLD_SIZE")}, trains=False)
+        m = t.init_machine(
+            h, {k: v for k, v in t.os.environ.items() if k in ("RANK", "WORLD_SIZE")}, trains=False
+        )
 
     @contextmanager
     def watched():
@@ -209,7 +233,9 @@ def ranks_score(rank, knobs):
 
             def both(*args):
                 learn(*args)
-                digests.append(hashlib.sha256(b"".join(p.numpy().tobytes() for p in weights_of(model))).hexdigest())
+                digests.append(
+                    hashlib.sha256(b"".join(p.numpy().tobytes() for p in weights_of(model))).hexdigest()
+                )
 
             yield both
 
@@ -217,7 +243,9 @@ def ranks_score(rank, knobs):
     return score.loss, digests, equal(weights_of(model), before)
 
 
-@pytest.mark.parametrize("chunk", [16, 64])  # of one row: the other ranks have nothing to learn from themselves
+@pytest.mark.parametrize(
+    "chunk", [16, 64]
+)  # of one row: the other ranks have nothing to learn from themselves
 def test_the_score_does_not_depend_on_the_world_size(chunk):
     knobs = LEARNS | dict(ttt_chunk_tokens=chunk)
     ((loss, steps, _),) = run_ranks(ranks_score, 1, knobs)
@@ -271,7 +299,7 @@ def test_the_header_has_the_knobs_only_of_a_score_that_learns():
 RUN = dict(ttt_lr=0.1, ttt_chunk_tokens=512)
 
 
-@lru_cache(maxsize=None)
+@cache
 def finished(**knobs):
     folder = temporary_folder() / "out"
     assert t.main(english_args(iterations=24, out_dir=folder, **knobs)) == 0
@@ -301,11 +329,17 @@ def scored(run, folder, *knobs):
 def test_a_run_that_learns_says_so():
     run = finished(**RUN)
     line = value(run.lines, "final_int6_ttt")
-    assert re.fullmatch(r"final_int6_ttt val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:8 eval_time:\d+ms", line)
+    assert re.fullmatch(
+        r"final_int6_ttt val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:8 eval_time:\d+ms", line
+    )
     assert run.lines[-1].startswith("final_score metric:int6_lzma_ttt ")
     assert exact(run.lines[-1]) == value(run.lines, "final_int6_ttt_exact")
     assert value(run.lines, "final_int6_ttt_exact") < value(run.lines, "final_int6_sliding_window_exact")
-    times = [int(re.search(r"eval_time:(\d+)ms", x)[1]) for x in run.lines if x.startswith("final_int6") and "eval_time" in x]
+    times = [
+        int(re.search(r"eval_time:(\d+)ms", x)[1])
+        for x in run.lines
+        if x.startswith("final_int6") and "eval_time" in x
+    ]
     total = int(re.search(r"eval_time:(\d+)ms", run.lines[-1])[1])
     assert len(times) == 3 and abs(sum(times) - total) <= 3
 
@@ -323,10 +357,17 @@ def test_learning_moves_no_other_score_and_no_weight():
 def test_eval_scores_as_the_artifact_was_scored(tmp_path):
     """Whatever the artifact says, knobs have the last word; an artifact without a rate takes one."""
     learns, plain = finished(**RUN), finished()
-    want, still = value(learns.lines, "final_int6_ttt_exact"), value(plain.lines, "final_int6_sliding_window_exact")
+    want, still = (
+        value(learns.lines, "final_int6_ttt_exact"),
+        value(plain.lines, "final_int6_sliding_window_exact"),
+    )
     rate = [f"{k}={v}" for k, v in RUN.items()]
-    for run, knobs, score, metric in ((learns, [], want, "ttt"), (plain, rate, want, "ttt"),
-                                      (plain, [], still, "sliding"), (learns, ["ttt_lr=0"], still, "sliding")):
+    for run, knobs, score, metric in (
+        (learns, [], want, "ttt"),
+        (plain, rate, want, "ttt"),
+        (plain, [], still, "sliding"),
+        (learns, ["ttt_lr=0"], still, "sliding"),
+    ):
         lines = scored(run, tmp_path / "out", *knobs)
         assert lines[-1].startswith(f"eval_score metric:int6_lzma_{metric} ") and exact(lines[-1]) == score
     assert exact(scored(plain, tmp_path / "out", *rate, "ttt_passes=1")[-1]) not in (want, still)
@@ -340,17 +381,25 @@ def test_a_split_of_one_chunk_is_scored_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "learning", None)
     lines = scored(run, tmp_path / "out", "ttt_lr=0.1", f"ttt_chunk_tokens={chunk}")
     assert exact(lines[-1]) == value(run.lines, "final_int6_sliding_window_exact")
-    lines = scored(run, tmp_path / "out", "ttt_lr=0.1", f"ttt_chunk_tokens={32 * 10 ** 14}")
+    lines = scored(run, tmp_path / "out", "ttt_lr=0.1", f"ttt_chunk_tokens={32 * 10**14}")
     assert lines[-1].startswith("eval_score metric:int6_lzma_ttt ")
 
 
 def test_the_pass_is_compiled_ahead_of_the_clock_and_on_no_token_of_the_split(tmp_path, monkeypatch):
-    run, events, learning, evaluate = finished(), [], t.learning, t.evaluate  # trained before anything is watched
+    run, events, learning, evaluate = (
+        finished(),
+        [],
+        t.learning,
+        t.evaluate,
+    )  # trained before anything is watched
 
     @contextmanager
     def watched(*args):
         with learning(*args) as learn:
-            yield lambda tokens, progress: (events.append((len(tokens), bool(tokens.any()))), learn(tokens, progress))
+            yield lambda tokens, progress: (
+                events.append((len(tokens), bool(tokens.any()))),
+                learn(tokens, progress),
+            )
 
     monkeypatch.setattr(t, "learning", watched)
     monkeypatch.setattr(t, "evaluate", lambda *args: (events.append("clock"), evaluate(*args))[1])
@@ -380,7 +429,11 @@ def audited(honest, folder, script, capsys):  # noqa: F811
 
 def test_the_audit_passes_an_honest_score_that_learns(honest, tmp_path, capsys):  # noqa: F811
     status, fails, lines = audited(honest, tmp_path, ROOT / "train_gpt.py", capsys)
-    assert status == 0 and not fails and "2 after learning, 0 tokens learnt before they are scored, 0 earlier scores moved" in lines[2], lines
+    assert (
+        status == 0
+        and not fails
+        and "2 after learning, 0 tokens learnt before they are scored, 0 earlier scores moved" in lines[2]
+    ), lines
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -429,7 +482,17 @@ def test_a_record_is_made_of_a_run_that_learnt(tmp_path):
     """`record new` and `verify` on the log of a real run; it is reproduced with the same rates."""
     root = tmp_path / "repo"
     (root / "records").mkdir(parents=True)
-    argv = ["--root", str(root), "new", "Learns", "--logs", str(finished(**RUN).log), "--track", "track_cpu", "--non-record"]
+    argv = [
+        "--root",
+        str(root),
+        "new",
+        "Learns",
+        "--logs",
+        str(finished(**RUN).log),
+        "--track",
+        "track_cpu",
+        "--non-record",
+    ]
     assert record.main(argv) == 0
     (folder,) = (root / "records" / "track_cpu").iterdir()
     page = (folder / "README.md").read_text()

@@ -20,7 +20,16 @@ def sizes(count, seed):
         yield int(rng.integers(1, 5 * seq_len)), seq_len, int(rng.integers(1, seq_len + 1))
 
 
-EDGES = [(1, 1, 1), (1, 16, 4), (16, 16, 4), (17, 16, 4), (15, 16, 16), (32, 16, 16), (33, 16, 16), (20, 16, 5)]
+EDGES = [
+    (1, 1, 1),
+    (1, 16, 4),
+    (16, 16, 4),
+    (17, 16, 4),
+    (15, 16, 16),
+    (32, 16, 16),
+    (33, 16, 16),
+    (20, 16, 5),
+]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -87,7 +96,9 @@ def ranks_score(rank, world):
     """Scores on this rank's share: the probe's, and a model's."""
     h = tiny(train_batch_tokens=16 * 12)
     m = t.init_machine(h, {"WORLD_SIZE": str(world), "RANK": str(rank)})
-    sums = [probe_sum(total, seq_len, stride, 1 + i % 4, m) for i, (total, seq_len, stride) in enumerate(cases())]
+    sums = [
+        probe_sum(total, seq_len, stride, 1 + i % 4, m) for i, (total, seq_len, stride) in enumerate(cases())
+    ]
     tokens = random_tokens(h, (301,), 4).numpy()
     model = noisy_model(h)
     run = t.ScoreRun(16, 4, 4, "model", SILENT)

@@ -1,0 +1,135 @@
+"""The lab's clocks: CUDA graphs, fresh inputs, ticks, the parts of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+
+import pytest
+import torch
+from lab_helpers import a_session, on_gpu
+
+from helpers import english_dataset, group_of_one, tiny
+from lab import steps, sustained, timing, trainer
+
+pytestmark = pytest.mark.usefixtures("quick_bench")
+
+
+def test_a_graph_holds_every_call(monkeypatch):
+    """ms are of one call of the captured graph; nothing is captured before it ran outside."""
+    captured, ran = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 12.0
+
+    @contextlib.contextmanager
+    def lanes():
+        yield contextlib.nullcontext
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    s = on_gpu(a_session(), lanes=lanes, sync=lambda: None, rank=0)
+    s.m.graph_capture = lambda fn: captured.append(list(ran)) or fn
+    assert timing.call_ms(s, [lambda: ran.append(0), lambda: ran.append(1), lambda: ran.append(2)]) == 4.0
+    assert captured == [[0, 1, 2] * 2]
+    assert ran == [0, 1, 2] * (2 + timing.REPLAYS + 1)
+
+    s.m.graph_capture = lambda fn: (
+        fn() or 1 / 0
+    )  # what cannot be captured is launched, and the report says so
+    assert timing.call_ms(s, [lambda: None] * 6) == 2.0
+    assert s.report["skipped"][0]["why"].startswith("ZeroDivisionError")
+
+
+@pytest.mark.parametrize("error", [None, OSError("driver")], ids=["captured", "failed"])
+def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(monkeypatch, error):
+    """The pass is a graph where the machine captures, gone afterwards; if it fails, the report says so."""
+    launches, alive = [], []
+
+    class Launch:
+        def __init__(self, fn):
+            self.fn = fn
+
+        def __call__(self):
+            launches.append(self.fn.__name__)
+            self.fn()
+
+    def record(fn):
+        if error is not None and "schedule" not in fn.__name__:
+            raise error
+        launch = Launch(fn)
+        alive.append(weakref.ref(launch))
+        return launch
+
+    with group_of_one() as m:
+        h = tiny(data_path=english_dataset().path, vocab_size=english_dataset().vocab_size)
+        s = a_session()._replace(h=h, m=dataclasses.replace(m, graph_capture=record))
+        run = trainer.build_trained(s)
+        launched, wall_times = [], steps.wall_times
+
+        def watched(*args):
+            times = wall_times(*args)
+            launched.append(list(launches))
+            launches.clear()
+            return times
+
+        monkeypatch.setattr(steps, "wall_times", watched)
+        steps.time_step(s, run)
+        sustained.measure_sustained(s, run, None, 0.01)
+
+    counts = {
+        whole["name"]: (names.count("both_ways"), names.count("schedule"))
+        for whole, names in zip(s.report["whole"], launched)
+    }
+    each, accumulated = (0, 0) if error else (14, 4 * 14)
+    assert counts["forward"] == (0, 0)
+    assert counts["forward+backward"] == (each, 0)
+    assert counts["optimizer"] == (0, 14)
+    assert counts["step"] == (accumulated, 14)
+    assert [x() is None for x in alive] == ([False] if error else [False, True, True])
+    assert (launches.count("both_ways") > 16) == (not error)  # sustained steps, too
+    why = [x["why"] for x in s.report["skipped"] if "forward+backward" in x["what"]]
+    assert why == (["rank 0: OSError: driver"] if error else [])
+
+
+def test_inputs_are_fresh_where_they_would_stay_in_the_cache(monkeypatch):
+    class Properties:
+        L2_cache_size = 100
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: Properties)
+    s = on_gpu(a_session())
+    sets = timing.fresh_sets(s, lambda: [torch.zeros(49)])
+    assert len({one[0].data_ptr() for one in sets}) == timing.FRESH
+    assert len(timing.fresh_sets(s, lambda: [torch.zeros(50)])) == 1
+
+    seen = []
+    for call in timing.in_turn(s, seen.append, sets):
+        call()
+    assert seen == sets
+    assert len(timing.in_turn(s, seen.append, sets[:1])) == timing.ROUNDS
+
+
+def test_ticks_of_a_gpu(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = 3.0
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    s = on_gpu(a_session())
+    first, second = timing.tick(s), timing.tick(s)
+    second.at = 10.0
+    assert timing.ms_between(first, second) == 7.0
+    assert timing.ms_between(1.0, 1.5) == 500
