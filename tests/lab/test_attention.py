@@ -13,12 +13,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lab_helpers import a_session
 
 import train_gpt as t
 from helpers import TINY, refused_by, tiny
 from lab import attention, bench, exact
 from lab.attention import AttentionPath, BoundPath, Layout
+from lab_helpers import a_session
 
 KNOBS = [f"{k}={v}" for k, v in (TINY | dict(micro_batch_tokens=64)).items()]  # 4 rows of 16 tokens
 pytestmark = pytest.mark.usefixtures("quick_bench")

@@ -15,11 +15,11 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from lab_helpers import SECTIONS, WHOLE
 
 import train_gpt as t
 from helpers import english_args, refused_by, stop_one_line
 from lab import bench
+from lab_helpers import SECTIONS, WHOLE
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tools" / "lab"
@@ -87,7 +87,7 @@ def test_a_script_without_the_tool_says_where_it_is(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done
-    assert f"python tools/lab/bench.py --script {script} KEY=VALUE" in done.stderr
+    assert f"run ./run.sh bench --script {script} KEY=VALUE" in done.stderr
 
 
 def test_it_runs_as_a_module():

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lab_helpers import WHOLE, a_session, run_bench
 
 import train_gpt as t
 from helpers import english_args
 from lab import bench, candidates, exact, floors, sections, trainer
+from lab_helpers import WHOLE, a_session, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("quick_bench")
@@ -38,7 +38,8 @@ def not_a_number(self, tokens, targets, last): return plain_nats(self, tokens, t
 def broken(*args, **options): raise RuntimeError("no kernel\\nhere")
 
 CANDIDATES = {
-    "lean": ("t.mlp", lean), "gradient": ("exclude_self", wrong_gradient), "broken": ("layer", broken),
+    "lean": ("t.mlp", lean), "gradient": ("exclude_self", wrong_gradient),
+    "broken": ("attention_block", broken),
     "rope": ("qk_heads", wrong_forward), "nan": ("GPT.nats", not_a_number), "absent": ("no_such.thing", lean),
     "two": [("mlp", lean), ("exclude_self", lambda y, v: plain_xsa(y, v))],
 }

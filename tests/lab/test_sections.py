@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from lab_helpers import SECTIONS, a_session, sections_by_name
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
 from lab import floors, sections
 from lab.floors import Rates
 from lab.sections import Section, Work
+from lab_helpers import SECTIONS, a_session, sections_by_name
 
 pytestmark = pytest.mark.usefixtures("quick_bench")
 

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lab_helpers import a_session, run_bench, session_of
 
 import train_gpt as t
 from helpers import english_args, group_of_one, tiny
 from lab import bench, smi, steps, sustained, trainer
+from lab_helpers import a_session, run_bench, session_of
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("quick_bench")

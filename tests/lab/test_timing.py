@@ -8,10 +8,10 @@ import weakref
 
 import pytest
 import torch
-from lab_helpers import a_session, on_gpu
 
 from helpers import english_dataset, group_of_one, tiny
 from lab import steps, sustained, timing, trainer
+from lab_helpers import a_session, on_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_bench")
 

@@ -46,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lab.exact import attend_exact, relative
 from lab.timing import call_ms, device_times, fixed_width, median
 from lab.trainer import Session, first_line, input_errors_of, load_trainer, open_session
-from ledger import files
+from ledger.files import write_atomic
 from script import BadInput
 
 MEAN_DOCUMENT = 1000  # tokens, before the end of a sequence cuts its last document
@@ -555,10 +555,7 @@ def describe(s: Session, masks: list[Mask]) -> None:
 
 def write_report(s: Session, path: Path) -> None:
     """Write the JSON report, all of it or nothing. Raises BadInput."""
-    try:
-        files.write_atomic(path, json.dumps(s.report, indent=1, sort_keys=True) + "\n")
-    except BadInput as error:
-        raise BadInput(str(error)) from None
+    write_atomic(path, json.dumps(s.report, indent=1, sort_keys=True) + "\n")
     s.say(f"json: {path}")
 
 

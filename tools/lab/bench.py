@@ -26,7 +26,7 @@ which no change of the clock rate blurs. nvidia-smi reads the clocks meanwhile.
 
 With --candidates only these are compared, and each line is printed when it is known; --all measures the rest,
 too. FILE.py defines CANDIDATES = {name: (path, function)}. The path names what to replace in a copy of
-train_gpt.py (mlp, exclude_self, qk_heads, layer, GPT.nats, ...), the function has the same signature, and a
+train_gpt.py (mlp, exclude_self, qk_heads, GPT.nats, ...), the function has the same signature, and a
 list of such pairs may stand in place of one. While the file is loaded, `t` is that copy, still plain: a
 function that calls the one it replaces keeps it under a name of its own (plain = t.mlp). Errors are relative
 to float64, |x - x64| / |x64|: of the loss, of all gradients together and of the parameter with the worst.

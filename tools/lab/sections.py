@@ -193,8 +193,7 @@ class Pieces:
         t = self.t
 
         def mix_norm(x: Tensor, y: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-            mix = mix.to(x.dtype)
-            x = mix[0] * (x + y) + mix[1] * x0  # x + y ends the layer before
+            x = t.residual_mix(x + y, x0, mix)  # x + y ends the layer before
             return x, t.rms_norm(x)
 
         def inputs() -> list[Tensor]:
@@ -203,7 +202,13 @@ class Pieces:
         forward = Work(5 * self.stream)
         backward = Work(7 * self.stream)
         return Section(
-            "residual mix + norm", len(self.layers), mix_norm, inputs, forward, backward, ("rms_norm",)
+            "residual mix + norm",
+            len(self.layers),
+            mix_norm,
+            inputs,
+            forward,
+            backward,
+            ("residual_mix", "rms_norm"),
         )
 
     def product(self, name: str, n: int) -> Section:
@@ -317,7 +322,7 @@ class Pieces:
             lambda: [self.activations(), self.ids()],
             Work(ids + weights + self.stream, (matmul(self.tokens, D, V),)),
             Work(ids + 2 * weights + 2 * self.stream, (matmul(self.tokens, D, V, times=2),)),
-            uses=("GPT.nats", "GPT.head", "GPT.loss", "rms_norm"),
+            uses=("GPT.nats", "GPT.unembed", "GPT.loss", "rms_norm"),
             params=(self.model.tok_emb,),
         )
 
@@ -399,7 +404,7 @@ class Pieces:
             "layer", 0, blocks.layer, lambda: [self.activations(), self.activations(), *blocks.weights()],
             work(3, layer_numbers, [part.forward for part in layer_parts]),
             work(5, 2 * layer_numbers, [part.backward for part in layer_parts]),
-            uses=("layer", "attention_block", "mlp"),
+            uses=("residual_mix", "attention_block", "mlp"),
         )  # fmt: skip
         return [attention, layer]
 

@@ -43,7 +43,8 @@ from lab.collectives import Collective, Recorder, collectives_of
 from lab.kernels import DEVICE_EVENTS, trace_events
 from lab.timing import aligned
 from lab.trainer import Session, bind_backward, build_trained, input_errors_of, load_trainer, open_session
-from ledger import files, pictures
+from ledger import pictures
+from ledger.files import write_atomic
 from script import BadInput
 
 STEP = "training step "  # the host's ranges, numbered
@@ -627,10 +628,10 @@ def conclude(s: Session, ranks: list[dict], args: argparse.Namespace, image: Pat
     """Print the tables and write the files, on rank 0."""
     result = result_of(s, ranks, collective_rows(ranks))
     say_tables(s, ranks, result)
-    files.write_atomic(args.timeline, json.dumps(chrome_trace(ranks)) + "\n")
+    write_atomic(args.timeline, json.dumps(chrome_trace(ranks)) + "\n")
     s.say(f"\ntimeline: {args.timeline}")
     if args.json:
-        files.write_atomic(args.json, json.dumps(result, indent=1, sort_keys=True) + "\n")
+        write_atomic(args.json, json.dumps(result, indent=1, sort_keys=True) + "\n")
         s.say(f"json: {args.json}")
     try:
         picture(ranks, image)
@@ -654,8 +655,5 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         dist.gather_object(mine, ranks if s.m.rank == 0 else None)
 
     if s.m.rank == 0:
-        try:
-            conclude(s, ranks, args, image)
-        except BadInput as error:
-            raise BadInput(str(error)) from None
+        conclude(s, ranks, args, image)
     return 0
