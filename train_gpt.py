@@ -1,6 +1,6 @@
 """bankshot: the best small language model that ten minutes on 8 GPUs can train, shipped in 16 MB.
 
-Task      Minimise bits per byte (bpb) on the FineWeb validation split. Rules of openai/parameter-golf:
+Task      Minimize bits per byte (bpb) on the FineWeb validation split. Rules of openai/parameter-golf:
           600 s of training on 8xH100; artifact + packed_code(this source) <= 16,000,000 bytes for every seed;
           the score is computed from the artifact file, read back from disk.
 Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 the ten-minute attempt
@@ -15,7 +15,7 @@ Contents
   1. Errors and files   one-line errors, atomic writes
   2. Config             every knob once, with its default; presets
   3. Machine            process group, device, CUDA graphs, log
-  4. Bytes              how many bytes a token stands for; the definition of bpb
+  4. Bytes              the bytes of text that each token stands for; the definition of bpb
   5. Tokens             shards on disk, dataset checks, the seeded document-aware loader
   6. Blocks             norm, rope, attention and MLP as functions of their weights
   7. GPT                the parameter table, the banks, one forward pass
@@ -31,10 +31,10 @@ Contents
  17. Commands           train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
-  Importing this file has no effect. After Optimizer.step parameters are bit-equal on all ranks. The result
-  depends on the seed, data order included, and not on the world size beyond the order of sums. Score windows
-  tile the split. The denominator of bpb is the UTF-8 length of the text, and the score is that of the file on
-  disk. Nothing compiles after the clock starts. No token's score depends on a later token.
+  Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. The
+  result depends on the seed, data order included, and on the world size only through the order of sums. Score
+  windows tile the split. The denominator of bpb is the UTF-8 length of the text, and the score is that of the
+  file on disk. Nothing compiles while the training clock runs. No token's score depends on a later token.
 """
 
 from __future__ import annotations
@@ -81,19 +81,19 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class InputError(Exception):
-    """An error the user can fix: one line that names the file, key or value and the remedy."""
+    """An error reported as one line without a traceback: it names the file, key or value, and the remedy."""
 
     status = 2  # exit status of the process
 
 
 class Fault(InputError):
-    """A failure during a run: one line that says where and when."""
+    """A failure during a run, not a bad input: one line that says where and when."""
 
     status = 1
 
 
 class Diverged(Fault):
-    """A run whose loss or gradient norm left all bounds after `steps` steps and `train_ms` on the clock."""
+    """A loss or gradient norm that is not finite or not below DIVERGED. train_ms: the training clock."""
 
     def __init__(self, message: str, steps: int, train_ms: float) -> None:
         super().__init__(message)
@@ -126,6 +126,11 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def sha256(data: bytes) -> str:
+    """Return the hex digest of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # 2. Config: every knob once, with its default. The defaults are the eight-GPU attempt.
 
@@ -146,7 +151,7 @@ class Config:
     # budget
     max_wallclock_seconds: float = 600.0  # of the training clock; 0: no limit
     iterations: int = 20000
-    warmup_steps: int = 10  # compile and touch every shape; afterwards everything is restored
+    warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
     val_loss_every: int = 0  # steps; 0: no validation file is opened before the clock stops
     train_log_every: int = 50
     val_tokens: int = 0  # score only this many targets, from the first; 0: the whole split
@@ -170,7 +175,7 @@ class Config:
     mlp_mult: float = 3.0
     rope_dims: int = 32  # rotated dimensions of each head; the others carry no position
     rope_base: float = 10_000.0
-    attn_windows: str = "256 256 256 0"  # keys a token sees, itself included, layer by layer in turn; 0: all
+    attn_windows: str = "256 256 256 0"  # keys a token sees, itself included; cycles over layers; 0: all
     doc_mask: bool = False  # no token sees another document
     xsa_last_n: int = 4  # layers with exclusive self-attention
     ve_last_n: int = 2  # layers whose values get a token embedding added
@@ -191,23 +196,23 @@ class Config:
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2  # of the run
-    cautious_wd: bool = False  # decay a matrix only where the step shrinks the weight, too
+    cautious_wd: bool = False  # decay only the weights that the step shrinks as well
     normuon_beta2: float = 0.95  # of the second moment in the normuon rules
     proj_init_std: float = 0.0  # of O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) for hyperball
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3  # global norm of the reduced gradients; 0: no clipping
-    fp8: bool = True  # forward products of the MLP in e4m3 while training, where the GPU can
+    fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
     deterministic: bool = False  # the same bits from the same seed on a GPU, if iterations end the run
     wire_dtype: str = "float32"  # of gradients between ranks: float32 | bfloat16
-    warmdown_frac: float = 0.5  # of the run, at its end: rates fall linearly to min_lr_frac
-    min_lr_frac: float = 0.0
+    warmdown_frac: float = 0.5  # last part of the run, in which rates fall linearly
+    min_lr_frac: float = 0.0  # of each rate, at the end
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
     artifact_weights: str = "ema"  # ema | live
     gptq_batches: int = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
-    int6_step: float = 0.0  # least int6 step, in standard deviations of the row
+    int6_step: float = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
     size_cap: int = 16_000_000  # decimal bytes, packed code included
 
@@ -261,7 +266,7 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
-# The knobs an artifact's header holds, all that its score depends on; TTT_FIELDS only if it was scored so.
+# The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it.
 MODEL_FIELDS = (
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims"),
     *("rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim", "logit_softcap"),
@@ -279,9 +284,9 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the
 
 
 def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
-    """Resolve the knobs: defaults < preset < artifact's header < environment (KEY) < `key=value`.
+    """Resolve every knob: defaults < preset < artifact's header < environment (KEY) < `key=value`.
 
-    Raises InputError for an unknown key, a value of another type, or knobs that contradict each other.
+    Raises InputError for an unknown key in argv, a bad value, or knobs that contradict each other.
     """
     types = {f.name: f.type for f in fields(Config)}
     given = {key: env[key.upper()] for key in types if key.upper() in env}
@@ -321,7 +326,7 @@ def check_ranges(h: Config) -> None:
             continue
         least = 1 if type(value) is int and key not in MAY_BE_ZERO else 0
         if not least <= value < 1 << 53:  # this also refuses nan
-            raise InputError(f"config key {key}: {str(value)[:40]} must be a number from {least} to 2^53")
+            raise InputError(f"config key {key}: {str(value)[:40]} must be at least {least} and below 2^53")
 
     choices = {
         "preset": PRESETS,
@@ -383,47 +388,46 @@ ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the
 
 
 class BatchShape(NamedTuple):
-    """How a rank works through its part of a global batch."""
+    """The shape of a rank's share of a global batch."""
 
-    accum: int  # micro-batches of a step
-    sequences: int  # in each micro-batch
+    accum: int  # micro-batches per step
+    sequences: int  # per micro-batch
 
 
 def cut_batch(h: Config, world_size: int) -> BatchShape:
-    """Cut the global batch into equal micro-batches for every rank. Raises InputError when none fits."""
+    """Cut the global batch into equal micro-batches, alike on all ranks. Raises InputError if it cannot."""
     sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
     accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
     if left or sequences == 0 or sequences % accum:
         raise InputError(
-            f"WORLD_SIZE={world_size} cannot cut train_batch_tokens={h.train_batch_tokens} by "
-            f"micro_batch_tokens={h.micro_batch_tokens} and train_seq_len={h.train_seq_len}; "
+            f"WORLD_SIZE={world_size} ranks cannot split train_batch_tokens={h.train_batch_tokens} evenly "
+            f"(micro_batch_tokens={h.micro_batch_tokens}, train_seq_len={h.train_seq_len}); "
             "change one of them or the number of processes"
         )
     return BatchShape(accum, sequences // accum)
 
 
 class Level(NamedTuple):
-    """One stage of sharing a bank among ranks. A bank is cut into world_size equal parts.
+    """One level at which a bank is split over ranks. A bank is cut into world_size equal shares.
 
-    Gradients go down the levels by reduce-scatter, updated weights come back up by all-gather. One node has
-    one
-    level: all parts go in, rank r keeps part r. Two nodes of four ranks have two; for rank 5, which is local
-    rank 1 of node 1:
+    Gradients go down the levels by reduce-scatter; updated weights come back up by all-gather. A single node
+    has one level: all shares go in and rank r keeps share r. Several nodes have two. With two nodes of four
+    ranks, rank 5 (node 1, local rank 1) sees
 
-        parts          0 1 2 3 4 5 6 7
-        inside         * * * * * * * *   summed over the node's four ranks: local rank 1 keeps 2 and 3
-        across             * *           summed over both nodes' local ranks 1: node 1 keeps 3
+        shares         0 1 2 3 4 5 6 7
+        inside         * * * * * * * *   averaged over the four ranks of node 1: local rank 1 keeps 2 and 3
+        across             * *           averaged over ranks 1 and 5, the local ranks 1: node 1 keeps 3
 
-    so that each GPU sends only an eighth of a bank to the other node.
+    so each GPU sends only an eighth of a bank to the other node.
     """
 
     group: dist.ProcessGroup | None  # None: all ranks
-    whole: slice  # the parts that go in
-    part: slice  # the parts that this rank keeps of them
+    whole: slice  # the shares that go in
+    kept: slice  # the shares that this rank keeps
 
 
 class Captured(NamedTuple):
-    """Device work behind one launch: a CUDA graph, or the function itself and why it is not a graph."""
+    """Device work with a single entry point: a CUDA graph, or the plain function if capture failed."""
 
     launch: Callable[[], None]
     failure: str  # "" for a graph, and where there are no graphs
@@ -431,7 +435,7 @@ class Captured(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """This process among the ranks, and what is bound for its device; no other code asks which it is."""
+    """This process's rank, and what is bound for its device so that other code rarely asks which it is."""
 
     rank: int
     world_size: int
@@ -439,18 +443,18 @@ class Machine:
     dtype: torch.dtype  # of activations and matrix products
     compile: Callable  # torch.compile, or the identity
     ops: Ops  # attention, QK, MLP and linear functions of the model
-    pin: bool  # whether host batches are page-locked
+    pin: bool  # whether the device is a GPU, so that host tensors are page-locked
     levels: tuple[Level, ...]
     names: dict[str, str]  # for the log: device, attention, qk, mlp, compile, pass, update
-    streams: tuple = ()  # on a GPU: the first captures graphs and copies to the host, the others are lanes
+    streams: tuple = ()  # GPU only: streams[0] captures graphs and copies to the host; all can be lanes
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     # Times of SIGTERM and SIGINT. The first entry makes every signal exit at once, until `train` clears it.
     signals: list[float] = field(default_factory=lambda: [-math.inf])
 
     @property
-    def own_part(self) -> int:
-        """The part of every bank that this rank updates."""
-        return self.levels[-1].part.start
+    def own_share(self) -> int:
+        """Return the index of the share of every bank that this rank updates."""
+        return self.levels[-1].kept.start
 
     def sync(self) -> None:
         """Wait until the device has done everything asked of it."""
@@ -458,9 +462,9 @@ class Machine:
             torch.accelerator.synchronize()
 
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
-        """Start copying tensors to the host. Calling the result waits and returns the copies.
+        """Start copying tensors to the host and return a function that waits for the copies and returns them.
 
-        The call raises Fault after PATIENCE seconds; NCCL's watchdog does not cover CUDA graphs.
+        That function raises Fault after PATIENCE seconds, because NCCL's watchdog does not cover CUDA graphs.
         """
         copies = [t.clone() for t in tensors]
         if not self.pin:
@@ -486,10 +490,9 @@ class Machine:
 
     @contextmanager
     def lanes(self) -> Iterator[Callable]:
-        """Run blocks of device work beside each other: `with m.lanes() as lane`, then `with lane(): ...`.
+        """Run blocks of device work concurrently: `with m.lanes() as lane:`, then `with lane():` per block.
 
-        Each `with lane()` block may run concurrently. All start after earlier work and finish before later
-        work. On a CPU they run in order.
+        Blocks start after all earlier work and end before any later work. On a CPU they run in order.
         """
         current = torch.cuda.current_stream() if self.streams else None
         free = [s for s in self.streams if s != current]
@@ -505,10 +508,10 @@ class Machine:
             current.wait_stream(stream)
 
     def captured(self, fn: Callable[[], None]) -> Captured:
-        """Capture fn, which must queue the same work on the same tensors at every call, as one CUDA graph.
+        """Capture fn as one CUDA graph. fn must queue the same work on the same tensors at every call.
 
-        It runs three times first, off the default stream as CUDA asks, to compile. All ranks get a graph or
-        none does.
+        It runs three times first, to compile, on a side stream, as CUDA requires; callers undo the effects.
+        All ranks get a graph or none does. Without graph_capture fn does not run.
         """
         if self.graph_capture is None:
             return Captured(fn, "")
@@ -520,7 +523,7 @@ class Machine:
         failure = ""
         try:
             launch = self.graph_capture(fn)
-        except Exception as e:  # any error of a driver or NCCL: fn itself is always right
+        except Exception as e:  # whatever the driver or NCCL raises: calling fn directly is always correct
             failure = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
         failures = [""] * self.world_size
         dist.all_gather_object(failures, failure)
@@ -529,9 +532,9 @@ class Machine:
         return Captured(launch, "")
 
     def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
-        """Return rank 0's value (non-negative) and the largest flag, identical on every rank.
+        """Return rank 0's value, which must not be negative, and the largest flag of all ranks.
 
-        It runs over the host network, which fails at once when a rank has left.
+        Every rank gets the same two. It uses gloo, which fails at once when a rank has exited.
         """
         box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
@@ -541,7 +544,7 @@ class Machine:
 def capture_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
     """Record the device work that fn queues, without running it, and return the function that launches it."""
     graph = torch.cuda.CUDAGraph()
-    # The outer context restores the current stream if capture fails; thread_local lets NCCL's watchdog go on.
+    # The outer context restores the current stream if capture fails; thread_local spares NCCL's watchdog.
     with torch.cuda.stream(stream):
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             fn()
@@ -577,14 +580,14 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         uneven = ranks.world % ranks.local_world != 0
         if uneven or ranks.rank % ranks.local_world != ranks.local_rank:
             raise InputError(
-                f"RANK={ranks.rank} LOCAL_WORLD_SIZE={ranks.local_world}: nodes differ; "
-                "use one --nproc_per_node"
+                f"RANK={ranks.rank} LOCAL_WORLD_SIZE={ranks.local_world}: nodes differ in size; "
+                "use the same --nproc_per_node on all of them"
             )
     return ranks
 
 
 def share_levels(ranks: Ranks) -> tuple[Level, ...]:
-    """Return the levels at which this rank shares banks: one for a single node, two for several."""
+    """Return this rank's levels, one for a single node, else two. Collective: it makes process groups."""
     everything = slice(0, ranks.world)
     if ranks.local_world == ranks.world:
         return (Level(None, everything, slice(ranks.rank, ranks.rank + 1)),)
@@ -594,15 +597,15 @@ def share_levels(ranks: Ranks) -> tuple[Level, ...]:
     inside, _ = dist.new_subgroups(ranks.local_world)
     same_local_rank = [[*range(i, ranks.world, ranks.local_world)] for i in range(ranks.local_world)]
     across, _ = dist.new_subgroups_by_enumeration(same_local_rank)
-    pair = slice(ranks.local_rank * nodes, (ranks.local_rank + 1) * nodes)
-    own = slice(pair.start + node, pair.start + node + 1)
-    return Level(inside, everything, pair), Level(across, pair, own)
+    kept = slice(ranks.local_rank * nodes, (ranks.local_rank + 1) * nodes)  # one share per node
+    own = slice(kept.start + node, kept.start + node + 1)
+    return Level(inside, everything, kept), Level(across, kept, own)
 
 
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
-    """Join or make a process group and bind a Machine.
+    """Join or create the process group, set PyTorch's global switches, and bind a Machine.
 
-    Raises InputError when ranks, nodes or the batch do not fit.
+    Raises InputError when torchrun's variables or the batch do not fit, or no attention kernel runs.
     """
     ranks = read_ranks(env)
     if trains:
@@ -678,7 +681,7 @@ class Log:
                     self.goes_on = self.file.tell() > 0
             except InputError as e:
                 fault = e
-        if machine:  # every rank fails here, or the others would append their ends to another run's log
+        if machine:  # all ranks must fail, or the others would append their errors to another run's log
             box = [fault]
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
             fault = box[0]
@@ -686,7 +689,7 @@ class Log:
             raise fault
 
     def __call__(self, line: str, console: bool = True) -> None:
-        """Write a line to the file and, unless told otherwise, to the console."""
+        """Append text to the file and, if `console`, print it. Raises InputError on failure."""
         if self.file is None:
             return
         with explained(f"{self.path}: cannot write the log", "free space"):
@@ -702,19 +705,19 @@ class Log:
 
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
-    """Heed signals, and put the reason a rank fails into the log that all ranks share.
+    """Handle SIGTERM and SIGINT, and append the reason a rank fails to the log that all ranks share.
 
-    SIGTERM or SIGINT ends training after the current step. A signal before training, or a second one more
-    than ECHO seconds after the first, exits at once. A failing rank of several leaves without a proper
-    shutdown, which would wait for the others.
+    A signal before training exits at once. The first one after that ends training after the current step, or
+    does nothing if it has ended; another one more than ECHO seconds later exits at once. One of several ranks
+    that fails exits without a proper shutdown, which would wait for the others.
     """
 
-    def heed(number: int, frame) -> None:
+    def handle(number: int, frame) -> None:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except Exception as e:
@@ -738,14 +741,14 @@ def machine_report(m: Machine) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 4. Bytes: how many bytes of text a token stands for, and the definition of bits per byte.
+# 4. Bytes: the bytes of text that each token stands for, and the definition of bits per byte.
 
 
 @dataclass(frozen=True)
 class ByteCounts:
     """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,)."""
 
-    base: np.ndarray  # bytes of the piece without its leading-space mark; 0 for a boundary
+    base: np.ndarray  # bytes of the piece without its leading U+2581; 0 for a boundary
     space: np.ndarray  # whether the piece begins with U+2581: one byte more, unless it follows a boundary
     boundary: np.ndarray  # control, unknown and unused pieces; a space right after one is not in the text
     # Without a piece U+2581, a space is spelled by the byte pieces E2 96 81: three tokens for one byte.
@@ -798,7 +801,7 @@ def tiktoken_counts(encoding: str) -> ByteCounts:
 
 
 def bpb(nats: float, num_bytes: int) -> float:
-    """Return bits per byte: a summed negative log-likelihood in nats over the UTF-8 bytes it explains."""
+    """Return bits per byte for a summed negative log-likelihood in nats and the UTF-8 bytes of the text."""
     return nats / math.log(2) / num_bytes
 
 
@@ -811,25 +814,25 @@ SHARD_VERSION = 1
 
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
-    """Map a shard's tokens, (num_tokens,) uint16, read-only.
+    """Memory-map a shard's tokens, (num_tokens,) uint16, and read them once to check them.
 
-    Raises InputError when header and size do not fit each other, or a token is not below vocab_size.
+    Raises InputError when header and size disagree, or a token is not below vocab_size.
     """
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
         header = np.fromfile(path, dtype="<i4", count=256)
         size = os.path.getsize(path)
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(
-            f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); make it again"
+            f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare it again"
         )
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     if size != expected:
         raise InputError(
-            f"{path}: {size} bytes, its header says {expected}: truncated or damaged; fetch or make it again"
+            f"{path}: {size} bytes but its header says {expected}; download it or prepare it again"
         )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
     if len(tokens) and (top := int(tokens.max())) >= vocab_size:
-        raise InputError(f"{path}: token {top} >= vocab_size {vocab_size}; set vocab_size or the data_path")
+        raise InputError(f"{path}: token {top} >= vocab_size {vocab_size}; change vocab_size or data_path")
     return tokens
 
 
@@ -839,7 +842,7 @@ def shard_tokens(path: str) -> int:
 
 
 def find_shards(data_path: str, split: str) -> list[str]:
-    """Return the shards `*_SPLIT_<digits>.bin` of a split, sorted; none is no error."""
+    """Return the sorted paths of a split's shards, `*_SPLIT_<digits>.bin`. The list may be empty."""
     return sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin")))
 
 
@@ -865,15 +868,53 @@ class Dataset:
     """The tokenizer and the manifest of a data folder, checked against each other."""
 
     counts: ByteCounts
-    manifest: dict  # {} without one
-    manifest_sha256: str
+    manifest: dict  # {} if there is none
+    manifest_sha256: str  # "none" if there is none
     tokenizer_sha256: str
 
 
-def load_dataset(h: Config) -> Dataset:
-    """Read and check the tokenizer and the manifest of `data_path`. Raises InputError where any disagree.
+class TokenizerEntry(NamedTuple):
+    """What a manifest says of its tokenizer."""
 
-    Held-out shards are only measured, not opened: no validation token is read before the clock stops.
+    bos_id: int = 0
+    sha256: str = ""
+    encoding: str | None = None  # of tiktoken
+    file: str | None = None  # of SentencePiece, beside the manifest
+
+
+def read_manifest(path: Path) -> tuple[dict, TokenizerEntry]:
+    """Read manifest.json and its tokenizer entry. Raises InputError when it is not a manifest."""
+    with explained(f"{path}: not a manifest", "make it again", ValueError, KeyError, TypeError):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        entry = manifest["tokenizer"]
+        named = TokenizerEntry(manifest["bos_id"], entry["sha256"], entry.get("encoding"), entry.get("file"))
+    return manifest, named
+
+
+def check_split(h: Config, manifest: dict, split: str) -> None:
+    """Check a split's sizes. Raises InputError when the manifest disagrees or the text is too short."""
+    files = split_files(h.data_path, split)
+    shards = manifest.get("splits", {}).get(split, {}).get("shards", [])
+    known = {shard["file"]: shard["tokens"] for shard in shards}
+    for f in files:
+        if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
+            raise InputError(f"{f}: its length disagrees with manifest.json; download it or prepare it again")
+
+    tokens = sum(map(shard_tokens, files))
+    if h.val_tokens:
+        tokens = min(tokens, h.val_tokens + 1)
+    if tokens <= h.eval_seq_len:
+        raise InputError(
+            f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
+            f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len"
+        )
+
+
+def load_dataset(h: Config) -> Dataset:
+    """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
+
+    Of evaluation shards only the size is read: no validation token is read before training ends, unless
+    val_loss_every is set.
     """
     split_files(h.data_path, "val")
     path = Path(h.data_path, "manifest.json")
@@ -916,76 +957,33 @@ def load_dataset(h: Config) -> Dataset:
     return Dataset(counts, manifest, manifest_sha256, tokenizer_sha256)
 
 
-def sha256(data: bytes) -> str:
-    """Return the hex digest of bytes."""
-    return hashlib.sha256(data).hexdigest()
-
-
-class TokenizerEntry(NamedTuple):
-    """What a manifest says of its tokenizer."""
-
-    bos_id: int = 0
-    sha256: str = ""
-    encoding: str | None = None  # of tiktoken
-    file: str | None = None  # of SentencePiece, beside the manifest
-
-
-def read_manifest(path: Path) -> tuple[dict, TokenizerEntry]:
-    """Read manifest.json and its entry of the tokenizer. Raises InputError when it is not a manifest."""
-    with explained(f"{path}: not a manifest", "make it again", ValueError, KeyError, TypeError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        entry = manifest["tokenizer"]
-        named = TokenizerEntry(manifest["bos_id"], entry["sha256"], entry.get("encoding"), entry.get("file"))
-    return manifest, named
-
-
-def check_split(h: Config, manifest: dict, split: str) -> None:
-    """Check a split's sizes. Raises InputError when the manifest disagrees or the text is too short."""
-    files = split_files(h.data_path, split)
-    shards = manifest.get("splits", {}).get(split, {}).get("shards", [])
-    known = {shard["file"]: shard["tokens"] for shard in shards}
-    for f in files:
-        if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
-            raise InputError(f"{f}: not as long as manifest.json says; fetch or make it again")
-
-    tokens = sum(map(shard_tokens, files))
-    if h.val_tokens:
-        tokens = min(tokens, h.val_tokens + 1)
-    if tokens <= h.eval_seq_len:
-        raise InputError(
-            f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
-            f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len"
-        )
-
-
 class ShardOrder(NamedTuple):
-    """One epoch's order of the shards, and the positions in the epoch at which each of them ends."""
+    """One epoch's order of the shards."""
 
-    shards: np.ndarray
-    ends: np.ndarray
+    shards: np.ndarray  # indices into TokenLoader.files
+    ends: np.ndarray  # position in the epoch at which each of them ends
 
 
 class ShuffledShard(NamedTuple):
     """A shard's tokens and one epoch's order of its documents."""
 
-    tokens: np.ndarray
-    starts: np.ndarray  # of the documents in `tokens`, in this epoch's order
-    bounds: np.ndarray  # of the documents in the shuffled text: document i lies at [bounds[i], bounds[i + 1])
+    tokens: np.ndarray  # as in the file
+    starts: np.ndarray  # where each document begins in `tokens`, in this epoch's order
+    bounds: np.ndarray  # document i occupies [bounds[i], bounds[i + 1]) of the shuffled shard
 
 
 class TokenLoader:
-    """An endless stream of shuffled documents, cut into global batches by index, which is its only state.
+    """An endless stream of shuffled documents, cut into global batches. Its only state is the batch index.
 
-    Epoch e visits the shards, and the documents inside each, in an order drawn from (seed, e). The stream is
-    cut into sequences of T + 1 tokens, which overlap by one. Batches draw their sequences from `mix_tokens`
-    of the stream at a time, because in order a book would fill a batch. Global batch n is the same for every
-    world
-    size: micro-batch a of rank r holds its sequences [(a * world + r) * B, ...). A thread builds the next
-    batch while the device works on this one.
+    Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
+    is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of
+    the stream are shuffled, or one long document would fill a batch. Global batch n is the same for every
+    world size: micro-batch a of rank r holds its sequences [(a * world + r) * B, ...). A thread builds the
+    next batch while the device works on this one.
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
-        """Check the train split. Raises InputError when a shard is damaged or the text is too short."""
+        """Check this rank's share of the train shards and start on batch 0. Raises InputError if bad."""
         self.h = h
         self.m = m
         self.files = split_files(h.data_path, "train")
@@ -1052,6 +1050,7 @@ class TokenLoader:
         per_batch = self.h.train_batch_tokens // T
         drawn = np.arange(self.draw_batches * per_batch)
         if self.draw_batches > 1:
+            # NumPy pads seeds with zeros; the 1 keeps this one apart from those of the documents.
             np.random.default_rng([self.h.seed, draw, 0, 1]).shuffle(drawn)
 
         batch = []
@@ -1077,14 +1076,14 @@ class TokenLoader:
             pending.set_exception(e)
 
     def next(self) -> list[Tensor]:
-        """Return this rank's micro-batches of the next global batch on the device, and begin the one after.
+        """Return this rank's micro-batches of the next global batch, on the device; start building the next.
 
-        Raises Fault when the disk takes longer than PATIENCE seconds, and whatever building the batch raised.
+        Raises Fault when the batch takes longer than PATIENCE seconds, or whatever building it raised.
         """
         if wait([self.pending], PATIENCE).not_done:
             raise Fault(f"{self.reading}: not read within {PATIENCE} s; is the disk there?")
         batch = [t.to(self.m.device, non_blocking=True) for t in self.pending.result()]
-        self.seek(self.index + 1)  # after the copies: both want the interpreter
+        self.seek(self.index + 1)  # after the copies: both need the GIL
         return batch
 
 
@@ -1092,7 +1091,7 @@ class TokenLoader:
 # 6. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
 
 RMS_EPS = 1e-6  # given explicitly: PyTorch's default depends on the dtype
-DOCUMENTS = 16  # documents of a sequence that can be kept apart; later ones count as the last
+DOCUMENTS = 16  # most documents of a sequence that are told apart; the 16th and later ones count as one
 
 
 @dataclass(frozen=True)
@@ -1108,15 +1107,16 @@ class LayerSpec:
 
 
 def layer_table(h: Config) -> tuple[LayerSpec, ...]:
-    """Lay out a U-Net: the first half keeps its outputs, the second half takes them back, last first."""
+    """Lay out a U-Net: num_layers // 2 layers keep their outputs, as many add them back, last first."""
     half = h.num_layers // 2
+    first_ve = h.num_layers - h.ve_last_n
     windows = cycle(h.attn_windows.split() or ["0"])
     return tuple(
         LayerSpec(
             push=i < half,
             skip=i - half if half <= i < 2 * half else -1,
             xsa=i >= h.num_layers - h.xsa_last_n,
-            ve=max(-1, i - (h.num_layers - h.ve_last_n)),
+            ve=i - first_ve if i >= first_ve else -1,
             window=int(next(windows)),
             docs=h.doc_mask,
         )
@@ -1136,20 +1136,20 @@ class LayerWeights(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What attention knows of its tokens besides their vectors."""
+    """The positions and documents of the tokens that attention works on."""
 
     cos: Tensor  # (T, 1, rope_dims / 2) float32
-    sin: Tensor
+    sin: Tensor  # like cos
     documents: Tensor | None  # (B, T) int; None: attention runs across documents
 
 
 def document_starts(tokens: Tensor, bos_id: int) -> Tensor:
-    """Mark the tokens that begin a document, (B, T) bool; the first of a sequence does."""
+    """Mark the tokens that begin a document, (B, T) bool. The first token of a sequence always counts."""
     return torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] == bos_id], dim=1)
 
 
 def documents(tokens: Tensor, bos_id: int) -> Tensor:
-    """Number each token's document in its sequence, (B, T) int below DOCUMENTS, from earlier tokens only."""
+    """Number the document of each token from 0 to DOCUMENTS - 1, (B, T) int; no later token changes it."""
     return (document_starts(tokens, bos_id).cumsum(1) - 1).clamp_max(DOCUMENTS - 1)
 
 
@@ -1166,7 +1166,7 @@ def rope_tables(seq_len: int, dims: int, base: float, device: torch.device) -> t
 
 
 def qk_norm_rope(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Norm heads x (B, T, H, Dh), rotate pairs (j, j + half) by cos, sin (T, 1, half), scale by gain (H,)."""
+    """Normalize x (B, T, H, Dh), rotate pairs (j, j + half) by cos, sin (T, 1, half), scale by gain (H,)."""
     cos = cos.to(x.dtype)
     sin = sin.to(x.dtype)
     half = cos.size(-1)
@@ -1186,10 +1186,10 @@ def qk_heads(
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
-    """Causal attention with grouped heads by PyTorch.
+    """Compute causal attention with grouped heads by PyTorch's kernels.
 
     q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh).
-    window: keys a token sees, itself included; 0: all. docs (B, T): it sees those of its own document only.
+    window: keys a token sees, itself included; 0: all. docs (B, T): documents, which do not see each other.
     """
     T = q.size(1)
     if docs is None and 0 < 2 * window < T and T % window == 0:
@@ -1203,12 +1203,12 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
-    """Attend under an explicit mask. Of more keys than queries, the last query is at the last key."""
+    """Attend under an explicit mask; the T queries are the last T of the K positions that have keys."""
     T = q.size(1)
     K = k.size(1)
     query_at = torch.arange(K - T, K, device=q.device)
-    back = query_at[:, None] - torch.arange(K, device=q.device)
-    seen = (back >= 0) & (back < (window or K))
+    distance = query_at[:, None] - torch.arange(K, device=q.device)
+    seen = (distance >= 0) & (distance < (window or K))
     if docs is not None:
         seen = seen & (docs[:, None, :, None] == docs[:, None, None])
 
@@ -1216,14 +1216,14 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | N
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     groups = q.size(1) // k.size(1)
-    # Only the memory-efficient kernel accepts a mask, and it has no grouped heads.
+    # The memory-efficient kernel is the one bound for masks, and it does not support grouped heads.
     k = k.repeat_interleave(groups, 1)
     v = v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend within a window that divides T, block by block: twice the scores seen, not T / window times.
+    """Attend within a window that divides T, in blocks: twice the scores needed, not T / window times.
 
     Queries of block i see keys of blocks i - 1 and i only. With T = 5 windows:
 
@@ -1240,21 +1240,21 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     k_pairs = torch.cat([blocks(k[:, window:-window]), blocks(k[:, 2 * window :])], 1)
     v_pairs = torch.cat([blocks(v[:, window:-window]), blocks(v[:, 2 * window :])], 1)
-    first = 2 * window
-    head = attend_masked(q[:, :first], k[:, :first], v[:, :first], window, None)
-    rest = attend_masked(blocks(q[:, first:]), k_pairs, v_pairs, window, None)
-    return torch.cat([head, rest.unflatten(0, (len(q), -1)).flatten(1, 2)], 1)
+    two = 2 * window
+    first_two = attend_masked(q[:, :two], k[:, :two], v[:, :two], window, None)
+    others = attend_masked(blocks(q[:, two:]), k_pairs, v_pairs, window, None)
+    return torch.cat([first_two, others.unflatten(0, (len(q), -1)).flatten(1, 2)], 1)
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA (parameter-golf #265): remove from y (B, T, H, Dh) its part along the value v (B, T, Hkv, Dh)."""
+    """Remove from y (B, T, H, Dh) its component along v (B, T, Hkv, Dh). XSA, parameter-golf #265."""
     y = y.unflatten(2, (v.size(2), -1))
     v = F.normalize(v, dim=-1).unsqueeze(3)
     return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Tensor:
-    """LeakyReLU(0.5)^2 between two products (parameter-golf #549). x (B, T, D), up (F, D), down (D, F)."""
+    """Apply up (F, D), LeakyReLU(0.5)^2, then down (D, F) to x (B, T, D). parameter-golf #549."""
     return linear(F.leaky_relu(linear(x, up), 0.5).square(), down)
 
 
@@ -1292,18 +1292,18 @@ def residual_mix(x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# 7. GPT: one table of all parameters, the banks, one forward pass for loss, logits and scoring.
+# 7. GPT: one table of all parameters, and one forward pass for loss, logits and scoring.
 
 
 class ParamSpec(NamedTuple):
-    """A parameter. Its place in the table is its turn in initialisation and reduction: biggest bank first."""
+    """A parameter. The order of the table is that of initialization and of reduction: biggest bank first."""
 
     name: str
-    shape: str  # in parameter_table's letters; a bank holds L or 2L matrices
+    shape: str  # in parameter_table's letters; the first of three is the number of matrices
     init: str  # kind and value, in init_tensor's and parameter_table's words
-    buffer: str  # a bank, shared out by matrix, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
-    lr: str  # Config field
-    kind: str  # encoding in the artifact
+    buffer: str  # its bank: split over ranks, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
+    lr: str  # knob with its rate
+    kind: str  # key of STORED: encoding in the artifact
 
 
 PARAM_TABLE = (
@@ -1331,10 +1331,10 @@ SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
 
 
 def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Resolve PARAM_TABLE for a Config: name -> (shape, initialisation for init_tensor).
+    """Resolve PARAM_TABLE for a Config: name -> (shape, initialization for init_tensor).
 
-    OUT, the deviation of matrices that write into the residual stream, is zero, except for rules that keep
-    norms: 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at 768).
+    OUT, the deviation of matrices that write into the residual stream, is proj_init_std. If that is 0, rules
+    that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at 768).
     """
     L = h.num_layers
     D = h.model_dim
@@ -1356,29 +1356,29 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
-    """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown initialisation."""
+    """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown initialization."""
     kind, _, value = init.partition(" ")
     value = float(value or 0)
     out = torch.zeros(shape)
-    orthogonal_share = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # the rest is normal
+    orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # the rest is normal
     if kind == "constant":
         out.fill_(value)
     elif kind == "first_of_two":
         out[:, 0] = 1
-    elif kind in orthogonal_share:
+    elif kind in orthogonal_fraction:
         matrices = out.view(-1, *shape[-2:])
-        count = int(orthogonal_share[kind] * len(matrices))
+        count = int(orthogonal_fraction[kind] * len(matrices))
         for matrix in matrices[:count]:
             nn.init.orthogonal_(matrix, generator=generator)
         if value:
             matrices[count:].normal_(0, value, generator=generator)
     else:
-        raise ValueError(f"unknown initialisation {init!r}")
+        raise ValueError(f"unknown initialization {init!r}")
     return out
 
 
 class GPT(nn.Module):
-    """The model: 18 float32 master parameters, a bank for each kind of matrix. Products run in `dtype`."""
+    """The model: 18 float32 parameters, with the matrices of all layers stacked. Products run in `dtype`."""
 
     def __init__(self, h: Config, ops: Ops | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -1391,10 +1391,11 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(init_tensor(shape, init, generator)))
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Cut the banks into one LayerWeights a layer.
+        """Cut the stacked matrices into one LayerWeights per layer.
 
-        Diagonal factors go into the matrices, in float32 before the cast: 1/sqrt(depth) into columns, output
-        scales into rows. So no activation is read for them: 0.19 ms a layer less at 48 x 2048 (H100).
+        Diagonal factors are folded into the matrices, in float32 before the cast: 1/sqrt(depth) into columns,
+        output scales into rows. No pass over activations applies them: 0.19 ms saved per layer at 48 x 2048
+        (H100).
         """
         L = self.h.num_layers
         depth = torch.arange(1, L + 1, device=self.q_gain.device)[:, None, None] ** -0.5
@@ -1411,9 +1412,9 @@ class GPT(nn.Module):
         return [LayerWeights(*layer) for layer in zip(*(tensor.unbind(0) for tensor in stacked))]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embed tokens and hashed bigrams, norm, smear; none crosses a document start. (B, T) -> (B, T, D).
+        """Embed tokens and hashed bigrams, normalize, blend in the previous token. (B, T) -> (B, T, D).
 
-        Bigrams: parameter-golf #399. Smear gate: #1851.
+        Nothing crosses a document start. Bigrams: parameter-golf #399. The blend (smear gate): #1851.
         """
         starts = document_starts(tokens, self.h.bos_id)
         previous = F.pad(tokens[:, :-1], (1, 0))
@@ -1426,11 +1427,11 @@ class GPT(nn.Module):
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
     def trunk(self, tokens: Tensor) -> Tensor:
-        """Run all layers, the only forward pass: tokens (B, T) -> (B, T, D), normalised."""
+        """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized."""
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
         positions = Positions(cos, sin, documents(tokens, h.bos_id) if h.doc_mask else None)
-        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast late: gradients add up in float32
+        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast late: its gradients sum in float32
         ve = F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
 
         x = x0 = self.embed(tokens)
@@ -1447,7 +1448,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def unembed(self, x: Tensor) -> Tensor:
-        """Return softcapped logits of the tied output layer. (..., D) -> (..., V) float32."""
+        """Apply the tied output layer and the softcap. (..., D) -> logits (..., V) float32."""
         logits = F.linear(x, self.tok_emb.to(self.dtype)).float()
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
@@ -1456,24 +1457,24 @@ class GPT(nn.Module):
         return self.unembed(self.trunk(tokens))
 
     def nats(self, tokens: Tensor, targets: Tensor, last: int) -> Tensor:
-        """Return the negative log-likelihood of the last `last` targets. (B, T) x2 -> (B, last) float32."""
+        """Return the nats of the last `last` targets of each sequence. Two (B, T) -> (B, last) float32."""
         logits = self.unembed(self.trunk(tokens)[:, -last:])
         nats = F.cross_entropy(logits.flatten(0, 1), targets[:, -last:].flatten(), reduction="none")
         return nats.view(-1, last)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean nats per token. (B, T) x2 -> ()."""
+        """Return the mean nats per target. Two (B, T) -> ()."""
         return self.nats(tokens, targets, tokens.size(1)).mean()
 
 
 # -----------------------------------------------------------------------------
-# 8. Model kernels: fused paths, each with a torch reference of its signature, and which of them are bound.
+# 8. Model kernels: fused kernels, each with a torch reference of the same signature, and their binding.
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # without Triton the kernels are defined and never launched
+except ImportError:  # without Triton the kernels are still defined, but never launched
     triton = SimpleNamespace(jit=lambda fn: fn)
     tl = SimpleNamespace(constexpr=int)
 
@@ -1492,7 +1493,7 @@ def load_head(ptr, n, T, stride_b, stride_t, d, live):
 
 @triton.jit
 def load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF: tl.constexpr):
-    """Load cos and signed sin at dimensions d, and d's partners p, such that y_d = x_d cos_d + x_p sin_d."""
+    """Load cos, signed sin and partner p for dimensions d: the rotation is y_d = x_d cos_d + x_p sin_d."""
     rotated = (d < 2 * HALF)[None, :] & live[:, None]
     index = (n % T)[:, None] * HALF + (d % HALF)[None, :]
     cos = tl.load(cos_ptr + index, mask=rotated, other=1.0)
@@ -1511,10 +1512,10 @@ def qk_kernel(
     x_b, x_t, x_h, dy_b, dy_t, dy_h, out_t,
     H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate and scale BLOCK tokens of one head, forward or backward. Rows of `out` lie out_t apart.
+    """Normalize, rotate and scale BLOCK tokens of one head, or compute the gradient of that.
 
-    Forward (no dy): out = g R z with z = rstd x. Backward: out = g rstd (R'dy - z mean(z R'dy)), and dgain as
-    one partial sum a program and head. Without gain: out = x.
+    Forward (no dy): out = g R z with z = rstd x. Backward: out = g rstd (R'dy - z mean(z R'dy)), and dgain
+    gets one partial sum per program and head. Without gain: out = x. Tokens of `out` are out_t apart.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.program_id(1)
@@ -1565,14 +1566,14 @@ def _(x, gain, cos, sin):
     "(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, Tensor dq, Tensor dk, Tensor dv) -> (Tensor, Tensor)",
 )
 def qk_backward_op(qkv, gain, cos, sin, *dys):
-    """Gradients of qkv, filled part by part from those of q, k and v, and of gain."""
+    """Return the gradients of qkv and of gain, given the gradients of q, k and v."""
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
     B, T, _, Dh = dys[0].shape
     parts = [dy.size(2) for dy in dys]
     programs = -(-B * T // QK_BLOCK)
     dqkv = qkv.new_empty(qkv.shape)
     q, k, _ = qkv.split(parts, 2)
-    inputs = (q, k, dys[2])  # the gradient of v is its output's, copied
+    inputs = (q, k, dys[2])  # v passes through, so its gradient is only copied
     gains = (gain, gain.new_ones(parts[1]), None)
     gain_sums = [gain.new_empty(programs, heads) for heads in parts]
     for x, dy, dx, g, dgain in zip(inputs, dys, dqkv.split(parts, 2), gains, gain_sums):
@@ -1593,10 +1594,10 @@ def _(qkv, gain, *_):
 
 
 class FusedHeads(torch.autograd.Function):
-    """qk_heads with a backward pass that fills one gradient.
+    """qk_heads with a backward pass that writes the gradient of qkv once.
 
-    Inductor's own reads through the slices of the rotation, 1.2 ms a layer at 48 x 2048 against a floor of
-    0.15 (H100), and copies the gradients of q, k and v together.
+    Inductor's backward pass reads through the slices of the rotation, 1.2 ms per layer at 48 x 2048 against a
+    floor of 0.15 (H100), and concatenates the gradients of q, k and v.
     """
 
     @staticmethod
@@ -1616,12 +1617,12 @@ def mlp_kernel(
     BACKWARD: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     h8_desc=None, u_ptr=None, step_ptr=None,
 ):  # fmt: skip
-    """The up product with LeakyReLU^2 in its epilogue, or the product that gives the gradient of its input.
+    """Compute h = LeakyReLU(u)^2 and the product u that it takes, or the gradient of u.
 
-    Forward: out = h = LeakyReLU(u)^2, u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N). The last bit
-    of h says that u < 0, so h alone gives dh/du = 2 sqrt(h) or -sqrt(h), and u is never written. SHIFT:
-    float32 bits that h lacks. With h8, a and w are e4m3, u is their product times u_ptr's, and h / step is
-    written in e4m3.
+    Forward: out = h with u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N). The last bit of h is set
+    if u < 0, so that h alone gives dh/du = 2 sqrt(h) or -sqrt(h), and u is never stored. SHIFT: float32 bits
+    that h lacks. With h8_desc, a and w are e4m3, u is their product times the number at u_ptr, and h over the
+    number at step_ptr is stored in e4m3, too.
     """
     m = tl.program_id(1) * BM
     n = tl.program_id(0) * BN
@@ -1649,7 +1650,7 @@ def mlp_kernel(
 
 @operator("mlp", "(Tensor a, Tensor w, Tensor? h) -> Tensor")
 def mlp_op(a, w, h):
-    """Launch mlp_kernel: a (M, K), w (N, K) -> h (M, N), or with h: a (M, K), w (K, N) -> du (M, N)."""
+    """Launch mlp_kernel. a (M, K), w (N, K) -> h (M, N); given h: a (M, K), w (K, N) -> du (M, N)."""
     bm = bn = 128
     bk = 64
     block = TensorDescriptor.from_tensor
@@ -1673,7 +1674,7 @@ def _(a, w, h):
 
 
 class FusedMLP(torch.autograd.Function):
-    """mlp with the hidden layer (M, F) written and read once each way instead of in passes of its own."""
+    """mlp without a separate pass over the hidden layer (M, F) for the activation or its gradient."""
 
     @staticmethod
     def forward(ctx, x, up, down):
@@ -1693,7 +1694,7 @@ E4M3_MAX = 448
 
 
 def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float]:
-    """Return x / step in e4m3, saturated, and the step. The default step maps the largest value to e4m3's."""
+    """Return x / step in e4m3, saturated, and the step. By default the largest |x| becomes E4M3_MAX."""
     if step is None:
         step = x.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
     return (x.float() * (1 / step)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), step
@@ -1701,9 +1702,9 @@ def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float
 
 @operator("mlp8", "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)")
 def mlp8_op(x, up, down, steps, dtype):
-    """mlp of x (M, D), up (F, D) and down (D, F) in e4m3 -> h (M, F) like mlp_op's, and the output (M, D).
+    """Compute mlp of e4m3 x (M, D), up (F, D) and down (D, F) -> h (M, F) like mlp_op's, output (M, D).
 
-    steps: of x times that of up, of h, of down; tensors of their own, since cuBLASLt wants aligned addresses.
+    steps: [x's step * up's, h's, down's], three separate tensors, because cuBLASLt wants aligned addresses.
     """
     bm = bn = bk = 128
     block = TensorDescriptor.from_tensor
@@ -1729,10 +1730,10 @@ def _(x, up, down, steps, dtype):
 
 
 class FusedMLP8(FusedMLP):
-    """FusedMLP with forward products of e4m3 copies, one step for each tensor.
+    """FusedMLP with forward products of e4m3 copies, one quantization step per tensor.
 
-    x is normalised, so |x| <= sqrt(D), which a step of 1/8 holds. The step of h follows the mean of u^2 for
-    an isotropic x, ||up||^2 / F: a hidden value saturates only beyond 42 times the root mean square of u.
+    x is normalized, so |x| <= sqrt(D), which a step of 1/8 holds up to D = 3136. The step of h is 4 times the
+    mean of u^2 for an isotropic x, ||up||^2 / F: h saturates only where u exceeds 42 times its RMS.
     """
 
     @staticmethod
@@ -1748,10 +1749,10 @@ class FusedMLP8(FusedMLP):
 
 @operator("flash4", "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]")
 def flash4_op(qkv, bounds, T, window, back):
-    """FlashAttention-4 (package flash-attn-4, flash_attn/cute), forward or backward.
+    """Run FlashAttention-4 (package flash-attn-4, flash_attn/cute), forward or backward.
 
-    qkv: (B, T, H, Dh) each, or with bounds of sequences (B * T, H, Dh) -> [out, log-sum-exps].
-    back: [out, its gradient, log-sum-exps] -> the gradients of qkv.
+    qkv: (B, T, H, Dh) each, or (B * T, H, Dh) with the bounds of documents -> [out, log-sum-exps].
+    back: [out, its gradient, log-sum-exps] -> the gradients of q, k and v.
     """
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
@@ -1773,7 +1774,7 @@ def _(qkv, bounds, T, window, back):
 
 
 class Flash4(torch.autograd.Function):
-    """flash4_op, differentiable. form: T and the window."""
+    """The differentiable form of flash4_op. form: (T, window)."""
 
     @staticmethod
     def forward(ctx, q, k, v, bounds, form):
@@ -1790,10 +1791,10 @@ class Flash4(torch.autograd.Function):
 
 
 def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
-    """attend_sdpa by FlashAttention-4, which skips the keys that no query sees.
+    """Compute attend_sdpa with FlashAttention-4, which skips the keys that no query sees.
 
-    With documents a batch is B * DOCUMENTS sequences whatever its tokens are, so that shapes never change:
-    those that a sequence lacks are empty, at its end.
+    With docs, every batch counts as B * DOCUMENTS documents, so that shapes never change. Those that a
+    sequence lacks are empty, at its end.
     """
     B, T = q.shape[:2]
     bounds = None
@@ -1807,11 +1808,11 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
 
 
 class Bound(NamedTuple):
-    """The function that this machine uses, its name, and why a faster one was rejected ("": it was not)."""
+    """The function that this machine uses."""
 
     function: Callable
     name: str
-    failure: str = ""
+    failure: str = ""  # why a faster function was rejected; "" if none was
 
     @property
     def label(self) -> str:
@@ -1822,17 +1823,17 @@ class Bound(NamedTuple):
 def bind(
     fast: Callable, reference: Callable, inputs: list[Tensor], name: str = "triton", limit: float = 0.01
 ) -> Bound:
-    """Bind `fast` if its output and gradients are within `limit` of the reference's in float32.
+    """Bind `fast` if its output and gradients agree with the reference's in float32, else the reference.
 
-    inputs: bf16 or float32 tensors; gradients of those that require them are compared. limit: on the norm of
-    the difference over the norm.
+    inputs: bf16 or float32 tensors; gradients of those that require them are compared. limit: on the relative
+    error |a - b| / |b| of each.
     """
     try:
         found = results_of(fast, inputs)
         exact = results_of(reference, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # or nan
-    except Exception as e:  # any error of a compiler or driver: the reference is always right
+    except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
         return Bound(reference, "torch", type(e).__name__)
     if error < limit:
         return Bound(fast, name)
@@ -1840,11 +1841,11 @@ def bind(
 
 
 def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
-    """Return fn's output, and its inputs' gradients for a fixed gradient of the output, in float32."""
+    """Return fn's output and the gradients of the inputs that require one, in float32."""
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     y = fn(*leaves)
     if isinstance(y, tuple):
-        y = torch.cat(y, 2)  # q, k and v
+        y = torch.cat(y, 2)
     dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
     y.backward(dy.to(y.dtype))
     return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
@@ -1860,11 +1861,11 @@ def enable_only(*kernels: str) -> None:
 
 
 def bind_attention(h: Config, device: torch.device) -> Bound:
-    """Bind FlashAttention-4 if it is right in all forms that the layers have, else PyTorch's attention.
+    """Bind FlashAttention-4 if it is correct for every kind of layer, else PyTorch's attention.
 
-    Of PyTorch's kernels the first that runs is switched on for good; only the memory-efficient one accepts a
-    mask. If FlashAttention-4 is installed but disagrees with the reference, the label gives the reason.
-    Raises InputError when none of the kernels runs.
+    Then the first of PyTorch's kernels that runs stays enabled, with the memory-efficient one where layers
+    need a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
+    InputError when no kernel runs.
     """
     generator = torch.Generator().manual_seed(0)
     qkv = [
@@ -1873,28 +1874,31 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
     ]
     docs = documents(torch.arange(512, device=device).view(2, 256) % 90, 0)
     enable_only(*SDPA_KERNELS)
-    forms = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
-    failure = ""
-    for windowed, masked in forms:
-        options = dict(window=50 if windowed else 0, docs=docs if masked else None)
+    kinds = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
+    failures = []
+    for windowed, has_docs in kinds:
+        options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
         flash4 = bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv)
-        failure = max(failure, flash4.failure)
+        failures.append(flash4.failure)
+    failure = max(failures)  # any one, or "" if there is none
     if not failure:
         return Bound(attend_flash4, "flash4")
 
-    rejected = "" if "ModuleNotFound" in failure else f",flash4:torch({failure})".replace(" ", "")
-    for_masks = ["mem_efficient"] if any(windowed or masked for windowed, masked in forms) else []
+    rejected = ""
+    if failure != "ModuleNotFoundError":
+        rejected = f",flash4:torch({failure})".replace(" ", "")
+    for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in kinds) else []
     for name in SDPA_KERNELS:
         enable_only(name)
         with suppress(Exception):  # any error of a compiler or driver: try the next
             attend_sdpa(*qkv).sum().backward()
             enable_only(name, *for_masks)
             return Bound(attend_sdpa, "+".join(dict.fromkeys([name, *for_masks])) + rejected)
-    raise InputError("no attention kernel of this PyTorch runs on this GPU; install a build that supports it")
+    raise InputError("no attention kernel of this PyTorch runs on this GPU; install one that supports it")
 
 
 def bind_mlp(h: Config, device: torch.device) -> Bound:
-    """Bind the fused MLP if it is right, and in training its e4m3 form if that is right, too, and wanted."""
+    """Bind the fused MLP if it is correct; with fp8, calls with gradients take its e4m3 form, if correct."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
     inputs = [
@@ -1908,10 +1912,10 @@ def bind_mlp(h: Config, device: torch.device) -> Bound:
         rejected = f",fp8:torch({fp8.failure})".replace(" ", "")
         return Bound(fused.function, fused.label + rejected)
 
-    def fp8_in_training(*args: Tensor) -> Tensor:
+    def fp8_with_gradients(*args: Tensor) -> Tensor:
         return (fp8.function if torch.is_grad_enabled() else fused.function)(*args)
 
-    return Bound(fp8_in_training, f"{fused.label}+fp8")
+    return Bound(fp8_with_gradients, f"{fused.label}+fp8")
 
 
 def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
@@ -1956,10 +1960,10 @@ def symmetric_kernel(
     POLY: tl.constexpr, SCALED: tl.constexpr, POWER: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile (i, j <= i) of XX' and its mirror image, so that half of the products suffice.
+    """Compute tile (i, j <= i) of XX' and its mirror image, so that half of the products suffice.
 
-    SCALED: times r_row r_column. POLY: X is symmetric and the tile is of aI + bX + cXX'; SCALED: times
-    r_column. POWER: sums of the tile's |.|^POWER go to sums[j, rows] and, for the mirror image, to sums[i,
+    SCALED: times r_row r_column. POLY: X is symmetric and the result is aI + bX + cXX', if SCALED times
+    r_column only. POWER: row sums of |.|^POWER go to sums[j, rows], those of the mirror image to sums[i,
     columns].
     """
     pid = tl.program_id(0)
@@ -2008,9 +2012,10 @@ def symmetric_kernel(
 def block_inverse_kernel(
     t_ptr, out_ptr, M, BLOCK: tl.constexpr, DOUBLINGS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """One program: the inverse of a diagonal block of the unit lower triangle of T, doubled up from 1 x 1.
+    """Invert a diagonal block of the unit lower triangle of T by doubling, starting from 1 x 1 blocks.
 
-    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1, whose entries are <= 1, so no doubling loses digits.
+    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. T is a Gram matrix of unit rows, so that no entry of
+    an inverse exceeds 1 and no doubling loses digits.
     """
     batch = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)
@@ -2034,10 +2039,10 @@ def substitution_kernel(
     t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M, N,
     stride_b, stride_m, stride_n, out_b, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN columns of Y with TY = diag(d) X, block by block.
+    """Solve TY = diag(d) X for BN columns of Y, one block of rows after another.
 
-    Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k). Its own Y_k come back through the cache, after a barrier.
-    Only blocks of T below the diagonal are read.
+    Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k). A program reads its earlier Y_k back from memory, after a
+    barrier. Of T it reads only the blocks below the diagonal.
     """
     panel = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -2103,7 +2108,7 @@ SOLVE_BLOCK = 64
 
 @operator("solve", "(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
 def solve_op(T, X, d, tile):
-    """Invert diagonal blocks, then substitute: Y and partial row sums of Y^2. tile: (BN, warps, stages)."""
+    """Solve TY = diag(d) X: Y (B, M, N), partial row sums of Y^2 (B, panels, M). tile: BN, warps, stages."""
     B, M, N = X.shape
     bn, warps, stages = tile
     blocks = -(-M // SOLVE_BLOCK)
@@ -2139,8 +2144,8 @@ class Win(NamedTuple):
     tile: tuple[int, ...]  # of its operator
 
 
-# The first row that fits counts; without one the reference runs.
-# Microseconds in a CUDA graph, reference / kernel:
+# The first row that fits is used; without one the reference runs.
+# Microseconds in a CUDA graph, reference / kernel; a kernel that loses alone still wins within ns5:
 WINS = (
     Win("xxt", 256, 24, (64, 64, 4, 4)),  # 22 x 256 x 512: 6.2 / 5.9
     Win("xxt", 512, 4, (64, 128, 4, 3)),  # 3 x 512 x 512: 4.9 / 4.3; an eighth of ns5: 221 / 214
@@ -2156,9 +2161,9 @@ WINS = (
 
 
 def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
-    """Return the tile of WINS for a product with X (B, M, N). None: run the reference.
+    """Return the tile of WINS for a product with X (B, M, N), or None to run the reference.
 
-    Only sides of whole 64s on a Hopper were measured.
+    Only 2-byte dtypes and sides that are multiples of 64 were measured, on Hopper.
     """
     B, M, N = X.shape
     hopper = X.is_cuda and torch.cuda.get_device_properties(X.device).major == 9
@@ -2173,9 +2178,9 @@ def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
 def xxt(
     X: Tensor, r: Tensor | None = None, power: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return A = diag(r) XX' diag(r) (B, M, M) in `dtype` or X's, and the sums of rows of |A|^power (B, M).
+    """Return A = diag(r) XX' diag(r) (B, M, M) in `dtype` or X's, and the row sums of |A|^power (B, M).
 
-    power: 1 or 2; 0: no sums.
+    X (B, M, N). power: 1 or 2; 0: no sums.
     """
     if tile := tile_of("xxt", X):
         A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, tile)
@@ -2199,7 +2204,10 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
 
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve TY = diag(d) X for Y (B, M, N); T counts below a unit diagonal. Returns also |Y_i|^2 (B, M)."""
+    """Solve TY = diag(d) X for Y (B, M, N), T with a unit diagonal. Returns also the |Y_i|^2 (B, M).
+
+    T is read below its diagonal only.
+    """
     if tile := tile_of("lower_solve", X):
         Y, squares = solve_op(T, X, d, tile)
         return Y, squares.sum(1)
@@ -2210,14 +2218,14 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 # -----------------------------------------------------------------------------
 # 10. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes a step of it.
 
-NS5 = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan, Muon (2024): five steps end in about [0.68, 1.20]
+NS5 = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan, Muon (2024): five steps map [0.0015, 1] into [0.68, 1.20]
 TURBO = (  # thib-s/flash-newton-schulz: a genetic search for the spectra that AOL leaves; slope at 0: 147
     (4.6051, -9.6552, 5.6769),
     (4.7505, -6.0861, 2.1790),
     (2.7763, -2.3190, 0.5523),
     (2.4231, -2.2861, 0.8193),
 )
-GPU_SCALE = 2.0**40  # squares of entries from 1e-30 to 1e5 then fit float32 and bf16
+GPU_SCALE = 2.0**40  # then the square of any entry from 1e-30 to 1e5 fits float32 and bf16
 SAFETY = 2e-2  # bf16 rounding must not lift a singular value out of [0, 1]
 
 
@@ -2250,9 +2258,9 @@ def odd_quintic(x: float, a: float, b: float, c: float) -> float:
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
     """Return coefficients (a, b, c) of each step of Polar Express (Amsel et al., arXiv:2505.16932).
 
-    Each is the minimax quintic of the interval that the steps before have made of [low, 1], with top u.
-    cushion: the quintic fits no more than [cushion * u, u], which bounds its slope, and its image is centred
-    on 1. safety: all steps but the last read x / (1 + safety).
+    Each step is the minimax quintic on [low, u], to which the steps before map the initial [low, 1]. cushion:
+    it is fitted to no more than [cushion * u, u], which bounds its slope, and then scaled to centre its image
+    on 1. safety: all steps but the last are evaluated at x / (1 + safety).
     """
     rows = []
     u = 1.0
@@ -2265,12 +2273,13 @@ def polar_express(low: float, steps: int, safety: float, cushion: float) -> tupl
             c *= centre
         shrink = 1 + safety if k < steps - 1 else 1.0
         rows.append((a / shrink, b / shrink**3, c / shrink**5))
-        low = sum(w * low**power for w, power in zip(rows[-1], (1, 3, 5)))
+        low = odd_quintic(low, *rows[-1])
         u = 2 - low
     return tuple(rows)
 
 
-# PE5 ends in [0.86, 1.14], PE4 in [0.78, 1.22], from 1e-3 in [0.42, 1.58]: Schatten-4 makes up for its 3.
+# PE5 maps [1e-3, 1] into [0.86, 1.14], PE4 maps [3e-3, 1] into [0.78, 1.22]. Four steps from 1e-3 would end
+# in [0.42, 1.58]; the Schatten-4 start makes up for the factor of 3.
 PE5 = polar_express(1e-3, 5, SAFETY, 2e-2)
 PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
 
@@ -2281,16 +2290,17 @@ def inverse_root(x: Tensor) -> Tensor:
 
 
 def frobenius_scale(X: Tensor) -> Tensor:
-    """Return 1 / |X| for every row of X. (B, M, N) -> (B, M) float32."""
+    """Return 1 / |X|, with the Frobenius norm of each matrix, for every row: (B, M, N) -> (B, M) float32."""
     return inverse_root(X.float().square().sum((-2, -1)))[:, None].repeat(1, X.size(1))
 
 
 def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
-    """Iterate X <- aX + (bA + cA^2)X with A = XX', once per row of coefficients.
+    """Iterate X <- aX + (bA + cA^2)X with A = XX', once per row of coefficients, starting from diag(r) X.
 
-    Singular values move, singular vectors stay. It starts from diag(r) X, which is never written: r (B, M)
-    scales the first A and the columns of the first polynomial. X (B, M, N). A: the Gram matrix of diag(r) X,
-    if known. With aI inside the polynomial a step takes 17.8 us, with baddbmm 27.3 (H100, 22 x 512 x 512).
+    An iteration changes singular values and keeps singular vectors. X (B, M, N), r (B, M). diag(r) X is never
+    stored: r scales the first A and the columns of the first polynomial instead. A: the Gram matrix of
+    diag(r) X, if known. With aI in the polynomial a step takes 17.8 us, with baddbmm 27.3
+    (H100, 22 x 512 x 512).
     """
     for a, b, c in coefficients:
         if A is None:
@@ -2308,10 +2318,10 @@ def ortho_ns5(X: Tensor) -> Tensor:
 
 
 def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
-    """Polar Express, started from unit Schatten-4 norm |XX'|^(1/2).
+    """Run Polar Express from a matrix of unit Schatten-4 norm, |XX'|^(1/2).
 
-    That norm bounds the largest singular value as the Frobenius norm does, 1.7 to 4 times tighter, and is
-    free, since the first step needs the Gram matrix anyway.
+    Like the Frobenius norm it bounds the largest singular value, but 1.7 to 4 times more tightly. It is free,
+    since the first step needs the Gram matrix anyway.
     """
     r = frobenius_scale(X)
     A, sums = xxt(X, r, 2)
@@ -2321,10 +2331,10 @@ def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
 
 
 def ortho_turbo(X: Tensor) -> Tensor:
-    """Turbo-Muon (arXiv:2512.04632): four steps from rows scaled by (sum_j |A_ij|)^(-1/2).
+    """Run Turbo-Muon (arXiv:2512.04632): four steps from rows scaled by (sum_j |A_ij|)^(-1/2), A = XX'.
 
-    The scaling (AOL, arXiv:2208.03160) bounds the spectrum by 1 but turns singular vectors. The first Gram
-    matrix is scaled, not remade.
+    The scaling (AOL, arXiv:2208.03160) bounds the spectrum by 1 but rotates singular vectors. The first Gram
+    matrix is rescaled instead of being computed again.
     """
     A, sums = xxt(X, None, 1)
     r = inverse_root(sums)
@@ -2332,11 +2342,11 @@ def ortho_turbo(X: Tensor) -> Tensor:
 
 
 def ortho_mud(X: Tensor, passes: int) -> Tensor:
-    """Momentum decorrelation (Southworth & Thomas, arXiv:2603.17970, Alg. 2).
+    """Decorrelate the rows of a momentum (MUD: Southworth & Thomas, arXiv:2603.17970, Alg. 2).
 
-    A pass takes unit rows Q and the lower triangle T of QQ', solves TY = Q and makes rows unit again, as
-    factors d of the next product. It tends to Gram-Schmidt in row order, not to the polar factor. |Y| <= 1
-    and |T_ij| <= 1 fit fp16, which is eight times finer than bf16.
+    A pass scales rows to unit norm, Q = diag(d) X, takes the lower triangle T of QQ' and solves TY = Q. The
+    last scaling stays in d. Passes tend to Gram-Schmidt in row order, not to the polar factor. |Y_i| <= 1 and
+    |T_ij| <= 1 fit fp16, which is eight times finer than bf16.
     """
     dtype = X.dtype
     fine = torch.half if dtype == torch.bfloat16 else dtype
@@ -2360,10 +2370,10 @@ ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def orthogonalize(G: Tensor, method: str) -> Tensor:
-    """Replace each matrix by (nearly) its polar factor. (..., M, N) -> the same shape.
+    """Return the direction of each matrix of G (..., M, N), in the same shape and dtype.
 
-    method: a row of ORTHO. Scale changes nothing, not even 1e-20, and zero gives zero. It iterates on the
-    short side, on a CPU in float32.
+    method: a row of ORTHO. All but mud approximate the polar factor. The scale of G does not matter, down to
+    1e-20; zero gives zero. It works on the short side, on a CPU in float32.
     """
     tall = G.size(-2) > G.size(-1)
     X = G.float().reshape(-1, *G.shape[-2:])
@@ -2376,20 +2386,20 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
 
 
 def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
-    """Scale each matrix of X (b, M, N) to a Frobenius norm, a number or (b, 1, 1); zero stays zero."""
+    """Scale each matrix of X (b, M, N) to Frobenius norm `norm`, a number or (b, 1, 1). Zero stays zero."""
     return X * (norm / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-10))
 
 
 def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
-    """Return the shape of one number per neuron: rows of tall and square matrices, columns of wide ones."""
+    """Return the shape of one number per neuron: per row if M >= N, else per column."""
     return (b, M, 1) if M >= N else (b, 1, N)
 
 
 def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
-    """NorMuon (arXiv:2510.05491): divide each neuron of U (b, M, N) by the root of its average mean square v.
+    """Divide each neuron of U (b, M, N) by the root of v, its running mean square. NorMuon, arXiv:2510.05491.
 
-    Wide matrices are normalised by column, since their rows already have unit norm, as in modded-nanogpt.
-    Each matrix keeps its Frobenius norm. v, of neuron_shape, is updated.
+    Wide matrices are normalized by column, since their rows already have unit norm, as in modded-nanogpt.
+    Each matrix keeps its Frobenius norm. v, of neuron_shape, is updated in place.
     """
     along = -1 if v.size(-1) == 1 else -2
     v.lerp_(U.square().mean(along, keepdim=True), 1 - beta2)
@@ -2397,14 +2407,15 @@ def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
 
 
 def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
-    """Decay W, then step by lr * sqrt(max(1, rows / columns)) along U (Jordan's scale)."""
+    """Decay W by lr * wd, then subtract lr * sqrt(max(1, rows / columns)) U (Jordan's scale), in place."""
     W.mul_(1 - lr * wd).sub_(U * (lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5))
 
 
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
-    """MuonH: step by lr |W| along U / |U|, then return to |W| (Frobenius). So lr is an angle; wd is not used.
+    """Subtract lr |W| U / |U| from W, then scale W back to its Frobenius norm |W|, in place: MuonH.
 
-    After modded-nanogpt track 3, record 5. A zero matrix stays zero, hence parameter_table's other start.
+    So lr is an angle; wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay zero,
+    hence OUT in parameter_table.
     """
     R = torch.linalg.matrix_norm(W, keepdim=True)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
@@ -2416,15 +2427,15 @@ STEP_RULES: dict[str, Callable] = {
     "normuon": step_muon,
     "normuon_hyperball": step_hyperball,
 }
-# Rules whose direction goes through normalize_neurons first, with the shape of their state for (b, M, N).
+# Step rules that apply normalize_neurons to the direction first: (b, M, N) -> the shape of its state v.
 RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}
 
 # -----------------------------------------------------------------------------
-# 11. Optimizer: sharded state, and the sequence that holds every collective of a step.
+# 11. Optimizer: sharded state, and the schedule that launches every collective of a step.
 
 
 class StepScalars(NamedTuple):
-    """A step's numbers as 0-dimensional tensors, so that a new value is not a new compilation."""
+    """The scalars of a step as 0-dimensional tensors, so that a new value triggers no recompilation."""
 
     clip: Tensor  # factor on every gradient
     momentum: Tensor
@@ -2435,7 +2446,7 @@ class StepScalars(NamedTuple):
 
 
 class OwnedMatrices(NamedTuple):
-    """The matrices of one parameter that this rank updates, b of them, as views of bank, wire and state."""
+    """The b matrices of one parameter that this rank updates: views of its bank and wire, and their state."""
 
     weights: Tensor  # (b, M, N)
     gradient: Tensor  # (b, M, N), in wire_dtype
@@ -2444,10 +2455,10 @@ class OwnedMatrices(NamedTuple):
 
 
 class FlatBuffers(NamedTuple):
-    """All small parameters end to end, with their gradients, moments, rates and decays."""
+    """All small parameters concatenated, (n,), and tensors of the same shape that belong to them."""
 
     p: Tensor
-    g: Tensor
+    g: Tensor  # in wire_dtype
     m: Tensor
     v: Tensor
     lr: Tensor
@@ -2457,10 +2468,9 @@ class FlatBuffers(NamedTuple):
 def matrix_update(
     W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config, second: Tensor | None = None
 ) -> None:
-    """Nesterov momentum, direction, step: in place on matrices W (b, M, N) and their state.
+    """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    second: the rule's state, by RULE_STATE. Cautious decay (arXiv:2510.12402): only where U and W agree in
-    sign.
+    second: the rule's state. Cautious decay (arXiv:2510.12402): only where U and W agree in sign.
     """
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
@@ -2472,7 +2482,7 @@ def matrix_update(
 
 
 def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
-    """AdamW (arXiv:1711.05101) on the flat buffers, in place, with decoupled decay."""
+    """Update the flat buffers in place by AdamW (arXiv:1711.05101)."""
     p, g, m, v, lr, wd = buffers
     g = g.float() * s.clip
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
@@ -2482,10 +2492,11 @@ def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
 
 
 class Optimizer:
-    """The update and its communication. State exists only for the matrices that this rank owns.
+    """The update of all parameters and its communication. Matrix state exists only on the rank that owns it.
 
-    Parameters and gradients move into shared buffers on which collectives run in place: a bank of one or two
-    parameters of equal matrix size, cut into a part for each rank, and one flat buffer for everything small.
+    Parameters and gradients become views of a few buffers on which collectives run in place: banks, each of
+    one or two parameters of equal matrix size, cut into one share per rank; and a flat buffer with all the
+    rest, whose AdamW state every rank holds.
     """
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
@@ -2496,7 +2507,7 @@ class Optimizer:
         # By buffer name. A bank, its gradient and its wire are (world, rows per rank, M * N).
         self.bank: dict[str, Tensor] = {}
         self.bank_grad: dict[str, Tensor] = {}
-        self.wire: dict[str, Tensor] = {}  # gradients in transit; in float32 the gradient buffers themselves
+        self.wire: dict[str, Tensor] = {}  # gradients to send; bank_grad itself if wire_dtype is float32
         self.owned: dict[str, list[OwnedMatrices]] = {}
         # By parameter name.
         self.momentum: dict[str, Tensor] = {}
@@ -2510,18 +2521,18 @@ class Optimizer:
 
         self.matrix_update = m.compile(matrix_update)
         self.adam_update = m.compile(adam_update)
-        self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)  # StepScalars but clip
+        self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)  # StepScalars without clip
         self.norm = torch.zeros((), dtype=torch.float64, device=m.device)  # of this step's gradients
         saved = self.snapshot()
         self.update, self.failure = m.captured(self.schedule)
-        self.restore(saved)  # capturing has run it
+        self.restore(saved)  # captured ran the update
 
     def make_bank(self, buffer: str, members: dict[str, nn.Parameter]) -> None:
         """Make a bank of one or two parameters of equal matrix size, and this rank's state for its part.
 
-        Every rank has the same number of rows, one for each matrix. The first parameter begins at the first
-        row, the last one ends at the last row, and padding, which stays zero, lies between them. 11 + 11
-        matrices on 8 ranks take 24 rows:
+        A row holds one matrix, and every rank has the same number of rows. The first parameter starts at the
+        first row, a second one ends at the last row, and the rows left over are padding, which stays zero.
+        11 + 11 matrices on 8 ranks take 24 rows:
 
             rank     0     1     2     3     4     5     6     7
             rows   u u u u u u u u u u u . . d d d d d d d d d d d
@@ -2530,7 +2541,7 @@ class Optimizer:
         Raises ValueError for more than two parameters.
         """
         if len(members) > 2:
-            raise ValueError(f"bank {buffer!r} has {len(members)} parameters; padding has a place for two")
+            raise ValueError(f"bank {buffer!r} has {len(members)} parameters; at most two are supported")
         last = [*members.values()][-1]
         count = sum(len(p) for p in members.values())
         per_rank = -(-count // self.m.world_size)
@@ -2549,11 +2560,11 @@ class Optimizer:
             self.own(buffer, name, p, first)
 
     def own(self, buffer: str, name: str, p: nn.Parameter, first: int) -> None:
-        """Make the state of those of p's matrices, from row `first` of the bank on, that are this rank's."""
+        """Allocate state for the matrices of p in this rank's share. p starts at row `first` of the bank."""
         per_rank = self.bank[buffer].size(1)
         end = first + len(p)
-        low = min(max(self.m.own_part * per_rank, first), end)
-        high = min(max((self.m.own_part + 1) * per_rank, first), end)
+        low = min(max(self.m.own_share * per_rank, first), end)  # rows of p in the share; maybe none
+        high = min(max((self.m.own_share + 1) * per_rank, first), end)
         self.rows[name] = slice(low - first, high - first)
         if low == high:
             return
@@ -2566,13 +2577,15 @@ class Optimizer:
         self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
-        """Make the flat buffer of all small parameters, which every rank updates alike."""
+        """Make the flat buffers of all small parameters, which every rank holds whole and updates alike."""
         h = self.h
-        # Whole 64s align every view to 256 bytes.
+        # Multiples of 64 elements align every view to 256 bytes.
         sizes = [-(-params[spec.name].numel() // 64) * 64 for spec in SMALL]
-        self.flat, self.flat_grad, self.flat_m, self.flat_v, flat_lr = (
-            torch.zeros(sum(sizes), device=self.m.device) for _ in range(5)
-        )
+        self.flat = torch.zeros(sum(sizes), device=self.m.device)
+        self.flat_grad = torch.zeros_like(self.flat)
+        self.flat_m = torch.zeros_like(self.flat)
+        self.flat_v = torch.zeros_like(self.flat)
+        flat_lr = torch.zeros_like(self.flat)
         values = self.flat.split(sizes)
         grads = self.flat_grad.split(sizes)
         rates = flat_lr.split(sizes)
@@ -2591,19 +2604,19 @@ class Optimizer:
 
     @staticmethod
     def move(p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
-        """Make `value` the parameter's storage, with its contents, and `grad` its gradient."""
+        """Copy p into `value` and make that its storage, and `grad` the storage of its gradient."""
         value.copy_(p.data)
         p.data = value
         p.grad = grad
 
     def step(self, hp: Hyper) -> None:
-        """Do the host's part: send this step's numbers to the device, then launch the update.
+        """Send this step's scalars to the device, then launch the update.
 
         The pinned memory is new each time because the host may run ahead; its allocator reuses it only after
         the copy from it has ended.
         """
         self.steps += 1
-        numbers = [
+        numbers = [  # of StepScalars, in its order
             hp.momentum,
             self.h.matrix_lr * hp.lr_mul,
             hp.lr_mul,
@@ -2616,21 +2629,21 @@ class Optimizer:
 
     @torch.no_grad()
     def schedule(self) -> None:
-        """Launch every collective of a step and the updates between them; afterwards all ranks are whole.
+        """Launch every collective of a step and the updates between them. Then all ranks hold all weights.
 
-        Gradients leave in PARAM_TABLE's order, the biggest bank first; banks return in the opposite order,
-        the cheapest update first.
+        Gradients are reduced in the order of PARAM_TABLE, the biggest bank first. Banks are updated and
+        gathered in the opposite order, the cheapest update first.
         """
-        # 1. Gradients on the wire: reduce-scatter each bank, down the levels; all-reduce the small ones.
+        # 1. Average the gradients: reduce-scatter each bank, level by level; all-reduce the flat buffer.
         arrivals = []
         for buffer, grad in self.bank_grad.items():
-            wire = self.wire[buffer].copy_(grad)  # no copy where the wire is the gradient itself
+            wire = self.wire[buffer].copy_(grad)  # does nothing if the two are one tensor
             for depth, level in enumerate(self.m.levels):
                 if depth > 0:
-                    arrivals[-1].wait()  # nodes exchange what their own ranks have summed
+                    arrivals[-1].wait()  # nodes exchange only what their own ranks have averaged
                 arrivals.append(
                     reduce_scatter(
-                        wire[level.part],
+                        wire[level.kept],
                         wire[level.whole],
                         op=dist.ReduceOp.AVG,
                         group=level.group,
@@ -2646,12 +2659,12 @@ class Optimizer:
         scalars = StepScalars(self.clip_factor(), *self.numbers.unbind())
 
         with self.m.lanes() as lane:
-            # 3. The small parameters: every rank does the same.
+            # 3. Update the small parameters, identically on every rank.
             with lane():
                 self.adam_update(self.adam_buffers, scalars, self.h)
                 self.flat_grad.zero_()
 
-            # 4. Each bank on a lane of its own: update the matrices owned here, then gather everybody's.
+            # 4. Each bank on its own lane: update the matrices that this rank owns, then gather all of them.
             for buffer in reversed(self.bank):
                 with lane():
                     for own in self.owned[buffer]:
@@ -2661,15 +2674,15 @@ class Optimizer:
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]
                     for level in reversed(self.m.levels):
-                        all_gather(bank[level.whole], bank[level.part], level.group, True).wait()
+                        all_gather(bank[level.whole], bank[level.kept], level.group, async_op=True).wait()
 
     def clip_factor(self) -> Tensor:
-        """Return min(1, grad_clip / global norm), (); the same on every rank and for every world size."""
-        own_part = self.m.levels[-1].part
-        gradients = [self.wire[buffer][own_part] for buffer in self.bank] + [self.wire["flat"]]
-        norms = torch._foreach_norm(gradients, 2, torch.float64)  # float32 would be off by 2e-4
+        """Return min(1, grad_clip / global norm), (), the same on every rank. Sets self.norm. Collective."""
+        own_share = self.m.own_share
+        gradients = [self.wire[buffer][own_share] for buffer in self.bank] + [self.wire["flat"]]
+        norms = torch._foreach_norm(gradients, 2, torch.float64)  # in float32 the relative error was 2e-4
         squares = torch.stack(norms).square()
-        dist.all_reduce(squares[:-1])  # the last, of the flat buffer, is complete on every rank
+        dist.all_reduce(squares[:-1])  # the last is the flat buffer's, which every rank holds whole
         self.norm.copy_(squares.sum().sqrt())
         return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
 
@@ -2699,17 +2712,17 @@ class Optimizer:
 
 
 class Hyper(NamedTuple):
-    """What a step uses."""
+    """The scheduled values that a step uses."""
 
-    progress: float  # in [0, 1]: the larger share used of the two budgets, time and iterations
+    progress: float  # in [0, 1]: the fraction used of the time or the iterations, whichever is larger
     momentum: float
     lr_mul: float  # factor on every rate
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
     """Return a step's rates and momentum: rates are constant, then fall linearly; momentum rises at first."""
-    time_share = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
-    progress = min(1.0, max(time_share, step / h.iterations))
+    time_used = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
+    progress = min(1.0, max(time_used, step / h.iterations))
     lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
     ramp = 1.0
     if h.muon_momentum_warmup_frac > 0:
@@ -2719,7 +2732,7 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 
 class Ema:
-    """An average of the weights with weight exp(-age / ema_frac), where age is a share of the run."""
+    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run."""
 
     def __init__(self, model: GPT, h: Config) -> None:
         self.h = h
@@ -2752,7 +2765,7 @@ class Ema:
 
 MAGIC = b"GPT6"
 KINDS = {spec.name: spec.kind for spec in PARAM_TABLE}
-CODE_LIMIT = {"int6": 31, "int8": 127}  # kinds that are codes and scales, with the largest code
+CODE_LIMIT = {"int6": 31, "int8": 127}  # largest code of the kinds that are stored as codes and scales
 STORED = {
     "int6": np.dtype("i1"),
     "int8": np.dtype("i1"),
@@ -2763,8 +2776,8 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, of the 
 LEAST_SCALE = 2.0**-24  # the smallest f16
 MAX_RAW_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 16
-# Codes repeat nothing: the smallest dictionary takes 1.8 % fewer bytes in a tenth of the time. Other options
-# gain less than 0.05 %.
+# Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. All
+# other options gain less than 0.05 %.
 XZ = dict(
     format=lzma.FORMAT_XZ,
     check=lzma.CHECK_CRC32,
@@ -2777,7 +2790,7 @@ compress = partial(lzma.compress, **XZ)
 def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
 
-    The inputs are those of the next gptq_batches batches, on all ranks, with the weights as they are.
+    The inputs are those of the loader's next gptq_batches batches, on all ranks, with the live weights.
     """
     products = []  # qkv, o, up, down of layer 0, then of layer 1, ...
 
@@ -2786,12 +2799,12 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         products.append(flat.T @ flat)
         return F.linear(x, W)
 
-    plain = copy(run.model)  # shares the weights
+    recording = copy(run.model)  # with the same parameters
     recorded_mlp = partial(mlp, linear=recorded_linear)
-    plain.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
+    recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
     for _ in range(run.h.gptq_batches):
         for sequences in loader.next():
-            plain.trunk(sequences[:, :-1])
+            recording.trunk(sequences[:, :-1])
 
     qkv, o, up, down = (
         torch.stack(products[i::4]).unflatten(0, (-1, run.h.num_layers)).sum(0) for i in range(4)
@@ -2808,11 +2821,11 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
 
 
 def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
-    """Choose codes of W (b, M, N), in steps of scale (b, M, 1), that change W x least for inputs x.
+    """Round W (b, M, N) to codes (b, M, N), float32, that change Wx little for the inputs x.
 
-    gram (b, N, N): the sum of x x'. Round one column at a time and spread its error over the columns not yet
-    rounded: Frantar et al., arXiv:2210.17323, Alg. 1, in blocks of one column, damped by 1 % of the mean
-    diagonal.
+    scale (b, M, 1): the step of each row. gram (b, N, N): the sum of x x'. Columns are rounded one at a time;
+    those not yet rounded compensate the error: Frantar et al., arXiv:2210.17323, Alg. 1, in blocks of one
+    column, damped by 1 % of the mean diagonal. Raises LinAlgError if gram is not finite.
     """
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
     H = gram + damping[:, None, None] * torch.eye(W.size(-1), device=W.device)
@@ -2828,7 +2841,7 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
 
 
 def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
-    """Round W to whole steps of `scale`, at most `limit` of them."""
+    """Round W / scale to the nearest whole number in [-limit, limit]."""
     return (W / scale).round().clamp(-limit, limit)
 
 
@@ -2837,8 +2850,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantize each row symmetrically. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
 
-    Row by row, the clip with the least squared error wins; the step is never below `least_step` standard
-    deviations of the row. Codes are the nearest ones or, with a gram of calibrate, gptq's.
+    Each row takes the clip of CLIPS with the least squared error under rounding to nearest. Its scale is at
+    least least_step times its root mean square. Codes are the nearest ones, or gptq's if a gram is given.
     """
     W = W.float()
     limit = CODE_LIMIT[kind]
@@ -2858,7 +2871,7 @@ def quantize(
 def raw_artifact(
     tensors: Mapping[str, Tensor], h: Config, grams: Mapping[str, Tensor] | None = None
 ) -> bytes:
-    """Return the artifact before compression. tensors: the parameters by name; grams: of calibrate."""
+    """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned."""
     grams = grams or {}
     index = []
     payload = []
@@ -2902,11 +2915,11 @@ def fit_artifact(
     timed: Callable,
     grams: Mapping[str, Tensor] | None = None,
 ) -> Fitted:
-    """Make the artifact fit into `room` bytes by a coarser int6 step. timed(phase, fn, *args) calls fn.
+    """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
-    If it does not fit at the configured step, Newton's method looks for the step that fills the room to 0.2
-    %. Doubling the step saves about one bit per code. If fit_cap is off, or no step up to 1 fits, the result
-    exceeds the cap.
+    If it does not fit as configured, up to eight more attempts look for the int6 step that fills the room to
+    within 0.2 %, as if doubling the step saved one bit per code. If fit_cap is off, or nothing tried up to 1
+    fits, the result may exceed the room.
     """
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     step = h.int6_step
@@ -2929,7 +2942,7 @@ def fit_artifact(
 
 
 def open_artifact(blob: bytes) -> tuple[dict, bytes]:
-    """Return header and payload. Raises ValueError with the reason when the blob is not a sound artifact."""
+    """Return the header and the payload of an artifact. Raises ValueError when it is damaged or not one."""
     reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
     try:
         raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
@@ -2940,7 +2953,7 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
         (not reader.eof, "truncated, or larger than any model of this format"),
         (reader.unused_data, "bytes after the end of the xz stream"),
         (raw[:4] != MAGIC, f"magic is not {MAGIC!r}"),
-        (end > min(len(raw), MAX_HEADER_BYTES), "header is longer than the file or than any header"),
+        (end > min(len(raw), MAX_HEADER_BYTES), "header is longer than the file or MAX_HEADER_BYTES"),
     ]
     for found, reason in faults:
         if found:
@@ -2961,10 +2974,10 @@ def types_of(value: object) -> dict | None:
 def check_header(header: object) -> None:
     """Check a header for the keys and types that raw_artifact writes. Raises ValueError if they differ."""
     if types_of(header) != {"config": dict, "tensors": list}:
-        raise ValueError("not an object of a config and a list of tensors")
+        raise ValueError("it must be an object with a config and a list of tensors")
     known = MODEL_FIELDS + TTT_FIELDS if "ttt_lr" in header["config"] else MODEL_FIELDS
     if types_of(header["config"]) != {key: type(getattr(Config, key)) for key in known}:
-        raise ValueError("the config has unexpected keys or a value of another type")
+        raise ValueError("the config has missing or unexpected keys or a value of another type")
 
 
 class TensorEntry(NamedTuple):
@@ -2977,17 +2990,17 @@ class TensorEntry(NamedTuple):
 
 
 def read_entry(row: object) -> TensorEntry:
-    """Check one row of the header's index. Raises ValueError when it is not name, kind, shape and offset."""
+    """Check one entry of the header's list of tensors. Raises ValueError if it is malformed."""
     if type(row) is list and [type(x) for x in row] == [str, str, list, int] and row[1] in STORED:
         entry = TensorEntry(*row)
         sizes_fit = all(type(n) is int and 0 < n < 1 << 28 for n in entry.shape)
         if 0 < len(entry.shape) <= 8 and sizes_fit:
             return entry
-    raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}, no name, kind, shape and offset")
+    raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}; expected [name, kind, shape, offset]")
 
 
 def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
-    """Return the tensors of an opened artifact. Raises ValueError when header and payload do not fit."""
+    """Return float32 tensors by name, of an artifact or a checkpoint. Raises ValueError for a bad payload."""
     out = {}
     expected = 0
     for row in header["tensors"]:
@@ -3013,9 +3026,10 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
 
 
 def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
-    """Return float32 tensors by name. Raises ValueError for anything that pack_artifact does not write.
+    """Return float32 tensors by name. Raises ValueError for a blob that is not well-formed.
 
-    No bytes can make it run code, or take more memory than MAX_RAW_BYTES and their float32 values.
+    Names and shapes are not checked. No blob can make it run code, or take more memory than MAX_RAW_BYTES and
+    their float32 values.
     """
     return read_tensors(*open_artifact(blob))
 
@@ -3053,41 +3067,43 @@ class Score(NamedTuple):
 
 
 class ScoreRun(NamedTuple):
-    """How to score a split. With a chunk, `learner() as learn` learns from each scored chunk but the last."""
+    """The settings of one score."""
 
     seq_len: int
     stride: int
-    batch: int  # windows of a forward pass on one rank
-    label: str  # for the status line
+    batch: int  # windows per forward pass on one rank
+    label: str  # for the terminal's status line
     log: Log
-    chunk: int = 0  # targets scored between two steps of test-time training; 0: no learning
-    learner: Callable = nullcontext
+    chunk: int = 0  # targets scored between two rounds of test-time training; 0: never learn
+    learner: Callable = nullcontext  # context manager that yields learn(tokens, progress), as `learning` does
 
 
 class WindowGroup(NamedTuple):
-    """Consecutive score windows that one compiled shape scores from one state of the weights."""
+    """Consecutive score windows that share one compiled shape and one state of the weights."""
 
-    chunk: int  # index of the chunk that holds their targets
-    last: int  # positions of each window that the model scores, at its end
-    windows: np.ndarray  # (n, 3), of score_windows
+    chunk: int  # index of the chunk in which their targets begin
+    last: int  # the model returns nats for the last `last` positions of each window
+    windows: np.ndarray  # (n, 3), rows of score_windows
 
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
-    """Return (W, 3) rows of start, end, score_from; their [score_from, end) tile the targets [0, total).
+    """Return the windows (W, 3): rows of start, end, score_from. Their [score_from, end) tile [0, total).
 
-    The first window scores all of itself, each later one `stride` targets after seq_len - stride of context.
+    The first window scores all its targets, each later one the next `stride` or the rest, with at least
+    seq_len - stride of context.
     """
     end = np.append(np.arange(min(seq_len, total), total, stride), total)
     return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
 
 
-def window_groups(total: int, run: ScoreRun) -> list[WindowGroup]:
-    """Cut the windows of a split of `total` targets into groups."""
-    windows = score_windows(total, run.seq_len, run.stride)
+def window_groups(total: int, plan: ScoreRun) -> list[WindowGroup]:
+    """Cut the score windows of `total` targets into groups, where the chunk or the shape changes."""
+    windows = score_windows(total, plan.seq_len, plan.stride)
     start, end, score_from = windows.T
-    full = (score_from - start >= run.seq_len - run.stride) & (end - start == run.seq_len)
-    lasts = np.where(full, run.stride, run.seq_len)  # a window that scores more needs every position
-    chunks = score_from // (run.chunk or total)
+    # The first window scores more than `stride` targets and a short one is padded: both need every position.
+    regular = (score_from - start >= plan.seq_len - plan.stride) & (end - start == plan.seq_len)
+    lasts = np.where(regular, plan.stride, plan.seq_len)
+    chunks = score_from // (plan.chunk or total)
     changes = (np.diff(chunks) != 0) | (np.diff(lasts) != 0)
     cuts = np.append(0, np.flatnonzero(changes) + 1)
     return [
@@ -3097,41 +3113,41 @@ def window_groups(total: int, run: ScoreRun) -> list[WindowGroup]:
 
 
 def score_batch(
-    nats_fn: Callable, tokens: Tensor, windows: Tensor, group: WindowGroup, run: ScoreRun
+    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, plan: ScoreRun
 ) -> tuple[Tensor, Tensor]:
-    """Score one batch of windows (n, 3), padded to the compiled shapes with windows that score nothing.
+    """Score at most B = plan.batch windows (n, 3); windows that score nothing fill the compiled shape.
 
-    Returns target positions (B * last,), and (2, B * last) float64: nats and 1, or zeros where not scored
-    here.
+    Returns the target of each position, (B * last,), and (2, B * last) float64: its nats and 1, or zeros if
+    its window does not score it.
     """
     total = len(tokens) - 1
-    padded = F.pad(windows, (0, 0, 0, run.batch - len(windows))).to(tokens.device)
+    padded = F.pad(windows, (0, 0, 0, plan.batch - len(windows))).to(tokens.device)
     start, end, score_from = padded.unsqueeze(-1).unbind(1)  # (B, 1) each
-    column = torch.arange(run.seq_len, device=tokens.device)
+    column = torch.arange(plan.seq_len, device=tokens.device)
     index = (start + column).clamp_max(total - 1)  # a short window is padded at its end
-    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), group.last).double()
-    position = start + column[-group.last :]
+    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
+    position = start + column[-last:]
     scored = (position >= score_from) & (position < end)
     values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
     return position.clamp_max(total - 1).flatten(), values
 
 
 @torch.no_grad()
-def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machine) -> Tensor:
-    """Return nats and score count of every target of `tokens` (N,): (2, N - 1) float64.
+def score_targets(nats_fn: Callable, tokens: np.ndarray, plan: ScoreRun, m: Machine) -> Tensor:
+    """Return the nats of every target of `tokens` (N,), and how often it was scored: (2, N - 1) float64.
 
-    Targets that other ranks score are zero. nats_fn(x, y, last) -> (B, last), of the compiled shapes.
+    Targets that other ranks score are zero. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
-    chunk = run.chunk or total
+    chunk = plan.chunk or total
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    groups = window_groups(total, run)
+    groups = window_groups(total, plan)
     all_windows = sum(len(group.windows) for group in groups)
     out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
     done = 0
     learnt = 0  # chunks
-    with run.learner() as learn:
+    with plan.learner() as learn:
         for group in groups:
             if group.chunk > learnt:  # every target of the chunks before is scored
                 first = learnt * chunk
@@ -3139,22 +3155,22 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, run: ScoreRun, m: Machi
                 learnt = group.chunk
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
-            for i, windows in enumerate(mine.split(run.batch)):
-                positions, values = score_batch(nats_fn, tokens, windows, group, run)
+            for i, windows in enumerate(mine.split(plan.batch)):
+                positions, values = score_batch(nats_fn, tokens, windows, group.last, plan)
                 out.index_add_(1, positions, values)
-                done = min(done + run.batch * m.world_size, all_windows)
+                done = min(done + plan.batch * m.world_size, all_windows)
                 if i % 16 == 0:
                     m.sync()
                     eta = (time.perf_counter() - started) / done * (all_windows - done)
-                    run.log.status(f"scoring {run.label}: {done}/{all_windows} windows, ETA {eta:.0f} s")
+                    plan.log.status(f"scoring {plan.label}: {done}/{all_windows} windows, ETA {eta:.0f} s")
     return out
 
 
-def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: ScoreRun, m: Machine) -> Score:
-    """Score every target of `tokens` (N,) once. All ranks share the work; sums are float64."""
+def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, plan: ScoreRun, m: Machine) -> Score:
+    """Score every target of `tokens` (N,) once, with the work split over the ranks. Sums are float64."""
     started = time.perf_counter()
-    nats = score_targets(nats_fn, tokens, run, m)[0].sum()
-    m.agree(0.0)  # fails at once when a rank is gone
+    nats = score_targets(nats_fn, tokens, plan, m)[0].sum()
+    m.agree(0.0)  # fails at once if a rank has exited
     dist.all_reduce(nats)
     total = len(tokens) - 1
     num_bytes = int(counts.of(tokens).sum())
@@ -3169,11 +3185,11 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, run: Sco
 
 @contextmanager
 def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
-    """Yield learn(tokens (chunk + 1,), progress): test-time training on a scored chunk (parameter-golf #549).
+    """Yield learn(tokens, progress), which trains the model on a scored chunk, and restore the weights after.
 
-    It takes ttt_passes SGD steps with momentum along the mean gradient over the chunk and all ranks, its norm
-    at most 1, identical on all ranks; the rate falls from ttt_lr to 0 as half a cosine. Afterwards the
-    weights are restored.
+    tokens (chunk + 1,); progress: the fraction of the split before them. ttt_passes SGD steps, momentum 0.9,
+    follow the mean gradient over the chunk and all ranks, clipped to norm 1. The rate falls from ttt_lr to 0
+    along half a cosine; momentum carries over to the next chunk. After parameter-golf #549.
     """
     params = list(model.parameters())
     weights = [p.data for p in params]
@@ -3196,7 +3212,7 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
                     loss = loss_fn(x, y) * (len(x) / pairs.size(1))
                 parts = torch.autograd.grad(loss, params, materialize_grads=True)
                 gradient.add_(torch.cat([g.flatten() for g in parts]))
-            m.agree(0.0)  # fails at once when a rank is gone
+            m.agree(0.0)  # fails at once if a rank has exited
             dist.all_reduce(gradient)
             momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
             torch._foreach_add_(weights, moves, alpha=-rate)
@@ -3208,14 +3224,14 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
 # -----------------------------------------------------------------------------
 # 15. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
 #
-#   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of all before
+#   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of the rest
 #
-# A file is the share of one of W ranks, numbered by the part of the banks it owns, of everything that N steps
-# have changed; shares end to end are whole tensors. The header holds the step, the training clock in ms, the
-# progress of the average, what wrote it (config, script, data), and an index of tensors as in an artifact.
-# Steps draw no random numbers and batch n is the loader's n-th, so that is all of the state.
+# The W files of step N together are a checkpoint set. File R holds the share of all state that belongs to the
+# rank with share R of the banks; a tensor is the concatenation of its shares. The header holds the step, the
+# training clock in ms, the progress of the average, the config, script and data that wrote it, and a list of
+# tensors as in an artifact. Steps draw no random numbers and batch n depends only on n: that is all state.
 
-FREE_KNOBS = ("run_id", "out_dir", "data_path", "tokenizer_path", "checkpoint_every", "resume")  # may differ
+FREE_KNOBS = ("run_id", "out_dir", "data_path", "tokenizer_path", "checkpoint_every", "resume")  # may change
 CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\d+)\.ckpt(?:\.tmp)?")
 DIGEST_BYTES = 32
 
@@ -3243,17 +3259,17 @@ class Checkpoints:
         self.made_by = {key: value for key, value in asdict(run.h).items() if key not in FREE_KNOBS}
         self.made_by["script"] = sha256(Path(__file__).read_bytes())
         self.made_by["data"] = run.dataset.manifest_sha256
-        device = (torch.cuda.set_device, (self.m.device,)) if self.m.pin else ()  # a new thread has device 0
-        self.pool = ThreadPoolExecutor(1, "checkpoint", *device)
+        set_device = partial(torch.cuda.set_device, self.m.device) if self.m.pin else None
+        self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # a new thread starts on device 0
         self.pending: tuple[int, Future] | None = None  # step and end of the set being written
 
     def share(self, whole: Tensor) -> Tensor:
-        """Return this rank's rows of a tensor that is the same on every rank."""
+        """Return this rank's share of a tensor that every rank holds whole: a view, maybe of no rows."""
         rows = -(-len(whole) // self.m.world_size)
-        return whole[rows * self.m.own_part :][:rows]
+        return whole[rows * self.m.own_share :][:rows]
 
     def save(self, step: int, train_ms: float, last: bool = False) -> None:
-        """Begin to write the state after `step` if it is time and no rank is writing; last: now, and wait.
+        """Start writing the state after `step` if due and if no rank is writing; last: in any case, and wait.
 
         checkpoint_every=0 writes none.
         """
@@ -3281,22 +3297,24 @@ class Checkpoints:
         text = json.dumps({**header, "tensors": index}).encode()
         chunks = [len(text).to_bytes(4, "little"), text, *host.values()]
         digest = hashlib.sha256()
-        for chunk in chunks:  # hashing and writing let go of the interpreter
+        for chunk in chunks:  # hashing and writing release the GIL
             digest.update(chunk)
         write_atomic(
-            f"{self.base}.step{step}.{self.m.own_part}of{self.m.world_size}.ckpt", *chunks, digest.digest()
+            f"{self.base}.step{step}.{self.m.own_share}of{self.m.world_size}.ckpt", *chunks, digest.digest()
         )
 
     def settled(self, wait: bool) -> bool:
-        """Return whether no rank is writing; log how the last set ended, and remove all but the newest two.
+        """Return whether no rank is writing. If a set has ended, log that and remove all but the newest two.
 
-        All ranks begin a set at the same step, and only once the one before is known to be complete or given
-        up: no file that a complete set needs is ever removed.
+        All ranks begin a set at the same step, and only once the one before is known to be complete or
+        to have failed: no file that a complete set needs is ever removed.
         """
         if self.pending is None:
             return True
         step, future = self.pending
-        reason = str(future.exception() or "") if wait or future.done() else None
+        reason = None  # still writing; "": written
+        if wait or future.done():
+            reason = str(future.exception() or "")
         reasons = [None] * self.m.world_size
         dist.all_gather_object(reasons, reason)
         if None in reasons:
@@ -3310,25 +3328,26 @@ class Checkpoints:
         self.run.log(f"checkpoint step:{step}")
         if self.m.rank == 0:
             for path in self.files():
-                if self.good != int(CHECKPOINT_NAME.fullmatch(path)["step"]) < step:
+                found = int(CHECKPOINT_NAME.fullmatch(path)["step"])
+                if found < step and found != self.good:
                     os.remove(path)
         self.good = step
         return True
 
     def last_good(self) -> int:
-        """Return the step of the newest complete set once no rank is writing; 0 without one."""
+        """Wait until no rank is writing and return the step of the newest complete set, or 0."""
         self.settled(wait=True)
         return self.good
 
     def files(self) -> list[str]:
-        """List every checkpoint file of this run, including halves left by a kill."""
+        """List the checkpoint files of this run, including partial ones that a killed run left."""
         return [f for f in glob.glob(glob.escape(self.base) + ".step*") if CHECKPOINT_NAME.fullmatch(f)]
 
     def resume(self) -> tuple[int, float]:
-        """Restore the newest sound set on all ranks. Returns its step and clock in ms, (0, 0.0) without one.
+        """Restore the newest intact set on all ranks. Returns its step and clock in ms, (0, 0.0) without one.
 
-        Raises InputError when another config, script or data set wrote it, or when the file named is not
-        sound.
+        Raises InputError when another config, script or data set wrote it, or when the set of the file named
+        is damaged.
         """
         wanted = self.run.h.resume
         files = self.files() if wanted == "auto" else [wanted]
@@ -3357,11 +3376,11 @@ class Checkpoints:
         if wanted != "auto":
             raise InputError(f"{wanted}: not of a sound checkpoint; resume=auto takes the newest")
         if self.run.log.goes_on:
-            self.run.log("resumed step:0 from the beginning: no sound checkpoint")
+            self.run.log("resumed step:0 from the beginning: no intact checkpoint")
         return 0, 0.0
 
     def read(self, path: str) -> tuple[dict, dict[str, Tensor]]:
-        """Return header and tensors of one file. Raises ValueError or OSError if it is damaged or missing."""
+        """Return header and tensors of one file. Raises OSError if it is missing, ValueError if damaged."""
         blob = Path(path).read_bytes()
         if hashlib.sha256(blob[:-DIGEST_BYTES]).digest() != blob[-DIGEST_BYTES:]:
             raise ValueError(f"{path}: checksum mismatch")
@@ -3370,7 +3389,7 @@ class Checkpoints:
         return header, read_tensors(header, blob[end:-DIGEST_BYTES])
 
     def check(self, path: str, made_by: dict) -> None:
-        """Raise InputError with the names of all that differs between this run and a checkpoint's."""
+        """Raise InputError naming every knob or input in which this run differs from a checkpoint."""
         keys = self.made_by.keys() | made_by.keys()
         different = sorted(key for key in keys if self.made_by.get(key) != made_by.get(key))
         if different:
@@ -3381,7 +3400,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def restore(self, step: int, parts: list[tuple[dict, dict[str, Tensor]]]) -> None:
-        """Make the state that the ranks of a set wrote the state of this rank."""
+        """Load the files of a set, in order, into this rank's parameters, average and optimizer state."""
         for name, share in self.shares.items():
             complete = torch.cat([tensors[name] for _, tensors in parts if name in tensors])
             if name in self.whole:
@@ -3434,7 +3453,7 @@ class Run:
         return out
 
     def held_out(self, split: str) -> np.ndarray:
-        """Return the tokens of a split, (N,) uint16, read at the first call."""
+        """Return the tokens of a split, (N,) uint16, read and logged at the first call."""
         if split not in self.splits:
             tokens = self.timed("load", load_split, self.h, split)
             num_bytes = int(self.dataset.counts.of(tokens).sum())
@@ -3443,7 +3462,7 @@ class Run:
         return self.splits[split]
 
     def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:
-        """Score the weights on a split. learns: with test-time training, if the split has two chunks."""
+        """Score the weights on a split. learns: train on scored chunks, if the split has more than one."""
         h = self.h
         tokens = self.held_out(split)
         plan = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
@@ -3462,12 +3481,12 @@ class Trained(NamedTuple):
     ema: Ema
     steps: int
     train_ms: float
-    late_graphs: int  # compiled after the clock had started
+    late_graphs: int  # graphs compiled while the clock ran; should be 0
     grams: dict[str, Tensor]  # of calibrate
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
-    """Write the log's head (if it goes on: only the machine) and build the model. started: before loading."""
+    """Write the first part of the log and build the model. started: perf_counter() before data was loaded."""
     kinds = ("attention", "qk", "mlp", "compile", "pass", "update")
     bound = " ".join(f"{kind}:{m.names[kind]}" for kind in kinds)
     dtype = str(m.dtype).removeprefix("torch.")
@@ -3512,10 +3531,10 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
 
 
 def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Return `backward`, and why it is not a CUDA graph ("": it is, or the machine has none).
+    """Return `backward`, and why it is not a CUDA graph, or "" if it is one or the machine has none.
 
-    backward(sequences (B, T + 1)) adds the gradients of one micro-batch and returns its share of the step's
-    mean loss, (), which the next call overwrites. One stream keeps copy, pass and readers in order.
+    backward(sequences (B, T + 1)) adds the gradients of one micro-batch and returns its loss / accum, (),
+    which the next call overwrites. One stream keeps copy, pass and readers in order.
     """
     h = optimizer.h
     m = optimizer.m
@@ -3529,7 +3548,7 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
         share.copy_(loss.detach())
 
     launch, failure = m.captured(both_ways)
-    optimizer.clear_gradients()  # capturing has run the pass
+    optimizer.clear_gradients()  # captured ran the pass
 
     def backward(sequences: Tensor) -> Tensor:
         tokens.copy_(sequences)
@@ -3540,14 +3559,16 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
 
 
 def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
-    """Put every micro-batch through bind_pass's backward, then update. Returns this rank's mean loss, ()."""
-    loss = sum(map(backward, batch))
+    """Accumulate the gradients of every micro-batch, then update. Returns this rank's mean loss, ()."""
+    loss = 0.0
+    for sequences in batch:
+        loss = loss + backward(sequences)  # out of place: the next call overwrites its result
     optimizer.step(hp)
     return loss
 
 
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Callable[[Tensor], Tensor]:
-    """Compile, capture and touch all the clock will see, then restore it. Returns bind_pass's backward."""
+    """Compile, capture and run all that the training clock will see, then undo it. Returns `backward`."""
     h = run.h
     backward, pass_failure = bind_pass(run.loss_fn, optimizer)
     for part, failure in (("pass", pass_failure), ("update", optimizer.failure)):
@@ -3587,10 +3608,11 @@ def is_sound(fetched: Callable[[], list[Tensor]]) -> bool:
 
 
 def train(run: Run) -> Trained:
-    """Train until iterations, the clock or a signal end it. Raises Diverged one step after a bad one.
+    """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
-    The clock is rank 0's and pauses during validation; no compilation happens on it. The host is at most one
-    step ahead of the device. A step starts only if it and the step in flight should both finish in time.
+    The clock is rank 0's and pauses during validation. The host is at most one step ahead of the device, so a
+    divergence is noticed a step late. A step starts only if it and the step in flight should both finish in
+    time.
     """
     m = run.m
     log = run.log
@@ -3601,11 +3623,11 @@ def train(run: Run) -> Trained:
     checkpoints = Checkpoints(run, optimizer, ema) if run.h.checkpoint_every or run.h.resume else None
     step, train_ms = checkpoints.resume() if run.h.resume else (0, 0.0)
     loader.seek(step)
-    m.signals.clear()  # from here on a signal ends the run, not the process
+    m.signals.clear()  # from now on the first signal ends training, not the process
 
-    # Calibration is part of the training time: hold back half as much again as its rehearsal took.
-    reached = m.fetch(torch.zeros(2, device=m.device))
-    held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))  # the clock starts with the last rank
+    reached = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
+    # Calibration is training time: reserve 1.5 times its rehearsal. The clock starts with the last rank.
+    held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))
     seconds = max(run.h.max_wallclock_seconds - held_back_ms / 1000, 0.0)
     h = replace(run.h, max_wallclock_seconds=seconds)
     limit_ms = 1000 * seconds if run.h.max_wallclock_seconds else math.inf
@@ -3637,7 +3659,8 @@ def train(run: Run) -> Trained:
         own_end = End.NOT_YET if is_sound(in_flight) else End.DIVERGED
         if own_end == End.NOT_YET and m.signals:
             own_end = End.SIGNAL
-        clock_ms, end = m.agree(clock(), own_end)
+        clock_ms, largest = m.agree(clock(), own_end)
+        end = End(int(largest))
 
         if step % h.train_log_every == 0 or step == 1:
             shown_loss = log_step(run, step, loss, clock_ms)
@@ -3651,7 +3674,7 @@ def train(run: Run) -> Trained:
     run.phases["train"] = train_ms
     late_graphs = compiled_graphs() - graphs_before
     _, last_end = m.agree(0.0, End.NOT_YET if is_sound(reached) else End.DIVERGED)
-    if End.DIVERGED in (end, last_end):
+    if max(end, last_end) == End.DIVERGED:
         good = checkpoints.last_good() if checkpoints else 0
         raise Diverged(describe_divergence(run, step, reached()[0].tolist(), good), step, train_ms)
 
@@ -3675,7 +3698,10 @@ def describe_divergence(run: Run, step: int, reached: list[float], good: int) ->
 
 
 def validate(run: Run, step: int, train_ms: float) -> Score:
-    """Log the chunked score as a step line. Raises Fault if a rank's weights differ from most others'."""
+    """Score val in disjoint windows and log it as a step. Returns the score.
+
+    Raises Fault if a rank's weights differ from most others'.
+    """
     names, params = zip(*run.model.named_parameters())
     sums = torch.stack([p.detach().view(torch.int32).sum() for p in params]).tolist()
     every = [sums] * run.m.world_size
@@ -3685,7 +3711,7 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
         for name, own, common in zip(names, theirs, most):
             if own != common:
                 raise Fault(
-                    f"step {step}: {name} of rank {rank} differs from the others; is its memory sound?"
+                    f"step {step}: {name} of rank {rank} differs from the others; is its memory faulty?"
                 )
 
     score = run.score("validation", run.h.eval_seq_len)
@@ -3697,7 +3723,7 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
 
 
 def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
-    """Log a step. Returns its loss, averaged over the ranks."""
+    """Average a step's loss over the ranks, in place, and log it. Returns it."""
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     run.log(
         f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
@@ -3707,11 +3733,11 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 17. Commands: the functions that the command line reaches.
+# 17. Commands: what the command line runs.
 
 
 def export(run: Run, trained: Trained, path: str, room: int) -> None:
-    """Write the artifact of the configured weights, live or averaged, to `path`."""
+    """Write the artifact of the averaged or live weights to `path`. room: the bytes it may take."""
     h = run.h
     weights = dict(run.model.named_parameters())
     if h.artifact_weights == "ema":
@@ -3729,9 +3755,9 @@ def unigram_nats(h: Config, targets: np.ndarray) -> float:
 
 
 def score_artifact(run: Run) -> str:
-    """Score an artifact's weights: chunked, sliding if that differs, and with test-time training if set.
+    """Score the weights in disjoint windows, sliding if the stride is shorter, and with learning if set.
 
-    Returns the last one, which counts, as `metric:... val_loss:... val_bpb:...`.
+    Logs each score. Returns the last, which is the one that counts, as `metric:... val_loss:... val_bpb:...`.
     """
     h = run.h
     run.phases["eval"] = 0.0
@@ -3752,17 +3778,18 @@ def score_artifact(run: Run) -> str:
         )
         run.log(f"{label}_exact {score.exact}")
         run.phases["eval"] += score.ms
+        final = f"metric:int6_lzma_{metric} {score.exact}"
 
     if h.report_split:
         reported = run.score(h.report_split, h.eval_seq_len, h.report_split)
         run.log(f"report split:{h.report_split} metric:int6_lzma_chunked {reported.exact}")
-    return f"metric:int6_lzma_{metric} {score.exact}"
+    return final
 
 
 def conclude(run: Run, trained: Trained, path: str) -> int:
-    """Do everything after training: the artifact at `path`, all scores. Returns the exit status.
+    """Write the artifact to `path`, read it back, score it, and log the results. Returns the exit status.
 
-    It is 1 when the submission is over the cap or something was compiled on the clock.
+    The status is 1 when the submission is over the cap or a graph was compiled while the clock ran, else 0.
     """
     h = run.h
     m = run.m
@@ -3837,15 +3864,15 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
 
 
 def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
-    """Return a run whose model holds an artifact's weights, and its bytes.
+    """Return a run whose model holds an artifact's weights, and the artifact's bytes.
 
-    The header says what the model is, `argv` where the data is. Raises InputError when the artifact is
-    damaged, does not fit this script, or when a knob that it fixes is given.
+    The header fixes the model; argv and env set the rest. Raises InputError when the artifact is damaged or
+    does not fit this script, or argv sets a knob that it fixes (env is ignored there).
     """
     fixed = [key for key in MODEL_FIELDS if not key.startswith("eval_")]
     for argument in argv:
         if argument.split("=")[0] in fixed:
-            raise InputError(f"{argument}: fixed by the artifact; only data, eval_ and ttt_ knobs can be set")
+            raise InputError(f"{argument}: the artifact fixes this knob; leave it out")
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
         blob = Path(path).read_bytes()
     try:
@@ -3882,9 +3909,9 @@ TOOLS = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}
 
 
 def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """Run a tool of the repository on this script, in a process of its own. Returns its exit status.
+    """Run a tool of the repository on this script, in a subprocess. Returns its exit status.
 
-    Tools are not part of this file because it is what they judge. Raises InputError outside the repository.
+    The tools live outside this file because they judge it. Raises InputError outside the repository.
     """
     script = Path(__file__).resolve()
     root = next((folder for folder in script.parents if (folder / TOOLS[name]).is_file()), None)
@@ -3904,7 +3931,7 @@ USAGE = "usage: train_gpt.py [train | eval ARTIFACT | audit ARTIFACT | bench | c
 
 
 def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
-    """Run one command with its arguments. Returns the exit status; raises InputError for an unknown one."""
+    """Run one command and return its exit status. Raises InputError for an unknown command."""
     has_file = bool(rest) and "=" not in rest[0]
     if command in ("-h", "--help"):
         print(USAGE + "\n\n" + __doc__)
@@ -3919,12 +3946,16 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
         return command_eval(rest[0], rest[1:], env)
     if command == "bench" or (command == "audit" and has_file):
         return command_tool(command, rest, env)
-    raise InputError(f"{' '.join([command, *rest][:2])!r} is no command. {USAGE}")
+    raise InputError(f"{' '.join([command, *rest][:2])!r} is not a command. {USAGE}")
 
 
 def main(argv: list[str]) -> int:
-    """Run a command; print an error the user can fix as one line. Returns the exit status."""
-    command, rest = ("train", argv) if not argv or "=" in argv[0] else (argv[0], argv[1:])
+    """Run a command and return its exit status. Prints an InputError as one line."""
+    command = "train"
+    rest = argv
+    if argv and "=" not in argv[0]:
+        command = argv[0]
+        rest = argv[1:]
     try:
         return run_command(command, rest, os.environ)
     except InputError as e:
@@ -3932,7 +3963,7 @@ def main(argv: list[str]) -> int:
         return e.status
     finally:
         if dist.is_initialized():
-            traceback.clear_frames(sys.exc_info()[2])  # NCCL waits for every graph that holds its work
+            traceback.clear_frames(sys.exc_info()[2])  # drop graphs, or NCCL's shutdown waits for them
             dist.destroy_process_group()
 
 
