@@ -550,7 +550,7 @@ COMMANDS = {
             Form(
                 "--candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]",
                 "Time replacements against the reference.",
-                "bench --candidates tools/lab/candidates.py",
+                "bench --candidates tools/lab/plain_paths.py",
             ),
             Form(
                 "--timeline FILE.json [--steps N] [--json FILE] [key=value...]",
