@@ -64,7 +64,7 @@ def output_error(W, codes, steps, gram):
 
 
 def input_gram(rows, columns):
-    """Return the gram of random inputs, (N, N) float32, that all share a direction."""
+    """Return the gram of random, correlated inputs, (N, N) float32."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     return x.T @ x + 20
 
