@@ -1,5 +1,8 @@
 """Bytes: the denominator of bits per byte is the UTF-8 length of the decoded text, token by token."""
 
+import io
+import itertools
+import json
 import math
 import struct
 from types import SimpleNamespace
@@ -8,9 +11,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import audit  # noqa: E402
+import audit
 import train_gpt as t
-from helpers import BOS, english, english_dataset, tiny, train_tokenizer  # noqa: E402
+from helpers import BOS, english, english_dataset, joined, tiny, train_tokenizer, write_shard
 
 SPACE = "\u2581"
 ENGLISH = english(60, 7)
@@ -28,8 +31,20 @@ FOREIGN = [
     "\u0301combining first",
 ]
 
+# ---------------------------------------------------------------- vocabularies made for the tests
+
+# Wire types of protobuf.
+VARINT = 0
+EIGHT_BYTES = 1
+LENGTH_DELIMITED = 2
+FOUR_BYTES = 5
+
+UNUSED = 5  # SentencePiece.Type.UNUSED
+NORMAL = 1  # SentencePiece.Type.NORMAL, the default
+
 
 def varint(value):
+    """Encode a whole number as a protobuf varint."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -38,91 +53,154 @@ def varint(value):
 
 
 def read_varint(blob, at):
-    value = shift = 0
-    while True:
-        value |= (blob[at] & 127) << shift
-        at, shift, more = at + 1, shift + 7, blob[at] & 128
-        if not more:
+    """Read the varint at a position. Returns it and the position after it."""
+    value = 0
+    for shift in itertools.count(step=7):
+        byte = blob[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
             return value, at
 
 
 def fields(blob):
-    """(field number, wire type, raw value) of a protobuf message."""
+    """Yield the fields of a protobuf message as (field number, wire type, raw value)."""
     at = 0
     while at < len(blob):
         tag, at = read_varint(blob, at)
-        if tag & 7 == 0:
+        wire = tag & 7
+        if wire == VARINT:
             value, at = read_varint(blob, at)
         else:
-            size, at = (8, at) if tag & 7 == 1 else (4, at) if tag & 7 == 5 else read_varint(blob, at)
-            value, at = blob[at : at + size], at + size
-        yield tag >> 3, tag & 7, value
+            if wire == LENGTH_DELIMITED:
+                size, at = read_varint(blob, at)
+            else:
+                size = {EIGHT_BYTES: 8, FOUR_BYTES: 4}[wire]
+            value = blob[at : at + size]
+            at += size
+        yield tag >> 3, wire, value
 
 
 def message(parts):
-    out = b""
+    """Write fields, as `fields` yields them, as a protobuf message."""
+    out = []
     for number, wire, value in parts:
-        head = varint(number << 3 | wire)
-        out += head + (varint(value) if wire == 0 else varint(len(value)) + value if wire == 2 else value)
-    return out
+        out.append(varint(number << 3 | wire))
+        if wire == VARINT:
+            out.append(varint(value))
+        elif wire == LENGTH_DELIMITED:
+            out += [varint(len(value)), value]
+        else:
+            out.append(value)
+    return b"".join(out)
 
 
 def edit_pieces(source, target, change):
-    """Rewrite a serialized ModelProto: field 1 is a repeated SentencePiece {1: text, 2: score, 3: type}."""
+    """Copy a SentencePiece model, passing every piece through change(text, type). Returns the target's path.
+
+    Field 1 of a ModelProto is a repeated SentencePiece {1: text, 2: score, 3: type}.
+    """
     with open(source, "rb") as f:
         parts = list(fields(f.read()))
-    out = []
+    edited = []
     for number, wire, value in parts:
-        if number == 1:
-            piece = {n: (w, v) for n, w, v in fields(value)}
-            text, kind = piece[1][1].decode(), piece.get(3, (0, 1))[1]
-            text, kind = change(text, kind)
-            score = struct.unpack("<f", piece[2][1])[0]
-            value = message([(1, 2, text.encode()), (2, 5, struct.pack("<f", score)), (3, 0, kind)])
-        out.append((number, wire, value))
+        edited.append((number, wire, edited_piece(value, change) if number == 1 else value))
     with open(target, "wb") as f:
-        f.write(message(out))
+        f.write(message(edited))
     return str(target)
+
+
+def edited_piece(blob, change):
+    """Return a serialized SentencePiece with text and type passed through `change`."""
+    piece = {number: value for number, _, value in fields(blob)}
+    text, kind = change(piece[1].decode(), piece.get(3, NORMAL))
+    score = struct.unpack("<f", piece[2])[0]
+    return message(
+        [
+            (1, LENGTH_DELIMITED, text.encode()),
+            (2, FOUR_BYTES, struct.pack("<f", score)),
+            (3, VARINT, kind),
+        ]
+    )
+
+
+def without_space_piece(text, kind):
+    """Rename the piece of a single space to one that no text holds, so that a space is spelled in bytes."""
+    return ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
 
 
 @pytest.fixture(scope="module")
 def vocabularies(tmp_path_factory):
-    """name -> (path, processor). Three shapes of vocabulary, each with byte fallback, and two more settings."""
+    """Return {name: (path, processor)} of vocabularies with byte fallback.
+
+    Three shapes of vocabulary, one with a dummy prefix, and three of these without a piece for a space.
+    """
     folder = tmp_path_factory.mktemp("vocabularies")
-    made = {
+    paths = {
         "ordinary": train_tokenizer(folder / "ordinary.model", ENGLISH, 420),
         "dummy prefix": train_tokenizer(folder / "prefix.model", ENGLISH, 420, add_dummy_prefix=True),
         "unigram": train_tokenizer(folder / "unigram.model", ENGLISH, 420, model_type="unigram"),
         "foreign": train_tokenizer(folder / "foreign.model", ENGLISH + FOREIGN * 3, 560),
     }
-    rename = lambda text, kind: ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
-    for name in ("ordinary", "dummy prefix", "unigram"):
-        key = "no space piece" if name == "ordinary" else f"no space piece, {name}"
-        made[key] = edit_pieces(made[name], folder / f"{name}_no.model", rename)
-    return {k: (v, sentencepiece.SentencePieceProcessor(model_file=v)) for k, v in made.items()}
+    for name, source in (
+        ("no space piece", "ordinary"),
+        ("no space piece, dummy prefix", "dummy prefix"),
+        ("no space piece, unigram", "unigram"),
+    ):
+        paths[name] = edit_pieces(paths[source], folder / f"{source}_no.model", without_space_piece)
+    return {
+        name: (path, sentencepiece.SentencePieceProcessor(model_file=path)) for name, path in paths.items()
+    }
 
 
-NAMES = ["ordinary", "dummy prefix", "unigram", "foreign", "no space piece", "no space piece, dummy prefix",
-         "no space piece, unigram"]  # fmt: skip
+NAMES = [
+    "ordinary",
+    "dummy prefix",
+    "unigram",
+    "foreign",
+    "no space piece",
+    "no space piece, dummy prefix",
+    "no space piece, unigram",
+]
 
 
 def decoded(sp, ids):
-    """The text of a document's tokens by sp.decode; U+2581 is a space however it is spelled, and the space that
-    a vocabulary without a space piece spells at the start is dropped as sp.decode drops the other kind."""
+    """Return the text of a document's tokens by sp.decode, in which U+2581 is a space in any spelling.
+
+    sp.decode drops a space piece at the start. A vocabulary without one spells that space in bytes, which are
+    dropped here.
+    """
     text = sp.decode(ids).replace(SPACE, " ")
-    no_piece = sp.is_unknown(sp.piece_to_id(SPACE))
-    return text[1:] if no_piece and text.startswith(" ") else text
+    has_no_space_piece = sp.is_unknown(sp.piece_to_id(SPACE))
+    return text.removeprefix(" ") if has_no_space_piece else text
+
+
+def space_bytes(sp):
+    """Return the ids of the three byte pieces that spell U+2581."""
+    return [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+
+
+def count(counts, *ids):
+    """Return the bytes of every token but the first, as a list."""
+    return counts.of(np.array(ids)).tolist()
+
+
+# ---------------------------------------------------------------- SentencePiece
 
 
 def test_the_vocabularies_are_what_they_are_called(vocabularies):
-    plain, other = vocabularies["ordinary"][1], vocabularies["no space piece"][1]
-    assert not plain.is_unknown(plain.piece_to_id(SPACE)) and other.is_unknown(other.piece_to_id(SPACE))
-    spelled = [other.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
-    ids = other.encode("x 9 😀")
-    assert any(ids[i : i + 3] == spelled for i in range(len(ids))), other.encode("x 9 😀", out_type=str)
-    byte_share = np.mean([plain.is_byte(i) for x in FOREIGN for i in plain.encode(x)])
+    _, ordinary = vocabularies["ordinary"]
+    _, no_space = vocabularies["no space piece"]
+    assert not ordinary.is_unknown(ordinary.piece_to_id(SPACE))
+    assert no_space.is_unknown(no_space.piece_to_id(SPACE))
+
+    ids = no_space.encode("x 9 😀")
+    triples = [ids[i : i + 3] for i in range(len(ids))]
+    assert space_bytes(no_space) in triples, no_space.encode("x 9 😀", out_type=str)
+    byte_share = np.mean([ordinary.is_byte(i) for text in FOREIGN for i in ordinary.encode(text)])
     assert byte_share > 0.4
-    prefix = vocabularies["dummy prefix"][1]
+
+    _, prefix = vocabularies["dummy prefix"]
     assert prefix.encode("the", out_type=str)[0].startswith(SPACE)
 
 
@@ -130,98 +208,114 @@ def test_the_vocabularies_are_what_they_are_called(vocabularies):
 def test_sum_is_the_utf8_length_of_every_document(vocabularies, name):
     path, sp = vocabularies[name]
     counts = t.sentencepiece_counts(path)
-    documents = [sp.encode(x) for x in ENGLISH[:20] + FOREIGN + ENGLISH[20:30]]
-    stream = np.array(sum(([BOS, *d] for d in documents), []) + [BOS], dtype=np.uint16)
-    weights = counts.of(stream)
-    assert weights.shape == (len(stream) - 1,) and weights.dtype == np.int64 and weights.min() >= 0
-    lengths = [len(decoded(sp, d).encode()) for d in documents]
-    ends = np.cumsum([len(d) + 1 for d in documents])
-    got = np.diff(np.concatenate([[0], np.cumsum(weights)])[ends], prepend=0)  # the BOS behind each included
-    wrong = [(documents[i], got[i], lengths[i]) for i in range(len(lengths)) if got[i] != lengths[i]]
-    assert not wrong, [(sp.id_to_piece(d), g, n) for d, g, n in wrong[:2]]
-    assert weights.sum() == sum(lengths) > 1000
+    documents = [sp.encode(text) for text in ENGLISH[:20] + FOREIGN + ENGLISH[20:30]]
+    stream = np.array([*joined([BOS, *document] for document in documents), BOS], dtype=np.uint16)
+    target_bytes = counts.of(stream)
+    assert target_bytes.shape == (len(stream) - 1,)
+    assert target_bytes.dtype == np.int64 and target_bytes.min() >= 0
+
+    lengths = [len(decoded(sp, document).encode()) for document in documents]
+    ends = np.cumsum([len(document) + 1 for document in documents])  # the BOS after each included
+    found = np.diff(np.concatenate([[0], np.cumsum(target_bytes)])[ends], prepend=0)
+    wrong = [
+        (sp.id_to_piece(document), got, length)
+        for document, got, length in zip(documents, found, lengths)
+        if got != length
+    ]
+    assert not wrong, wrong[:2]
+    assert target_bytes.sum() == sum(lengths) > 1000
+
+    # The auditor's texts are as long.
     run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
-    assert [len(x.encode()) for x in audit.decoder(run)(documents)] == lengths  # which the auditor asks
+    assert [len(text.encode()) for text in audit.decoder(run)(documents)] == lengths
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prefix_weighs_what_its_text_weighs(vocabularies, name):
-    """Not only whole documents: cutting before any piece that begins a character adds up, too."""
+def test_a_prefix_counts_as_many_bytes_as_its_text_has(vocabularies, name):
+    """Not only whole documents add up, but every cut before a piece that begins a character."""
     path, sp = vocabularies[name]
     counts = t.sentencepiece_counts(path)
-    no_piece = "no space" in name
+    spells_spaces = "no space" in name
     for text in ENGLISH[:3] + FOREIGN:
         ids = sp.encode(text)
-        weights = np.concatenate([[0], np.cumsum(counts.of(np.array([BOS, *ids])))])
+        bytes_before = np.concatenate([[0], np.cumsum(counts.of(np.array([BOS, *ids])))])
         for cut in range(1, len(ids) + 1):
-            if cut < len(ids) and (sp.is_byte(ids[cut]) or no_piece):
+            if cut < len(ids) and (sp.is_byte(ids[cut]) or spells_spaces):
                 continue
             expected = len(decoded(sp, ids[:cut]).encode())
             alone = int(counts.of(np.array([BOS, *ids[:cut]])).sum())
-            assert weights[cut] == alone == expected, (text, cut)
+            assert bytes_before[cut] == alone == expected, (text, cut)
 
 
-def test_the_space_behind_a_document_start_is_no_text(vocabularies):
+def test_the_space_after_a_document_start_is_not_in_the_text(vocabularies):
     path, sp = vocabularies["dummy prefix"]
     counts = t.sentencepiece_counts(path)
     ids = sp.encode("the river")
     first = sp.id_to_piece(ids[0])
     assert first.startswith(SPACE)
-    behind_bos = counts.of(np.array([BOS, ids[0]]))[0]
-    behind_text = counts.of(np.array([ids[-1], ids[0]]))[0]
-    assert (behind_bos, behind_text) == (len(first) - 1, len(first))
-    assert [counts.of(np.array([ids[0], special]))[0] for special in (0, 1, 2)] == [0, 0, 0]  # pad, bos, eos
+    assert count(counts, BOS, ids[0]) == [len(first) - 1]
+    assert count(counts, ids[-1], ids[0]) == [len(first)]
+    assert [count(counts, ids[0], special) for special in (0, 1, 2)] == [[0], [0], [0]]  # pad, bos, eos
 
 
-def test_unused_pieces_and_inner_marks(vocabularies, tmp_path):
-    """A piece marked unused weighs nothing; a space inside a piece weighs one byte."""
-    unused = 5  # SentencePiece.Type.UNUSED
+def test_unused_pieces_and_inner_spaces(vocabularies, tmp_path):
+    """A piece marked unused counts no byte; a space inside a piece counts one."""
     source, sp = vocabularies["ordinary"]
-    ids = [i for i in range(sp.vocab_size()) if not sp.is_byte(i) and i > 3]
-    a, b, c = (sp.id_to_piece(i) for i in ids[10:13])
+    plain, unused, spaces, unused_space = [i for i in range(4, sp.vocab_size()) if not sp.is_byte(i)][9:13]
     edits = {
-        a: lambda kind: (a, unused),
-        b: lambda kind: (f"{SPACE}q{SPACE}é", kind),
-        c: lambda kind: (f"{SPACE}zz", unused),
+        sp.id_to_piece(unused): (sp.id_to_piece(unused), UNUSED),
+        sp.id_to_piece(spaces): (f"{SPACE}q{SPACE}é", NORMAL),
+        sp.id_to_piece(unused_space): (f"{SPACE}zz", UNUSED),
     }
-    change = lambda text, kind: edits[text](kind) if text in edits else (text, kind)
+
+    def change(text, kind):
+        return edits.get(text, (text, kind))
+
     counts = t.sentencepiece_counts(edit_pieces(source, tmp_path / "edited.model", change))
-    assert counts.of(np.array([ids[0], ids[10]]))[0] == 0 and counts.boundary[ids[10]]
-    assert counts.of(np.array([ids[0], ids[12]]))[0] == 0 and not counts.space[ids[12]]  # nor does its mark
-    assert counts.of(np.array([ids[0], ids[11]]))[0] == 1 + 1 + 1 + 2
-    assert counts.of(np.array([BOS, ids[11]]))[0] == 1 + 1 + 2
+    assert count(counts, plain, unused) == [0] and counts.boundary[unused]
+    assert count(counts, plain, unused_space) == [0] and not counts.space[unused_space]
+    assert count(counts, plain, spaces) == [1 + 1 + 1 + 2]
+    assert count(counts, BOS, spaces) == [1 + 1 + 2]
 
 
 def test_three_space_bytes_count_once_only_when_in_a_row(vocabularies):
     path, sp = vocabularies["no space piece"]
     counts = t.sentencepiece_counts(path)
-    e2, b96, b81 = (sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode())
+    e2, b96, b81 = space_bytes(sp)
     x = sp.piece_to_id("e")
-    assert counts.of(np.array([x, e2, b96, b81, x])).tolist() == [1, 0, 0, 1]
-    assert counts.of(np.array([BOS, e2, b96, b81, x])).tolist() == [0, 0, 0, 1]
-    assert counts.of(np.array([x, e2, b96, b81, e2, b96, b81])).tolist() == [1, 0, 0, 1, 0, 0]
-    assert counts.of(np.array([x, e2, b96, x])).tolist() == [1, 1, 1]  # another character's bytes
-    assert counts.of(np.array([x, e2, b81, b96])).tolist() == [1, 1, 1]
-    assert counts.of(np.array([e2, b96])).tolist() == [1]
-    ordinary, sp = t.sentencepiece_counts(vocabularies["ordinary"][0]), vocabularies["ordinary"][1]
-    e2, b96, b81 = (sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode())
-    assert ordinary.of(np.array([5, e2, b96, b81])).tolist() == [1, 1, 1]
+    assert count(counts, x, e2, b96, b81, x) == [1, 0, 0, 1]
+    assert count(counts, BOS, e2, b96, b81, x) == [0, 0, 0, 1]
+    assert count(counts, x, e2, b96, b81, e2, b96, b81) == [1, 0, 0, 1, 0, 0]
+    assert count(counts, x, e2, b96, x) == [1, 1, 1]  # bytes of another character
+    assert count(counts, x, e2, b81, b96) == [1, 1, 1]
+    assert count(counts, e2, b96) == [1]
+
+    path, sp = vocabularies["ordinary"]
+    assert count(t.sentencepiece_counts(path), 5, *space_bytes(sp)) == [1, 1, 1]
 
 
 def test_a_vocabulary_without_bytes_or_space_piece(tmp_path):
-    """No byte pieces at all: three unknown tokens in a row are not a spelled space."""
-    import io
-
+    """Without byte pieces, three unknown tokens in a row are not a spelled space."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(ENGLISH), model_writer=model, vocab_size=200, model_type="bpe", byte_fallback=False,
-        bos_id=1, eos_id=2, unk_id=3, pad_id=0, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(ENGLISH),
+        model_writer=model,
+        vocab_size=200,
+        model_type="bpe",
+        byte_fallback=False,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_id=0,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     (tmp_path / "plain.model").write_bytes(model.getvalue())
-    rename = lambda text, kind: ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
-    path = edit_pieces(tmp_path / "plain.model", tmp_path / "none.model", rename)
-    counts = t.sentencepiece_counts(path)
-    assert counts.of(np.array([9, 3, 3, 3, 3])).tolist() == [0, 0, 0, 0]
+    path = edit_pieces(tmp_path / "plain.model", tmp_path / "none.model", without_space_piece)
+    assert count(t.sentencepiece_counts(path), 9, 3, 3, 3, 3) == [0, 0, 0, 0]
+
+
+# ---------------------------------------------------------------- bits per byte
 
 
 def test_bpb_is_bits_over_bytes():
@@ -230,61 +324,74 @@ def test_bpb_is_bits_over_bytes():
 
 
 def test_bpb_of_a_uniform_model_by_hand():
-    """8 bits a token under a uniform model of 256 ids: bpb is 8 * tokens / bytes."""
+    """A uniform model of 256 ids spends 8 bits a token: bpb is 8 * tokens / bytes."""
     data = english_dataset()
     counts = t.sentencepiece_counts(data.tokenizer)
     tokens = np.array(data.val)
-    weight = int(counts.of(tokens).sum())
-    assert weight == data.val_bytes
+    num_bytes = int(counts.of(tokens).sum())
+    assert num_bytes == data.val_bytes
     nats = (len(tokens) - 1) * math.log(256)
-    assert t.bpb(nats, weight) == pytest.approx(8 * (len(tokens) - 1) / data.val_bytes, rel=1e-12)
+    assert t.bpb(nats, num_bytes) == pytest.approx(8 * (len(tokens) - 1) / data.val_bytes, rel=1e-12)
 
 
 # ---------------------------------------------------------------- tiktoken
 
+END_OF_TEXT = 265
+
 
 @pytest.fixture
 def byte_encoding(monkeypatch):
-    """A tiny encoding: all bytes, a few merges, a gap in the ids and a special token. No network."""
+    """Return a tiny encoding that tiktoken knows as tiny_test, without the network.
+
+    It has all bytes, a few merges, a gap in the ids and a special token.
+    """
     tiktoken = pytest.importorskip("tiktoken")
-    ranks = {bytes([b]): b for b in range(256)}
+    ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {b"th": 256, b"the": 257, b" t": 258, "é".encode(): 259, b"  ": 260}
-    enc = tiktoken.Encoding(
-        "tiny_test", pat_str=r"\s?\w+|\s+|.", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 265}
+    encoding = tiktoken.Encoding(
+        "tiny_test",
+        pat_str=r"\s?\w+|\s+|.",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
     )
-    real = tiktoken.get_encoding
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: enc if name == "tiny_test" else real(name))
-    return enc
+    get_encoding = tiktoken.get_encoding
+
+    def get(name):
+        return encoding if name == "tiny_test" else get_encoding(name)
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get)
+    return encoding
 
 
-def test_tiktoken_weights_are_the_bytes_of_the_text(byte_encoding):
-    enc = byte_encoding
+def test_tiktoken_counts_are_the_bytes_of_the_text(byte_encoding):
     counts = t.tiktoken_counts("tiny_test")
-    assert len(counts.base) == enc.n_vocab == 266
-    documents = [enc.encode(x) for x in [*ENGLISH[:5], *FOREIGN]]
-    assert any(257 in d for d in documents)
-    stream = np.array(sum(([265, *d] for d in documents), []))
-    lengths = [len(enc.decode(d).encode()) for d in documents]
-    weights = counts.of(stream)
-    assert weights.sum() == sum(lengths) == sum(len(x.encode()) for x in [*ENGLISH[:5], *FOREIGN])
-    starts = np.flatnonzero(stream == 265)
-    per_document = [int(weights[a : a + len(d)].sum()) for a, d in zip(starts, documents)]
-    assert per_document == lengths  # the leading space is text here
+    assert len(counts.base) == byte_encoding.n_vocab == 266
+    assert counts.boundary[[261, 264, 265]].all() and not counts.boundary[:261].any()
+
+    texts = [*ENGLISH[:5], *FOREIGN]
+    documents = [byte_encoding.encode(text) for text in texts]
+    assert any(257 in document for document in documents)
+    stream = np.array(joined([END_OF_TEXT, *document] for document in documents))
+    lengths = [len(byte_encoding.decode(document).encode()) for document in documents]
+    target_bytes = counts.of(stream)
+    assert target_bytes.sum() == sum(lengths) == sum(len(text.encode()) for text in texts)
+
+    starts = np.flatnonzero(stream == END_OF_TEXT)
+    per_document = [
+        int(target_bytes[start : start + len(document)].sum()) for start, document in zip(starts, documents)
+    ]
+    assert per_document == lengths  # a space at the start is in the text here
+
     manifest = {"tokenizer": {"encoding": "tiny_test"}}
     run = SimpleNamespace(dataset=SimpleNamespace(manifest=manifest), h=SimpleNamespace(tokenizer_path=""))
-    assert audit.decoder(run)(documents) == [enc.decode(d) for d in documents]
-    assert counts.boundary[[261, 264, 265]].all() and not counts.boundary[:261].any()
+    assert audit.decoder(run)(documents) == [byte_encoding.decode(document) for document in documents]
 
 
 def test_tiktoken_comes_from_the_manifest(byte_encoding, tmp_path):
-    import json
-
-    from helpers import write_shard
-
-    write_shard(tmp_path / "x_val_000000.bin", [265, 256, 257] * 99)
+    write_shard(tmp_path / "x_val_000000.bin", [END_OF_TEXT, 256, 257] * 99)
     entry = {"kind": "tiktoken", "encoding": "tiny_test", "sha256": "abc", "file": None, "vocab_size": 266}
-    (tmp_path / "manifest.json").write_text(json.dumps({"bos_id": 265, "tokenizer": entry}))
-    dataset = t.load_dataset(tiny(data_path=tmp_path, vocab_size=266, bos_id=265))
-    assert dataset.counts.of(np.array([265, 256, 257])).tolist() == [2, 3]
+    (tmp_path / "manifest.json").write_text(json.dumps({"bos_id": END_OF_TEXT, "tokenizer": entry}))
+    dataset = t.load_dataset(tiny(data_path=tmp_path, vocab_size=266, bos_id=END_OF_TEXT))
+    assert count(dataset.counts, END_OF_TEXT, 256, 257) == [2, 3]
     with pytest.raises(t.InputError, match="vocab_size=266"):
-        t.load_dataset(tiny(data_path=tmp_path, vocab_size=50_257, bos_id=265))
+        t.load_dataset(tiny(data_path=tmp_path, vocab_size=50_257, bos_id=END_OF_TEXT))

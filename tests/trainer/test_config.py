@@ -1,4 +1,4 @@
-"""Config: which source of a value wins, what is refused, and how a refusal looks."""
+"""Config: the order of its sources, the values it refuses, and the one line of a refusal."""
 
 import dataclasses
 import os
@@ -8,14 +8,14 @@ import sys
 import pytest
 
 import train_gpt as t
-from helpers import ROOT, TINY, english_args, english_dataset, stop_one_line
+from helpers import ROOT, TINY, as_arguments, english_args, english_dataset, stop_one_line
 
 FIELDS = {f.name: f for f in dataclasses.fields(t.Config)}
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    """No knob of the caller's environment reaches a test."""
+    """Keep every knob of the caller's environment, and torchrun's variables, from a test."""
     for name in (*FIELDS, "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name.upper(), raising=False)
 
@@ -40,30 +40,38 @@ def test_every_preset_is_valid_and_names_itself():
     for name, values in t.PRESETS.items():
         h = t.load_config([f"preset={name}"], {})
         assert h.preset == name and set(values) <= set(FIELDS)
-        assert {k: getattr(h, k) for k in values} == values
+        assert {key: getattr(h, key) for key in values} == values
+
+
+# A text for each knob and the value it stands for; never the default.
+VALUES_BY_TYPE = {int: ("977", 977), float: ("2.5e-3", 0.0025), str: ("a=b c", "a=b c")}
+VALUES_BY_NAME = {
+    "preset": ("cpu", "cpu"),
+    "fit_cap": ("false", False),
+    "cautious_wd": ("true", True),
+    "doc_mask": ("true", True),
+    "deterministic": ("1", True),
+    "fp8": ("0", False),
+}
 
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_every_field_is_settable_from_text(name, source, monkeypatch):
-    """...takes the field's own type, and changes no other field."""
+    """The value has the field's type, and no other field changes."""
     monkeypatch.setattr(t, "check_ranges", lambda h: None)
     monkeypatch.setattr(t, "check_relations", lambda h: None)
     default = FIELDS[name].default
-    text, value = {
-        "preset": ("cpu", "cpu"), "fit_cap": ("false", False),
-        "cautious_wd": ("true", True), "doc_mask": ("true", True), "deterministic": ("1", True),
-        "fp8": ("0", False),
-    }.get(name) or {int: ("977", 977), float: ("2.5e-3", 0.0025), str: ("a=b c", "a=b c")}[type(default)]  # fmt: skip
-    h = (
-        t.load_config([f"{name}={text}"], {})
-        if source == "argument"
-        else t.load_config([], {name.upper(): text})
-    )
-    got = getattr(h, name)
-    assert got == value and type(got) is type(default) and got != default
-    expected = dataclasses.asdict(t.Config()) | (t.PRESETS["cpu"] if name == "preset" else {}) | {name: value}
-    assert dataclasses.asdict(h) == expected
+    text, value = VALUES_BY_NAME.get(name) or VALUES_BY_TYPE[type(default)]
+    if source == "argument":
+        h = t.load_config([f"{name}={text}"], {})
+    else:
+        h = t.load_config([], {name.upper(): text})
+
+    found = getattr(h, name)
+    assert found == value and type(found) is type(default) and found != default
+    preset = t.PRESETS["cpu"] if name == "preset" else {}
+    assert dataclasses.asdict(h) == dataclasses.asdict(t.Config()) | preset | {name: value}
 
 
 @pytest.mark.parametrize(
@@ -74,26 +82,25 @@ def test_spellings_of_a_flag(text, value):
 
 
 @pytest.mark.parametrize(
-    "arg,words",
+    "argument,key,hint",
     [
-        ("momentum=0.9", ["'momentum'", "muon_momentum"]),  # part of a name
-        ("muon_momentum_end=1", ["'muon_momentum_end'", "muon_momentum"]),  # longer than a name
-        ("SEED=1", ["'SEED'", "seed"]),  # the environment's spelling
-        ("--seed=1", ["'--seed'", "seed"]),
-        ("zzz=1", ["'zzz'", "config"]),  # nothing close: where the names are
+        ("momentum=0.9", "'momentum'", "muon_momentum"),  # part of a name
+        ("muon_momentum_end=1", "'muon_momentum_end'", "muon_momentum"),  # longer than a name
+        ("SEED=1", "'SEED'", "seed"),  # the environment's spelling
+        ("--seed=1", "'--seed'", "seed"),
+        ("zzz=1", "'zzz'", "config"),  # no name is close: the command that lists them
     ],
 )
-def test_an_unknown_key_is_named_with_a_hint(arg, words):
+def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
     with pytest.raises(t.InputError) as e:
-        t.load_config([arg], {})
+        t.load_config([argument], {})
     message = str(e.value)
-    key = words[0]
     assert "\n" not in message and key in message
-    assert words[1] in message.replace(key, "", 1), message
+    assert hint in message.replace(key, "", 1), message
 
 
 @pytest.mark.parametrize(
-    "arg,names",
+    "argument,words",
     [
         ("seed=1.5", ["seed", "1.5", "int"]),
         ("seed=", ["seed", "int"]),
@@ -129,17 +136,17 @@ def test_an_unknown_key_is_named_with_a_hint(arg, words):
         ("attn_windows=0 1000000000", ["attn_windows", "999999999"]),  # beyond the operator's int32
     ],
 )
-def test_a_bad_value_is_named(arg, names, capsys):
+def test_a_bad_value_is_named(argument, words, capsys):
     with pytest.raises(t.InputError) as e:
-        t.load_config([arg], {})
-    assert all(n in str(e.value) for n in names) and "\n" not in str(e.value)
-    err = stop_one_line(["config", arg], capsys)
-    assert err == f"train_gpt.py: {e.value}\n"
+        t.load_config([argument], {})
+    message = str(e.value)
+    assert all(word in message for word in words) and "\n" not in message
+    assert stop_one_line(["config", argument], capsys) == f"train_gpt.py: {message}\n"
 
 
-# Values that no rule above names, and that would otherwise end in a traceback or in silent nonsense.
+# Values that would otherwise end in a traceback or a silently wrong run.
 @pytest.mark.parametrize(
-    "arg",
+    "argument",
     [
         "eval_batch_tokens=0",  # no window fits into a batch
         "eval_batch_tokens=-2048",
@@ -149,15 +156,15 @@ def test_a_bad_value_is_named(arg, names, capsys):
         "mlp_mult=-1",
         "mlp_mult=nan",
         "logit_softcap=0",  # 0 * tanh(x / 0)
-        "val_tokens=-5",  # would cut the end of the split off
+        "val_tokens=-5",  # it would cut off the end of the split
         "warmup_steps=-1",
         "matrix_lr=nan",
         "max_wallclock_seconds=nan",
     ],
 )
-def test_values_that_cannot_work_are_refused(arg):
+def test_values_that_cannot_work_are_refused(argument):
     with pytest.raises(t.InputError):
-        t.load_config([arg], {})
+        t.load_config([argument], {})
 
 
 @pytest.mark.parametrize("key", ["SEED", "PRESET", "ORTHO", "FIT_CAP"])
@@ -171,7 +178,7 @@ def test_config_command_prints_every_knob_as_resolved(capsys, monkeypatch):
     assert t.main(["config", "preset=cpu", "seed=3"]) == 0
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     h = t.load_config(["preset=cpu", "seed=3", "num_layers=5"], {})
-    assert printed == {k: str(v) for k, v in dataclasses.asdict(h).items()}
+    assert printed == {key: str(value) for key, value in dataclasses.asdict(h).items()}
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"]])
@@ -199,15 +206,14 @@ def test_help_shows_the_docstring(argv, capsys):
 def test_bad_commands_are_one_line_and_status_2(argv, words, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     err = stop_one_line(argv, capfd)
-    assert all(w in err for w in words), err
-    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    assert all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []  # no run was begun
 
 
 def test_world_size_must_cut_the_batch():
+    h = t.load_config(as_arguments(TINY), {})
     with pytest.raises(t.InputError, match="WORLD_SIZE=3 .*train_batch_tokens"):
-        t.init_machine(
-            t.load_config([f"{k}={v}" for k, v in TINY.items()], {}), {"WORLD_SIZE": "3", "RANK": "0"}
-        )
+        t.init_machine(h, {"WORLD_SIZE": "3", "RANK": "0"})
     assert not t.dist.is_initialized()
 
 
@@ -220,12 +226,11 @@ def test_world_size_must_cut_the_batch():
     ],
     ids=["key", "artifact", "out_dir"],
 )
-def test_as_a_program(argv, word, tmp_path):
-    """Status and stderr as a shell sees them."""
+def test_a_shell_sees_status_2_and_one_line(argv, word, tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
-    argv = [a.format(data=english_dataset().path, file=file) for a in argv]
-    env = {k: v for k, v in os.environ.items() if k.lower() not in FIELDS}
+    argv = [argument.format(data=english_dataset().path, file=file) for argument in argv]
+    env = {key: value for key, value in os.environ.items() if key.lower() not in FIELDS}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_gpt.py"), *argv],
         capture_output=True,
@@ -237,15 +242,24 @@ def test_as_a_program(argv, word, tmp_path):
     assert done.stderr.startswith("train_gpt.py: ") and done.stderr.count("\n") == 1 and word in done.stderr
 
 
-@pytest.mark.parametrize("env", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}, {"WORLD_SIZE": "0", "RANK": "0"},
-                                 {"LOCAL_WORLD_SIZE": "x"}, {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_RANK": "-"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "two", "RANK": "0"},
+        {"WORLD_SIZE": "0", "RANK": "0"},
+        {"LOCAL_WORLD_SIZE": "x"},
+        {"LOCAL_WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "-"},
+    ],
+    ids=str,
+)
 def test_half_a_torchrun_environment(env, monkeypatch, capsys, tmp_path):
-    """A stray WORLD_SIZE without a RANK is one process, or one line; never a hang or a traceback."""
+    """The run is of one process or is refused with one line; it never hangs or ends in a traceback."""
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     try:
-        argv = english_args(iterations=1, warmup_steps=0, out_dir=tmp_path, run_id="x")
-        status = t.main(argv)
+        status = t.main(english_args(iterations=1, warmup_steps=0, out_dir=tmp_path, run_id="x"))
     finally:
         if t.dist.is_initialized():
             t.dist.destroy_process_group()

@@ -1,12 +1,15 @@
-"""The attempt's eight ranks, whole runs over gloo: what they train, pack and score is what one rank does.
+"""Whole runs on the attempt's eight ranks, over gloo: they train, pack and score as one rank does.
 
-Two layers have at most four matrices in a bank: two ranks own none at all. 100 targets are four windows.
+Two layers have at most four matrices in a bank, so that two ranks own none at all. 100 targets are four
+windows.
 """
 
 import dataclasses
 import hashlib
 import os
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,109 +17,158 @@ import train_gpt as t
 from helpers import english_args, english_dataset, run_ranks, temporary_folder
 
 STEPS = 10
-KNOBS = dict(iterations=STEPS, warmup_steps=1, train_batch_tokens=1024, micro_batch_tokens=128, val_tokens=100, report_split="other",
-             max_wallclock_seconds=600, checkpoint_every=1e-6)  # fmt: skip
-LOSSES = re.compile(r"^step:\d+/\d+ train_loss:(\S+) ", re.M)
-SCORES = re.compile(
+KNOBS = dict(
+    iterations=STEPS,
+    warmup_steps=1,
+    train_batch_tokens=1024,
+    micro_batch_tokens=128,
+    val_tokens=100,
+    report_split="other",
+    max_wallclock_seconds=600,
+    checkpoint_every=1e-6,
+)
+LOSS = re.compile(r"^step:\d+/\d+ train_loss:(\S+) ", re.M)
+SCORE = re.compile(
     r"^(?:final_int6_\w+_exact|report split:other metric:\w+) val_loss:(\S+) val_bpb:(\S+)$", re.M
 )
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
+    """Keep every knob of the caller's environment from a test."""
     for f in dataclasses.fields(t.Config):
         monkeypatch.delenv(f.name.upper(), raising=False)
 
 
+class Ended(NamedTuple):
+    """How a rank's command ended: its status and, if it trained, digests of live and averaged weights."""
+
+    status: int
+    digests: list[str]
+
+
 def digest(tensors):
-    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()
+    """Hash the values of tensors."""
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def main_rank(rank, argv, compiles_late=-1):
-    """The status of a command, and of its training the weights and the average. One rank may compile on the clock."""
-    train, seen = t.train, []
+def main_rank(rank, argv, compiles_late=None):
+    """Run a command on this rank and return how it Ended.
+
+    compiles_late: the rank that is to report two graphs as compiled on the clock.
+    """
+    train = t.train
+    digests = []
 
     def watched(run):
         trained = train(run)
-        seen.extend(map(digest, (trained.ema.params, trained.ema.average)))
+        digests.append(digest(trained.ema.params))
+        digests.append(digest(trained.ema.average))
         if rank == compiles_late:
             trained = trained._replace(late_graphs=trained.late_graphs + 2)
         return trained
 
     t.train = watched
-    return t.main(argv), seen
+    return Ended(t.main(argv), digests)
 
 
 def argv(folder, **knobs):
+    """Return the arguments of a run in a folder."""
     return english_args(**(KNOBS | dict(out_dir=folder) | knobs))
 
 
 def text(folder, name="run.txt"):
+    """Return a log."""
     return (folder / name).read_text(encoding="utf-8")
+
+
+def losses_of(log):
+    """Return the training losses of a log."""
+    return [float(loss) for loss in LOSS.findall(log)]
+
+
+def scores_of(log):
+    """Return the scores of an artifact in a log: val_loss and val_bpb in turn."""
+    return [float(number) for pair in SCORE.findall(log) for number in pair]
+
+
+class EightRanks(NamedTuple):
+    """A run on eight ranks."""
+
+    folder: Path
+    ranks: list[Ended]
 
 
 @pytest.fixture(scope="module")
 def eight():
-    """The folder of a run on eight ranks, and what its ranks gave."""
     folder = temporary_folder() / "eight"
-    return folder, run_ranks(main_rank, 8, argv(folder))
+    return EightRanks(folder, run_ranks(main_rank, 8, argv(folder)))
 
 
 def differing(one, other):
-    """The tensors that two artifacts do not share; of an int6 tensor a hundredth may differ: the order in which ranks
-    add up the inputs of its matrices may round a code the other way."""
-    one, other = map(t.unpack_artifact, (one, other))
+    """Return the names of the tensors in which two artifacts differ.
+
+    A hundredth of an int6 tensor may differ: ranks add up the inputs of its matrices in another order, which
+    may round a code the other way.
+    """
+    one = t.unpack_artifact(one)
+    other = t.unpack_artifact(other)
     assert list(one) == list(other)
-    return [k for k in one if (one[k] != other[k]).float().mean() > 0.01 * (t.KINDS[k] == "int6")]
+    allowed = {name: 0.01 if t.KINDS[name] == "int6" else 0.0 for name in one}
+    return [name for name in one if (one[name] != other[name]).float().mean() > allowed[name]]
 
 
 def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
     folder, ranks = eight
-    assert [status for status, _ in ranks] == [0] * 8
-    (live, average), *others = [seen for _, seen in ranks]
-    assert all(other == [live, average] for other in others) and live != average  # bit-equal
-    log, blob = text(folder), (folder / "run.int6.xz").read_bytes()
+    assert [rank.status for rank in ranks] == [0] * 8
+    live, average = ranks[0].digests
+    assert all(rank.digests == [live, average] for rank in ranks) and live != average  # bit-equal
+
+    log = text(folder)
     assert "machine world_size:8 " in log and not re.search(r"^rank \d", log, re.M)
-    assert [len(re.findall(rf"^{x}", log, re.M)) for x in ("step:", "final_score ")] == [
-        STEPS + 1,
-        1,
-    ]  # rank 0 alone writes
+    for label, count in (("step:", STEPS + 1), ("final_score ", 1)):
+        assert len(re.findall(rf"^{label}", log, re.M)) == count  # rank 0 alone writes
+
     assert t.main(argv(tmp_path, checkpoint_every=0)) == 0
-    one = text(tmp_path)
-    losses = [[float(x) for x in LOSSES.findall(each)] for each in (log, one)]
-    assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], abs=2e-4)
-    assert losses[0][-1] < losses[0][0] - 0.5
-    mine, theirs = ([float(x) for pair in SCORES.findall(each) for x in pair] for each in (log, one))
-    assert len(mine) == 6 and mine == pytest.approx(
-        theirs, abs=2e-3
-    )  # of two trainings, a code may round the other way
+    log_of_one = text(tmp_path)
+    losses = losses_of(log)
+    assert len(losses) == STEPS and losses == pytest.approx(losses_of(log_of_one), abs=2e-4)
+    assert losses[-1] < losses[0] - 0.5
+    scores = scores_of(log)
+    assert len(scores) == 6
+    assert scores == pytest.approx(scores_of(log_of_one), abs=2e-3)  # a code may round the other way
 
-    scoring = ["eval", str(folder / "run.int6.xz"), f"data_path={english_dataset().path}", f"out_dir={tmp_path}",
-               "eval_batch_tokens=512", "val_tokens=100", "report_split=other"]  # fmt: skip
-    assert t.main([*scoring, "run_id=by1"]) == 0
-    assert (
-        run_ranks(main_rank, 3, [*scoring, "run_id=by3"]) == [(0, [])] * 3
-    )  # three could not share a step's batch
+    artifact = folder / "run.int6.xz"
+    eval_argv = [
+        "eval",
+        str(artifact),
+        f"data_path={english_dataset().path}",
+        f"out_dir={tmp_path}",
+        "eval_batch_tokens=512",
+        "val_tokens=100",
+        "report_split=other",
+    ]
+    assert t.main([*eval_argv, "run_id=by1"]) == 0
+    # Three ranks could not share the batch of a training step.
+    assert run_ranks(main_rank, 3, [*eval_argv, "run_id=by3"]) == [Ended(0, [])] * 3
     for name in ("by1.txt", "by3.txt"):
-        again = [float(x) for pair in SCORES.findall(text(tmp_path, name)) for x in pair]
-        assert again == pytest.approx(mine, abs=2e-8)  # of one file
+        assert scores_of(text(tmp_path, name)) == pytest.approx(scores, abs=2e-8)  # of the same file
 
-    shares = sorted(x for x in os.listdir(folder) if f"step{STEPS}." in x)
-    assert shares == [f"run.step{STEPS}.{r}of8.ckpt" for r in range(8)]
-    (again,) = run_ranks(main_rank, 1, argv(tmp_path, run_id="on_one", resume=folder / shares[3]))
-    assert again == (0, [live, average])  # no step was left to take
-    assert not differing(blob, (tmp_path / "on_one.int6.xz").read_bytes())
-
-
-def test_a_log_that_exists_is_refused_by_all_and_stays_as_it_is(eight):
-    """The other ranks, left alone, would write how they end into the record of another run."""
-    folder, _ = eight
-    before = text(folder)
-    assert run_ranks(main_rank, 8, argv(folder)) == [(2, [])] * 8
-    assert text(folder) == before
+    files = sorted(name for name in os.listdir(folder) if f"step{STEPS}." in name)
+    assert files == [f"run.step{STEPS}.{rank}of8.ckpt" for rank in range(8)]
+    (resumed,) = run_ranks(main_rank, 1, argv(tmp_path, run_id="on_one", resume=folder / files[3]))
+    assert resumed == Ended(0, [live, average])  # no step was left to take
+    assert not differing(artifact.read_bytes(), (tmp_path / "on_one.int6.xz").read_bytes())
 
 
-def test_a_late_compilation_of_any_rank_is_told(tmp_path):
+def test_a_log_that_exists_is_refused_by_all_ranks_and_not_changed(eight):
+    """If only rank 0 refused it, the others would append their ends to the log of another run."""
+    before = text(eight.folder)
+    assert run_ranks(main_rank, 8, argv(eight.folder)) == [Ended(2, [])] * 8
+    assert text(eight.folder) == before
+
+
+def test_a_late_compilation_of_any_rank_is_reported(tmp_path):
     ranks = run_ranks(main_rank, 8, argv(tmp_path, iterations=1, checkpoint_every=0), 5)
-    assert [status for status, _ in ranks] == [1] * 8
+    assert [rank.status for rank in ranks] == [1] * 8
     assert "\nlate compilation: 2 graphs were compiled on the clock; " in text(tmp_path)

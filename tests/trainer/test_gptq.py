@@ -1,9 +1,10 @@
-"""GPTQ: codes by the inputs of a matrix, what training text says of those, and the clock that holds time for it."""
+"""GPTQ: codes by the inputs of a matrix, calibration on training text, and its time on the clock."""
 
 import dataclasses
 import os
 import re
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,61 +16,88 @@ import train_gpt as t
 from helpers import english_args, group_of_one, noisy_model, random_tokens, run_ranks, tiny
 
 LIMIT = t.CODE_LIMIT["int6"]
-BANKS = {s.name for s in t.MATRICES}
+BANKS = {spec.name for spec in t.MATRICES}
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
+    """Keep every knob of the caller's environment from a test."""
     for f in dataclasses.fields(t.Config):
         monkeypatch.delenv(f.name.upper(), raising=False)
 
 
-def problem(matrices=2, rows=5, columns=12, seed=0, scale=0.1):
-    """Weights, steps and the gram of inputs that go together, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+class Problem(NamedTuple):
+    """Weights, the steps of their rows and the gram of the inputs."""
+
+    W: torch.Tensor  # (b, M, N)
+    steps: torch.Tensor  # (b, M, 1)
+    gram: torch.Tensor  # (b, N, N)
+
+
+def problem(matrices=2, rows=5, columns=12, scale=0.1):
+    """Return a random Problem in float64, with correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     inputs = draw(matrices, 200, columns) @ draw(matrices, columns, columns)
-    return draw(matrices, rows, columns), torch.full((matrices, rows, 1), scale).double(), inputs.mT @ inputs
+    W = draw(matrices, rows, columns)
+    return Problem(W, torch.full((matrices, rows, 1), scale).double(), inputs.mT @ inputs)
 
 
 def damped(gram):
-    return (
-        gram
-        + 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.size(-1)).double()
-    )
+    """Add 1 % of the mean diagonal to the diagonal of each gram."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return gram + 0.01 * mean * torch.eye(gram.size(-1)).double()
 
 
-def nearest(W, scale, limit=LIMIT):
-    return (W / scale).round().clamp(-limit, limit)
+def nearest(W, steps):
+    """Return the nearest codes."""
+    return (W / steps).round().clamp(-LIMIT, LIMIT)
 
 
-def lost(W, codes, scale, gram):
-    """The squared change of W x, summed over the inputs."""
-    error = codes * scale - W
+def output_error(W, codes, steps, gram):
+    """Return the squared change of W x, summed over the inputs x."""
+    error = codes * steps - W
     return float((error @ gram * error).sum())
+
+
+def input_gram(rows, columns):
+    """Return the gram of random, correlated inputs, (N, N) float32."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    return x.T @ x + 20
+
+
+def parameters_of(model):
+    """Return the parameters of a model by name, without gradients."""
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 # ---------------------------------------------------------------- the codes
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.5, 0.02], ids=str)  # 0.02: many are clamped
+@pytest.mark.parametrize("scale", [0.1, 0.5, 0.02], ids=str)  # 0.02: many codes are clamped
 def test_codes_by_their_definition(scale):
-    """Column by column: what is not yet rounded stands where it makes up best for what is."""
+    """Round column by column, with the columns not yet rounded where they make up best for the others."""
     W, steps, gram = problem(scale=scale)
     codes = t.gptq(W, steps, gram, LIMIT)
-    for w, s, H, got in zip(W.numpy(), steps.numpy(), damped(gram).numpy(), codes.numpy()):
-        for row, step, found in zip(w, s[:, 0], got):
-            done = np.zeros(0)
+    for w, matrix_steps, H, found in zip(W.numpy(), steps.numpy(), damped(gram).numpy(), codes.numpy()):
+        for row, (step,), row_codes in zip(w, matrix_steps, found):
+            rounded = np.zeros(0)
             for j in range(len(row)):
-                best = row[j:] - np.linalg.solve(H[j:, j:], H[j:, :j] @ (done - row[:j])) if j else row
-                done = np.append(done, step * np.clip(np.round(best[0] / step), -LIMIT, LIMIT))
-            assert np.allclose(done, found * step, atol=1e-9)
+                best = row[j:]
+                if j > 0:
+                    best = best - np.linalg.solve(H[j:, j:], H[j:, :j] @ (rounded - row[:j]))
+                code = np.clip(np.round(best[0] / step), -LIMIT, LIMIT)
+                rounded = np.append(rounded, step * code)
+            assert np.allclose(rounded, row_codes * step, atol=1e-9)
 
 
 def test_the_outputs_change_less():
     W, steps, gram = problem(rows=40, columns=48, scale=0.4)
     codes = t.gptq(W, steps, gram, LIMIT)
-    assert lost(W, codes, steps, gram) < 0.5 * lost(W, nearest(W, steps), steps, gram)
+    assert output_error(W, codes, steps, gram) < 0.5 * output_error(W, nearest(W, steps), steps, gram)
     assert codes.abs().max() <= LIMIT and torch.equal(codes, codes.round())
 
 
@@ -78,57 +106,71 @@ def test_codes_stay_in_their_range():
     assert float(t.gptq(W, steps, gram, LIMIT).abs().max()) == LIMIT
 
 
-@pytest.mark.parametrize(
-    "gram", [torch.eye(12).double() * 3, torch.zeros(12, 12).double()], ids=["apart", "no input"]
-)
-def test_inputs_that_say_nothing_leave_the_nearest(gram):
+UNINFORMATIVE_GRAMS = {
+    "uncorrelated": torch.eye(12).double() * 3,
+    "no input": torch.zeros(12, 12).double(),
+}
+
+
+@pytest.mark.parametrize("gram", UNINFORMATIVE_GRAMS.values(), ids=UNINFORMATIVE_GRAMS.keys())
+def test_uninformative_inputs_leave_the_nearest_codes(gram):
     W, steps, _ = problem()
     assert torch.equal(t.gptq(W, steps, gram.expand(2, 12, 12), LIMIT), nearest(W, steps))
 
 
 def test_weights_and_gram_are_left_alone():
     W, steps, gram = problem()
-    kept = W.clone(), gram.clone()
+    W_before = W.clone()
+    gram_before = gram.clone()
     t.gptq(W, steps, gram, LIMIT)
-    assert torch.equal(W, kept[0]) and torch.equal(gram, kept[1])
+    assert torch.equal(W, W_before) and torch.equal(gram, gram_before)
 
 
 def test_quantize_takes_the_scales_of_the_clip_search():
-    W, _, gram = (x.float() for x in problem(rows=8, columns=12))
-    plain, by_gram = t.quantize(W, "int6", 0.3), t.quantize(W, "int6", 0.3, gram)
-    assert torch.equal(plain[1], by_gram[1]) and by_gram[0].dtype == torch.int8
-    assert torch.equal(by_gram[0], t.gptq(W, plain[1].float(), gram, LIMIT).to(torch.int8))
-    assert not torch.equal(plain[0], by_gram[0])
+    W, _, gram = (tensor.float() for tensor in problem(rows=8, columns=12))
+    plain_codes, plain_scales = t.quantize(W, "int6", 0.3)
+    codes, scales = t.quantize(W, "int6", 0.3, gram)
+    assert torch.equal(plain_scales, scales) and codes.dtype == torch.int8
+    assert torch.equal(codes, t.gptq(W, scales.float(), gram, LIMIT).to(torch.int8))
+    assert not torch.equal(plain_codes, codes)
 
 
 def test_only_matrices_with_a_gram_change_in_an_artifact():
     h = tiny(int6_step=0.3)
-    tensors = {k: p.detach() for k, p in noisy_model(h).named_parameters()}
-    x = torch.randn(50, h.model_dim, generator=torch.Generator().manual_seed(1))
-    gram = (x.T @ x + 20).expand(len(tensors["qo_bank"]), -1, -1)
-    plain, changed = (
-        t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, g))) for g in ({}, {"qo_bank": gram})
-    )
-    assert {k for k in plain if not torch.equal(plain[k], changed[k])} == {"qo_bank"}
+    tensors = parameters_of(noisy_model(h))
+    grams = {"qo_bank": input_gram(50, h.model_dim).expand(len(tensors["qo_bank"]), -1, -1)}
+
+    plain = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, {})))
+    changed = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, grams)))
+    assert differing(plain, changed) == {"qo_bank"}
     assert t.pack_artifact(tensors, h) == t.compress(t.raw_artifact(tensors, h))
+
+
+def differing(one, other):
+    """Return the names of the tensors that differ between two artifacts."""
+    return {name for name in one if not torch.equal(one[name], other[name])}
 
 
 def test_fitting_uses_the_grams():
     h = tiny(model_dim=64, mlp_mult=8.0)
-    tensors = {k: p.detach() for k, p in noisy_model(h, scale=0.2).named_parameters()}
-    x = torch.randn(99, 64, generator=torch.Generator().manual_seed(1))
-    grams = {"qo_bank": (x.T @ x + 20).expand(len(tensors["qo_bank"]), -1, -1)}
+    tensors = parameters_of(noisy_model(h, scale=0.2))
+    grams = {"qo_bank": input_gram(99, 64).expand(len(tensors["qo_bank"]), -1, -1)}
+
+    def untimed(phase, fn, *args):
+        return fn(*args)
+
     for room in (10**9, int(0.8 * len(t.pack_artifact(tensors, h)))):
-        blob, step = t.fit_artifact(tensors, h, room, lambda phase, fn, *args: fn(*args), grams)
-        assert blob == t.compress(t.raw_artifact(tensors, dataclasses.replace(h, int6_step=step), grams))
-        assert blob != t.pack_artifact(tensors, dataclasses.replace(h, int6_step=step)) and len(blob) <= room
+        blob, step = t.fit_artifact(tensors, h, room, untimed, grams)
+        fitted = dataclasses.replace(h, int6_step=step)
+        assert blob == t.compress(t.raw_artifact(tensors, fitted, grams))
+        assert blob != t.pack_artifact(tensors, fitted) and len(blob) <= room
 
 
-# ---------------------------------------------------------------- what text says of inputs
+# ---------------------------------------------------------------- calibration
 
 
-class Seen(TorchFunctionMode):
-    """The inputs of every F.linear, in order."""
+class LinearInputs(TorchFunctionMode):
+    """A mode that keeps the inputs of every F.linear, in order, as (tokens, N) float64."""
 
     def __init__(self):
         super().__init__()
@@ -150,126 +192,157 @@ class Batches:
         return self.batches.pop(0)
 
 
-def a_run(h, m, model):
-    return t.Run(h, m, None, None, model, model.loss, model.nats, {}, {})
+def run_of(h, m, model):
+    """Return a Run of a model, without log and data."""
+    return t.Run(
+        h=h,
+        m=m,
+        log=None,
+        dataset=None,
+        model=model,
+        loss_fn=model.loss,
+        nats_fn=model.nats,
+        phases={},
+        splits={},
+    )
 
 
 def test_grams_are_of_the_inputs_of_every_matrix():
     h = tiny(gptq_batches=2, attn_windows="4 0")
-    rows = [random_tokens(h, (3, 17), seed=i) for i in range(3)]
+    micro_batches = [random_tokens(h, (3, 17), seed=i) for i in range(3)]
     with group_of_one() as m:
         model = noisy_model(h)
-        grams = t.calibrate(a_run(h, m, model), Batches(rows[:2], rows[2:]))
+        grams = t.calibrate(run_of(h, m, model), Batches(micro_batches[:2], micro_batches[2:]))
     assert set(grams) == BANKS and model.ops == t.Ops()
+
     expected = {name: torch.zeros_like(gram).double() for name, gram in grams.items()}
     L = h.num_layers
-    for x in rows:
-        with Seen() as seen, torch.no_grad():
-            model.trunk(x[:, :-1])
-        for i in range(L):  # two products of the embeddings come first
-            qkv, o, up, down = (x.T @ x for x in seen.inputs[2 + 4 * i : 6 + 4 * i])
-            for name, at, gram in (
-                ("qo_bank", i, qkv),
-                ("qo_bank", L + i, o),
-                ("kv_bank", i, qkv),
-                ("kv_bank", L + i, qkv),
-                ("mlp_up_bank", i, up),
-                ("mlp_down_bank", i, down),
-            ):
-                expected[name][at] += gram
+    for tokens in micro_batches:
+        with LinearInputs() as seen, torch.no_grad():
+            model.trunk(tokens[:, :-1])
+        for i in range(L):
+            first = 2 + 4 * i  # after two products of the embeddings
+            qkv, o, up, down = (x.T @ x for x in seen.inputs[first : first + 4])
+            expected["qo_bank"][i] += qkv
+            expected["qo_bank"][L + i] += o
+            expected["kv_bank"][i] += qkv
+            expected["kv_bank"][L + i] += qkv
+            expected["mlp_up_bank"][i] += up
+            expected["mlp_down_bank"][i] += down
+
+    parameters = dict(model.named_parameters())
     for name, gram in grams.items():
-        assert gram.shape == (len(dict(model.named_parameters())[name]), *2 * gram.shape[-1:])
-        assert gram.shape[-1] == dict(model.named_parameters())[name].shape[-1]
+        assert gram.shape == (len(parameters[name]), *2 * gram.shape[-1:])
+        assert gram.shape[-1] == parameters[name].shape[-1]
         assert torch.allclose(gram.double(), expected[name], rtol=1e-4, atol=1e-4), name
 
 
-def grams_of_ranks(rank):
+def calibrate_rank(rank):
+    """Calibrate on this rank's part of eight sequences, in two batches. Returns the grams."""
     h = tiny(gptq_batches=2)
     m = t.init_machine(h, os.environ)
-    rows = random_tokens(h, (8, 17), seed=5)
-    mine = rows[m.rank :: m.world_size].split(2)
-    half = len(mine) // 2
-    return t.calibrate(a_run(h, m, noisy_model(h)), Batches(mine[:half], mine[half:]))
+    sequences = random_tokens(h, (8, 17), seed=5)
+    own = sequences[m.rank :: m.world_size].split(2)
+    half = len(own) // 2
+    return t.calibrate(run_of(h, m, noisy_model(h)), Batches(own[:half], own[half:]))
 
 
 def test_ranks_put_their_inputs_together():
-    one, two = run_ranks(grams_of_ranks, 1), run_ranks(grams_of_ranks, 2)
+    (alone,) = run_ranks(calibrate_rank, 1)
+    first, second = run_ranks(calibrate_rank, 2)
     for name in BANKS:
-        assert torch.equal(two[0][name], two[1][name])
-        assert torch.allclose(one[0][name], two[0][name], rtol=1e-4, atol=1e-4)
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(alone[name], first[name], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- a whole run
 
 
+class Outcome(NamedTuple):
+    """What a run wrote: its log after the machine's report, and its artifact."""
+
+    log: str
+    blob: bytes
+
+
 def trained(tmp_path, **knobs):
-    """The log of a run of train with these knobs, and its artifact."""
+    """Run `train` with knobs and return its Outcome."""
     argv = english_args(**(dict(iterations=6, out_dir=tmp_path, int6_step=0.3) | knobs))
     assert t.main(["train", *argv]) == 0
-    return (tmp_path / "run.txt").read_text(encoding="utf-8").rsplit("=" * 100, 1)[1], (
-        tmp_path / "run.int6.xz"
-    ).read_bytes()
+    text = (tmp_path / "run.txt").read_text(encoding="utf-8")
+    return Outcome(text.rsplit("=" * 100, 1)[1], (tmp_path / "run.int6.xz").read_bytes())
 
 
 def phase(log, name):
+    """Return the milliseconds of a phase."""
     return int(re.search(rf"^phase_times .*\b{name}:(\d+)ms", log, re.M)[1])
 
 
-def test_the_switch_changes_the_artifact_and_nothing_of_training(tmp_path):
-    runs = {n: trained(tmp_path / str(n), gptq_batches=n) for n in (0, 1, 3)}
-    live = {re.search(r"^final_live (val_loss:\S+)", log, re.M)[1] for log, _ in runs.values()}
-    averaged = {re.search(r"^final_ema (val_loss:\S+)", log, re.M)[1] for log, _ in runs.values()}
-    assert len(live) == len(averaged) == 1
-    tensors = {n: t.unpack_artifact(blob) for n, (_, blob) in runs.items()}
-    for a, b in ((0, 1), (1, 3)):
-        assert {k for k in tensors[a] if not torch.equal(tensors[a][k], tensors[b][k])} <= BANKS
-        assert any(not torch.equal(tensors[a][k], tensors[b][k]) for k in BANKS)
-    assert phase(runs[0][0], "calibrate") == 0 < phase(runs[3][0], "calibrate")
+def delay_calibration(monkeypatch, seconds):
+    """Make every calibration take longer."""
+    calibrate = t.calibrate
+
+    def slow(run, loader):
+        time.sleep(seconds)
+        return calibrate(run, loader)
+
+    monkeypatch.setattr(t, "calibrate", slow)
+
+
+def test_the_knob_changes_the_artifact_and_nothing_of_training(tmp_path):
+    runs = {batches: trained(tmp_path / str(batches), gptq_batches=batches) for batches in (0, 1, 3)}
+    for label in ("final_live", "final_ema"):
+        losses = {re.search(rf"^{label} (val_loss:\S+)", run.log, re.M)[1] for run in runs.values()}
+        assert len(losses) == 1
+
+    tensors = {batches: t.unpack_artifact(run.blob) for batches, run in runs.items()}
+    for one, other in ((0, 1), (1, 3)):
+        different = differing(tensors[one], tensors[other])
+        assert different <= BANKS
+        assert different
+    assert phase(runs[0].log, "calibrate") == 0 < phase(runs[3].log, "calibrate")
 
 
 def test_the_text_is_what_training_would_read_next(tmp_path, monkeypatch):
-    asked = []
-    plain = t.TokenLoader.next
-    monkeypatch.setattr(t.TokenLoader, "next", lambda self: (asked.append(self.index), plain(self))[1])
+    indices = []
+    next_batch = t.TokenLoader.next
+
+    def noted(self):
+        indices.append(self.index)
+        return next_batch(self)
+
+    monkeypatch.setattr(t.TokenLoader, "next", noted)
     trained(tmp_path, gptq_batches=2, warmup_steps=1)
-    assert asked == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        *range(6),
-        6,
-        7,
-    ]  # warm-up's step and two rehearsals; training; calibration
+    warmup = [0]
+    rehearsals = [1, 2, 3, 4]
+    training = [*range(6)]
+    calibration = [6, 7]
+    assert indices == warmup + rehearsals + training + calibration
 
 
 def test_the_clock_holds_time_for_it(tmp_path, monkeypatch):
-    plain, limit, takes = t.calibrate, 2.0, 0.4
-
-    def slow(run, loader):
-        time.sleep(takes)
-        return plain(run, loader)
-
-    monkeypatch.setattr(t, "calibrate", slow)
+    limit = 2.0
+    takes = 0.4
+    delay_calibration(monkeypatch, takes)
     log, _ = trained(tmp_path, iterations=100_000, max_wallclock_seconds=limit, train_log_every=1000)
-    train, calibrate = phase(log, "train"), phase(log, "calibrate")
-    assert calibrate >= 1000 * takes and 1000 * (limit - 2 * takes) < train
-    assert train + calibrate <= 1000 * limit
+    train_ms = phase(log, "train")
+    calibrate_ms = phase(log, "calibrate")
+    assert calibrate_ms >= 1000 * takes and 1000 * (limit - 2 * takes) < train_ms
+    assert train_ms + calibrate_ms <= 1000 * limit
     assert re.search(r"^stopping_early: wallclock_cap", log, re.M)
 
 
 def test_rates_reach_their_end_before_it(tmp_path, monkeypatch):
-    """The time that is held back is no part of the schedule: the last step has next to no rate."""
-    plain, seen, hyper_at = t.calibrate, [], t.hyper_at
+    """The time that is held back is no part of the schedule: the rate of the last step is close to zero."""
+    delay_calibration(monkeypatch, 0.5)
+    progress = []
+    hyper_at = t.hyper_at
 
-    def slow(run, loader):
-        time.sleep(0.5)
-        return plain(run, loader)
+    def noted(*args):
+        hp = hyper_at(*args)
+        progress.append(hp.progress)
+        return hp
 
-    monkeypatch.setattr(t, "calibrate", slow)
-    monkeypatch.setattr(
-        t, "hyper_at", lambda *args: (seen.append(hyper_at(*args).progress), hyper_at(*args))[1]
-    )
+    monkeypatch.setattr(t, "hyper_at", noted)
     trained(tmp_path, iterations=100_000, max_wallclock_seconds=2.0, train_log_every=1000)
-    assert seen[-1] > 0.9  # of the whole two seconds it is 0.62
+    assert progress[-1] > 0.9  # of the whole two seconds it would be 0.62
