@@ -542,7 +542,7 @@ class Machine:
 
 
 def capture_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
-    """Record the device work that fn queues, without running it, and return the function that launches it."""
+    """Capture the device work that fn queues, without running it, and return the function that launches it."""
     graph = torch.cuda.CUDAGraph()
     # The outer context restores the current stream if capture fails; thread_local spares NCCL's watchdog.
     with torch.cuda.stream(stream):

@@ -233,7 +233,7 @@ def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch,
     path = str(checkpoint(tmp_path, 3))
     for other in (path.replace("step3", "step5"), str(tmp_path / "run.txt")):
         err = stop_one_line(args(tmp_path / "b", run_id=len(other), resume=other), capsys)
-        assert f"{other}: not of a sound checkpoint" in err
+        assert f"{other}: not part of an intact checkpoint" in err
     assert t.main(args(tmp_path / "c", resume=path, checkpoint_every=0)) == 0  # by name, into another folder
     assert f"resumed step:3 from {path[:-9]}*" in "\n".join(lines(tmp_path / "c"))
 
