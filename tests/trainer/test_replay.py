@@ -388,7 +388,7 @@ def test_the_machine_line_names_pass_and_update(tmp_path):
 
 @pytest.mark.parametrize("end", ["well", "input error", "crash"])
 def test_no_graph_is_alive_when_the_process_group_closes(monkeypatch, tmp_path, end):
-    """Free graphs first: NCCL's communicators wait for those that hold their kernels, so closing would hang."""
+    """Free graphs first: NCCL waits for those that hold its kernels, so closing would hang."""
     graphs = []
     at_close = []
     destroy_process_group = t.dist.destroy_process_group
