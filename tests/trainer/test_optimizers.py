@@ -602,7 +602,7 @@ def trained_qo_bank(m, steps, rule, **knobs):
     ],
     ids=str,
 )
-def test_each_knob_changes_the_trained_weights(rule, knob):
+def test_each_knob_changes_what_is_trained(rule, knob):
     with group_of_one() as m:
         default = trained_qo_bank(m, 4, rule)
         other = trained_qo_bank(m, 4, rule, **knob)
