@@ -1,4 +1,4 @@
-"""The model against a second implementation in numpy float64, and what each knob and parameter does."""
+"""The model against a second implementation in numpy float64; the effect of each knob and parameter."""
 
 import math
 
@@ -12,14 +12,13 @@ from helpers import noisy_model, random_tokens, tiny
 
 
 def test_parameter_count_of_the_default_model():
-    with torch.device("meta"):
-        shapes = {k: shape for k, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
-    assert sum(map(math.prod, shapes.values())) == 26_928_176
+    def shapes_of(h):
+        return {name: shape for name, (shape, _) in t.parameter_table(h).items()}
+
+    assert sum(map(math.prod, shapes_of(t.load_config([], {})).values())) == 26_928_176
     h = tiny()
     model = t.GPT(h)
-    assert {k: tuple(p.shape) for k, p in model.named_parameters()} == {
-        k: shape for k, (shape, _) in t.parameter_table(h).items()
-    }
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes_of(h)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -27,88 +26,109 @@ def test_parameter_count_of_the_default_model():
 
 
 def norm(x):
+    """Return the RMS norm over the last dimension."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
 
 def rotated(x, position, dims, base):
-    """One head's vector at one position, pair (j, j + dims / 2) by angle position / base^(2j / dims)."""
+    """Rotate one head's vector at one position: pair (j, j + dims / 2) by position / base^(2j / dims)."""
     out = x.copy()
     for j in range(dims // 2):
         angle = position * base ** (-2 * j / dims)
-        a, b = x[j], x[j + dims // 2]
+        a = x[j]
+        b = x[j + dims // 2]
         out[j] = a * math.cos(angle) + b * math.sin(angle)
         out[j + dims // 2] = b * math.cos(angle) - a * math.sin(angle)
     return out
 
 
-def reference_embed(p, h, row):
-    """Embedding of one sequence, (T, D), position by position."""
+def normed_and_rotated(x, h):
+    """Norm one head's vectors (T, Dh) and rotate each by its position."""
+    return np.stack([rotated(vector, i, h.rope_dims, h.rope_base) for i, vector in enumerate(norm(x))])
+
+
+def reference_embed(p, h, tokens):
+    """Embed one sequence, position by position. Returns (T, D)."""
+    starts = [i == 0 or token == h.bos_id for i, token in enumerate(tokens)]
+    buckets = h.bigram_vocab_size - 1
     x = []
-    for i, token in enumerate(row):
-        start = i == 0 or token == h.bos_id
-        buckets = h.bigram_vocab_size - 1
-        bucket = buckets if start else ((36313 * token) ^ (27191 * row[i - 1])) % buckets
-        x.append(
-            norm(p["tok_emb"][token] + p["bigram_scale"][0] * (p["bigram_proj"] @ p["bigram_emb"][bucket]))
-        )
+    for i, token in enumerate(tokens):
+        bucket = buckets if starts[i] else ((36313 * token) ^ (27191 * tokens[i - 1])) % buckets
+        bigram = p["bigram_scale"][0] * (p["bigram_proj"] @ p["bigram_emb"][bucket])
+        x.append(norm(p["tok_emb"][token] + bigram))
     gate = 1 / (1 + np.exp(-p["smear_gate"]))
-    keep = lambda i: i == 0 or row[i] == h.bos_id
-    return np.stack([x[i] if keep(i) else x[i] + gate * (x[i - 1] - x[i]) for i in range(len(row))])
+    return np.stack([x[i] if starts[i] else x[i] + gate * (x[i - 1] - x[i]) for i in range(len(tokens))])
 
 
 def reference_attention(p, h, layer, z, values):
-    """Attention of one sequence, head by head and query by query. z (T, D); values (T, Hkv * Dh) or None."""
-    L, Dh, T = h.num_layers, h.model_dim // h.num_heads, len(z)
-    q, k = z @ p["qo_bank"][layer].T, z @ p["kv_bank"][layer].T
+    """Attend within one sequence, head by head and query by query. z (T, D); values (T, Hkv * Dh) or None."""
+    L = h.num_layers
+    Dh = h.model_dim // h.num_heads
+    T = len(z)
+    q = z @ p["qo_bank"][layer].T
+    k = z @ p["kv_bank"][layer].T
     v = z @ p["kv_bank"][L + layer].T + (0 if values is None else values)
     out = np.zeros((T, h.model_dim))
     for head in range(h.num_heads):
         group = head // (h.num_heads // h.num_kv_heads)
-        mine, theirs = slice(head * Dh, head * Dh + Dh), slice(group * Dh, group * Dh + Dh)
-        spin = lambda x: np.stack([rotated(r, i, h.rope_dims, h.rope_base) for i, r in enumerate(norm(x))])
-        qs, ks, vs = spin(q[:, mine]) * p["q_gain"][layer][head], spin(k[:, theirs]), v[:, theirs]
+        own = slice(head * Dh, head * Dh + Dh)
+        shared = slice(group * Dh, group * Dh + Dh)
+        qs = normed_and_rotated(q[:, own], h) * p["q_gain"][layer][head]
+        ks = normed_and_rotated(k[:, shared], h)
+        vs = v[:, shared]
         for i in range(T):
             score = ks[: i + 1] @ qs[i] / math.sqrt(Dh)
             weight = np.exp(score - score.max())
             y = weight / weight.sum() @ vs[: i + 1]
             if layer >= L - h.xsa_last_n:
                 y = y - (y @ vs[i]) / (vs[i] @ vs[i]) * vs[i]
-            out[i, mine] = y
+            out[i, own] = y
     return out @ p["qo_bank"][L + layer].T
 
 
-def reference_logits(p, h, row):
-    """Softcapped logits of one sequence, (T, V)."""
-    L, row = h.num_layers, [int(x) for x in row]
-    x = x0 = reference_embed(p, h, row)
-    ve = p["ve_scale"][0] * (p["ve_emb"][row] @ p["ve_proj"].T)
+def reference_logits(p, h, sequence):
+    """Return the softcapped logits of one sequence, (T, V)."""
+    L = h.num_layers
+    half = L // 2
+    tokens = [int(token) for token in sequence]
+    x = x0 = reference_embed(p, h, tokens)
+    ve = p["ve_scale"][0] * (p["ve_emb"][tokens] @ p["ve_proj"].T)
     outputs = []
     for i in range(L):
-        if L // 2 <= i < 2 * (L // 2):
-            mirror = 2 * (L // 2) - 1 - i  # the last of the first half goes first
-            x = x + p["skip_weights"][i - L // 2] * outputs[mirror]
+        if half <= i < 2 * half:
+            mirror = 2 * half - 1 - i  # the last of the first half goes first
+            x = x + p["skip_weights"][i - half] * outputs[mirror]
         x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         values = ve * p["ve_layer_scale"][i - (L - h.ve_last_n)] if i >= L - h.ve_last_n else None
         z = norm(x) / math.sqrt(i + 1)
         x = x + p["attn_scale"][i] * reference_attention(p, h, i, z, values)
         z = norm(x) / math.sqrt(i + 1)
         u = z @ p["mlp_up_bank"][i].T
-        u = np.where(u > 0, u, 0.5 * u) ** 2
-        x = x + p["mlp_scale"][i] * (u @ p["mlp_down_bank"][i].T)
+        hidden = np.where(u > 0, u, 0.5 * u) ** 2
+        x = x + p["mlp_scale"][i] * (hidden @ p["mlp_down_bank"][i].T)
         outputs.append(x)
     logits = norm(x) @ p["tok_emb"].T
     return h.logit_softcap * np.tanh(logits / h.logit_softcap)
 
 
 def arrays(model):
-    return {k: v.detach().double().numpy() for k, v in model.named_parameters()}
+    """Return the parameters as float64 arrays by name."""
+    return {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
 
 VARIANTS = [
-    {}, {"num_layers": 1, "xsa_last_n": 1, "ve_last_n": 1}, {"num_layers": 3, "xsa_last_n": 0, "ve_last_n": 3},
-    {"num_layers": 5, "xsa_last_n": 5}, {"num_kv_heads": 4}, {"num_kv_heads": 1, "rope_dims": 8},
-    {"rope_dims": 0}, {"rope_base": 50.0}, {"logit_softcap": 2.0}, {"bos_id": 3}, {"mlp_mult": 1.5},
-]  # fmt: skip
+    {},
+    {"num_layers": 1, "xsa_last_n": 1, "ve_last_n": 1},
+    {"num_layers": 3, "xsa_last_n": 0, "ve_last_n": 3},
+    {"num_layers": 5, "xsa_last_n": 5},
+    {"num_kv_heads": 4},
+    {"num_kv_heads": 1, "rope_dims": 8},
+    {"rope_dims": 0},
+    {"rope_base": 50.0},
+    {"logit_softcap": 2.0},
+    {"bos_id": 3},
+    {"mlp_mult": 1.5},
+]
 
 
 @pytest.mark.parametrize(
@@ -119,9 +139,9 @@ def test_logits_match_the_second_implementation(knobs):
     model = noisy_model(h, seed=1, scale=0.3, dtype=torch.float64)
     tokens = random_tokens(h, (2, 13), seed=2, bos_share=0.2)
     got = model.logits(tokens).detach().numpy()
-    expected = np.stack([reference_logits(arrays(model), h, row) for row in tokens])
+    expected = np.stack([reference_logits(arrays(model), h, sequence) for sequence in tokens])
     assert expected.std() > 0.1  # something to compare
-    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)  # head() and the rope tables are float32
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)  # unembed and the rope tables are float32
     single = noisy_model(h, seed=1, scale=0.3).logits(tokens).detach().numpy()
     np.testing.assert_allclose(single, expected, atol=5e-4, rtol=0)
 
@@ -129,7 +149,8 @@ def test_logits_match_the_second_implementation(knobs):
 def test_loss_logits_and_nats_agree():
     h = tiny()
     model = noisy_model(h)
-    tokens, targets = random_tokens(h, (3, 16), 1), random_tokens(h, (3, 16), 2)
+    tokens = random_tokens(h, (3, 16), 1)
+    targets = random_tokens(h, (3, 16), 2)
     logits = model.logits(tokens).detach().double().numpy()
     assert logits.shape == (3, 16, h.vocab_size)
     peak = logits.max(-1, keepdims=True)
@@ -144,7 +165,7 @@ def test_loss_logits_and_nats_agree():
 
 @pytest.mark.parametrize("bos_at", [(), (5,), (5, 6), (0, 1, 15), (8,)])
 def test_no_logit_depends_on_a_later_token(bos_at):
-    """Bit-equal on the CPU, for every cut, just behind a document start included."""
+    """Compare bits, on a CPU, for every cut, also for one right after a document start."""
     h = tiny(num_layers=3)
     model = noisy_model(h, scale=0.3)
     tokens = random_tokens(h, (1, 16), 3, bos_share=0.0)
@@ -160,7 +181,7 @@ def test_no_logit_depends_on_a_later_token(bos_at):
                 assert not torch.equal(after, before)
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
+def test_sequences_of_a_batch_do_not_see_each_other():
     h = tiny()
     model = noisy_model(h)
     tokens = random_tokens(h, (3, 16), 4)
@@ -187,12 +208,12 @@ def test_the_embedding_does_not_look_across_a_document_start():
         assert moved.nonzero().flatten().tolist() in ([9, 10], [9, 10, 11])  # 11: smear of 10's bigram
 
 
-@pytest.mark.parametrize("share", ["smear", "bigram"])
-def test_smear_and_bigram_each_look_back_on_their_own(share):
+@pytest.mark.parametrize("part", ["smear", "bigram"])
+def test_smear_and_bigram_each_look_back_on_their_own(part):
     h = tiny()
     model = noisy_model(h, scale=0.5)
     with torch.no_grad():
-        if share == "smear":
+        if part == "smear":
             model.bigram_scale.zero_()
         else:
             model.smear_gate.fill_(-1e4)
@@ -207,12 +228,21 @@ def test_smear_and_bigram_each_look_back_on_their_own(share):
 
 
 @pytest.mark.parametrize(
-    "knob", [{"xsa_last_n": 0}, {"xsa_last_n": 4}, {"rope_dims": 0}, {"rope_dims": 8}, {"rope_base": 3.0},
-             {"logit_softcap": 1.0}, {"bos_id": 9}, {"num_heads": 2, "num_kv_heads": 1}],
+    "knob",
+    [
+        {"xsa_last_n": 0},
+        {"xsa_last_n": 4},
+        {"rope_dims": 0},
+        {"rope_dims": 8},
+        {"rope_base": 3.0},
+        {"logit_softcap": 1.0},
+        {"bos_id": 9},
+        {"num_heads": 2, "num_kv_heads": 1},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_knob_changes_the_output(knob):
-    """The same tensors under another knob give another model."""
+    """Give the same tensors to another knob's model, which then differs."""
     models = [t.GPT(tiny()), t.GPT(tiny(**knob))]
     source = dict(noisy_model(tiny(), scale=0.3).named_parameters())
     for model in models:
@@ -220,47 +250,53 @@ def test_a_knob_changes_the_output(knob):
             p.data.copy_(source[name].data[tuple(slice(n) for n in p.shape)])
     tokens = random_tokens(tiny(), (1, 16), 8, bos_share=0.0)
     tokens[0, 4] = 9
-    a, b = (m.logits(tokens).detach() for m in models)
-    assert (a - b).abs().max() > 1e-3
+    default, other = (model.logits(tokens).detach() for model in models)
+    assert (default - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", t.parameter_table(tiny()))
 def test_every_parameter_matters_and_learns(name):
-    """Each slice of each tensor moves the loss and receives a gradient that matches a difference quotient."""
+    """Check that each slice of each tensor moves the loss and gets the gradient of a difference quotient."""
     h = tiny()
     model = noisy_model(h, scale=0.3, dtype=torch.float64)
-    model.unembed = lambda x: (
-        h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)
-    )  # float64
-    tokens, targets = random_tokens(h, (4, 16), 9), random_tokens(h, (4, 16), 10)
+
+    def unembed_in_float64(x):
+        return h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)
+
+    model.unembed = unembed_in_float64
+    tokens = random_tokens(h, (4, 16), 9)
+    targets = random_tokens(h, (4, 16), 10)
     model.loss(tokens, targets).backward()
     p = dict(model.named_parameters())[name]
     by_row = p.dim() > 1 and name not in ("bigram_emb", "ve_emb")  # of those only some rows are looked up
     slices = p.grad.flatten(1) if by_row else p.grad[None].flatten(1)
     assert (slices.abs().amax(1) > 0).all(), "a slice without gradient"
+
     direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    slope, step = (p.grad * direction).sum().item(), 1e-5
+    slope = (p.grad * direction).sum().item()
+    step = 1e-5
+    losses = []
     with torch.no_grad():
-        values = []
         for sign in (1, -1):
             p.add_(sign * step * direction)
-            values.append(model.loss(tokens, targets).item())
+            losses.append(model.loss(tokens, targets).item())
             p.sub_(sign * step * direction)
-    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8)
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8)
 
 
 def test_gradient_reaches_every_parameter_from_the_init():
-    """Zero outputs block their inputs at first; after a few steps nothing is blocked any more."""
+    """Train a few steps: zero outputs block their inputs at first, and nothing is blocked any more."""
     h = tiny()
     model = t.GPT(h)
-    tokens, targets = random_tokens(h, (8, 16), 11), random_tokens(h, (8, 16), 12)
+    tokens = random_tokens(h, (8, 16), 11)
+    targets = random_tokens(h, (8, 16), 12)
     for _ in range(4):
         model.zero_grad()
         model.loss(tokens, targets).backward()
         with torch.no_grad():
             for p in model.parameters():
                 p.sub_(0.05 * p.grad / (p.grad.norm() + 1e-12))
-    dead = [k for k, p in model.named_parameters() if p.grad.abs().max() == 0]
+    dead = [name for name, p in model.named_parameters() if p.grad.abs().max() == 0]
     assert not dead, f"never receives a gradient: {dead}"
 
 
@@ -288,7 +324,7 @@ def test_rope_keeps_norms_and_depends_on_distance_only():
     out = t.qk_norm_rope(x.expand(1, 40, 2, 16), torch.ones(2), *rope)
     torch.testing.assert_close(out.norm(dim=-1), same.norm(dim=-1), rtol=1e-6, atol=0)
     assert torch.equal(out[..., 8:], same[..., 8:]) and torch.equal(out[:, 0], same[:, 0])
-    q, k = out[0, :, 0], out[0, :, 1]
+    q, k = out[0].unbind(1)
     products = q @ k.T  # (40, 40): constant along diagonals, and not constant across them
     for distance in range(-20, 21):
         diagonal = products.diagonal(distance)
@@ -307,45 +343,43 @@ def test_softcap_bounds_the_logits():
 
 def test_qk_norm_makes_scores_independent_of_scale():
     x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(0))
-    cos, sin = t.rope_tables(5, 4, 1e4, torch.device("cpu"))
-    one, gain = torch.ones(2), torch.tensor([1.5, 0.25])
-    torch.testing.assert_close(
-        t.qk_norm_rope(100 * x, one, cos, sin), t.qk_norm_rope(x, one, cos, sin), atol=1e-4, rtol=0
-    )
-    torch.testing.assert_close(
-        t.qk_norm_rope(x, gain, cos, sin), t.qk_norm_rope(x, one, cos, sin) * gain[:, None]
-    )
+    rope = t.rope_tables(5, 4, 1e4, torch.device("cpu"))
+    gain = torch.tensor([1.5, 0.25])
+    out = t.qk_norm_rope(x, torch.ones(2), *rope)
+    torch.testing.assert_close(t.qk_norm_rope(100 * x, torch.ones(2), *rope), out, atol=1e-4, rtol=0)
+    torch.testing.assert_close(t.qk_norm_rope(x, gain, *rope), out * gain[:, None])
 
 
 def test_grouped_attention_equals_repeated_heads():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 9, 4, 8, generator=generator)
     k, v = (torch.randn(2, 9, 2, 8, generator=generator) for _ in range(2))
-    torch.testing.assert_close(
-        t.attend_sdpa(q, k, v), t.attend_sdpa(q, *(x.repeat_interleave(2, 2) for x in (k, v)))
-    )
+    repeated = t.attend_sdpa(q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))
+    torch.testing.assert_close(t.attend_sdpa(q, k, v), repeated)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 11])
 def test_the_skips_are_a_u(layers):
     table = t.layer_table(tiny(num_layers=layers, xsa_last_n=1, ve_last_n=1))
     half = layers // 2
-    kept, pairs = [], []
+    kept = []
+    skips = []  # from, to, row of skip_weights
     for i, spec in enumerate(table):
         if spec.skip >= 0:
-            pairs.append((kept.pop(), i, spec.skip))
+            skips.append((kept.pop(), i, spec.skip))
         if spec.push:
             kept.append(i)
-    assert kept == [] and pairs == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
+    assert kept == [] and skips == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_diagonal_factors_lie_in_the_matrices(dtype):
-    """1/sqrt(depth) in columns, output scales in rows, multiplied in float32 and rounded once."""
+    """Multiply 1/sqrt(depth) into columns and output scales into rows in float32, and round once."""
     h = tiny()
+    L = h.num_layers
     model = noisy_model(h)
     model.dtype = dtype
-    p, L = {k: v.detach() for k, v in model.named_parameters()}, h.num_layers
+    p = {name: x.detach() for name, x in model.named_parameters()}
     for i, w in enumerate(model.layer_weights()):
         depth = torch.tensor(float(i + 1)) ** -0.5
         qkv = torch.cat([p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][L + i]])
@@ -359,20 +393,23 @@ def test_diagonal_factors_lie_in_the_matrices(dtype):
 # ---------------------------------------------------------------- initialisation
 
 
-def test_at_the_start_only_the_embedding_speaks():
-    """Zero outputs: attention and MLP add nothing, skips add multiples of the embedding, which the norm undoes."""
+def test_at_the_start_only_the_embedding_counts():
+    """Start from zero outputs: attention and MLP add nothing.
+
+    Skips add multiples of the embedding, which the norm undoes.
+    """
     h = tiny()
     model = t.GPT(h)
     tokens = random_tokens(h, (2, 16), 13)
-    x0 = model.embed(tokens)
-    torch.testing.assert_close(model.trunk(tokens), t.rms_norm(x0), atol=1e-5, rtol=0)
-    x = t.rms_norm(x0)
+    x = t.rms_norm(model.embed(tokens))
+    torch.testing.assert_close(model.trunk(tokens), x, atol=1e-5, rtol=0)
+    positions = t.Positions(*t.rope_tables(16, h.rope_dims, h.rope_base, torch.device("cpu")), None)
     for w, spec in zip(model.layer_weights(), model.layers):
-        rope = t.rope_tables(16, h.rope_dims, h.rope_base, torch.device("cpu"))
-        assert t.attention_block(x, w, spec, None, t.Positions(*rope, None), t.Ops()).abs().max() == 0
+        assert t.attention_block(x, w, spec, None, positions, t.Ops()).abs().max() == 0
         assert t.mlp(x, w.up, w.down).abs().max() == 0
+
     h = t.load_config(["preset=cpu"], {})
-    loss = t.GPT(h).loss(*(random_tokens(h, (2, 64), s) for s in (1, 2))).item()
+    loss = t.GPT(h).loss(random_tokens(h, (2, 64), 1), random_tokens(h, (2, 64), 2)).item()
     assert loss == pytest.approx(math.log(h.vocab_size), abs=0.05)
 
 
@@ -382,10 +419,9 @@ def test_orthogonal_inits_are_orthogonal():
     L = h.num_layers
     for bank in (model.mlp_up_bank, model.kv_bank, model.qo_bank[:L]):
         for matrix in bank.detach().double():
-            short = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
-            torch.testing.assert_close(
-                short @ short.T, torch.eye(len(short), dtype=torch.float64), atol=1e-5, rtol=0
-            )
+            wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
+            eye = torch.eye(len(wide), dtype=torch.float64)
+            torch.testing.assert_close(wide @ wide.T, eye, atol=1e-5, rtol=0)
     assert model.qo_bank[L:].abs().max() == 0 and model.mlp_down_bank.abs().max() == 0
     assert not torch.equal(model.kv_bank[0], model.kv_bank[1])
     assert model.tok_emb.std().item() == pytest.approx(h.tied_embed_init_std, rel=0.1)
@@ -397,12 +433,14 @@ def test_output_scales_start_at_one():
 
 
 def test_the_seed_decides_the_init():
-    a, torch_state = t.GPT(tiny(seed=5)), torch.get_rng_state()
+    model = t.GPT(tiny(seed=5))
+    torch_state = torch.get_rng_state()
     torch.manual_seed(99)
-    b, c = t.GPT(tiny(seed=5)), t.GPT(tiny(seed=6))
+    again = t.GPT(tiny(seed=5))
+    other = t.GPT(tiny(seed=6))
     torch.set_rng_state(torch_state)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    assert not torch.equal(a.qo_bank, c.qo_bank) and not torch.equal(a.tok_emb, c.tok_emb)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    assert not torch.equal(model.qo_bank, other.qo_bank) and not torch.equal(model.tok_emb, other.tok_emb)
 
 
 def test_an_unknown_init_is_an_error():

@@ -1,9 +1,11 @@
-"""Directions and rules beyond ns5 and muon: float64 references, degenerate inputs, compilation, gloo ranks."""
+"""Directions and step rules: float64 references, degenerate inputs, compilation, gloo ranks."""
 
 import itertools
 import math
 import os
+import re
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from helpers import (
     shard_folder,
     temporary_folder,
     tiny,
-)  # fmt: skip
+)
 
 POLAR = ("ns5", "polar_express", "polar_express4")  # singular vectors stay; the other rows turn them
 RULES = tuple(t.STEP_RULES)
@@ -48,18 +50,27 @@ FIVE = [
 
 
 def gaussian(*shape, seed=0):
+    """Draw a tensor of normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scalars(momentum=0.9, matrix_lr=0.025, clip=1.0):
+    """Return StepScalars for matrix_update, which does not read adam_lr_mul."""
     return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, matrix_lr, math.nan, 1.0, 1.0)))
 
 
+def second_moment(rule, shape):
+    """Return the zero state of a step rule, or None for a rule without one."""
+    return torch.zeros(t.RULE_STATE[rule](*shape)) if rule in t.RULE_STATE else None
+
+
 def frobenius(x):
+    """Return the Frobenius norms of matrices, (..., 1, 1)."""
     return x.square().sum((-2, -1), keepdim=True).sqrt()
 
 
 def poly(x, coefficients):
+    """Iterate the odd quintic of each row of coefficients."""
     for a, b, c in coefficients:
         x = a * x + b * x**3 + c * x**5
     return x
@@ -73,22 +84,27 @@ def test_published_polar_express_lists():
     np.testing.assert_allclose(t.polar_express(1e-3, 4, 2e-2, 2e-2)[:3], FIVE[:3], rtol=0, atol=1e-9)
     paper = t.polar_express(1e-3, 8, 0.0, 0.02407327424182761)
     np.testing.assert_allclose(paper[:7], PAPER[:7], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(
-        paper[7], PAPER[7], rtol=0, atol=5e-9
-    )  # printed as the limit; here u = 1 + 1e-9
+    # The last row is printed as the limit; here u = 1 + 1e-9.
+    np.testing.assert_allclose(paper[7], PAPER[7], rtol=0, atol=5e-9)
     assert t.PE5 == t.polar_express(1e-3, 5, 2e-2, 2e-2)
     assert t.polar_express(1e-3, 5, 2e-2, 2e-2) is t.polar_express(1e-3, 5, 2e-2, 2e-2)  # computed once
 
 
 @pytest.mark.parametrize("low,high", [(1e-3, 1.0), (0.02, 1.0), (0.3, 1.7), (0.9, 1.1), (0.99, 1.01)])
 def test_the_quintic_is_minimax(low, high):
-    """Four alternations of equal height: by de la Vallee Poussin no odd quintic is nearer to 1."""
+    """Find four alternations of equal height: by de la Vallee Poussin no odd quintic is nearer to 1."""
     x = np.linspace(low, high, 200_001)
     error = poly(x, [t.minimax_quintic(low, high)]) - 1
     turns = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
     peaks = error[[0, turns[0], turns[-1], -1]]
     np.testing.assert_allclose(np.abs(peaks), np.abs(error).max(), rtol=1e-5, atol=1e-11)
     assert np.sign(peaks).tolist() == [-1, 1, -1, 1]
+
+
+def image(rows, low):
+    """Return the least and the largest value that rows of coefficients make of [low, 1]."""
+    y = poly(np.geomspace(low, 1, 100_001), rows)
+    return y.min(), y.max()
 
 
 def test_a_narrow_interval_is_newton_schulz():
@@ -99,8 +115,7 @@ def test_a_narrow_interval_is_newton_schulz():
 
 
 def test_images_of_the_designed_intervals():
-    """Why PE4 starts from 3e-3: bands of optimizers' notes, and that each list reaches its own."""
-    image = lambda rows, low: (lambda y: (y.min(), y.max()))(poly(np.geomspace(low, 1, 100_001), rows))
+    """Compare with known bands: each list reaches its own, and PE4 starts from 3e-3 for that reason."""
     assert image(t.PE5, 1e-3) == pytest.approx((0.859, 1.141), abs=1e-3)
     assert image(t.PE4, 3e-3) == pytest.approx((0.776, 1.224), abs=1e-3)
     assert image(t.polar_express(1e-3, 4, 0.02, 0.02), 1e-3) == pytest.approx((0.424, 1.576), abs=1e-3)
@@ -109,36 +124,42 @@ def test_images_of_the_designed_intervals():
     assert slopes == pytest.approx([989, 283, 147], rel=5e-3)
 
 
+def unit_rows(x):
+    """Scale the rows of a matrix to length 1."""
+    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
+
+
 # ---------------------------------------------------------------- directions against float64
 
 
 def mud_by_hand(G, passes):
-    """Forward substitution, row by row, in float64."""
-    unit = lambda x: x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
+    """Decorrelate rows by forward substitution, row by row, in float64."""
     x = G.T if G.shape[0] > G.shape[1] else G
     x = x / np.linalg.norm(x)
     for _ in range(passes):
-        q = unit(x)
+        q = unit_rows(x)
         gram = q @ q.T
         y = np.zeros_like(q)
         for i in range(len(q)):
             y[i] = (q[i] - sum(gram[i, j] * y[j] for j in range(i))) / gram[i, i]
-        x = unit(y)
+        x = unit_rows(y)
     return x.T if G.shape[0] > G.shape[1] else x
 
 
 def turbo_by_hand(G):
+    """Scale rows as AOL does, then take Turbo-Muon's four steps, in float64."""
     x = G.T if G.shape[0] > G.shape[1] else G
     x = x / np.linalg.norm(x)
     x = x / np.sqrt(np.abs(x @ x.T).sum(1, keepdims=True))
     assert np.linalg.norm(x, 2) <= 1 + 1e-12  # the bound that AOL promises
     for a, b, c in t.TURBO:
-        gram = x @ x.T  # made anew: the row reuses and scales the first
+        gram = x @ x.T  # made anew: ortho_turbo reuses and scales the first
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if G.shape[0] > G.shape[1] else x
 
 
 def polar_by_hand(G, rows):
+    """Apply Polar Express to the singular values of a matrix, in float64."""
     U, S, Vh = np.linalg.svd(G, full_matrices=False)
     return (U * poly(S / (1.02 * (S**4).sum() ** 0.25), rows)) @ Vh
 
@@ -161,8 +182,8 @@ def test_a_direction_is_its_formula(method, shape):
         np.testing.assert_allclose(u, REFERENCE[method](g), atol=5e-5)
 
 
-# Singular values of the result for Gaussian matrices, measured over ten seeds, and some margin: the lowest tenth
-# lies above, all lie below. (A square Gaussian has a few tiny singular values that no row lifts.)
+# Singular values of the result for Gaussian matrices, measured over ten seeds, and some margin: the lowest
+# tenth lies above, all lie below. (A square Gaussian has a few tiny singular values that no row lifts.)
 BANDS = {
     "ns5": dict(wide=(0.66, 1.16), square=(0.66, 1.22)),
     "polar_express": dict(wide=(0.85, 1.15), square=(0.85, 1.15)),
@@ -190,15 +211,16 @@ DISTANCE = {"ns5": (0.191, 0.155), "turbo": (0.094, 0.035), "mud": (0.598, 0.301
 @pytest.mark.parametrize("columns", [512, 1536])
 def test_distance_to_the_polar_factor(columns):
     G = gaussian(512, columns)
-    P, error = torch.linalg.svd(G.double(), full_matrices=False), {}
-    for k in t.ORTHO:
-        error[k] = ((t.orthogonalize(G, k).double() - P[0] @ P[2]).norm() / math.sqrt(512)).item()
-    for k, both in DISTANCE.items():
-        assert error[k] == pytest.approx(both[columns > 512], abs=0.004), k
-    assert (
-        error["turbo"] < error["polar_express"] < error["polar_express4"] < error["ns5"] < error["mud"]
-        or columns > 512
-    )
+    U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    error = {}
+    for method in t.ORTHO:
+        distance = t.orthogonalize(G, method).double() - U @ Vh
+        error[method] = (distance.norm() / math.sqrt(512)).item()
+    for method, (square, wide) in DISTANCE.items():
+        assert error[method] == pytest.approx(wide if columns > 512 else square, abs=0.004), method
+    ranking = ["turbo", "polar_express", "polar_express4", "ns5", "mud"]
+    distances = [error[method] for method in ranking]
+    assert columns > 512 or all(a < b for a, b in zip(distances, distances[1:]))
 
 
 DEGENERATE = {
@@ -225,14 +247,15 @@ def test_degenerate_inputs_give_finite_directions(method, case):
     for x in (G, G.mT):
         out = t.orthogonalize(x, method)
         assert out.shape == x.shape and torch.isfinite(out).all() and out.abs().max() < 10
+
+    out = t.orthogonalize(G, method)
     dead = G.reshape(-1, *G.shape[-2:]).abs().amax((-2, -1)) == 0
-    assert t.orthogonalize(G, method).reshape(-1, *G.shape[-2:])[dead].abs().sum() == 0  # zero stays zero
+    assert out.reshape(-1, *G.shape[-2:])[dead].abs().sum() == 0  # zero stays zero
     if case.startswith("1e"):
-        torch.testing.assert_close(
-            t.orthogonalize(G, method), t.orthogonalize(gaussian(2, 12, 20), method), atol=1e-4, rtol=0
-        )
+        expected = t.orthogonalize(gaussian(2, 12, 20), method)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
     if case == "zero rows":
-        assert t.orthogonalize(G, method)[:, ::3].abs().max() < 1e-6
+        assert out[:, ::3].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("method", t.ORTHO)
@@ -249,25 +272,28 @@ def test_a_batch_is_its_matrices_and_a_transpose_its_transpose(method):
 
 
 @pytest.mark.parametrize("method", t.ORTHO)
-def test_the_gpus_dtype(method):
-    """What the GPU computes in, emulated here: bf16 moves a well-conditioned result little."""
-    whiten, X = t.ORTHO[method], gaussian(2, 48, 96)
+def test_bf16_moves_a_direction_little(method):
+    """Compute in bf16, as a GPU does, on well-conditioned matrices; degenerate ones stay finite."""
+    ortho = t.ORTHO[method]
+    X = gaussian(2, 48, 96)
     X = X / X.norm(dim=(-2, -1), keepdim=True)
-    exact, got = whiten(X), whiten(X.bfloat16())
+    exact = ortho(X)
+    got = ortho(X.bfloat16())
     assert got.dtype == torch.bfloat16
     assert (got.float() - exact).norm() < 0.03 * exact.norm()
     for degenerate in DEGENERATE.values():
-        G = degenerate().reshape(-1, *degenerate().shape[-2:])
+        G = degenerate()
+        G = G.reshape(-1, *G.shape[-2:])
         G = G / G.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
         G = G / G.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-        assert torch.isfinite(whiten(G.bfloat16())).all()
+        assert torch.isfinite(ortho(G.bfloat16())).all()
 
 
 # ---------------------------------------------------------------- rules against float64
 
 
 def step_by_hand(W, U, lr, h):
-    """One matrix in float64: decay, cautious or not, and the step; or the sphere."""
+    """Return one matrix in float64 after its decay, cautious or not, and its step; or on its sphere."""
     if "hyperball" in h.step_rule:
         R = np.linalg.norm(W)
         moved = W - lr * R * U / np.linalg.norm(U)
@@ -280,36 +306,43 @@ def step_by_hand(W, U, lr, h):
 @pytest.mark.parametrize("shape", [(3, 24, 12), (3, 12, 24), (2, 16, 16)], ids=str)
 @pytest.mark.parametrize("flags", [{}, dict(cautious_wd=True)], ids=str)
 def test_matrix_update_is_a_float64_loop(rule, shape, flags):
-    """Five steps: momentum, polar step, second moment per line of the long side, rule."""
+    """Take five steps: momentum, polar factor, second moment of each neuron, rule."""
     h = tiny(matrix_lr=0.02, muon_wd=0.3, ortho="polar_express", step_rule=rule, normuon_beta2=0.8, **flags)
-    W, momentum = gaussian(*shape), torch.zeros(shape)
-    second = torch.zeros(t.RULE_STATE[rule](*shape)) if rule in t.RULE_STATE else None
-    w, m, v = W.double().numpy().copy(), np.zeros(shape), np.zeros((shape[0], max(shape[1:])))
-    axis = 1 if shape[1] >= shape[2] else 0  # of a matrix: the short side is averaged away
+    W = gaussian(*shape)
+    momentum = torch.zeros(shape)
+    second = second_moment(rule, shape)
+    w = W.double().numpy().copy()
+    m = np.zeros(shape)
+    v = np.zeros((shape[0], max(shape[1:])))
+    by_row = shape[1] >= shape[2]  # neurons are rows; the short side is averaged away
     for step in range(5):
-        g, mu, lr_mul = gaussian(*shape, seed=10 + step), 0.85 + 0.02 * step, 1 - 0.1 * step
-        t.matrix_update(W, g, momentum, scalars(mu, 0.02 * lr_mul, 0.5), h, second)
-        d = 0.5 * g.double().numpy()
-        m = mu * m + (1 - mu) * d
+        gradient = gaussian(*shape, seed=10 + step)
+        mu = 0.85 + 0.02 * step
+        lr = 0.02 * (1 - 0.1 * step)
+        t.matrix_update(W, gradient, momentum, scalars(mu, lr, 0.5), h, second)
+
+        clipped = 0.5 * gradient.double().numpy()
+        m = mu * m + (1 - mu) * clipped
         for i in range(len(w)):
-            O = polar_by_hand((1 - mu) * d[i] + mu * m[i], FIVE)
+            direction = polar_by_hand((1 - mu) * clipped[i] + mu * m[i], FIVE)
             if rule in t.RULE_STATE:
-                v[i] = 0.8 * v[i] + 0.2 * (O**2).mean(axis)
-                line = O / np.sqrt(v[i])[:, None] if axis == 1 else O / np.sqrt(v[i])[None]
-                O = line * np.linalg.norm(O) / np.linalg.norm(line)
-            w[i] = step_by_hand(w[i], O, 0.02 * lr_mul, h)
+                v[i] = 0.8 * v[i] + 0.2 * (direction**2).mean(1 if by_row else 0)
+                even = direction / np.sqrt(v[i][:, None] if by_row else v[i][None])
+                direction = even * np.linalg.norm(direction) / np.linalg.norm(even)
+            w[i] = step_by_hand(w[i], direction, lr, h)
         np.testing.assert_allclose(W.double().numpy(), w, atol=3e-5)
     if rule in t.RULE_STATE:
         np.testing.assert_allclose(second.flatten(1).double().numpy(), v, rtol=1e-3, atol=1e-6)
 
 
-def test_normuon_evens_out_lines_and_keeps_the_norm():
+def test_normuon_evens_out_neurons_and_keeps_the_norm():
     for shape in ((3, 40, 10), (3, 10, 40)):
-        U = gaussian(*shape) * torch.logspace(0, -1.5, 40).view(-1, 1 if shape[1] == 40 else 40)
+        tall = shape[1] == 40
+        U = gaussian(*shape) * torch.logspace(0, -1.5, 40).view(-1, 1 if tall else 40)
         v = torch.zeros(t.neuron_shape(*shape))
         out = t.normalize_neurons(U, v, 0.95)
-        lines = out.norm(dim=-1 if shape[1] == 40 else -2)
-        torch.testing.assert_close(lines, lines[:, :1].expand_as(lines))  # the first step: all lines alike
+        neurons = out.norm(dim=-1 if tall else -2)
+        torch.testing.assert_close(neurons, neurons[:, :1].expand_as(neurons))  # the first step: all alike
         torch.testing.assert_close(frobenius(out), frobenius(U))
     v = torch.zeros(t.neuron_shape(2, 6, 4))
     assert torch.equal(t.normalize_neurons(torch.zeros(2, 6, 4), v, 0.95), torch.zeros(2, 6, 4))  # padding
@@ -320,8 +353,10 @@ def test_normuon_evens_out_lines_and_keeps_the_norm():
 def test_hyperball_keeps_every_norm(rule, method):
     h = tiny(matrix_lr=0.05, ortho=method, step_rule=rule)
     W = gaussian(3, 24, 16) * torch.tensor([1.0, 1e-4, 0.0])[:, None, None]
-    momentum, norms, start = torch.zeros_like(W), frobenius(W), W.clone()
-    second = torch.zeros(t.RULE_STATE[rule](*W.shape)) if rule in t.RULE_STATE else None
+    start = W.clone()
+    norms = frobenius(W)
+    momentum = torch.zeros_like(W)
+    second = second_moment(rule, W.shape)
     for step in range(60):
         t.matrix_update(W, gaussian(3, 24, 16, seed=step), momentum, scalars(matrix_lr=0.05), h, second)
         torch.testing.assert_close(frobenius(W), norms, rtol=1e-5, atol=0)
@@ -334,7 +369,8 @@ def test_hyperball_keeps_every_norm(rule, method):
 
 
 def test_the_default_start_has_zero_outputs():
-    model, h = t.GPT(tiny()), tiny()
+    h = tiny()
+    model = t.GPT(h)
     assert model.mlp_down_bank.abs().max() == 0 and model.qo_bank[h.num_layers :].abs().max() == 0
 
 
@@ -358,69 +394,83 @@ def test_a_rule_that_keeps_norms_starts_from_no_zero_matrix(rule):
 
 @pytest.mark.parametrize("method,rule", PAIRS)
 def test_matrix_update_compiles_into_one_graph(method, rule):
-    """fullgraph, static shapes; a schedule's new values are not a new graph."""
+    """Compile with fullgraph and static shapes; a schedule's new values are not a new graph."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(t.matrix_update, backend=counter, fullgraph=True, dynamic=False)
     h = tiny(ortho=method, step_rule=rule, cautious_wd=rule != "hyperball")
-    sides = []
+    ends = []
     with torch.no_grad():
         for update in (t.matrix_update, compiled):
-            W, momentum = gaussian(3, 12, 20), torch.zeros(3, 12, 20)
-            second = torch.zeros(t.RULE_STATE[rule](*W.shape)) if rule in t.RULE_STATE else None
+            W = gaussian(3, 12, 20)
+            momentum = torch.zeros(3, 12, 20)
+            second = second_moment(rule, W.shape)
             for step in range(3):
-                update(
-                    W,
-                    gaussian(3, 12, 20, seed=step),
-                    momentum,
-                    scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step)),
-                    h,
-                    second,
-                )
-            sides.append((W, momentum, *([] if second is None else [second])))
+                gradient = gaussian(3, 12, 20, seed=step)
+                numbers = scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step))
+                update(W, gradient, momentum, numbers, h, second)
+            ends.append([W, momentum] if second is None else [W, momentum, second])
     assert counter.frame_count == 1
-    for eager, graph in zip(*sides):
+    for eager, graph in zip(*ends):
         torch.testing.assert_close(graph, eager, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
+
+
+class TrainedPair(NamedTuple):
+    """A model after some steps with a direction and a step rule, and what trained it."""
+
+    params: dict[str, torch.Tensor]
+    optimizer: t.Optimizer
+    model: t.GPT
+    loader: t.TokenLoader
 
 
 # ---------------------------------------------------------------- the whole optimizer
 
 
 def trained(m, steps, pair, **knobs):
-    """Parameters and optimizer after `steps` steps from a noisy model (all gradients alive)."""
-    h = tiny(ortho=pair[0], step_rule=pair[1], grad_clip=0.3, **knobs)
+    """Train a noisy model (all its gradients are alive) for `steps` steps. Returns a TrainedPair."""
+    method, rule = pair
+    h = tiny(ortho=method, step_rule=rule, grad_clip=0.3, **knobs)
     model = noisy_model(h, seed=3)
-    optimizer, loader = t.Optimizer(model, h, m), t.TokenLoader(h, m)
+    optimizer = t.Optimizer(model, h, m)
+    loader = t.TokenLoader(h, m)
     backward, _ = t.bind_pass(model.loss, optimizer)
     for step in range(steps):
         t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
-    return {k: p.detach().clone() for k, p in model.named_parameters()}, optimizer, model, loader
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return TrainedPair(params, optimizer, model, loader)
 
 
 def every_pair(rank, folder, knobs):
-    """Pair -> this rank's parameters after three steps, its padding, norms kept, a restored run's equality."""
+    """Train three steps with every pair of direction and rule on this rank.
+
+    Returns by pair: parameters, the sum of the padding, the shapes of the second moments, the parameters that
+    the rank owns part of, and whether a restored step is the same bits.
+    """
     knobs = knobs | {"data_path": folder}
-    m, results = t.init_machine(tiny(**knobs), os.environ), {}
+    m = t.init_machine(tiny(**knobs), os.environ)
+    results = {}
     for pair in PAIRS:
         params, optimizer, model, loader = trained(m, 3, pair, **knobs)
-        padding = sum(padding_of(optimizer, model, home).abs().sum().item() for home in optimizer.bank)
-        shapes = {k: tuple(v.shape) for k, v in optimizer.second.items()}
-        saved, ends = optimizer.snapshot(), []
+        padding = sum(padding_of(optimizer, model, name).abs().sum().item() for name in optimizer.bank)
+        saved = optimizer.snapshot()
+        ends = []
         for _ in range(2):
             loader.seek(3)
-            t.train_step(
-                t.bind_pass(model.loss, optimizer)[0],
-                optimizer,
-                loader.next(),
-                t.hyper_at(optimizer.h, 3, 0.0),
-            )
+            backward, _ = t.bind_pass(model.loss, optimizer)
+            t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, 3, 0.0))
             ends.append([x.clone() for x in optimizer.state()])
             optimizer.restore(saved)
         again = all(torch.equal(a, b) for a, b in zip(*ends))
-        held = all(any(x is y for y in optimizer.state()) for x in optimizer.second.values())
-        owned = [k for k, v in optimizer.momentum.items() if len(v)]
-        results[pair] = dict(params=params, padding=padding, shapes=shapes, owned=owned, again=again and held)
+        in_state = all(any(x is y for y in optimizer.state()) for x in optimizer.second.values())
+        results[pair] = dict(
+            params=params,
+            padding=padding,
+            shapes={name: tuple(x.shape) for name, x in optimizer.second.items()},
+            owned=[name for name, x in optimizer.momentum.items() if len(x)],
+            again=again and in_state,
+        )
     return results
 
 
@@ -429,58 +479,68 @@ CASES = {"three layers": dict(num_layers=3), "one layer": dict(num_layers=1, xsa
 
 @cache
 def data_folder():
+    """Make a folder with two shards of random documents, once."""
     folder = temporary_folder() / "data"
     shard_folder(folder, tiny(), [60, 40], seed=5)
     return str(folder)
 
 
-ALONE = 1e-5  # of a parameter's norm; here the bits are the same, elsewhere batches of another size may round otherwise
+# Of a parameter's norm; here the bits are the same, elsewhere batches of another size may round otherwise.
+ALONE = 1e-5
+
+
+def distance_to_updates_alone(h, m):
+    """Return the largest distance of a parameter to matrix_update on that parameter by itself.
+
+    Both get the same gradients, made by hand, for three steps. Momentum and second moments live on, so that a
+    matrix that meets another's state, scale or orientation shows.
+    """
+    model = noisy_model(h, seed=3)
+    weights = {spec.name: getattr(model, spec.name).detach().clone() for spec in t.MATRICES}
+    momentum = {name: torch.zeros_like(W) for name, W in weights.items()}
+    second = {name: second_moment(h.step_rule, W.shape) for name, W in weights.items()}
+    optimizer = t.Optimizer(model, h, m)
+    for step in range(3):
+        for i, (name, W) in enumerate(weights.items()):
+            gradient = gaussian(*W.shape, seed=10 * step + i) * torch.logspace(0, -2, W.size(-2))[:, None]
+            getattr(model, name).grad.copy_(gradient)
+            t.matrix_update(W, gradient, momentum[name], scalars(0.9, 0.5 * h.matrix_lr), h, second[name])
+        optimizer.step(t.Hyper(0.0, 0.9, 0.5))
+    distances = [(getattr(model, name).detach() - W).norm() / W.norm() for name, W in weights.items()]
+    return torch.stack(distances).max().item()
 
 
 def alone_and_together(rank, cases):
-    """Per case and pair the largest distance of a parameter to matrix_update on that parameter by itself.
-
-    Both get the same gradients, by hand, for three steps; momentum and second moments live on, so that a matrix
-    that meets another's state, scale or orientation shows.
-    """
-    m, worst = t.init_machine(tiny(), os.environ), {}
-    for case, pair in itertools.product(cases, PAIRS):
-        h = tiny(ortho=pair[0], step_rule=pair[1], grad_clip=0.0, num_layers=3, **case)
-        model = noisy_model(h, seed=3)
-        W = {s.name: getattr(model, s.name).detach().clone() for s in t.MATRICES}
-        optimizer = t.Optimizer(model, h, m)
-        momentum = {k: torch.zeros_like(w) for k, w in W.items()}
-        second = {
-            k: torch.zeros(t.RULE_STATE[pair[1]](*w.shape)) for k, w in W.items() if pair[1] in t.RULE_STATE
-        }
-        for step in range(3):
-            for i, (k, w) in enumerate(W.items()):
-                grad = gaussian(*w.shape, seed=10 * step + i) * torch.logspace(0, -2, w.size(-2))[:, None]
-                getattr(model, k).grad.copy_(grad)
-                t.matrix_update(w, grad, momentum[k], scalars(0.9, 0.5 * h.matrix_lr), h, second.get(k))
-            optimizer.step(t.Hyper(0.0, 0.9, 0.5))
-        far = lambda k, w: ((getattr(model, k).detach() - w).norm() / w.norm()).item()
-        worst[str(case), *pair] = max(far(k, w) for k, w in W.items())
+    """Return distance_to_updates_alone for every case and pair, by (case, direction, rule)."""
+    m = t.init_machine(tiny(), os.environ)
+    worst = {}
+    for case, (method, rule) in itertools.product(cases, PAIRS):
+        h = tiny(ortho=method, step_rule=rule, grad_clip=0.0, num_layers=3, **case)
+        worst[(str(case), method, rule)] = distance_to_updates_alone(h, m)
     return worst
 
 
+# MLP-up and -down are tall and wide; both square (rows still differ from columns); wide and tall.
 ORIENTED = [dict(), dict(mlp_mult=1.0, cautious_wd=True), dict(mlp_mult=0.5)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_shared_bank_updates_each_parameter_as_if_alone(world):
-    """MLP-up and -down share a buffer: tall and wide, both square (rows still differ from columns), wide and tall."""
+    """Cover every orientation of MLP-up and -down, which share a buffer."""
     for worst in run_ranks(alone_and_together, world, ORIENTED, timeout=180):
         assert len(worst) == len(ORIENTED) * len(PAIRS)
-        assert max(worst.values()) <= ALONE, max(worst.items(), key=lambda x: x[1])
+        assert max(worst.values()) <= ALONE, max(worst.items(), key=lambda item: item[1])
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "_"))
 def worlds(request):
-    sizes = (
-        (1, 2, 4) if request.param == "three layers" else (1, 4)
-    )  # one layer: two ranks own nothing but padding
-    return {w: run_ranks(every_pair, w, data_folder(), CASES[request.param], timeout=180) for w in sizes}
+    """Return the results of every_pair by world size and rank.
+
+    With one layer on four ranks, two ranks own nothing but padding.
+    """
+    sizes = (1, 2, 4) if request.param == "three layers" else (1, 4)
+    knobs = CASES[request.param]
+    return {world: run_ranks(every_pair, world, data_folder(), knobs, timeout=180) for world in sizes}
 
 
 CLOSE = 3e-5  # of a parameter's norm, as in test_schedule.py; measured after three steps: at most 5e-6
@@ -488,43 +548,46 @@ CLOSE = 3e-5  # of a parameter's norm, as in test_schedule.py; measured after th
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_pair_on_ranks(worlds, pair):
-    one = worlds[1][0][pair]["params"]
-    assert all(torch.isfinite(p).all() for p in one.values())
+    alone = worlds[1][0][pair]["params"]
+    assert all(torch.isfinite(p).all() for p in alone.values())
     for world, ranks in worlds.items():
+        first = ranks[0][pair]["params"]
         for rank in ranks:
-            assert all(
-                torch.equal(p, rank[pair]["params"][k]) for k, p in ranks[0][pair]["params"].items()
-            ), world
-            assert rank[pair]["padding"] == 0.0 and rank[pair]["again"]
-            assert set(rank[pair]["shapes"]) == (
-                set(rank[pair]["owned"]) if pair[1] in t.RULE_STATE else set()
-            )
-        for k, p in ranks[0][pair]["params"].items():
-            assert (p - one[k]).norm() <= CLOSE * one[k].norm(), (world, k)
+            own = rank[pair]
+            assert all(torch.equal(p, own["params"][name]) for name, p in first.items()), world
+            assert own["padding"] == 0.0 and own["again"]
+            assert set(own["shapes"]) == (set(own["owned"]) if pair[1] in t.RULE_STATE else set())
+        for name, p in first.items():
+            assert (p - alone[name]).norm() <= CLOSE * alone[name].norm(), (world, name)
 
 
 def test_state_is_sharded(worlds):
-    """Every matrix's second moments are kept by one rank, in the matrix's own orientation; shares are even."""
-    lines = dict(qo_bank=(32, 1), kv_bank=(1, 32), mlp_up_bank=(64, 1), mlp_down_bank=(1, 64))
+    """Keep every matrix's second moments on one rank, in the matrix's own orientation; shares are even."""
+    neurons = dict(qo_bank=(32, 1), kv_bank=(1, 32), mlp_up_bank=(64, 1), mlp_down_bank=(1, 64))
     for world, ranks in worlds.items():
-        shapes = [r["ns5", "normuon"]["shapes"] for r in ranks]
-        for name, line in lines.items():
+        params = ranks[0]["ns5", "normuon"]["params"]
+        shapes = [rank["ns5", "normuon"]["shapes"] for rank in ranks]
+        for name, shape_of_one in neurons.items():
             kept = [shape[name] for shape in shapes if name in shape]
-            count = ranks[0]["ns5", "normuon"]["params"][name].size(0)
-            assert sum(b for b, *_ in kept) == count and all(tuple(rest) == line for _, *rest in kept)
+            assert sum(count for count, *_ in kept) == params[name].size(0)
+            assert all(tuple(rest) == shape_of_one for _, *rest in kept)
         for bank in (["qo_bank"], ["kv_bank"], ["mlp_up_bank", "mlp_down_bank"]):
-            count = sum(ranks[0]["ns5", "normuon"]["params"][name].size(0) for name in bank)
+            count = sum(params[name].size(0) for name in bank)
             held = [sum(shape[name][0] for name in bank if name in shape) for shape in shapes]
             assert max(held) == -(-count // world)
 
 
 def test_every_pair_trains_other_parameters(worlds):
-    banks = {
-        pair: torch.cat([r["params"][s.name].flatten() for s in t.MATRICES])
-        for pair, r in worlds[1][0].items()
-    }
+    banks = {}
+    for pair, result in worlds[1][0].items():
+        banks[pair] = torch.cat([result["params"][spec.name].flatten() for spec in t.MATRICES])
     for a, b in itertools.combinations(PAIRS, 2):
         assert (banks[a] - banks[b]).norm() > 1e-3 * banks[a].norm(), (a, b)
+
+
+def trained_qo_bank(m, steps, rule, **knobs):
+    """Train with ns5 and a step rule. Returns the bank of Q and O."""
+    return trained(m, steps, ("ns5", rule), data_path=data_folder(), **knobs).params["qo_bank"]
 
 
 @pytest.mark.parametrize(
@@ -541,24 +604,35 @@ def test_every_pair_trains_other_parameters(worlds):
 )
 def test_each_knob_changes_what_is_trained(rule, knob):
     with group_of_one() as m:
-        plain = trained(m, 4, ("ns5", rule), data_path=data_folder())[0]
-        other = trained(m, 4, ("ns5", rule), data_path=data_folder(), **knob)[0]
-    # weight decay of 4 steps is 4e-3 of a weight; cautious decay leaves out half of it
-    assert (plain["qo_bank"] - other["qo_bank"]).norm() > 1e-4 * plain["qo_bank"].norm()
+        default = trained_qo_bank(m, 4, rule)
+        other = trained_qo_bank(m, 4, rule, **knob)
+    # Weight decay of 4 steps is 4e-3 of a weight; cautious decay leaves out half of it.
+    assert (default - other).norm() > 1e-4 * default.norm()
 
 
 def test_knobs_that_a_rule_does_not_read_change_nothing():
     with group_of_one() as m:
-        run = lambda rule, **k: trained(m, 3, ("ns5", rule), data_path=data_folder(), **k)[0]["qo_bank"]
-        assert torch.equal(run("muon"), run("muon", normuon_beta2=0.5))
-        assert torch.equal(run("hyperball"), run("hyperball", muon_wd=0.5, cautious_wd=True))  # no decay
+        muon = trained_qo_bank(m, 3, "muon")
+        hyperball = trained_qo_bank(m, 3, "hyperball")
+        assert torch.equal(muon, trained_qo_bank(m, 3, "muon", normuon_beta2=0.5))
+        without_decay = trained_qo_bank(m, 3, "hyperball", muon_wd=0.5, cautious_wd=True)
+        assert torch.equal(hyperball, without_decay)
 
 
-@pytest.mark.parametrize("pair", [("polar_express", "normuon"), ("turbo", "hyperball"), ("mud2", "muon"),
-                                  ("polar_express4", "normuon_hyperball")], ids="-".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("polar_express", "normuon"),
+        ("turbo", "hyperball"),
+        ("mud2", "muon"),
+        ("polar_express4", "normuon_hyperball"),
+    ],
+    ids="-".join,
+)
 def test_a_whole_run_learns(pair, tmp_path, capsys):
-    argv = english_args(iterations=40, out_dir=tmp_path, ortho=pair[0], step_rule=pair[1], cautious_wd=True)
+    method, rule = pair
+    argv = english_args(iterations=40, out_dir=tmp_path, ortho=method, step_rule=rule, cautious_wd=True)
     assert t.main(argv) == 0
-    losses = [float(x.split("train_loss:")[1].split()[0]) for x in (tmp_path / "run.txt").read_text().splitlines()
-              if x.startswith("step:") and "train_loss" in x]  # fmt: skip
+    losses = re.findall(r"^step:.* train_loss:(\S+)", (tmp_path / "run.txt").read_text(), re.MULTILINE)
+    losses = [float(loss) for loss in losses]
     assert np.mean(losses[-5:]) < losses[0] - 0.7
