@@ -155,7 +155,7 @@ def train_rank(rank, folder, knobs, per_node=0):
         groups=[t.dist.get_process_group_ranks(level.group or t.dist.group.WORLD) for level in m.levels],
         sizes=[bank.numel() * 4 for bank in optimizer.bank.values()],
         owned={name: len(momentum) for name, momentum in optimizer.momentum.items()},
-        parts=[level.part for level in m.levels],
+        parts=[level.kept for level in m.levels],
     )
 
 
@@ -453,7 +453,7 @@ def test_only_a_nodes_share_crosses_nodes(nodes):
 def rank_slices(rank, per_node):
     """Return the slices (whole, part) of this rank's levels."""
     m = env_machine(tiny(), per_node)
-    return [(level.whole, level.part) for level in m.levels]
+    return [(level.whole, level.kept) for level in m.levels]
 
 
 def test_levels_are_as_drawn():
