@@ -842,20 +842,21 @@ def test_the_command_names_a_leak(honest, tmp_path, capfd):
 
 
 def changed_script(folder, old, new):
-    """A train_gpt.py in `folder` with `old` replaced, which must stand in it once."""
+    """Write a train_gpt.py in `folder` with `old`, which must occur in it once, replaced. Returns its path."""
     source = Path(t.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, old
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in train_gpt.py, not once"
+    assert new != old
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train_gpt.py").write_text(source.replace(old, new), encoding="utf-8")
     return str(folder / "train_gpt.py")
 
 
 LOOKS_AHEAD = (
-    "\n# 15. Commands",
+    "\n# 17. Commands",
     "\nreal_embed = GPT.embed\n"
     "GPT.embed = lambda self, x: "
     "real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
-    "# 15. Commands",
+    "# 17. Commands",
 )
 
 
@@ -904,7 +905,7 @@ def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
         [sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
-    assert f"python tools/audit.py {args[1]} --script {script}" in done.stderr
+    assert f"./run.sh audit {args[1]} --script {script} KEY=VALUE" in done.stderr
     assert not (tmp_path / "logs").exists()
 
 

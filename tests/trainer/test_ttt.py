@@ -411,14 +411,22 @@ def test_the_pass_is_compiled_ahead_of_the_clock_and_on_no_token_of_the_split(tm
 # ---------------------------------------------------------------- the auditor
 
 AUDITED = ["ttt_lr=0.2", "ttt_chunk_tokens=64", "ttt_passes=1"]
+# A cheat: the tests that must fail, the text of the trainer that is replaced, and the text that replaces it.
 CHEATS = {
-    "learnt before it is scored": ("T1 T3", "device_tokens[learnt * chunk : number * chunk + 1]",
-                                   "device_tokens[(at := min(number * chunk, total - chunk)) : at + chunk + 1]"),
-    "one token too many": ("T3", "learnt * chunk : number * chunk + 1]", "learnt * chunk + 1 : number * chunk + 2]"),
+    "learnt before it is scored": (
+        "T1 T3",
+        "tokens[first : group.chunk * chunk + 1]",
+        "tokens[(at := min(group.chunk * chunk, total - chunk)) : at + chunk + 1]",
+    ),
+    "one token too many": (
+        "T3",
+        "tokens[first : group.chunk * chunk + 1]",
+        "tokens[first + 1 : group.chunk * chunk + 2]",
+    ),
     "weights are not put back": ("T1 T3 T7", "torch._foreach_copy_(weights, saved)", "pass"),
     "nothing is learnt": ("T3", "alpha=-rate)", "alpha=-0.0)"),
-    "a chunk is left out": ("T4", "np.split(windows, cuts[1:])", "np.split(windows[:, :], cuts[1:])[:2]"),
-}  # fmt: skip
+    "a chunk is left out": ("T4", "np.split(windows, cuts[1:])", "np.split(windows, cuts[1:])[:2]"),
+}
 
 
 def audited(honest, folder, script, capsys):  # noqa: F811
