@@ -1,8 +1,8 @@
-"""The auditor passes an honest run in nine tests, and fails each planted fault in the tests named beside it.
+"""The auditor passes an honest run, and fails each planted fault in the tests named beside it.
 
 A fault is a broken scorer, artifact, dataset or training loop that replaces one honest part. The first test
-named was made for it, the others fail with it for a good reason (with a question mark: may fail); every test
-not named must still pass.
+named was made for it, the others fail with it for a good reason (with a question mark: may fail). Every test
+that is not named must still pass.
 """
 
 import ast
@@ -17,6 +17,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from importlib.util import cache_from_source
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +36,9 @@ from helpers import (
     ROOT,
     TINY,
     WORDS,
+    as_arguments,
     group_of_one,
+    joined,
     run_ranks,
     stop_one_line,
     train_tokenizer,
@@ -59,7 +63,7 @@ SPACE = "\u2581"
 
 
 def prose(count, seed):
-    """Documents of words in which every other word follows from the one before: no long span comes twice."""
+    """Return documents in which half of the words follow from the one before: no long span comes twice."""
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(count):
@@ -67,47 +71,59 @@ def prose(count, seed):
         out = []
         for _ in range(int(rng.integers(30, 70))):
             out.append(WORDS[word])
-            word = (word * 7 + 3) % len(WORDS) if rng.random() < 0.5 else int(rng.integers(len(WORDS)))
+            if rng.random() < 0.5:
+                word = (word * 7 + 3) % len(WORDS)
+            else:
+                word = int(rng.integers(len(WORDS)))
         documents.append(" ".join(out) + ".")
     return documents
 
 
 def text_bytes(sp, ids):
-    """UTF-8 length of a document's text. A space spelled in bytes is one; at the start it is none."""
+    """Return the UTF-8 length of a document's text. A space spelled in bytes is one; at the start, none."""
     text = sp.decode(ids).replace(SPACE, " ")
-    drop = sp.is_unknown(sp.piece_to_id(SPACE)) and text.startswith(" ")
-    return len(text.encode()) - drop
+    if sp.is_unknown(sp.piece_to_id(SPACE)):
+        text = text.removeprefix(" ")
+    return len(text.encode())
 
 
 def write_dataset(folder, tokenizer, train, val):
-    """A data folder: a train shard per list of documents in `train`, val, tokenizer, manifest."""
+    """Write a data folder and return its path: a shard for each list of documents in `train`, one of val."""
     folder.mkdir(parents=True)
     copied = folder / "tokenizer.model"
     shutil.copy(tokenizer, copied)
     for i, documents in enumerate(train):
-        write_shard(folder / f"x_train_{i:06d}.bin", sum(documents, []))
-    write_shard(folder / "x_val_000000.bin", sum(val, []))
+        write_shard(folder / f"x_train_{i:06d}.bin", joined(documents))
+    write_shard(folder / "x_val_000000.bin", joined(val))
+
     sp = sentencepiece.SentencePieceProcessor(model_file=str(copied))
-    weight = sum(text_bytes(sp, d[1:]) for d in val)
-    named = {
+    num_bytes = sum(text_bytes(sp, document[1:]) for document in val)
+    tokenizer_entry = {
         "kind": "sentencepiece",
         "file": "tokenizer.model",
         "encoding": None,
         "sha256": hashlib.sha256(copied.read_bytes()).hexdigest(),
         "vocab_size": sp.vocab_size(),
     }
-    split = {"documents": len(val), "tokens": sum(map(len, val)), "decoded_bytes": weight}
-    about = {"format": 1, "name": "x", "bos_id": BOS, "tokenizer": named, "splits": {"val": split}}
-    (folder / "manifest.json").write_text(json.dumps(about))
+    split = {"documents": len(val), "tokens": sum(map(len, val)), "decoded_bytes": num_bytes}
+    manifest = {
+        "format": 1,
+        "name": "x",
+        "bos_id": BOS,
+        "tokenizer": tokenizer_entry,
+        "splits": {"val": split},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return str(folder)
 
 
 def config(path, **knobs):
-    return t.load_config([f"{k}={v}" for k, v in (KNOBS | dict(data_path=path) | knobs).items()], {})
+    """Return the Config of a small run on the data folder `path`."""
+    return t.load_config(as_arguments(KNOBS | dict(data_path=path) | knobs), {})
 
 
 def trained(h):
-    """A run of `h` trained for its steps, packed, and the artifact's weights put back into its model."""
+    """Train and pack. Returns the run, its model with the artifact's weights, and the artifact."""
     with group_of_one() as m:
         run = t.start_run(h, m, t.Log("", None), t.load_dataset(h), time.perf_counter())
         t.train(run)
@@ -118,13 +134,14 @@ def trained(h):
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
-    """Run, artifact and dataset: 60 + 60 training documents, 40 of validation, 30 steps."""
+    """Train 30 steps on 60 + 60 documents; 40 are for validation. Returns run, artifact and dataset."""
     folder = tmp_path_factory.mktemp("audit")
     texts = prose(160, 0)
     model = train_tokenizer(folder / "sp.model", texts, 320)
     sp = sentencepiece.SentencePieceProcessor(model_file=model)
     ids = [[BOS, *sp.encode(x)] for x in texts]
-    train, val = [ids[:60], ids[60:120]], ids[120:]
+    train = [ids[:60], ids[60:120]]
+    val = ids[120:]
     h = config(write_dataset(folder / "data", model, train, val), vocab_size=sp.vocab_size())
     run, blob = trained(h)
     return SimpleNamespace(run=run, blob=blob, h=h, folder=folder, model=model, train=train, val=val)
@@ -137,41 +154,41 @@ def group():
 
 
 def failing(run, blob):
-    """The tests (T1...T9) that fail, as text, and all verdicts."""
+    """Run all tests. Returns those that fail, as "T1 T3", and all verdicts."""
     subject = audit.make_audit(t, run, blob)
     verdicts = [test(subject) for test in audit.AUDIT]
     return " ".join(v.test[:2] for v in verdicts if not v.ok), verdicts
 
 
 def as_expected(fails, expected):
-    """Whether the failing tests are those of "T1 T3?": T1 and perhaps T3."""
+    """Return whether the failing tests are those of "T1 T3?": T1 and perhaps T3."""
     must = {name for name in expected.split() if not name.endswith("?")}
     return must <= set(fails.split()) <= {name.rstrip("?") for name in expected.split()}
 
 
 def fresh(run, **changes):
-    """The run with its caches empty and fields replaced."""
+    """Return the run with empty caches and fields replaced."""
     return dataclasses.replace(run, **(dict(phases={}, splits={}) | changes))
 
 
 def on_data(honest, tmp_path, **change):
-    """The honest run on a changed copy of its data: `train` or `val` id lists."""
+    """Return the honest run on a copy of its data with other documents in `train` or `val`."""
     parts = dict(train=honest.train, val=honest.val) | change
     h = dataclasses.replace(honest.h, data_path=write_dataset(tmp_path / "data", honest.model, **parts))
     return fresh(honest.run, h=h, dataset=t.load_dataset(h))
 
 
 def with_nats(run, nats_fn):
+    """Return the run with another nats_fn."""
     return fresh(run, nats_fn=nats_fn)
 
 
 def test_the_run_has_learnt(honest, group):
-    """Weights far from their start, or a fault in the scorer would have nothing to show."""
+    """Otherwise, a fault in the scorer would change nothing."""
     start = t.GPT(honest.h)
-    moved = {
-        n: (p - dict(start.named_parameters())[n]).abs().max() for n, p in honest.run.model.named_parameters()
-    }
-    assert all(moved[n] > 1e-3 for n in ("tok_emb", "qo_bank", "mlp_down_bank", "bigram_emb", "smear_gate"))
+    for name in ("tok_emb", "qo_bank", "mlp_down_bank", "bigram_emb", "smear_gate"):
+        moved = getattr(honest.run.model, name) - getattr(start, name)
+        assert moved.abs().max() > 1e-3, name
     score = fresh(honest.run).score("val", honest.h.eval_stride)
     assert score.loss < 0.85 * np.log(honest.h.vocab_size)
 
@@ -190,26 +207,30 @@ def test_nine_tests_pass_on_an_honest_run(honest, group):
 
 
 def nats_of(model):
-    """GPT.nats of a model whose parts were exchanged."""
-    return lambda x, y, last: model.nats(x, y, last)
+    """Return the nats_fn of a model."""
+
+    def nats_fn(x, y, last):
+        return model.nats(x, y, last)
+
+    return nats_fn
 
 
 def twin(run, kind=t.GPT, ops=None):
-    """The run with its weights in a model of another class or other operations."""
+    """Return the run with its weights in a model of another class or with other operations."""
     model = kind(run.h, ops or t.Ops(), run.m.dtype)
     model.load_state_dict(run.model.state_dict())
     return fresh(run, model=model, nats_fn=nats_of(model))
 
 
 def attend_all(q, k, v, window=0, docs=None):
-    """Attention without its mask."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    """Attend without a mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
 def attend_one_ahead(q, k, v, window=0, docs=None):
-    """A mask off by one: each position sees the next."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    """Attend under a mask that is off by one: each position sees the next."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -246,7 +267,10 @@ class BigramAhead(t.GPT):
 
 
 def cached(run, gate):
-    """Targets that occurred before in the window get a bonus, and no other token pays for it."""
+    """Give a bonus to targets that have occurred in the window, for which no other token pays.
+
+    gate: take the better of two experts where the target has occurred.
+    """
 
     def nats_fn(x, y, last):
         nats = run.model.nats(x, y, last)
@@ -254,7 +278,7 @@ def cached(run, gate):
         for i in range(y.size(1) - last, y.size(1)):
             seen.append((x[:, : i + 1] == y[:, i : i + 1]).any(1))
         hit = torch.stack(seen, 1)
-        if gate:  # the better of two experts, chosen by whether the target was a hit
+        if gate:
             return torch.where(hit, nats.clamp_max(np.log(x.size(1))), nats)
         return -(0.8 * (-nats).exp() + 0.2 * hit).log()
 
@@ -262,30 +286,33 @@ def cached(run, gate):
 
 
 class Learner:
-    """Test-time training of a bias on the logits; `order` says what happens first, score or update."""
+    """Trains a bias on the logits while it scores."""
 
-    def __init__(self, run, order):
-        self.run, self.order = run, order
+    def __init__(self, run, update_first):
+        self.model = run.model
+        self.update_first = update_first
+        self.vocab_size = run.h.vocab_size
         self.reset()
 
     def reset(self):
-        self.bias = torch.zeros(self.run.h.vocab_size)
+        self.bias = torch.zeros(self.vocab_size)
 
     def learn(self, y, last):
-        counts = torch.bincount(y[:, -last:].flatten(), minlength=len(self.bias)).float()
-        self.bias = self.bias + 0.1 * counts / counts.sum() * len(self.bias)
+        counts = torch.bincount(y[:, -last:].flatten(), minlength=self.vocab_size).float()
+        self.bias = self.bias + 0.1 * counts / counts.sum() * self.vocab_size
 
     def nats(self, x, y, last):
-        if self.order == "update first":
+        if self.update_first:
             self.learn(y, last)
-        logits = self.run.model.unembed(self.run.model.trunk(x)[:, -last:]) + self.bias
-        if self.order == "score first":
+        logits = self.model.unembed(self.model.trunk(x)[:, -last:]) + self.bias
+        if not self.update_first:
             self.learn(y, last)
         return F.cross_entropy(logits.transpose(1, 2), y[:, -last:], reduction="none")
 
 
-def learning(run, monkeypatch, order, reset=True):
-    learner = Learner(run, order)
+def learning(run, monkeypatch, update_first=False, reset=True):
+    """Return the run with a Learner that starts anew at each score of a split, if `reset`."""
+    learner = Learner(run, update_first)
     score = t.score_targets
 
     def score_from_the_start(*args):
@@ -298,7 +325,7 @@ def learning(run, monkeypatch, order, reset=True):
 
 
 def best_of_two(run):
-    """Each target scored under two temperatures, the lower loss kept."""
+    """Score each target under two temperatures, and keep the lower loss."""
 
     def nats_fn(x, y, last):
         logits = run.model.unembed(run.model.trunk(x)[:, -last:]).transpose(1, 2)
@@ -309,14 +336,18 @@ def best_of_two(run):
 
 
 def in_sliding_windows(run):
-    """The cache joins in only where few targets of a window are scored, as in the final score."""
-    return with_nats(
-        run, lambda x, y, last: (run if last == y.size(1) else cached(run, False)).nats_fn(x, y, last)
-    )
+    """Use the cache only where few targets of a score window are scored, as in the final score."""
+    with_cache = cached(run, gate=False)
+
+    def nats_fn(x, y, last):
+        scorer = run if last == y.size(1) else with_cache
+        return scorer.nats_fn(x, y, last)
+
+    return with_nats(run, nats_fn)
 
 
 def after_64(run):
-    """Long windows; targets after the first 64 tokens get a bonus that nobody pays for."""
+    """In longer score windows, give targets after 64 tokens a bonus for which no other token pays."""
 
     def nats_fn(x, y, last):
         late = torch.arange(x.size(1) - last, x.size(1)) >= 64
@@ -326,6 +357,7 @@ def after_64(run):
     return fresh(run, h=h, nats_fn=nats_fn)
 
 
+# A broken scorer: the tests that fail, and the function that plants it with a monkeypatch.
 SCORERS = {
     "attention without a mask": ("T1 T3", lambda run, mp: twin(run, ops=t.Ops(attend=attend_all))),
     "mask off by one": ("T1 T3", lambda run, mp: twin(run, ops=t.Ops(attend=attend_one_ahead))),
@@ -334,11 +366,11 @@ SCORERS = {
     "bigram of the next token": ("T1 T3?", lambda run, mp: twin(run, BigramAhead)),
     "cache in sliding windows only": ("T2", lambda run, mp: in_sliding_windows(run)),
     "cache that is warm after 64 tokens": ("T2", lambda run, mp: after_64(run)),
-    "n-gram cache not normalised": ("T2", lambda run, mp: cached(run, False)),
-    "gate on whether the target is a hit": ("T2", lambda run, mp: cached(run, True)),
+    "n-gram cache not normalised": ("T2", lambda run, mp: cached(run, gate=False)),
+    "gate on whether the target is a hit": ("T2", lambda run, mp: cached(run, gate=True)),
     "best of two temperatures": ("T2", lambda run, mp: best_of_two(run)),
-    "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, "update first")),
-    "second pass over the split": ("T1 T3 T4? T7", lambda run, mp: learning(run, mp, "score first", False)),
+    "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, update_first=True)),
+    "second pass over the split": ("T1 T3 T4? T7", lambda run, mp: learning(run, mp, reset=False)),
 }
 
 
@@ -350,7 +382,7 @@ def test_a_broken_scorer_fails(name, honest, group, monkeypatch):
 
 
 def test_long_windows_pass(honest, group):
-    """The honest part of one of the faults above."""
+    """They are the honest part of a fault above."""
     h = dataclasses.replace(honest.h, eval_seq_len=128, eval_stride=32, eval_batch_tokens=512)
     fails, verdicts = failing(fresh(honest.run, h=h), honest.blob)
     assert not fails, verdicts
@@ -368,26 +400,30 @@ def test_windows_and_documents_pass(honest):
 
 
 def rescored_tail(total, seq_len, stride):
-    """A window at every stride that is in the split; those at its end are short and score what was scored."""
+    """Yield a window at every stride; those at the end of the split are short and score targets again."""
     for start in range(0, total, stride):
         end = min(start + seq_len, total)
-        if end - start >= stride or start == 0:
-            yield start, end, 0 if start == 0 else start + max(0, end - start - stride)
+        if start == 0:
+            yield start, end, 0
+        elif end - start >= stride:
+            yield start, end, max(start, end - stride)
 
 
 def dropped_tail(total, seq_len, stride):
+    """Leave out a last window that scores fewer targets than the others."""
     for start, end, score_from in real_windows(total, seq_len, stride):
         if end - score_from in (seq_len, stride):
             yield start, end, score_from
 
 
 def skipped_context(total, seq_len, stride):
-    """Each window drops the first target that it should score."""
+    """Leave out the first target of every window after the first."""
     for start, end, score_from in real_windows(total, seq_len, stride):
-        yield start, end, score_from + (start > 0)
+        yield start, end, score_from if start == 0 else score_from + 1
 
 
 def half_the_split(total, seq_len, stride):
+    """Leave out the second half of the split."""
     return real_windows(total // 2, seq_len, stride)
 
 
@@ -404,49 +440,60 @@ WINDOWS = {
 def test_windows_that_do_not_tile_fail(name, honest, group, monkeypatch):
     tokens = honest.run.held_out("val")
     assert (len(tokens) - 1 - honest.h.eval_seq_len) % honest.h.eval_stride, "the split has no tail to drop"
-    monkeypatch.setattr(t, "score_windows", lambda *sizes: np.array(list(WINDOWS[name](*sizes))))
+
+    def score_windows(*sizes):
+        return np.array(list(WINDOWS[name](*sizes)))
+
+    monkeypatch.setattr(t, "score_windows", score_windows)
     fails, verdicts = failing(fresh(honest.run), honest.blob)
     assert fails == "T4", verdicts
 
 
+def score_of(nats, tokens, counts):
+    """Return the Score of a split with this sum of nats."""
+    targets = len(tokens) - 1
+    num_bytes = int(counts.of(tokens).sum())
+    return t.Score(nats / targets, t.bpb(nats, num_bytes), targets, num_bytes, ms=0.0)
+
+
 def worst_targets_dropped(nats_fn, tokens, counts, run, m):
+    """Leave the worst hundredth of the targets out of the sum."""
     nats = t.score_targets(nats_fn, tokens, run, m)[0].sort().values
-    nats = nats[: -max(1, len(nats) // 100)].sum().item()
-    weight = int(counts.of(tokens).sum())
-    return t.Score(nats / (len(tokens) - 1), t.bpb(nats, weight), len(tokens) - 1, weight, 0.0)
+    kept = nats[: -max(1, len(nats) // 100)]
+    return score_of(kept.sum().item(), tokens, counts)
 
 
 def mean_of_batches(nats_fn, tokens, counts, run, m):
-    """Losses averaged over the windows, the last one shorter than the others."""
+    """Average the means of the score windows, though the last one is shorter than the others."""
     nats = t.score_targets(nats_fn, tokens, run, m)[0]
-    mean = torch.stack([part.mean() for part in nats.split(run.stride)]).mean().item() * nats.numel()
-    weight = int(counts.of(tokens).sum())
-    return t.Score(mean / nats.numel(), t.bpb(mean, weight), nats.numel(), weight, 0.0)
+    mean = torch.stack([part.mean() for part in nats.split(run.stride)]).mean().item()
+    return score_of(mean * nats.numel(), tokens, counts)
 
 
 @pytest.mark.parametrize("evaluate", [worst_targets_dropped, mean_of_batches])
 def test_an_evaluator_whose_sum_is_another_fails(evaluate, honest, group, monkeypatch):
-    """score_targets is sound, what is made of it is not."""
+    """score_targets is sound, but the sum over its scores is not."""
     monkeypatch.setattr(t, "evaluate", evaluate)
     fails, verdicts = failing(fresh(honest.run), honest.blob)
     assert fails == "T4", verdicts
 
 
 def test_a_split_cut_short_fails(honest, group, tmp_path):
-    """Fewer tokens in the shard than in the manifest."""
+    """The shard has fewer tokens than the manifest says."""
     run = on_data(honest, tmp_path)
-    write_shard(tmp_path / "data" / "x_val_000000.bin", sum(honest.val, [])[:-40])
+    write_shard(tmp_path / "data" / "x_val_000000.bin", joined(honest.val)[:-40])
     fails, verdicts = failing(run, honest.blob)
     assert fails == "T4", verdicts
 
 
 def test_another_split_of_the_same_length_fails(honest, group, tmp_path):
-    """As many tokens as the manifest says, of other text: the bytes differ."""
+    """The shard has as many tokens as the manifest says, but other bytes."""
     run = on_data(honest, tmp_path)
-    tokens = np.array(sum(honest.val, []))
-    weights = honest.run.dataset.counts.base
-    heavy = int(weights.argmax())
-    tokens[5] = heavy if weights[tokens[5]] != weights[heavy] else int(weights.argmin())
+    tokens = np.array(joined(honest.val))
+    num_bytes = honest.run.dataset.counts.base
+    longest = int(num_bytes.argmax())
+    is_longest = num_bytes[tokens[5]] == num_bytes[longest]
+    tokens[5] = int(num_bytes.argmin()) if is_longest else longest
     write_shard(tmp_path / "data" / "x_val_000000.bin", tokens)
     fails, verdicts = failing(run, honest.blob)
     assert fails == "T4", verdicts
@@ -464,6 +511,8 @@ def test_a_manifest_of_other_totals_fails(honest, group):
 
 
 class SpaceTwice(t.ByteCounts):
+    """A leading space is counted twice."""
+
     def of(self, tokens):
         return super().of(tokens) + self.space[tokens[1:]]
 
@@ -476,7 +525,7 @@ class SpaceAfterStart(t.ByteCounts):
 
 
 class Constant(t.ByteCounts):
-    """Bytes per token as a constant: right on the whole, wrong on every document."""
+    """Bytes per token are a constant: the sum is right, but not that of any document."""
 
     def of(self, tokens):
         true = super().of(tokens)
@@ -504,14 +553,16 @@ def test_wrong_bytes_fail(name, honest, group):
 
 @pytest.fixture(scope="module")
 def spelled(tmp_path_factory):
-    """A run on a vocabulary without a piece U+2581, where a lone space is three byte pieces."""
+    """Train on a vocabulary without a piece U+2581, where a lone space is three byte pieces."""
     from test_bytes import edit_pieces
 
     folder = tmp_path_factory.mktemp("spelled")
     texts = [x.replace(" ", "  ") for x in prose(60, 5)]
 
     def rename(text, kind):
-        return ("\u00a4\u00a4", kind) if text == SPACE else (text, kind)
+        if text == SPACE:
+            text = "\u00a4\u00a4"
+        return text, kind
 
     model = edit_pieces(train_tokenizer(folder / "with.model", texts, 320), folder / "sp.model", rename)
     sp = sentencepiece.SentencePieceProcessor(model_file=model)
@@ -520,7 +571,7 @@ def spelled(tmp_path_factory):
     return trained(config(path, vocab_size=sp.vocab_size(), iterations=2))
 
 
-def test_a_space_spelled_in_bytes_weighs_one(spelled, group):
+def test_a_space_spelled_in_bytes_is_one_byte(spelled, group):
     run, blob = spelled
     assert run.dataset.counts.spelled is not None
     fails, verdicts = failing(fresh(run), blob)
@@ -534,10 +585,11 @@ def test_a_space_spelled_in_bytes_weighs_one(spelled, group):
 
 
 def most_of(document):
-    """Most of a document, under another beginning."""
+    """Return a document without its first eighth."""
     return [BOS, *document[1 + len(document) // 8 :]]
 
 
+# How documents of val get into the training shards.
 LEAKS = {
     "a document at the start of a shard": lambda train, val: [[val[3], *train[0]], train[1]],
     "a document inside a shard": lambda train, val: [train[0], [*train[1][:30], val[0], *train[1][30:]]],
@@ -550,14 +602,13 @@ LEAKS = {
 
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_leak_fails(name, honest, group, tmp_path):
-    fails, verdicts = failing(
-        on_data(honest, tmp_path, train=LEAKS[name](honest.train, honest.val)), honest.blob
-    )
+    train = LEAKS[name](honest.train, honest.val)
+    fails, verdicts = failing(on_data(honest, tmp_path, train=train), honest.blob)
     assert fails == "T6", verdicts
 
 
 def test_a_phrase_in_common_is_no_leak(honest, group, tmp_path):
-    """Forty tokens of one validation document in one training document: text may come twice."""
+    """A training document may have forty tokens in common with one of validation."""
     train = [honest.train[0], [*honest.train[1], honest.val[3][:41]]]
     fails, verdicts = failing(on_data(honest, tmp_path, train=train), honest.blob)
     assert not fails, verdicts
@@ -573,38 +624,42 @@ def test_an_empty_document_on_both_sides_is_no_leak(honest, group, tmp_path):
 # ---------------------------------------------------------------- T7: artifact and repetition
 
 
-def repacked(blob, change):
-    header, payload = t.open_artifact(blob)
-    return change(header, payload)
-
-
 def container(text, payload, **xz):
+    """Compress a header's text and a payload, with other options of xz."""
     parts = [t.MAGIC, len(text).to_bytes(4, "little"), text, payload]
     return lzma.compress(b"".join(parts), **(t.XZ | xz))
 
 
 def compact(header):
+    """Return the header's text as pack_artifact writes it."""
     return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
 
 
+def reordered(header):
+    """Return the header's text with its keys in another order."""
+    return json.dumps(dict(reversed(header.items())), separators=(",", ":")).encode()
+
+
+def with_time(header):
+    """Return the header's text with a key that occurs twice and at first holds the time."""
+    return compact(header).replace(b'{"config"', b'{"config":"12:34:56","config"', 1)
+
+
+OTHER_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 1}]
+# How to pack an artifact's header and payload differently.
 ARTIFACTS = {
-    "another xz preset": lambda head, data: container(
-        compact(head), data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 1}]
-    ),
-    "another xz check": lambda head, data: container(compact(head), data, check=lzma.CHECK_CRC64),
-    "a header of another layout": lambda head, data: container(json.dumps(head).encode(), data),
-    "keys in another order": lambda head, data: container(
-        json.dumps(dict(reversed(head.items())), separators=(",", ":")).encode(), data
-    ),
-    "the time in a key that comes twice": lambda head, data: container(
-        compact(head).replace(b'{"config"', b'{"config":"12:34:56","config"', 1), data
-    ),
+    "another xz preset": lambda header, payload: container(compact(header), payload, filters=OTHER_FILTERS),
+    "another xz check": lambda header, payload: container(compact(header), payload, check=lzma.CHECK_CRC64),
+    "a header of another layout": lambda header, payload: container(json.dumps(header).encode(), payload),
+    "keys in another order": lambda header, payload: container(reordered(header), payload),
+    "the time in a key that comes twice": lambda header, payload: container(with_time(header), payload),
 }
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_an_artifact_that_does_not_pack_again_fails(name, honest, group):
-    blob = repacked(honest.blob, ARTIFACTS[name])
+    header, payload = t.open_artifact(honest.blob)
+    blob = ARTIFACTS[name](header, payload)
     assert blob != honest.blob
     assert t.unpack_artifact(blob).keys() == t.unpack_artifact(honest.blob).keys()
     fails, verdicts = failing(fresh(honest.run), blob)
@@ -612,7 +667,7 @@ def test_an_artifact_that_does_not_pack_again_fails(name, honest, group):
 
 
 def test_dropout_in_the_scorer_fails(honest, group):
-    """Scores that differ from call to call also look like scores that move."""
+    """T1 and T3 fail, too: to them, scores that differ between calls look like scores that move."""
     torch.manual_seed(0)
 
     def noisy(x, y, last):
@@ -641,7 +696,7 @@ def val_file(h):
 
 
 def in_loader(read):
-    """A loader that reads the validation shard when it is made."""
+    """Return a loader that reads held-out tokens when it is made."""
 
     class Loader(t.TokenLoader):
         def __init__(self, h, m):
@@ -657,8 +712,6 @@ def read_in_chunks(h):
 
 
 def read_by_descriptor(h):
-    import os
-
     os.close(os.open(val_file(h), os.O_RDONLY))
 
 
@@ -668,8 +721,6 @@ def read_by_bytes_name(h):
 
 
 def read_by_path(h):
-    from pathlib import Path
-
     Path(val_file(h)).read_bytes()
 
 
@@ -679,8 +730,6 @@ def read_by_roundabout_name(h):
 
 
 def read_by_link(h):
-    from pathlib import Path
-
     link = Path(h.data_path, "more_tokens.bin")
     if not link.exists():
         link.symlink_to(val_file(h))
@@ -708,7 +757,7 @@ def test_a_loader_that_opens_the_split_fails(how, honest, group, monkeypatch, tm
 
 
 def test_a_validation_before_the_clock_stops_fails(honest, group, monkeypatch):
-    """Warm-up on real validation tokens, as if val_loss_every were not 0."""
+    """Warm-up scores real validation tokens."""
     warm = t.warmup
 
     def warmup(run, *args):
@@ -751,25 +800,15 @@ def message():
 
 
 def fetch():
-    import urllib.error
-    import urllib.request
-
-    try:
+    with suppress(OSError):
         urllib.request.urlopen("http://127.0.0.1:9/", timeout=1)
-    except OSError:
-        pass
 
 
 def child():
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-S", "-c", ""])
 
 
 def shell():
-    import os
-
     os.system(":")
 
 
@@ -807,6 +846,7 @@ def test_only_the_network_test_sees_the_network(honest, group):
 
 
 def audit_args(honest, tmp_path, data=None):
+    """Write the artifact; return the arguments with which the trainer audits it, on other data if given."""
     file = tmp_path / "x.int6.xz"
     file.write_bytes(honest.blob)
     knobs = dict(
@@ -820,7 +860,7 @@ def audit_args(honest, tmp_path, data=None):
         micro_batch_tokens=256,
         train_batch_tokens=256,
     )
-    return ["audit", str(file), *(f"{k}={v}" for k, v in knobs.items())]
+    return ["audit", str(file), *as_arguments(knobs)]
 
 
 def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
@@ -828,8 +868,10 @@ def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
     out = capfd.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("audit ")]
     assert len(lines) == 10 and lines[-1] == "audit 9 of 9 tests passed"
-    assert "FAIL" not in out and all(f"audit T{i + 1} " in line for i, line in enumerate(lines[:9]))
-    assert lines == [x for x in (tmp_path / "logs" / "audited.txt").read_text().splitlines() if x in lines]
+    assert "FAIL" not in out
+    assert all(line.startswith(f"audit T{i} ") for i, line in enumerate(lines[:9], 1))
+    log = (tmp_path / "logs" / "audited.txt").read_text().splitlines()
+    assert lines == [line for line in log if line in lines]
 
 
 def test_the_command_names_a_leak(honest, tmp_path, capfd):
@@ -842,41 +884,48 @@ def test_the_command_names_a_leak(honest, tmp_path, capfd):
 
 
 def changed_script(folder, old, new):
-    """A train_gpt.py in `folder` with `old` replaced, which must stand in it once."""
+    """Write a train_gpt.py in which `old`, which must occur once, is replaced by `new`; return its path."""
     source = Path(t.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, old
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in train_gpt.py, not once"
+    assert new != old
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train_gpt.py").write_text(source.replace(old, new), encoding="utf-8")
     return str(folder / "train_gpt.py")
 
 
+@pytest.mark.parametrize("old", ["text that is not in the trainer", "import torch"])
+def test_a_fault_is_planted_once_or_refused(old, tmp_path):
+    with pytest.raises(AssertionError, match=r"occurs \d+ times in train_gpt.py, not once"):
+        changed_script(tmp_path, old, "pass")
+
+
+# Text of the trainer, and the same with a fault before it: an embedding that holds some of the next token's.
 LOOKS_AHEAD = (
-    "\n# 15. Commands",
-    "\nreal_embed = GPT.embed\n"
-    "GPT.embed = lambda self, x: "
-    "real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)\n"
-    "# 15. Commands",
+    "\n# 17. Commands",
+    """
+real_embed = GPT.embed
+GPT.embed = lambda self, x: real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)
+# 17. Commands""",
 )
 
 
 def by_auditor(args, script):
-    """The exit status of tools/audit.py on a script, for the arguments of `train_gpt.py audit`."""
+    """Run tools/audit.py on a script, with the arguments of `train_gpt.py audit`. Returns the exit status."""
     return audit.main([args[1], "--script", script, *args[2:]])
 
 
 def test_the_audited_code_is_the_code_that_scores(honest, tmp_path, capsys):
-    """A fault in a script's GPT needs no other plant, and the repository's own GPT plays no part."""
+    """A fault in the script's GPT is found, though the repository's own GPT has none."""
     script = changed_script(tmp_path, *LOOKS_AHEAD)
     assert by_auditor(audit_args(honest, tmp_path), script) == 1
     out = capsys.readouterr().out
     assert "audit T1 causality: FAIL" in out and out.count("FAIL") <= 2
-    assert (
-        f"auditing {script} sha256:{hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]} with " in out
-    )
+    digest = hashlib.sha256(Path(script).read_bytes()).hexdigest()
+    assert f"auditing {script} sha256:{digest[:16]} with " in out
 
 
 def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
-    """Both ways: the auditor on an artifact inside the folder, and its script's audit command."""
+    """So does the auditor, for an artifact inside the folder, and so does the script's audit command."""
     folder = tmp_path / "records" / "track_cpu" / "2026-01-01_Ahead"
     script = changed_script(folder, *LOOKS_AHEAD)
     (folder / "submission.json").write_text("{}")
@@ -904,7 +953,7 @@ def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
         [sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
-    assert f"python tools/audit.py {args[1]} --script {script}" in done.stderr
+    assert f"./run.sh audit {args[1]} --script {script} KEY=VALUE" in done.stderr
     assert not (tmp_path / "logs").exists()
 
 
@@ -919,8 +968,8 @@ def test_two_ranks_audit_together(honest, tmp_path):
 
 
 def test_the_status_of_the_command_is_the_auditors(tmp_path, capfd):
-    said = stop_one_line(["audit", str(tmp_path / "missing.xz")], capfd)
-    assert said.startswith("audit.py: ") and "missing.xz" in said
+    err = stop_one_line(["audit", str(tmp_path / "missing.xz")], capfd)
+    assert err.startswith("audit.py: ") and "missing.xz" in err
     argv = list(sys.argv)
     assert t.main(["audit", "--help"]) == 0 and sys.argv == argv
     assert "tools/audit.py ARTIFACT [--script PATH]" in capfd.readouterr().out
@@ -930,69 +979,75 @@ def test_the_status_of_the_command_is_the_auditors(tmp_path, capfd):
 
 
 def refused(capsys, *args):
-    """The one line with which the auditor refuses these arguments."""
+    """Return the one line with which the auditor refuses these arguments; status 2."""
     capsys.readouterr()
-    assert audit.main([str(a) for a in args]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("audit.py: "), said
-    return said.err
+    assert audit.main([str(argument) for argument in args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("audit.py: "), (out, err)
+    return err
 
 
 @pytest.mark.parametrize("name", ["score_targets", "load_run", "learning"])
-def test_a_script_that_lacks_a_name_is_told_in_one_line(name, honest, tmp_path, capsys):
+def test_a_script_that_lacks_a_name_is_refused_in_one_line(name, honest, tmp_path, capsys):
     script = changed_script(tmp_path, f"\ndef {name}(", f"\ndef old_{name}(")
     args = audit_args(honest, tmp_path)
-    said = refused(capsys, args[1], "--script", script, *args[2:])
-    assert f"{script}: this script has no {name}, which audit needs" in said
+    err = refused(capsys, args[1], "--script", script, *args[2:])
+    assert f"{script}: this script has no {name}, which audit needs" in err
     assert not (tmp_path / "logs").exists()
 
 
-def test_every_need_is_checked(monkeypatch):
-    """One by one: a script without it lacks just that, be it a function, a method or a field."""
+def without_member(kind, member):
+    """Return an object that has the names of a class but for one method or dataclass field."""
+    all_fields = vars(kind).get("__dataclass_fields__", {})
+    members = {name: None for name in [*vars(kind), *all_fields] if name != member}
+    fields = {name: field for name, field in all_fields.items() if name != member}
+    return SimpleNamespace(**(members | {"__dataclass_fields__": fields}))
+
+
+def test_every_need_is_checked():
+    """A script that lacks one function, method or field, or one class with its members, lacks just that."""
     needs = audit.NEEDS + audit.TTT_NEEDS
     assert audit.missing_names(t, needs) == []
+    owners = {name: name.partition(".")[0] for name in needs}
+    complete = {owner: getattr(t, owner) for owner in owners.values()}
     for name in needs:
         owner, _, member = name.partition(".")
-        parts = {n: getattr(t, n) for n in {m.partition(".")[0] for m in needs}}
         if member:
-            kind = parts[owner]
-            all_fields = vars(kind).get("__dataclass_fields__", {})
-            shape = {n: None for n in [*vars(kind), *all_fields] if n != member}
-            fields = {n: f for n, f in all_fields.items() if n != member}
-            parts[owner] = SimpleNamespace(**(shape | {"__dataclass_fields__": fields}))
-            assert audit.missing_names(SimpleNamespace(**parts), needs) == [name]
+            script = complete | {owner: without_member(complete[owner], member)}
+            lacking = [name]
         else:
-            del parts[owner]
-            lacking = audit.missing_names(SimpleNamespace(**parts), needs)
-            assert lacking == [n for n in needs if n.partition(".")[0] == owner]
+            script = {other: value for other, value in complete.items() if other != owner}
+            lacking = [other for other in needs if owners[other] == owner]
+        assert audit.missing_names(SimpleNamespace(**script), needs) == lacking
 
 
 def test_needs_are_what_the_auditor_reaches():
-    """Every script.NAME in the auditor, and every attribute that its uses of the run need a class to have."""
+    """They are every script.NAME in the auditor, and every CLASS.NAME of the script's objects it uses."""
     tree = ast.parse(Path(audit.__file__).read_text(encoding="utf-8"))
     reached = set()
-    shape = {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
+    class_of = {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):
             continue
         owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
         if owner == "script" and not node.attr.startswith("__"):
             reached.add(node.attr)
-        if owner in shape and (shape[owner], node.attr) != ("GPT", "to"):
-            reached.add(f"{shape[owner]}.{node.attr}")
+        if owner in class_of:
+            reached.add(f"{class_of[owner]}.{node.attr}")
     assert reached == {*audit.NEEDS, *audit.TTT_NEEDS}
 
 
 def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
     artifact = audit_args(honest, tmp_path)[1]
-    for text, word in (
-        ("import no_such_module\n", "no_such_module"),
-        ("x = (\n", "SyntaxError"),
-        ("raise SystemExit(3)\n", "SystemExit"),
-        ("x = 1\n", "has no InputError, Log"),
-    ):
+    reasons = {
+        "import no_such_module\n": "no_such_module",
+        "x = (\n": "SyntaxError",
+        "raise SystemExit(3)\n": "SystemExit",
+        "x = 1\n": "has no InputError, Log",
+    }
+    for text, reason in reasons.items():
         (tmp_path / "other.py").write_text(text)
-        assert word in refused(capsys, artifact, "--script", tmp_path / "other.py"), text
+        assert reason in refused(capsys, artifact, "--script", tmp_path / "other.py"), text
     for path in (tmp_path, tmp_path / "missing.py"):
         assert f"{path}: cannot read the script" in refused(capsys, artifact, "--script", path)
     for args in ([], ["--script", t.__file__], ["data_path=x"], [artifact, "--script"]):
@@ -1000,19 +1055,15 @@ def test_other_scripts_are_refused_in_one_line(honest, tmp_path, capsys):
 
 
 def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
-    """The text that the log shows is what runs: a planted .pyc that python would take is passed over."""
+    """The text that the log shows is what runs, and not a planted .pyc that python would run."""
     script = changed_script(tmp_path, 'MAGIC = b"GPT6"', 'MAGIC = b"TEXT"')
     evil = tmp_path / "evil.py"
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     evil.write_text(Path(script).read_text().replace('b"TEXT"', 'b"EVIL"'))
     py_compile.compile(str(evil), cfile=cache_from_source(script), invalidation_mode=mode)
-    found = subprocess.run(
-        [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert "EVIL" in found.stdout, "the plant does not work"
+    command = [sys.executable, "-c", "import train_gpt; print(train_gpt.MAGIC)"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "EVIL" in found.stdout, "the planted file has no effect"
     assert audit.load_audited(Path(script)).MAGIC == b"TEXT"
 
 
@@ -1022,21 +1073,16 @@ RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RECORDS, ids=lambda p: p.parent.name)
 def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
-    """An artifact that each record's script trained, scored by that script's code."""
+    """Train an artifact with the record's script, and audit it with that script."""
     before = sorted(script.parent.rglob("*"))
     knobs = KNOBS | dict(
         data_path=honest.h.data_path, vocab_size=honest.h.vocab_size, out_dir=tmp_path, run_id="own"
     )
     known = script.read_text(encoding="utf-8")  # a knob may be younger than the record
-    command = [
-        sys.executable,
-        str(script),
-        "train",
-        *(f"{k}={v}" for k, v in knobs.items() if f"\n    {k}: " in known),
-    ]
-    subprocess.run(
-        command, check=True, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    )
+    knobs = {key: value for key, value in knobs.items() if f"\n    {key}: " in known}
+    command = [sys.executable, str(script), "train", *as_arguments(knobs)]
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=env)
     own = SimpleNamespace(blob=(tmp_path / "own.int6.xz").read_bytes(), h=honest.h)
     assert by_auditor(audit_args(own, tmp_path), str(script)) == 0
     assert "audit 9 of 9 tests passed" in capsys.readouterr().out

@@ -1,4 +1,8 @@
-"""The shape of train_gpt.py: a free import, a true contents list, small functions, no knob without a use."""
+"""The form of train_gpt.py and of all Python files here, which ruff does not check.
+
+Importing the trainer has no effect, its contents list is true, its functions are small, a statement says one
+thing, every knob is used.
+"""
 
 import ast
 import io
@@ -9,6 +13,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,17 +25,15 @@ MAX_PARAMETERS = 6
 MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
 VARIADIC = ("_op", ".timed", ".save_for_backward", "ParamSpec")  # operators; rows of a table
 MAX_FUNCTION = 80  # lines
-MAX_LOOP = 120  # lines of `train`; Triton kernels are free
-THREE_OR_MORE = {
-    "qk_heads",
-    "minimax_quintic",
-    "neuron_shape",
-}  # q, k, v; a, b, c; a shape: idioms of the field
+MAX_TRAIN = 120  # lines of `train`; Triton kernels have no limit
+# Functions that may return three or more values without names, since the field knows them: q, k, v; the
+# coefficients a, b, c; a shape.
+THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape"}
 NOT_USE = {"load_config", "check_ranges", "check_relations"}  # reading a knob to check it is not using it
 RANK_NAMES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_\w+")
 BANNER_RULE = re.compile(r"# -{20,}")
 BANNER = re.compile(r"# (\d+)\. ([^:.]+)[:.]")
-FORBIDDEN = [f"/{name}/" for name in ("work", "home")] + ["TO" + "DO"]  # so that this file holds none
+FORBIDDEN = [f"/{name}/" for name in ("work", "home")] + ["TO" + "DO"]  # in parts, so that this file has none
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -46,38 +49,48 @@ def tree(source) -> ast.Module:
     return ast.parse(source)
 
 
-def repo_files() -> list:
-    """Tracked files and new ones not ignored by git; without git, all outside hidden and data folders."""
-    listed = (
-        subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z"],
-            capture_output=True,
-            text=True,
-        )
-        if shutil.which("git")
-        else None
-    )
-    if listed is not None and listed.returncode == 0:
-        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
-    else:
-        skip = {"logs", "datasets", "tokenizers", "__pycache__"}
-        paths = [
-            p
-            for p in ROOT.rglob("*")
-            if not any(part.startswith(".") or part in skip for part in p.relative_to(ROOT).parent.parts)
-        ]
-    return sorted(p for p in paths if p.is_file())
+def files_of_git() -> list[Path] | None:
+    """List tracked files and new ones that git does not ignore; None without git or outside a repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode != 0:
+        return None
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
+
+
+def files_of_folders() -> list[Path]:
+    """List all files outside hidden folders and those of data and logs."""
+    skip = {"logs", "datasets", "tokenizers", "__pycache__"}
+    paths = []
+    for path in ROOT.rglob("*"):
+        folders = path.relative_to(ROOT).parent.parts
+        if not any(name.startswith(".") or name in skip for name in folders):
+            paths.append(path)
+    return paths
+
+
+def repo_files() -> list[Path]:
+    """List the files of the repository."""
+    paths = files_of_git()
+    if paths is None:
+        paths = files_of_folders()
+    return sorted(path for path in paths if path.is_file())
 
 
 def is_kernel(node) -> bool:
+    """Return whether a function is a Triton kernel."""
     return any(re.search(r"\btriton\.jit\b", ast.unparse(d)) for d in node.decorator_list)
 
 
 def functions(tree) -> list:
+    """List all functions of a tree, methods and inner functions included."""
     return [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
 
 
 def named(tree, kind, name: str):
+    """Return the one definition of this kind and name at the top level."""
     found = [node for node in tree.body if isinstance(node, kind) and node.name == name]
     assert len(found) == 1, f"train_gpt.py defines {name} {len(found)} times at its top level"
     return found[0]
@@ -85,7 +98,7 @@ def named(tree, kind, name: str):
 
 # ---------------------------------------------------------------- import
 
-# Runs in its own process: the libraries first, then a watch on every effect, then train_gpt.
+# A program that imports the libraries, then watches every effect while it imports train_gpt.
 IMPORT_PROBE = """
 import importlib, importlib.abc, json, os, sys
 root, script, libraries = sys.argv[1], sys.argv[2], sys.argv[3:]
@@ -142,8 +155,8 @@ print(json.dumps(dict(effects=effects, reads=reads)))
 """
 
 
-def libraries(tree) -> list:
-    """Top-level modules that the script imports, wherever it does."""
+def libraries(tree) -> list[str]:
+    """List the modules that a script imports, at its top level or in a function."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -154,22 +167,12 @@ def libraries(tree) -> list:
 
 
 def probe(script: Path, tree, tmp_path) -> dict:
-    (tmp_path / "probe.py").write_text(IMPORT_PROBE)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-B",
-            str(tmp_path / "probe.py"),
-            str(script.parent),
-            str(script.resolve()),
-            *libraries(tree),
-        ],
-        env={},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Import a script in a process of its own. Returns its `effects` and its `reads` of the environment."""
+    program = tmp_path / "probe.py"
+    program.write_text(IMPORT_PROBE)
+    arguments = [str(script.parent), str(script.resolve()), *libraries(tree)]
+    command = [sys.executable, "-B", str(program), *arguments]
+    done = subprocess.run(command, env={}, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     *printed, result = done.stdout.splitlines()
     assert printed == [] and done.stderr == "", (printed, done.stderr)
@@ -200,78 +203,87 @@ def test_no_local_import(tree):
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
 
 
+def looked_up(node) -> str | None:
+    """Return the upper-case name that a node looks up in a mapping: m.get(NAME), m[NAME] or NAME in m."""
+    key = None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+        key = next(iter(node.args), None)
+    elif isinstance(node, ast.Subscript):
+        key = node.slice
+    elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+        key = node.left
+    is_name = isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value.isupper()
+    return key.value if is_name else None
+
+
 def test_environment_is_read_in_main_only(tree):
-    """`main` hands os.environ on; `init_machine` `read_ranks` looks up nothing but its place among the ranks."""
-    allowed = {
-        id(node) for f in functions(tree) if f.name in ("main", "init_machine") for node in ast.walk(f)
-    }
+    """`main` passes os.environ on, `init_machine` sets a default, and `read_ranks` looks up only ranks."""
+    readers = [f for f in functions(tree) if f.name in ("main", "init_machine")]
+    allowed = {id(node) for f in readers for node in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"):
             assert id(node) in allowed, f"line {node.lineno}: os.{node.attr} outside main and init_machine"
         if isinstance(node, ast.ImportFrom) and node.module == "os":
-            assert not {"environ", "getenv"} & {a.name for a in node.names}, (
-                f"line {node.lineno}: use os.environ in main"
-            )
+            imported = {alias.name for alias in node.names}
+            assert not {"environ", "getenv"} & imported, f"line {node.lineno}: use os.environ in main"
     for node in ast.walk(named(tree, FUNCTIONS, "read_ranks")):
-        keys = []
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
-            keys = node.args[:1]
-        elif isinstance(node, ast.Subscript):
-            keys = [node.slice]
-        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
-            keys = [node.left]
-        for key in keys:
-            if isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value.isupper():
-                assert RANK_NAMES.fullmatch(key.value), (
-                    f"read_ranks reads {key.value}: make it a Config field"
-                )
+        name = looked_up(node)
+        if name is not None:
+            assert RANK_NAMES.fullmatch(name), f"read_ranks reads {name}: make it a Config field"
 
 
 # ---------------------------------------------------------------- banners, contents
 
 
-def banners(source: str) -> list:
+class Section(NamedTuple):
+    number: int
+    text: str
+
+
+def banners(source: str) -> list[Section]:
+    """List the sections that the banners begin, with their titles."""
     lines = source.splitlines()
     found = []
     for rule, line in zip(lines, lines[1:], strict=False):
         if BANNER_RULE.fullmatch(rule):
             match = BANNER.match(line)
             assert match, f"a banner reads `# NUMBER. Title: one sentence`, not {line!r}"
-            found.append((int(match[1]), match[2].strip()))
+            found.append(Section(int(match[1]), match[2].strip()))
     return found
 
 
-def contents(docstring: str) -> list:
-    """(number, text) of the numbered lines after the line `Contents`, up to the blank line that ends them."""
+def contents(docstring: str) -> list[Section]:
+    """List the numbered lines after the line `Contents`, up to the blank line that ends them."""
     lines = docstring.splitlines()
     starts = [i for i, line in enumerate(lines) if re.match(r"\s*contents\b", line, re.I)]
     assert starts, "the docstring has no line that starts with Contents"
-    rows = []
+    listed = []
     for line in lines[starts[0] + 1 :]:
         match = re.match(r"\s*(\d+)\.? +(\S.*)", line)
         if match:
-            rows.append((int(match[1]), match[2]))
-        elif rows and not line.strip():
+            listed.append(Section(int(match[1]), match[2]))
+        elif listed and not line.strip():
             break
-    return rows
+    return listed
 
 
 def test_contents_equal_the_banners(source, tree):
-    found, listed = banners(source), contents(ast.get_docstring(tree, clean=False) or "")
-    assert [n for n, _ in found] == list(range(1, len(found) + 1)) and len(found) >= 10, found
-    assert [n for n, _ in listed] == [n for n, _ in found], (listed, found)
+    found = banners(source)
+    listed = contents(ast.get_docstring(tree, clean=False) or "")
+    numbers = [section.number for section in found]
+    assert numbers == list(range(1, len(found) + 1)) and len(found) >= 10, found
+    assert [section.number for section in listed] == numbers, (listed, found)
     for (number, title), (_, text) in zip(found, listed):
         listed_title = re.split(r" {2,}|:", text)[0].strip()
-        assert listed_title == title, (
-            f"section {number}: the banner says {title!r}, the contents {listed_title!r}"
-        )
+        shown = f"section {number}: the banner says {title!r}, the contents {listed_title!r}"
+        assert listed_title == title, shown
 
 
 # ---------------------------------------------------------------- sizes
 
 
 def test_packed_size(source):
-    """The script counts in every submission; docstrings and comments are in it, too."""
+    """The script counts in every submission, docstrings and comments included."""
     import train_gpt
 
     packed = len(train_gpt.packed_code(source))
@@ -283,16 +295,15 @@ def test_lines(source):
     wide = [(i, len(line)) for i, line in enumerate(lines, 1) if len(line) > MAX_COLUMNS]
     assert not wide, f"(line, columns) over {MAX_COLUMNS}: {wide}"
     separators = [i for i, line in enumerate(lines, 1) if line.strip() == "=" * 100]
-    assert not separators, (
-        f"lines {separators} are the log's separator; the source stands at the head of every log"
-    )
+    assert not separators, f"lines {separators} are the log's separator, and every log begins with the source"
 
 
 def test_function_lengths(tree):
     long = []
     for f in functions(tree):
         lines = f.end_lineno - f.lineno + 1
-        if not is_kernel(f) and lines > (MAX_LOOP if f.name == "train" else MAX_FUNCTION):
+        limit = MAX_TRAIN if f.name == "train" else MAX_FUNCTION
+        if not is_kernel(f) and lines > limit:
             long.append((f.name, lines))
     assert not long, f"(function, lines) too long: {long}"
 
@@ -300,11 +311,9 @@ def test_function_lengths(tree):
 def test_parameter_counts(tree):
     many = []
     for f in functions(tree):
-        a = f.args
-        names = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs] + [
-            x.arg for x in (a.vararg, a.kwarg) if x
-        ]
-        names = [n for n in names if n not in ("self", "cls")]
+        parameters = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+        parameters += filter(None, [f.args.vararg, f.args.kwarg])
+        names = [parameter.arg for parameter in parameters if parameter.arg not in ("self", "cls")]
         if not is_kernel(f) and len(names) > MAX_PARAMETERS:
             many.append((f.name, names))
     assert not many, f"more than {MAX_PARAMETERS} parameters: {many}"
@@ -312,47 +321,60 @@ def test_parameter_counts(tree):
 
 def test_main_is_the_last_statement(tree):
     last = tree.body[-1]
-    assert (
-        isinstance(last, ast.If)
-        and ast.unparse(last.test) == "__name__ == '__main__'"
-        and len(last.body) == 1
-    )
+    assert isinstance(last, ast.If)
+    assert ast.unparse(last.test) == "__name__ == '__main__'"
+    assert len(last.body) == 1
 
 
 # ---------------------------------------------------------------- sentences
 
 
+def is_product_with_flag(node) -> bool:
+    """Return whether a node is x * bool(y), or a list times a comparison."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        return False
+    sides = (node.left, node.right)
+    a_list = any(isinstance(side, (ast.List, ast.Tuple)) for side in sides)
+    a_test = any(isinstance(side, (ast.Compare, ast.BoolOp)) for side in sides)
+    a_bool = any(isinstance(side, ast.Call) and getattr(side.func, "id", "") == "bool" for side in sides)
+    return a_bool or (a_list and a_test)
+
+
+def has_many_positional(node) -> bool:
+    """Return whether a node is a call with more than MAX_POSITIONAL arguments without keywords."""
+    if not isinstance(node, ast.Call) or ast.unparse(node.func).endswith(VARIADIC):
+        return False
+    return len([a for a in node.args if not isinstance(a, ast.Starred)]) > MAX_POSITIONAL
+
+
+def is_chained_conditional(node) -> bool:
+    """Return whether a node is a conditional expression inside another."""
+    if not isinstance(node, ast.IfExp):
+        return False
+    return any(isinstance(part, ast.IfExp) for part in (node.body, node.orelse, node.test))
+
+
 def golfed(tree) -> list:
-    """(line, rule) of every statement that says several things at once, or carries state in an odd place."""
+    """Return (line, rule) of every statement that says several things at once, or hides a flag in one."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
-            several = isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
-            if several:
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
                 found.append((node.lineno, "an assignment of several values"))
             if isinstance(node.value, ast.Lambda):
                 found.append((node.lineno, "a lambda with a name"))
-        if isinstance(node, ast.IfExp):
-            if any(isinstance(x, ast.IfExp) for x in (node.body, node.orelse, node.test)):
-                found.append((node.lineno, "a chained conditional expression"))
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            sides = (node.left, node.right)
-            a_list = any(isinstance(x, (ast.List, ast.Tuple)) for x in sides)
-            a_test = any(isinstance(x, (ast.Compare, ast.BoolOp)) for x in sides)
-            a_bool = any(isinstance(x, ast.Call) and getattr(x.func, "id", "") == "bool" for x in sides)
-            if a_bool or (a_list and a_test):
-                found.append((node.lineno, "a product with a flag"))
-        if isinstance(node, ast.Call):
-            given = [a for a in node.args if not isinstance(a, ast.Starred)]
-            name = ast.unparse(node.func)
-            if len(given) > MAX_POSITIONAL and not name.endswith(VARIADIC):
-                found.append((node.lineno, "a call with many arguments and no keywords"))
+        if is_chained_conditional(node):
+            found.append((node.lineno, "a chained conditional expression"))
+        if is_product_with_flag(node):
+            found.append((node.lineno, "a product with a flag"))
+        if has_many_positional(node):
+            found.append((node.lineno, "a call with many arguments and no keywords"))
     return found
 
 
 def test_a_statement_says_one_thing(tree):
-    kernels = {id(n) for f in functions(tree) if is_kernel(f) for n in ast.walk(f)}
-    calls_in_kernels = {n.lineno for n in ast.walk(tree) if id(n) in kernels and isinstance(n, ast.Call)}
+    kernels = [f for f in functions(tree) if is_kernel(f)]
+    calls_in_kernels = {n.lineno for f in kernels for n in ast.walk(f) if isinstance(n, ast.Call)}
     bad = [(line, rule) for line, rule in golfed(tree) if line not in calls_in_kernels]
     assert not bad, bad
 
@@ -372,24 +394,18 @@ def test_the_sentence_check_sees_each():
 
 
 def anonymous_tuples(tree) -> list:
-    """(function, line) of returned tuples of three or more values without a name."""
-    gradients = {
-        id(f)
-        for c in ast.walk(tree)
-        if isinstance(c, ast.ClassDef) and any("autograd.Function" in ast.unparse(b) for b in c.bases)
-        for f in ast.walk(c)
-    }
+    """Return (function, line) of every returned tuple of three or more values without names."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    autograd = [c for c in classes if any("autograd.Function" in ast.unparse(base) for base in c.bases)]
+    gradients = {id(node) for c in autograd for node in ast.walk(c)}
     found = []
     for f in functions(tree):
         if is_kernel(f) or id(f) in gradients or f.name in THREE_OR_MORE:
             continue
-        for node in ast.walk(f):
-            if (
-                isinstance(node, ast.Return)
-                and isinstance(node.value, ast.Tuple)
-                and len(node.value.elts) > 2
-            ):
-                found.append((f.name, node.lineno))
+        returned = [node.value for node in ast.walk(f) if isinstance(node, ast.Return)]
+        for value in returned:
+            if isinstance(value, ast.Tuple) and len(value.elts) > 2:
+                found.append((f.name, value.lineno))
     return found
 
 
@@ -420,30 +436,36 @@ def test_docstrings(tree):
 # ---------------------------------------------------------------- knobs
 
 
-def unread_fields(tree) -> list:
-    """Config fields that nothing outside Config reads, be it through a property of Config."""
-    config = named(tree, ast.ClassDef, "Config")
-    fields = [
-        n.target.id for n in config.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-    ]
-    properties = {
-        n.name: {a.attr for a in ast.walk(n) if isinstance(a, ast.Attribute)}
-        for n in config.body
-        if isinstance(n, FUNCTIONS)
-    }
-    inside = {id(n) for n in ast.walk(config)}
-    inside |= {id(n) for f in functions(tree) if f.name in NOT_USE for n in ast.walk(f)}
-    read = {
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and id(n) not in inside
-    }
-    for node in tree.body:  # the parameter table names knobs in strings
+def attributes(tree) -> set[str]:
+    """Return the names of all attributes in a tree."""
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def names_in_parameter_table(tree) -> set[str]:
+    """Return the strings of PARAM_TABLE, which names knobs."""
+    names = set()
+    for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(t, ast.Name) and t.id == "PARAM_TABLE" for t in targets):
-            read |= {
-                n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-            }
+        if any(isinstance(target, ast.Name) and target.id == "PARAM_TABLE" for target in targets):
+            constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            names |= {value for value in constants if isinstance(value, str)}
+    return names
+
+
+def unread_fields(tree) -> list[str]:
+    """List the Config fields that nothing outside Config reads, directly or through a property of Config."""
+    config = named(tree, ast.ClassDef, "Config")
+    assigned = [n.target for n in config.body if isinstance(n, ast.AnnAssign)]
+    fields = [target.id for target in assigned if isinstance(target, ast.Name)]
+    properties = {n.name: attributes(n) for n in config.body if isinstance(n, FUNCTIONS)}
+
+    no_use = [config, *(f for f in functions(tree) if f.name in NOT_USE)]
+    inside = {id(node) for part in no_use for node in ast.walk(part)}
+    read = names_in_parameter_table(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in inside:
+            read.add(node.attr)
+
     while True:
         more = {attr for name in read & properties.keys() for attr in properties[name]} - read
         if not more:
@@ -477,30 +499,32 @@ def f(h): return h.used + h.size, "dead"
 # ---------------------------------------------------------------- every file of the tree
 
 
-def newer_fstrings(text: str) -> list:
-    """Lines whose f-strings only Python 3.12 reads. Below 3.12 the parser itself refuses such a file."""
-    bad, stack = [], []
+def needs_python_312(token, quote: str) -> bool:
+    """Return whether a token inside an f-string with these quotes is one that only Python 3.12 accepts."""
+    if quote in token.string or "\\" in token.string or token.type == tokenize.COMMENT:
+        return True
+    return len(quote) == 1 and token.type == tokenize.NL
+
+
+def newer_fstrings(text: str) -> list[int]:
+    """List lines whose f-strings need Python 3.12. Below 3.12 the parser itself refuses such a file."""
     if sys.version_info < (3, 12):
-        return bad
+        return []
+    bad = set()
+    quotes = []  # of the f-strings around a token
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if stack and token.type not in (tokenize.FSTRING_MIDDLE, tokenize.FSTRING_END):
-            for quote in stack:
-                if (
-                    quote in token.string
-                    or "\\" in token.string
-                    or token.type == tokenize.COMMENT
-                    or (len(quote) == 1 and token.type == tokenize.NL)
-                ):
-                    bad.append(token.start[0])
+        is_expression = token.type not in (tokenize.FSTRING_MIDDLE, tokenize.FSTRING_END)
+        if is_expression and any(needs_python_312(token, quote) for quote in quotes):
+            bad.add(token.start[0])
         if token.type == tokenize.FSTRING_START:
-            stack.append(token.string.lstrip("fFrRbB"))
+            quotes.append(token.string.lstrip("fFrRbB"))
         elif token.type == tokenize.FSTRING_END:
-            stack.pop()
-    return sorted(set(bad))
+            quotes.pop()
+    return sorted(bad)
 
 
-def python_files() -> list:
-    return [p for p in repo_files() if p.suffix == ".py"]
+def python_files() -> list[Path]:
+    return [path for path in repo_files() if path.suffix == ".py"]
 
 
 def test_python_310_grammar():
@@ -536,9 +560,8 @@ def test_python_310_compiles_it():
     if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
         pytest.skip("no python3.10 here")
     code = "import sys\nfor p in sys.stdin.read().split('\\0'): compile(open(p, 'rb').read(), p, 'exec')"
-    done = subprocess.run(
-        [python, "-c", code], input="\0".join(map(str, python_files())), capture_output=True, text=True
-    )
+    names = "\0".join(map(str, python_files()))
+    done = subprocess.run([python, "-c", code], input=names, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -549,10 +572,6 @@ def test_no_machine_paths_and_no_notes_to_self():
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             continue
-        found += [
-            f"{path.relative_to(ROOT)}:{i}: {word}"
-            for i, line in enumerate(lines, 1)
-            for word in FORBIDDEN
-            if word in line
-        ]
+        for i, line in enumerate(lines, 1):
+            found += [f"{path.relative_to(ROOT)}:{i}: {word}" for word in FORBIDDEN if word in line]
     assert not found, found[:20]

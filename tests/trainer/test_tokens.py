@@ -1,4 +1,4 @@
-"""Tokens: what a damaged dataset says, and what the loader's stream holds."""
+"""Tokens: damaged shards and datasets are refused in one line; the loader's stream holds every document."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ import train_gpt as t
 from helpers import (
     english_args,
     english_dataset,
+    joined,
     machine,
     random_documents,
     shard_folder,
@@ -32,29 +33,29 @@ def test_load_shard_gives_the_tokens(tmp_path):
     assert t.shard_tokens(str(tmp_path / "a.bin")) == 1000
 
 
-def damaged(path, how):
-    tokens = [1, 2, 3, 4, 5, 6]
-    if how == "missing":
-        return
-    write_shard(
-        path,
-        tokens,
-        magic=20240521 if how == "magic" else 20240520,
-        version=2 if how == "version" else 1,
-        count={"negative count": -1, "huge count": 2**31 - 1}.get(how),
-    )
-    raw = path.read_bytes()
-    cut = {"truncated": raw[:-2], "half a token": raw[:-1], "longer": raw + b"\0\0", "header cut": raw[:1000]}
-    path.write_bytes(cut.get(how, b"" if how == "empty" else raw))
+# What is wrong with the file: arguments of write_shard, or the bytes that the file gets instead of its own.
+FALSE_HEADERS = {
+    "magic": dict(magic=20240521),
+    "version": dict(version=2),
+    "negative count": dict(count=-1),
+    "huge count": dict(count=2**31 - 1),
+}
+FALSE_BYTES = {
+    "truncated": lambda raw: raw[:-2],
+    "half a token": lambda raw: raw[:-1],
+    "longer": lambda raw: raw + b"\0\0",
+    "header cut": lambda raw: raw[:1000],
+    "empty": lambda raw: b"",
+}
 
 
-HOWS = ["missing", "magic", "version", "truncated", "half a token", "longer", "header cut", "empty"]
-
-
-@pytest.mark.parametrize("how", [*HOWS, "negative count", "huge count"])
-def test_a_damaged_shard_is_named(tmp_path, how):
+@pytest.mark.parametrize("damage", ["missing", *FALSE_HEADERS, *FALSE_BYTES])
+def test_a_damaged_shard_is_named(tmp_path, damage):
     path = tmp_path / "x_train_000000.bin"
-    damaged(path, how)
+    if damage != "missing":
+        write_shard(path, [1, 2, 3, 4, 5, 6], **FALSE_HEADERS.get(damage, {}))
+    if damage in FALSE_BYTES:
+        path.write_bytes(FALSE_BYTES[damage](path.read_bytes()))
     with pytest.raises(t.InputError) as e:
         t.load_shard(str(path))
     assert str(path) in str(e.value) and "\n" not in str(e.value)
@@ -80,13 +81,14 @@ def test_split_files(tmp_path):
         t.split_files(str(tmp_path), "val")
     odd = tmp_path / "we[i]rd *"
     odd.mkdir()
-    for name in (
+    present = [
         "b_val_000001.bin",
         "b_val_000000.bin",
         "b_train_000000.bin",
         "b_val_x.bin",
         "b_val_000002.txt",
-    ):
+    ]
+    for name in present:
         (odd / name).write_bytes(b"")
     names = [Path(f).name for f in t.split_files(str(odd), "val")]
     assert names == ["b_val_000000.bin", "b_val_000001.bin"]
@@ -105,7 +107,7 @@ def test_load_split_concatenates_and_cuts(tmp_path):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the English dataset to damage."""
+    """Copy the English dataset, to damage it."""
     folder = tmp_path / "data"
     folder.mkdir()
     for file in Path(english_dataset().path).iterdir():
@@ -114,6 +116,7 @@ def copy(tmp_path):
 
 
 def edit_manifest(folder, **changes):
+    """Change keys of manifest.json; `tokenizer` changes keys of its entry."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["tokenizer"] |= changes.pop("tokenizer", {})
@@ -121,7 +124,7 @@ def edit_manifest(folder, **changes):
 
 
 def refuse(folder, capsys, tmp_path, *args):
-    """The one line of a training on `folder`; no log may have been begun."""
+    """Return the one line with which training refuses the data in `folder`; no log may have been begun."""
     err = stop_one_line([*english_args(data_path=folder, out_dir=tmp_path / "logs"), *args], capsys)
     assert not (tmp_path / "logs").exists(), "a log was begun before the data was checked"
     return err
@@ -133,38 +136,51 @@ def test_the_copy_is_accepted_as_it_is(copy):
     assert len(dataset.counts.base) == data.vocab_size
 
 
-@pytest.mark.parametrize(
-    "damage,words",
-    [
-        (lambda f: [p.unlink() for p in f.iterdir()], ["_val_"]),
-        (lambda f: [p.unlink() for p in f.glob("*_val_*")], ["_val_"]),
-        (lambda f: [p.unlink() for p in f.glob("*_train_*")], ["_train_"]),
-        (lambda f: (f / "tokenizer.model").unlink(), ["tokenizer.model"]),
-        (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), ["tokenizer.model"]),
-        (lambda f: (f / "manifest.json").unlink(), ["manifest.json", "tokenizer_path"]),
-        (lambda f: (f / "manifest.json").write_text("{"), ["manifest.json"]),
-        (lambda f: (f / "manifest.json").write_text("[]"), ["manifest.json"]),
-        (lambda f: (f / "manifest.json").write_text("{}"), ["manifest.json"]),
-        (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), ["manifest.json"]),
-        (lambda f: edit_manifest(f, tokenizer={"sha256": "0" * 64}), ["tokenizer.model", "manifest.json", "sha256"]),
-        (lambda f: edit_manifest(f, bos_id=2), ["bos_id"]),
-        (lambda f: write_shard(f / "tiny_val_000000.bin", [1] * 20), ["val", "eval_seq_len"]),
-        (lambda f: [write_shard(f / f"tiny_train_00000{i}.bin", [1] * 9) for i in (0, 1)], ["train", "sequence"]),
-        (lambda f: [write_shard(p, [1, 2, 60_000] * 99) for p in f.glob("*_train_*")], ["_train_", "60000"]),
-        (lambda f: [write_shard(p, [5] * 999) for p in f.glob("*_train_*")], ["_train_", "bos_id"]),
-    ],
-    ids=[
-        "empty folder", "no val", "no train", "no tokenizer", "tokenizer junk", "no manifest", "manifest cut",
-        "manifest list", "manifest empty", "manifest binary", "tokenizer sha", "manifest bos", "short val",
-        "short train", "token too large", "no bos",
-    ],
-)  # fmt: skip
-def test_a_dataset_that_does_not_fit_is_one_line(copy, damage, words, capsys, tmp_path, request):
+def remove(folder, pattern):
+    for path in folder.glob(pattern):
+        path.unlink()
+
+
+def refill(folder, pattern, tokens):
+    """Write other tokens into the shards that match a pattern."""
+    for path in folder.glob(pattern):
+        write_shard(path, tokens)
+
+
+# What to do to a dataset, and the words of the line that refuses it.
+DAMAGES = {
+    "empty folder": (lambda f: remove(f, "*"), ["_val_"]),
+    "no val": (lambda f: remove(f, "*_val_*"), ["_val_"]),
+    "no train": (lambda f: remove(f, "*_train_*"), ["_train_"]),
+    "no tokenizer": (lambda f: remove(f, "tokenizer.model"), ["tokenizer.model"]),
+    "tokenizer junk": (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), ["tokenizer.model"]),
+    "no manifest": (lambda f: remove(f, "manifest.json"), ["manifest.json", "tokenizer_path"]),
+    "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), ["manifest.json"]),
+    "manifest list": (lambda f: (f / "manifest.json").write_text("[]"), ["manifest.json"]),
+    "manifest empty": (lambda f: (f / "manifest.json").write_text("{}"), ["manifest.json"]),
+    "manifest binary": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), ["manifest.json"]),
+    "tokenizer sha": (
+        lambda f: edit_manifest(f, tokenizer={"sha256": "0" * 64}),
+        ["tokenizer.model", "manifest.json", "sha256"],
+    ),
+    "manifest bos": (lambda f: edit_manifest(f, bos_id=2), ["bos_id"]),
+    "short val": (lambda f: refill(f, "*_val_*", [1] * 20), ["val", "eval_seq_len"]),
+    "short train": (lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
+    "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
+    "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["_train_", "bos_id"]),
+}
+FOUND_BY_THE_LOADER = ("no train", "short train", "token too large", "no bos")  # after the log is begun
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_dataset_that_does_not_fit_is_one_line(copy, name, capsys, tmp_path):
+    damage, words = DAMAGES[name]
     damage(copy)
-    late = request.node.callspec.id in ("no train", "short train", "token too large", "no bos")
-    argv = [*english_args(data_path=copy, out_dir=tmp_path / "logs")]
-    err = stop_one_line(argv, capsys) if late else refuse(copy, capsys, tmp_path)
-    assert all(w in err for w in words), err
+    if name in FOUND_BY_THE_LOADER:
+        err = stop_one_line(english_args(data_path=copy, out_dir=tmp_path / "logs"), capsys)
+    else:
+        err = refuse(copy, capsys, tmp_path)
+    assert all(word in err for word in words), err
 
 
 @pytest.mark.parametrize(
@@ -208,11 +224,12 @@ def test_a_report_split_is_checked_before_training(copy, capsys, tmp_path):
 
 
 def loader(folder, rank=0, world=1, **knobs):
+    """Return a rank's loader of the shards in `folder`."""
     return t.TokenLoader(tiny(data_path=folder, **knobs), machine(rank, world))
 
 
 def epoch_documents(stream, h):
-    """The stream's documents, cut at BOS."""
+    """Cut a stream that begins with BOS into its documents."""
     starts = np.flatnonzero(stream == h.bos_id)
     assert starts[0] == 0
     return [tuple(d) for d in np.split(stream, starts[1:])]
@@ -220,6 +237,7 @@ def epoch_documents(stream, h):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
+    """Write three shards; return their folder and their documents."""
     folder = tmp_path_factory.mktemp("shards") / "data"
     groups = shard_folder(folder, tiny(), [17, 30, 5], seed=3)
     return folder, [tuple(d) for g in groups for d in g]
@@ -239,15 +257,16 @@ def test_an_epoch_is_a_permutation_of_whole_documents(shards):
 
 def test_documents_are_shuffled_inside_shards_and_shards_among_each_other(shards):
     folder, documents = shards
-    home = {d: 0 if i < 17 else 1 if i < 47 else 2 for i, d in enumerate(documents)}
-    visits, within = set(), set()
+    shard_of = dict(zip(documents, np.repeat([0, 1, 2], [17, 30, 5]).tolist()))
+    visits = set()
+    within = set()
     for seed in range(8):
         data = loader(folder, seed=seed)
         got = epoch_documents(data.read(0, data.total), data.h)
-        order = [home[d] for d in got]
+        order = [shard_of[d] for d in got]
         visits.add(tuple(dict.fromkeys(order)))
         assert len([1 for a, b in zip(order, order[1:]) if a != b]) == 2  # one shard at a time
-        within.add(tuple(d for d in got if home[d] == 1))
+        within.add(tuple(d for d in got if shard_of[d] == 1))
     assert len(visits) > 1 and len(within) == 8
 
 
@@ -260,19 +279,14 @@ def test_read_is_one_stream_across_shards_and_epochs(shards):
     data = loader(shards[0])
     whole = data.read(0, 3 * data.total + 50)
     rng = np.random.default_rng(0)
-    spans = [(int(a), int(b)) for a, b in zip(rng.integers(0, 3 * data.total, 200), rng.integers(1, 50, 200))]
-    bounds = [k * data.total for k in (1, 2, 3)]
-    spans += (
-        [(b - 1, 2) for b in bounds]
-        + [(b, 1) for b in bounds]
-        + [(b - 20, 40) for b in bounds]
-        + [(0, data.total)]
-    )
+    positions = rng.integers(0, 3 * data.total, 200).tolist()
+    counts = rng.integers(1, 50, 200).tolist()
+    spans = [*zip(positions, counts), (0, data.total)]
+    for bound in (data.total, 2 * data.total, 3 * data.total):
+        spans += [(bound - 1, 2), (bound, 1), (bound - 20, 40)]
     for position, count in spans:
-        assert np.array_equal(data.read(position, count), whole[position : position + count]), (
-            position,
-            count,
-        )
+        got = data.read(position, count)
+        assert np.array_equal(got, whole[position : position + count]), (position, count)
     fresh = loader(shards[0])  # nothing depends on what was read before
     assert np.array_equal(fresh.read(2 * data.total + 7, 30), whole[2 * data.total + 7 :][:30])
 
@@ -282,65 +296,76 @@ def test_text_before_the_first_bos_of_a_shard_is_kept(tmp_path):
     h = tiny()
     documents = random_documents(h, 6, 1)
     head = [7, 8, 9]
-    write_shard(tmp_path / "x_train_000000.bin", head + sum(documents, []))
+    write_shard(tmp_path / "x_train_000000.bin", head + joined(documents))
     data = loader(tmp_path)
     stream = data.read(0, data.total).tolist()
-    assert sorted(stream) == sorted(head + sum(documents, []))
+    assert sorted(stream) == sorted(head + joined(documents))
     text = ",".join(map(str, stream)) + ","
     assert all(",".join(map(str, d)) + "," in text for d in [head, *documents])
 
 
 def global_batch(batches):
-    """Rank batches [rank][micro] -> the rows in order of their index: micro-batch, then rank."""
-    rows = [micro for a in range(len(batches[0])) for micro in (b[a] for b in batches)]
-    return torch.cat(rows)
+    """Join the ranks' batches, [rank][micro-batch], into (sequences, T + 1) in the global batch's order."""
+    return torch.cat([micro_batch for of_all_ranks in zip(*batches) for micro_batch in of_all_ranks])
 
 
-def stream_rows(data, first, count):
-    """Rows [first, first + count) of the stream, as tuples."""
+def stream_sequences(data, first, count):
+    """Return sequences [first, first + count) of the stream, as tuples."""
     T = data.h.train_seq_len
     stream = data.read(first * T, count * T + 1)
     return [tuple(stream[i * T : i * T + T + 1]) for i in range(count)]
 
 
 @pytest.mark.parametrize("mix_tokens,span", [(0, 1), (127, 1), (400, 3), (10**9, None)])
-def test_batches_share_out_the_rows_of_a_stretch_of_the_stream(shards, mix_tokens, span):
-    """Each row once, in an order of the seed's; never from more than the whole split."""
+def test_batches_share_out_the_sequences_of_a_stretch_of_the_stream(shards, mix_tokens, span):
+    """Each sequence comes once, in an order that the seed decides, from at most the whole split.
+
+    span: batches that draw from one stretch; None: as many as the split has.
+    """
     data = loader(shards[0], mix_tokens=mix_tokens)
     count = data.h.train_batch_tokens // data.h.train_seq_len
-    assert (
-        data.draw_batches == span
-        or span is None
-        and data.draw_batches == data.total // data.h.train_batch_tokens > 3
-    )
+    if span is None:
+        assert data.draw_batches == data.total // data.h.train_batch_tokens > 3
+    else:
+        assert data.draw_batches == span
+
     orders = []
     for draw in range(5 if span else 2):  # into the next epoch
-        wanted, got = stream_rows(data, draw * data.draw_batches * count, data.draw_batches * count), []
+        wanted = stream_sequences(data, draw * data.draw_batches * count, data.draw_batches * count)
+        got = []
         for _ in range(data.draw_batches):
-            rows = global_batch([data.next()])
-            assert rows.dtype == torch.int64 and rows.shape == (count, data.h.train_seq_len + 1)
-            got += [tuple(row) for row in rows.numpy()]
+            batch = global_batch([data.next()])
+            assert batch.dtype == torch.int64 and batch.shape == (count, data.h.train_seq_len + 1)
+            got += [tuple(sequence) for sequence in batch.numpy()]
         assert sorted(got) == sorted(wanted) and (got == wanted) == (span == 1)
-        orders.append([wanted.index(row) for row in got])
+        orders.append([wanted.index(sequence) for sequence in got])
     assert (orders[0] != orders[1]) == (span != 1)
+
+    again = loader(shards[0], mix_tokens=mix_tokens)
     other = loader(shards[0], mix_tokens=mix_tokens, seed=99)
-    assert not torch.equal(
-        global_batch([other.next()]), global_batch([loader(shards[0], mix_tokens=mix_tokens).next()])
-    )
+    assert not torch.equal(global_batch([other.next()]), global_batch([again.next()]))
 
 
 def test_a_book_does_not_fill_a_batch(tmp_path):
-    """A document of eight batches: in order it fills seven of them, drawn from all text it is a quarter of each."""
+    """In order, a document of eight batches fills seven; drawn from all text, it is a quarter of each."""
     h = tiny()
     book = [h.bos_id] + [h.bos_id + 1] * (8 * h.train_batch_tokens)
     letters = [[h.bos_id] + [h.bos_id + 2] * 30 for _ in range(24 * h.train_batch_tokens // 31)]
-    write_shard(tmp_path / "x_train_000000.bin", sum(letters[:200], []) + book + sum(letters[200:], []))
-    share = lambda rows: float((rows == h.bos_id + 1).float().mean())
-    for mix_tokens, most in ((0, 1.0), (10**9, 0.8)):
+    text = joined(letters[:200]) + book + joined(letters[200:])
+    write_shard(tmp_path / "x_train_000000.bin", text)
+
+    def shares_of_the_book(mix_tokens):
+        """Return the book's share of each batch of an epoch."""
         data = loader(tmp_path, mix_tokens=mix_tokens)
-        shares = [share(global_batch([data.next()])) for _ in range(data.total // h.train_batch_tokens)]
-        assert (max(shares) == 1.0) == (most == 1.0) and max(shares) <= most
-        assert sum(x > 0 for x in shares) <= 9 if most == 1.0 else sum(x > 0 for x in shares) >= 20
+        batches = [global_batch([data.next()]) for _ in range(data.total // h.train_batch_tokens)]
+        return [float((batch == h.bos_id + 1).float().mean()) for batch in batches]
+
+    in_order = shares_of_the_book(0)
+    assert max(in_order) == 1.0
+    assert sum(share > 0 for share in in_order) <= 9
+    drawn = shares_of_the_book(10**9)
+    assert max(drawn) <= 0.8
+    assert sum(share > 0 for share in drawn) >= 20
 
 
 @pytest.mark.parametrize("micro", [16, 32, 64, 128])
@@ -360,7 +385,7 @@ def test_the_batch_must_cut_into_micro_batches(shards):
     t.TokenLoader(h, machine(0, 3))
     h = tiny(data_path=shards[0], train_batch_tokens=16 * 10, micro_batch_tokens=16 * 2)
     with pytest.raises(t.InputError, match="micro_batch_tokens"):
-        t.TokenLoader(h, machine(0, 2))  # 5 rows a rank in micro-batches of 2
+        t.TokenLoader(h, machine(0, 2))  # 5 sequences a rank in micro-batches of 2
 
 
 def test_seek_is_exact(shards):
@@ -395,7 +420,7 @@ def test_an_error_of_the_prefetch_thread_reaches_next(tmp_path):
 
 
 def test_a_damaged_shard_is_found_before_training(tmp_path):
-    """Not in the middle of a run, when its turn comes: at the start, on one rank or another."""
+    """One rank or another finds it at the start, not in the middle of a run when its turn comes."""
     shard_folder(tmp_path, tiny(), [300, 300, 300, 300], seed=1)
     write_shard(tmp_path / "x_train_000002.bin", [1, 5, 500] * 100)
     for world in (1, 2, 4):
@@ -415,7 +440,7 @@ def test_a_shard_without_bos_is_named(tmp_path):
         loader(tmp_path).next()
 
 
-def test_a_train_split_shorter_than_a_row_is_refused(tmp_path):
+def test_a_train_split_shorter_than_a_sequence_is_refused(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", [1] * 16)
     with pytest.raises(t.InputError, match="16 tokens"):
         loader(tmp_path)

@@ -1,4 +1,4 @@
-"""Whole runs through main: training, the log as a record, the artifact as the score's only source, the cap."""
+"""Whole runs through main: training, the log, the score of the artifact's file, the cap, files in the way."""
 
 import dataclasses
 import hashlib
@@ -17,14 +17,23 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import ROOT, english_args, english_dataset, run_ranks, stop_one_line, temporary_folder
+from helpers import (
+    ROOT,
+    as_arguments,
+    english_args,
+    english_dataset,
+    run_ranks,
+    stop_one_line,
+    temporary_folder,
+)
 
-# The formats that parsers of modded-nanogpt and parameter-golf logs take, to the letter.
+# The exact formats that parsers of modded-nanogpt and parameter-golf logs take.
 TRAIN_LINE = re.compile(
     r"^step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
 )
 VAL_LINE = re.compile(
-    r"^step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
+    r"^step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\d{4}) "
+    r"train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
 )
 COMMUNITY = [
     re.compile(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+)"),
@@ -42,7 +51,8 @@ SCORE_LINES = [
     r"^warmup_step:2/2$",
 ]
 FINAL = re.compile(
-    r"^final_score metric:int6_lzma_sliding val_loss:(?P<val_loss>\d+\.\d{8}) val_bpb:(?P<val_bpb>\d+\.\d{8}) "
+    r"^final_score metric:int6_lzma_sliding "
+    r"val_loss:(?P<val_loss>\d+\.\d{8}) val_bpb:(?P<val_bpb>\d+\.\d{8}) "
     r"bytes_total:(?P<bytes_total>\d+) bytes_code:(?P<bytes_code>\d+) steps:(?P<steps>\d+) "
     r"train_time:(?P<train_time>\d+)ms eval_time:(?P<eval_time>\d+)ms seed:(?P<seed>\d+) "
     r"sha256:(?P<sha256>[0-9a-f]{64})$"
@@ -57,29 +67,47 @@ def clean_environment(monkeypatch):
 
 
 def read_run(folder, status):
+    """Read what a run left in its folder: log, lines, blob of the artifact, match of the final score."""
     log = (folder / "run.txt").read_text(encoding="utf-8")
-    blob = (folder / "run.int6.xz").read_bytes()
     lines = log.splitlines()
     return SimpleNamespace(
-        folder=folder, status=status, log=log, lines=lines, blob=blob, final=FINAL.match(lines[-1])
+        folder=folder,
+        status=status,
+        log=log,
+        lines=lines,
+        blob=(folder / "run.int6.xz").read_bytes(),
+        final=FINAL.match(lines[-1]),
     )
 
 
 @cache
 def finished(**knobs):
-    """A finished training in this process; its folder, status, log and artifact."""
+    """Train in this process and read the run. The same knobs, in the same order, train once."""
     folder = temporary_folder() / "out"
-    return read_run(folder, t.main(english_args(**({"iterations": STEPS, "out_dir": folder} | knobs))))
+    argv = english_args(**({"iterations": STEPS, "out_dir": folder} | knobs))
+    return read_run(folder, t.main(argv))
 
 
 def finished_with(**knobs):
+    """Train in this process and read the run. The same knobs train once."""
     return finished(**dict(sorted(knobs.items())))
 
 
 def value(run, pattern):
-    found = [m for m in (re.match(pattern, x) for x in run.lines) if m]
+    """Return the first group of the pattern in the only line of the log that matches it."""
+    found = [match for match in (re.match(pattern, line) for line in run.lines) if match]
     assert len(found) == 1, (pattern, len(found))
     return found[0].group(1)
+
+
+def starting(run, start):
+    """Return the lines of the log that start so."""
+    return [line for line in run.lines if line.startswith(start)]
+
+
+def matches(run, pattern):
+    """Return the matches of a compiled pattern, line by line."""
+    return [match for match in map(pattern.match, run.lines) if match]
 
 
 # ---------------------------------------------------------------- one run
@@ -88,35 +116,39 @@ def value(run, pattern):
 def test_a_run_ends_well_and_the_loss_falls():
     run = finished_with()
     assert run.status == 0
-    losses = [float(m[3]) for m in map(TRAIN_LINE.match, run.lines) if m]
+    losses = [float(m[3]) for m in matches(run, TRAIN_LINE)]
     assert len(losses) == STEPS
     uniform = math.log(english_dataset().vocab_size)
     assert losses[0] == pytest.approx(uniform, abs=0.3)
     assert np.mean(losses[-4:]) < losses[0] - 0.5
-    assert all(a is not None for a in (run.final,))
+    assert run.final is not None
     assert float(run.final["val_loss"]) < uniform - 0.5
-    live, floor = value(run, r"final_live val_loss:([\d.]+)"), value(run, r"unigram val_loss:([\d.]+)")
-    assert float(live) < losses[0] and float(floor) < uniform
+    live = float(value(run, r"final_live val_loss:([\d.]+)"))
+    unigram = float(value(run, r"unigram val_loss:([\d.]+)"))
+    assert live < losses[0] and unigram < uniform
 
 
-def test_what_frequencies_alone_score_by_hand():
-    """Those of the first training shard, add-one."""
-    run, data = finished_with(), english_dataset()
+def test_the_unigram_score_by_hand():
+    """It takes the frequencies of the first training shard, with one added to each count."""
+    run = finished_with()
+    data = english_dataset()
     train = np.fromfile(f"{data.path}/tiny_train_000000.bin", dtype="<u2")[512:].tolist()
     targets = data.val[1 : 1 + int(value(run, r".* val_tokens:(\d+)"))]
-    weigh = lambda x: targets.count(x) * math.log((train.count(x) + 1) / (len(train) + data.vocab_size))
-    nats = -sum(map(weigh, set(targets)))
+    nats = 0.0
+    for token in set(targets):
+        probability = (train.count(token) + 1) / (len(train) + data.vocab_size)
+        nats -= targets.count(token) * math.log(probability)
     assert value(run, r"unigram val_loss:([\d.]+)") == f"{nats / len(targets):.4f}"
-    weight = int(value(run, r".* val_bytes:(\d+)"))
-    assert value(run, r"unigram val_loss:[\d.]+ val_bpb:([\d.]+)") == f"{nats / math.log(2) / weight:.4f}"
+    num_bytes = int(value(run, r".* val_bytes:(\d+)"))
+    assert value(run, r"unigram val_loss:[\d.]+ val_bpb:([\d.]+)") == f"{nats / math.log(2) / num_bytes:.4f}"
 
 
 def test_the_log_begins_with_the_source():
     run = finished_with()
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
-    rule = "=" * 100
-    assert run.lines.count(rule) == 2 and rule not in source.splitlines()
-    parts = run.log.split("\n" + rule + "\n")
+    separator = "=" * 100
+    assert run.lines.count(separator) == 2 and separator not in source.splitlines()
+    parts = run.log.split(f"\n{separator}\n")
     assert len(parts) == 3
     assert parts[0].rstrip("\n") == source.rstrip("\n")
     versions = parts[1].splitlines()
@@ -131,76 +163,74 @@ def test_the_log_holds_the_resolved_config():
     assert after[0] == "config:"
     block = [line[2:] for line in after[1:] if line.startswith("  ")]
     assert block == sorted(block)
-    knobs = t.load_config(english_args(iterations=STEPS, out_dir=run.folder), {})
-    assert dict(x.split(": ", 1) for x in block) == {k: str(v) for k, v in dataclasses.asdict(knobs).items()}
+    h = t.load_config(english_args(iterations=STEPS, out_dir=run.folder), {})
+    expected = {key: str(value) for key, value in dataclasses.asdict(h).items()}
+    assert dict(line.split(": ", 1) for line in block) == expected
     assert after[1 + len(block)] == "preset: record"
 
 
 def test_log_lines_are_the_communitys():
     run = finished_with()
     for pattern in SCORE_LINES:
-        assert len([x for x in run.lines if re.match(pattern, x)]) == 1, pattern
-    steps = [m for m in map(TRAIN_LINE.match, run.lines) if m]
+        assert len(matches(run, re.compile(pattern))) == 1, pattern
+    steps = matches(run, TRAIN_LINE)
     assert [int(m[1]) for m in steps] == list(range(1, STEPS + 1)) and {m[2] for m in steps} == {str(STEPS)}
     times = [int(m[4]) for m in steps]
     assert times == sorted(times)
     for m in steps:
         assert float(m[5]) == pytest.approx(int(m[4]) / int(m[1]), abs=1.01)
-    scores = [m for m in map(VAL_LINE.match, run.lines) if m]
-    assert [int(m[1]) for m in scores] == [STEPS]
-    assert all(len(r.findall("\n".join(run.lines))) == 1 for r in COMMUNITY)
-    assert re.match(r"model_params:\d+$", [x for x in run.lines if x.startswith("model_params")][0])
+    assert [int(m[1]) for m in matches(run, VAL_LINE)] == [STEPS]
+    assert all(len(pattern.findall("\n".join(run.lines))) == 1 for pattern in COMMUNITY)
+    assert re.match(r"model_params:\d+$", starting(run, "model_params")[0])
 
 
 def test_final_score_is_last_and_agrees_with_the_file():
     run = finished_with()
-    f = run.final
-    assert f and len([x for x in run.lines if x.startswith("final_score")]) == 1
-    assert f["sha256"] == hashlib.sha256(run.blob).hexdigest()
+    final = run.final
+    assert final and len(starting(run, "final_score")) == 1
+    assert final["sha256"] == hashlib.sha256(run.blob).hexdigest()
     code = len(t.packed_code((ROOT / "train_gpt.py").read_text(encoding="utf-8")))
-    assert int(f["bytes_code"]) == code == int(value(run, r"Code size: (\d+) bytes$"))
-    assert int(f["bytes_total"]) == len(run.blob) + code
+    assert int(final["bytes_code"]) == code == int(value(run, r"Code size: (\d+) bytes$"))
+    assert int(final["bytes_total"]) == len(run.blob) + code
     assert int(value(run, r"Serialized model int6\+lzma: (\d+) bytes$")) == len(run.blob)
-    assert value(run, r"Total submission size int6\+lzma: (\d+) bytes$") == f["bytes_total"]
-    assert (int(f["steps"]), f["seed"]) == (STEPS, "1337")
-    exact = [x for x in run.lines if x.startswith("final_int6_sliding_window_exact")][0]
-    assert exact.endswith(f"val_loss:{f['val_loss']} val_bpb:{f['val_bpb']}")
-    phases = [x for x in run.lines if x.startswith("phase_times")][0]
+    assert value(run, r"Total submission size int6\+lzma: (\d+) bytes$") == final["bytes_total"]
+    assert (int(final["steps"]), final["seed"]) == (STEPS, "1337")
+    exact = starting(run, "final_int6_sliding_window_exact")[0]
+    assert exact.endswith(f"val_loss:{final['val_loss']} val_bpb:{final['val_bpb']}")
+    phases = starting(run, "phase_times")[0]
     for phase in ("load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval"):
         assert re.search(rf"\b{phase}:\d+ms", phases), phase
 
 
 def score_by_hand(blob, stride):
-    """Mean nats and bpb of an artifact on the English val split, one window and one forward at a time."""
+    """Return mean nats and bpb of an artifact on the English val split, one forward pass a score window."""
     data = english_dataset()
     config = t.open_artifact(blob)[0]["config"]
-    h = t.load_config(
-        [x for x in english_args() if x.split("=")[0] not in config]
-        + [f"{k}={v}" for k, v in config.items()],
-        {},
-    )
+    free = [argument for argument in english_args() if argument.split("=")[0] not in config]
+    h = t.load_config([*free, *as_arguments(config)], {})
     model = t.GPT(h)
+    model.load_state_dict(t.unpack_artifact(blob))
+    tokens = torch.tensor(data.val)
+    total = len(tokens) - 1
+    nats = 0.0
     with torch.no_grad():
-        for k, p in model.named_parameters():
-            p.copy_(t.unpack_artifact(blob)[k])
-        tokens, nats = torch.tensor(data.val), 0.0
-        for start, end, score_from in t.score_windows(len(tokens) - 1, h.eval_seq_len, stride):
+        for start, end, score_from in t.score_windows(total, h.eval_seq_len, stride):
             logits = model.logits(tokens[None, start:end])[0].double()
-            each = torch.logsumexp(logits, -1) - logits.gather(1, tokens[start + 1 : end + 1, None])[:, 0]
+            targets = tokens[start + 1 : end + 1, None]
+            each = torch.logsumexp(logits, -1) - logits.gather(1, targets)[:, 0]
             nats += each[score_from - start :].sum().item()
-    return nats / (len(tokens) - 1), nats / math.log(2) / data.val_bytes
+    return nats / total, nats / math.log(2) / data.val_bytes
 
 
 def test_the_score_is_the_files():
-    """Recomputed from the bytes on disk: chunked and sliding, nats and bits per byte of the decoded text."""
+    """Both the chunked and the sliding score are those of the bytes on disk, computed by hand."""
     run = finished_with()
     loss, bits = score_by_hand(run.blob, 8)
     assert float(run.final["val_loss"]) == pytest.approx(loss, abs=2e-6)
     assert float(run.final["val_bpb"]) == pytest.approx(bits, abs=2e-6)
     chunked, _ = score_by_hand(run.blob, 32)
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(
-        chunked, abs=2e-6
-    )
+    logged = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+    assert logged == pytest.approx(chunked, abs=2e-6)
 
 
 def test_sliding_beats_chunked_after_training():
@@ -211,14 +241,9 @@ def test_sliding_beats_chunked_after_training():
 
 
 def eval_again(run, folder, name, *args):
-    """`eval` of a finished run's artifact: the last line of its log."""
-    argv = [
-        "eval",
-        str(run.folder / "run.int6.xz"),
-        f"data_path={english_dataset().path}",
-        f"out_dir={folder}",
-    ]
-    assert t.main([*argv, f"run_id={name}", "eval_batch_tokens=2048", *args]) == 0
+    """Run `eval` on a finished run's artifact. Returns the last line of its log."""
+    knobs = dict(data_path=english_dataset().path, out_dir=folder, run_id=name, eval_batch_tokens=2048)
+    assert t.main(["eval", str(run.folder / "run.int6.xz"), *as_arguments(knobs), *args]) == 0
     return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()[-1]
 
 
@@ -252,27 +277,24 @@ def test_eval_reads_the_environment_like_arguments(tmp_path, monkeypatch):
 
 def test_eval_of_something_else_is_one_line(tmp_path, capsys):
     run = finished_with()
+    data = f"data_path={english_dataset().path}"
     damaged = {"cut": run.blob[:-9], "empty": b"", "text": b"hello", "tail": run.blob + b"x"}
     for name, blob in damaged.items():
         (tmp_path / name).write_bytes(blob)
-        err = stop_one_line(
-            ["eval", str(tmp_path / name), f"data_path={english_dataset().path}", f"out_dir={tmp_path}/x"],
-            capsys,
-        )
+        argv = ["eval", str(tmp_path / name), data, f"out_dir={tmp_path}/x"]
+        err = stop_one_line(argv, capsys)
         assert str(tmp_path / name) in err
     assert not (tmp_path / "x").exists()
-    stop_one_line(["eval", str(tmp_path), f"data_path={english_dataset().path}"], capsys)  # a folder
+    stop_one_line(["eval", str(tmp_path), data], capsys)  # a folder
 
 
 # ---------------------------------------------------------------- what runs depend on
 
 
 def test_the_seed_decides_every_bit():
-    first, again, other = (
-        finished_with(),
-        finished_with(run_id="run", train_log_every=2),
-        finished_with(seed=7),
-    )
+    first = finished_with()
+    again = finished_with(run_id="run", train_log_every=2)
+    other = finished_with(seed=7)
     assert again.folder != first.folder
     assert first.final["sha256"] == again.final["sha256"] and first.blob == again.blob
     assert first.final["val_loss"] == again.final["val_loss"]
@@ -280,12 +302,17 @@ def test_the_seed_decides_every_bit():
 
 
 def test_deterministic_mode_is_torchs(monkeypatch):
-    """It is on while the run lasts, off in the next; on a GPU two runs with it give the same bytes."""
-    seen, real = [], t.train_step
-    monkeypatch.setattr(
-        t, "train_step", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or real(*a)
-    )
-    first, again = finished_with(deterministic=True), finished_with(deterministic=True, train_log_every=3)
+    """It is on while the run lasts and off in the next; two runs with it give the same bytes."""
+    seen = []
+    real = t.train_step
+
+    def watched(*args):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return real(*args)
+
+    monkeypatch.setattr(t, "train_step", watched)
+    first = finished_with(deterministic=True)
+    again = finished_with(deterministic=True, train_log_every=3)
     assert all(seen) and seen and first.blob == again.blob
     seen.clear()
     finished_with(train_log_every=4)
@@ -293,12 +320,11 @@ def test_deterministic_mode_is_torchs(monkeypatch):
 
 
 def test_ema_and_live_weights_are_different_artifacts():
-    ema, live = finished_with(), finished_with(artifact_weights="live")
+    ema = finished_with()
+    live = finished_with(artifact_weights="live")
     assert ema.blob != live.blob
-    assert (
-        "artifact weights:ema int6_step:0.0" in ema.lines
-        and "artifact weights:live int6_step:0.0" in live.lines
-    )
+    assert "artifact weights:ema int6_step:0.0" in ema.lines
+    assert "artifact weights:live int6_step:0.0" in live.lines
     for name in ("final_live", "final_ema"):  # the training was the same
         assert value(ema, rf"{name} val_loss:([\d.]+)") == value(live, rf"{name} val_loss:([\d.]+)")
     for run, name in ((ema, "ema"), (live, "live")):  # the artifact is near the weights that it names
@@ -308,25 +334,26 @@ def test_ema_and_live_weights_are_different_artifacts():
 
 
 def test_validation_during_training_changes_nothing():
-    plain, watched = finished_with(), finished_with(val_loss_every=10)
-    assert plain.blob == watched.blob
-    scores = [m for m in map(VAL_LINE.match, watched.lines) if m]
+    watched = finished_with(val_loss_every=10)
+    assert finished_with().blob == watched.blob
+    scores = matches(watched, VAL_LINE)
     assert [int(m[1]) for m in scores] == [0, 10, 20, STEPS]
     assert float(scores[0][3]) > float(scores[-1][3])
 
 
 def test_no_validation_token_before_the_clock_stops():
-    opens = next(i for i, x in enumerate(finished_with().lines) if x.startswith("data split:val "))
-    last_step = max(i for i, x in enumerate(finished_with().lines) if TRAIN_LINE.match(x))
+    run = finished_with()
+    opens = next(i for i, line in enumerate(run.lines) if line.startswith("data split:val "))
+    last_step = max(i for i, line in enumerate(run.lines) if TRAIN_LINE.match(line))
     assert opens > last_step
-    line = finished_with().lines[opens]
+    line = run.lines[opens]
     data = english_dataset()
     assert f"val_tokens:{len(data.val) - 1} val_bytes:{data.val_bytes}" in line
 
 
 def test_the_wall_clock_stops_a_run():
     run = finished_with(iterations=100_000, max_wallclock_seconds=1.0, train_log_every=50)
-    stop = [x for x in run.lines if x.startswith("stopping_early")]
+    stop = starting(run, "stopping_early")
     assert len(stop) == 1
     found = re.match(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", stop[0])
     assert found and found[2] == run.final["steps"] and found[1] == run.final["train_time"]
@@ -335,6 +362,8 @@ def test_the_wall_clock_stops_a_run():
 
 
 def slow(fn, seconds):
+    """Return fn with a pause before each call."""
+
     def slowed(*args):
         time.sleep(seconds)
         return fn(*args)
@@ -342,8 +371,8 @@ def slow(fn, seconds):
     return slowed
 
 
-def test_no_step_begins_that_would_end_behind_the_wall(monkeypatch):
-    """Steps of 0.3 s: a step is not begun when it and the one in flight would end behind 2 s."""
+def test_no_step_begins_that_would_end_after_the_limit(monkeypatch):
+    """Steps take 0.3 s: none is begun when it and the one in flight would end after 2 s."""
     monkeypatch.setattr(t, "train_step", slow(t.train_step, 0.3))
     run = finished_with(iterations=1000, max_wallclock_seconds=2.0, warmup_steps=1, seed=11)
     assert 1000 < int(run.final["train_time"]) < 2000
@@ -360,13 +389,12 @@ def test_val_tokens_cuts_the_split():
     assert any(x.startswith("data split:val val_tokens:1000 ") for x in run.lines)
 
 
-def test_a_stride_of_a_window_is_the_chunked_score():
+def test_a_stride_of_a_score_window_is_the_chunked_score():
     run = finished_with(eval_stride=32)
-    assert (
-        run.lines[-1].startswith("final_score metric:int6_lzma_chunked ") and "sliding" not in run.lines[-1]
-    )
-    assert not any(x.startswith("final_int6_sliding") for x in run.lines)
-    exact = [x for x in run.lines if x.startswith("final_int6_roundtrip_exact ")]
+    assert run.lines[-1].startswith("final_score metric:int6_lzma_chunked ")
+    assert "sliding" not in run.lines[-1]
+    assert not starting(run, "final_int6_sliding")
+    exact = starting(run, "final_int6_roundtrip_exact ")
     assert len(exact) == 1 and loss_in(exact[0]) == loss_in(run.lines[-1])
     chunked = float(value(finished_with(), r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
     assert loss_in(exact[0]) == chunked
@@ -375,8 +403,8 @@ def test_a_stride_of_a_window_is_the_chunked_score():
 def test_a_report_split_is_scored_apart():
     run = finished_with(report_split="other")
     assert run.blob == finished_with().blob and run.final["val_loss"] == finished_with().final["val_loss"]
-    line = [x for x in run.lines if x.startswith("report split:other ")]
-    assert len(line) == 1 and run.final["val_loss"] not in line[0]
+    lines = starting(run, "report split:other ")
+    assert len(lines) == 1 and run.final["val_loss"] not in lines[0]
 
 
 # ---------------------------------------------------------------- the cap
@@ -406,10 +434,9 @@ def test_a_cap_in_reach_is_met_by_a_coarser_step():
 
 def test_a_log_that_exists_is_refused(capsys):
     run = finished_with()
-    before = run.log
     err = stop_one_line(english_args(iterations=1, out_dir=run.folder), capsys)
     assert "run.txt" in err and "run_id" in err
-    assert (run.folder / "run.txt").read_text(encoding="utf-8") == before
+    assert (run.folder / "run.txt").read_text(encoding="utf-8") == run.log
     assert (run.folder / "run.int6.xz").read_bytes() == run.blob
 
 
@@ -434,12 +461,18 @@ def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
     assert len(names) == 2 and all(re.match(r"^\d{8}_\d{6}_record_seed4\.(txt|int6\.xz)$", n) for n in names)
 
 
+# How the tensors of another script's artifact differ, and the one that the error names.
+OTHER_TENSORS = [
+    (lambda tensors: tensors.pop("smear_gate"), "smear_gate"),  # it had none
+    (lambda tensors: tensors.update(attn_gain=tensors["attn_scale"]), "attn_gain"),  # it had one more
+    (lambda tensors: tensors.update(q_gain=tensors["q_gain"][:1]), "q_gain"),  # of another shape
+]
+
+
 @pytest.mark.parametrize("command", ["eval", "audit"])
-@pytest.mark.parametrize("change,name", [(lambda x: x.pop("smear_gate"), "smear_gate"),  # it had none
-                                         (lambda x: x.update(attn_gain=x["attn_scale"]), "attn_gain"),  # since gone
-                                         (lambda x: x.update(q_gain=x["q_gain"][:1]), "q_gain")])  # fmt: skip
+@pytest.mark.parametrize("change,name", OTHER_TENSORS)
 def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_path, capfd, monkeypatch):
-    """Its header has this script's config: the tensors tell. The line names the file, one tensor and the remedy."""
+    """The header has this script's config, but the tensors differ: the line names file, tensor and remedy."""
     h = t.load_config(english_args(), {})
     tensors = {k: p.detach() for k, p in t.GPT(h).named_parameters()}
     change(tensors)
@@ -464,9 +497,10 @@ def test_two_ranks_train_and_score_like_one(tmp_path):
     assert status == [0, 0] and sorted(os.listdir(tmp_path)) == ["run.int6.xz", "run.txt"]
     two = read_run(tmp_path, 0)
     assert float(two.final["val_loss"]) == pytest.approx(float(one.final["val_loss"]), abs=0.01)
-    get = lambda run: [float(m[3]) for m in map(TRAIN_LINE.match, run.lines) if m]
-    assert get(two) == pytest.approx(get(one), abs=0.005)
-    assert len([x for x in two.lines if x.startswith("final_score")]) == 1
+    losses_of_two = [float(m[3]) for m in matches(two, TRAIN_LINE)]
+    losses_of_one = [float(m[3]) for m in matches(one, TRAIN_LINE)]
+    assert losses_of_two == pytest.approx(losses_of_one, abs=0.005)
+    assert len(starting(two, "final_score")) == 1
     assert "world_size:2" in two.log
 
 
@@ -479,16 +513,11 @@ def test_two_ranks_refuse_bad_input_together(tmp_path):
 
 
 def test_as_a_program(tmp_path):
-    """A shell's view: status, progress on stdout, nothing on stderr, knobs from the environment."""
-    env = {k: v for k, v in os.environ.items()} | {"ITERATIONS": "2", "OMP_NUM_THREADS": "1"}
+    """Run it as a shell does: status 0, progress on stdout, no stderr, knobs from the environment."""
+    env = os.environ | {"ITERATIONS": "2", "OMP_NUM_THREADS": "1"}
     argv = [a for a in english_args(out_dir="out") if not a.startswith("iterations=")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), *argv],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=env,
-    )
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
     assert lines[-2:] == ["log: out/run.txt", "artifact: out/run.int6.xz"] and FINAL.match(lines[-3])

@@ -1,4 +1,4 @@
-"""Score windows tile, and the evaluator counts every target exactly once."""
+"""Score windows tile the split, and the evaluator counts every target exactly once."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ SILENT = SimpleNamespace(status=lambda text: None)
 
 
 def sizes(count, seed):
-    """(total, seq_len, stride) at random, small totals and strides that divide nothing included."""
+    """Yield random (total, seq_len, stride), including small totals and strides that divide nothing."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         seq_len = int(rng.integers(1, 40))
@@ -41,8 +41,8 @@ def test_windows_tile_with_the_promised_context(seed):
         assert scored == list(range(total)), case
         for i, (start, end, score_from) in enumerate(windows):
             assert 0 <= start <= score_from < end <= total and end - start <= seq_len, case
-            if i:
-                assert end - start == seq_len, case  # a full window, the last one moved back
+            if i > 0:
+                assert end - start == seq_len, case  # a full window, since the last one is moved back
                 assert score_from - start >= seq_len - stride, case
                 if i + 1 < len(windows):
                     assert end - score_from == stride, case
@@ -50,10 +50,12 @@ def test_windows_tile_with_the_promised_context(seed):
 
 
 class Probe:
-    """A nats_fn whose answer names the target: f(position), with tokens = arange. Checks what it is handed."""
+    """A nats_fn for tokens = arange(total + 1): its value tells which target it is. It checks its inputs."""
 
     def __init__(self, total, seq_len):
-        self.total, self.seq_len, self.shapes = total, seq_len, set()
+        self.total = total
+        self.seq_len = seq_len
+        self.shapes = set()  # of the inputs, with the number of targets
 
     def __call__(self, x, y, last):
         self.shapes.add((tuple(x.shape), last))
@@ -63,7 +65,7 @@ class Probe:
 
     @staticmethod
     def value(position):
-        """Powers of two modulo 50: a target counted twice cannot hide behind one left out."""
+        """Return values of very different sizes: a target counted twice cannot make up for one left out."""
         return 2.0 ** (position % 20) + position
 
 
@@ -71,12 +73,14 @@ ONE_BYTE = SimpleNamespace(of=lambda tokens: np.ones(len(tokens) - 1, np.int64))
 
 
 def probe_sum(total, seq_len, stride, batch, m):
+    """Evaluate a Probe and return the sum of its values."""
     tokens = np.arange(total + 1)
     probe = Probe(total, seq_len)
     run = t.ScoreRun(seq_len, stride, batch, "probe", SILENT)
     score = t.evaluate(probe, tokens, ONE_BYTE, run, m)
     assert score.tokens == score.bytes == total
-    assert len(probe.shapes) <= 2 and {s[0] for s in probe.shapes} <= {(batch, seq_len)}  # what was compiled
+    # Only the two shapes that are compiled.
+    assert len(probe.shapes) <= 2 and {shape for shape, _ in probe.shapes} <= {(batch, seq_len)}
     return score.loss * total
 
 
@@ -84,21 +88,26 @@ def cases():
     return [*EDGES, *sizes(60, 9)]
 
 
+def expected_sum(total):
+    """Return the sum of a Probe's values over all targets."""
+    return Probe.value(torch.arange(total, dtype=torch.float64)).sum().item()
+
+
 def test_every_target_is_scored_exactly_once():
     with group_of_one() as m:
         for i, (total, seq_len, stride) in enumerate(cases()):
-            expected = Probe.value(torch.arange(total, dtype=torch.float64)).sum().item()
             got = probe_sum(total, seq_len, stride, 1 + i % 4, m)
-            assert got == pytest.approx(expected, rel=1e-12), (total, seq_len, stride)
+            assert got == pytest.approx(expected_sum(total), rel=1e-12), (total, seq_len, stride)
 
 
 def ranks_score(rank, world):
-    """Scores on this rank's share: the probe's, and a model's."""
+    """Score on one of `world` ranks: return the sums of probes, and loss and bpb of a model."""
     h = tiny(train_batch_tokens=16 * 12)
     m = t.init_machine(h, {"WORLD_SIZE": str(world), "RANK": str(rank)})
-    sums = [
-        probe_sum(total, seq_len, stride, 1 + i % 4, m) for i, (total, seq_len, stride) in enumerate(cases())
-    ]
+    sums = []
+    for i, (total, seq_len, stride) in enumerate(cases()):
+        sums.append(probe_sum(total, seq_len, stride, 1 + i % 4, m))
+
     tokens = random_tokens(h, (301,), 4).numpy()
     model = noisy_model(h)
     run = t.ScoreRun(16, 4, 4, "model", SILENT)
@@ -107,23 +116,24 @@ def ranks_score(rank, world):
 
 
 def test_the_score_does_not_depend_on_the_world_size():
-    one = run_ranks(ranks_score, 1, 1)[0]
+    (one,) = run_ranks(ranks_score, 1, 1)
     for world in (2, 3):
         ranks = run_ranks(ranks_score, world, world)
         assert ranks[0] == ranks[1] == ranks[-1]  # every rank knows the score
         assert ranks[0][0] == pytest.approx(one[0], rel=1e-12)
         assert ranks[0][1:] == pytest.approx(one[1:], rel=1e-9)
-    expected = [Probe.value(torch.arange(n, dtype=torch.float64)).sum().item() for n, _, _ in cases()]
-    assert one[0] == pytest.approx(expected, rel=1e-12)
+    assert one[0] == pytest.approx([expected_sum(total) for total, _, _ in cases()], rel=1e-12)
 
 
 def brute_force(model, tokens, seq_len, stride):
-    """Mean nats of every target, each from its own forward on its own window."""
-    total, nats = len(tokens) - 1, []
+    """Return the mean nats of all targets, from one forward pass a score window."""
+    total = len(tokens) - 1
+    nats = []
     for start, end, score_from in t.score_windows(total, seq_len, stride):
-        x, y = torch.from_numpy(tokens[start:end])[None], torch.from_numpy(tokens[start + 1 : end + 1])[None]
+        x = torch.from_numpy(tokens[start:end])[None]
+        y = torch.from_numpy(tokens[start + 1 : end + 1])
         logits = model.logits(x)[0].double()
-        each = torch.nn.functional.cross_entropy(logits, y[0], reduction="none")
+        each = torch.nn.functional.cross_entropy(logits, y, reduction="none")
         nats += each[score_from - start :].tolist()
     assert len(nats) == total
     return sum(nats) / total
@@ -133,18 +143,21 @@ def brute_force(model, tokens, seq_len, stride):
 def test_evaluate_equals_single_forwards(total, stride):
     """Batches, padding on the right and the shorter output of sliding windows change nothing."""
     h = tiny()
-    model, tokens = noisy_model(h), random_tokens(h, (total + 1,), 5).numpy()
+    model = noisy_model(h)
+    tokens = random_tokens(h, (total + 1,), 5).numpy()
     with group_of_one() as m, torch.no_grad():
         score = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, stride, 4, "x", SILENT), m)
         assert score.loss == pytest.approx(brute_force(model, tokens, 16, stride), rel=1e-6)
         assert score.bpb == pytest.approx(score.loss / np.log(2), rel=1e-12)  # one byte a token
 
 
-def test_stride_seq_len_is_the_chunked_score():
+def test_a_stride_of_seq_len_is_the_chunked_score():
     h = tiny()
-    model, tokens = noisy_model(h), random_tokens(h, (16 * 7 + 1,), 6).numpy()
-    rows = torch.from_numpy(tokens)
-    x, y = rows[:-1].view(7, 16), rows[1:].view(7, 16)
+    model = noisy_model(h)
+    tokens = random_tokens(h, (16 * 7 + 1,), 6).numpy()
+    ids = torch.from_numpy(tokens)
+    x = ids[:-1].view(7, 16)
+    y = ids[1:].view(7, 16)
     with group_of_one() as m, torch.no_grad():
         chunked = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, 16, 4, "x", SILENT), m)
         assert chunked.loss == pytest.approx(model.loss(x, y).item(), rel=1e-6)
