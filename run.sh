@@ -110,7 +110,7 @@ needs tools/cli.py
 if [ -n "${BANKSHOT_PYTHON:-}" ]; then
     py=$BANKSHOT_PYTHON
     command -v "$py" >/dev/null 2>&1 ||
-        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is no program: give the path of a Python interpreter"
+        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program: give the path of a Python interpreter"
 elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else

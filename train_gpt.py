@@ -542,7 +542,7 @@ class Machine:
 
 
 def capture_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
-    """Capture the device work that fn queues, without running it, and return the function that launches it."""
+    """Capture the device work that fn queues, without running it. Returns the function that launches it."""
     graph = torch.cuda.CUDAGraph()
     # The outer context restores the current stream if capture fails; thread_local spares NCCL's watchdog.
     with torch.cuda.stream(stream):
@@ -3374,7 +3374,7 @@ class Checkpoints:
             )
             return step, self.saved_ms
         if wanted != "auto":
-            raise InputError(f"{wanted}: not of a sound checkpoint; resume=auto takes the newest")
+            raise InputError(f"{wanted}: not part of an intact checkpoint; resume=auto takes the newest")
         if self.run.log.goes_on:
             self.run.log("resumed step:0 from the beginning: no intact checkpoint")
         return 0, 0.0

@@ -62,9 +62,9 @@ def decompress_blocks(raw, path):
                 else:
                     block = b""
     except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged zstd file ({error}); copy it again") from None
+        raise DataError(f"{path}: damaged zstd file ({error}); fetch it again") from None
     if frame is not None:
-        raise DataError(f"{path}: zstd file cut short; copy it again")
+        raise DataError(f"{path}: zstd file cut short; fetch it again")
 
 
 def split_blocks(blocks, separator):
@@ -397,8 +397,8 @@ def write_split(writer, split, files, key, encoders, leaks):
                         continue
                     writer.add(document.ids)
                     counts = (1, len(document.ids), document.text_bytes, document.decoded_bytes)
-                    for key, count in zip(totals, counts):
-                        totals[key] += count
+                    for name, count in zip(totals, counts):
+                        totals[name] += count
                 progress.update(finished_bytes + batch.position)
 
             if not index:
@@ -412,7 +412,7 @@ def write_split(writer, split, files, key, encoders, leaks):
         raise
 
     if not totals["tokens"]:
-        raise DataError(f"{files[0]}: no document of split {split} has any text; fill it")
+        raise DataError(f"{files[0]}: no document of split {split} has any text; add some")
     text_tokens = totals["tokens"] - totals["documents"]  # without BOS
     progress.close(
         f"{totals['documents']} documents, {megabytes(totals['text_bytes'])}, "

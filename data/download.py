@@ -336,12 +336,12 @@ def download_dataset(name, train_shards, out):
     quiet_hub_client()
     probe_hub()
     listing = list_hub(variant)
-    choose_files(name, listing, train_shards)  # refuses a number out of range
+    choose_files(name, listing, train_shards)  # only for its refusal of a number out of range
     numbers = [int(path.stem[-6:]) for path in out.glob("fineweb_train_[0-9]*.bin")]
     present_shards = max(numbers, default=variant.first_train - 1) - variant.first_train + 1
     if present_shards > train_shards:
         train_shards = present_shards
-        say(f"{out} already goes up to {train_shards} train shards; keeping them")
+        say(f"{out} already has {train_shards} train shards; keeping them")
     selection = choose_files(name, listing, train_shards)
 
     with shards.Staging(out) as staging:

@@ -28,7 +28,7 @@ def explain(error, path=None):
         errno.ENOENT: "check the path",
         errno.EISDIR: "give a file, not a folder",
     }
-    remedy = remedies.get(error.errno, "check its permissions, or choose another path")
+    remedy = remedies.get(error.errno, "check its permissions or choose another path")
     return f"{name}: {reason}; {remedy}"
 
 

@@ -46,7 +46,7 @@ SKIPPED_PREFIXES = tuple(
     "dependency_links vendor".split()
 )
 
-# How a line begins that opens a block without prose, and one that is no sentence.
+# Beginnings of lines: of one that opens a block without prose, and of one that is not a sentence.
 BLOCK_OPENERS = (
     *(".. code", ".. math", ".. plot", ".. sourcecode"),
     *(".. doctest", ".. test", ".. image", ".. figure"),

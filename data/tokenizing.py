@@ -228,6 +228,7 @@ def count_bytes(paths, tokenizer, limit):
             sizes = table.base[ids] + (table.space[ids] & ~after_boundary)
 
             total += int(sizes.sum())
+            # The scored targets are tokens 1 to limit of the whole split; ids[0] is its token `position`.
             first = max(1 - position, 0)
             last = max(limit + 1 - position, 0)
             scored += int(sizes[first:last].sum())

@@ -6,12 +6,12 @@
 PATH is the train_gpt.py to audit. Without it, an artifact inside a record folder is audited with that
 folder's script, any other with the repository's. `key=value` are its knobs, above all data_path=DIR.
 
-The auditor is no part of what it audits: a submission may edit train_gpt.py but not its own examination, and
-all records are held to the same tests. It loads the script by path, from its text, and calls what that script
-scores and trains with (NEEDS). It finds mistakes and is no sandbox: the script runs in this process, so audit
-only code that you would run.
+The auditor is not part of what it audits: a submission may edit train_gpt.py but not its own examination, and
+all records face the same tests. It loads the script by path, from its text, and calls what that script
+scores and trains with (NEEDS). It finds mistakes; it is not a sandbox. The script runs in this process, so
+audit only code that you would run yourself.
 
-The tests answer the challenge's conditions (parameter-golf #1017: causal, normalised, scored before any
+The tests answer the challenge's conditions (parameter-golf #1017: causal, normalized, scored before any
 update, one pass) and the ways in which published numbers went wrong. tests/audit plants a fault for each.
 
 If ttt_lr is above zero, in the artifact or as a knob, T1 to T4, T7 and T9 examine the score with test-time
@@ -52,7 +52,7 @@ USAGE = "usage: audit.py ARTIFACT [--script PATH] [key=value ...]"
 MODULE = "audited_script"  # the script's name in sys.modules
 
 # The names of the script that the tests use; CLASS.NAME is a method or field of its objects. The scripts of
-# old records are judged by them, too, so a name here changes only with those records in mind.
+# old records are judged by the same names, so change one only with those records in mind.
 NEEDS = (
     *("InputError", "Log", "load_shard", "split_files", "GPT", "MAGIC", "XZ", "open_artifact", "ScoreRun"),
     *("score_targets", "evaluate", "train", "load_run"),
@@ -203,7 +203,7 @@ def replace_later_tokens(audit: Audit, cuts: list[int], seed: int) -> Moved:
 def replace_later_inputs(audit: Audit) -> Moved:
     """Replace a batch's inputs from a column on, keep all targets, and count scores that change before it.
 
-    Replacing a token of the stream replaces a target, too; only this finds a model that reads its target.
+    Replacing a token of the stream also replaces a target; only this finds a model that reads its target.
     """
     scoring = audit.scoring
     device = audit.run.m.device
@@ -260,7 +260,7 @@ def audit_causality(audit: Audit) -> Verdict:
     )
 
 
-def audit_normalisation(audit: Audit) -> Verdict:
+def audit_normalization(audit: Audit) -> Verdict:
     """T2: at every position exp(-nats) sums to 1 over the vocabulary, in full windows and in sliding ones."""
     h = audit.run.h
     device = audit.run.m.device
@@ -279,7 +279,7 @@ def audit_normalisation(audit: Audit) -> Verdict:
                 total += (-nats.double()).exp().sum(0)
             error = max(error, (total - 1).abs().max().item())
     return Verdict(
-        "T2 normalisation",
+        "T2 normalization",
         error < 1e-3,
         f"at {scoring.seq_len} + {scoring.stride} positions the largest |sum - 1| is {error:.1e}",
     )
@@ -302,7 +302,7 @@ def examine_learning(audit: Audit) -> Learning:
 def tokens_learnt_early(audit: Audit) -> int:
     """Count the tokens that the learner is given before they are scored. Tokens are positions; no model runs.
 
-    T1's cuts cannot find this for the first target of a chunk: to replace its token replaces the target, too.
+    T1's cuts cannot find this for the first target of a chunk: replacing its token also replaces the target.
     """
     m = audit.run.m
     scored = torch.zeros(len(audit.piece), device=m.device)
@@ -336,7 +336,7 @@ def audit_score_before_update(audit: Audit) -> Verdict:
         ok = learning.has_effect and learning.early == 0
         evidence += " and 2 after learning"
         if not learning.has_effect:
-            evidence += " that moves no score, or one before it"
+            evidence += " that changes no score, or changes an earlier one"
         evidence += f", {learning.early} tokens learnt before they are scored"
 
     moved = replace_later_tokens(audit, sorted(cuts), 3)
@@ -629,7 +629,7 @@ def audit_network(audit: Audit) -> Verdict:
 
 AUDIT = (
     audit_causality,
-    audit_normalisation,
+    audit_normalization,
     audit_score_before_update,
     audit_coverage,
     audit_bytes,

@@ -144,7 +144,7 @@ def read_options(name: str, known: dict[str, Takes], rest: list[str]) -> list[st
 
         value = rest.pop(0) if rest else ""
         if takes is Takes.SCRIPT and not os.path.isfile(value):
-            raise BadInput(f"no script at {value!r}: {option} names the train_gpt.py to {name}")
+            raise BadInput(f"no script at {value!r}: {option} takes the path of the train_gpt.py to {name}")
         if not value:
             raise BadInput(f"{name}: {option} needs a value: ./run.sh --help shows how")
         options.append(value if takes is Takes.VALUE else from_caller(value))
@@ -325,7 +325,7 @@ class FinalScore(NamedTuple):
     lines: int
 
 
-NO_SCORE = FinalScore("none (this run left no final_score line)", 0)
+NO_SCORE = FinalScore("none (the log of this run has no final_score line)", 0)
 
 
 def read_score(log: str) -> FinalScore:
@@ -543,7 +543,7 @@ COMMANDS = {
         bench,
         forms=(
             Form(
-                "[--json FILE] [--sustain SECONDS] [key=value...]",
+                "[--json FILE] [--sustain SECONDS] [--seconds SECONDS] [--script PATH] [key=value...]",
                 "Time the training step and its sections.",
                 "bench --json bench.json",
             ),

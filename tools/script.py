@@ -33,7 +33,7 @@ def require_names(module: ModuleType, path: Path, needs: tuple[str, ...], tool: 
     if lacking := missing_names(module, needs):
         raise BadInput(
             f"{path}: this script has no {', '.join(lacking)}, which {tool} needs; "
-            f"{tool} it with the tools of its own age"
+            f"{tool} it with the tools of the commit that it comes from"
         )
 
 

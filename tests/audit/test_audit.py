@@ -366,7 +366,7 @@ SCORERS = {
     "bigram of the next token": ("T1 T3?", lambda run, mp: twin(run, BigramAhead)),
     "cache in sliding windows only": ("T2", lambda run, mp: in_sliding_windows(run)),
     "cache that is warm after 64 tokens": ("T2", lambda run, mp: after_64(run)),
-    "n-gram cache not normalised": ("T2", lambda run, mp: cached(run, gate=False)),
+    "n-gram cache not normalized": ("T2", lambda run, mp: cached(run, gate=False)),
     "gate on whether the target is a hit": ("T2", lambda run, mp: cached(run, gate=True)),
     "best of two temperatures": ("T2", lambda run, mp: best_of_two(run)),
     "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, update_first=True)),

@@ -84,6 +84,15 @@ def test_field_and_blank_documents(tmp_path, files):
     assert shards.load_manifest(files.out)["splits"]["val"]["documents"] == 2
 
 
+def test_every_file_of_a_split_is_read_by_the_same_field(tmp_path, files):
+    first = write_docs(tmp_path / "t1.jsonl", make_documents(700, 2), field="body")
+    second = write_docs(tmp_path / "t2.jsonl", make_documents(710, 3), field="body")
+    args = [*replaced(files.args, train=first), "--field", "body"]
+    args.insert(args.index("--train") + 1, str(second))
+    assert prepare.main(args) == 0
+    assert shards.load_manifest(files.out)["splits"]["train"]["documents"] == 5
+
+
 def test_leak_is_refused_and_named(tmp_path, files, capsys):
     leaked = make_documents(200, 5)[3]
     other = write_docs(tmp_path / "t2.jsonl", [*make_documents(700, 2), leaked.upper().replace(" ", "  ")])

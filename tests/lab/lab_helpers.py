@@ -14,7 +14,7 @@ from lab.trainer import Session
 SECTIONS = [
     "embedding + bigram + smear", "value embedding", "residual mix + norm", "QKV product",
     "QK norm + rope + gain", "attention", "XSA", "O product", "residual add + norm", "MLP", "skip adds",
-    "head + softcap + cross-entropy", "bank casts",
+    "output layer + softcap + cross-entropy", "bank casts",
 ]  # fmt: skip
 WHOLE = [
     "forward", "forward+backward", "optimizer", "ema", "zero gradients", "clock check", "step", "log line",

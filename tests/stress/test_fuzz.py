@@ -232,20 +232,20 @@ FILES = {
 
 @pytest.mark.parametrize("command", ["eval", "audit"])
 @pytest.mark.parametrize("name", FILES)
-def test_the_command_refuses_in_one_line(command, name, scored, tmp_path, capsys, monkeypatch):
+def test_the_command_refuses_in_one_line(command, name, scored, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(mutations, "MARK", str(tmp_path / "ran"))
     file = tmp_path / "bad.int6.xz"
     file.write_bytes(FILES[name](scored))
-    said = stop_one_line([command, str(file), *knobs(tmp_path)], capsys)
+    said = stop_one_line([command, str(file), *knobs(tmp_path)], capfd)
     assert len(said) < 1000, said
     assert not (tmp_path / "ran").exists() and not (tmp_path / "logs").exists(), "something was done first"
     assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("command", ["eval", "audit"])
-def test_the_command_refuses_what_is_no_file(command, tmp_path, capsys):
+def test_the_command_refuses_what_is_no_file(command, tmp_path, capfd):
     for path in (tmp_path, tmp_path / "missing.xz", Path("x" * 300)):
-        assert str(path)[:100] in stop_one_line([command, str(path), *knobs(tmp_path)], capsys)
+        assert str(path)[:100] in stop_one_line([command, str(path), *knobs(tmp_path)], capfd)
 
 
 def test_configs_at_random(scored, tmp_path, monkeypatch):

@@ -57,11 +57,10 @@ CALLS = 15  # timed calls
 FILLER = 8192  # side of the product before a timed call: 1.7 ms on an H100
 BACKWARD = 2.5  # products of a backward over those of a forward: five for two
 PACKAGES = ("triton", "flash-attn-4")
-COLUMNS = {
+COLUMNS = {  # width of each column; a negative width aligns it to the left
     "path": -10, "forward us": 12, "backward us": 13, "both us": 11, "TF/s fwd": 10, "TF/s bwd": 10,
     "err out": 9, "err dq": 9, "err dk": 9, "err dv": 9,
 }  # fmt: skip
-# widths; negative: aligned to the left
 ERRORS = ("out", "dq", "dk", "dv")
 
 

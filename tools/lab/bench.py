@@ -1,7 +1,7 @@
 """Times a training step and every section of the model on this machine, against what the hardware allows.
 
     ./run.sh bench [--json FILE] [key=value ...]                     or: python train_gpt.py bench ...
-    ./run.sh bench --sustain 30 [key=value ...]                      steps as warm as training's
+    ./run.sh bench --sustain 30 [key=value ...]                      steps on a card as warm as in training
     ./run.sh bench --candidates FILE.py [--only NAME,NAME] [--all]   replacements of the model's functions
     NPROC=8 ./run.sh bench --timeline FILE.json                      how much communication is exposed
     ./run.sh bench --attention [--paths flash,flex]                  every attention kernel of this machine
@@ -103,7 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.only and not args.candidates:
         raise BadInput("--only needs --candidates FILE.py")
     if args.all and not args.candidates:
-        raise BadInput("--all needs --candidates FILE.py; without them bench measures all anyway")
+        raise BadInput("--all needs --candidates FILE.py; without it bench measures everything")
     if args.paths is not None and not args.attention:
         raise BadInput("--paths needs --attention")
     if args.sustain is not None:

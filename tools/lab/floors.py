@@ -1,4 +1,4 @@
-"""The table of sections: each one's time beside its floor, the time that this machine needs at least."""
+"""The table of sections: the time of each beside its floor, the least time that this machine needs for it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lab.trainer import (
     rope_of,
 )
 
-OUTPUT_LAYER = "head + softcap + cross-entropy"  # its output is one number
+OUTPUT_LAYER = "output layer + softcap + cross-entropy"  # its output is one number
 ID_BYTES = 8  # of a token id
 TABLE_BYTES = 4  # of a number in an embedding table
 ATTENTION_BACKWARD = 2.5  # products of attention's backward over those of its forward: five for two

@@ -111,7 +111,7 @@ class Sampler:
         self.reader.join(GRACE)
 
     def figures(self, since: float) -> dict:
-        """Summarise the readings since this perf_counter(), or say {why} there are none.
+        """Summarize the readings since this perf_counter(), or say {why} there are none.
 
         {samples, sm_mhz and power_w: medians, sm_mhz_range, reasons: {name: number of samples}}
         """

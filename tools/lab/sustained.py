@@ -1,4 +1,4 @@
-"""Steps as warm as training's: its own loop for some seconds, with and without what surrounds a step."""
+"""Steps on a card as warm as in training: its loop for a while, with and without what surrounds a step."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def say_clocks(s: Session, gpu: dict) -> None:
     )
 
 
-def summarise(s: Session, blocks: list[dict], seconds: float, gpu: dict) -> None:
+def summarize(s: Session, blocks: list[dict], seconds: float, gpu: dict) -> None:
     """Print and report the figures of the later half of the blocks."""
     later = blocks[len(blocks) // 2 :]
     steps = later[0]["steps"]
@@ -215,4 +215,4 @@ def measure_sustained(s: Session, run: Trained, loader: Any, seconds: float) -> 
     with quiet_run(s) as logged, Sampler(gpu) as sampler:
         loop = TrainingLoop(s, run, loader, logged)
         blocks = run_blocks(s, loop.kinds, seconds)
-    summarise(s, blocks.rows, time.perf_counter() - begun, sampler.figures(blocks.half))
+    summarize(s, blocks.rows, time.perf_counter() - begun, sampler.figures(blocks.half))

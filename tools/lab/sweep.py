@@ -35,7 +35,7 @@ from ledger.runlog import Run
 from script import TRAINER, BadInput, load_script
 
 PATH_KNOBS = ("out_dir", "data_path", "tokenizer_path")  # they may differ when a sweep is continued
-CONSOLE_WIDTH = 160  # of a dead worker's last words
+CONSOLE_WIDTH = 160  # characters of a dead worker's last line that are shown
 
 
 class End(Enum):
@@ -99,7 +99,7 @@ class Sweep:
             raise BadInput(f"{script}: train_gpt.py has changed since this sweep began; choose another --out")
 
     def earlier_outcomes(self) -> dict[str, float | None]:
-        """Return the bpb by name of the logs that are there. BadInput: one of them is not of this plan."""
+        """Return the bpb of each log in the folder, by name. BadInput: one of them is not of this plan."""
         outcomes = {}
         for run in sweep_table.read_runs(self.folder):
             configuration = self.configuration_of(run)
@@ -202,7 +202,7 @@ class Sweep:
             if kind == self.kind:
                 return ""
             return (
-                f"worker {index} runs on {kind}, other rows of this table on {self.kind}; a table is of one "
+                f"worker {index} runs on {kind}, other rows of this table on {self.kind}; a table covers one "
                 "kind of device: choose another --out or fewer --workers"
             )
 

@@ -21,7 +21,7 @@ from script import BadInput
 
 ROW_KEYS = ("rate_key", "rates", "multipliers")  # of a plan; a row may have its own
 PLAN_KEYS = {*ROW_KEYS, "name", "base", "seeds", "rows"}
-FORCED = {"fit_cap": "false"}  # all rows are quantised alike: never fitted to the cap
+FORCED = {"fit_cap": "false"}  # all rows are quantized alike: never fitted to the cap
 DEFAULT_SEEDS = [1337]  # of a sweep without a plan file
 NEEDS = ("InputError", "load_config")  # what a plan asks of the trainer
 

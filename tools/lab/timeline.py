@@ -118,14 +118,14 @@ def account(window: Interval, compute: list[Interval], collectives: list[Interva
     exposed = minus(communication, busy)
 
     step = window[1] - window[0]
-    compute_ms = length(busy)
-    exposed_ms = length(exposed)
-    return dict(
+    computing = length(busy)
+    uncovered = length(exposed)
+    return dict(  # the caller turns the unit of the intervals into ms
         step_ms=step,
-        compute_ms=compute_ms,
+        compute_ms=computing,
         communication_ms=length(communication),
-        exposed_ms=exposed_ms,
-        idle_ms=step - compute_ms - exposed_ms,
+        exposed_ms=uncovered,
+        idle_ms=step - computing - uncovered,
         update_ms=window[1] - communication[0][0] if communication else 0,
         exposed=exposed,
         each=[length(minus([one], busy)) for one in collectives],
@@ -194,7 +194,7 @@ def device_lanes(events: list[dict], starts: list[float]) -> Lanes:
             begins[step] = min(event["ts"], begins.get(step, event["ts"]))
 
     if len(begins) < len(starts):
-        raise BadInput("--timeline: the profiler saw no device work in a step; does another use this GPU?")
+        raise BadInput("--timeline: the profiler saw no device work in a step; is another using this GPU?")
     bounds = [begins[step] for step in range(len(starts))]
     return Lanes(bounds, [s for s in spans if not s.kind], [s for s in spans if s.kind])
 

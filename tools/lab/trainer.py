@@ -115,7 +115,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
 
 
 def zero_model(s: Session, t: ModuleType, h: Any, ops: Any, dtype: torch.dtype) -> Any:
-    """Build t's GPT with zeros for weights, which the caller fills: initialisation would take seconds."""
+    """Build t's GPT with zeros for weights, which the caller fills: initialization would take seconds."""
 
     def zeros(shape: tuple, kind: str, generator: torch.Generator) -> Tensor:
         return torch.zeros(shape)

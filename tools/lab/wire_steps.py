@@ -37,7 +37,7 @@ NEEDS = (
     "orthogonalize",
 )  # fmt: skip
 SEED = 1
-LAST_WORDS_SECONDS = 0.3  # until the exit status of a rank that died shows
+LAST_WORDS_SECONDS = 0.3  # until the exit status of a dead rank is visible
 
 
 # ---- one step ------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def score_faults(case: ChallengeCase) -> list[str]:
 
     for key, value in (("val_bpb", bpb), ("val_loss", loss)):
         if value is not None and not (is_plausible(value) and value > 0):
-            faults.append(f"{key} {short(value)} is no positive number")
+            faults.append(f"{key} {short(value)} is not a positive number")
 
     if is_plausible(loss):
         faults += exchange_faults(case, bpb, loss)
@@ -206,11 +206,11 @@ def key_faults(sub: dict) -> list[str]:
             faults.append(f"{key} {short(sub[key])} is not of type {kind}")
     for key in ("bytes_total", "bytes_code"):
         if key in sub and not (is_plausible(sub[key]) and is_type(sub[key], "integer")):
-            faults.append(f"{key} {short(sub[key])} is no size in bytes")
+            faults.append(f"{key} {short(sub[key])} is not a size in bytes")
 
     seeds = sub.get("seeds", [])
     if not isinstance(seeds, list) or not all(is_type(seed, "integer") for seed in seeds):
-        faults.append(f"seeds {short(seeds)} is no list of whole numbers")
+        faults.append(f"seeds {short(seeds)} is not a list of whole numbers")
     return faults
 
 
@@ -232,7 +232,7 @@ class Figure(NamedTuple):
 
 
 def figures_on_both_sides(case: ChallengeCase) -> list[Figure]:
-    """Return every figure of submission.json that the logs give, too."""
+    """Return every figure of submission.json that the logs also give."""
     sub = case.sub
     runs = case.runs
     rows = []
@@ -278,7 +278,7 @@ def claim_numbers(case: ChallengeCase) -> str:
     """Score, std and the entries by seed of submission.json are the figures of the logs."""
     figures = figures_on_both_sides(case)
     for row in figures:
-        demand(is_plausible(row.stored), f"{row.key} {short(row.stored)} is no figure")
+        demand(is_plausible(row.stored), f"{row.key} {short(row.stored)} is not a figure")
         mean_of = f" (mean of {len(case.runs)})" if row.key in ("val_bpb", "val_loss") else ""
         demand(
             agrees(row.stored, row.logged, row.coarsest),

@@ -160,7 +160,7 @@ def finish(run: Run, scores: list[Score]) -> None:
     if not final["seed"]:
         lacks.append("seed")
     if lacks:
-        raise BadInput(f"{run.path}: no {' and no '.join(lacks)}: not finished, or of an unknown dialect")
+        raise BadInput(f"{run.path}: no {' and no '.join(lacks)}: not finished, or in an unknown dialect")
 
     add_score(run, scores)
     run.count("final_score", "seed")

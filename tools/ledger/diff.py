@@ -220,7 +220,7 @@ def source_diff(a: str, b: str) -> list[str]:
 
 
 def colored(lines: list[str]) -> list[str]:
-    """Return the lines with ANSI colours for a terminal: removed red, added green, headings bold."""
+    """Return the lines with ANSI colors for a terminal: removed red, added green, headings bold."""
     codes = {"-": "31", "+": "32", "@": "36", "=": "1"}
     return [f"\x1b[{codes[line[0]]}m{line}\x1b[0m" if line[:1] in codes else line for line in lines]
 

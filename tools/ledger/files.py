@@ -39,7 +39,7 @@ def read_json(path: Path) -> object:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write the whole file or nothing: to a temporary neighbour first, then by renaming it.
+    """Write the whole file or nothing: to a temporary file beside it first, then by renaming it.
 
     Raises BadInput, naming the file, when the disk refuses.
     """

@@ -54,9 +54,9 @@ def label_of(log: Path) -> str:
 
 
 def plot_runs(logs: list[Path], out: Path) -> None:
-    """Draw train loss and val bpb, each against step and against time, one colour per run.
+    """Draw train loss and val bpb, each against step and against time, one color per run.
 
-    Unfinished runs are drawn, too. Raises BadInput when a log has no step yet.
+    Unfinished runs are drawn as well. Raises BadInput when a log has no step yet.
     """
     runs = [parse_log(log) for log in logs]
     for run in runs:

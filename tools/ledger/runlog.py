@@ -83,8 +83,8 @@ class Run:
         """Return the value of `key` in the line starting with `line`. Raises BadInput if it is absent."""
         if not self.has(line, key):
             raise BadInput(
-                f"{self.path}: no '{line}' line with {key}: (the run did not finish, or is of "
-                "another script); finished logs are needed here"
+                f"{self.path}: no '{line}' line with {key}: (the run did not finish, or "
+                "another script wrote it); give finished logs"
             )
         return self.facts[line][key]
 

@@ -25,7 +25,7 @@ def std(values: list[float]) -> float | None:
 
 
 def beta_inc(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b), by Lentz's continued fraction (error below 1e-12)."""
+    """Regularized incomplete beta function I_x(a, b), by Lentz's continued fraction (error below 1e-12)."""
     if x <= 0.0 or x >= 1.0:
         return min(max(x, 0.0), 1.0)
     if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on this side
