@@ -62,9 +62,9 @@ def decompress_blocks(raw, path):
                 else:
                     block = b""
     except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged zstd file ({error}); fetch it again") from None
+        raise DataError(f"{path}: damaged zstd file ({error}); copy it again") from None
     if frame is not None:
-        raise DataError(f"{path}: zstd file cut short; fetch it again")
+        raise DataError(f"{path}: zstd file cut short; copy it again")
 
 
 def split_blocks(blocks, separator):
