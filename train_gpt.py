@@ -620,6 +620,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
 
     alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+
     levels = share_levels(ranks)
 
     if not cuda:
@@ -669,6 +670,7 @@ class Log:
         self.file = None
         self.live = False
         self.goes_on = False
+
         fault = None
         if machine and machine.rank == 0:
             self.live = sys.stderr.isatty()
@@ -681,6 +683,7 @@ class Log:
                     self.goes_on = self.file.tell() > 0
             except InputError as e:
                 fault = e
+
         if machine:  # all ranks must fail, or the others would append their errors to another run's log
             box = [fault]
             dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
@@ -774,12 +777,15 @@ def sentencepiece_counts(path: str) -> ByteCounts:
 
     with explained(f"{path}: not a SentencePiece model", "tokenizer_path=FILE names one", RuntimeError):
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
+
     ids = list(range(sp.vocab_size()))
     pieces = sp.id_to_piece(ids)
     boundary = np.array(sp.is_control(ids)) | sp.is_unknown(ids) | sp.is_unused(ids)
     space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~boundary
+
     lengths = [len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces]
     base = np.where(boundary, 0, np.where(sp.is_byte(ids), 1, lengths))
+
     spelled = tuple(sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xE2, 0x96, 0x81))
     can_spell = sp.is_unknown(sp.piece_to_id("\u2581")) and all(map(sp.is_byte, spelled))
     return ByteCounts(base, space, boundary, spelled if can_spell else None)
@@ -795,6 +801,7 @@ def tiktoken_counts(encoding: str) -> ByteCounts:
     problem = f"tokenizer {encoding!r}: tiktoken cannot load it"
     with explained(problem, "check the name and the network", Exception):  # it raises many kinds
         enc = tiktoken.get_encoding(encoding)
+
     base = np.zeros(enc.n_vocab, np.int64)
     base[list(enc._mergeable_ranks.values())] = [len(piece) for piece in enc._mergeable_ranks]
     return ByteCounts(base, np.zeros(enc.n_vocab, bool), base == 0)
@@ -821,15 +828,18 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     with explained(f"{path}: cannot read the shard", "prepare the data again"):
         header = np.fromfile(path, dtype="<i4", count=256)
         size = os.path.getsize(path)
+
     if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(
             f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare it again"
         )
+
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     if size != expected:
         raise InputError(
             f"{path}: {size} bytes but its header says {expected}; download it or prepare it again"
         )
+
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
     if len(tokens) and (top := int(tokens.max())) >= vocab_size:
         raise InputError(f"{path}: token {top} >= vocab_size {vocab_size}; change vocab_size or data_path")
@@ -986,6 +996,7 @@ class TokenLoader:
         """Check this rank's share of the train shards and start on batch 0. Raises InputError if bad."""
         self.h = h
         self.m = m
+
         self.files = split_files(h.data_path, "train")
         for f in self.files[m.rank :: m.world_size]:  # now, not in the middle of the run
             load_shard(f, h.vocab_size)
@@ -995,10 +1006,12 @@ class TokenLoader:
             raise InputError(
                 f"{h.data_path}: the train split has {self.total} tokens, not one sequence; use more text"
             )
+
         self.accum, self.sequences = cut_batch(h, m.world_size)
         self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
+
         self.reading = ""  # the file being read, for messages
         self.seek(0)
 
@@ -1013,6 +1026,7 @@ class TokenLoader:
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(starts) == 0:
             raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
+
         starts = np.union1d(0, starts)
         lengths = np.diff(starts, append=len(tokens))
         order = np.random.default_rng([self.h.seed, epoch, shard]).permutation(len(starts))
@@ -1361,6 +1375,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
     value = float(value or 0)
     out = torch.zeros(shape)
     orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # the rest is normal
+
     if kind == "constant":
         out.fill_(value)
     elif kind == "first_of_two":
@@ -1401,6 +1416,7 @@ class GPT(nn.Module):
         depth = torch.arange(1, L + 1, device=self.q_gain.device)[:, None, None] ** -0.5
         q, o = self.qo_bank.unflatten(0, (2, L))
         k, v = self.kv_bank.unflatten(0, (2, L))
+
         stacked = LayerWeights(
             qkv=(torch.cat([q, k, v], dim=1) * depth).to(self.dtype),
             o=(self.attn_scale[..., None] * o).to(self.dtype),
@@ -1421,8 +1437,10 @@ class GPT(nn.Module):
         buckets = self.h.bigram_vocab_size - 1
         bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % buckets
         bigram = F.embedding(torch.where(starts, buckets, bucket), self.bigram_emb).to(self.dtype)
+
         x = F.embedding(tokens, self.tok_emb).to(self.dtype)
         x = rms_norm(x + F.linear(bigram, (self.bigram_scale * self.bigram_proj).to(self.dtype)))
+
         gate = torch.sigmoid(self.smear_gate).to(self.dtype) * ~starts[..., None]
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
@@ -1521,7 +1539,9 @@ def qk_kernel(
     h = tl.program_id(1)
     d = tl.arange(0, DH)
     live = n < N
+
     x = load_head(x_ptr + h * x_h, n, T, x_b, x_t, d, live)
+
     if gain_ptr is not None:
         cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
@@ -1537,6 +1557,7 @@ def qk_kernel(
             x = rstd * (back - z * (dot / DH)[:, None])
             tl.store(dgain_ptr + tl.program_id(0) * H + h, tl.sum(dot, 0))
         x *= tl.load(gain_ptr + h)
+
     out = out_ptr + n.to(tl.int64)[:, None] * out_t + (h * DH + d)[None, :]
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
@@ -1571,11 +1592,13 @@ def qk_backward_op(qkv, gain, cos, sin, *dys):
     B, T, _, Dh = dys[0].shape
     parts = [dy.size(2) for dy in dys]
     programs = -(-B * T // QK_BLOCK)
+
     dqkv = qkv.new_empty(qkv.shape)
     q, k, _ = qkv.split(parts, 2)
     inputs = (q, k, dys[2])  # v passes through, so its gradient is only copied
     gains = (gain, gain.new_ones(parts[1]), None)
     gain_sums = [gain.new_empty(programs, heads) for heads in parts]
+
     for x, dy, dx, g, dgain in zip(inputs, dys, dqkv.split(parts, 2), gains, gain_sums):
         x_b, x_t, x_h, _ = x.stride()
         dy_b, dy_t, dy_h, _ = dy.stride()
@@ -1626,12 +1649,14 @@ def mlp_kernel(
     """
     m = tl.program_id(1) * BM
     n = tl.program_id(0) * BN
+
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
         if BACKWARD:
             acc = tl.dot(a_desc.load([m, k]), w_desc.load([k, n]), acc)
         else:
             acc = tl.dot(a_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+
     if BACKWARD:
         h = h_desc.load([m, n]).to(tl.float32)
         root = tl.sqrt(h)
@@ -1645,6 +1670,7 @@ def mlp_kernel(
         acc = ((bits & -(2 << SHIFT)) + negative).to(tl.float32, bitcast=True)
         if h8_desc is not None:
             h8_desc.store([m, n], tl.minimum(acc * (1.0 / tl.load(step_ptr)), 448.0).to(h8_desc.dtype))
+
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
@@ -1655,6 +1681,7 @@ def mlp_op(a, w, h):
     bk = 64
     block = TensorDescriptor.from_tensor
     backward = h is not None
+
     out = a.new_empty(a.size(0), w.size(1 if backward else 0))
     mlp_kernel[(-(-out.size(1) // bn), -(-out.size(0) // bm))](
         a_desc=block(a, [bm, bk]),
@@ -1709,6 +1736,7 @@ def mlp8_op(x, up, down, steps, dtype):
     bm = bn = bk = 128
     block = TensorDescriptor.from_tensor
     u_step, h_step, down_step = steps
+
     h = x.new_empty(len(x), len(up), dtype=dtype)
     h8 = x.new_empty(len(x), len(up), dtype=x.dtype)
     mlp_kernel[(-(-len(up) // bn), -(-len(x) // bm))](
@@ -1873,6 +1901,7 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
         for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)
     ]
     docs = documents(torch.arange(512, device=device).view(2, 256) % 90, 0)
+
     enable_only(*SDPA_KERNELS)
     kinds = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
     failures = []
@@ -2023,6 +2052,7 @@ def block_inverse_kernel(
     T = load_tile(t_ptr + batch * M * M, at, at, M, M, M, 1, False).to(tl.float32)
     row = n[:, None]
     column = n[None, :]
+
     inverse = tl.where(row == column, 1.0, 0.0)
     for step in tl.static_range(DOUBLINGS):
         C = tl.where(row >> step == (column >> step) + 1, T, 0.0)
@@ -2051,6 +2081,7 @@ def substitution_kernel(
     t_ptr += batch * M * M
     x_ptr += batch * stride_b
     y_ptr += batch * out_b
+
     blocks = tl.cdiv(M, BLOCK)
     for i in range(blocks):
         rows = i * BLOCK + n
@@ -2058,14 +2089,17 @@ def substitution_kernel(
         x = load_tile(x_ptr, rows, columns, M, N, stride_m, stride_n, False).to(tl.float32)
         at = inverse_ptr + (batch * blocks + i) * BLOCK * BLOCK
         inverse = load_tile(at, n, n, BLOCK, BLOCK, BLOCK, 1, True)
+
         acc = tl.zeros((BLOCK, BN), tl.float32)
         for start in range(0, i * BLOCK, BLOCK):
             left = load_tile(t_ptr, rows, start + n, M, M, M, 1, False)
             right = load_tile(y_ptr, start + n, columns, M, N, out_m, out_n, False)
             acc = tl.dot(left, right, acc)
+
         acc = tl.dot(inverse, (d * x - acc).to(y_ptr.dtype.element_ty))
         y = acc.to(y_ptr.dtype.element_ty)
         store_tile(y_ptr, y, rows, columns, M, N, out_m, out_n)
+
         squares = squares_ptr + (batch * tl.num_programs(0) + panel) * M + rows
         tl.store(squares, tl.sum(y.to(tl.float32) * y.to(tl.float32), 1), mask=rows < M)
         tl.debug_barrier()
@@ -2085,6 +2119,7 @@ def symmetric_op(X, r, poly, power, dtype, tile):
     a, b, c = poly or (0.0, 0.0, 0.0)
     tiles = -(-M // block)  # on a side
     stride_b, stride_m, stride_n = X.stride()
+
     out = X.new_empty(B, M, M, dtype=dtype)
     sums = X.new_empty(B, tiles if power else 0, M, dtype=torch.float32)
     symmetric_kernel[(tiles * (tiles + 1) // 2, B)](
@@ -2113,12 +2148,14 @@ def solve_op(T, X, d, tile):
     bn, warps, stages = tile
     blocks = -(-M // SOLVE_BLOCK)
     panels = -(-N // bn)
+
     Y = torch.empty_like(X, dtype=T.dtype)
     squares = d.new_empty(B, panels, M)
     inverses = T.new_empty(B, blocks, SOLVE_BLOCK, SOLVE_BLOCK)
     block_inverse_kernel[(blocks, B)](
         t_ptr=T, out_ptr=inverses, M=M, BLOCK=SOLVE_BLOCK, DOUBLINGS=6, PRECISION="tf32x3", num_warps=4
     )
+
     stride_b, stride_m, stride_n = X.stride()
     out_b, out_m, out_n = Y.stride()
     substitution_kernel[(panels, B)](
@@ -2233,6 +2270,7 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     """Return (a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least, by Remez."""
     if low / high >= 1 - 5e-6:  # the limit is Newton-Schulz
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
+
     q = (3 * low + high) / 4
     r = (low + 3 * high) / 4
     before = math.inf
@@ -2242,6 +2280,7 @@ def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
         a, b, c, error = np.linalg.solve(nodes, np.ones(4)).tolist()
         if abs(error - before) <= 1e-15:
             break
+
         before = error
         root = math.sqrt(9 * b * b - 20 * a * c)  # the extrema solve a + 3b x^2 + 5c x^4 = 0
         q = math.sqrt((-3 * b - root) / (10 * c))
@@ -2271,6 +2310,7 @@ def polar_express(low: float, steps: int, safety: float, cushion: float) -> tupl
             a *= centre
             b *= centre
             c *= centre
+
         shrink = 1 + safety if k < steps - 1 else 1.0
         rows.append((a / shrink, b / shrink**3, c / shrink**5))
         low = odd_quintic(low, *rows[-1])
@@ -2326,6 +2366,7 @@ def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
     r = frobenius_scale(X)
     A, sums = xxt(X, r, 2)
     norm = sums.sum(-1).sqrt().sqrt().clamp_min(1e-2)  # it is at least M^(-1/4), or the matrix is zero
+
     s = (1 / ((1 + SAFETY) * norm))[:, None]
     return quintic(X, coefficients, r * s, (A * (s * s)[:, None]).to(A.dtype))
 
@@ -2381,6 +2422,7 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
         X = (X * GPU_SCALE).bfloat16()
     else:
         X = X / X.abs().amax((-2, -1), keepdim=True).clamp_min(1e-30)
+
     X = ORTHO[method](X.mT if tall else X)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
@@ -2474,6 +2516,7 @@ def matrix_update(
     """
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
+
     U = orthogonalize(g * (1 - s.momentum) + momentum * s.momentum, h.ortho)
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
@@ -2682,6 +2725,7 @@ class Optimizer:
         gradients = [self.wire[buffer][own_share] for buffer in self.bank] + [self.wire["flat"]]
         norms = torch._foreach_norm(gradients, 2, torch.float64)  # in float32 the relative error was 2e-4
         squares = torch.stack(norms).square()
+
         dist.all_reduce(squares[:-1])  # the last is the flat buffer's, which every rank holds whole
         self.norm.copy_(squares.sum().sqrt())
         return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
@@ -2723,6 +2767,7 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
     """Return a step's rates and momentum: rates are constant, then fall linearly; momentum rises at first."""
     time_used = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
     progress = min(1.0, max(time_used, step / h.iterations))
+
     lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
     ramp = 1.0
     if h.muon_momentum_warmup_frac > 0:
@@ -2802,6 +2847,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     recording = copy(run.model)  # with the same parameters
     recorded_mlp = partial(mlp, linear=recorded_linear)
     recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
+
     for _ in range(run.h.gptq_batches):
         for sequences in loader.next():
             recording.trunk(sequences[:, :-1])
@@ -2830,6 +2876,7 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
     H = gram + damping[:, None, None] * torch.eye(W.size(-1), device=W.device)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
     W = W.clone()
     codes = torch.empty_like(W)
     for j in range(W.size(-1)):
@@ -2857,10 +2904,12 @@ def quantize(
     limit = CODE_LIMIT[kind]
     peak = W.abs().amax(-1, keepdim=True)
     floor = (W.square().mean(-1, keepdim=True).sqrt() * least_step).clamp_min(LEAST_SCALE)
+
     scales = [torch.maximum(clip * peak / limit, floor).half().float() for clip in CLIPS]
     errors = [(nearest_codes(W, s, limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
     winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
     scale = torch.stack(scales).gather(0, winner)[0]
+
     if gram is None:
         codes = nearest_codes(W, scale, limit)
     else:
@@ -2924,6 +2973,7 @@ def fit_artifact(
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     step = h.int6_step
     best = None
+
     for attempt in range(9):
         raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), grams)
         tried = Fitted(timed("compress", compress, raw), step)
@@ -2949,6 +2999,7 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
     except lzma.LZMAError as e:
         raise ValueError(f"artifact: damaged xz stream ({e})") from None
     end = 8 + int.from_bytes(raw[4:8], "little")
+
     faults = [
         (not reader.eof, "truncated, or larger than any model of this format"),
         (reader.unused_data, "bytes after the end of the xz stream"),
@@ -2958,6 +3009,7 @@ def open_artifact(blob: bytes) -> tuple[dict, bytes]:
     for found, reason in faults:
         if found:
             raise ValueError(f"artifact: {reason}")
+
     try:
         header = json.loads(raw[8:end])
         check_header(header)
@@ -3104,6 +3156,7 @@ def window_groups(total: int, plan: ScoreRun) -> list[WindowGroup]:
     regular = (score_from - start >= plan.seq_len - plan.stride) & (end - start == plan.seq_len)
     lasts = np.where(regular, plan.stride, plan.seq_len)
     chunks = score_from // (plan.chunk or total)
+
     changes = (np.diff(chunks) != 0) | (np.diff(lasts) != 0)
     cuts = np.append(0, np.flatnonzero(changes) + 1)
     return [
@@ -3125,6 +3178,7 @@ def score_batch(
     start, end, score_from = padded.unsqueeze(-1).unbind(1)  # (B, 1) each
     column = torch.arange(plan.seq_len, device=tokens.device)
     index = (start + column).clamp_max(total - 1)  # a short window is padded at its end
+
     nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
     position = start + column[-last:]
     scored = (position >= score_from) & (position < end)
@@ -3204,6 +3258,7 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
         pairs = torch.stack([tokens[:-1], tokens[1:]]).long().view(2, -1, h.eval_seq_len)
         mine = pairs[:, m.rank :: m.world_size]
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
+
         for _ in range(h.ttt_passes):
             gradient.zero_()
             for first in range(0, mine.size(1), batch):
@@ -3514,6 +3569,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
         f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}"
     )
+
     torch.manual_seed(h.seed)
     model = GPT(h, m.ops, m.dtype).to(m.device)
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
@@ -3706,6 +3762,7 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     sums = torch.stack([p.detach().view(torch.int32).sum() for p in params]).tolist()
     every = [sums] * run.m.world_size
     dist.all_gather_object(every, sums)
+
     most = max(every, key=every.count)
     for rank, theirs in enumerate(every):
         for name, own, common in zip(names, theirs, most):
@@ -3799,6 +3856,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
             f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB"
         )
+
     code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
     if m.rank == 0:  # the artifact first: it is there whatever fails later
         export(run, trained, path, h.size_cap - code_bytes)
@@ -3853,6 +3911,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     box = [h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}"]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, box[0])
+
     dataset = load_dataset(h)  # fail on bad data here, before creating a log
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
@@ -3873,8 +3932,10 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     for argument in argv:
         if argument.split("=")[0] in fixed:
             raise InputError(f"{argument}: the artifact fixes this knob; leave it out")
+
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
         blob = Path(path).read_bytes()
+
     try:
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)  # checked throughout before a model is built from it
@@ -3921,6 +3982,7 @@ def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
         raise InputError(
             f"{TOOLS[name]} not found: it ships with the bankshot repository. From there, run {command}"
         )
+
     target = [str(root / TOOLS[name])] if name == "audit" else ["-m", "lab.bench"]
     paths = [str(root / "tools"), *filter(None, [env.get("PYTHONPATH")])]
     env = {**env, "PYTHONPATH": os.pathsep.join(paths)}
