@@ -884,7 +884,7 @@ class Dataset:
 
 
 class TokenizerEntry(NamedTuple):
-    """What a manifest says of its tokenizer."""
+    """The tokenizer that a manifest names."""
 
     bos_id: int = 0
     sha256: str = ""
@@ -3531,7 +3531,7 @@ class Run:
 
 
 class Trained(NamedTuple):
-    """What training leaves, besides the weights in the model."""
+    """The results of training, besides the weights in the model."""
 
     ema: Ema
     steps: int

@@ -94,7 +94,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """What the tests examine: the script, a run with the artifact's weights, and how it is scored."""
+    """The subject of the tests: the script, a run with the artifact's weights, and how it is scored."""
 
     script: ModuleType
     run: Any  # the script's Run; its model holds the artifact's weights
@@ -286,7 +286,7 @@ def audit_normalization(audit: Audit) -> Verdict:
 
 
 class Learning(NamedTuple):
-    """What test-time training does to the scores of the piece."""
+    """The effect of test-time training on the scores of the piece."""
 
     has_effect: bool  # on the scores after the first chunk, and only on them
     early: int  # tokens that are learnt from before they are scored

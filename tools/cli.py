@@ -33,7 +33,7 @@ SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
 
 
 class Machine(NamedTuple):
-    """What a machine with at least `gpus` NVIDIA GPUs trains unless told otherwise."""
+    """The preset and processes of a machine with at least `gpus` NVIDIA GPUs, unless told otherwise."""
 
     gpus: int
     preset: str
@@ -59,7 +59,7 @@ def say(text: str) -> None:
 
 
 class Takes(Enum):
-    """What an option is followed by."""
+    """The kind of word that follows an option."""
 
     NOTHING = "nothing"
     VALUE = "a value"
@@ -215,7 +215,7 @@ def choose_processes(gpus: int, sharing: Sequence[int]) -> int | None:
 
 
 class Resolved(NamedTuple):
-    """What the trainer makes of a run's knobs."""
+    """A run's knobs as the trainer resolves them."""
 
     seed: int
     out_dir: str

@@ -1,4 +1,4 @@
-"""What the lab's tests share: a session on a CPU, its sections, a bench run in this process."""
+"""Helpers that the tests of the lab share: a session on a CPU, its sections, a bench run in this process."""
 
 import json
 import math

@@ -415,7 +415,7 @@ def test_figures_by_hand(monkeypatch):
 
 
 def test_the_devices_clock(monkeypatch):
-    """Work is queued ahead of every timed call; the median counts, warm calls do not."""
+    """Work is queued before every timed call; the median counts, warm calls do not."""
     queue, clock = [], iter(range(10**6))
 
     class Event:

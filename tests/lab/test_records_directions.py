@@ -151,7 +151,7 @@ def test_each_case_is_its_own():
 
 @pytest.mark.parametrize("part", ["direction", "update"])
 def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
-    """What a CUDA graph needs: all of it in one piece, and nothing left to compile for the other sets."""
+    """A CUDA graph needs all of it in one piece, and nothing left to compile for the other sets."""
     compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="eager")
     sets = direction_cases.input_sets(SETUP, "eighth")
     torch._dynamo.reset()

@@ -79,7 +79,7 @@ def folder_for(tmp_path):
 
 
 def test_a_sweep_trains_what_train_trains(worker, tmp_path):
-    """Bit for bit, for the first configuration of a process and for one behind another."""
+    """Bit for bit, for the first configuration of a process and for one after another."""
     plan, folder = tiny_plan(), folder_for(tmp_path)
     configurations = [
         plan.configuration("ns5", "0.02", 1),

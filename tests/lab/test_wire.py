@@ -152,7 +152,7 @@ def test_padding_is_seen():
 
 
 def changed(folder, lines):
-    """A copy of train_gpt.py with `lines` ahead of its last statement."""
+    """A copy of train_gpt.py with `lines` before its last statement."""
     source = (TRAINER).read_text(encoding="utf-8")
     head, main, tail = source.rpartition('\nif __name__ == "__main__":')
     (folder / "train_gpt.py").write_text(head + "\n" + lines + main + tail, encoding="utf-8")

@@ -20,7 +20,7 @@ class Violation(AssertionError):
 
 
 class Outcome(NamedTuple):
-    """What the reader did within its claim. verdict: "read" or "refused". reason: of a refusal."""
+    """An outcome within the reader's claim. verdict: "read" or "refused". reason: of a refusal."""
 
     verdict: str
     reason: str

@@ -259,7 +259,7 @@ def test_ranks_put_their_inputs_together():
 
 
 class Outcome(NamedTuple):
-    """What a run wrote: its log after the machine's report, and its artifact."""
+    """The files of a run: its log after the machine's report, and its artifact."""
 
     log: str
     blob: bytes

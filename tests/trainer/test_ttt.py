@@ -508,7 +508,7 @@ CHEATS = {
 
 
 class Audited(NamedTuple):
-    """What the auditor says of a script."""
+    """The verdicts of the auditor on a script."""
 
     status: int
     fails: set[str]  # tests, T1 to T9

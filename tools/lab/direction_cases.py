@@ -1,4 +1,4 @@
-"""What a measurement of the directions times: cases (rows of ORTHO and STEP_RULES), their inputs and calls.
+"""The cases that a measurement of the directions times (rows of ORTHO and STEP_RULES), their inputs and calls.
 
 A direction takes momentum and gives a direction; an update takes a gradient and gives new weights.
 """

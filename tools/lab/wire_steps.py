@@ -55,14 +55,14 @@ class RankTask(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one rank did in a step, and the model after it."""
+    """The calls and work of one rank in a step, and the model after it."""
 
     events: list[Event]
     model: Any
 
 
 class RankResult(NamedTuple):
-    """What a process tells about its rank's step. digest: of all parameters after it."""
+    """The report of a process on its rank's step. digest: of all parameters after it."""
 
     events: list[Event]
     digest: str
@@ -71,7 +71,7 @@ class RankResult(NamedTuple):
 
 
 class DrySteps(NamedTuple):
-    """What steps without data tell."""
+    """The findings of steps without data."""
 
     steps: list[list[list[Event]]]  # [task][rank]
     shapes: Shapes

@@ -71,7 +71,7 @@ def names(log: dict, word: str) -> list[str]:
 
 
 class Update(NamedTuple):
-    """What a time is of: a row of ORTHO with a row of STEP_RULES, cautious weight decay or not."""
+    """The subject of a time: a row of ORTHO with a row of STEP_RULES, cautious weight decay or not."""
 
     row: str
     rule: str
