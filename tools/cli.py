@@ -33,7 +33,7 @@ SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
 
 
 class Machine(NamedTuple):
-    """The preset and processes of a machine with at least `gpus` NVIDIA GPUs, unless told otherwise."""
+    """Preset and processes of a machine with at least `gpus` NVIDIA GPUs, unless told otherwise."""
 
     gpus: int
     preset: str

@@ -1,4 +1,4 @@
-"""The cases that a measurement of the directions times (rows of ORTHO and STEP_RULES), their inputs and calls.
+"""The cases that `record directions` times, rows of ORTHO and STEP_RULES, with their inputs and calls.
 
 A direction takes momentum and gives a direction; an update takes a gradient and gives new weights.
 """

@@ -1,4 +1,4 @@
-"""Parts that every prover of a folder shares: verdicts, the two ways a claim can miss, and comparing with the logs.
+"""Parts that every prover of a folder shares: verdicts, the two ways a claim can miss, comparisons with logs.
 
 A claim is a function of a case (a folder under examination). It returns its evidence, or raises Wrong or
 NotCheckable. A BadInput that it raises counts as a failure.
