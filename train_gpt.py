@@ -39,9 +39,11 @@ Invariants (tests/ holds them)
 
 from __future__ import annotations
 
+import ast
 import base64
 import glob
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -52,6 +54,7 @@ import signal
 import subprocess
 import sys
 import time
+import tokenize
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -3086,17 +3089,51 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     return read_tensors(*open_artifact(blob))
 
 
+def bare_code(source: str) -> str:
+    """Return the source without comments, docstrings and blank lines; only a module keeps its docstring.
+
+    What remains is the source's own text, so that every Python version gives the same bytes.
+    """
+    lines = source.split("\n")
+    inside_strings = set()  # lines whose blanks and ends belong to a string
+    starts = []  # rows of the f-strings that are open
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        kind = tokenize.tok_name[token.type]
+        if kind == "COMMENT":
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        elif kind == "STRING":
+            inside_strings.update(range(row, token.end[0] + 1))
+        elif kind == "FSTRING_START":
+            starts.append(row)
+        elif kind == "FSTRING_END":
+            inside_strings.update(range(starts.pop(), row + 1))
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1] = " " * text.col_offset + ("pass" if len(node.body) == 1 else "")
+            for row in range(text.lineno + 1, text.end_lineno + 1):
+                lines[row - 1] = ""
+            inside_strings.difference_update(range(text.lineno, text.end_lineno + 1))
+    kept = [line for row, line in enumerate(lines, 1) if line.strip() or row in inside_strings]
+    return "\n".join(kept) + "\n"
+
+
 def packed_code(source: str) -> bytes:
     """Return the source as a program that unpacks and runs itself: the bytes counted as code.
 
-    The same source gives the same bytes.
+    Comments and docstrings are left out. The text is put where inspect looks for it, because Triton compiles
+    kernels from their text. The same source gives the same bytes.
     """
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
-    raw = lzma.compress(source.encode(), format=lzma.FORMAT_RAW, filters=filters)
+    raw = lzma.compress(bare_code(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
     return (
-        b"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode('"
+        b"import lzma as L,base64 as B,linecache as C\ns=L.decompress(B.b85decode('"
         + base64.b85encode(raw)
-        + b"'),format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]))\n"
+        + b"'),format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]).decode()\n"
+        + b"C.cache['<packed>']=len(s),None,s.splitlines(True),'<packed>'\n"
+        + b"exec(compile(s,'<packed>','exec'))\n"
     )
 
 

@@ -482,16 +482,73 @@ def source():
     return (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
 
+def without_docstrings(tree):
+    """Dump a module's syntax tree without the docstrings of its functions and classes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def unpacked(packed):
+    """Return the source that a packed program holds."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    data = base64.b85decode(packed.split(b"'")[1])
+    return lzma.decompress(data, lzma.FORMAT_RAW, filters=filters).decode()
+
+
 def test_packed_code_is_deterministic_and_holds_the_source(source):
     packed = t.packed_code(source)
-    assert packed == t.packed_code(source) and packed != t.packed_code(source + "\n")
+    assert packed == t.packed_code(source) and packed != t.packed_code(source + "x = 1\n")
     assert len(packed) < len(source.encode()) / 2
 
     imports = [node for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Import)]
-    assert {alias.name for node in imports for alias in node.names} == {"lzma", "base64"}
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
-    data = base64.b85decode(packed.split(b"'")[1])
-    assert lzma.decompress(data, lzma.FORMAT_RAW, filters=filters).decode() == source
+    assert {alias.name for node in imports for alias in node.names} == {"lzma", "base64", "linecache"}
+    assert without_docstrings(ast.parse(unpacked(packed))) == without_docstrings(ast.parse(source))
+
+
+COMMENTED = '''"""The module keeps
+its docstring."""
+# a comment
+x = """text  # of a string
+
+with a blank line"""  # after it
+
+
+def f():  # why
+    """Say it."""
+
+
+class C:
+    """Say more.
+
+    At length.
+    """
+
+    y = f"{x}#"  # no comment inside
+
+
+print(x, f(), C.y, __doc__)
+'''
+
+
+def test_bare_code_leaves_out_comments_and_docstrings_only():
+    bare = t.bare_code(COMMENTED)
+    assert without_docstrings(ast.parse(bare)) == without_docstrings(ast.parse(COMMENTED))
+    assert "why" not in bare and "Say" not in bare and "after it" not in bare
+    assert "text  # of a string\n\nwith" in bare and "keeps\nits docstring" in bare
+    assert bare.count("\n\n") == 1  # the one inside the string
+    assert run_python("-c", bare).stdout == run_python("-c", COMMENTED).stdout
+
+
+def test_packed_kernels_have_a_source(source, tmp_path):
+    """Where Triton compiles and does not interpret, it reads the text of a kernel at import."""
+    pytest.importorskip("triton")
+    (tmp_path / "packed.py").write_bytes(t.packed_code(source))
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    argv = [sys.executable, "packed.py", "config", "preset=cpu"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def run_python(*args, **options):
