@@ -91,7 +91,7 @@ def test_candidates(tmp_path, capsys):
     assert math.isclose(rope["errors"]["forward"], 0.01, rel_tol=1e-2)
     assert rows["rope"]["verdict"].startswith("drop (")
     assert "nan" in rows["nan"]["verdict"]
-    assert rows["nan"]["sections"][0]["section"].startswith("head")
+    assert rows["nan"]["sections"][0]["section"].startswith("output layer")
 
     why = {x["what"]: x["why"] for x in report["skipped"]}
     assert why["candidate broken"] == "RuntimeError: no kernel"

@@ -14,7 +14,7 @@ from lab.trainer import Session
 GPU_COPY, HOST_COPY = 2**28, 2**23  # float32 numbers copied to measure the bandwidth
 GPU_SIDE, HOST_SIDE = 8192, 512  # side of the square product that is measured beside the model's
 COLUMNS = {
-    "section": -32, "pass": -8, "x": 3, "ms": 10, "total ms": 9, "MB": 9, "GFLOP": 9, "GB/s": 7, "TFLOP/s": 8,
+    "section": -38, "pass": -8, "x": 3, "ms": 10, "total ms": 9, "MB": 9, "GFLOP": 9, "GB/s": 7, "TFLOP/s": 8,
     "floor ms": 9, "%": 5, "bound": 8,
 }  # fmt: skip
 # widths; negative: aligned to the left
