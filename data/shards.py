@@ -36,6 +36,9 @@ MANIFEST = "manifest.json"
 MODEL = "tokenizer.model"
 TEMP = ".tmp."
 
+# A command that is repeated compares sizes, not checksums, so a damaged file has to go.
+REMEDY = "remove it and repeat the command that made the dataset"
+
 
 # -----------------------------------------------------------------------------
 # The shard file
@@ -64,21 +67,18 @@ def read_header(path):
         raw = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
     if len(raw) < HEADER_BYTES:
-        raise DataError(
-            f"{path}: {len(raw)} bytes, shorter than a shard header ({HEADER_BYTES}); fetch or build it again"
-        )
+        raise DataError(f"{path}: {len(raw)} bytes, shorter than a shard header ({HEADER_BYTES}); {REMEDY}")
 
     magic, version, tokens = (int(value) for value in np.frombuffer(raw, dtype="<i4", count=3))
     if (magic, version) != (MAGIC, VERSION):
         raise DataError(
             f"{path}: not a token shard (magic {magic}, version {version}; expected {MAGIC}, {VERSION}); "
-            "remove it, then fetch or build it again"
+            f"{REMEDY}"
         )
     promised = HEADER_BYTES + 2 * tokens
     if tokens < 1 or size != promised:
         raise DataError(
-            f"{path}: {size} bytes, but its header promises {tokens} tokens ({promised} bytes); "
-            "fetch or build it again"
+            f"{path}: {size} bytes, but its header promises {tokens} tokens ({promised} bytes); {REMEDY}"
         )
     return tokens
 
@@ -267,16 +267,14 @@ def load_manifest(folder):
     except OSError as error:
         raise DataError(explain(error, path)) from None
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); build the dataset again") from None
+        raise DataError(f"{path}: not JSON ({error}); {REMEDY}") from None
 
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise DataError(
-            f"{path}: key format is not {MANIFEST_FORMAT}; build the dataset again with this version"
-        )
+        raise DataError(f"{path}: key format is not {MANIFEST_FORMAT}; {REMEDY}")
     try:
         require_manifest_keys(manifest)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: incomplete ({error}); build the dataset again") from None
+        raise DataError(f"{path}: incomplete ({error}); {REMEDY}") from None
     return manifest
 
 
@@ -334,12 +332,9 @@ def check_tokenizer(folder, manifest):
         return []
     path = folder / entry["file"]
     if not path.is_file():
-        return [f"{path}: missing; build or fetch the dataset again"]
+        return [f"{path}: missing; repeat the command that made the dataset"]
     if sha256_file(path) != entry["sha256"]:
-        return [
-            f"{path}: not the tokenizer of this dataset (sha256 differs from the manifest); "
-            "build or fetch the dataset again"
-        ]
+        return [f"{path}: not the tokenizer of this dataset (sha256 differs from the manifest); {REMEDY}"]
     return []
 
 
@@ -353,7 +348,7 @@ def check_split(folder, manifest, split, deep):
     problems = []
     if sum(shard["tokens"] for shard in about["shards"]) != about["tokens"]:
         problems.append(
-            f"{folder / MANIFEST}: split {split}: tokens is not the sum over its shards; build it again"
+            f"{folder / MANIFEST}: split {split}: tokens is not the sum over its shards; {REMEDY}"
         )
 
     previous_tokens = None
@@ -367,18 +362,17 @@ def check_split(folder, manifest, split, deep):
             continue
 
         if deep and int(tokens.max()) >= vocab_size:
-            problems.append(
-                f"{path}: token id {int(tokens.max())}, vocab_size is {vocab_size}; wrong tokenizer"
-            )
+            problems.append(f"{path}: token id {int(tokens.max())}, vocab_size is {vocab_size}; {REMEDY}")
         if int(tokens[0]) != bos and previous_tokens != full_shard:
-            problems.append(f"{path}: begins with token {int(tokens[0])}, not BOS ({bos}); build it again")
+            problems.append(f"{path}: begins with token {int(tokens[0])}, not BOS ({bos}); {REMEDY}")
         if deep:
             bos_count += int(np.count_nonzero(tokens == bos))
         previous_tokens = len(tokens)
 
     if deep and not problems and about["documents"] not in (None, bos_count):
         problems.append(
-            f"{folder}: split {split}: {bos_count} BOS tokens, {about['documents']} documents; build it again"
+            f"{folder / MANIFEST}: split {split}: {about['documents']} documents, "
+            f"but {bos_count} BOS tokens; {REMEDY}"
         )
     return problems
 
@@ -388,11 +382,11 @@ def load_listed_shard(path, entry, deep):
     try:
         tokens = load_tokens(path)
         if len(tokens) != entry["tokens"]:
-            raise DataError(
-                f"{path}: {len(tokens)} tokens, manifest says {entry['tokens']}; fetch or build it again"
-            )
+            raise DataError(f"{path}: {len(tokens)} tokens, manifest says {entry['tokens']}; {REMEDY}")
         if deep and sha256_file(path) != entry["sha256"]:
-            raise DataError(f"{path}: sha256 differs from the manifest; fetch or build it again")
+            raise DataError(f"{path}: sha256 differs from the manifest; {REMEDY}")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; repeat the command that made the dataset") from None
     except OSError as error:
         raise DataError(explain(error, path)) from None
     return tokens

@@ -8,6 +8,7 @@ import pytest
 
 import prepare
 import shards
+from data_cases import content
 
 
 def test_shard_bytes_are_the_official_layout(files):
@@ -115,3 +116,19 @@ def test_verify_names_the_damage(files, capsys, damage):
     assert prepare.main(["verify", str(files.out)]) == 1
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 1 and name in lines[0] and words in lines[0]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_remedy_that_verify_names_helps(files, capsys, damage):
+    assert prepare.main(files.args) == 0
+    before = content(files.out)
+    name, _ = damage(files.out)
+    capsys.readouterr()
+    assert prepare.main(["verify", str(files.out)]) == 1
+    line = capsys.readouterr().err
+    if "remove it" in line or "move it away" in line:
+        (files.out / name).unlink()
+    if "move it away" not in line:
+        assert "repeat the command that made the dataset" in line
+        assert prepare.main(files.args) == 0
+    assert content(files.out) == before
