@@ -187,7 +187,7 @@ def start_worker(tokenizer):
 def encode_batch(documents):
     """Return the Encoded of each document, with the tokenizer of `start_coder`."""
     ids = _coder.encode(documents)
-    decoded_bytes = _coder.decoded_bytes(documents, ids)
+    decoded_bytes = _coder.decoded_bytes(ids)
     return [
         Encoded(
             ids=np.array([_coder.bos_id, *document_ids] if document_ids else [], dtype=np.uint16),

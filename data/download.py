@@ -295,6 +295,11 @@ def describe_split(paths, tokenizer):
 def describe_val(paths, tokenizer, variant):
     """Return `describe_split` with documents and decoded bytes. Raises DataError on an unofficial split."""
     about = describe_split(paths, tokenizer)
+    first = int(shards.load_tokens(paths[0])[0])
+    if first != tokenizer.bos_id:
+        raise DataError(
+            f"{paths[0]}: begins with token {first}, not BOS ({tokenizer.bos_id}); {OTHER_VARIANT}"
+        )
     scored_tokens = (about["tokens"] - 1) // SEQUENCE * SEQUENCE
     count = count_bytes(paths, tokenizer, scored_tokens)
     low, high = VAL_BYTES

@@ -273,6 +273,12 @@ def test_download_refuses_another_validation_split(tmp_path, hub, capsys):
     assert not (tmp_path / "got" / "manifest.json").exists()
 
 
+def test_download_refuses_a_validation_split_that_begins_inside_a_document(tmp_path, hub, capsys):
+    write_shard(hub.folder / "fineweb_val_000000.bin", hub.val[1:])
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert "not BOS (1); the hub's copy has changed" in one_line(capsys)
+
+
 def test_official_constants():
     assert download.VARIANTS["sp1024"].val_scored == 62_021_632 and download.SEQUENCE == 2048
     for scored in (62_021_632, 40_540_160):
