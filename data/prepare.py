@@ -209,7 +209,7 @@ def add_text(verbs):
         type=int,
         default=shards.SHARD_TOKENS,
         metavar="N",
-        help=f"most tokens in a shard ({shards.SHARD_TOKENS})",
+        help=f"most tokens in a shard; cuts only documents that are longer ({shards.SHARD_TOKENS})",
     )
     add_workers(parser, note="; no effect on the output")
     parser.add_argument("--replace", action="store_true", help="overwrite another dataset in DIR")

@@ -103,7 +103,8 @@ class ShardWriter:
     """Append documents to the numbered shards of one split, which are temporary files of a `Staging`.
 
     limit: most tokens in a shard. A document that does not fit into the current shard begins the next one.
-    Only a document longer than `limit` is cut, and then every piece but the last fills a shard exactly.
+    Only a document longer than `limit` is cut, and then every piece but the last fills a shard exactly. A
+    shard without BOS is one fragment of such a document.
     `shards` lists the finished shards as the manifest does.
     """
 
