@@ -68,10 +68,14 @@ class HubUnreachable(DataError):
     status = 3
 
     def __init__(self, reason):
+        self.reason = reason
         super().__init__(
             f"the Hugging Face hub is not reachable ({reason}); get online and repeat, "
             "or build a corpus without a network: ./run.sh data offline"
         )
+
+    def __reduce__(self):
+        return type(self), (self.reason,)  # the default would pass the whole message as the reason
 
 
 class HubFile(NamedTuple):

@@ -6,6 +6,7 @@ token here: the trainer has the only one, and its tests compare it with the deco
 
 import codecs
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import shards
 from messages import DataError, explain, require
 
 COUNT_TOKENS = 1 << 19  # about as many tokens does count_bytes decode at a time
+LONGEST_SPACE = 250_000  # white-space characters in a row that tiktoken is given
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -95,7 +97,11 @@ def drops_first_space(processor):
 
 
 class TiktokenCoder:
-    """Encode with a tiktoken encoding; text that spells a special token is ordinary text."""
+    """Encode with a tiktoken encoding; text that spells a special token is ordinary text.
+
+    Its regular expressions overflow a stack at about a million white-space characters in a row, so runs
+    longer than LONGEST_SPACE are encoded in pieces.
+    """
 
     def __init__(self, tokenizer):
         self.bos_id = tokenizer.bos_id
@@ -103,7 +109,13 @@ class TiktokenCoder:
 
     def encode(self, texts):
         """Return the ids of each text, as lists, without BOS."""
-        return [self.encoding.encode_ordinary(text) for text in texts]
+        return [self.encode_text(text) for text in texts]
+
+    def encode_text(self, text):
+        """Return the ids of one text."""
+        if len(text) <= LONGEST_SPACE:
+            return self.encoding.encode_ordinary(text)
+        return [token for piece in cut_spaces(text) for token in self.encoding.encode_ordinary(piece)]
 
     def decoded_bytes(self, documents):
         """Return the number of bytes of each document. documents: lists of ids without BOS."""
@@ -112,6 +124,16 @@ class TiktokenCoder:
     def prefix_bytes(self, ids):
         """Return the number of bytes of the beginning of a document, which may end inside a character."""
         return len(self.encoding.decode_bytes(ids))
+
+
+def cut_spaces(text):
+    """Yield a text in pieces, cut after every LONGEST_SPACE white-space characters in a row."""
+    start = 0
+    for run in re.finditer(r"\s+", text):
+        for cut in range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 # -----------------------------------------------------------------------------

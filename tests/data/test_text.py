@@ -134,7 +134,7 @@ def test_resume(tmp_path, files, capsys, monkeypatch):
     before = content(files.out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "Encoders", None)  # a second run must not get as far as tokenizing
+        patch.setattr(build, "Workers", None)  # a second run must not get as far as tokenizing
         assert prepare.main(replaced(files.args, workers=2)) == 0
     assert "already there" in capsys.readouterr().err
     assert content(files.out) == before

@@ -106,7 +106,7 @@ def test_every_model_counts_the_text_itself(tmp_path, dummy_prefix, strips, spac
     path = train_model(tmp_path, dummy_prefix, strips, space_piece)
     tokenizer = tokenizing.open_tokenizer(path)
     build.start_coder(tokenizer)
-    encoded = build.encode_batch(DOCUMENTS)
+    encoded = build.encode(DOCUMENTS)
     texts = [re.sub(" +", " ", text).strip(" ") for text in DOCUMENTS] if strips else DOCUMENTS
     assert [document.decoded_bytes for document in encoded] == [len(text.encode()) for text in texts]
 
