@@ -7,13 +7,8 @@ The output depends on the input, the tokenizer and the shard size, not on the nu
 import fnmatch
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 import shards
-from messages import DataError, Progress, explain, megabytes, require, say, short
+from messages import DataError, Progress, describe, explain, is_panic, megabytes, require, say, short
+from workers import Workers
 
 FORMATS = (".txt", ".txt.zst", ".jsonl", ".jsonl.zst")
 BATCH_CHARS = 1 << 20  # one unit of work for a tokenizing process
@@ -129,8 +125,13 @@ def fingerprint(text):
 
 
 class Batch(NamedTuple):
-    """The documents that a process tokenizes at a time. position: bytes of the file read so far."""
+    """The documents that a process tokenizes at a time.
 
+    path: their file. first: the number of the first of them in it, from 0. position: bytes of it read so far.
+    """
+
+    path: str
+    first: int
     documents: list
     position: int
 
@@ -151,17 +152,19 @@ class Encoded(NamedTuple):
 def read_batches(path, key):
     """Yield a file's documents as Batches of about BATCH_CHARS characters. key: the text field of .jsonl."""
     documents = []
+    first = 0
     chars = 0
     position = 0
     for text, position in read_documents(path, key):
         documents.append(text)
         chars += len(text)
         if chars >= BATCH_CHARS:
-            yield Batch(documents, position)
+            yield Batch(path, first, documents, position)
+            first += len(documents)
             documents = []
             chars = 0
     if documents:
-        yield Batch(documents, position)
+        yield Batch(path, first, documents, position)
 
 
 _coder = None  # this process's SentencePieceCoder or TiktokenCoder
@@ -173,21 +176,38 @@ def start_coder(tokenizer):
     _coder = tokenizer.load()
 
 
-def ignore_interrupt():
-    """Leave Ctrl-C to the parent: a terminal sends it to every process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def encode_batch(batch):
+    """Return the Encoded of each document of a Batch, with the tokenizer of `start_coder`.
+
+    Raises DataError if the tokenizer fails.
+    """
+    try:
+        return encode(batch.documents)
+    except BaseException as error:
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise tokenizer_error(batch, error) from None
 
 
-def start_worker(tokenizer):
-    """Prepare a worker process for `encode_batch`."""
-    ignore_interrupt()
-    start_coder(tokenizer)
+def tokenizer_error(batch, error):
+    """Return the DataError that names the document of a Batch at which the tokenizer fails with `error`."""
+    for number, text in enumerate(batch.documents, batch.first):
+        try:
+            encode([text])
+        except BaseException as again:
+            if isinstance(again, (KeyboardInterrupt, SystemExit)):
+                raise
+            return DataError(
+                f"{batch.path}: document {number} ({text[:60]!r}, {len(text):,} characters): the tokenizer "
+                f"failed ({describe(again)}); cut the document into shorter ones or leave it out"
+            )
+    return DataError(f"{batch.path}: the tokenizer failed ({describe(error)}); use --workers 1")
 
 
-def encode_batch(documents):
+def encode(documents):
     """Return the Encoded of each document, with the tokenizer of `start_coder`."""
     ids = _coder.encode(documents)
-    decoded_bytes = _coder.decoded_bytes(documents, ids)
+    decoded_bytes = _coder.decoded_bytes(ids)
     return [
         Encoded(
             ids=np.array([_coder.bos_id, *document_ids] if document_ids else [], dtype=np.uint16),
@@ -197,47 +217,6 @@ def encode_batch(documents):
         )
         for text, document_ids, size in zip(documents, ids, decoded_bytes)
     ]
-
-
-class Encoders:
-    """A pool of tokenizing processes, as a context manager. With workers=1 this process tokenizes."""
-
-    def __init__(self, tokenizer, workers):
-        self.pool = None
-        self.depth = 2 * workers + 2  # most batches in memory
-        if workers == 1:
-            start_coder(tokenizer)
-        else:
-            context = multiprocessing.get_context("spawn")  # fork is unsafe beside other threads
-            self.pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer,))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-    def run(self, batches):
-        """Yield (Batch, its list of Encoded), in the order of `batches` whatever the number of workers."""
-        if not self.pool:
-            for batch in batches:
-                yield batch, encode_batch(batch.documents)
-            return
-
-        waiting = deque()
-        try:
-            for batch in batches:
-                waiting.append((batch, self.pool.submit(encode_batch, batch.documents)))
-                if len(waiting) == self.depth:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for batch, future in waiting:
-                yield batch, future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a tokenizing process died, probably for lack of memory; use --workers 1"
-            ) from None
 
 
 # -----------------------------------------------------------------------------
@@ -374,11 +353,11 @@ class LeakCheck:
             )
 
 
-def write_split(writer, split, files, key, encoders, leaks):
+def write_split(writer, split, files, key, workers, leaks):
     """Tokenize the files of one split into a ShardWriter and return the manifest's entry for the split.
 
-    key: the text field of .jsonl. leaks: a LeakCheck, for which train must be the last split. Documents are
-    numbered from 0 in each file.
+    workers: Workers with the tokenizer of `start_coder`. key: the text field of .jsonl. leaks: a LeakCheck,
+    for which train must be the last split. Documents are numbered from 0 in each file.
     """
     totals = {"documents": 0, "tokens": 0, "text_bytes": 0, "decoded_bytes": 0}
     progress = Progress(f"tokenize {split}", sum(os.stat(path).st_size for path in files))
@@ -386,7 +365,7 @@ def write_split(writer, split, files, key, encoders, leaks):
     try:
         for path in files:
             index = 0
-            for batch, encoded in encoders.run(read_batches(path, key)):
+            for batch, encoded in workers.run(encode_batch, read_batches(path, key)):
                 for text, document in zip(batch.documents, encoded):
                     if split == "train":
                         leaks.refuse(document.fingerprint, path, index)
@@ -442,13 +421,13 @@ def build_dataset(out, name, tokenizer, *, splits, source, options):
 
     leaks = LeakCheck()
     entries = {}
-    with shards.Staging(out) as staging, Encoders(tokenizer, options.workers) as encoders:
+    with shards.Staging(out) as staging, Workers(options.workers, start_coder, tokenizer) as workers:
         if tokenizer.blob:
             write_tokenizer(staging, tokenizer.blob)
         held_out_splits = [split for split in splits if split != "train"]
         for split in [*held_out_splits, "train"]:  # train last, to compare it with the others
             writer = shards.ShardWriter(staging, name, split, options.shard_tokens)
-            entries[split] = write_split(writer, split, splits[split], options.key, encoders, leaks)
+            entries[split] = write_split(writer, split, splits[split], options.key, workers, leaks)
         manifest = {**head, "splits": entries}
         staging.commit(manifest)
     return manifest, True

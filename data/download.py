@@ -1,6 +1,7 @@
 """Download published FineWeb shards from the Hugging Face hub into a dataset folder."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -67,17 +68,26 @@ class HubUnreachable(DataError):
     status = 3
 
     def __init__(self, reason):
+        self.reason = reason
         super().__init__(
             f"the Hugging Face hub is not reachable ({reason}); get online and repeat, "
             "or build a corpus without a network: ./run.sh data offline"
         )
 
+    def __reduce__(self):
+        return type(self), (self.reason,)  # the default would pass the whole message as the reason
+
 
 class HubFile(NamedTuple):
-    """Size in bytes and SHA-256 of a file, as the hub lists them; None if not known."""
+    """Size and hash of a file, as the hub lists them.
 
-    size: int | None
+    sha256: of large files, which the hub keeps apart from git; None for others. git_id: the name of a small
+    file in git, which is a SHA-1.
+    """
+
+    size: int
     sha256: str | None
+    git_id: str
 
 
 # -----------------------------------------------------------------------------
@@ -138,23 +148,54 @@ def hub_error(error, path):
 
 
 def list_hub(variant):
-    """Return {path: HubFile} of the files in a Variant's folder. Raises DataError if the hub refuses."""
+    """Return {path: HubFile} of a Variant's shards and its tokenizer.
+
+    Raises DataError if the hub refuses or has no such tokenizer.
+    """
+    listing = list_folder(variant.repo, variant.folder)
+    if has_model(variant):
+        listing |= list_folder(variant.repo, variant.tokenizer.rpartition("/")[0])
+        if variant.tokenizer not in listing:
+            raise DataError(
+                f"{variant.repo}/{variant.tokenizer}: no longer on the hub; choose another --variant"
+            )
+    return listing
+
+
+def has_model(variant):
+    """Return whether the tokenizer of a Variant is a file of its repository, not a tiktoken encoding."""
+    return "/" in variant.tokenizer
+
+
+def list_folder(repo, folder):
+    """Return {path: HubFile} of the files in one folder of a repository. Raises DataError if it refuses."""
     hub = require("huggingface_hub")
     try:
-        tree = hub.HfApi().list_repo_tree(variant.repo, variant.folder or None, repo_type="dataset")
+        tree = hub.HfApi().list_repo_tree(repo, folder or None, repo_type="dataset")
         files = [entry for entry in tree if hasattr(entry, "size")]  # a folder has no size
-        return {file.path: HubFile(file.size, file.lfs.sha256 if file.lfs else None) for file in files}
+        return {
+            file.path: HubFile(
+                size=file.size, sha256=file.lfs.sha256 if file.lfs else None, git_id=file.blob_id
+            )
+            for file in files
+        }
     except Exception as error:  # the client's exceptions change with its HTTP library
-        raise hub_error(error, f"{variant.repo}/{variant.folder}") from None
+        raise hub_error(error, f"{repo}/{folder}") from None
 
 
 def is_complete(path, listed):
-    """Return whether the file exists and agrees with its HubFile as far as that is known."""
-    if not path.exists():
+    """Return whether the file exists and has the size and the hash of its HubFile."""
+    if not path.is_file() or path.stat().st_size != listed.size:
         return False
-    if listed.size is not None and path.stat().st_size != listed.size:
-        return False
-    return listed.sha256 is None or shards.sha256_file(path) == listed.sha256
+    if listed.sha256:
+        return shards.sha256_file(path) == listed.sha256
+    return git_id(path) == listed.git_id
+
+
+def git_id(path):
+    """Return the name that git gives to the content of a file."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def fetch(variant, repo_path, out, listed):
@@ -179,15 +220,9 @@ def fetch(variant, repo_path, out, listed):
         size = got.stat().st_size
         got.unlink()  # or the next attempt would take it for complete
         raise DataError(
-            f"{out / name}: {size} bytes arrived, not the {listed.size} bytes with sha256 {listed.sha256} "
-            "that the hub lists; repeat the command"
+            f"{out / name}: {size} bytes arrived, not the {listed.size} bytes with hash "
+            f"{listed.sha256 or listed.git_id} that the hub lists; repeat the command"
         )
-    if name.endswith(".bin"):
-        try:
-            shards.read_header(got)
-        except DataError as error:
-            got.unlink()
-            raise DataError(str(error).replace(str(got), str(out / name))) from None  # its final name
     os.replace(got, scratch / name)
     return scratch / name
 
@@ -232,19 +267,24 @@ def choose_files(name, listing, train_shards):
     return Selection(val=val, train=train[:train_shards], last_train=train[-1])
 
 
+# The files that the functions below describe are the hub's own, by their hashes: to fetch them again would
+# not help.
+OTHER_VARIANT = "the hub's copy has changed: use another --variant"
+
+
 def describe_split(paths, tokenizer):
     """Return the manifest's entry for a downloaded split: token counts and checksums.
 
-    Raises DataError on an id outside the vocabulary.
+    Raises DataError on a file that is not a shard and on an id outside the vocabulary.
     """
     entries = []
     for path in paths:
+        check_header(path)
         tokens = shards.load_tokens(path)
         highest = int(tokens.max())
         if highest >= tokenizer.vocab_size:
             raise DataError(
-                f"{path}: token id {highest}, vocab_size is {tokenizer.vocab_size}; "
-                "wrong tokenizer or damaged file: remove it and repeat"
+                f"{path}: token id {highest}, vocab_size is {tokenizer.vocab_size}; {OTHER_VARIANT}"
             )
         entries.append({"file": path.name, "tokens": len(tokens), "sha256": shards.sha256_file(path)})
     return {
@@ -259,6 +299,11 @@ def describe_split(paths, tokenizer):
 def describe_val(paths, tokenizer, variant):
     """Return `describe_split` with documents and decoded bytes. Raises DataError on an unofficial split."""
     about = describe_split(paths, tokenizer)
+    first = int(shards.load_tokens(paths[0])[0])
+    if first != tokenizer.bos_id:
+        raise DataError(
+            f"{paths[0]}: begins with token {first}, not BOS ({tokenizer.bos_id}); {OTHER_VARIANT}"
+        )
     scored_tokens = (about["tokens"] - 1) // SEQUENCE * SEQUENCE
     count = count_bytes(paths, tokenizer, scored_tokens)
     low, high = VAL_BYTES
@@ -266,20 +311,29 @@ def describe_val(paths, tokenizer, variant):
     if variant.val_scored and not is_official:
         raise DataError(
             f"{paths[0]}: {scored_tokens:,} scored tokens and {count.scored:,} bytes, the official split has "
-            f"{variant.val_scored:,} and {low:,} to {high:,}; scores on it would not compare: "
-            "remove it and repeat, or use another --variant"
+            f"{variant.val_scored:,} and {low:,} to {high:,}; scores on it would not compare; "
+            f"{OTHER_VARIANT}"
         )
     documents = sum(int(np.count_nonzero(shards.load_tokens(path) == tokenizer.bos_id)) for path in paths)
     return {**about, "documents": documents, "decoded_bytes": count.total}
 
 
+def check_header(path):
+    """Return the number of tokens of a downloaded shard. Raises DataError if it is not a shard."""
+    try:
+        return shards.read_header(path)
+    except DataError as error:
+        problem = str(error).rpartition("; ")[0]
+        raise DataError(f"{problem}; {OTHER_VARIANT}") from None
+
+
 def check_full_shards(paths, last_name):
     """Raise DataError if a train shard other than the last one of the variant is not full."""
     for path in paths:
-        tokens = shards.read_header(path)
+        tokens = check_header(path)
         if path.name != last_name and tokens != shards.SHARD_TOKENS:
             raise DataError(
-                f"{path}: {tokens:,} tokens, a full shard has {shards.SHARD_TOKENS:,}; remove it and repeat"
+                f"{path}: {tokens:,} tokens, a full shard has {shards.SHARD_TOKENS:,}; {OTHER_VARIANT}"
             )
 
 
@@ -326,13 +380,35 @@ def quiet_hub_client():
         utils.disable_progress_bars()
 
 
+def refuse_another_dataset(out, name):
+    """Raise DataError if `out` holds a dataset other than the variant `name`.
+
+    A damaged manifest is none: every file is compared with the hub, and the manifest is written again.
+    """
+    remedy = "choose another --out, or remove it"
+    strays = [file for file in shards.shard_files(out) if not file.startswith("fineweb_")]
+    if strays:
+        raise DataError(f"{out}: holds {strays[0]}, of another dataset; {remedy}")
+    try:
+        source = shards.load_manifest(out)["source"]
+    except DataError:
+        return
+    variant = VARIANTS[name]
+    ours = {"kind": "download", "repo": variant.repo, "variant": name}
+    if source != ours:
+        found = source.get("variant") or source.get("kind")
+        raise DataError(f"{out}: holds another dataset ({found}, not {name}); {remedy}")
+
+
 def download_dataset(name, train_shards, out):
     """Make `out` hold the first `train_shards` train shards of a variant, its val split and its tokenizer.
 
-    Keeps files that are complete, and train shards beyond `train_shards`. Raises DataError on bad data and
-    HubUnreachable without a network; `out` is then as it was, apart from its `.download`.
+    Keeps files that are complete, and train shards beyond `train_shards`. Raises DataError on bad data or
+    another dataset in `out`, and HubUnreachable without a network; `out` is then as it was, apart from its
+    `.download`.
     """
     variant = VARIANTS[name]
+    refuse_another_dataset(out, name)
     quiet_hub_client()
     probe_hub()
     listing = list_hub(variant)
@@ -347,8 +423,8 @@ def download_dataset(name, train_shards, out):
     with shards.Staging(out) as staging:
         finished = []
         tokenizer_name = variant.tokenizer
-        if "/" in variant.tokenizer:  # a file of the repository, not a tiktoken encoding
-            model = fetch(variant, variant.tokenizer, out, HubFile(size=None, sha256=None))
+        if has_model(variant):
+            model = fetch(variant, variant.tokenizer, out, listing[variant.tokenizer])
             tokenizer_name = str(model)
             finished.append(model)
         tokenizer = open_tokenizer(tokenizer_name)

@@ -32,6 +32,17 @@ def explain(error, path=None):
     return f"{name}: {reason}; {remedy}"
 
 
+def is_panic(error):
+    """Return whether an exception is the panic of a library in Rust: no Exception, and no way to stop."""
+    return not isinstance(error, (Exception, KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
+def describe(error):
+    """Return the class of an exception and the beginning of its first line."""
+    reason = str(error).split("\n")[0][:100]
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
 def require(module):
     """Import and return a third-party module that only some verbs need. Raises DataError if it is missing."""
     try:

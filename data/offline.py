@@ -13,20 +13,19 @@ import importlib.metadata
 import inspect
 import io
 import json
-import multiprocessing
 import os
 import platform
 import re
 import sysconfig
 import tempfile
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import build
 import shards
 from messages import DataError, Progress, megabytes, require
 from tokenizing import open_tokenizer
+from workers import Workers
 
 RECIPE = 1  # raise it with every change here that changes the corpus
 VOCAB = 1024
@@ -194,27 +193,15 @@ def documents_of_files(paths):
     return documents
 
 
-def documents_of_chunks(chunks, workers):
-    """Yield `documents_of_files` of each chunk, in order, from `workers` processes."""
-    if workers == 1:
-        yield from map(documents_of_files, chunks)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, build.ignore_interrupt)
-    try:
-        yield from pool.map(documents_of_files, chunks)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def extract(files, workers):
-    """Return all documents of `files`, in order."""
+    """Return all documents of `files`, in order, read by `workers` processes."""
     chunks = [files[start : start + CHUNK_FILES] for start in range(0, len(files), CHUNK_FILES)]
     progress = Progress("read", len(files), " files")
     documents = []
-    for number, found in enumerate(documents_of_chunks(chunks, workers), 1):
-        documents += found
-        progress.update(min(CHUNK_FILES * number, len(files)))
+    with Workers(workers) as pool:
+        for number, (_, found) in enumerate(pool.run(documents_of_files, chunks), 1):
+            documents += found
+            progress.update(min(CHUNK_FILES * number, len(files)))
     size = megabytes(sum(map(len, documents)))
     progress.close(f"{len(files)} files, {len(documents)} documents, {size}")
     return documents

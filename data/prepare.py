@@ -15,7 +15,7 @@ import build
 import download
 import offline
 import shards
-from messages import DataError, explain, say
+from messages import DataError, describe, explain, is_panic, say
 from tokenizing import open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,8 +69,6 @@ def run_text(args):
         splits.setdefault(split, []).append(path)
     if not 1 <= args.shard_tokens <= shards.MAX_SHARD_TOKENS:
         raise DataError(f"--shard-tokens {args.shard_tokens}: choose 1 to {shards.MAX_SHARD_TOKENS}")
-    if args.workers < 1:
-        raise DataError(f"--workers {args.workers}: choose 1 or more")
 
     options = build.BuildOptions(
         key=args.field, shard_tokens=args.shard_tokens, workers=args.workers, replace=args.replace
@@ -209,7 +207,7 @@ def add_text(verbs):
         type=int,
         default=shards.SHARD_TOKENS,
         metavar="N",
-        help=f"most tokens in a shard ({shards.SHARD_TOKENS})",
+        help=f"most tokens in a shard; cuts only documents that are longer ({shards.SHARD_TOKENS})",
     )
     add_workers(parser, note="; no effect on the output")
     parser.add_argument("--replace", action="store_true", help="overwrite another dataset in DIR")
@@ -270,6 +268,8 @@ def main(argv):
     """Run one verb and return the exit status."""
     args = make_parser().parse_args(argv)
     try:
+        if getattr(args, "workers", 1) < 1:
+            raise DataError(f"--workers {args.workers}: choose 1 or more")
         return args.function(args) or 0
     except DataError as error:
         say(f"error: {error}")
@@ -280,6 +280,14 @@ def main(argv):
     except KeyboardInterrupt:
         say("\ninterrupted; nothing half-written is left, repeat the command to continue")
         return 130
+    except MemoryError:
+        say("error: out of memory; use fewer --workers or smaller documents")
+        return 1
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        say(f"error: a library failed ({describe(error)}); check the input and the installed packages")
+        return 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ A dataset folder holds shards named {name}_{split}_{index:06d}.bin, `tokenizer.m
 SentencePiece, and `manifest.json`. The manifest is written last: a folder without it is not a dataset.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -35,6 +36,18 @@ MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "tokenizer.model"
 TEMP = ".tmp."
+
+# What the manifest's values are called in messages.
+KINDS = {
+    str: "text",
+    int: "a whole number from 0",
+    dict: "an object",
+    list: "a list",
+    type(None): "null",
+}
+
+# A command that is repeated compares sizes, not checksums, so a damaged file has to go.
+REMEDY = "remove it and repeat the command that made the dataset"
 
 
 # -----------------------------------------------------------------------------
@@ -64,21 +77,18 @@ def read_header(path):
         raw = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
     if len(raw) < HEADER_BYTES:
-        raise DataError(
-            f"{path}: {len(raw)} bytes, shorter than a shard header ({HEADER_BYTES}); fetch or build it again"
-        )
+        raise DataError(f"{path}: {len(raw)} bytes, shorter than a shard header ({HEADER_BYTES}); {REMEDY}")
 
     magic, version, tokens = (int(value) for value in np.frombuffer(raw, dtype="<i4", count=3))
     if (magic, version) != (MAGIC, VERSION):
         raise DataError(
             f"{path}: not a token shard (magic {magic}, version {version}; expected {MAGIC}, {VERSION}); "
-            "remove it, then fetch or build it again"
+            f"{REMEDY}"
         )
     promised = HEADER_BYTES + 2 * tokens
     if tokens < 1 or size != promised:
         raise DataError(
-            f"{path}: {size} bytes, but its header promises {tokens} tokens ({promised} bytes); "
-            "fetch or build it again"
+            f"{path}: {size} bytes, but its header promises {tokens} tokens ({promised} bytes); {REMEDY}"
         )
     return tokens
 
@@ -103,7 +113,8 @@ class ShardWriter:
     """Append documents to the numbered shards of one split, which are temporary files of a `Staging`.
 
     limit: most tokens in a shard. A document that does not fit into the current shard begins the next one.
-    Only a document longer than `limit` is cut, and then every piece but the last fills a shard exactly.
+    Only a document longer than `limit` is cut, and then every piece but the last fills a shard exactly. A
+    shard without BOS is one fragment of such a document.
     `shards` lists the finished shards as the manifest does.
     """
 
@@ -258,7 +269,7 @@ def manifest_bytes(manifest):
 
 
 def load_manifest(folder):
-    """Read the manifest of a dataset folder. Raises DataError if it is absent, not JSON or lacks a key."""
+    """Read the manifest of a dataset folder. Raises DataError if it is absent or not sound."""
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -266,34 +277,82 @@ def load_manifest(folder):
         raise DataError(f"{path}: no such file; give a folder made by download, text or offline") from None
     except OSError as error:
         raise DataError(explain(error, path)) from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); build the dataset again") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}); {REMEDY}") from None
 
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise DataError(
-            f"{path}: key format is not {MANIFEST_FORMAT}; build the dataset again with this version"
-        )
+        raise DataError(f"{path}: key format is not {MANIFEST_FORMAT}; {REMEDY}")
     try:
-        require_manifest_keys(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: incomplete ({error}); build the dataset again") from None
+        require_manifest(manifest)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; {REMEDY}") from None
     return manifest
 
 
-def require_manifest_keys(manifest):
-    """Look up every key that a manifest must have. Raises KeyError, TypeError or AttributeError."""
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            require_keys(shard, "file", "tokens", "sha256")
-        require_keys(split, "documents", "tokens", "text_bytes", "decoded_bytes")
-    require_keys(manifest, "name", "bos_id", "source")
-    require_keys(manifest["tokenizer"], "kind", "file", "encoding", "sha256", "vocab_size")
+def require_manifest(manifest):
+    """Raise ValueError at the first key of a manifest that is missing or has a value of another kind."""
+    require_value(manifest, "name", str)
+    require_value(manifest, "bos_id", int)
+    source = require_value(manifest, "source", dict)
+    if "options" in source:
+        options = require_value(source, "options", dict, "source.")
+        require_value(options, "shard_tokens", int, "source.options.")
+
+    tokenizer = require_value(manifest, "tokenizer", dict)
+    require_value(tokenizer, "kind", str, "tokenizer.")
+    require_value(tokenizer, "sha256", str, "tokenizer.")
+    require_value(tokenizer, "vocab_size", int, "tokenizer.")
+    file = require_value(tokenizer, "file", (str, type(None)), "tokenizer.")
+    encoding = require_value(tokenizer, "encoding", (str, type(None)), "tokenizer.")
+    if not file and not encoding:
+        raise ValueError("key tokenizer names neither a file nor an encoding")
+    if file and file != MODEL:
+        raise ValueError(f"key tokenizer.file is {file!r}, not {MODEL!r}")
+
+    splits = require_value(manifest, "splits", dict)
+    for split in ("train", "val", *splits):
+        require_value(splits, split, dict, "splits.")
+        require_split(splits[split], split)
 
 
-def require_keys(mapping, *keys):
-    """Look up each key. Raises KeyError if one is missing, TypeError if `mapping` is not a mapping."""
-    for key in keys:
-        mapping[key]
+def require_split(about, split):
+    """Raise ValueError as `require_manifest` does, for the manifest's entry of one split."""
+    prefix = f"splits.{split}."
+    require_value(about, "tokens", int, prefix)
+    for key in ("documents", "text_bytes", "decoded_bytes"):
+        require_value(about, key, (int, type(None)), prefix)
+
+    files = set()
+    for number, shard in enumerate(require_value(about, "shards", list, prefix)):
+        name = f"{prefix}shards[{number}]"
+        require_kind(shard, dict, name)
+        file = require_value(shard, "file", str, f"{name}.")
+        require_value(shard, "tokens", int, f"{name}.")
+        require_value(shard, "sha256", str, f"{name}.")
+        if "/" in file or not fnmatch.fnmatch(file, shard_pattern(split)) or file in files:
+            raise ValueError(f"key {name}.file is {file!r}, not a shard of its own of split {split}")
+        files.add(file)
+    if not files:
+        raise ValueError(f"key {prefix}shards is empty")
+
+
+def require_value(mapping, key, kinds, prefix=""):
+    """Return mapping[key]. Raises ValueError if it is missing or `require_kind` refuses it.
+
+    prefix: the keys that lead to `mapping`, for the message.
+    """
+    if key not in mapping:
+        raise ValueError(f"key {prefix}{key} is missing")
+    require_kind(mapping[key], kinds, f"{prefix}{key}")
+    return mapping[key]
+
+
+def require_kind(value, kinds, name):
+    """Raise ValueError if the value of the key `name` is of none of `kinds`, or a negative number."""
+    if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        expected = " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"key {name} is {json.dumps(value)[:40]}, not {expected}")
 
 
 # -----------------------------------------------------------------------------
@@ -334,12 +393,9 @@ def check_tokenizer(folder, manifest):
         return []
     path = folder / entry["file"]
     if not path.is_file():
-        return [f"{path}: missing; build or fetch the dataset again"]
+        return [f"{path}: missing; repeat the command that made the dataset"]
     if sha256_file(path) != entry["sha256"]:
-        return [
-            f"{path}: not the tokenizer of this dataset (sha256 differs from the manifest); "
-            "build or fetch the dataset again"
-        ]
+        return [f"{path}: not the tokenizer of this dataset (sha256 differs from the manifest); {REMEDY}"]
     return []
 
 
@@ -353,13 +409,15 @@ def check_split(folder, manifest, split, deep):
     problems = []
     if sum(shard["tokens"] for shard in about["shards"]) != about["tokens"]:
         problems.append(
-            f"{folder / MANIFEST}: split {split}: tokens is not the sum over its shards; build it again"
+            f"{folder / MANIFEST}: split {split}: tokens is not the sum over its shards; {REMEDY}"
         )
 
     previous_tokens = None
     bos_count = 0
     for shard in about["shards"]:
         path = folder / shard["file"]
+        follows_full_shard = previous_tokens == full_shard
+        previous_tokens = shard["tokens"]
         try:
             tokens = load_listed_shard(path, shard, deep)
         except DataError as error:
@@ -367,18 +425,16 @@ def check_split(folder, manifest, split, deep):
             continue
 
         if deep and int(tokens.max()) >= vocab_size:
-            problems.append(
-                f"{path}: token id {int(tokens.max())}, vocab_size is {vocab_size}; wrong tokenizer"
-            )
-        if int(tokens[0]) != bos and previous_tokens != full_shard:
-            problems.append(f"{path}: begins with token {int(tokens[0])}, not BOS ({bos}); build it again")
+            problems.append(f"{path}: token id {int(tokens.max())}, vocab_size is {vocab_size}; {REMEDY}")
+        if int(tokens[0]) != bos and not follows_full_shard:
+            problems.append(f"{path}: begins with token {int(tokens[0])}, not BOS ({bos}); {REMEDY}")
         if deep:
             bos_count += int(np.count_nonzero(tokens == bos))
-        previous_tokens = len(tokens)
 
     if deep and not problems and about["documents"] not in (None, bos_count):
         problems.append(
-            f"{folder}: split {split}: {bos_count} BOS tokens, {about['documents']} documents; build it again"
+            f"{folder / MANIFEST}: split {split}: {about['documents']} documents, "
+            f"but {bos_count} BOS tokens; {REMEDY}"
         )
     return problems
 
@@ -388,11 +444,11 @@ def load_listed_shard(path, entry, deep):
     try:
         tokens = load_tokens(path)
         if len(tokens) != entry["tokens"]:
-            raise DataError(
-                f"{path}: {len(tokens)} tokens, manifest says {entry['tokens']}; fetch or build it again"
-            )
+            raise DataError(f"{path}: {len(tokens)} tokens, manifest says {entry['tokens']}; {REMEDY}")
         if deep and sha256_file(path) != entry["sha256"]:
-            raise DataError(f"{path}: sha256 differs from the manifest; fetch or build it again")
+            raise DataError(f"{path}: sha256 differs from the manifest; {REMEDY}")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; repeat the command that made the dataset") from None
     except OSError as error:
         raise DataError(explain(error, path)) from None
     return tokens

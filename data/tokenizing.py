@@ -1,6 +1,12 @@
-"""Tokenizers of a dataset, SentencePiece models and tiktoken encodings, and the bytes of their tokens."""
+"""Tokenizers of a dataset, SentencePiece models and tiktoken encodings, and the bytes of their text.
 
+The bytes of a document are the UTF-8 length of what its tokenizer decodes. There is no table of bytes per
+token here: the trainer has the only one, and its tests compare it with the decoded text too.
+"""
+
+import codecs
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +16,9 @@ import numpy as np
 import shards
 from messages import DataError, explain, require
 
-COUNT_TOKENS = 1 << 22  # how many tokens count_bytes holds in memory at a time
+COUNT_TOKENS = 1 << 19  # about as many tokens does count_bytes decode at a time
+LONGEST_SPACE = 250_000  # white-space characters in a row that tiktoken is given
+SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 @dataclass(frozen=True)
@@ -50,18 +58,50 @@ class SentencePieceCoder:
     def __init__(self, tokenizer):
         self.bos_id = tokenizer.bos_id
         self.processor = require("sentencepiece").SentencePieceProcessor(model_proto=tokenizer.blob)
+        # Without a piece for a space, byte pieces spell it, and the library decodes these as U+2581.
+        self.spells_space = self.processor.is_unknown(self.processor.piece_to_id(SPACE))
+        self.drops_first_space = drops_first_space(self.processor)
 
     def encode(self, texts):
         """Return the ids of each text, as lists, without BOS."""
         return self.processor.encode(texts, num_threads=1)
 
-    def decoded_bytes(self, texts, ids):
-        """Return the UTF-8 length of each text decoded from its ids."""
-        return [len(text.encode()) for text in self.processor.decode(ids, num_threads=1)]
+    def decoded_bytes(self, documents):
+        """Return the UTF-8 length of the text of each document. documents: lists of ids without BOS."""
+        texts = self.processor.decode(documents, num_threads=1)
+        if self.spells_space:
+            texts = [text.replace(SPACE, " ") for text in texts]
+            if self.drops_first_space:
+                texts = [text.removeprefix(" ") for text in texts]
+        return [len(text.encode()) for text in texts]
+
+    def prefix_bytes(self, ids):
+        """Return the UTF-8 length of the beginning of a document, which may end inside a character."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids[-3:]:  # no character that lacks a byte has more
+            if self.processor.is_byte(token):
+                utf8.decode(bytes([int(self.processor.id_to_piece(token)[3:5], 16)]))  # of <0xE2>
+            else:
+                utf8.reset()
+        unfinished = len(utf8.getstate()[0])
+        [whole] = self.decoded_bytes([ids[: len(ids) - unfinished]])
+        return whole + unfinished
+
+
+def drops_first_space(processor):
+    """Return whether a SentencePiece model drops or adds a space at the start of a text.
+
+    That is add_dummy_prefix or remove_extra_whitespaces: with either, the library decodes no such space.
+    """
+    return processor.normalize("a") != "a" or processor.normalize(" a") == "a"
 
 
 class TiktokenCoder:
-    """Encode with a tiktoken encoding; text that spells a special token is ordinary text."""
+    """Encode with a tiktoken encoding; text that spells a special token is ordinary text.
+
+    Its regular expressions overflow a stack at about a million white-space characters in a row, so runs
+    longer than LONGEST_SPACE are encoded in pieces.
+    """
 
     def __init__(self, tokenizer):
         self.bos_id = tokenizer.bos_id
@@ -69,11 +109,31 @@ class TiktokenCoder:
 
     def encode(self, texts):
         """Return the ids of each text, as lists, without BOS."""
-        return [self.encoding.encode_ordinary(text) for text in texts]
+        return [self.encode_text(text) for text in texts]
 
-    def decoded_bytes(self, texts, ids):
-        """Return the UTF-8 length of each text: byte-level BPE decodes to the text itself."""
-        return [len(text.encode()) for text in texts]
+    def encode_text(self, text):
+        """Return the ids of one text."""
+        if len(text) <= LONGEST_SPACE:
+            return self.encoding.encode_ordinary(text)
+        return [token for piece in cut_spaces(text) for token in self.encoding.encode_ordinary(piece)]
+
+    def decoded_bytes(self, documents):
+        """Return the number of bytes of each document. documents: lists of ids without BOS."""
+        return [self.prefix_bytes(ids) for ids in documents]
+
+    def prefix_bytes(self, ids):
+        """Return the number of bytes of the beginning of a document, which may end inside a character."""
+        return len(self.encoding.decode_bytes(ids))
+
+
+def cut_spaces(text):
+    """Yield a text in pieces, cut after every LONGEST_SPACE white-space characters in a row."""
+    start = 0
+    for run in re.finditer(r"\s+", text):
+        for cut in range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 # -----------------------------------------------------------------------------
@@ -162,50 +222,8 @@ def tiktoken_tokenizer(name):
 
 
 # -----------------------------------------------------------------------------
-# Bytes of tokens
+# Bytes of a split
 # -----------------------------------------------------------------------------
-
-
-class ByteTable(NamedTuple):
-    """Three arrays indexed by token id.
-
-    base: UTF-8 bytes without the leading space, int64, 0 for control tokens. space: whether the piece begins
-    with a space, bool. boundary: whether a leading space of the next token does not count, bool.
-    """
-
-    base: np.ndarray
-    space: np.ndarray
-    boundary: np.ndarray
-
-
-def byte_table(tokenizer):
-    """Return the ByteTable of a tokenizer by the challenge's definition.
-
-    SentencePiece: control, unknown and unused pieces weigh nothing and are boundaries; a byte piece weighs
-    one; a leading space counts unless the token before it is a boundary. tiktoken: plain lengths.
-    """
-    table = ByteTable(
-        base=np.zeros(tokenizer.vocab_size, dtype=np.int64),
-        space=np.zeros(tokenizer.vocab_size, dtype=bool),
-        boundary=np.zeros(tokenizer.vocab_size, dtype=bool),
-    )
-    if tokenizer.kind == "tiktoken":
-        encoding = require("tiktoken").get_encoding(tokenizer.encoding)
-        for token in set(encoding._mergeable_ranks.values()):
-            table.base[token] = len(encoding.decode_single_token_bytes(token))
-        return table
-
-    processor = require("sentencepiece").SentencePieceProcessor(model_proto=tokenizer.blob)
-    for token in range(tokenizer.vocab_size):
-        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
-            table.boundary[token] = True
-        elif processor.is_byte(token):
-            table.base[token] = 1
-        else:
-            piece = processor.id_to_piece(token)
-            table.space[token] = piece.startswith("\u2581")
-            table.base[token] = len(piece.removeprefix("\u2581").encode())
-    return table
 
 
 class ByteCount(NamedTuple):
@@ -215,24 +233,58 @@ class ByteCount(NamedTuple):
     scored: int
 
 
-def count_bytes(paths, tokenizer, limit):
-    """Return the ByteCount of a split's shards. limit: how many targets are scored, tokens 1 to limit."""
-    table = byte_table(tokenizer)
-    total = scored = position = 0
-    previous_is_boundary = True
+def split_documents(paths, bos_id):
+    """Yield the documents of a split's shards, as arrays that begin with BOS. A document may span shards.
+
+    Text before the first BOS of the split comes first, without one.
+    """
+    unfinished = []  # parts of a document, of which the next shard may hold another
     for path in paths:
         tokens = shards.load_tokens(path)
-        for start in range(0, len(tokens), COUNT_TOKENS):
-            ids = tokens[start : start + COUNT_TOKENS].astype(np.int64)
-            after_boundary = np.concatenate(([previous_is_boundary], table.boundary[ids[:-1]]))
-            sizes = table.base[ids] + (table.space[ids] & ~after_boundary)
+        first, *others = np.split(tokens, np.flatnonzero(tokens == bos_id))
+        unfinished.append(first)
+        for document in others:
+            yield np.concatenate(unfinished)
+            unfinished = [document]
+    yield np.concatenate(unfinished)
 
-            total += int(sizes.sum())
-            # The scored targets are tokens 1 to limit of the whole split; ids[0] is its token `position`.
-            first = max(1 - position, 0)
-            last = max(limit + 1 - position, 0)
-            scored += int(sizes[first:last].sum())
 
-            previous_is_boundary = table.boundary[ids[-1]]
-            position += len(ids)
+def document_batches(paths, bos_id):
+    """Yield the `split_documents`, as lists of documents with about COUNT_TOKENS tokens together."""
+    batch = []
+    tokens = 0
+    for document in split_documents(paths, bos_id):
+        batch.append(document)
+        tokens += len(document)
+        if tokens >= COUNT_TOKENS:
+            yield batch
+            batch = []
+            tokens = 0
+    yield batch
+
+
+def without_bos(document, bos_id):
+    """Return the ids of a document as a list without BOS."""
+    ids = document.tolist()
+    return ids[1:] if ids[:1] == [bos_id] else ids
+
+
+def count_bytes(paths, tokenizer, limit):
+    """Return the ByteCount of a split's shards, which begin with BOS.
+
+    limit: how many targets are scored, tokens 1 to limit of the split; the last document may be cut.
+    """
+    coder = tokenizer.load()
+    total = scored = position = 0
+    for batch in document_batches(paths, tokenizer.bos_id):
+        documents = [without_bos(document, tokenizer.bos_id) for document in batch]
+        sizes = coder.decoded_bytes(documents)
+        total += sum(sizes)
+        for document, ids, size in zip(batch, documents, sizes):
+            end = position + len(document)
+            if end <= limit + 1:
+                scored += size
+            elif position <= limit:
+                scored += coder.prefix_bytes(ids[: limit - position])
+            position = end
     return ByteCount(total, scored)

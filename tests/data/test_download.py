@@ -14,7 +14,7 @@ import offline
 import prepare
 import shards
 import tokenizing
-from data_cases import make_documents, one_line
+from data_cases import content, make_documents, one_line, replaced
 
 
 def token_stream(model, documents):
@@ -54,10 +54,12 @@ def hub(tmp_path, model, monkeypatch):
             yield SimpleNamespace(path=f"{path}/sub")  # a folder has no size
             for p in sorted((remote / path).iterdir()):
                 raw = p.read_bytes()
+                large = SimpleNamespace(sha256=hashlib.sha256(raw).hexdigest())
                 yield SimpleNamespace(
                     path=f"{path}/{p.name}",
                     size=len(raw),
-                    lfs=SimpleNamespace(sha256=hashlib.sha256(raw).hexdigest()),
+                    lfs=large if p.suffix == ".bin" else None,
+                    blob_id=hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest(),
                 )
 
     def hf_hub_download(repo, path, repo_type, local_dir):
@@ -149,6 +151,90 @@ def test_download_repairs_a_damaged_file(tmp_path, hub):
     assert hub.calls == ["fineweb_train_000000.bin"] and path.read_bytes() == raw
 
 
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def damage_byte(path):
+    raw = path.read_bytes()
+    path.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+
+
+@pytest.mark.parametrize("damage", [damage_empty, damage_cut, damage_byte])
+@pytest.mark.parametrize("name", ["tokenizer.model", "fineweb_val_000000.bin"])
+def test_download_fetches_any_damaged_file_again(tmp_path, hub, name, damage):
+    out = tmp_path / "got"
+    assert prepare.main(["download", "--out", str(out)]) == 0
+    good = (out / name).read_bytes()
+    damage(out / name)
+    assert prepare.main(["verify", str(out)]) == 1
+    assert prepare.main(["download", "--out", str(out)]) == 0
+    assert (out / name).read_bytes() == good and len(hub.calls) == 4
+    assert prepare.main(["verify", str(out)]) == 0
+
+
+def test_a_tokenizer_left_by_a_stopped_download_is_checked(tmp_path, hub, model):
+    out = tmp_path / "got"
+    (out / ".download").mkdir(parents=True)
+    (out / ".download" / "tokenizer.model").write_bytes(model.read_bytes()[:-9])
+    assert prepare.main(["download", "--out", str(out)]) == 0
+    assert (out / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+def test_a_tokenizer_cut_on_its_way_is_refused(tmp_path, hub, monkeypatch, capsys):
+    good = hub.api.hf_hub_download
+
+    def cut(repo, path, **kwargs):
+        got = good(repo, path, **kwargs)
+        if path.endswith(".model"):
+            damage_cut(Path(got))
+        return got
+
+    monkeypatch.setattr(hub.api, "hf_hub_download", cut)
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    line = one_line(capsys)
+    assert "tokenizer.model" in line and "bytes arrived" in line and "repeat the command" in line
+
+    (hub.remote / "datasets" / "tokenizers" / "toy.model").unlink()
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert "toy.model: no longer on the hub; choose another --variant" in one_line(capsys)
+
+
+def test_two_variants_do_not_share_a_folder(tmp_path, hub, monkeypatch, capsys):
+    out = tmp_path / "got"
+    monkeypatch.setitem(download.VARIANTS, "sp8192", download.VARIANTS["sp1024"])
+    assert prepare.main(["download", "--out", str(out)]) == 0
+    before = content(out)
+    assert prepare.main(["download", "--variant", "sp8192", "--out", str(out)]) == 1
+    assert "holds another dataset (sp1024, not sp8192); choose another --out" in one_line(capsys)
+    assert content(out) == before
+
+
+def test_download_leaves_other_datasets_alone(hub, files, capsys):
+    assert prepare.main(files.args) == 0
+    before = content(files.out)
+    assert prepare.main(["download", "--out", str(files.out)]) == 1
+    assert "toy_train_000000.bin, of another dataset" in one_line(capsys)
+    assert content(files.out) == before
+
+    assert prepare.main([*replaced(files.args, name="fineweb"), "--replace"]) == 0
+    assert prepare.main(["download", "--out", str(files.out)]) == 1
+    assert "holds another dataset (text, not sp1024)" in one_line(capsys)
+
+
+def test_download_repairs_a_damaged_manifest(tmp_path, hub):
+    out = tmp_path / "got"
+    assert prepare.main(["download", "--out", str(out)]) == 0
+    before = content(out)
+    (out / "manifest.json").write_bytes(b"{")
+    assert prepare.main(["download", "--out", str(out)]) == 0
+    assert content(out) == before
+
+
 def test_download_refusals(tmp_path, hub, monkeypatch, capsys):
     out = tmp_path / "got"
     for count in ("0", "5"):
@@ -173,7 +259,11 @@ def test_download_refusals(tmp_path, hub, monkeypatch, capsys):
     short = hub.folder / "fineweb_train_000000.bin"
     short.write_bytes(shards.shard_header(599) + short.read_bytes()[1024:-2])
     assert prepare.main(["download", "--out", str(out)]) == 1
-    assert "599 tokens, a full shard has 600" in one_line(capsys)
+    assert "599 tokens, a full shard has 600; the hub's copy has changed: use another" in one_line(capsys)
+
+    short.write_bytes(b"\0" + short.read_bytes()[1:])
+    assert prepare.main(["download", "--out", str(out)]) == 1
+    assert "not a token shard" in (line := one_line(capsys)) and "use another --variant" in line
 
 
 def test_download_refuses_another_validation_split(tmp_path, hub, capsys):
@@ -181,6 +271,12 @@ def test_download_refuses_another_validation_split(tmp_path, hub, capsys):
     assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
     assert "scores on it would not compare" in one_line(capsys)
     assert not (tmp_path / "got" / "manifest.json").exists()
+
+
+def test_download_refuses_a_validation_split_that_begins_inside_a_document(tmp_path, hub, capsys):
+    write_shard(hub.folder / "fineweb_val_000000.bin", hub.val[1:])
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert "not BOS (1); the hub's copy has changed" in one_line(capsys)
 
 
 def test_official_constants():

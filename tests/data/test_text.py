@@ -76,6 +76,30 @@ def test_shards_are_cut_between_documents(tmp_path, files, model):
     assert prepare.main(["verify", str(files.out)]) == 0
 
 
+def test_a_document_longer_than_two_shards_gives_shards_without_bos(files, model, capsys):
+    """Such a shard is one fragment, of the document before it; only after a full shard is it accepted."""
+    docs = [prose(999, 900), *make_documents(400, 3, 20)]
+    write_docs(files.train, docs)
+    assert prepare.main([*files.args, "--shard-tokens", "500"]) == 0
+    manifest = shards.load_manifest(files.out)
+    parts = [
+        np.array(shards.load_tokens(files.out / entry["file"]))
+        for entry in manifest["splits"]["train"]["shards"]
+    ]
+    bos = [int(np.count_nonzero(part == 1)) for part in parts]
+    assert bos[:3] == [1, 0, 0] and manifest["splits"]["train"]["documents"] == sum(bos) == len(docs)
+    assert [len(part) for part in parts[:2]] == [500, 500]
+    assert documents_in(files.out, "train") == sentencepiece.SentencePieceProcessor(
+        model_file=str(model)
+    ).encode(docs)
+    assert prepare.main(["verify", str(files.out)]) == 0
+
+    manifest["source"]["options"]["shard_tokens"] = 501
+    (files.out / "manifest.json").write_bytes(shards.manifest_bytes(manifest))
+    assert prepare.main(["verify", str(files.out)]) == 1
+    assert "toy_train_000001.bin: begins with token" in capsys.readouterr().err
+
+
 def test_field_and_blank_documents(tmp_path, files):
     rows = [{"body": "One document of text."}, {"body": "  \n "}, {"body": "Another document."}]
     path = tmp_path / "rows.jsonl"
@@ -110,7 +134,7 @@ def test_resume(tmp_path, files, capsys, monkeypatch):
     before = content(files.out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "Encoders", None)  # a second run must not get as far as tokenizing
+        patch.setattr(build, "Workers", None)  # a second run must not get as far as tokenizing
         assert prepare.main(replaced(files.args, workers=2)) == 0
     assert "already there" in capsys.readouterr().err
     assert content(files.out) == before

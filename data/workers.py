@@ -1,0 +1,95 @@
+"""Worker processes whose every failure reaches the parent as an exception that it can show as one line."""
+
+import multiprocessing
+import pickle
+import signal
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from messages import DataError, describe, is_panic
+
+_start_error = None  # in a worker: why it could not be prepared
+
+
+def portable(error):
+    """Return an exception that can be raised in another process: `error` if it can, else a DataError.
+
+    A panic of a Rust library is no Exception, and its class cannot be imported.
+    """
+    if isinstance(error, MemoryError):
+        return DataError("out of memory; use fewer --workers or smaller documents")
+    if is_panic(error):
+        return DataError(f"a library failed ({describe(error)}); repeat with --workers 1")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return DataError(f"a worker process failed ({describe(error)}); repeat with --workers 1")
+    return error
+
+
+def start_worker(start, args):
+    """Prepare a worker process. An error here would break the pool and be lost, so it is kept."""
+    global _start_error
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the parent acts
+    try:
+        start(*args)
+    except BaseException as error:
+        _start_error = portable(error)
+
+
+def work(function, item):
+    """Return function(item), in a worker process. Raises the error of `start_worker`, if any."""
+    if _start_error is not None:
+        raise _start_error
+    try:
+        return function(item)
+    except BaseException as error:
+        raise portable(error) from None
+
+
+def nothing():
+    """Prepare nothing."""
+
+
+class Workers:
+    """Processes that do the same work on many items, as a context manager. With count=1 this process does it.
+
+    start: a function, called once in each process with `args`. It and the errors of the work must be
+    importable by name; other errors arrive as DataError.
+    """
+
+    def __init__(self, count, start=nothing, *args):
+        self.pool = None
+        self.depth = 2 * count + 2  # most items in memory
+        if count == 1:
+            start(*args)
+        else:
+            context = multiprocessing.get_context("spawn")  # fork is unsafe beside other threads
+            self.pool = ProcessPoolExecutor(count, context, start_worker, (start, args))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, function, items):
+        """Yield (item, function(item)) in the order of `items`, whatever the number of processes."""
+        if not self.pool:
+            for item in items:
+                yield item, function(item)
+            return
+
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append((item, self.pool.submit(work, function, item)))
+                if len(waiting) == self.depth:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for item, future in waiting:
+                yield item, future.result()
+        except BrokenProcessPool:
+            raise DataError("a worker process died, probably for lack of memory; use --workers 1") from None
