@@ -129,6 +129,16 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def plain_name(key: str, name: str) -> str:
+    """Return a name that becomes the name of a file. Raises InputError if it could lead out of its folder."""
+    if not re.fullmatch(r"\w[\w.,+=@~ -]*", name) or name != name.strip() or len(name.encode()) > 200:
+        raise InputError(
+            f"config key {key}: {name[:40]!r} cannot name a file; begin with a letter, a digit or _, "
+            "go on with these and . , + = @ ~ -, and use at most 200 bytes"
+        )
+    return name
+
+
 def sha256(data: bytes) -> str:
     """Return the hex digest of bytes."""
     return hashlib.sha256(data).hexdigest()
@@ -3944,8 +3954,9 @@ def utc_stamp() -> str:
 def command_train(h: Config, env: Mapping[str, str]) -> int:
     """Train, export, score. Returns the exit status."""
     started = time.perf_counter()
+    name = plain_name("run_id", h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}")
     m = init_machine(h, env)
-    box = [h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}"]
+    box = [name]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, box[0])
 
@@ -3986,9 +3997,9 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         raise InputError(f"{path}: {e}") from None
 
     started = time.perf_counter()
+    run_id = plain_name("run_id", h.run_id or f"{utc_stamp()}_eval_{os.getpid()}")
     dataset = load_dataset(h)
     m = init_machine(h, env, trains=False)
-    run_id = h.run_id or f"{utc_stamp()}_eval_{os.getpid()}"
     log = Log(os.path.join(h.out_dir, run_id + ".txt"), m)
     run = start_run(h, m, log, dataset, started)
     run.model.load_state_dict(tensors)

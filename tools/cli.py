@@ -235,9 +235,13 @@ def resolve(knobs: list[str]) -> Resolved:
 
 def print_resolved(knobs: list[str]) -> int:
     """Print a Resolved as JSON: the child's side of `resolve`."""
-    trainer = load_script(TRAINER, "trainer", ("InputError", "load_config", "cut_batch"), "train")
+    trainer = load_script(
+        TRAINER, "trainer", ("InputError", "load_config", "cut_batch", "plain_name"), "train"
+    )
     try:
         h = trainer.load_config(knobs, os.environ)
+        if h.run_id:
+            trainer.plain_name("run_id", h.run_id)
     except trainer.InputError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2

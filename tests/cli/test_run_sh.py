@@ -77,6 +77,11 @@ def load_config(argv, env):
     return SimpleNamespace(**values)
 
 
+def plain_name(key, name):
+    if "/" in name:
+        raise InputError(f"config key {key}: {name!r} cannot name a file")
+
+
 def cut_batch(h, world_size):
     if h.preset == "thirds" and world_size > 2:
         raise InputError("no whole micro-batches")
@@ -580,3 +585,6 @@ def test_settings_that_the_trainer_refuses_begin_nothing(tree):
     done = tree.run("preset=wrong")
     assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
     assert done.stderr == "train_gpt.py: config key preset: 'wrong' is not one of record\n"
+    done = tree.run("run_id=../../x")
+    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.stderr == "train_gpt.py: config key run_id: '../../x' cannot name a file\n"
