@@ -75,6 +75,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two processes from resuming one run
+    fcntl = None
+
 # torch 2.13 renames these two; 2.11 knows only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -694,6 +699,7 @@ class Log:
                         open(path, "x").close()
                     self.file = open(path, "a", encoding="utf-8")  # other ranks may append, too
                     self.goes_on = self.file.tell() > 0
+                self.lock()
             except InputError as e:
                 fault = e
 
@@ -703,6 +709,28 @@ class Log:
             fault = box[0]
         if fault:
             raise fault
+
+    def lock(self) -> None:
+        """Keep other processes from this log until it is closed or this process ends, however it ends.
+
+        Raises InputError if another process has it.
+        """
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.path}: another process is writing it; wait until it ends, or choose another run_id"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def close(self) -> None:
+        """End the log; lines that follow are dropped. Other processes may have it from now on."""
+        if self.file:
+            self.file.close()
+        self.file = None
 
     def __call__(self, line: str, console: bool = True) -> None:
         """Append text to the file and, if `console`, print it. Raises InputError on failure."""
@@ -745,6 +773,7 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
             os._exit(getattr(e, "status", 1))
         raise
     finally:
+        log.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -3951,6 +3980,29 @@ def utc_stamp() -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime())
 
 
+def check_training_inputs(h: Config) -> None:
+    """Check that training has text, and the files it shall resume from. Raises InputError."""
+    total = sum(map(shard_tokens, split_files(h.data_path, "train")))
+    if total <= h.train_seq_len:
+        raise InputError(
+            f"{h.data_path}: the train split has {total} tokens, not one sequence; use more text"
+        )
+    if h.resume in ("", "auto"):
+        return
+
+    name = CHECKPOINT_NAME.fullmatch(h.resume)
+    if not name:
+        raise InputError(
+            f"config key resume: {h.resume} is not named like a checkpoint, RUN_ID.stepN.RofW.ckpt; "
+            "resume=auto takes the newest"
+        )
+    world = int(name["world"])
+    parts = [f"{name['base']}.step{name['step']}.{r}of{world}.ckpt" for r in range(world)]
+    for part in [h.resume, *parts]:
+        if not os.path.isfile(part):
+            raise InputError(f"config key resume: no checkpoint file {part}; resume=auto takes the newest")
+
+
 def command_train(h: Config, env: Mapping[str, str]) -> int:
     """Train, export, score. Returns the exit status."""
     started = time.perf_counter()
@@ -3961,6 +4013,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     base = os.path.join(h.out_dir, box[0])
 
     dataset = load_dataset(h)  # fail on bad data here, before creating a log
+    check_training_inputs(h)
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)

@@ -13,6 +13,7 @@ Exit status: the program's own (128 + N after signal N), or 2 for bad input (one
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -159,6 +160,22 @@ def read_knob(word: str) -> str:
     if key in PATH_KNOBS and value and (key, value) != ("resume", "auto"):
         value = from_caller(value)
     return f"{key}={value}"
+
+
+def check_keys(knobs: tuple[str, ...]) -> None:
+    """Raise BadInput for a knob that the trainer's Config lacks, read from the source: torch may be missing."""
+    tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
+    known = {
+        field.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    }
+    for word in knobs:
+        key = word.partition("=")[0]
+        if known and key not in known:
+            raise BadInput(f"unknown config key {key!r}: ./run.sh config lists them")
 
 
 def knob_value(key: str, knobs: tuple[str, ...]) -> str:
@@ -382,9 +399,11 @@ def train(request: Request) -> int:
     log = os.path.join(resolved.out_dir, f"{run_id}.txt")
     artifact = os.path.join(resolved.out_dir, f"{run_id}.int6.xz")
     if not resolved.resume and (os.path.exists(log) or os.path.exists(artifact)):
+        unfinished = os.path.exists(log) and read_score(log) == NO_SCORE
+        state = ", a run that did not finish" if unfinished else ""
         raise BadInput(
-            f"run_id={run_id} is taken ({resolved.out_dir}/{run_id}.* exists): "
-            "choose another run_id, or move those files"
+            f"run_id={run_id} is taken ({resolved.out_dir}/{run_id}.* exists{state}): choose another run_id, "
+            "go on with resume=auto, or move those files"
         )
 
     processes = choose_processes(0 if preset == "cpu" else gpus, resolved.sharing)
@@ -687,7 +706,10 @@ def main(argv: list[str]) -> int:
             print(help_text(), end="")
             return 0
         request = read_request(name, command, words)
-        return 0 if only_check else command.run(request)
+        if only_check:
+            check_keys(request.knobs)
+            return 0
+        return command.run(request)
     except BadInput as error:
         print(f"run.sh: {error}", file=sys.stderr, flush=True)
         return 2

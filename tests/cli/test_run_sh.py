@@ -398,6 +398,10 @@ def test_arguments_pass_through(tree):
     ]
     again = tree.run("run_id=r", "out_dir=o", "data_path=d")
     assert again.returncode == 2 and "run_id=r is taken" in again.stderr
+    assert "resume=auto" in again.stderr and "did not finish" not in again.stderr
+    (tree.root / "o/r.txt").write_text(LOG_HEAD)
+    cut = tree.run("run_id=r", "out_dir=o", "data_path=d")
+    assert "o/r.* exists, a run that did not finish)" in cut.stderr
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])

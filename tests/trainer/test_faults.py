@@ -32,6 +32,7 @@ from helpers import (
     run_ranks,
     stop_one_line,
     tiny,
+    write_shard,
 )
 from ledger import claims, log_claims, record_claims, runlog, tracks
 
@@ -119,6 +120,52 @@ def test_killed_and_resumed_is_bit_equal(world, monkeypatch):
     outcomes, end, resumed = kill_runs.killed_run(reference, 1, world, random.Random(5))
     assert end == "bit-equal" and outcomes[0].startswith("as claimed"), (outcomes, end)
     assert resumed == 1
+
+
+def test_two_processes_cannot_have_one_run(tmp_path):
+    """The second one says so. The first one's death frees the run."""
+    knobs = dict(resume="auto", checkpoint_every=0)
+    argv = [sys.executable, t.__file__, "train", *args(tmp_path, iterations=100_000, **knobs)]
+    first = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    try:
+        log = tmp_path / "run.txt"
+        assert kill_runs.wait_until(lambda: log.exists() and "model_params" in log.read_text())
+        second = subprocess.run(argv, capture_output=True, text=True)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "run.txt: another process is writing it" in second.stderr and "run_id" in second.stderr
+    assert t.main(args(tmp_path, iterations=2, **knobs)) == 0
+
+
+@pytest.mark.parametrize("missing", ["gone.step4.0of1.ckpt", "run.txt"])
+def test_a_checkpoint_that_is_missing_leaves_no_log(tmp_path, capsys, missing):
+    err = stop_one_line(args(tmp_path / "out", resume=tmp_path / missing), capsys)
+    assert "config key resume" in err and str(tmp_path / missing) in err and "resume=auto" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_set_with_a_missing_part_leaves_no_log(tmp_path, capsys):
+    part = tmp_path / "run.step4.0of2.ckpt"
+    part.touch()
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert "no checkpoint file" in err and "run.step4.1of2.ckpt" in err
+    assert os.listdir(tmp_path) == [part.name]
+
+
+def test_a_train_split_that_is_missing_or_too_small_leaves_no_log(tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(english_dataset().path, data)
+    for shard in data.glob("*_train_*.bin"):
+        shard.unlink()
+    err = stop_one_line(args(tmp_path / "out", data_path=data), capsys)
+    assert str(data) in err and "train" in err
+
+    write_shard(data / "tiny_train_000000.bin", [1] * 32)
+    err = stop_one_line(args(tmp_path / "out", data_path=data), capsys)
+    assert f"{data}: the train split has 32 tokens" in err
+    assert not (tmp_path / "out").exists()
 
 
 def checkpoints_of(folder, name, model_seed):
@@ -233,7 +280,7 @@ def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch,
     path = str(checkpoint(tmp_path, 3))
     for other in (path.replace("step3", "step5"), str(tmp_path / "run.txt")):
         err = stop_one_line(args(tmp_path / "b", run_id=len(other), resume=other), capsys)
-        assert f"{other}: not part of an intact checkpoint" in err
+        assert "config key resume: " in err and other in err and "resume=auto" in err
     assert t.main(args(tmp_path / "c", resume=path, checkpoint_every=0)) == 0  # by name, into another folder
     assert f"resumed step:3 from {path[:-9]}*" in "\n".join(lines(tmp_path / "c"))
 
