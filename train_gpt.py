@@ -53,6 +53,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tokenize
 import traceback
@@ -132,6 +133,32 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
+    """Write a file that must not be lost; returns where it is.
+
+    That is `path`, or else a new folder in the temporary folder, or else one in the working folder.
+    Raises InputError if all refuse.
+    """
+    try:
+        write_atomic(path, *chunks)
+        return path
+    except InputError as e:
+        problem = str(e)
+
+    name = os.path.basename(path)
+    others = (tempfile.gettempdir(), os.getcwd())
+    for other in others:
+        with suppress(OSError, InputError):
+            folder = tempfile.mkdtemp(prefix=f"{name}.", dir=other)
+            try:
+                write_atomic(os.path.join(folder, name), *chunks)
+                return os.path.join(folder, name)
+            finally:
+                with suppress(OSError):
+                    os.rmdir(folder)  # if it is empty
+    raise InputError(f"{problem} there, in {' or in '.join(others)}")
 
 
 def plain_name(key: str, name: str) -> str:
@@ -688,6 +715,7 @@ class Log:
         self.file = None
         self.live = False
         self.goes_on = False
+        self.may_move = False  # set once there are trained weights, which a full disk must not cost
 
         fault = None
         if machine and machine.rank == 0:
@@ -736,10 +764,25 @@ class Log:
         """Append text to the file and, if `console`, print it. Raises InputError on failure."""
         if self.file is None:
             return
-        with explained(f"{self.path}: cannot write the log", "free space"):
-            print(line, file=self.file, flush=True)
+        try:
+            with explained(f"{self.path}: cannot write the log", "free space"):
+                print(line, file=self.file, flush=True)
+        except InputError as e:
+            if not self.may_move:
+                raise
+            self.move(line, str(e))
         if console:
             print(("\r\033[K" if self.live else "") + line, flush=True)
+
+    def move(self, line: str, reason: str) -> None:
+        """Go on with `line` in a copy of the log elsewhere, and say where on stderr. InputError: nowhere."""
+        old = Path(self.path).read_bytes()
+        whole = old[: old.rfind(b"\n") + 1]  # without a line that was cut
+        with suppress(OSError):
+            self.file.close()
+        self.path = write_somewhere(self.path, whole, f"{line}\n".encode())
+        self.file = open(self.path, "a", encoding="utf-8")
+        print(f"train_gpt.py: {reason}; the whole log is {self.path}", file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """Replace the live line of the terminal."""
@@ -3803,6 +3846,7 @@ def train(run: Run) -> Trained:
 
     m.sync()
     train_ms = clock()
+    log.may_move = True
     run.phases["train"] = train_ms
     late_graphs = compiled_graphs() - graphs_before
     _, last_end = m.agree(0.0, End.NOT_YET if is_sound(reached) else End.DIVERGED)
@@ -3869,15 +3913,21 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 17. Commands: what the command line runs.
 
 
-def export(run: Run, trained: Trained, path: str, room: int) -> None:
-    """Write the artifact of the averaged or live weights to `path`. room: the bytes it may take."""
+def export(run: Run, trained: Trained, path: str, room: int) -> str:
+    """Write the artifact of the averaged or live weights to `path`, or elsewhere if that cannot be written.
+
+    room: the bytes it may take. Returns where it is.
+    """
     h = run.h
     weights = dict(run.model.named_parameters())
     if h.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
     fitted = fit_artifact(weights, h, room, run.timed, trained.grams)
-    write_atomic(path, fitted.blob)
+    written = write_somewhere(path, fitted.blob)
     run.log(f"artifact weights:{h.artifact_weights} int6_step:{fitted.int6_step}")
+    if written != path:
+        run.log(f"artifact file:{written}, because {path} cannot be written; eval takes it from there")
+    return written
 
 
 def unigram_nats(h: Config, targets: np.ndarray) -> float:
@@ -3922,7 +3972,8 @@ def score_artifact(run: Run) -> str:
 def conclude(run: Run, trained: Trained, path: str) -> int:
     """Write the artifact to `path`, read it back, score it, and log the results. Returns the exit status.
 
-    The status is 1 when the submission is over the cap or a graph was compiled while the clock ran, else 0.
+    The status is 1 when the submission is over the cap, a graph was compiled while the clock ran, or the
+    artifact had to be written elsewhere; else 0.
     """
     h = run.h
     m = run.m
@@ -3934,8 +3985,9 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
         )
 
     code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
+    written = path
     if m.rank == 0:  # the artifact first: it is there whatever fails later
-        export(run, trained, path, h.size_cap - code_bytes)
+        written = export(run, trained, path, h.size_cap - code_bytes)
 
     live = validate(run, trained.steps, trained.train_ms)
     torch._foreach_copy_(trained.ema.params, trained.ema.average)
@@ -3945,7 +3997,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     nats = unigram_nats(h, run.held_out("val")[1:])
     log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{bpb(nats, live.bytes):.4f}")
 
-    box = [Path(path).read_bytes() if m.rank == 0 else b""]
+    box = [Path(written).read_bytes() if m.rank == 0 else b""]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     blob = box[0]
     bytes_total = len(blob) + code_bytes
@@ -3972,7 +4024,10 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
         f"steps:{trained.steps} train_time:{trained.train_ms:.0f}ms "
         f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{sha256(blob)}"
     )
-    return 1 if over > 0 or late else 0
+    if m.rank == 0:
+        print(f"log: {log.path}\nartifact: {written}", flush=True)
+    _, moved = m.agree(0.0, written != path)
+    return 1 if over > 0 or late or moved else 0
 
 
 def utc_stamp() -> str:
@@ -4017,10 +4072,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
-        status = conclude(run, train(run), base + ".int6.xz")
-    if m.rank == 0:
-        print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
-    return status
+        return conclude(run, train(run), base + ".int6.xz")
 
 
 def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:

@@ -163,7 +163,9 @@ def read_knob(word: str) -> str:
 
 
 def check_keys(knobs: tuple[str, ...]) -> None:
-    """Raise BadInput for a knob that the trainer's Config lacks, read from the source: torch may be missing."""
+    """Raise BadInput for a knob that the trainer lacks. Reads its source, for torch may not be installed."""
+    if not knobs:
+        return
     tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
     known = {
         field.target.id
@@ -383,7 +385,8 @@ def report(log: str, artifact: str, earlier: FinalScore) -> None:
     if score.lines == earlier.lines:
         score = NO_SCORE
     print(f"\nscore: {score.figures}")
-    print(f"artifact: {artifact if os.path.exists(artifact) else 'none'}")
+    found = artifact if os.path.exists(artifact) else f"none at {artifact} (the trainer's lines say why)"
+    print(f"artifact: {found}")
     print(f"log: {log}")
     print(f"plot: {plot}", flush=True)
 

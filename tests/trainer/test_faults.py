@@ -616,6 +616,94 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path, monkeypatch, capsys):
     assert has_line(tmp_path, "step:2/")
 
 
+class Device:
+    """Folders of which one, with all below it, is full."""
+
+    def __init__(self, monkeypatch, folder, *full):
+        self.write_atomic = t.write_atomic
+        self.full = [str(path) for path in full]
+        monkeypatch.setattr(t, "write_atomic", self.write)
+        monkeypatch.setattr(t.tempfile, "tempdir", str(folder / "temporary"))
+        monkeypatch.chdir(folder / "working")
+
+    def write(self, path, *chunks):
+        if any(path.startswith(full) for full in self.full):
+            raise t.InputError(f"{path}: cannot write it (No space left on device); free space")
+        self.write_atomic(path, *chunks)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("temporary", "working"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("full", [("out",), ("out", "temporary")], ids=["temporary", "working"])
+def test_a_full_disk_at_the_artifact_keeps_the_weights(undisturbed, folders, monkeypatch, capsys, full):
+    """They go to the temporary folder, or else to the working folder, and eval takes them from there."""
+    out = folders / "out"
+    Device(monkeypatch, folders, *(folders / name for name in full))
+    assert t.main(args(out, checkpoint_every=0)) == 1
+    console = capsys.readouterr().out.splitlines()
+    artifact = Path(console[-1].removeprefix("artifact: "))
+    assert artifact.parent.parent == folders / ("working" if "temporary" in full else "temporary")
+    assert artifact.read_bytes() == (undisturbed.folder / "run.int6.xz").read_bytes()
+    assert has_line(out, rf"artifact file:{artifact}, because {out}/run.int6.xz cannot be written")
+    assert lines(out)[-1].startswith("final_score ")
+
+    data = english_dataset().path
+    assert t.main(["eval", str(artifact), f"data_path={data}", f"out_dir={folders / 'eval'}"]) == 0
+
+
+def test_a_disk_that_is_full_everywhere_names_the_folders(folders, monkeypatch, capsys):
+    Device(monkeypatch, folders, folders)
+    err = stop_one_line(args(folders / "out", checkpoint_every=0), capsys)
+    assert "run.int6.xz" in err and "temporary" in err and "working" in err
+    assert os.listdir(folders / "temporary") == os.listdir(folders / "working") == []
+
+
+class FullAtTheEnd(FullAtStep3):
+    """A log file whose disk is full once training has ended."""
+
+    def write(self, line):
+        if line.startswith("final_live"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.file.write(line)
+
+
+def test_a_log_that_cannot_be_written_at_the_end_goes_on_elsewhere(undisturbed, folders, monkeypatch, capsys):
+    class FullLog(t.Log):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.file = FullAtTheEnd(self.file)
+
+    monkeypatch.setattr(t, "Log", FullLog)
+    Device(monkeypatch, folders)
+    monkeypatch.setattr(t, "write_atomic", refuse_logs_in(folders / "out"))
+    assert t.main(args(folders / "out", checkpoint_every=0)) == 0
+    console = capsys.readouterr()
+    log = Path(console.out.splitlines()[-2].removeprefix("log: "))
+    assert log.parent.parent == folders / "temporary" and log.name == "run.txt"
+    assert "cannot write the log (No space left on device)" in console.err
+    assert f"; the whole log is {log}\n" in console.err
+    run = runlog.parse_log(log)
+    assert run.final_scores == 1 and trained_steps(run) == list(range(1, STEPS + 1))
+    assert (folders / "out/run.int6.xz").read_bytes() == (undisturbed.folder / "run.int6.xz").read_bytes()
+
+
+def refuse_logs_in(folder):
+    """Return a write_atomic for which the disk of a folder is too full for a log."""
+    write_atomic = t.write_atomic
+
+    def full(path, *chunks):
+        if path.startswith(str(folder)) and path.endswith(".txt"):
+            raise t.InputError(f"{path}: cannot write it (No space left on device); free space")
+        write_atomic(path, *chunks)
+
+    return full
+
+
 def hang_reads(rank):
     """Make the disk hang at batch 6, and the trainer wait for half a second."""
     t.PATIENCE = 0.5
