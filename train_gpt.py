@@ -70,6 +70,9 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
+if __name__ == "__main__":  # until `guarded` handles it, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -790,6 +793,14 @@ class Log:
             print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
 
+def lost_another_rank(error: Exception) -> bool:
+    """Return whether an error only says that another process of the group is gone."""
+    said = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
     """Handle SIGTERM and SIGINT, and append the reason a rank fails to the log that all ranks share.
@@ -809,9 +820,12 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         yield
     except Exception as e:
         reason = f"rank {m.rank}: " + (str(e) if isinstance(e, InputError) else traceback.format_exc())
+        lost = m.world_size > 1 and lost_another_rank(e)
+        shown = f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}"
         with suppress(OSError), open(log.path, "a", encoding="utf-8") as f:
-            f.write(reason + "\n")
+            f.write(f"{reason}\n{shown}\n" if lost else f"{reason}\n")
         if m.world_size > 1:
+            reason = shown if lost else reason
             print(f"train_gpt.py: {reason}", file=sys.stderr, flush=True)
             os._exit(getattr(e, "status", 1))
         raise
@@ -4176,6 +4190,11 @@ def main(argv: list[str]) -> int:
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
         return e.status
+    except RuntimeError as e:
+        if not lost_another_rank(e):
+            raise
+        print("train_gpt.py: another rank is gone before training began", file=sys.stderr, flush=True)
+        os._exit(Fault.status)  # a proper shutdown would wait for that rank
     finally:
         if dist.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])  # drop graphs, or NCCL's shutdown waits for them

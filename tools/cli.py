@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,6 +262,8 @@ def print_resolved(knobs: list[str]) -> int:
         h = trainer.load_config(knobs, os.environ)
         if h.run_id:
             trainer.plain_name("run_id", h.run_id)
+        if (os.environ.get("NPROC") or "1") != "1":
+            trainer.cut_batch(h, int(os.environ["NPROC"]))
     except trainer.InputError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
@@ -391,6 +394,23 @@ def report(log: str, artifact: str, earlier: FinalScore) -> None:
     print(f"plot: {plot}", flush=True)
 
 
+def read_reason(log: str, start: int) -> str:
+    """Return why the first rank failed by what the log says after `start` bytes, "" if it does not say."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    first = next((i for i, line in enumerate(lines) if re.match(r"rank \d+: ", line)), None)
+    if first is None:
+        return ""
+    rank, _, reason = lines[first].partition(": ")
+    if reason.startswith("Traceback"):
+        ends = (line for line in lines[first + 1 :] if line and not line.startswith(" "))
+        reason = next(ends, reason)
+    if any(f"{rank}: another rank is gone" in line for line in lines):
+        return "a rank was killed without a word (no memory left?)"
+    return f"{rank}: {reason}"
+
+
 def train(request: Request) -> int:
     """Train what this machine can, then show score, artifact, log and plot."""
     enter_repository()
@@ -414,6 +434,7 @@ def train(request: Request) -> int:
     chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
     others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
     earlier = read_score(log)  # a run that resumes may find the score of another there
+    size = os.path.getsize(log) if os.path.exists(log) else 0
     say(f"{gpus} NVIDIA GPU(s), preset {preset}, log {log}")
     status = launch(processes, ["train_gpt.py", "train", *chosen, *others])
     if not os.path.exists(log):
@@ -421,7 +442,8 @@ def train(request: Request) -> int:
         return status or 1
 
     report(log, artifact, earlier)
-    say(f"done, the trainer's exit status is {status}")
+    reason = read_reason(log, size) if status else ""
+    say(f"done, the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
     return status
 
 
@@ -717,6 +739,7 @@ def main(argv: list[str]) -> int:
         print(f"run.sh: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
+        print("\nrun.sh: interrupted", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 

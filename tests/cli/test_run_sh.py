@@ -585,6 +585,30 @@ def test_the_status_of_a_tool_is_kept(tree):
     assert tree.run("record", "verify", RECORD_STATUS="1").returncode == 1
 
 
+def test_a_number_of_processes_that_cannot_share_the_batch_begins_nothing(tree):
+    done = tree.run("preset=thirds", NPROC="3")
+    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.stderr == "train_gpt.py: no whole micro-batches\n"
+
+
+def test_the_reason_of_the_first_rank_is_last(tmp_path):
+    log = tmp_path / "run.txt"
+    log.write_text("rank 0: of an earlier run\n")
+    size = log.stat().st_size
+    gone = f"rank 0: another rank is gone; its reason, if it gave one, is in {log}\n"
+    trace = "rank {}: Traceback (most recent call last):\n  File x\n{}: {}\n\n"
+
+    def reason(text):
+        log.write_text("rank 0: of an earlier run\n" + text)
+        return cli.read_reason(str(log), size)
+
+    assert reason("step:1/2\n") == ""
+    assert reason("step:1/2\nrank 1: x.bin: no such shard\n" + gone) == "rank 1: x.bin: no such shard"
+    crashed = trace.format(1, "ZeroDivisionError", "ray") + trace.format(0, "RuntimeError", "gloo") + gone
+    assert reason(crashed) == "rank 1: ZeroDivisionError: ray"
+    assert reason(trace.format(0, "RuntimeError", "gloo") + gone).startswith("a rank was killed")
+
+
 def test_settings_that_the_trainer_refuses_begin_nothing(tree):
     done = tree.run("preset=wrong")
     assert done.returncode == 2 and done.stdout == "" and tree.calls() == []

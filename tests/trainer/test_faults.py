@@ -421,6 +421,20 @@ def test_a_signal_before_training_leaves_at_once(tmp_path):
     assert time.monotonic() - began < 40 and not list(tmp_path.glob("*.ckpt"))
 
 
+@pytest.mark.parametrize("seconds", [0.4, 1.5])
+def test_ctrl_c_in_the_first_seconds_shows_no_traceback(tmp_path, seconds):
+    process = subprocess.Popen(
+        [sys.executable, t.__file__, *args(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in output
+
+
 def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
     """torchrun repeats to its ranks the signal that the terminal has already sent to all of them."""
 
@@ -461,6 +475,52 @@ def test_a_rank_that_dies_takes_the_other_down_its_traceback_first(tmp_path):
         traceback_at[rank] = heads[0]
     assert traceback_at[1] < traceback_at[0]
     assert "ZeroDivisionError: cosmic ray" in text[traceback_at[1] : traceback_at[0]]
+
+
+def kill_rank_1(rank):
+    """Kill rank 1 before its fifth step."""
+    train_step = t.train_step
+
+    def killed(backward, optimizer, batch, hp):
+        if rank == 1 and optimizer.steps == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(backward, optimizer, batch, hp)
+
+    t.train_step = killed
+
+
+def test_a_rank_that_outlives_another_says_so_in_one_line(tmp_path):
+    """The console has no traceback; the log has it, and then the same line."""
+    assert kill_runs.ended(kill_runs.start(tmp_path, 2, kill_rank_1)) == [1, -signal.SIGKILL]
+    console = (tmp_path / "console.0").read_text().splitlines()
+    assert console[-1].startswith("train_gpt.py: rank 0: another rank is gone; ")
+    assert str(tmp_path / "run.txt") in console[-1] and not any("Traceback" in line for line in console)
+    assert lines(tmp_path)[-1] == console[-1].removeprefix("train_gpt.py: ")
+
+
+def lose_rank_1(rank):
+    """Kill rank 1 while it reads the data set."""
+    if rank == 1:
+        t.load_dataset = leave_at_once
+
+
+def leave_at_once(h):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_dies_before_there_is_a_log_leaves_one_line(tmp_path):
+    assert kill_runs.ended(kill_runs.start(tmp_path, 2, lose_rank_1)) == [1, -signal.SIGKILL]
+    console = (tmp_path / "console.0").read_text().splitlines()
+    assert console[-1] == "train_gpt.py: another rank is gone before training began"
+    assert not any("Traceback" in line for line in console)
+
+
+def test_every_rank_is_gone_soon_after_the_last_line(tmp_path):
+    processes = kill_runs.start(tmp_path, 2, iterations=3, checkpoint_every=0)
+    log = tmp_path / "run.txt"
+    assert kill_runs.wait_until(lambda: log.exists() and "\nfinal_score " in log.read_text())
+    began = time.monotonic()
+    assert kill_runs.ended(processes) == [0, 0] and time.monotonic() - began < 5
 
 
 def change_on_rank_1(rank):
