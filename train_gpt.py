@@ -667,7 +667,14 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     torch.use_deterministic_algorithms(h.deterministic)
 
     alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(
+            f"cannot make the process group ({reason}); gloo needs the loopback network, for one process, "
+            "too: `ip link set lo up`, or name an interface with GLOO_SOCKET_IFNAME"
+        ) from None
 
     levels = share_levels(ranks)
 
@@ -4185,8 +4192,16 @@ def main(argv: list[str]) -> int:
     if argv and "=" not in argv[0]:
         command = argv[0]
         rest = argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
     try:
-        return run_command(command, rest, os.environ)
+        status = run_command(command, rest, os.environ)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        return 1
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
         return e.status

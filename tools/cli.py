@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -715,6 +716,9 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 
 def main(argv: list[str]) -> int:
     """Run a command line of run.sh and return the exit status. After --check, only read it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
     only_check = argv[:1] == ["--check"]
     if only_check:
         argv = argv[1:]

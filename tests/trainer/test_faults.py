@@ -785,6 +785,40 @@ def test_a_stuck_read_names_the_file_and_ends(tmp_path):
     assert re.search(rf"rank 0: {shard}: not read within 0.5 s", lines(tmp_path)[-1])
 
 
+# ---------------------------------------------------------------- consoles and networks
+
+
+def run_program(*argv, **env):
+    return subprocess.run(
+        [sys.executable, t.__file__, *argv], capture_output=True, text=True, env=os.environ | env
+    )
+
+
+def test_an_ascii_console_shows_another_path_escaped(tmp_path):
+    folder = tmp_path / "donn\u00e9es"
+    done = run_program("config", f"data_path={folder}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "donn\\xe9es" in done.stdout and done.stderr == ""
+    done = run_program("train", "preset=cpu", f"data_path={folder}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "donn\\xe9es" in done.stderr
+
+
+@pytest.mark.parametrize("program", ["train_gpt.py", "tools/cli.py"])
+def test_a_reader_that_has_seen_enough_is_no_error(program):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, ROOT / program, "config"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_a_machine_without_a_loopback_network_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    err = stop_one_line(args(tmp_path), capsys)
+    assert "cannot make the process group" in err and "none0" in err and "ip link set lo up" in err
+
+
 # ---------------------------------------------------------------- copies to the host
 
 
