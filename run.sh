@@ -13,6 +13,7 @@ root=$(cd "$(dirname "$self")" && pwd)
 venv=$root/.venv
 made=.made_by_run.sh    # in .venv: run.sh made it and may replace it
 cli=$root/tools/cli.py
+packages='numpy torch sentencepiece'
 
 say() { printf '[run.sh %ds] %s\n' "$SECONDS" "$*" >&2; }
 die() { printf 'run.sh: %s\n' "$*" >&2; exit 2; }
@@ -58,20 +59,23 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" 
 
 pip_install() { "$py" -m pip install --quiet --disable-pip-version-check --no-input -r "$root/$1" >&2; }
 
-has_packages() { "$py" -c 'import importlib.util as u, sys
-sys.exit(any(u.find_spec(name) is None for name in ("numpy", "torch", "sentencepiece")))' 2>/dev/null; }
+has_packages() {    # has_packages NAMES...: whether $py finds them, without importing them
+    "$py" -c 'import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' "$@" 2>/dev/null
+}
 
 make_venv() {    # make_venv PYTHON; sets $py
     "$1" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
         die "$1 has no venv module: get it (Debian, Ubuntu: apt install python3-venv) or set PYTHON"
     say "making .venv with $1 (Python $(version_of "$1"))"
     if [ -e "$venv" ] || [ -L "$venv" ]; then
-        [ -e "$venv/$made" ] || die "$venv is not of run.sh's making and is left alone: move it, or set" \
-            "BANKSHOT_PYTHON to an interpreter that has the packages"
+        [ -e "$venv/$made" ] || [ -e "$venv/.requirements.sha256" ] ||
+            die "$venv does not work, and run.sh did not make it: move it away, or set BANKSHOT_PYTHON to an" \
+                "interpreter that has the packages"
+        rm -rf "$venv"    # of a symlink, only the link
     fi
-    "$1" -m venv --clear "$venv" >&2 ||
+    { mkdir "$venv" && : >"$venv/$made" && "$1" -m venv "$venv"; } >&2 ||
         die "making $venv failed (message above): it needs free disk and write permission there"
-    : >"$venv/$made"
     py=$(venv_python) || die "$venv holds no interpreter: delete that folder and run again"
 }
 
@@ -79,7 +83,7 @@ use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it 
     local stamp=$venv/.requirements.sha256 want='' base='' began
     needs requirements.txt
     if py=$(venv_python); then want=$(stamp_of "$py" requirements.txt) || want=; fi
-    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && has_packages; then return; fi
+    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && has_packages $packages; then return; fi
 
     if [ -z "$want" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
         base=$(find_python)
@@ -131,8 +135,9 @@ if [ -n "${BANKSHOT_PYTHON:-}" ]; then
     py=$BANKSHOT_PYTHON
     command -v "$py" >/dev/null 2>&1 ||
         die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program: give the path of a Python interpreter"
-    wants_help "$@" || has_packages ||
-        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON lacks numpy, torch or sentencepiece: install requirements.txt for it"
+    case ${1:-train} in data | record) packages=numpy ;; esac
+    wants_help "$@" || has_packages $packages ||
+        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON has not all of $packages: install requirements.txt for it"
 elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else

@@ -675,8 +675,9 @@ batch. eval and audit take as many as have a GPU each, bench takes one. NPROC ov
 Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
 
 environment: NPROC            number of processes for train, eval, audit and bench
-             PYTHON           interpreter that makes .venv (3.10 to 3.14)
-             BANKSHOT_PYTHON  interpreter to use as it is: no .venv, nothing is installed
+             PYTHON           interpreter that makes .venv (3.10 to 3.14); no other is tried
+             BANKSHOT_PYTHON  interpreter to use as it is, with the packages: no .venv, nothing is installed
+A .venv that run.sh did not make is never deleted.
 """
 
 

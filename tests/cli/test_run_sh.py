@@ -26,7 +26,7 @@ if [ "$1" = -c ]; then exec "@REAL@" "$@"; fi
 case "$1" in */tools/cli.py) exec "@REAL@" "@RUN_AS@" "$0" "$@" ;; esac
 printf '%s\\n' "$*" >>"$CALLS"
 case "$1 $2" in
-    "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; exit ;;
     "-m pip") case "$*" in *flash4*) exit ${FLASH4_STATUS:-0} ;; esac; exit ${PIP_STATUS:-0} ;;
     "-m ruff") exit ${RUFF_STATUS:-0} ;;
     "-m pytest") exit ${PYTEST_STATUS:-0} ;;
@@ -276,6 +276,58 @@ def test_installs_once_and_again_only_when_needed(tree):
     (tree.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # its Python went away
     assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
     assert sum(line.startswith("-m venv") for line in tree.calls()) == 2 and pip_calls() == 4
+
+
+def test_a_symlink_to_it_works(tree, tmp_path):
+    link = tmp_path / "links/bankshot"
+    link.parent.mkdir()
+    (tmp_path / "links/second").symlink_to("bankshot")
+    link.symlink_to(os.path.relpath(tree.root / "run.sh", link.parent))
+    for name in ("bankshot", "second"):
+        done = tree.run("test", script=os.path.relpath(tmp_path / "links" / name, tree.root))
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_interpreter_that_is_named_is_used_or_refused(tree):
+    refused(tree.run("test", BANKSHOT_PYTHON="", PYTHON="/nope"), "PYTHON=/nope", "not a Python")
+    tree.tool("old", "#!/bin/sh\necho 3.9\n")
+    refused(tree.run("test", BANKSHOT_PYTHON="", PYTHON="old"), "PYTHON=old is Python 3.9")
+    assert tree.calls() == []
+
+
+# An interpreter that finds none of the packages.
+BARE_PYTHON = """#!/bin/sh
+case "$2" in *find_spec*) exit 1 ;; esac
+exec "@FAKE@" "$@"
+"""
+
+
+def test_a_prepared_interpreter_without_packages_is_refused(tree):
+    tree.tool("bare", BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
+    refused(tree.run("config", BANKSHOT_PYTHON="bare"), "BANKSHOT_PYTHON=bare", "numpy", "requirements.txt")
+    assert tree.calls() == []
+
+
+def test_a_stamped_venv_without_packages_is_filled_again(tree):
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
+    python = tree.root / ".venv/bin/python"
+    python.write_text(BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
+    done = tree.run("test", BANKSHOT_PYTHON="")
+    assert done.returncode == 0 and "installing requirements.txt" in done.stderr
+    assert sum(line.startswith("-m pip install --quiet") for line in tree.calls()) == 2
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
+def test_a_venv_of_somebody_elses_is_left_alone(tree, tmp_path, linked):
+    venv = tree.root / ".venv"
+    if linked:
+        (tmp_path / "theirs").mkdir()
+        venv.symlink_to(tmp_path / "theirs")
+    else:
+        venv.mkdir()
+    (venv / "precious").touch()
+    refused(tree.run("test", BANKSHOT_PYTHON=""), str(venv), "move it", "BANKSHOT_PYTHON")
+    assert os.listdir(venv) == ["precious"]
 
 
 def flash4_calls(tree) -> int:
