@@ -821,6 +821,9 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
+        if m.rank == 0 and len(m.signals) == 1:
+            text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
+            os.write(2, text.encode())  # print may be interrupted in the middle of a print
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

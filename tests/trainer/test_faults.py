@@ -435,6 +435,17 @@ def test_ctrl_c_in_the_first_seconds_shows_no_traceback(tmp_path, seconds):
     assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in output
 
 
+def test_a_first_signal_says_what_follows(tmp_path):
+    folder = tmp_path / "stopped"
+    process = kill_runs.start(folder, checkpoint_every=0, iterations=100_000)
+    assert kill_runs.wait_until(lambda: kill_runs.began(folder, 0))
+    os.kill(process[0].pid, signal.SIGINT)
+    os.kill(process[0].pid, signal.SIGINT)
+    assert kill_runs.ended(process) == [0]
+    console = (folder / "console.0").read_text()
+    assert console.count("stopping: artifact and scores follow; another signal") == 1
+
+
 def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
     """torchrun repeats to its ranks the signal that the terminal has already sent to all of them."""
 
