@@ -373,6 +373,20 @@ def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, ca
     assert shoot.next_configuration() is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_workers_at_once(number):
+    def serve(index):
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    reasons = []
+    before = signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
+    sweep.Sweep.train(SimpleNamespace(serve=serve, workers=1, stop=reasons.append))
+    assert reasons == ["interrupted; the same command continues with what is missing"]
+    assert time.monotonic() - began < 5 and signal.getsignal(signal.SIGTERM) is before
+
+
 # ---------------------------------------------------------------- plans
 
 
