@@ -4,9 +4,16 @@
 # Written for bash 3.2 (macOS) and later. Notes go to stderr, so `./run.sh config > file` stays clean.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+self=${BASH_SOURCE[0]}
+while [ -L "$self" ]; do    # a symlink to this file; macOS has no readlink -f
+    link=$(readlink "$self")
+    case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
+done
+root=$(cd "$(dirname "$self")" && pwd)
 venv=$root/.venv
+made=.made_by_run.sh    # in .venv: run.sh made it and may replace it
 cli=$root/tools/cli.py
+packages='numpy torch sentencepiece'
 
 say() { printf '[run.sh %ds] %s\n' "$SECONDS" "$*" >&2; }
 die() { printf 'run.sh: %s\n' "$*" >&2; exit 2; }
@@ -19,7 +26,13 @@ supported() { case $1 in 3.10 | 3.11 | 3.12 | 3.13 | 3.14) return 0 ;; *) return
 
 find_python() {    # prints the first supported interpreter
     local candidate version seen=''
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.10 python3.13 python3.14; do
+    if [ -n "${PYTHON:-}" ]; then
+        version=$(version_of "$PYTHON") || die "PYTHON=$PYTHON is not a Python interpreter: give the path of one"
+        supported "$version" || die "PYTHON=$PYTHON is Python $version: give one of 3.10 to 3.14"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.12 python3.11 python3.10 python3.13 python3.14; do
         command -v "$candidate" >/dev/null 2>&1 || continue
         version=$(version_of "$candidate") || continue
         if supported "$version"; then printf '%s\n' "$candidate"; return 0; fi
@@ -44,13 +57,24 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" 
         "$root/$2" 2>/dev/null
 }
 
-pip_install() { "$py" -m pip install --disable-pip-version-check --no-input -r "$root/$1" >&2; }
+pip_install() { "$py" -m pip install --quiet --disable-pip-version-check --no-input -r "$root/$1" >&2; }
+
+has_packages() {    # has_packages NAMES...: whether $py finds them, without importing them
+    "$py" -c 'import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' "$@" 2>/dev/null
+}
 
 make_venv() {    # make_venv PYTHON; sets $py
     "$1" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
         die "$1 has no venv module: get it (Debian, Ubuntu: apt install python3-venv) or set PYTHON"
     say "making .venv with $1 (Python $(version_of "$1"))"
-    "$1" -m venv --clear "$venv" >&2 ||
+    if [ -e "$venv" ] || [ -L "$venv" ]; then
+        [ -e "$venv/$made" ] || [ -e "$venv/.requirements.sha256" ] ||
+            die "$venv does not work, and run.sh did not make it: move it away, or set BANKSHOT_PYTHON to an" \
+                "interpreter that has the packages"
+        rm -rf "$venv"    # of a symlink, only the link
+    fi
+    { mkdir "$venv" && : >"$venv/$made" && "$1" -m venv "$venv"; } >&2 ||
         die "making $venv failed (message above): it needs free disk and write permission there"
     py=$(venv_python) || die "$venv holds no interpreter: delete that folder and run again"
 }
@@ -59,7 +83,7 @@ use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it 
     local stamp=$venv/.requirements.sha256 want='' base='' began
     needs requirements.txt
     if py=$(venv_python); then want=$(stamp_of "$py" requirements.txt) || want=; fi
-    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
+    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && has_packages $packages; then return; fi
 
     if [ -z "$want" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
         base=$(find_python)
@@ -111,6 +135,9 @@ if [ -n "${BANKSHOT_PYTHON:-}" ]; then
     py=$BANKSHOT_PYTHON
     command -v "$py" >/dev/null 2>&1 ||
         die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program: give the path of a Python interpreter"
+    case ${1:-train} in data | record) packages=numpy ;; esac
+    wants_help "$@" || has_packages $packages ||
+        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON has not all of $packages: install requirements.txt for it"
 elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else

@@ -53,6 +53,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tokenize
 import traceback
@@ -69,11 +70,19 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
+if __name__ == "__main__":  # until `guarded` handles it, Ctrl-C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two processes from resuming one run
+    fcntl = None
 
 # torch 2.13 renames these two; 2.11 knows only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -127,6 +136,42 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
+    """Write a file that must not be lost; returns where it is.
+
+    That is `path`, or else a new folder in the temporary folder, or else one in the working folder.
+    Raises InputError if all refuse.
+    """
+    try:
+        write_atomic(path, *chunks)
+        return path
+    except InputError as e:
+        problem = str(e)
+
+    name = os.path.basename(path)
+    others = (tempfile.gettempdir(), os.getcwd())
+    for other in others:
+        with suppress(OSError, InputError):
+            folder = tempfile.mkdtemp(prefix=f"{name}.", dir=other)
+            try:
+                write_atomic(os.path.join(folder, name), *chunks)
+                return os.path.join(folder, name)
+            finally:
+                with suppress(OSError):
+                    os.rmdir(folder)  # if it is empty
+    raise InputError(f"{problem} there, in {' or in '.join(others)}")
+
+
+def plain_name(key: str, name: str) -> str:
+    """Return a name that becomes the name of a file. Raises InputError if it could lead out of its folder."""
+    if not re.fullmatch(r"\w[\w.,+=@~ -]*", name) or name != name.strip() or len(name.encode()) > 200:
+        raise InputError(
+            f"config key {key}: {name[:40]!r} cannot name a file; begin with a letter, a digit or _, "
+            "go on with these and . , + = @ ~ -, and use at most 200 bytes"
+        )
+    return name
 
 
 def sha256(data: bytes) -> str:
@@ -622,7 +667,14 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     torch.use_deterministic_algorithms(h.deterministic)
 
     alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(
+            f"cannot make the process group ({reason}); gloo needs the loopback network, for one process, "
+            "too: `ip link set lo up`, or name an interface with GLOO_SOCKET_IFNAME"
+        ) from None
 
     levels = share_levels(ranks)
 
@@ -673,6 +725,7 @@ class Log:
         self.file = None
         self.live = False
         self.goes_on = False
+        self.may_move = False  # set once there are trained weights, which a full disk must not cost
 
         fault = None
         if machine and machine.rank == 0:
@@ -684,6 +737,7 @@ class Log:
                         open(path, "x").close()
                     self.file = open(path, "a", encoding="utf-8")  # other ranks may append, too
                     self.goes_on = self.file.tell() > 0
+                self.lock()
             except InputError as e:
                 fault = e
 
@@ -694,19 +748,64 @@ class Log:
         if fault:
             raise fault
 
+    def lock(self) -> None:
+        """Keep other processes from this log until it is closed or this process ends, however it ends.
+
+        Raises InputError if another process has it.
+        """
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.path}: another process is writing it; wait until it ends, or choose another run_id"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def close(self) -> None:
+        """End the log; lines that follow are dropped. Other processes may have it from now on."""
+        if self.file:
+            self.file.close()
+        self.file = None
+
     def __call__(self, line: str, console: bool = True) -> None:
         """Append text to the file and, if `console`, print it. Raises InputError on failure."""
         if self.file is None:
             return
-        with explained(f"{self.path}: cannot write the log", "free space"):
-            print(line, file=self.file, flush=True)
+        try:
+            with explained(f"{self.path}: cannot write the log", "free space"):
+                print(line, file=self.file, flush=True)
+        except InputError as e:
+            if not self.may_move:
+                raise
+            self.move(line, str(e))
         if console:
             print(("\r\033[K" if self.live else "") + line, flush=True)
+
+    def move(self, line: str, reason: str) -> None:
+        """Go on with `line` in a copy of the log elsewhere, and say where on stderr. InputError: nowhere."""
+        old = Path(self.path).read_bytes()
+        whole = old[: old.rfind(b"\n") + 1]  # without a line that was cut
+        with suppress(OSError):
+            self.file.close()
+        self.path = write_somewhere(self.path, whole, f"{line}\n".encode())
+        self.file = open(self.path, "a", encoding="utf-8")
+        print(f"train_gpt.py: {reason}; the whole log is {self.path}", file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """Replace the live line of the terminal."""
         if self.live:
             print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
+
+
+def lost_another_rank(error: Exception) -> bool:
+    """Return whether an error only says that another process of the group is gone."""
+    said = ("gloo", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
 
 
 @contextmanager
@@ -722,19 +821,26 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
+        if m.rank == 0 and len(m.signals) == 1:
+            text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
+            os.write(2, text.encode())  # print may be interrupted in the middle of a print
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except Exception as e:
         reason = f"rank {m.rank}: " + (str(e) if isinstance(e, InputError) else traceback.format_exc())
+        lost = m.world_size > 1 and lost_another_rank(e)
+        shown = f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}"
         with suppress(OSError), open(log.path, "a", encoding="utf-8") as f:
-            f.write(reason + "\n")
+            f.write(f"{reason}\n{shown}\n" if lost else f"{reason}\n")
         if m.world_size > 1:
+            reason = shown if lost else reason
             print(f"train_gpt.py: {reason}", file=sys.stderr, flush=True)
             os._exit(getattr(e, "status", 1))
         raise
     finally:
+        log.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -3764,6 +3870,7 @@ def train(run: Run) -> Trained:
 
     m.sync()
     train_ms = clock()
+    log.may_move = True
     run.phases["train"] = train_ms
     late_graphs = compiled_graphs() - graphs_before
     _, last_end = m.agree(0.0, End.NOT_YET if is_sound(reached) else End.DIVERGED)
@@ -3830,15 +3937,21 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 17. Commands: what the command line runs.
 
 
-def export(run: Run, trained: Trained, path: str, room: int) -> None:
-    """Write the artifact of the averaged or live weights to `path`. room: the bytes it may take."""
+def export(run: Run, trained: Trained, path: str, room: int) -> str:
+    """Write the artifact of the averaged or live weights to `path`, or elsewhere if that cannot be written.
+
+    room: the bytes it may take. Returns where it is.
+    """
     h = run.h
     weights = dict(run.model.named_parameters())
     if h.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
     fitted = fit_artifact(weights, h, room, run.timed, trained.grams)
-    write_atomic(path, fitted.blob)
+    written = write_somewhere(path, fitted.blob)
     run.log(f"artifact weights:{h.artifact_weights} int6_step:{fitted.int6_step}")
+    if written != path:
+        run.log(f"artifact file:{written}, because {path} cannot be written; eval takes it from there")
+    return written
 
 
 def unigram_nats(h: Config, targets: np.ndarray) -> float:
@@ -3883,7 +3996,8 @@ def score_artifact(run: Run) -> str:
 def conclude(run: Run, trained: Trained, path: str) -> int:
     """Write the artifact to `path`, read it back, score it, and log the results. Returns the exit status.
 
-    The status is 1 when the submission is over the cap or a graph was compiled while the clock ran, else 0.
+    The status is 1 when the submission is over the cap, a graph was compiled while the clock ran, or the
+    artifact had to be written elsewhere; else 0.
     """
     h = run.h
     m = run.m
@@ -3895,8 +4009,9 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
         )
 
     code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
+    written = path
     if m.rank == 0:  # the artifact first: it is there whatever fails later
-        export(run, trained, path, h.size_cap - code_bytes)
+        written = export(run, trained, path, h.size_cap - code_bytes)
 
     live = validate(run, trained.steps, trained.train_ms)
     torch._foreach_copy_(trained.ema.params, trained.ema.average)
@@ -3906,7 +4021,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     nats = unigram_nats(h, run.held_out("val")[1:])
     log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{bpb(nats, live.bytes):.4f}")
 
-    box = [Path(path).read_bytes() if m.rank == 0 else b""]
+    box = [Path(written).read_bytes() if m.rank == 0 else b""]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     blob = box[0]
     bytes_total = len(blob) + code_bytes
@@ -3933,7 +4048,10 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
         f"steps:{trained.steps} train_time:{trained.train_ms:.0f}ms "
         f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{sha256(blob)}"
     )
-    return 1 if over > 0 or late else 0
+    if m.rank == 0:
+        print(f"log: {log.path}\nartifact: {written}", flush=True)
+    _, moved = m.agree(0.0, written != path)
+    return 1 if over > 0 or late or moved else 0
 
 
 def utc_stamp() -> str:
@@ -3941,22 +4059,44 @@ def utc_stamp() -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime())
 
 
+def check_training_inputs(h: Config) -> None:
+    """Check that training has text, and the files it shall resume from. Raises InputError."""
+    total = sum(map(shard_tokens, split_files(h.data_path, "train")))
+    if total <= h.train_seq_len:
+        raise InputError(
+            f"{h.data_path}: the train split has {total} tokens, not one sequence; use more text"
+        )
+    if h.resume in ("", "auto"):
+        return
+
+    name = CHECKPOINT_NAME.fullmatch(h.resume)
+    if not name:
+        raise InputError(
+            f"config key resume: {h.resume} is not named like a checkpoint, RUN_ID.stepN.RofW.ckpt; "
+            "resume=auto takes the newest"
+        )
+    world = int(name["world"])
+    parts = [f"{name['base']}.step{name['step']}.{r}of{world}.ckpt" for r in range(world)]
+    for part in [h.resume, *parts]:
+        if not os.path.isfile(part):
+            raise InputError(f"config key resume: no checkpoint file {part}; resume=auto takes the newest")
+
+
 def command_train(h: Config, env: Mapping[str, str]) -> int:
     """Train, export, score. Returns the exit status."""
     started = time.perf_counter()
+    name = plain_name("run_id", h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}")
     m = init_machine(h, env)
-    box = [h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}"]
+    box = [name]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, box[0])
 
     dataset = load_dataset(h)  # fail on bad data here, before creating a log
+    check_training_inputs(h)
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
-        status = conclude(run, train(run), base + ".int6.xz")
-    if m.rank == 0:
-        print(f"log: {base}.txt\nartifact: {base}.int6.xz", flush=True)
-    return status
+        return conclude(run, train(run), base + ".int6.xz")
 
 
 def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
@@ -3986,9 +4126,9 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         raise InputError(f"{path}: {e}") from None
 
     started = time.perf_counter()
+    run_id = plain_name("run_id", h.run_id or f"{utc_stamp()}_eval_{os.getpid()}")
     dataset = load_dataset(h)
     m = init_machine(h, env, trains=False)
-    run_id = h.run_id or f"{utc_stamp()}_eval_{os.getpid()}"
     log = Log(os.path.join(h.out_dir, run_id + ".txt"), m)
     run = start_run(h, m, log, dataset, started)
     run.model.load_state_dict(tensors)
@@ -4055,11 +4195,24 @@ def main(argv: list[str]) -> int:
     if argv and "=" not in argv[0]:
         command = argv[0]
         rest = argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
     try:
-        return run_command(command, rest, os.environ)
+        status = run_command(command, rest, os.environ)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        return 1
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
         return e.status
+    except RuntimeError as e:
+        if not lost_another_rank(e):
+            raise
+        print("train_gpt.py: another rank is gone before training began", file=sys.stderr, flush=True)
+        os._exit(Fault.status)  # a proper shutdown would wait for that rank
     finally:
         if dist.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])  # drop graphs, or NCCL's shutdown waits for them

@@ -13,14 +13,17 @@ Exit status: the program's own (128 + N after signal N), or 2 for bad input (one
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,6 +164,24 @@ def read_knob(word: str) -> str:
     return f"{key}={value}"
 
 
+def check_keys(knobs: tuple[str, ...]) -> None:
+    """Raise BadInput for a knob that the trainer lacks. Reads its source, for torch may not be installed."""
+    if not knobs:
+        return
+    tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
+    known = {
+        field.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    }
+    for word in knobs:
+        key = word.partition("=")[0]
+        if known and key not in known:
+            raise BadInput(f"unknown config key {key!r}: ./run.sh config lists them")
+
+
 def knob_value(key: str, knobs: tuple[str, ...]) -> str:
     """Return a knob's value from key=value or else from the environment, "" if neither gives it."""
     for word in reversed(knobs):
@@ -235,9 +256,15 @@ def resolve(knobs: list[str]) -> Resolved:
 
 def print_resolved(knobs: list[str]) -> int:
     """Print a Resolved as JSON: the child's side of `resolve`."""
-    trainer = load_script(TRAINER, "trainer", ("InputError", "load_config", "cut_batch"), "train")
+    trainer = load_script(
+        TRAINER, "trainer", ("InputError", "load_config", "cut_batch", "plain_name"), "train"
+    )
     try:
         h = trainer.load_config(knobs, os.environ)
+        if h.run_id:
+            trainer.plain_name("run_id", h.run_id)
+        if (os.environ.get("NPROC") or "1") != "1":
+            trainer.cut_batch(h, int(os.environ["NPROC"]))
     except trainer.InputError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
@@ -362,9 +389,27 @@ def report(log: str, artifact: str, earlier: FinalScore) -> None:
     if score.lines == earlier.lines:
         score = NO_SCORE
     print(f"\nscore: {score.figures}")
-    print(f"artifact: {artifact if os.path.exists(artifact) else 'none'}")
+    found = artifact if os.path.exists(artifact) else f"none at {artifact} (the trainer's lines say why)"
+    print(f"artifact: {found}")
     print(f"log: {log}")
     print(f"plot: {plot}", flush=True)
+
+
+def read_reason(log: str, start: int) -> str:
+    """Return why the first rank failed by what the log says after `start` bytes, "" if it does not say."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    first = next((i for i, line in enumerate(lines) if re.match(r"rank \d+: ", line)), None)
+    if first is None:
+        return ""
+    rank, _, reason = lines[first].partition(": ")
+    if reason.startswith("Traceback"):
+        ends = (line for line in lines[first + 1 :] if line and not line.startswith(" "))
+        reason = next(ends, reason)
+    if any(f"{rank}: another rank is gone" in line for line in lines):
+        return "a rank was killed without a word (no memory left?)"
+    return f"{rank}: {reason}"
 
 
 def train(request: Request) -> int:
@@ -378,9 +423,11 @@ def train(request: Request) -> int:
     log = os.path.join(resolved.out_dir, f"{run_id}.txt")
     artifact = os.path.join(resolved.out_dir, f"{run_id}.int6.xz")
     if not resolved.resume and (os.path.exists(log) or os.path.exists(artifact)):
+        unfinished = os.path.exists(log) and read_score(log) == NO_SCORE
+        state = ", a run that did not finish" if unfinished else ""
         raise BadInput(
-            f"run_id={run_id} is taken ({resolved.out_dir}/{run_id}.* exists): "
-            "choose another run_id, or move those files"
+            f"run_id={run_id} is taken ({resolved.out_dir}/{run_id}.* exists{state}): choose another run_id, "
+            "go on with resume=auto, or move those files"
         )
 
     processes = choose_processes(0 if preset == "cpu" else gpus, resolved.sharing)
@@ -388,6 +435,7 @@ def train(request: Request) -> int:
     chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
     others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
     earlier = read_score(log)  # a run that resumes may find the score of another there
+    size = os.path.getsize(log) if os.path.exists(log) else 0
     say(f"{gpus} NVIDIA GPU(s), preset {preset}, log {log}")
     status = launch(processes, ["train_gpt.py", "train", *chosen, *others])
     if not os.path.exists(log):
@@ -395,7 +443,8 @@ def train(request: Request) -> int:
         return status or 1
 
     report(log, artifact, earlier)
-    say(f"done, the trainer's exit status is {status}")
+    reason = read_reason(log, size) if status else ""
+    say(f"done, the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
     return status
 
 
@@ -626,8 +675,9 @@ batch. eval and audit take as many as have a GPU each, bench takes one. NPROC ov
 Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
 
 environment: NPROC            number of processes for train, eval, audit and bench
-             PYTHON           interpreter that makes .venv (3.10 to 3.14)
-             BANKSHOT_PYTHON  interpreter to use as it is: no .venv, nothing is installed
+             PYTHON           interpreter that makes .venv (3.10 to 3.14); no other is tried
+             BANKSHOT_PYTHON  interpreter to use as it is, with the packages: no .venv, nothing is installed
+A .venv that run.sh did not make is never deleted.
 """
 
 
@@ -667,6 +717,9 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 
 def main(argv: list[str]) -> int:
     """Run a command line of run.sh and return the exit status. After --check, only read it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
     only_check = argv[:1] == ["--check"]
     if only_check:
         argv = argv[1:]
@@ -683,11 +736,15 @@ def main(argv: list[str]) -> int:
             print(help_text(), end="")
             return 0
         request = read_request(name, command, words)
-        return 0 if only_check else command.run(request)
+        if only_check:
+            check_keys(request.knobs)
+            return 0
+        return command.run(request)
     except BadInput as error:
         print(f"run.sh: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
+        print("\nrun.sh: interrupted", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 

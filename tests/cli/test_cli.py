@@ -58,6 +58,14 @@ def test_the_command_line_is_read_without_torch():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT / "tools").returncode == 0
 
 
+def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
+    """run.sh asks this with --check, from a Python that may have no torch."""
+    assert cli.main(["--check", "train", "seed=3", "iteration=5"]) == 2
+    assert capsys.readouterr().err == "run.sh: unknown config key 'iteration': ./run.sh config lists them\n"
+    assert cli.main(["--check", "train", "seed=3", "iterations=5"]) == 0
+    assert cli.main(["--check", "data", "verify"]) == 0
+
+
 def test_help_has_the_machine_table():
     text = cli.help_text()
     for row in ("0            cpu       1", "1            h100x1    1", "2 to 3       record    2"):

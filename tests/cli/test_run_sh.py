@@ -26,7 +26,7 @@ if [ "$1" = -c ]; then exec "@REAL@" "$@"; fi
 case "$1" in */tools/cli.py) exec "@REAL@" "@RUN_AS@" "$0" "$@" ;; esac
 printf '%s\\n' "$*" >>"$CALLS"
 case "$1 $2" in
-    "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python"; exit ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; exit ;;
     "-m pip") case "$*" in *flash4*) exit ${FLASH4_STATUS:-0} ;; esac; exit ${PIP_STATUS:-0} ;;
     "-m ruff") exit ${RUFF_STATUS:-0} ;;
     "-m pytest") exit ${PYTEST_STATUS:-0} ;;
@@ -75,6 +75,11 @@ def load_config(argv, env):
     if values["preset"] == "wrong":
         raise InputError("config key preset: 'wrong' is not one of record")
     return SimpleNamespace(**values)
+
+
+def plain_name(key, name):
+    if "/" in name:
+        raise InputError(f"config key {key}: {name!r} cannot name a file")
 
 
 def cut_batch(h, world_size):
@@ -273,6 +278,58 @@ def test_installs_once_and_again_only_when_needed(tree):
     assert sum(line.startswith("-m venv") for line in tree.calls()) == 2 and pip_calls() == 4
 
 
+def test_a_symlink_to_it_works(tree, tmp_path):
+    link = tmp_path / "links/bankshot"
+    link.parent.mkdir()
+    (tmp_path / "links/second").symlink_to("bankshot")
+    link.symlink_to(os.path.relpath(tree.root / "run.sh", link.parent))
+    for name in ("bankshot", "second"):
+        done = tree.run("test", script=os.path.relpath(tmp_path / "links" / name, tree.root))
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_interpreter_that_is_named_is_used_or_refused(tree):
+    refused(tree.run("test", BANKSHOT_PYTHON="", PYTHON="/nope"), "PYTHON=/nope", "not a Python")
+    tree.tool("old", "#!/bin/sh\necho 3.9\n")
+    refused(tree.run("test", BANKSHOT_PYTHON="", PYTHON="old"), "PYTHON=old is Python 3.9")
+    assert tree.calls() == []
+
+
+# An interpreter that finds none of the packages.
+BARE_PYTHON = """#!/bin/sh
+case "$2" in *find_spec*) exit 1 ;; esac
+exec "@FAKE@" "$@"
+"""
+
+
+def test_a_prepared_interpreter_without_packages_is_refused(tree):
+    tree.tool("bare", BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
+    refused(tree.run("config", BANKSHOT_PYTHON="bare"), "BANKSHOT_PYTHON=bare", "numpy", "requirements.txt")
+    assert tree.calls() == []
+
+
+def test_a_stamped_venv_without_packages_is_filled_again(tree):
+    assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
+    python = tree.root / ".venv/bin/python"
+    python.write_text(BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
+    done = tree.run("test", BANKSHOT_PYTHON="")
+    assert done.returncode == 0 and "installing requirements.txt" in done.stderr
+    assert sum(line.startswith("-m pip install --quiet") for line in tree.calls()) == 2
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
+def test_a_venv_of_somebody_elses_is_left_alone(tree, tmp_path, linked):
+    venv = tree.root / ".venv"
+    if linked:
+        (tmp_path / "theirs").mkdir()
+        venv.symlink_to(tmp_path / "theirs")
+    else:
+        venv.mkdir()
+    (venv / "precious").touch()
+    refused(tree.run("test", BANKSHOT_PYTHON=""), str(venv), "move it", "BANKSHOT_PYTHON")
+    assert os.listdir(venv) == ["precious"]
+
+
 def flash4_calls(tree) -> int:
     return sum("requirements-flash4.txt" in line for line in tree.calls())
 
@@ -393,6 +450,10 @@ def test_arguments_pass_through(tree):
     ]
     again = tree.run("run_id=r", "out_dir=o", "data_path=d")
     assert again.returncode == 2 and "run_id=r is taken" in again.stderr
+    assert "resume=auto" in again.stderr and "did not finish" not in again.stderr
+    (tree.root / "o/r.txt").write_text(LOG_HEAD)
+    cut = tree.run("run_id=r", "out_dir=o", "data_path=d")
+    assert "o/r.* exists, a run that did not finish)" in cut.stderr
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
@@ -576,7 +637,34 @@ def test_the_status_of_a_tool_is_kept(tree):
     assert tree.run("record", "verify", RECORD_STATUS="1").returncode == 1
 
 
+def test_a_number_of_processes_that_cannot_share_the_batch_begins_nothing(tree):
+    done = tree.run("preset=thirds", NPROC="3")
+    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.stderr == "train_gpt.py: no whole micro-batches\n"
+
+
+def test_the_reason_of_the_first_rank_is_last(tmp_path):
+    log = tmp_path / "run.txt"
+    log.write_text("rank 0: of an earlier run\n")
+    size = log.stat().st_size
+    gone = f"rank 0: another rank is gone; its reason, if it gave one, is in {log}\n"
+    trace = "rank {}: Traceback (most recent call last):\n  File x\n{}: {}\n\n"
+
+    def reason(text):
+        log.write_text("rank 0: of an earlier run\n" + text)
+        return cli.read_reason(str(log), size)
+
+    assert reason("step:1/2\n") == ""
+    assert reason("step:1/2\nrank 1: x.bin: no such shard\n" + gone) == "rank 1: x.bin: no such shard"
+    crashed = trace.format(1, "ZeroDivisionError", "ray") + trace.format(0, "RuntimeError", "gloo") + gone
+    assert reason(crashed) == "rank 1: ZeroDivisionError: ray"
+    assert reason(trace.format(0, "RuntimeError", "gloo") + gone).startswith("a rank was killed")
+
+
 def test_settings_that_the_trainer_refuses_begin_nothing(tree):
     done = tree.run("preset=wrong")
     assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
     assert done.stderr == "train_gpt.py: config key preset: 'wrong' is not one of record\n"
+    done = tree.run("run_id=../../x")
+    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.stderr == "train_gpt.py: config key run_id: '../../x' cannot name a file\n"

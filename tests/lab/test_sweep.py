@@ -373,6 +373,20 @@ def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, ca
     assert shoot.next_configuration() is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_workers_at_once(number):
+    def serve(index):
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    reasons = []
+    before = signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
+    sweep.Sweep.train(SimpleNamespace(serve=serve, workers=1, stop=reasons.append))
+    assert reasons == ["interrupted; the same command continues with what is missing"]
+    assert time.monotonic() - began < 5 and signal.getsignal(signal.SIGTERM) is before
+
+
 # ---------------------------------------------------------------- plans
 
 
@@ -386,6 +400,10 @@ def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, ca
         (dict(rate_key="mlp_mult"), r"rate_key 'mlp_mult'"),
         (dict(rows={"a": {"seed": 3}}), r"row a: seed is the same in every row"),
         (dict(rows={"a/b": {}}), r"row a/b: a row's name"),
+        (dict(rows={"..": {}}), r"row \.\.: a row's name"),
+        (dict(rows={"a\n": {}}), r"row a\\n: a row's name"),
+        (dict(name="../x"), r"plan: name '../x': it becomes a file name"),
+        (dict(name=""), r"plan: name '': it becomes a file name"),
         (dict(rows={}), r"no rows"),
         (dict(rates=[]), r"no rates"),
         (dict(rates=["x"]), r"lists of numbers"),

@@ -103,7 +103,8 @@ def test_new_is_deterministic(repo, tmp_path):
 def test_new_refuses(repo, capsys):
     logs, track = write_logs(repo / "more"), ("--track", TRACK)
     refuse(repo, capsys, "exists", "new", "Base", "--logs", *logs, *track, "--date", "2026-11-22")
-    refuse(repo, capsys, "letters, digits and dots", "new", "Two words", "--logs", *logs, *track)
+    for name in ("Two words", ".", "..", ".Hidden", "a/b", "Line\n", ""):
+        refuse(repo, capsys, "letters, digits and dots", "new", name, "--logs", *logs, *track)
     refuse(repo, capsys, "not a date", "new", "X", "--logs", *logs, *track, "--date", "2026-13-01")
     refuse(repo, capsys, "no such folder", "new", "X", "--logs", *logs, *track, "--parent", "2020-01-01_None")
     refuse(repo, capsys, "cannot read", "new", "X", "--logs", *logs, "absent.txt", *track)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -214,6 +215,26 @@ def test_folder_name(folder):
 def test_every_claim_has_a_planted_fault():
     planted = {claim for claim, *_ in [*FAULTS.values(), *BROKEN.values()]}
     assert planted == set(record_claims.CLAIMS)
+
+
+def test_an_edited_curve_is_found_and_an_old_record_says_that_it_is_not_covered(folder):
+    assert "every line as hashed" in verdict(folder)["logs"][1]
+    log = folder / "logs/seed42.txt"
+    text = log.read_text()
+    line = re.search(r"^step:\d+/\d+ train_loss:.*\n", text, re.M)[0]
+    log.write_text(text.replace(line, line.replace("train_loss:", "train_loss:0")))
+    found = verdict(folder)
+    assert found["logs"] == ("fail", "seed42.txt: not the log of this record, its log_sha256 differs")
+
+    log.write_text(text)
+    path = folder / "submission.json"
+    sub = json.loads(path.read_text())
+    for result in sub["seed_results"].values():
+        del result["log_sha256"]
+    path.write_text(json.dumps(sub, indent=2) + "\n")
+    found = verdict(folder)
+    assert found["logs"][0] == found["numbers"][0] == found["schema"][0] == "ok"
+    assert found["logs"][1].endswith("their curves are not covered")
 
 
 def test_verify_verb(repo, folder, capsys):

@@ -32,6 +32,7 @@ from helpers import (
     run_ranks,
     stop_one_line,
     tiny,
+    write_shard,
 )
 from ledger import claims, log_claims, record_claims, runlog, tracks
 
@@ -119,6 +120,52 @@ def test_killed_and_resumed_is_bit_equal(world, monkeypatch):
     outcomes, end, resumed = kill_runs.killed_run(reference, 1, world, random.Random(5))
     assert end == "bit-equal" and outcomes[0].startswith("as claimed"), (outcomes, end)
     assert resumed == 1
+
+
+def test_two_processes_cannot_have_one_run(tmp_path):
+    """The second one says so. The first one's death frees the run."""
+    knobs = dict(resume="auto", checkpoint_every=0)
+    argv = [sys.executable, t.__file__, "train", *args(tmp_path, iterations=100_000, **knobs)]
+    first = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    try:
+        log = tmp_path / "run.txt"
+        assert kill_runs.wait_until(lambda: log.exists() and "model_params" in log.read_text())
+        second = subprocess.run(argv, capture_output=True, text=True)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert "run.txt: another process is writing it" in second.stderr and "run_id" in second.stderr
+    assert t.main(args(tmp_path, iterations=2, **knobs)) == 0
+
+
+@pytest.mark.parametrize("missing", ["gone.step4.0of1.ckpt", "run.txt"])
+def test_a_checkpoint_that_is_missing_leaves_no_log(tmp_path, capsys, missing):
+    err = stop_one_line(args(tmp_path / "out", resume=tmp_path / missing), capsys)
+    assert "config key resume" in err and str(tmp_path / missing) in err and "resume=auto" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_set_with_a_missing_part_leaves_no_log(tmp_path, capsys):
+    part = tmp_path / "run.step4.0of2.ckpt"
+    part.touch()
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert "no checkpoint file" in err and "run.step4.1of2.ckpt" in err
+    assert os.listdir(tmp_path) == [part.name]
+
+
+def test_a_train_split_that_is_missing_or_too_small_leaves_no_log(tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(english_dataset().path, data)
+    for shard in data.glob("*_train_*.bin"):
+        shard.unlink()
+    err = stop_one_line(args(tmp_path / "out", data_path=data), capsys)
+    assert str(data) in err and "train" in err
+
+    write_shard(data / "tiny_train_000000.bin", [1] * 32)
+    err = stop_one_line(args(tmp_path / "out", data_path=data), capsys)
+    assert f"{data}: the train split has 32 tokens" in err
+    assert not (tmp_path / "out").exists()
 
 
 def checkpoints_of(folder, name, model_seed):
@@ -233,7 +280,7 @@ def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch,
     path = str(checkpoint(tmp_path, 3))
     for other in (path.replace("step3", "step5"), str(tmp_path / "run.txt")):
         err = stop_one_line(args(tmp_path / "b", run_id=len(other), resume=other), capsys)
-        assert f"{other}: not part of an intact checkpoint" in err
+        assert "config key resume: " in err and other in err and "resume=auto" in err
     assert t.main(args(tmp_path / "c", resume=path, checkpoint_every=0)) == 0  # by name, into another folder
     assert f"resumed step:3 from {path[:-9]}*" in "\n".join(lines(tmp_path / "c"))
 
@@ -374,6 +421,31 @@ def test_a_signal_before_training_leaves_at_once(tmp_path):
     assert time.monotonic() - began < 40 and not list(tmp_path.glob("*.ckpt"))
 
 
+@pytest.mark.parametrize("seconds", [0.4, 1.5])
+def test_ctrl_c_in_the_first_seconds_shows_no_traceback(tmp_path, seconds):
+    process = subprocess.Popen(
+        [sys.executable, t.__file__, *args(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in output
+
+
+def test_a_first_signal_says_what_follows(tmp_path):
+    folder = tmp_path / "stopped"
+    process = kill_runs.start(folder, checkpoint_every=0, iterations=100_000)
+    assert kill_runs.wait_until(lambda: kill_runs.began(folder, 0))
+    os.kill(process[0].pid, signal.SIGINT)
+    os.kill(process[0].pid, signal.SIGINT)
+    assert kill_runs.ended(process) == [0]
+    console = (folder / "console.0").read_text()
+    assert console.count("stopping: artifact and scores follow; another signal") == 1
+
+
 def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
     """torchrun repeats to its ranks the signal that the terminal has already sent to all of them."""
 
@@ -414,6 +486,52 @@ def test_a_rank_that_dies_takes_the_other_down_its_traceback_first(tmp_path):
         traceback_at[rank] = heads[0]
     assert traceback_at[1] < traceback_at[0]
     assert "ZeroDivisionError: cosmic ray" in text[traceback_at[1] : traceback_at[0]]
+
+
+def kill_rank_1(rank):
+    """Kill rank 1 before its fifth step."""
+    train_step = t.train_step
+
+    def killed(backward, optimizer, batch, hp):
+        if rank == 1 and optimizer.steps == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(backward, optimizer, batch, hp)
+
+    t.train_step = killed
+
+
+def test_a_rank_that_outlives_another_says_so_in_one_line(tmp_path):
+    """The console has no traceback; the log has it, and then the same line."""
+    assert kill_runs.ended(kill_runs.start(tmp_path, 2, kill_rank_1)) == [1, -signal.SIGKILL]
+    console = (tmp_path / "console.0").read_text().splitlines()
+    assert console[-1].startswith("train_gpt.py: rank 0: another rank is gone; ")
+    assert str(tmp_path / "run.txt") in console[-1] and not any("Traceback" in line for line in console)
+    assert lines(tmp_path)[-1] == console[-1].removeprefix("train_gpt.py: ")
+
+
+def lose_rank_1(rank):
+    """Kill rank 1 while it reads the data set."""
+    if rank == 1:
+        t.load_dataset = leave_at_once
+
+
+def leave_at_once(h):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_dies_before_there_is_a_log_leaves_one_line(tmp_path):
+    assert kill_runs.ended(kill_runs.start(tmp_path, 2, lose_rank_1)) == [1, -signal.SIGKILL]
+    console = (tmp_path / "console.0").read_text().splitlines()
+    assert console[-1] == "train_gpt.py: another rank is gone before training began"
+    assert not any("Traceback" in line for line in console)
+
+
+def test_every_rank_is_gone_soon_after_the_last_line(tmp_path):
+    processes = kill_runs.start(tmp_path, 2, iterations=3, checkpoint_every=0)
+    log = tmp_path / "run.txt"
+    assert kill_runs.wait_until(lambda: log.exists() and "\nfinal_score " in log.read_text())
+    began = time.monotonic()
+    assert kill_runs.ended(processes) == [0, 0] and time.monotonic() - began < 5
 
 
 def change_on_rank_1(rank):
@@ -569,6 +687,94 @@ def test_a_full_disk_under_the_log_is_one_line(tmp_path, monkeypatch, capsys):
     assert has_line(tmp_path, "step:2/")
 
 
+class Device:
+    """Folders of which one, with all below it, is full."""
+
+    def __init__(self, monkeypatch, folder, *full):
+        self.write_atomic = t.write_atomic
+        self.full = [str(path) for path in full]
+        monkeypatch.setattr(t, "write_atomic", self.write)
+        monkeypatch.setattr(t.tempfile, "tempdir", str(folder / "temporary"))
+        monkeypatch.chdir(folder / "working")
+
+    def write(self, path, *chunks):
+        if any(path.startswith(full) for full in self.full):
+            raise t.InputError(f"{path}: cannot write it (No space left on device); free space")
+        self.write_atomic(path, *chunks)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("temporary", "working"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("full", [("out",), ("out", "temporary")], ids=["temporary", "working"])
+def test_a_full_disk_at_the_artifact_keeps_the_weights(undisturbed, folders, monkeypatch, capsys, full):
+    """They go to the temporary folder, or else to the working folder, and eval takes them from there."""
+    out = folders / "out"
+    Device(monkeypatch, folders, *(folders / name for name in full))
+    assert t.main(args(out, checkpoint_every=0)) == 1
+    console = capsys.readouterr().out.splitlines()
+    artifact = Path(console[-1].removeprefix("artifact: "))
+    assert artifact.parent.parent == folders / ("working" if "temporary" in full else "temporary")
+    assert artifact.read_bytes() == (undisturbed.folder / "run.int6.xz").read_bytes()
+    assert has_line(out, rf"artifact file:{artifact}, because {out}/run.int6.xz cannot be written")
+    assert lines(out)[-1].startswith("final_score ")
+
+    data = english_dataset().path
+    assert t.main(["eval", str(artifact), f"data_path={data}", f"out_dir={folders / 'eval'}"]) == 0
+
+
+def test_a_disk_that_is_full_everywhere_names_the_folders(folders, monkeypatch, capsys):
+    Device(monkeypatch, folders, folders)
+    err = stop_one_line(args(folders / "out", checkpoint_every=0), capsys)
+    assert "run.int6.xz" in err and "temporary" in err and "working" in err
+    assert os.listdir(folders / "temporary") == os.listdir(folders / "working") == []
+
+
+class FullAtTheEnd(FullAtStep3):
+    """A log file whose disk is full once training has ended."""
+
+    def write(self, line):
+        if line.startswith("final_live"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.file.write(line)
+
+
+def test_a_log_that_cannot_be_written_at_the_end_goes_on_elsewhere(undisturbed, folders, monkeypatch, capsys):
+    class FullLog(t.Log):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.file = FullAtTheEnd(self.file)
+
+    monkeypatch.setattr(t, "Log", FullLog)
+    Device(monkeypatch, folders)
+    monkeypatch.setattr(t, "write_atomic", refuse_logs_in(folders / "out"))
+    assert t.main(args(folders / "out", checkpoint_every=0)) == 0
+    console = capsys.readouterr()
+    log = Path(console.out.splitlines()[-2].removeprefix("log: "))
+    assert log.parent.parent == folders / "temporary" and log.name == "run.txt"
+    assert "cannot write the log (No space left on device)" in console.err
+    assert f"; the whole log is {log}\n" in console.err
+    run = runlog.parse_log(log)
+    assert run.final_scores == 1 and trained_steps(run) == list(range(1, STEPS + 1))
+    assert (folders / "out/run.int6.xz").read_bytes() == (undisturbed.folder / "run.int6.xz").read_bytes()
+
+
+def refuse_logs_in(folder):
+    """Return a write_atomic for which the disk of a folder is too full for a log."""
+    write_atomic = t.write_atomic
+
+    def full(path, *chunks):
+        if path.startswith(str(folder)) and path.endswith(".txt"):
+            raise t.InputError(f"{path}: cannot write it (No space left on device); free space")
+        write_atomic(path, *chunks)
+
+    return full
+
+
 def hang_reads(rank):
     """Make the disk hang at batch 6, and the trainer wait for half a second."""
     t.PATIENCE = 0.5
@@ -588,6 +794,40 @@ def test_a_stuck_read_names_the_file_and_ends(tmp_path):
     assert time.monotonic() - began < 40
     shard = rf"{english_dataset().path}/tiny_train_00000\d.bin"
     assert re.search(rf"rank 0: {shard}: not read within 0.5 s", lines(tmp_path)[-1])
+
+
+# ---------------------------------------------------------------- consoles and networks
+
+
+def run_program(*argv, **env):
+    return subprocess.run(
+        [sys.executable, t.__file__, *argv], capture_output=True, text=True, env=os.environ | env
+    )
+
+
+def test_an_ascii_console_shows_another_path_escaped(tmp_path):
+    folder = tmp_path / "donn\u00e9es"
+    done = run_program("config", f"data_path={folder}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "donn\\xe9es" in done.stdout and done.stderr == ""
+    done = run_program("train", "preset=cpu", f"data_path={folder}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "donn\\xe9es" in done.stderr
+
+
+@pytest.mark.parametrize("program", ["train_gpt.py", "tools/cli.py"])
+def test_a_reader_that_has_seen_enough_is_no_error(program):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, ROOT / program, "config"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_a_machine_without_a_loopback_network_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    err = stop_one_line(args(tmp_path), capsys)
+    assert "cannot make the process group" in err and "none0" in err and "ip link set lo up" in err
 
 
 # ---------------------------------------------------------------- copies to the host

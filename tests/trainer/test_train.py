@@ -440,6 +440,19 @@ def test_a_log_that_exists_is_refused(capsys):
     assert (run.folder / "run.int6.xz").read_bytes() == run.blob
 
 
+@pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "/tmp/x", " ", "a\nb", "x" * 201, "-x"])
+def test_a_run_id_that_cannot_name_a_file_is_one_line(name, tmp_path, capsys):
+    out_dir = tmp_path / "below" / "out"
+    err = stop_one_line(english_args(iterations=1, run_id=name, out_dir=out_dir), capsys)
+    assert "config key run_id" in err and "cannot name a file" in err and repr(name)[:40] in err
+    assert os.listdir(tmp_path) == []
+
+    blob = finished_with().folder / "run.int6.xz"
+    argv = [f"data_path={english_dataset().path}", f"out_dir={out_dir}", f"run_id={name}"]
+    assert "config key run_id" in stop_one_line(["eval", str(blob), *argv], capsys)
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_out_dir_below_a_file_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     err = stop_one_line(english_args(iterations=1, out_dir=tmp_path / "file" / "below"), capsys)

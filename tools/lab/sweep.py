@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -333,10 +334,11 @@ class Sweep:
         return 0
 
     def train(self) -> None:
-        """Serve all workers until they are done; Ctrl-C stops them."""
+        """Serve all workers until they are done; Ctrl-C and SIGTERM stop them."""
         threads = [
             threading.Thread(target=self.serve, args=(index,), daemon=True) for index in range(self.workers)
         ]
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for thread in threads:
                 thread.start()
@@ -344,6 +346,8 @@ class Sweep:
                 thread.join()
         except KeyboardInterrupt:
             self.stop("interrupted; the same command continues with what is missing")
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -138,11 +138,18 @@ def row_rates(where: str, given: Mapping, plan: Mapping, rate_key: str, start: f
     return tuple(str(float(f"{value:.6g}")) for value in sorted(values))
 
 
+def check_name(where: str, what: str, name: Any) -> None:
+    """Raise BadInput if a name in the plan cannot be the name of a file. what: the kind of name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise BadInput(
+            f"{where}: {what} becomes a file name; use letters, digits and _ . - only, and no . or - first"
+        )
+
+
 def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Mapping[str, str]) -> Row:
     """Return a row of the plan with its rates as values. BadInput names the row and the key."""
-    where = f"row {name}"
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise BadInput(f"{where}: a row's name becomes a file name; use letters, digits and _ . - only")
+    where = "row " + repr(name)[1:-1]
+    check_name(where, "a row's name", name)
     if not isinstance(given, dict):
         raise BadInput(f"{where}: must be an object of settings")
     settings = row_settings(where, given)
@@ -184,6 +191,8 @@ def make_plan(trainer: ModuleType, raw: Mapping, where: str, sliding: bool = Fal
     unknown = sorted(set(raw) - PLAN_KEYS)
     if unknown:
         raise BadInput(f"{where}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
+    name = raw.get("name", "sweep")
+    check_name(f"{where}: name {name!r}", "it", name)
     base = make_base(trainer, raw.get("base", {}), where, sliding)
 
     rows = raw.get("rows", {})
@@ -195,7 +204,7 @@ def make_plan(trainer: ModuleType, raw: Mapping, where: str, sliding: bool = Fal
         raise BadInput(f"{where}: seeds must be a list of different whole numbers, got {seeds}")
 
     made = {name: make_row(trainer, name, given, raw, base) for name, given in rows.items()}
-    return Plan(str(raw.get("name", "sweep")), base, made, tuple(seeds), trainer)
+    return Plan(name, base, made, tuple(seeds), trainer)
 
 
 def named_file(words: list[str]) -> Path | None:
@@ -242,7 +251,8 @@ def read_plan(trainer: ModuleType, args: argparse.Namespace) -> Plan:
 
 def default_name(path: Path | None) -> str:
     """Return the name of a plan that does not give one, and of its folder."""
-    return path.stem if path else "sweep"
+    stem = path.stem if path else "sweep"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).lstrip(".-") or "sweep"
 
 
 # ---- which configuration is next -----------------------------------------------------------------

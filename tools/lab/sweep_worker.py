@@ -168,6 +168,7 @@ class Worker:
     def train_and_score(self, run: Any, artifact: Path) -> None:
         """Train, export and score a run; a diverged one ends with `sweep_diverged` in place of a score."""
         t = self.trainer
+        log_path = run.log.path
         try:
             trained = t.train(run)
         except t.Diverged as end:
@@ -181,6 +182,8 @@ class Worker:
         bits = 8 * entropy_bytes(codes) / len(codes)
         run.log(f"sweep_codes entropy:{bits:.6f} int6_weights:{len(codes)} int6_step:{run.h.int6_step}")
         t.conclude(run, trained, str(artifact))
+        if not artifact.exists() or run.log.path != log_path:
+            raise t.InputError(f"{artifact.parent}: artifact or log could not be written there; free space")
         artifact.unlink()
 
 

@@ -96,7 +96,9 @@ def new_folder(args: argparse.Namespace, records: Path) -> Path:
 
     name = f"{args.date}_{args.name}"
     if not record_folder.FOLDER_NAME.match(name):
-        raise BadInput(f"name {args.name!r}: only letters, digits and dots, as in PolarHyperball")
+        raise BadInput(
+            f"name {args.name!r}: only letters, digits and dots, no dot first, as in PolarHyperball"
+        )
     target = records / args.track / name
     if target.exists():
         raise BadInput(f"{target}: exists; records are not overwritten, choose another name or remove it")

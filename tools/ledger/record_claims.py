@@ -25,7 +25,7 @@ from ledger.claims import (
     other_code,
     prove,
 )
-from ledger.files import read_json, sha256
+from ledger.files import read_json, read_text, sha256
 from ledger.probe import probe_script
 from ledger.record_folder import FILES, FOLDER_NAME, NOTES, contents, requirements, uses_flash4
 from ledger.runlog import Run, parse_log
@@ -155,7 +155,20 @@ def claim_logs(case: RecordCase) -> str:
         name = run.path.name
         demand(run.final_scores == 1, f"{name}: {run.final_scores} final_score lines, one is allowed")
         demand(not run.trailing, f"{name}: final_score is not the last line: {run.trailing[:60]!r} follows")
-    return f"{len(runs)} logs, final_score once and last in each"
+
+    evidence = f"{len(runs)} logs, final_score once and last in each"
+    if not has_log_hashes(case.stored):
+        return f"{evidence}; made without hashes of the logs: their curves are not covered"
+    for run in runs:
+        stored = case.stored["seed_results"].get(str(run.seed), {}).get("log_sha256")
+        found = sha256(read_text(run.path))
+        demand(stored == found, f"{run.path.name}: not the log of this record, its log_sha256 differs")
+    return f"{evidence}; every line as hashed in submission.json"
+
+
+def has_log_hashes(stored: dict) -> bool:
+    """Return whether a submission.json holds hashes of its logs; older records do not."""
+    return any("log_sha256" in result for result in stored["seed_results"].values())
 
 
 def claim_source(case: RecordCase) -> str:
@@ -174,6 +187,9 @@ def claim_numbers(case: RecordCase) -> str:
     except NotCheckable:
         demand(not case.disagreement, case.disagreement)
         raise
+    if not has_log_hashes(case.stored):
+        for result in want["seed_results"].values():
+            del result["log_sha256"]
     found = first_difference(case.stored, want)
     demand(found is None, f"submission.json {found}")
     return f"val_bpb {want['val_bpb']:.8f} and every other figure recomputed from the logs"

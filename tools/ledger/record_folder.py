@@ -16,7 +16,7 @@ from ledger.submission import common, common_config, submission
 from ledger.tracks import CAP_BYTES, TRACKS
 from script import BadInput
 
-FOLDER_NAME = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9.]+)$")
+FOLDER_NAME = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9][A-Za-z0-9.]*)\Z")
 NOTES = "<!-- notes: everything below is written by hand -->\n"
 FILES = (
     "README.md",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ledger import stats
-from ledger.files import sha256
+from ledger.files import read_text, sha256
 from ledger.runlog import FREE_KEYS, Run, config_value
 from script import BadInput
 
@@ -64,6 +64,7 @@ def seed_result(run: Run) -> dict[str, object]:
         "peak_mib": run.sizes.get("peak"),
         "artifact_bytes": run.size("artifact"),
         "artifact_sha256": run.text("final_score", "sha256"),
+        "log_sha256": sha256(read_text(run.path)),
         "report": {split: float(report["val_bpb"]) for split, report in sorted(run.reports.items())},
     }
 
