@@ -213,7 +213,7 @@ class Config:
     min_lr_frac: float = 0.0  # of each rate, at the end
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
-    artifact_weights: str = "ema"  # ema | live
+    artifact_weights: str = "ema"  # ema | live; a run that ended early takes the better if this is ema
     gptq_batches: int = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
     int6_step: float = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
@@ -2780,20 +2780,38 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 
 class Ema:
-    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run."""
+    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run.
+
+    Call the progress at the k-th update p_k, with p_0 = 0. The weights that it sees stand for the progress
+    from p_{k-1} to p_k, so that with f = ema_frac their share at progress P is
+
+        (e^(-(P - p_k) / f) - e^(-(P - p_{k-1}) / f)) / (1 - e^(-P / f)),
+
+    and all shares sum to 1: the initial weights have none. At an update from P - d to P, the newest weights
+    get the share (1 - e^(-d / f)) / (1 - e^(-P / f)), and those before keep their proportions.
+    """
 
     def __init__(self, model: GPT, h: Config) -> None:
         self.h = h
-        self.progress = 0.0
+        self.progress = 0.0  # of the last update; with the average, the whole state
         self.params = [p.data for p in model.parameters()]
         self.average = [p.clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Move towards the current weights by the progress made since the last call."""
-        weight = 1 - math.exp((self.progress - progress) / self.h.ema_frac)
+        """Move towards the current weights by the progress made since the last call; copy them at first."""
+        progress = max(progress, self.progress)  # a resumed run may hold back less time than before
+        weight = 1.0
+        if self.progress > 0:
+            made = math.expm1((self.progress - progress) / self.h.ema_frac)
+            weight = made / math.expm1(-progress / self.h.ema_frac)
         torch._foreach_lerp_(self.average, self.params, weight)
         self.progress = progress
+
+    @property
+    def is_young(self) -> bool:
+        """Whether the average covers less of the run than its horizon."""
+        return self.progress < self.h.ema_frac
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -2867,6 +2885,31 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     for gram in grams.values():
         dist.all_reduce(gram)
     return grams
+
+
+@torch.no_grad()
+def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
+    """Return "live" or "ema": the weights with the lower loss on the loader's next training batch; log it.
+
+    For a run that ended early, when the average may lag far behind. All ranks return the same.
+    """
+    model = copy(run.model)  # with the same parameters
+    model.ops = Ops(run.model.ops.attend)  # nothing that would compile
+    batch = loader.next()
+    live = [p.clone() for p in ema.params]
+    losses = []
+    for weights in (live, ema.average):
+        torch._foreach_copy_(ema.params, weights)
+        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
+    torch._foreach_copy_(ema.params, live)
+
+    both = torch.stack(losses)
+    dist.all_reduce(both, dist.ReduceOp.AVG)
+    of_live, of_average = both.tolist()
+    average_wins, _ = run.m.agree(float(of_average <= of_live))  # not if it is nan
+    chosen = "ema" if average_wins else "live"
+    run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
+    return chosen
 
 
 def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
@@ -3575,6 +3618,7 @@ class Trained(NamedTuple):
     train_ms: float
     late_graphs: int  # graphs compiled while the clock ran; should be 0
     grams: dict[str, Tensor]  # of calibrate
+    artifact_weights: str  # ema | live: the knob's, or the better ones if the run ended early
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
@@ -3772,12 +3816,15 @@ def train(run: Run) -> Trained:
         raise Diverged(describe_divergence(run, step, reached()[0].tolist(), good), step, train_ms)
 
     grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
+    artifact_weights = h.artifact_weights
+    if artifact_weights == "ema" and (end == End.SIGNAL or ema.is_young):
+        artifact_weights = run.timed("calibrate", choose_weights, run, loader, ema)
     if checkpoints:
         checkpoints.save(step, train_ms, last=True)
     if step < h.iterations:
         cause = "signal" if end == End.SIGNAL else "wallclock_cap"
         log(f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
-    return Trained(ema, step, train_ms, late_graphs, grams)
+    return Trained(ema, step, train_ms, late_graphs, grams, artifact_weights)
 
 
 def describe_divergence(run: Run, step: int, reached: list[float], good: int) -> str:
@@ -3834,11 +3881,11 @@ def export(run: Run, trained: Trained, path: str, room: int) -> None:
     """Write the artifact of the averaged or live weights to `path`. room: the bytes it may take."""
     h = run.h
     weights = dict(run.model.named_parameters())
-    if h.artifact_weights == "ema":
+    if trained.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
     fitted = fit_artifact(weights, h, room, run.timed, trained.grams)
     write_atomic(path, fitted.blob)
-    run.log(f"artifact weights:{h.artifact_weights} int6_step:{fitted.int6_step}")
+    run.log(f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}")
 
 
 def unigram_nats(h: Config, targets: np.ndarray) -> float:

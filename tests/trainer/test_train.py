@@ -319,6 +319,67 @@ def test_deterministic_mode_is_torchs(monkeypatch):
     assert seen and not any(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+def chosen_weights(run):
+    """Return the weights that a run which ended early exported, and its loss with each kind of weights."""
+    line = starting(run, "ended_early: ")
+    assert len(line) == 1, run.lines[-20:]
+    losses = re.search(r" train_loss live:([\d.]+) ema:([\d.]+) ", line[0])
+    chosen = value(run, r"artifact weights:(\w+) ")
+    assert line[0].endswith(f"the artifact takes {chosen}")
+    return chosen, float(losses[1]), float(losses[2])
+
+
+def test_one_step_ships_trained_weights():
+    """The artifact of iterations=1 is as good as the live weights, not the untrained ones."""
+    run = finished_with(iterations=1, matrix_lr=0.02)
+    live = float(value(run, r"final_live val_loss:([\d.]+)"))
+    averaged = float(value(run, r"final_ema val_loss:([\d.]+)"))
+    assert averaged == live
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.02)
+    chosen, of_live, of_average = chosen_weights(run)
+    assert chosen == "ema" and of_live == of_average  # equal weights: the knob's
+
+
+def test_an_average_younger_than_its_horizon_ships_the_better_weights():
+    run = finished_with(ema_frac=2.0)
+    chosen, of_live, of_average = chosen_weights(run)
+    assert chosen == "live" and of_live < of_average - 0.1
+    live = float(value(run, r"final_live val_loss:([\d.]+)"))
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.1)
+    assert not starting(finished_with(), "ended_early: ")  # a run that ends as planned does not choose
+    named = finished_with(ema_frac=2.0, artifact_weights="live")
+    assert not starting(named, "ended_early: ") and named.blob == run.blob
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_choice_follows_the_loss_on_all_ranks(world):
+    """Live weights and averages are swapped in turn: both are chosen once, and the weights stay."""
+    path = english_dataset().path
+    for results in run_ranks(choose, world, path):
+        assert results == ["live", "ema", "live"]
+
+
+def choose(rank, path):
+    """Return the choices for a bad average, bad live weights, and an average that is not a number."""
+    h = t.load_config(english_args(data_path=path), {})
+    m = t.init_machine(h, os.environ)
+    model = t.GPT(h, m.ops, m.dtype)
+    run = SimpleNamespace(h=h, m=m, model=model, log=lambda line: None)
+    loader = t.TokenLoader(h, m)
+    choices = []
+    for live, average in ((0.0, 1.0), (1.0, 0.0), (0.0, math.nan)):
+        ema = t.Ema(model, h)
+        with torch.no_grad():
+            for p, a in zip(ema.params, ema.average):
+                a.copy_(p + average * torch.linspace(-1, 1, p.numel()).view_as(p))
+                p.add_(live * torch.linspace(-1, 1, p.numel()).view_as(p))
+        before = [p.clone() for p in ema.params]
+        choices.append(t.choose_weights(run, loader, ema))
+        assert all(torch.equal(p, q) for p, q in zip(ema.params, before))
+        model = run.model = t.GPT(h, m.ops, m.dtype)
+    return choices
+
+
 def test_ema_and_live_weights_are_different_artifacts():
     ema = finished_with()
     live = finished_with(artifact_weights="live")
