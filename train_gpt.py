@@ -755,20 +755,22 @@ class ByteCounts:
     """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,)."""
 
     base: np.ndarray  # bytes of the piece without its leading U+2581; 0 for a boundary
-    space: np.ndarray  # whether the piece begins with U+2581: one byte more, unless it follows a boundary
-    boundary: np.ndarray  # control, unknown and unused pieces; a space right after one is not in the text
+    space: np.ndarray  # whether the piece begins with U+2581: one byte more, if in the text
+    boundary: np.ndarray  # control, unknown and unused pieces
     # Without a piece U+2581, a space is spelled by the byte pieces E2 96 81: three tokens for one byte.
     spelled: tuple[int, int, int] | None = None
+    keeps_first: bool = False  # whether a space right after a boundary is in the text
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
         """Count the bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
         previous = tokens[:-1]
         target = tokens[1:]
-        counts = self.base[target] + (self.space[target] & ~self.boundary[previous])
+        in_text = ~self.boundary[previous] | self.keeps_first  # a space here is
+        counts = self.base[target] + (self.space[target] & in_text)
         if self.spelled is not None:
             e2, b96, b81 = self.spelled
             first = np.flatnonzero((target[:-2] == e2) & (target[1:-1] == b96) & (target[2:] == b81))
-            counts[first] = ~self.boundary[previous[first]]
+            counts[first] = in_text[first]
             counts[first + 1] = 0
             counts[first + 2] = 0
         return counts
@@ -791,7 +793,13 @@ def sentencepiece_counts(path: str) -> ByteCounts:
 
     spelled = tuple(sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xE2, 0x96, 0x81))
     can_spell = sp.is_unknown(sp.piece_to_id("\u2581")) and all(map(sp.is_byte, spelled))
-    return ByteCounts(base, space, boundary, spelled if can_spell else None)
+
+    # With add_dummy_prefix, documents get a first space that is not in the text; with
+    # remove_extra_whitespaces they lose theirs. decode drops a first space if either flag is on.
+    plain = sp.encode("a")
+    prefix = "".join(sp.id_to_piece(plain)).startswith(("\u2581", "<0xE2><0x96><0x81>"))
+    keeps_first = not prefix and sp.encode(" a") != plain
+    return ByteCounts(base, space, boundary, spelled if can_spell else None, keeps_first)
 
 
 def tiktoken_counts(encoding: str) -> ByteCounts:
@@ -3824,7 +3832,14 @@ def train(run: Run) -> Trained:
     if step < h.iterations:
         cause = "signal" if end == End.SIGNAL else "wallclock_cap"
         log(f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
-    return Trained(ema, step, train_ms, late_graphs, grams, artifact_weights)
+    return Trained(
+        ema=ema,
+        steps=step,
+        train_ms=train_ms,
+        late_graphs=late_graphs,
+        grams=grams,
+        artifact_weights=artifact_weights,
+    )
 
 
 def describe_divergence(run: Run, step: int, reached: list[float], good: int) -> str:

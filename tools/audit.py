@@ -419,9 +419,13 @@ def decoder(run: Any) -> Callable[[list[list[int]]], list[str]]:
     path = run.h.tokenizer_path or os.path.join(run.h.data_path, named["file"])
     sp = sentencepiece.SentencePieceProcessor(model_file=path)
     space = "\u2581"
-    # A vocabulary without a piece for a space spells it in bytes, and its decode drops none at the start.
-    in_bytes = sp.is_unknown(sp.piece_to_id(space)) and sp.is_byte(sp.piece_to_id("<0xE2>"))
-    first = " " if in_bytes else ""
+    # decode drops a document's first space if add_dummy_prefix or remove_extra_whitespaces is on. It keeps
+    # one that is spelled in bytes, as where the vocabulary has no piece for a space: drop that here.
+    byte = sp.piece_to_id("<0xE2>")
+    in_bytes = sp.is_unknown(sp.piece_to_id(space)) and sp.is_byte(byte)
+    plain = sp.encode("x")
+    is_dropped = byte in plain or sp.encode(" x") == plain
+    first = " " if in_bytes and is_dropped else ""
 
     def decode(documents: list[list[int]]) -> list[str]:
         return [text.replace(space, " ").removeprefix(first) for text in sp.decode(documents)]

@@ -39,6 +39,7 @@ from helpers import (
     as_arguments,
     group_of_one,
     joined,
+    machine,
     run_ranks,
     stop_one_line,
     train_tokenizer,
@@ -549,6 +550,35 @@ def test_wrong_bytes_fail(name, honest, group):
     run = fresh(honest.run, dataset=dataclasses.replace(honest.run.dataset, counts=counts))
     fails, verdicts = failing(run, honest.blob)
     assert fails == expected, verdicts
+
+
+@pytest.mark.parametrize("has_piece", [True, False], ids=["piece", "no_piece"])
+def test_a_tokenizer_that_keeps_first_spaces_passes(has_piece, tmp_path, group):
+    """With both flags of SentencePiece off, a document's first space is in its text, and so in the score."""
+    from test_bytes import edit_pieces, without_space_piece
+
+    texts = ["  " + x for x in prose(60, 5)] + ["a"] * 9 + [" a"] * 9
+    flags = dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
+    model = train_tokenizer(tmp_path / "with.model", texts, 320, **flags)
+    if not has_piece:
+        model = edit_pieces(model, tmp_path / "without.model", without_space_piece)
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    ids = [[BOS, *sp.encode(x)] for x in texts]
+    path = write_dataset(tmp_path / "data", model, [ids[:40]], ids[40:])
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    manifest["splits"]["val"]["decoded_bytes"] = sum(len(x.encode()) for x in texts[40:])
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    h = config(path, vocab_size=sp.vocab_size(), iterations=1, warmup_steps=0)
+    run = t.start_run(h, machine(), t.Log("", None), t.load_dataset(h), time.perf_counter())
+    subject = audit.make_audit(t, run, b"")
+    for test in (audit.audit_coverage, audit.audit_bytes):
+        verdict = test(subject)
+        assert verdict.ok, verdict
+
+    counts = dataclasses.replace(run.dataset.counts, keeps_first=False)
+    wrong = fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts))
+    subject = audit.make_audit(t, wrong, b"")
+    assert not audit.audit_coverage(subject).ok and not audit.audit_bytes(subject).ok
 
 
 @pytest.fixture(scope="module")
