@@ -978,6 +978,22 @@ def load_dataset(h: Config) -> Dataset:
     return Dataset(counts, manifest, manifest_sha256, tokenizer_sha256)
 
 
+class Draw(IntEnum):
+    """The uses of random numbers in the loader: each has streams of its own."""
+
+    SHARDS = 0  # the order of the shards, by epoch
+    DOCUMENTS = 1  # the order of a shard's documents, by epoch and shard
+    SEQUENCES = 2  # the order of the sequences, by draw
+
+
+def random_stream(seed: int, use: Draw, *numbers: int) -> np.random.Generator:
+    """Return the random stream of a use. Streams of different uses or numbers are independent.
+
+    The spawn key does that. Plain lists of numbers are padded with zeros: [seed, 3] and [seed, 3, 0] are one.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(use, *numbers)))
+
+
 class ShardOrder(NamedTuple):
     """One epoch's order of the shards."""
 
@@ -1028,7 +1044,7 @@ class TokenLoader:
 
     def shuffle_shards(self, epoch: int) -> ShardOrder:
         """Draw an epoch's order of the shards."""
-        order = np.random.default_rng([self.h.seed, epoch]).permutation(len(self.files))
+        order = random_stream(self.h.seed, Draw.SHARDS, epoch).permutation(len(self.files))
         return ShardOrder(order, np.cumsum(self.sizes[order]))
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
@@ -1040,7 +1056,7 @@ class TokenLoader:
 
         starts = np.union1d(0, starts)
         lengths = np.diff(starts, append=len(tokens))
-        order = np.random.default_rng([self.h.seed, epoch, shard]).permutation(len(starts))
+        order = random_stream(self.h.seed, Draw.DOCUMENTS, epoch, shard).permutation(len(starts))
         bounds = np.concatenate([[0], np.cumsum(lengths[order])])
         return ShuffledShard(tokens, starts[order], bounds)
 
@@ -1075,8 +1091,7 @@ class TokenLoader:
         per_batch = self.h.train_batch_tokens // T
         drawn = np.arange(self.draw_batches * per_batch)
         if self.draw_batches > 1:
-            # NumPy pads seeds with zeros; the 1 keeps this one apart from those of the documents.
-            np.random.default_rng([self.h.seed, draw, 0, 1]).shuffle(drawn)
+            random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(drawn)
 
         batch = []
         for a in range(self.accum):

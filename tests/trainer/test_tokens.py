@@ -270,6 +270,26 @@ def test_documents_are_shuffled_inside_shards_and_shards_among_each_other(shards
     assert len(visits) > 1 and len(within) == 8
 
 
+def test_every_use_of_random_numbers_has_its_own_stream():
+    """Seeds [seed, epoch] and [seed, epoch, 0] are one stream to NumPy: no two keys may share one."""
+    keys = [
+        (use, *numbers) for use in t.Draw for n in range(3) for numbers in ((n,), (n, 0), (n, 0, 0), (n, 1))
+    ]
+    first = {tuple(t.random_stream(seed, *key).integers(0, 1 << 63, 4)) for seed in (0, 7) for key in keys}
+    assert len(first) == 2 * len(keys)
+    again = [t.random_stream(7, t.Draw.SHARDS, 2).integers(0, 1 << 63, 4).tolist() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_shards_and_documents_are_shuffled_apart(tmp_path):
+    """With as many shards as documents in the first one, the two orders were equal."""
+    shard_folder(tmp_path, tiny(), [9] * 9, seed=3)
+    data = loader(tmp_path)
+    for epoch in range(3):
+        starts = data.document_order(epoch, 0).starts
+        assert np.argsort(np.argsort(starts)).tolist() != data.shard_order(epoch).shards.tolist()
+
+
 def test_the_seed_decides_the_order(shards):
     streams = [loader(shards[0], seed=s).read(0, 500) for s in (1, 1, 2)]
     assert np.array_equal(streams[0], streams[1]) and not np.array_equal(streams[0], streams[2])
