@@ -862,6 +862,12 @@ def shard_tokens(path: str) -> int:
     return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
 
 
+def begins_inside(path: str, bos_id: int) -> bool:
+    """Return whether a shard's first token is not the start of a document."""
+    first = np.fromfile(path, "<u2", 1, offset=SHARD_HEADER_BYTES)
+    return len(first) > 0 and int(first[0]) != bos_id
+
+
 def find_shards(data_path: str, split: str) -> list[str]:
     """Return the sorted paths of a split's shards, `*_SPLIT_<digits>.bin`. The list may be empty."""
     return sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin")))
@@ -1005,7 +1011,7 @@ class ShuffledShard(NamedTuple):
     """A shard's tokens and one epoch's order of its documents."""
 
     tokens: np.ndarray  # as in the file
-    starts: np.ndarray  # where each document begins in `tokens`, in this epoch's order
+    starts: np.ndarray  # where each document begins in `tokens`, in this epoch's order; -1: the fragment
     bounds: np.ndarray  # document i occupies [bounds[i], bounds[i + 1]) of the shuffled shard
 
 
@@ -1014,7 +1020,10 @@ class TokenLoader:
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
     is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of
-    the stream are shuffled, or one long document would fill a batch. Global batch n is the same for every
+    the stream are shuffled, or one long document would fill a batch. Text before a shard's first BOS, all of
+    it in a shard without one, is the end of a document that another shard began. It is a document here,
+    the fragment, before which the stream has a BOS that the file lacks: nothing connects it with the random
+    document before it, under doc_mask neither. Global batch n is the same for every
     world size: micro-batch a of rank r holds its sequences [(a * world + r) * B, ...). A thread builds the
     next batch while the device works on this one.
     """
@@ -1027,7 +1036,13 @@ class TokenLoader:
         self.files = split_files(h.data_path, "train")
         for f in self.files[m.rank :: m.world_size]:  # now, not in the middle of the run
             load_shard(f, h.vocab_size)
-        self.sizes = np.array([shard_tokens(f) for f in self.files])
+        if not any((load_shard(f, h.vocab_size) == h.bos_id).any() for f in self.files):
+            raise InputError(
+                f"{h.data_path}: no shard of the train split has a document start (bos_id={h.bos_id}); "
+                "set bos_id or prepare the data again"
+            )
+        # In the stream: a shard that begins inside a document gets a BOS.
+        self.sizes = np.array([shard_tokens(f) + begins_inside(f, h.bos_id) for f in self.files])
         self.total = int(self.sizes.sum())
         if self.total <= h.train_seq_len:
             raise InputError(
@@ -1048,13 +1063,11 @@ class TokenLoader:
         return ShardOrder(order, np.cumsum(self.sizes[order]))
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
-        """Draw an epoch's order of a shard's documents. Raises InputError if no document starts in it."""
+        """Draw an epoch's order of a shard's documents and its fragment."""
         tokens = np.asarray(load_shard(self.files[shard], self.h.vocab_size))  # slicing a memmap is slow
         starts = np.flatnonzero(tokens == self.h.bos_id)
-        if len(starts) == 0:
-            raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
-
-        starts = np.union1d(0, starts)
+        if len(tokens) < self.sizes[shard]:
+            starts = np.append(-1, starts)  # the fragment, with the BOS that the file lacks
         lengths = np.diff(starts, append=len(tokens))
         order = random_stream(self.h.seed, Draw.DOCUMENTS, epoch, shard).permutation(len(starts))
         bounds = np.concatenate([[0], np.cumsum(lengths[order])])
@@ -1077,7 +1090,9 @@ class TokenLoader:
             while filled < count and document < len(text.starts):
                 begin = text.starts[document] + offset - text.bounds[document]
                 take = int(min(text.bounds[document + 1] - offset, count - filled))
-                out[filled : filled + take] = text.tokens[begin : begin + take]
+                out[filled : filled + take] = self.h.bos_id  # stays where a fragment starts, at -1
+                missing = int(begin < 0)
+                out[filled + missing : filled + take] = text.tokens[begin + missing : begin + take]
                 filled += take
                 offset += take
                 document += 1

@@ -167,7 +167,7 @@ DAMAGES = {
     "short val": (lambda f: refill(f, "*_val_*", [1] * 20), ["val", "eval_seq_len"]),
     "short train": (lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
     "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
-    "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["_train_", "bos_id"]),
+    "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["train", "no shard", "bos_id"]),
 }
 FOUND_BY_THE_LOADER = ("no train", "short train", "token too large", "no bos")  # after the log is begun
 
@@ -311,17 +311,41 @@ def test_read_is_one_stream_across_shards_and_epochs(shards):
     assert np.array_equal(fresh.read(2 * data.total + 7, 30), whole[2 * data.total + 7 :][:30])
 
 
-def test_text_before_the_first_bos_of_a_shard_is_kept(tmp_path):
-    """The published shards are cut anywhere: a shard may begin inside a document."""
+def test_text_before_the_first_bos_of_a_shard_is_a_fragment_with_its_own_start(tmp_path):
+    """A published shard may begin inside a document, or hold only a part of one."""
     h = tiny()
-    documents = random_documents(h, 6, 1)
-    head = [7, 8, 9]
-    write_shard(tmp_path / "x_train_000000.bin", head + joined(documents))
-    data = loader(tmp_path)
-    stream = data.read(0, data.total).tolist()
-    assert sorted(stream) == sorted(head + joined(documents))
-    text = ",".join(map(str, stream)) + ","
-    assert all(",".join(map(str, d)) + "," in text for d in [head, *documents])
+    documents = random_documents(h, 12, 1)
+    heads = [[7, 8, 9], [10, 11, 12, 13]]
+    part = [20, 21, 22, 23, 24] * 5
+    write_shard(tmp_path / "x_train_000000.bin", heads[0] + joined(documents[:6]))
+    write_shard(tmp_path / "x_train_000001.bin", part)
+    write_shard(tmp_path / "x_train_000002.bin", heads[1] + joined(documents[6:9]))
+    write_shard(tmp_path / "x_train_000003.bin", joined(documents[9:]))
+    expected = sorted(tuple(d) for d in [*documents, *([h.bos_id, *text] for text in [*heads, part])])
+    for world in (1, 2):  # which checks other files on each rank
+        for rank in range(world):
+            data = loader(tmp_path, rank, world)
+            assert data.total == sum(map(len, expected))
+            for epoch in range(3):
+                stream = data.read(epoch * data.total, data.total)
+                assert sorted(epoch_documents(stream, h)) == expected
+
+    whole = data.read(0, 3 * data.total)
+    for position in range(2 * data.total):
+        for count in (1, 2, 7):
+            assert np.array_equal(data.read(position, count), whole[position : position + count])
+
+
+def test_a_fragment_is_a_document_under_doc_mask(tmp_path):
+    """The model's own numbering of documents sees the fragment's start."""
+    h = tiny(doc_mask=1, mix_tokens=0)
+    write_shard(tmp_path / "x_train_000000.bin", [7] * 40)
+    write_shard(tmp_path / "x_train_000001.bin", [h.bos_id] + [9] * 39)
+    data = loader(tmp_path, doc_mask=1, mix_tokens=0)
+    stream = torch.from_numpy(data.read(0, data.total))
+    assert len(stream) == 81
+    numbers = t.documents(stream[None], h.bos_id)[0]
+    assert len({(int(n), int(x)) for n, x in zip(numbers, stream) if x != h.bos_id}) == 2
 
 
 def global_batch(batches):
@@ -454,10 +478,14 @@ def test_a_damaged_shard_is_found_before_training(tmp_path):
         assert refused >= 1
 
 
-def test_a_shard_without_bos_is_named(tmp_path):
-    write_shard(tmp_path / "x_train_000000.bin", [5, 6, 7] * 50)
-    with pytest.raises(t.InputError, match=r"x_train_000000\.bin.*bos_id=1"):
-        loader(tmp_path).next()
+def test_a_split_without_bos_is_refused_at_the_start(tmp_path):
+    for i in range(2):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", [5, 6, 7] * 50)
+    for rank in (0, 1):
+        with pytest.raises(t.InputError, match="no shard of the train split has a document start.*bos_id=1"):
+            loader(tmp_path, rank, 2)
+    write_shard(tmp_path / "x_train_000002.bin", [1, 6, 7] * 50)
+    assert loader(tmp_path).next()
 
 
 def test_a_train_split_shorter_than_a_sequence_is_refused(tmp_path):
