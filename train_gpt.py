@@ -229,7 +229,7 @@ class Config:
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
+        return round(self.mlp_mult * self.model_dim)
 
 
 FEW_STEPS = dict(muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02)

@@ -265,3 +265,11 @@ def test_half_a_torchrun_environment(env, monkeypatch, capsys, tmp_path):
             t.dist.destroy_process_group()
     err = capsys.readouterr().err
     assert status == 0 or (status == 2 and err.count("\n") == 1), err
+
+
+def test_the_hidden_size_is_rounded():
+    """4.1 * 960 is 3935.9999999999995 in floating point."""
+    assert t.Config(mlp_mult=4.1, model_dim=960).mlp_dim == 3936
+    assert t.Config(mlp_mult=2.675, model_dim=1000).mlp_dim == 2675
+    sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
+    assert sizes == {"record": 1536, "h100x1": 1536, "cpu": 384}
