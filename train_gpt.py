@@ -829,6 +829,7 @@ def bpb(nats: float, num_bytes: int) -> float:
 SHARD_HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
+OPEN_SHARDS = 64  # most shards that a loader keeps mapped: each holds a file descriptor, macOS allows 256
 
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
@@ -886,7 +887,8 @@ def split_files(data_path: str, split: str) -> list[str]:
 
 def load_split(h: Config, split: str) -> np.ndarray:
     """Read a whole evaluation split, (N,) uint16, cut to `val_tokens` targets where that is set."""
-    tokens = np.concatenate([load_shard(f, h.vocab_size) for f in split_files(h.data_path, split)])
+    shards = [np.array(load_shard(f, h.vocab_size)) for f in split_files(h.data_path, split)]
+    tokens = np.concatenate(shards)
     return tokens[: h.val_tokens + 1] if h.val_tokens else tokens
 
 
@@ -1008,10 +1010,9 @@ class ShardOrder(NamedTuple):
 
 
 class ShuffledShard(NamedTuple):
-    """A shard's tokens and one epoch's order of its documents."""
+    """One epoch's order of a shard's documents."""
 
-    tokens: np.ndarray  # as in the file
-    starts: np.ndarray  # where each document begins in `tokens`, in this epoch's order; -1: the fragment
+    starts: np.ndarray  # where each document begins in the file, in this epoch's order; -1: the fragment
     bounds: np.ndarray  # document i occupies [bounds[i], bounds[i + 1]) of the shuffled shard
 
 
@@ -1051,11 +1052,16 @@ class TokenLoader:
 
         self.accum, self.sequences = cut_batch(h, m.world_size)
         self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
+        self.open_shard = lru_cache(maxsize=OPEN_SHARDS)(self.map_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
 
         self.reading = ""  # the file being read, for messages
         self.seek(0)
+
+    def map_shard(self, shard: int) -> np.ndarray:
+        """Memory-map a shard's tokens, (num_tokens,) uint16."""
+        return np.asarray(load_shard(self.files[shard], self.h.vocab_size))  # slicing a memmap is slow
 
     def shuffle_shards(self, epoch: int) -> ShardOrder:
         """Draw an epoch's order of the shards."""
@@ -1064,14 +1070,14 @@ class TokenLoader:
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
         """Draw an epoch's order of a shard's documents and its fragment."""
-        tokens = np.asarray(load_shard(self.files[shard], self.h.vocab_size))  # slicing a memmap is slow
+        tokens = self.open_shard(shard)
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(tokens) < self.sizes[shard]:
             starts = np.append(-1, starts)  # the fragment, with the BOS that the file lacks
         lengths = np.diff(starts, append=len(tokens))
         order = random_stream(self.h.seed, Draw.DOCUMENTS, epoch, shard).permutation(len(starts))
         bounds = np.concatenate([[0], np.cumsum(lengths[order])])
-        return ShuffledShard(tokens, starts[order], bounds)
+        return ShuffledShard(starts[order], bounds)
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [position, position + count) of the endless stream, (count,) int64."""
@@ -1083,6 +1089,7 @@ class TokenLoader:
             visit = int(np.searchsorted(order.ends, offset, side="right"))
             shard = int(order.shards[visit])
             self.reading = self.files[shard]
+            tokens = self.open_shard(shard)
             text = self.document_order(epoch, shard)
 
             offset -= int(order.ends[visit] - self.sizes[shard])
@@ -1092,7 +1099,7 @@ class TokenLoader:
                 take = int(min(text.bounds[document + 1] - offset, count - filled))
                 out[filled : filled + take] = self.h.bos_id  # stays where a fragment starts, at -1
                 missing = int(begin < 0)
-                out[filled + missing : filled + take] = text.tokens[begin + missing : begin + take]
+                out[filled + missing : filled + take] = tokens[begin + missing : begin + take]
                 filled += take
                 offset += take
                 document += 1

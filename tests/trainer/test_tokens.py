@@ -1,6 +1,9 @@
 """Tokens: damaged shards and datasets are refused in one line; the loader's stream holds every document."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 import train_gpt as t
 from helpers import (
+    ROOT,
     english_args,
     english_dataset,
     joined,
@@ -458,6 +462,7 @@ def test_an_error_of_the_prefetch_thread_reaches_next(tmp_path):
     data.pending.result()  # the thread reads the file's own pages
     write_shard(path, [1, 5, 500] * 2000)  # damaged later: 500 >= vocab_size
     data.document_order.cache_clear()
+    data.open_shard.cache_clear()
     with pytest.raises(t.InputError, match=r"x_train_000001\.bin.*500"):
         for _ in range(60):
             data.next()
@@ -486,6 +491,33 @@ def test_a_split_without_bos_is_refused_at_the_start(tmp_path):
             loader(tmp_path, rank, 2)
     write_shard(tmp_path / "x_train_000002.bin", [1, 6, 7] * 50)
     assert loader(tmp_path).next()
+
+
+READS_300_SHARDS = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import train_gpt as t
+from helpers import machine, tiny
+h = tiny(data_path=sys.argv[1], mix_tokens=10**9, val_tokens=0)
+data = t.TokenLoader(h, machine())
+before = data.read(0, 2 * data.total)
+for _ in range(2 * data.draw_batches):
+    data.next()
+assert (data.read(0, 2 * data.total) == before).all()
+print(len(data.files), len(t.load_split(h, "val")))
+"""
+
+
+def test_300_shards_need_few_file_descriptors(tmp_path):
+    """256 is macOS's limit. Every shard is visited, and visited again."""
+    shard_folder(tmp_path, tiny(), [3] * 300, seed=1)
+    shard_folder(tmp_path, tiny(), [1] * 300, seed=2, split="val")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", READS_300_SHARDS, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files, tokens = map(int, done.stdout.split())
+    assert files == 300 and tokens > 300
 
 
 def test_a_train_split_shorter_than_a_sequence_is_refused(tmp_path):
