@@ -3008,10 +3008,20 @@ def quantize(
     return codes.to(torch.int8), scale.half()
 
 
+def largest_value(kind: str) -> float:
+    """Return the largest weight that a kind can hold. The f16 scale limits int6 and int8."""
+    if kind in CODE_LIMIT:
+        return CODE_LIMIT[kind] * float(np.finfo(np.float16).max)
+    return float(np.finfo(STORED[kind]).max)
+
+
 def raw_artifact(
     tensors: Mapping[str, Tensor], h: Config, grams: Mapping[str, Tensor] | None = None
 ) -> bytes:
-    """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned."""
+    """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned.
+
+    Raises Fault for a tensor with values that are not finite or that its kind cannot hold.
+    """
     grams = grams or {}
     index = []
     payload = []
@@ -3025,7 +3035,13 @@ def raw_artifact(
             codes, scales = quantize(W, kind, least_step, grams.get(name))
             stored = [codes.cpu().numpy().astype(STORED[kind]), scales.cpu().numpy().astype("<f2")]
         else:
-            stored = [W.float().cpu().numpy().astype(STORED[kind])]
+            with np.errstate(over="ignore"):  # refused below
+                stored = [W.float().cpu().numpy().astype(STORED[kind])]
+        if not np.isfinite(stored[-1]).all():
+            raise Fault(
+                f"artifact: tensor {name} has weights up to {W.abs().max():.3g}, and {kind} holds at most "
+                f"{largest_value(kind):.3g}; train with lower rates or more weight decay"
+            )
         for array in stored:
             payload.append(array.tobytes())
             offset += array.nbytes

@@ -634,3 +634,27 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failing):
 def test_a_missing_folder_is_one_line(tmp_path):
     with pytest.raises(t.InputError, match="No such file"):
         t.write_atomic(str(tmp_path / "none" / "a.xz"), b"x")
+
+
+# ---------------------------------------------------------------- values that cannot be stored
+
+
+@pytest.mark.parametrize("name,value", [("qo_bank", 2.1e6), ("tok_emb", 8.4e6), ("smear_gate", 7e4)])
+@pytest.mark.parametrize("bad", ["large", math.nan, math.inf])
+def test_weights_that_a_kind_cannot_hold_are_refused_by_name(name, value, bad):
+    """The scale of an int6 row above 31 * 65504 = 2.03e6 is infinite in float16."""
+    model = noisy_model(tiny())
+    tensors = parameters_of(model)
+    tensors[name].flatten()[-1] = value if bad == "large" else bad
+    with pytest.raises(t.Fault, match=f"artifact: tensor {name} has weights up to ") as e:
+        t.raw_artifact(tensors, model.h)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name,value", [("qo_bank", 2.0e6), ("tok_emb", 8.3e6)])
+def test_the_largest_weights_come_back(name, value):
+    model = noisy_model(tiny())
+    tensors = parameters_of(model)
+    tensors[name].flatten()[-1] = value
+    back = t.unpack_artifact(t.pack_artifact(tensors, model.h))
+    assert back[name].flatten()[-1].item() == pytest.approx(value, rel=0.02)
