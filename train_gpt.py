@@ -3178,6 +3178,8 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
                 raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {CODE_LIMIT[kind]}")
             scales = np.frombuffer(payload, "<f2", rows, offset + count).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
+        if not tensor.isfinite().all():
+            raise ValueError(f"artifact: tensor {name[:40]!r} has values that are not finite")
         out[name] = tensor
     if expected != len(payload):
         raise ValueError("artifact: bytes after the last tensor")
@@ -3668,7 +3670,12 @@ class Run:
             with learner() as learn:  # compiles it before the score's clock starts, on no token of the split
                 zeros = torch.zeros(plan.chunk + 1, device=self.m.device)
                 self.timed("compile", learn, zeros, 0.0)
-        return evaluate(self.nats_fn, tokens, self.dataset.counts, plan, self.m)
+        score = evaluate(self.nats_fn, tokens, self.dataset.counts, plan, self.m)
+        if not math.isfinite(score.bpb):
+            raise Fault(
+                f"{label}: the score of {split} is {score.bpb}; the weights or the rates are at fault"
+            )
+        return score
 
 
 class Trained(NamedTuple):

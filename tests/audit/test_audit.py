@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import lzma
+import math
 import os
 import py_compile
 import shutil
@@ -358,6 +359,16 @@ def after_64(run):
     return fresh(run, h=h, nats_fn=nats_fn)
 
 
+def not_a_number(run, where):
+    """Return the run with scores that are not numbers where the mask of positions `where`(columns) says."""
+
+    def nats_fn(x, y, last):
+        columns = torch.arange(x.size(1) - last, x.size(1))
+        return run.model.nats(x, y, last).masked_fill(where(columns), math.nan)
+
+    return with_nats(run, nats_fn)
+
+
 # A broken scorer: the tests that fail, and the function that plants it with a monkeypatch.
 SCORERS = {
     "attention without a mask": ("T1 T3", lambda run, mp: twin(run, ops=t.Ops(attend=attend_all))),
@@ -370,6 +381,11 @@ SCORERS = {
     "n-gram cache not normalized": ("T2", lambda run, mp: cached(run, gate=False)),
     "gate on whether the target is a hit": ("T2", lambda run, mp: cached(run, gate=True)),
     "best of two temperatures": ("T2", lambda run, mp: best_of_two(run)),
+    "no score is a number": ("T1 T2 T3 T4 T7", lambda run, mp: not_a_number(run, lambda c: c >= 0)),
+    "the last score of a window is not a number": (
+        "T1 T2 T3 T4 T7",
+        lambda run, mp: not_a_number(run, lambda c: c == run.h.eval_seq_len - 1),
+    ),
     "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, update_first=True)),
     "second pass over the split": ("T1 T3 T4? T7", lambda run, mp: learning(run, mp, reset=False)),
 }

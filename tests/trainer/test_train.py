@@ -268,6 +268,23 @@ def test_eval_with_the_batch_of_the_training_is_equal_to_the_digit(tmp_path):
     assert f"val_loss:{run.final['val_loss']} val_bpb:{run.final['val_bpb']} " in line
 
 
+def test_a_score_that_is_not_a_number_is_no_success(tmp_path, monkeypatch, capsys):
+    """The status is 1 and one line says which score; no score line carries nan."""
+    run = finished_with()
+    real = t.evaluate
+
+    def without_a_sum(*args):
+        return real(*args)._replace(loss=math.nan, bpb=math.nan)
+
+    monkeypatch.setattr(t, "evaluate", without_a_sum)
+    capsys.readouterr()
+    knobs = as_arguments(dict(data_path=english_dataset().path, out_dir=tmp_path, run_id="nan"))
+    assert t.main(["eval", str(run.folder / "run.int6.xz"), *knobs, "eval_batch_tokens=512"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "final_int6_roundtrip: the score of val is nan" in captured.err
+    assert "val_bpb:nan" not in captured.out
+
+
 def test_eval_reads_the_environment_like_arguments(tmp_path, monkeypatch):
     run = finished_with()
     argument = eval_again(run, tmp_path, "argument", "eval_stride=32")
