@@ -155,7 +155,7 @@ class Config:
     max_wallclock_seconds: float = 600.0  # of the training clock; 0: no limit
     iterations: int = 20000
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
-    val_loss_every: int = 0  # steps; 0: no validation file is opened before the clock stops
+    val_loss_every: int = 0  # steps; 0: none is opened between the checks at the start and the clock's end
     train_log_every: int = 50
     val_tokens: int = 0  # score only this many targets, from the first; 0: the whole split
     # batch
@@ -920,16 +920,66 @@ def read_manifest(path: Path) -> tuple[dict, TokenizerEntry]:
     return manifest, named
 
 
-def check_split(h: Config, manifest: dict, split: str) -> None:
-    """Check a split's sizes. Raises InputError when the manifest disagrees or the text is too short."""
-    files = split_files(h.data_path, split)
-    shards = manifest.get("splits", {}).get(split, {}).get("shards", [])
-    known = {shard["file"]: shard["tokens"] for shard in shards}
-    for f in files:
-        if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
-            raise InputError(f"{f}: its length disagrees with manifest.json; download it or prepare it again")
+class ShardEntry(NamedTuple):
+    """A shard according to the manifest."""
 
-    tokens = sum(map(shard_tokens, files))
+    tokens: int
+    sha256: str = ""  # "": not known
+
+
+def listed_shards(path: Path, manifest: dict, split: str) -> dict[str, ShardEntry]:
+    """Return the shards of a split that a manifest lists, by file; {} if it lists none.
+
+    Raises InputError when the entry is malformed or its total is another one.
+    """
+    with explained(
+        f"{path}: bad entry of split {split}", "make it again", LookupError, TypeError, AttributeError
+    ):
+        about = manifest.get("splits", {}).get(split, {})
+        shards = about.get("shards", [])
+        listed = {shard["file"]: ShardEntry(shard["tokens"], shard.get("sha256", "")) for shard in shards}
+        total = sum(entry.tokens for entry in listed.values())
+    if listed and about.get("tokens", total) != total:
+        raise InputError(f"{path}: {split} has {about['tokens']} tokens, its shards {total}; make it again")
+    return listed
+
+
+def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None:
+    """Check the files of a split against the manifest, if it lists them: names, sizes, and hashes if asked.
+
+    Raises InputError naming the first file that is missing, not listed, or another one.
+    """
+    path = Path(h.data_path, "manifest.json")
+    files = {os.path.basename(f): f for f in split_files(h.data_path, split)}
+    listed = listed_shards(path, manifest, split)
+    if not listed:
+        return
+    if missing := sorted(listed.keys() - files.keys()):
+        raise InputError(
+            f"{h.data_path}: {missing[0]} is missing ({len(missing)} of {len(listed)} {split} shards that "
+            "manifest.json lists); download it or prepare it again"
+        )
+    if extra := sorted(files.keys() - listed.keys()):
+        raise InputError(
+            f"{files[extra[0]]}: manifest.json does not list it; remove it or make the manifest again"
+        )
+
+    for name, entry in listed.items():
+        fault = ""
+        if os.path.getsize(files[name]) != SHARD_HEADER_BYTES + 2 * entry.tokens:
+            fault = "length"
+        elif by_content and entry.sha256 and sha256(Path(files[name]).read_bytes()) != entry.sha256:
+            fault = "sha256"
+        if fault:
+            raise InputError(
+                f"{files[name]}: its {fault} disagrees with manifest.json; download it or prepare it again"
+            )
+
+
+def check_split(h: Config, manifest: dict, split: str) -> None:
+    """Check a split to score. Raises InputError when the manifest disagrees or the text is too short."""
+    check_files(h, manifest, split, by_content=True)
+    tokens = sum(map(shard_tokens, split_files(h.data_path, split)))
     if h.val_tokens:
         tokens = min(tokens, h.val_tokens + 1)
     if tokens <= h.eval_seq_len:
@@ -939,10 +989,11 @@ def check_split(h: Config, manifest: dict, split: str) -> None:
         )
 
 
-def load_dataset(h: Config) -> Dataset:
+def load_dataset(h: Config, trains: bool = False) -> Dataset:
     """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
 
-    Of evaluation shards only the size is read: no validation token is read before training ends, unless
+    Everything that the manifest says about the files is checked, hashes of the held-out ones included; of
+    training shards only the size, and only if this run trains. Training opens no held-out file, unless
     val_loss_every is set.
     """
     split_files(h.data_path, "val")
@@ -980,6 +1031,8 @@ def load_dataset(h: Config) -> Dataset:
             f"config key vocab_size: {h.vocab_size}, the tokenizer has {size}; set vocab_size={size}"
         )
     check_split(h, manifest, "val")
+    if trains:
+        check_files(h, manifest, "train", by_content=False)
     if h.report_split:
         check_split(h, manifest, h.report_split)
     manifest_sha256 = sha256(path.read_bytes()) if manifest else "none"
@@ -4071,7 +4124,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, box[0])
 
-    dataset = load_dataset(h)  # fail on bad data here, before creating a log
+    dataset = load_dataset(h, trains=True)  # fail on bad data here, before creating a log
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)

@@ -1,7 +1,10 @@
 """Tokens: damaged shards and datasets are refused in one line; the loader's stream holds every document."""
 
+import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +176,7 @@ DAMAGES = {
     "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
     "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["train", "no shard", "bos_id"]),
 }
-FOUND_BY_THE_LOADER = ("no train", "short train", "token too large", "no bos")  # after the log is begun
+FOUND_BY_THE_LOADER = ("short train", "token too large", "no bos")  # after the log is begun
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -195,6 +198,91 @@ def test_a_dataset_that_does_not_fit_is_one_line(copy, name, capsys, tmp_path):
 def test_a_manifest_whose_tokenizer_cannot_be_had_is_one_line(copy, tokenizer, capsys, tmp_path):
     edit_manifest(copy, tokenizer=tokenizer)
     refuse(copy, capsys, tmp_path)
+
+
+def list_shards(folder):
+    """Make the manifest list the shards of all splits, as data/ does."""
+    splits = {}
+    for path in sorted(folder.glob("*.bin")):
+        entry = {
+            "file": path.name,
+            "tokens": t.shard_tokens(str(path)),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        split = splits.setdefault(path.name.split("_")[1], {"tokens": 0, "shards": []})
+        split["shards"].append(entry)
+        split["tokens"] += entry["tokens"]
+    edit_manifest(folder, splits=splits)
+
+
+def edit_split(folder, split, **changes):
+    """Change an entry of the manifest's splits; a shard's keys are those of its first shard."""
+    splits = json.loads((folder / "manifest.json").read_text())["splits"]
+    splits[split]["shards"][0] |= changes.pop("shard", {})
+    splits[split] |= changes
+    edit_manifest(folder, splits=splits)
+
+
+def flip_a_bit(path):
+    """Change a token of a shard into another one of the vocabulary."""
+    blob = bytearray(path.read_bytes())
+    blob[1024 + 2 * 50] ^= 1
+    path.write_bytes(blob)
+
+
+def add_shard(folder, split):
+    """Write a shard that the manifest does not list."""
+    write_shard(folder / f"tiny_{split}_000007.bin", [1, 5, 6] * 50)
+
+
+# What to do to a dataset whose manifest lists its shards, and the words of the line that refuses it.
+DISAGREEMENTS = {
+    "val missing": (
+        lambda f: remove(f, "*_val_000001.bin"),
+        ["tiny_val_000001.bin is missing", "1 of 2 val"],
+    ),
+    "train missing": (lambda f: remove(f, "*_train_000001.bin"), ["tiny_train_000001.bin", "1 of 2 train"]),
+    "val extra": (lambda f: add_shard(f, "val"), ["tiny_val_000007.bin", "does not list it"]),
+    "train extra": (lambda f: add_shard(f, "train"), ["tiny_train_000007.bin", "does not list it"]),
+    "val length": (lambda f: refill(f, "*_val_000000.bin", [1] * 99), ["tiny_val_000000.bin", "length"]),
+    "train length": (lambda f: refill(f, "*_train_000000.bin", [1] * 99), ["tiny_train_000000", "length"]),
+    "val flipped": (lambda f: flip_a_bit(f / "tiny_val_000001.bin"), ["tiny_val_000001.bin", "sha256"]),
+    "val total": (lambda f: edit_split(f, "val", tokens=7), ["manifest.json", "val has 7 tokens"]),
+    "splits are a list": (lambda f: edit_manifest(f, splits=[]), ["manifest.json", "bad entry", "val"]),
+    "splits are null": (lambda f: edit_manifest(f, splits=None), ["manifest.json", "bad entry"]),
+    "a split is a list": (lambda f: edit_manifest(f, splits={"val": []}), ["manifest.json", "bad entry"]),
+    "train is a list": (lambda f: edit_manifest(f, splits={"train": [1]}), ["manifest.json", "train"]),
+    "shards are a number": (lambda f: edit_split(f, "val", shards=3), ["manifest.json", "bad entry"]),
+    "shards are names": (lambda f: edit_split(f, "val", shards=["a"]), ["manifest.json", "bad entry"]),
+    "tokens are text": (
+        lambda f: edit_split(f, "val", shard={"tokens": "9"}),
+        ["manifest.json", "bad entry"],
+    ),
+    "a file is a list": (lambda f: edit_split(f, "val", shard={"file": []}), ["manifest.json", "bad entry"]),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_files_that_disagree_with_the_manifest_are_one_line(copy, name, capsys, tmp_path):
+    shutil.copy(copy / "tiny_val_000000.bin", copy / "tiny_val_000001.bin")
+    list_shards(copy)
+    h = tiny(data_path=copy, vocab_size=english_dataset().vocab_size, report_split="other")
+    t.load_dataset(h, trains=True)
+    damage, words = DISAGREEMENTS[name]
+    damage(copy)
+    err = refuse(copy, capsys, tmp_path)
+    assert all(word in err for word in words), err
+
+
+def test_a_report_split_is_compared_with_the_manifest_and_eval_needs_no_train_files(copy):
+    list_shards(copy)
+    remove(copy, "*_train_*")
+    h = tiny(data_path=copy, vocab_size=english_dataset().vocab_size, report_split="other")
+    t.load_dataset(h)
+    flip_a_bit(copy / "tiny_other_000000.bin")
+    with pytest.raises(t.InputError, match=r"tiny_other_000000\.bin: its sha256 disagrees"):
+        t.load_dataset(h)
+    t.load_dataset(dataclasses.replace(h, report_split=""))
 
 
 def test_a_manifest_without_a_tokenizer_file_is_one_line(copy, capsys, tmp_path):
