@@ -283,6 +283,8 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
+TRAINING_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
+
 PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the annotation of a knob
 
 
@@ -321,6 +323,10 @@ MAY_BE_ZERO = (
     *("xsa_last_n", "bigram_vocab_size", "size_cap", "gptq_batches"),
 )
 
+# Knobs that must stay below 1, and those that may also be 1.
+BELOW_ONE = ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2", "normuon_beta2")
+UP_TO_ONE = ("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step")
+
 
 def check_ranges(h: Config) -> None:
     """Check each knob by itself. Raises InputError with the knob to change."""
@@ -330,6 +336,9 @@ def check_ranges(h: Config) -> None:
         least = 1 if type(value) is int and key not in MAY_BE_ZERO else 0
         if not least <= value < 1 << 53:  # this also refuses nan
             raise InputError(f"config key {key}: {str(value)[:40]} must be at least {least} and below 2^53")
+        if (key in BELOW_ONE and value >= 1) or (key in UP_TO_ONE and value > 1):
+            bound = "below 1" if key in BELOW_ONE else "at most 1"
+            raise InputError(f"config key {key}: {value:g} must be {bound}")
 
     choices = {
         "preset": PRESETS,
@@ -368,6 +377,7 @@ def check_relations(h: Config) -> None:
             max(h.xsa_last_n, h.ve_last_n) <= h.num_layers,
             "xsa_last_n, ve_last_n must not exceed num_layers",
         ),
+        (h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
         (
             windows_are_numbers,
@@ -375,12 +385,21 @@ def check_relations(h: Config) -> None:
         ),
         (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
-        (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
+        (h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive"),
+        (h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
     for holds, rule in rules:
         if not holds:
             raise InputError(f"config: {rule}")
+
+    parameters = sum(math.prod(shape) for shape, _ in parameter_table(h).values())
+    if parameters > MAX_RAW_BYTES:
+        raise InputError(
+            f"config: model_dim={h.model_dim} num_layers={h.num_layers} mlp_mult={h.mlp_mult:g} ... make "
+            f"{parameters:.3g} parameters, {TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact "
+            f"holds at most {MAX_RAW_BYTES:.3g}; make the model smaller"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -3886,6 +3905,7 @@ def train(run: Run) -> Trained:
     reached = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
     # Calibration is training time: reserve 1.5 times its rehearsal. The clock starts with the last rank.
     held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))
+    log_held_back(run, held_back_ms / 1000)
     seconds = max(run.h.max_wallclock_seconds - held_back_ms / 1000, 0.0)
     h = replace(run.h, max_wallclock_seconds=seconds)
     limit_ms = 1000 * seconds if run.h.max_wallclock_seconds else math.inf
@@ -3953,6 +3973,19 @@ def train(run: Run) -> Trained:
         grams=grams,
         artifact_weights=artifact_weights,
     )
+
+
+def log_held_back(run: Run, seconds: float) -> None:
+    """Log the time that is kept for calibration. Raises InputError if it is more than half of the budget."""
+    budget = run.h.max_wallclock_seconds
+    if budget == 0:
+        return
+    run.log(f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration")
+    if seconds > budget / 2:
+        raise InputError(
+            f"config key max_wallclock_seconds: {seconds:.1f} of {budget:g} s are held back for calibration, "
+            f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
+        )
 
 
 def describe_divergence(run: Run, step: int, reached: list[float], good: int) -> str:

@@ -346,6 +346,32 @@ def chosen_weights(run):
     return chosen, float(losses[1]), float(losses[2])
 
 
+def calibrates_for(seconds, monkeypatch):
+    """Make calibration take at least so long."""
+    real = t.calibrate
+
+    def slow(*args):
+        time.sleep(seconds)
+        return real(*args)
+
+    monkeypatch.setattr(t, "calibrate", slow)
+
+
+def test_the_time_held_back_for_calibration_is_logged(tmp_path, monkeypatch):
+    calibrates_for(0.2, monkeypatch)
+    argv = english_args(out_dir=tmp_path, iterations=3, max_wallclock_seconds=60)
+    run = read_run(tmp_path, t.main(argv))
+    seconds = float(value(run, r"held_back:([\d.]+)s of max_wallclock_seconds:60 for calibration"))
+    assert 0.3 <= seconds < 5
+    assert not starting(finished_with(), "held_back:")  # no limit, nothing to hold back from
+
+
+def test_more_than_half_of_the_budget_held_back_is_refused(tmp_path, monkeypatch, capsys):
+    calibrates_for(0.4, monkeypatch)
+    err = stop_one_line(english_args(out_dir=tmp_path, max_wallclock_seconds=1), capsys)
+    assert re.search(r"max_wallclock_seconds: 0\.\d of 1 s are held back.*gptq_batches=1", err), err
+
+
 def test_one_step_ships_trained_weights():
     """The artifact of iterations=1 is as good as the live weights, not the untrained ones."""
     run = finished_with(iterations=1, matrix_lr=0.02)
