@@ -200,7 +200,7 @@ class Config:
     max_wallclock_seconds: float = 600.0  # of the training clock; 0: no limit
     iterations: int = 20000
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
-    val_loss_every: int = 0  # steps; 0: no validation file is opened before the clock stops
+    val_loss_every: int = 0  # steps; 0: none is opened between the checks at the start and the clock's end
     train_log_every: int = 50
     val_tokens: int = 0  # score only this many targets, from the first; 0: the whole split
     # batch
@@ -258,7 +258,7 @@ class Config:
     min_lr_frac: float = 0.0  # of each rate, at the end
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
-    artifact_weights: str = "ema"  # ema | live
+    artifact_weights: str = "ema"  # ema | live; a run that ended early takes the better if this is ema
     gptq_batches: int = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
     int6_step: float = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
@@ -274,7 +274,7 @@ class Config:
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
+        return round(self.mlp_mult * self.model_dim)
 
 
 FEW_STEPS = dict(muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02)
@@ -328,6 +328,8 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
+TRAINING_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
+
 PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the annotation of a knob
 
 
@@ -366,6 +368,10 @@ MAY_BE_ZERO = (
     *("xsa_last_n", "bigram_vocab_size", "size_cap", "gptq_batches"),
 )
 
+# Knobs that must stay below 1, and those that may also be 1.
+BELOW_ONE = ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2", "normuon_beta2")
+UP_TO_ONE = ("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step")
+
 
 def check_ranges(h: Config) -> None:
     """Check each knob by itself. Raises InputError with the knob to change."""
@@ -375,6 +381,9 @@ def check_ranges(h: Config) -> None:
         least = 1 if type(value) is int and key not in MAY_BE_ZERO else 0
         if not least <= value < 1 << 53:  # this also refuses nan
             raise InputError(f"config key {key}: {str(value)[:40]} must be at least {least} and below 2^53")
+        if (key in BELOW_ONE and value >= 1) or (key in UP_TO_ONE and value > 1):
+            bound = "below 1" if key in BELOW_ONE else "at most 1"
+            raise InputError(f"config key {key}: {value:g} must be {bound}")
 
     choices = {
         "preset": PRESETS,
@@ -413,6 +422,7 @@ def check_relations(h: Config) -> None:
             max(h.xsa_last_n, h.ve_last_n) <= h.num_layers,
             "xsa_last_n, ve_last_n must not exceed num_layers",
         ),
+        (h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
         (
             windows_are_numbers,
@@ -420,12 +430,21 @@ def check_relations(h: Config) -> None:
         ),
         (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
-        (h.ema_frac > 0 and 0 < h.warmdown_frac <= 1, "ema_frac must be positive, warmdown_frac in (0, 1]"),
+        (h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive"),
+        (h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0"),
         (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
     ]
     for holds, rule in rules:
         if not holds:
             raise InputError(f"config: {rule}")
+
+    parameters = sum(math.prod(shape) for shape, _ in parameter_table(h).values())
+    if parameters > MAX_RAW_BYTES:
+        raise InputError(
+            f"config: model_dim={h.model_dim} num_layers={h.num_layers} mlp_mult={h.mlp_mult:g} ... make "
+            f"{parameters:.3g} parameters, {TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact "
+            f"holds at most {MAX_RAW_BYTES:.3g}; make the model smaller"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -861,20 +880,22 @@ class ByteCounts:
     """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,)."""
 
     base: np.ndarray  # bytes of the piece without its leading U+2581; 0 for a boundary
-    space: np.ndarray  # whether the piece begins with U+2581: one byte more, unless it follows a boundary
-    boundary: np.ndarray  # control, unknown and unused pieces; a space right after one is not in the text
+    space: np.ndarray  # whether the piece begins with U+2581: one byte more, if in the text
+    boundary: np.ndarray  # control, unknown and unused pieces
     # Without a piece U+2581, a space is spelled by the byte pieces E2 96 81: three tokens for one byte.
     spelled: tuple[int, int, int] | None = None
+    keeps_first: bool = False  # whether a space right after a boundary is in the text
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
         """Count the bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
         previous = tokens[:-1]
         target = tokens[1:]
-        counts = self.base[target] + (self.space[target] & ~self.boundary[previous])
+        in_text = ~self.boundary[previous] | self.keeps_first  # a space here is
+        counts = self.base[target] + (self.space[target] & in_text)
         if self.spelled is not None:
             e2, b96, b81 = self.spelled
             first = np.flatnonzero((target[:-2] == e2) & (target[1:-1] == b96) & (target[2:] == b81))
-            counts[first] = ~self.boundary[previous[first]]
+            counts[first] = in_text[first]
             counts[first + 1] = 0
             counts[first + 2] = 0
         return counts
@@ -897,7 +918,13 @@ def sentencepiece_counts(path: str) -> ByteCounts:
 
     spelled = tuple(sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xE2, 0x96, 0x81))
     can_spell = sp.is_unknown(sp.piece_to_id("\u2581")) and all(map(sp.is_byte, spelled))
-    return ByteCounts(base, space, boundary, spelled if can_spell else None)
+
+    # With add_dummy_prefix, documents get a first space that is not in the text; with
+    # remove_extra_whitespaces they lose theirs. decode drops a first space if either flag is on.
+    plain = sp.encode("a")
+    prefix = "".join(sp.id_to_piece(plain)).startswith(("\u2581", "<0xE2><0x96><0x81>"))
+    keeps_first = not prefix and sp.encode(" a") != plain
+    return ByteCounts(base, space, boundary, spelled if can_spell else None, keeps_first)
 
 
 def tiktoken_counts(encoding: str) -> ByteCounts:
@@ -927,6 +954,7 @@ def bpb(nats: float, num_bytes: int) -> float:
 SHARD_HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
+OPEN_SHARDS = 64  # most shards that a loader keeps mapped: each holds a file descriptor, macOS allows 256
 
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
@@ -960,6 +988,12 @@ def shard_tokens(path: str) -> int:
     return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
 
 
+def begins_inside(path: str, bos_id: int) -> bool:
+    """Return whether a shard's first token is not the start of a document."""
+    first = np.fromfile(path, "<u2", 1, offset=SHARD_HEADER_BYTES)
+    return len(first) > 0 and int(first[0]) != bos_id
+
+
 def find_shards(data_path: str, split: str) -> list[str]:
     """Return the sorted paths of a split's shards, `*_SPLIT_<digits>.bin`. The list may be empty."""
     return sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin")))
@@ -978,7 +1012,8 @@ def split_files(data_path: str, split: str) -> list[str]:
 
 def load_split(h: Config, split: str) -> np.ndarray:
     """Read a whole evaluation split, (N,) uint16, cut to `val_tokens` targets where that is set."""
-    tokens = np.concatenate([load_shard(f, h.vocab_size) for f in split_files(h.data_path, split)])
+    shards = [np.array(load_shard(f, h.vocab_size)) for f in split_files(h.data_path, split)]
+    tokens = np.concatenate(shards)
     return tokens[: h.val_tokens + 1] if h.val_tokens else tokens
 
 
@@ -1010,16 +1045,66 @@ def read_manifest(path: Path) -> tuple[dict, TokenizerEntry]:
     return manifest, named
 
 
-def check_split(h: Config, manifest: dict, split: str) -> None:
-    """Check a split's sizes. Raises InputError when the manifest disagrees or the text is too short."""
-    files = split_files(h.data_path, split)
-    shards = manifest.get("splits", {}).get(split, {}).get("shards", [])
-    known = {shard["file"]: shard["tokens"] for shard in shards}
-    for f in files:
-        if shard_tokens(f) != known.get(os.path.basename(f), shard_tokens(f)):
-            raise InputError(f"{f}: its length disagrees with manifest.json; download it or prepare it again")
+class ShardEntry(NamedTuple):
+    """A shard according to the manifest."""
 
-    tokens = sum(map(shard_tokens, files))
+    tokens: int
+    sha256: str = ""  # "": not known
+
+
+def listed_shards(path: Path, manifest: dict, split: str) -> dict[str, ShardEntry]:
+    """Return the shards of a split that a manifest lists, by file; {} if it lists none.
+
+    Raises InputError when the entry is malformed or its total is another one.
+    """
+    with explained(
+        f"{path}: bad entry of split {split}", "make it again", LookupError, TypeError, AttributeError
+    ):
+        about = manifest.get("splits", {}).get(split, {})
+        shards = about.get("shards", [])
+        listed = {shard["file"]: ShardEntry(shard["tokens"], shard.get("sha256", "")) for shard in shards}
+        total = sum(entry.tokens for entry in listed.values())
+    if listed and about.get("tokens", total) != total:
+        raise InputError(f"{path}: {split} has {about['tokens']} tokens, its shards {total}; make it again")
+    return listed
+
+
+def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None:
+    """Check the files of a split against the manifest, if it lists them: names, sizes, and hashes if asked.
+
+    Raises InputError naming the first file that is missing, not listed, or another one.
+    """
+    path = Path(h.data_path, "manifest.json")
+    files = {os.path.basename(f): f for f in split_files(h.data_path, split)}
+    listed = listed_shards(path, manifest, split)
+    if not listed:
+        return
+    if missing := sorted(listed.keys() - files.keys()):
+        raise InputError(
+            f"{h.data_path}: {missing[0]} is missing ({len(missing)} of {len(listed)} {split} shards that "
+            "manifest.json lists); download it or prepare it again"
+        )
+    if extra := sorted(files.keys() - listed.keys()):
+        raise InputError(
+            f"{files[extra[0]]}: manifest.json does not list it; remove it or make the manifest again"
+        )
+
+    for name, entry in listed.items():
+        fault = ""
+        if os.path.getsize(files[name]) != SHARD_HEADER_BYTES + 2 * entry.tokens:
+            fault = "length"
+        elif by_content and entry.sha256 and sha256(Path(files[name]).read_bytes()) != entry.sha256:
+            fault = "sha256"
+        if fault:
+            raise InputError(
+                f"{files[name]}: its {fault} disagrees with manifest.json; download it or prepare it again"
+            )
+
+
+def check_split(h: Config, manifest: dict, split: str) -> None:
+    """Check a split to score. Raises InputError when the manifest disagrees or the text is too short."""
+    check_files(h, manifest, split, by_content=True)
+    tokens = sum(map(shard_tokens, split_files(h.data_path, split)))
     if h.val_tokens:
         tokens = min(tokens, h.val_tokens + 1)
     if tokens <= h.eval_seq_len:
@@ -1029,10 +1114,11 @@ def check_split(h: Config, manifest: dict, split: str) -> None:
         )
 
 
-def load_dataset(h: Config) -> Dataset:
+def load_dataset(h: Config, trains: bool = False) -> Dataset:
     """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
 
-    Of evaluation shards only the size is read: no validation token is read before training ends, unless
+    Everything that the manifest says about the files is checked, hashes of the held-out ones included; of
+    training shards only the size, and only if this run trains. Training opens no held-out file, unless
     val_loss_every is set.
     """
     split_files(h.data_path, "val")
@@ -1070,10 +1156,28 @@ def load_dataset(h: Config) -> Dataset:
             f"config key vocab_size: {h.vocab_size}, the tokenizer has {size}; set vocab_size={size}"
         )
     check_split(h, manifest, "val")
+    if trains:
+        check_files(h, manifest, "train", by_content=False)
     if h.report_split:
         check_split(h, manifest, h.report_split)
     manifest_sha256 = sha256(path.read_bytes()) if manifest else "none"
     return Dataset(counts, manifest, manifest_sha256, tokenizer_sha256)
+
+
+class Draw(IntEnum):
+    """The uses of random numbers in the loader: each has streams of its own."""
+
+    SHARDS = 0  # the order of the shards, by epoch
+    DOCUMENTS = 1  # the order of a shard's documents, by epoch and shard
+    SEQUENCES = 2  # the order of the sequences, by draw
+
+
+def random_stream(seed: int, use: Draw, *numbers: int) -> np.random.Generator:
+    """Return the random stream of a use. Streams of different uses or numbers are independent.
+
+    The spawn key does that. Plain lists of numbers are padded with zeros: [seed, 3] and [seed, 3, 0] are one.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(use, *numbers)))
 
 
 class ShardOrder(NamedTuple):
@@ -1084,10 +1188,9 @@ class ShardOrder(NamedTuple):
 
 
 class ShuffledShard(NamedTuple):
-    """A shard's tokens and one epoch's order of its documents."""
+    """One epoch's order of a shard's documents."""
 
-    tokens: np.ndarray  # as in the file
-    starts: np.ndarray  # where each document begins in `tokens`, in this epoch's order
+    starts: np.ndarray  # where each document begins in the file, in this epoch's order; -1: the fragment
     bounds: np.ndarray  # document i occupies [bounds[i], bounds[i + 1]) of the shuffled shard
 
 
@@ -1096,7 +1199,10 @@ class TokenLoader:
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
     is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of
-    the stream are shuffled, or one long document would fill a batch. Global batch n is the same for every
+    the stream are shuffled, or one long document would fill a batch. Text before a shard's first BOS, all of
+    it in a shard without one, is the end of a document that another shard began. It is a document here,
+    the fragment, before which the stream has a BOS that the file lacks: nothing connects it with the random
+    document before it, under doc_mask neither. Global batch n is the same for every
     world size: micro-batch a of rank r holds its sequences [(a * world + r) * B, ...). A thread builds the
     next batch while the device works on this one.
     """
@@ -1109,7 +1215,13 @@ class TokenLoader:
         self.files = split_files(h.data_path, "train")
         for f in self.files[m.rank :: m.world_size]:  # now, not in the middle of the run
             load_shard(f, h.vocab_size)
-        self.sizes = np.array([shard_tokens(f) for f in self.files])
+        if not any((load_shard(f, h.vocab_size) == h.bos_id).any() for f in self.files):
+            raise InputError(
+                f"{h.data_path}: no shard of the train split has a document start (bos_id={h.bos_id}); "
+                "set bos_id or prepare the data again"
+            )
+        # In the stream: a shard that begins inside a document gets a BOS.
+        self.sizes = np.array([shard_tokens(f) + begins_inside(f, h.bos_id) for f in self.files])
         self.total = int(self.sizes.sum())
         if self.total <= h.train_seq_len:
             raise InputError(
@@ -1118,29 +1230,32 @@ class TokenLoader:
 
         self.accum, self.sequences = cut_batch(h, m.world_size)
         self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
+        self.open_shard = lru_cache(maxsize=OPEN_SHARDS)(self.map_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
 
         self.reading = ""  # the file being read, for messages
         self.seek(0)
 
+    def map_shard(self, shard: int) -> np.ndarray:
+        """Memory-map a shard's tokens, (num_tokens,) uint16."""
+        return np.asarray(load_shard(self.files[shard], self.h.vocab_size))  # slicing a memmap is slow
+
     def shuffle_shards(self, epoch: int) -> ShardOrder:
         """Draw an epoch's order of the shards."""
-        order = np.random.default_rng([self.h.seed, epoch]).permutation(len(self.files))
+        order = random_stream(self.h.seed, Draw.SHARDS, epoch).permutation(len(self.files))
         return ShardOrder(order, np.cumsum(self.sizes[order]))
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
-        """Draw an epoch's order of a shard's documents. Raises InputError if no document starts in it."""
-        tokens = np.asarray(load_shard(self.files[shard], self.h.vocab_size))  # slicing a memmap is slow
+        """Draw an epoch's order of a shard's documents and its fragment."""
+        tokens = self.open_shard(shard)
         starts = np.flatnonzero(tokens == self.h.bos_id)
-        if len(starts) == 0:
-            raise InputError(f"{self.files[shard]}: no document start (bos_id={self.h.bos_id}); set bos_id")
-
-        starts = np.union1d(0, starts)
+        if len(tokens) < self.sizes[shard]:
+            starts = np.append(-1, starts)  # the fragment, with the BOS that the file lacks
         lengths = np.diff(starts, append=len(tokens))
-        order = np.random.default_rng([self.h.seed, epoch, shard]).permutation(len(starts))
+        order = random_stream(self.h.seed, Draw.DOCUMENTS, epoch, shard).permutation(len(starts))
         bounds = np.concatenate([[0], np.cumsum(lengths[order])])
-        return ShuffledShard(tokens, starts[order], bounds)
+        return ShuffledShard(starts[order], bounds)
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [position, position + count) of the endless stream, (count,) int64."""
@@ -1152,6 +1267,7 @@ class TokenLoader:
             visit = int(np.searchsorted(order.ends, offset, side="right"))
             shard = int(order.shards[visit])
             self.reading = self.files[shard]
+            tokens = self.open_shard(shard)
             text = self.document_order(epoch, shard)
 
             offset -= int(order.ends[visit] - self.sizes[shard])
@@ -1159,7 +1275,9 @@ class TokenLoader:
             while filled < count and document < len(text.starts):
                 begin = text.starts[document] + offset - text.bounds[document]
                 take = int(min(text.bounds[document + 1] - offset, count - filled))
-                out[filled : filled + take] = text.tokens[begin : begin + take]
+                out[filled : filled + take] = self.h.bos_id  # stays where a fragment starts, at -1
+                missing = int(begin < 0)
+                out[filled + missing : filled + take] = tokens[begin + missing : begin + take]
                 filled += take
                 offset += take
                 document += 1
@@ -1173,8 +1291,7 @@ class TokenLoader:
         per_batch = self.h.train_batch_tokens // T
         drawn = np.arange(self.draw_batches * per_batch)
         if self.draw_batches > 1:
-            # NumPy pads seeds with zeros; the 1 keeps this one apart from those of the documents.
-            np.random.default_rng([self.h.seed, draw, 0, 1]).shuffle(drawn)
+            random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(drawn)
 
         batch = []
         for a in range(self.accum):
@@ -2886,20 +3003,38 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 
 class Ema:
-    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run."""
+    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run.
+
+    Call the progress at the k-th update p_k, with p_0 = 0. The weights that it sees stand for the progress
+    from p_{k-1} to p_k, so that with f = ema_frac their share at progress P is
+
+        (e^(-(P - p_k) / f) - e^(-(P - p_{k-1}) / f)) / (1 - e^(-P / f)),
+
+    and all shares sum to 1: the initial weights have none. At an update from P - d to P, the newest weights
+    get the share (1 - e^(-d / f)) / (1 - e^(-P / f)), and those before keep their proportions.
+    """
 
     def __init__(self, model: GPT, h: Config) -> None:
         self.h = h
-        self.progress = 0.0
+        self.progress = 0.0  # of the last update; with the average, the whole state
         self.params = [p.data for p in model.parameters()]
         self.average = [p.clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Move towards the current weights by the progress made since the last call."""
-        weight = 1 - math.exp((self.progress - progress) / self.h.ema_frac)
+        """Move towards the current weights by the progress made since the last call; copy them at first."""
+        progress = max(progress, self.progress)  # a resumed run may hold back less time than before
+        weight = 1.0
+        if self.progress > 0:
+            made = math.expm1((self.progress - progress) / self.h.ema_frac)
+            weight = made / math.expm1(-progress / self.h.ema_frac)
         torch._foreach_lerp_(self.average, self.params, weight)
         self.progress = progress
+
+    @property
+    def is_young(self) -> bool:
+        """Whether the average covers less of the run than its horizon."""
+        return self.progress < self.h.ema_frac
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -2975,6 +3110,31 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     return grams
 
 
+@torch.no_grad()
+def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
+    """Return "live" or "ema": the weights with the lower loss on the loader's next training batch; log it.
+
+    For a run that ended early, when the average may lag far behind. All ranks return the same.
+    """
+    model = copy(run.model)  # with the same parameters
+    model.ops = Ops(run.model.ops.attend)  # nothing that would compile
+    batch = loader.next()
+    live = [p.clone() for p in ema.params]
+    losses = []
+    for weights in (live, ema.average):
+        torch._foreach_copy_(ema.params, weights)
+        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
+    torch._foreach_copy_(ema.params, live)
+
+    both = torch.stack(losses)
+    dist.all_reduce(both, dist.ReduceOp.AVG)
+    of_live, of_average = both.tolist()
+    average_wins, _ = run.m.agree(float(of_average <= of_live))  # not if it is nan
+    chosen = "ema" if average_wins else "live"
+    run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
+    return chosen
+
+
 def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     """Round W (b, M, N) to codes (b, M, N), float32, that change Wx little for the inputs x.
 
@@ -3026,10 +3186,20 @@ def quantize(
     return codes.to(torch.int8), scale.half()
 
 
+def largest_value(kind: str) -> float:
+    """Return the largest weight that a kind can hold. The f16 scale limits int6 and int8."""
+    if kind in CODE_LIMIT:
+        return CODE_LIMIT[kind] * float(np.finfo(np.float16).max)
+    return float(np.finfo(STORED[kind]).max)
+
+
 def raw_artifact(
     tensors: Mapping[str, Tensor], h: Config, grams: Mapping[str, Tensor] | None = None
 ) -> bytes:
-    """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned."""
+    """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned.
+
+    Raises Fault for a tensor with values that are not finite or that its kind cannot hold.
+    """
     grams = grams or {}
     index = []
     payload = []
@@ -3043,7 +3213,13 @@ def raw_artifact(
             codes, scales = quantize(W, kind, least_step, grams.get(name))
             stored = [codes.cpu().numpy().astype(STORED[kind]), scales.cpu().numpy().astype("<f2")]
         else:
-            stored = [W.float().cpu().numpy().astype(STORED[kind])]
+            with np.errstate(over="ignore"):  # refused below
+                stored = [W.float().cpu().numpy().astype(STORED[kind])]
+        if not np.isfinite(stored[-1]).all():
+            raise Fault(
+                f"artifact: tensor {name} has weights up to {W.abs().max():.3g}, and {kind} holds at most "
+                f"{largest_value(kind):.3g}; train with lower rates or more weight decay"
+            )
         for array in stored:
             payload.append(array.tobytes())
             offset += array.nbytes
@@ -3180,6 +3356,8 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
                 raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {CODE_LIMIT[kind]}")
             scales = np.frombuffer(payload, "<f2", rows, offset + count).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
+        if not tensor.isfinite().all():
+            raise ValueError(f"artifact: tensor {name[:40]!r} has values that are not finite")
         out[name] = tensor
     if expected != len(payload):
         raise ValueError("artifact: bytes after the last tensor")
@@ -3670,7 +3848,12 @@ class Run:
             with learner() as learn:  # compiles it before the score's clock starts, on no token of the split
                 zeros = torch.zeros(plan.chunk + 1, device=self.m.device)
                 self.timed("compile", learn, zeros, 0.0)
-        return evaluate(self.nats_fn, tokens, self.dataset.counts, plan, self.m)
+        score = evaluate(self.nats_fn, tokens, self.dataset.counts, plan, self.m)
+        if not math.isfinite(score.bpb):
+            raise Fault(
+                f"{label}: the score of {split} is {score.bpb}; the weights or the rates are at fault"
+            )
+        return score
 
 
 class Trained(NamedTuple):
@@ -3681,6 +3864,7 @@ class Trained(NamedTuple):
     train_ms: float
     late_graphs: int  # graphs compiled while the clock ran; should be 0
     grams: dict[str, Tensor]  # of calibrate
+    artifact_weights: str  # ema | live: the knob's, or the better ones if the run ended early
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
@@ -3827,6 +4011,7 @@ def train(run: Run) -> Trained:
     reached = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
     # Calibration is training time: reserve 1.5 times its rehearsal. The clock starts with the last rank.
     held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))
+    log_held_back(run, held_back_ms / 1000)
     seconds = max(run.h.max_wallclock_seconds - held_back_ms / 1000, 0.0)
     h = replace(run.h, max_wallclock_seconds=seconds)
     limit_ms = 1000 * seconds if run.h.max_wallclock_seconds else math.inf
@@ -3879,12 +4064,35 @@ def train(run: Run) -> Trained:
         raise Diverged(describe_divergence(run, step, reached()[0].tolist(), good), step, train_ms)
 
     grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
+    artifact_weights = h.artifact_weights
+    if artifact_weights == "ema" and (end == End.SIGNAL or ema.is_young):
+        artifact_weights = run.timed("calibrate", choose_weights, run, loader, ema)
     if checkpoints:
         checkpoints.save(step, train_ms, last=True)
     if step < h.iterations:
         cause = "signal" if end == End.SIGNAL else "wallclock_cap"
         log(f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
-    return Trained(ema, step, train_ms, late_graphs, grams)
+    return Trained(
+        ema=ema,
+        steps=step,
+        train_ms=train_ms,
+        late_graphs=late_graphs,
+        grams=grams,
+        artifact_weights=artifact_weights,
+    )
+
+
+def log_held_back(run: Run, seconds: float) -> None:
+    """Log the time that is kept for calibration. Raises InputError if it is more than half of the budget."""
+    budget = run.h.max_wallclock_seconds
+    if budget == 0:
+        return
+    run.log(f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration")
+    if seconds > budget / 2:
+        raise InputError(
+            f"config key max_wallclock_seconds: {seconds:.1f} of {budget:g} s are held back for calibration, "
+            f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
+        )
 
 
 def describe_divergence(run: Run, step: int, reached: list[float], good: int) -> str:
@@ -3944,11 +4152,11 @@ def export(run: Run, trained: Trained, path: str, room: int) -> str:
     """
     h = run.h
     weights = dict(run.model.named_parameters())
-    if h.artifact_weights == "ema":
+    if trained.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
     fitted = fit_artifact(weights, h, room, run.timed, trained.grams)
     written = write_somewhere(path, fitted.blob)
-    run.log(f"artifact weights:{h.artifact_weights} int6_step:{fitted.int6_step}")
+    run.log(f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}")
     if written != path:
         run.log(f"artifact file:{written}, because {path} cannot be written; eval takes it from there")
     return written
@@ -4091,7 +4299,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     base = os.path.join(h.out_dir, box[0])
 
-    dataset = load_dataset(h)  # fail on bad data here, before creating a log
+    dataset = load_dataset(h, trains=True)  # fail on bad data here, before creating a log
     check_training_inputs(h)
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):

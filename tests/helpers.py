@@ -196,8 +196,11 @@ def english(count, seed):
     return texts
 
 
-def train_tokenizer(path, texts, vocab_size, model_type="bpe", add_dummy_prefix=False):
-    """Train a SentencePiece model with the challenge's settings, write it to `path` and return the path."""
+def train_tokenizer(path, texts, vocab_size, model_type="bpe", **options):
+    """Train a SentencePiece model with the challenge's settings, write it to `path` and return the path.
+
+    options: of SentencePiece, in place of the challenge's.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -216,7 +219,7 @@ def train_tokenizer(path, texts, vocab_size, model_type="bpe", add_dummy_prefix=
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
-        add_dummy_prefix=add_dummy_prefix,
+        **({"add_dummy_prefix": False} | options),
     )
     Path(path).write_bytes(model.getvalue())
     return str(path)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import lzma
+import math
 import os
 import py_compile
 import shutil
@@ -39,6 +40,7 @@ from helpers import (
     as_arguments,
     group_of_one,
     joined,
+    machine,
     run_ranks,
     stop_one_line,
     train_tokenizer,
@@ -357,6 +359,16 @@ def after_64(run):
     return fresh(run, h=h, nats_fn=nats_fn)
 
 
+def not_a_number(run, where):
+    """Return the run with scores that are not numbers where the mask of positions `where`(columns) says."""
+
+    def nats_fn(x, y, last):
+        columns = torch.arange(x.size(1) - last, x.size(1))
+        return run.model.nats(x, y, last).masked_fill(where(columns), math.nan)
+
+    return with_nats(run, nats_fn)
+
+
 # A broken scorer: the tests that fail, and the function that plants it with a monkeypatch.
 SCORERS = {
     "attention without a mask": ("T1 T3", lambda run, mp: twin(run, ops=t.Ops(attend=attend_all))),
@@ -369,6 +381,11 @@ SCORERS = {
     "n-gram cache not normalized": ("T2", lambda run, mp: cached(run, gate=False)),
     "gate on whether the target is a hit": ("T2", lambda run, mp: cached(run, gate=True)),
     "best of two temperatures": ("T2", lambda run, mp: best_of_two(run)),
+    "no score is a number": ("T1 T2 T3 T4 T7", lambda run, mp: not_a_number(run, lambda c: c >= 0)),
+    "the last score of a window is not a number": (
+        "T1 T2 T3 T4 T7",
+        lambda run, mp: not_a_number(run, lambda c: c == run.h.eval_seq_len - 1),
+    ),
     "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, update_first=True)),
     "second pass over the split": ("T1 T3 T4? T7", lambda run, mp: learning(run, mp, reset=False)),
 }
@@ -549,6 +566,35 @@ def test_wrong_bytes_fail(name, honest, group):
     run = fresh(honest.run, dataset=dataclasses.replace(honest.run.dataset, counts=counts))
     fails, verdicts = failing(run, honest.blob)
     assert fails == expected, verdicts
+
+
+@pytest.mark.parametrize("has_piece", [True, False], ids=["piece", "no_piece"])
+def test_a_tokenizer_that_keeps_first_spaces_passes(has_piece, tmp_path, group):
+    """With both flags of SentencePiece off, a document's first space is in its text, and so in the score."""
+    from test_bytes import edit_pieces, without_space_piece
+
+    texts = ["  " + x for x in prose(60, 5)] + ["a"] * 9 + [" a"] * 9
+    flags = dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
+    model = train_tokenizer(tmp_path / "with.model", texts, 320, **flags)
+    if not has_piece:
+        model = edit_pieces(model, tmp_path / "without.model", without_space_piece)
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    ids = [[BOS, *sp.encode(x)] for x in texts]
+    path = write_dataset(tmp_path / "data", model, [ids[:40]], ids[40:])
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    manifest["splits"]["val"]["decoded_bytes"] = sum(len(x.encode()) for x in texts[40:])
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    h = config(path, vocab_size=sp.vocab_size(), iterations=1, warmup_steps=0)
+    run = t.start_run(h, machine(), t.Log("", None), t.load_dataset(h), time.perf_counter())
+    subject = audit.make_audit(t, run, b"")
+    for test in (audit.audit_coverage, audit.audit_bytes):
+        verdict = test(subject)
+        assert verdict.ok, verdict
+
+    counts = dataclasses.replace(run.dataset.counts, keeps_first=False)
+    wrong = fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts))
+    subject = audit.make_audit(t, wrong, b"")
+    assert not audit.audit_coverage(subject).ok and not audit.audit_bytes(subject).ok
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import ROOT, as_arguments, noisy_model, tiny
+from helpers import ROOT, as_arguments, noisy_model, stop_one_line, tiny
 
 SMALL = dict(
     num_layers=2,
@@ -634,3 +634,44 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failing):
 def test_a_missing_folder_is_one_line(tmp_path):
     with pytest.raises(t.InputError, match="No such file"):
         t.write_atomic(str(tmp_path / "none" / "a.xz"), b"x")
+
+
+# ---------------------------------------------------------------- values that cannot be stored
+
+
+@pytest.mark.parametrize("name,value", [("qo_bank", 2.1e6), ("tok_emb", 8.4e6), ("smear_gate", 7e4)])
+@pytest.mark.parametrize("bad", ["large", math.nan, math.inf])
+def test_weights_that_a_kind_cannot_hold_are_refused_by_name(name, value, bad):
+    """The scale of an int6 row above 31 * 65504 = 2.03e6 is infinite in float16."""
+    model = noisy_model(tiny())
+    tensors = parameters_of(model)
+    tensors[name].flatten()[-1] = value if bad == "large" else bad
+    with pytest.raises(t.Fault, match=f"artifact: tensor {name} has weights up to ") as e:
+        t.raw_artifact(tensors, model.h)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name,value", [("qo_bank", 2.0e6), ("tok_emb", 8.3e6)])
+def test_the_largest_weights_come_back(name, value):
+    model = noisy_model(tiny())
+    tensors = parameters_of(model)
+    tensors[name].flatten()[-1] = value
+    back = t.unpack_artifact(t.pack_artifact(tensors, model.h))
+    assert back[name].flatten()[-1].item() == pytest.approx(value, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["qo_bank", "tok_emb", "q_gain", "smear_gate"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_and_scales_that_are_not_finite_are_refused_by_name(name, bad, h, tensors, tmp_path, capsys):
+    """In a file that is otherwise right, the last value or scale of a tensor is replaced."""
+    raw = t.raw_artifact(tensors, h)
+    end = 8 + int.from_bytes(raw[4:8], "little")
+    following = [row[3] for row in json.loads(raw[8:end])["tensors"] if row[0] > name]
+    after = end + (min(following) if following else len(raw) - end)
+    number = struct.pack("<f" if t.KINDS[name] == "f32" else "<e", bad)
+    blob = t.compress(raw[: after - len(number)] + number + raw[after:])
+    with pytest.raises(ValueError, match=f"tensor '{name}' has values that are not finite"):
+        t.unpack_artifact(blob)
+    (tmp_path / "bad.xz").write_bytes(blob)
+    err = stop_one_line(["eval", str(tmp_path / "bad.xz"), f"out_dir={tmp_path}/logs"], capsys)
+    assert "bad.xz: " in err and name in err and not (tmp_path / "logs").exists()

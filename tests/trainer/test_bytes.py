@@ -315,6 +315,59 @@ def test_a_vocabulary_without_bytes_or_space_piece(tmp_path):
     assert count(t.sentencepiece_counts(path), 9, 3, 3, 3, 3) == [0, 0, 0, 0]
 
 
+FLAG_PAIRS = list(itertools.product([False, True], repeat=2))
+SPACED = [
+    " a",
+    "a",
+    "  two",
+    "    indented = 1\n        more(indented)\n",
+    " ",
+    "word",
+    *("x y", " Größe  naïve", f"{SPACE}mark", "😀 end "),
+]
+
+
+@pytest.fixture(scope="module")
+def flagged(tmp_path_factory):
+    """Return {(add_dummy_prefix, remove_extra_whitespaces, has a piece U+2581): path}."""
+    folder = tmp_path_factory.mktemp("flagged")
+    paths = {}
+    for dummy, remove in FLAG_PAIRS:
+        path = folder / f"{dummy}_{remove}.model"
+        options = dict(add_dummy_prefix=dummy, remove_extra_whitespaces=remove)
+        paths[dummy, remove, True] = train_tokenizer(path, ENGLISH + SPACED * 3, 420, **options)
+        bare = folder / f"{dummy}_{remove}_bare.model"
+        paths[dummy, remove, False] = edit_pieces(path, bare, without_space_piece)
+    return paths
+
+
+@pytest.mark.parametrize("has_piece", [True, False], ids=["piece", "no_piece"])
+@pytest.mark.parametrize("dummy,remove", FLAG_PAIRS)
+def test_a_first_space_counts_if_decode_keeps_it(flagged, dummy, remove, has_piece):
+    """Compare with the length of the decoded text, document by document, over all pairs of the two flags."""
+    path = flagged[dummy, remove, has_piece]
+    sp = sentencepiece.SentencePieceProcessor(model_file=path)
+    assert sp.is_unknown(sp.piece_to_id(SPACE)) == (not has_piece)
+    counts = t.sentencepiece_counts(path)
+    drops = dummy or remove
+    assert counts.keeps_first == (not drops)
+
+    run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
+    texts = SPACED + FOREIGN + ENGLISH[:10]
+    documents = [sp.encode(text) for text in texts]
+    audited = audit.decoder(run)(documents)
+    for text, document, of_auditor in zip(texts, documents, audited):
+        expected = sp.decode(document).replace(SPACE, " ")
+        if drops and not has_piece:  # the first space is spelled in bytes, which decode keeps
+            expected = expected.removeprefix(" ")
+        assert counts.of(np.array([BOS, *document])).sum() == len(expected.encode()), text
+        assert of_auditor == expected
+        if not drops and text in SPACED[:6]:  # which normalization leaves alone
+            assert expected == text.replace("\n", " ")
+    stream = np.array(joined([BOS, *document] for document in documents))
+    assert counts.of(stream).sum() == sum(len(text.encode()) for text in audited)
+
+
 # ---------------------------------------------------------------- bits per byte
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -130,6 +131,15 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         ("ema_frac=0", ["ema_frac"]),
         ("warmdown_frac=0", ["warmdown_frac"]),
         ("warmdown_frac=1.5", ["warmdown_frac"]),
+        *((f"{key}={value}", [key, "below 1"]) for key in t.BELOW_ONE for value in (1, 1.0, 5)),
+        *((f"{key}=1.01", [key, "at most 1"]) for key in t.UP_TO_ONE),
+        ("adam_eps=0", ["adam_eps"]),
+        ("adam_eps=1e-60", ["adam_eps"]),
+        ("bos_id=1024", ["bos_id=1024", "vocab_size=1024"]),
+        ("model_dim=1000000", ["model_dim=1000000", "9.9e+13 parameters", "1.98e+06 GB"]),
+        ("mlp_mult=1e12", ["mlp_mult=1e+12", "parameters", "GB"]),
+        ("num_layers=1000000", ["num_layers=1000000", "parameters", "GB"]),
+        ("bigram_vocab_size=99999999999", ["parameters", "GB"]),
         ("attn_windows=512,0", ["attn_windows='512,0'", "512 512 0"]),
         ("attn_windows=512 -1", ["attn_windows='512 -1'", "whole numbers"]),
         ("attn_windows=1e3", ["attn_windows='1e3'"]),
@@ -265,3 +275,21 @@ def test_half_a_torchrun_environment(env, monkeypatch, capsys, tmp_path):
             t.dist.destroy_process_group()
     err = capsys.readouterr().err
     assert status == 0 or (status == 2 and err.count("\n") == 1), err
+
+
+def test_the_hidden_size_is_rounded():
+    """4.1 * 960 is 3935.9999999999995 in floating point."""
+    assert t.Config(mlp_mult=4.1, model_dim=960).mlp_dim == 3936
+    assert t.Config(mlp_mult=2.675, model_dim=1000).mlp_dim == 2675
+    sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
+    assert sizes == {"record": 1536, "h100x1": 1536, "cpu": 384}
+
+
+def test_every_fraction_has_a_bound():
+    """A knob with a beta, a momentum or a fraction in its name is bounded, or is known to have no bound."""
+    names = [key for key in FIELDS if re.search("beta|momentum|_frac$", key)]
+    assert set(names) - {"ema_frac"} <= {*t.BELOW_ONE, *t.UP_TO_ONE}
+    for key in t.UP_TO_ONE:
+        t.load_config([f"{key}=1"], {})
+    for key in t.BELOW_ONE:
+        t.load_config([f"{key}=0.999"], {})

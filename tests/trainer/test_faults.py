@@ -347,6 +347,7 @@ def test_a_signal_ends_the_step_saves_and_scores(undisturbed, tmp_path, monkeypa
     assert has_line(tmp_path, r"stopping_early: signal train_time:\d+ms step:5/12$")
     last_line = lines(tmp_path)[-1]
     assert last_line.startswith("final_score ") and " steps:5 " in last_line
+    assert has_line(tmp_path, r"ended_early: train_loss live:\d\.\d{4} ema:\d\.\d{4} the artifact takes ")
     run = runlog.parse_log(tmp_path / "run.txt")
     assert not run.resumed and log_claims.steps_fault(run) is None
 

@@ -1,6 +1,12 @@
 """Tokens: damaged shards and datasets are refused in one line; the loader's stream holds every document."""
 
+import dataclasses
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +15,7 @@ import torch
 
 import train_gpt as t
 from helpers import (
+    ROOT,
     english_args,
     english_dataset,
     joined,
@@ -167,9 +174,9 @@ DAMAGES = {
     "short val": (lambda f: refill(f, "*_val_*", [1] * 20), ["val", "eval_seq_len"]),
     "short train": (lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
     "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
-    "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["_train_", "bos_id"]),
+    "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["train", "no shard", "bos_id"]),
 }
-FOUND_BY_THE_LOADER = ("no train", "short train", "token too large", "no bos")  # after the log is begun
+FOUND_BY_THE_LOADER = ("short train", "token too large", "no bos")  # after the log is begun
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -191,6 +198,91 @@ def test_a_dataset_that_does_not_fit_is_one_line(copy, name, capsys, tmp_path):
 def test_a_manifest_whose_tokenizer_cannot_be_had_is_one_line(copy, tokenizer, capsys, tmp_path):
     edit_manifest(copy, tokenizer=tokenizer)
     refuse(copy, capsys, tmp_path)
+
+
+def list_shards(folder):
+    """Make the manifest list the shards of all splits, as data/ does."""
+    splits = {}
+    for path in sorted(folder.glob("*.bin")):
+        entry = {
+            "file": path.name,
+            "tokens": t.shard_tokens(str(path)),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        split = splits.setdefault(path.name.split("_")[1], {"tokens": 0, "shards": []})
+        split["shards"].append(entry)
+        split["tokens"] += entry["tokens"]
+    edit_manifest(folder, splits=splits)
+
+
+def edit_split(folder, split, **changes):
+    """Change an entry of the manifest's splits; a shard's keys are those of its first shard."""
+    splits = json.loads((folder / "manifest.json").read_text())["splits"]
+    splits[split]["shards"][0] |= changes.pop("shard", {})
+    splits[split] |= changes
+    edit_manifest(folder, splits=splits)
+
+
+def flip_a_bit(path):
+    """Change a token of a shard into another one of the vocabulary."""
+    blob = bytearray(path.read_bytes())
+    blob[1024 + 2 * 50] ^= 1
+    path.write_bytes(blob)
+
+
+def add_shard(folder, split):
+    """Write a shard that the manifest does not list."""
+    write_shard(folder / f"tiny_{split}_000007.bin", [1, 5, 6] * 50)
+
+
+# What to do to a dataset whose manifest lists its shards, and the words of the line that refuses it.
+DISAGREEMENTS = {
+    "val missing": (
+        lambda f: remove(f, "*_val_000001.bin"),
+        ["tiny_val_000001.bin is missing", "1 of 2 val"],
+    ),
+    "train missing": (lambda f: remove(f, "*_train_000001.bin"), ["tiny_train_000001.bin", "1 of 2 train"]),
+    "val extra": (lambda f: add_shard(f, "val"), ["tiny_val_000007.bin", "does not list it"]),
+    "train extra": (lambda f: add_shard(f, "train"), ["tiny_train_000007.bin", "does not list it"]),
+    "val length": (lambda f: refill(f, "*_val_000000.bin", [1] * 99), ["tiny_val_000000.bin", "length"]),
+    "train length": (lambda f: refill(f, "*_train_000000.bin", [1] * 99), ["tiny_train_000000", "length"]),
+    "val flipped": (lambda f: flip_a_bit(f / "tiny_val_000001.bin"), ["tiny_val_000001.bin", "sha256"]),
+    "val total": (lambda f: edit_split(f, "val", tokens=7), ["manifest.json", "val has 7 tokens"]),
+    "splits are a list": (lambda f: edit_manifest(f, splits=[]), ["manifest.json", "bad entry", "val"]),
+    "splits are null": (lambda f: edit_manifest(f, splits=None), ["manifest.json", "bad entry"]),
+    "a split is a list": (lambda f: edit_manifest(f, splits={"val": []}), ["manifest.json", "bad entry"]),
+    "train is a list": (lambda f: edit_manifest(f, splits={"train": [1]}), ["manifest.json", "train"]),
+    "shards are a number": (lambda f: edit_split(f, "val", shards=3), ["manifest.json", "bad entry"]),
+    "shards are names": (lambda f: edit_split(f, "val", shards=["a"]), ["manifest.json", "bad entry"]),
+    "tokens are text": (
+        lambda f: edit_split(f, "val", shard={"tokens": "9"}),
+        ["manifest.json", "bad entry"],
+    ),
+    "a file is a list": (lambda f: edit_split(f, "val", shard={"file": []}), ["manifest.json", "bad entry"]),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_files_that_disagree_with_the_manifest_are_one_line(copy, name, capsys, tmp_path):
+    shutil.copy(copy / "tiny_val_000000.bin", copy / "tiny_val_000001.bin")
+    list_shards(copy)
+    h = tiny(data_path=copy, vocab_size=english_dataset().vocab_size, report_split="other")
+    t.load_dataset(h, trains=True)
+    damage, words = DISAGREEMENTS[name]
+    damage(copy)
+    err = refuse(copy, capsys, tmp_path)
+    assert all(word in err for word in words), err
+
+
+def test_a_report_split_is_compared_with_the_manifest_and_eval_needs_no_train_files(copy):
+    list_shards(copy)
+    remove(copy, "*_train_*")
+    h = tiny(data_path=copy, vocab_size=english_dataset().vocab_size, report_split="other")
+    t.load_dataset(h)
+    flip_a_bit(copy / "tiny_other_000000.bin")
+    with pytest.raises(t.InputError, match=r"tiny_other_000000\.bin: its sha256 disagrees"):
+        t.load_dataset(h)
+    t.load_dataset(dataclasses.replace(h, report_split=""))
 
 
 def test_a_manifest_without_a_tokenizer_file_is_one_line(copy, capsys, tmp_path):
@@ -270,6 +362,26 @@ def test_documents_are_shuffled_inside_shards_and_shards_among_each_other(shards
     assert len(visits) > 1 and len(within) == 8
 
 
+def test_every_use_of_random_numbers_has_its_own_stream():
+    """Seeds [seed, epoch] and [seed, epoch, 0] are one stream to NumPy: no two keys may share one."""
+    keys = [
+        (use, *numbers) for use in t.Draw for n in range(3) for numbers in ((n,), (n, 0), (n, 0, 0), (n, 1))
+    ]
+    first = {tuple(t.random_stream(seed, *key).integers(0, 1 << 63, 4)) for seed in (0, 7) for key in keys}
+    assert len(first) == 2 * len(keys)
+    again = [t.random_stream(7, t.Draw.SHARDS, 2).integers(0, 1 << 63, 4).tolist() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_shards_and_documents_are_shuffled_apart(tmp_path):
+    """With as many shards as documents in the first one, the two orders were equal."""
+    shard_folder(tmp_path, tiny(), [9] * 9, seed=3)
+    data = loader(tmp_path)
+    for epoch in range(3):
+        starts = data.document_order(epoch, 0).starts
+        assert np.argsort(np.argsort(starts)).tolist() != data.shard_order(epoch).shards.tolist()
+
+
 def test_the_seed_decides_the_order(shards):
     streams = [loader(shards[0], seed=s).read(0, 500) for s in (1, 1, 2)]
     assert np.array_equal(streams[0], streams[1]) and not np.array_equal(streams[0], streams[2])
@@ -291,17 +403,41 @@ def test_read_is_one_stream_across_shards_and_epochs(shards):
     assert np.array_equal(fresh.read(2 * data.total + 7, 30), whole[2 * data.total + 7 :][:30])
 
 
-def test_text_before_the_first_bos_of_a_shard_is_kept(tmp_path):
-    """The published shards are cut anywhere: a shard may begin inside a document."""
+def test_text_before_the_first_bos_of_a_shard_is_a_fragment_with_its_own_start(tmp_path):
+    """A published shard may begin inside a document, or hold only a part of one."""
     h = tiny()
-    documents = random_documents(h, 6, 1)
-    head = [7, 8, 9]
-    write_shard(tmp_path / "x_train_000000.bin", head + joined(documents))
-    data = loader(tmp_path)
-    stream = data.read(0, data.total).tolist()
-    assert sorted(stream) == sorted(head + joined(documents))
-    text = ",".join(map(str, stream)) + ","
-    assert all(",".join(map(str, d)) + "," in text for d in [head, *documents])
+    documents = random_documents(h, 12, 1)
+    heads = [[7, 8, 9], [10, 11, 12, 13]]
+    part = [20, 21, 22, 23, 24] * 5
+    write_shard(tmp_path / "x_train_000000.bin", heads[0] + joined(documents[:6]))
+    write_shard(tmp_path / "x_train_000001.bin", part)
+    write_shard(tmp_path / "x_train_000002.bin", heads[1] + joined(documents[6:9]))
+    write_shard(tmp_path / "x_train_000003.bin", joined(documents[9:]))
+    expected = sorted(tuple(d) for d in [*documents, *([h.bos_id, *text] for text in [*heads, part])])
+    for world in (1, 2):  # which checks other files on each rank
+        for rank in range(world):
+            data = loader(tmp_path, rank, world)
+            assert data.total == sum(map(len, expected))
+            for epoch in range(3):
+                stream = data.read(epoch * data.total, data.total)
+                assert sorted(epoch_documents(stream, h)) == expected
+
+    whole = data.read(0, 3 * data.total)
+    for position in range(2 * data.total):
+        for count in (1, 2, 7):
+            assert np.array_equal(data.read(position, count), whole[position : position + count])
+
+
+def test_a_fragment_is_a_document_under_doc_mask(tmp_path):
+    """The model's own numbering of documents sees the fragment's start."""
+    h = tiny(doc_mask=1, mix_tokens=0)
+    write_shard(tmp_path / "x_train_000000.bin", [7] * 40)
+    write_shard(tmp_path / "x_train_000001.bin", [h.bos_id] + [9] * 39)
+    data = loader(tmp_path, doc_mask=1, mix_tokens=0)
+    stream = torch.from_numpy(data.read(0, data.total))
+    assert len(stream) == 81
+    numbers = t.documents(stream[None], h.bos_id)[0]
+    assert len({(int(n), int(x)) for n, x in zip(numbers, stream) if x != h.bos_id}) == 2
 
 
 def global_batch(batches):
@@ -414,6 +550,7 @@ def test_an_error_of_the_prefetch_thread_reaches_next(tmp_path):
     data.pending.result()  # the thread reads the file's own pages
     write_shard(path, [1, 5, 500] * 2000)  # damaged later: 500 >= vocab_size
     data.document_order.cache_clear()
+    data.open_shard.cache_clear()
     with pytest.raises(t.InputError, match=r"x_train_000001\.bin.*500"):
         for _ in range(60):
             data.next()
@@ -434,10 +571,41 @@ def test_a_damaged_shard_is_found_before_training(tmp_path):
         assert refused >= 1
 
 
-def test_a_shard_without_bos_is_named(tmp_path):
-    write_shard(tmp_path / "x_train_000000.bin", [5, 6, 7] * 50)
-    with pytest.raises(t.InputError, match=r"x_train_000000\.bin.*bos_id=1"):
-        loader(tmp_path).next()
+def test_a_split_without_bos_is_refused_at_the_start(tmp_path):
+    for i in range(2):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", [5, 6, 7] * 50)
+    for rank in (0, 1):
+        with pytest.raises(t.InputError, match="no shard of the train split has a document start.*bos_id=1"):
+            loader(tmp_path, rank, 2)
+    write_shard(tmp_path / "x_train_000002.bin", [1, 6, 7] * 50)
+    assert loader(tmp_path).next()
+
+
+READS_300_SHARDS = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import train_gpt as t
+from helpers import machine, tiny
+h = tiny(data_path=sys.argv[1], mix_tokens=10**9, val_tokens=0)
+data = t.TokenLoader(h, machine())
+before = data.read(0, 2 * data.total)
+for _ in range(2 * data.draw_batches):
+    data.next()
+assert (data.read(0, 2 * data.total) == before).all()
+print(len(data.files), len(t.load_split(h, "val")))
+"""
+
+
+def test_300_shards_need_few_file_descriptors(tmp_path):
+    """256 is macOS's limit. Every shard is visited, and visited again."""
+    shard_folder(tmp_path, tiny(), [3] * 300, seed=1)
+    shard_folder(tmp_path, tiny(), [1] * 300, seed=2, split="val")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", READS_300_SHARDS, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files, tokens = map(int, done.stdout.split())
+    assert files == 300 and tokens > 300
 
 
 def test_a_train_split_shorter_than_a_sequence_is_refused(tmp_path):

@@ -268,6 +268,23 @@ def test_eval_with_the_batch_of_the_training_is_equal_to_the_digit(tmp_path):
     assert f"val_loss:{run.final['val_loss']} val_bpb:{run.final['val_bpb']} " in line
 
 
+def test_a_score_that_is_not_a_number_is_no_success(tmp_path, monkeypatch, capsys):
+    """The status is 1 and one line says which score; no score line carries nan."""
+    run = finished_with()
+    real = t.evaluate
+
+    def without_a_sum(*args):
+        return real(*args)._replace(loss=math.nan, bpb=math.nan)
+
+    monkeypatch.setattr(t, "evaluate", without_a_sum)
+    capsys.readouterr()
+    knobs = as_arguments(dict(data_path=english_dataset().path, out_dir=tmp_path, run_id="nan"))
+    assert t.main(["eval", str(run.folder / "run.int6.xz"), *knobs, "eval_batch_tokens=512"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "final_int6_roundtrip: the score of val is nan" in captured.err
+    assert "val_bpb:nan" not in captured.out
+
+
 def test_eval_reads_the_environment_like_arguments(tmp_path, monkeypatch):
     run = finished_with()
     argument = eval_again(run, tmp_path, "argument", "eval_stride=32")
@@ -317,6 +334,93 @@ def test_deterministic_mode_is_torchs(monkeypatch):
     seen.clear()
     finished_with(train_log_every=4)
     assert seen and not any(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def chosen_weights(run):
+    """Return the weights that a run which ended early exported, and its loss with each kind of weights."""
+    line = starting(run, "ended_early: ")
+    assert len(line) == 1, run.lines[-20:]
+    losses = re.search(r" train_loss live:([\d.]+) ema:([\d.]+) ", line[0])
+    chosen = value(run, r"artifact weights:(\w+) ")
+    assert line[0].endswith(f"the artifact takes {chosen}")
+    return chosen, float(losses[1]), float(losses[2])
+
+
+def calibrates_for(seconds, monkeypatch):
+    """Make calibration take at least so long."""
+    real = t.calibrate
+
+    def slow(*args):
+        time.sleep(seconds)
+        return real(*args)
+
+    monkeypatch.setattr(t, "calibrate", slow)
+
+
+def test_the_time_held_back_for_calibration_is_logged(tmp_path, monkeypatch):
+    calibrates_for(0.2, monkeypatch)
+    argv = english_args(out_dir=tmp_path, iterations=3, max_wallclock_seconds=60)
+    run = read_run(tmp_path, t.main(argv))
+    seconds = float(value(run, r"held_back:([\d.]+)s of max_wallclock_seconds:60 for calibration"))
+    assert 0.3 <= seconds < 5
+    assert not starting(finished_with(), "held_back:")  # no limit, nothing to hold back from
+
+
+def test_more_than_half_of_the_budget_held_back_is_refused(tmp_path, monkeypatch, capsys):
+    calibrates_for(0.4, monkeypatch)
+    err = stop_one_line(english_args(out_dir=tmp_path, max_wallclock_seconds=1), capsys)
+    assert re.search(r"max_wallclock_seconds: 0\.\d of 1 s are held back.*gptq_batches=1", err), err
+
+
+def test_one_step_ships_trained_weights():
+    """The artifact of iterations=1 is as good as the live weights, not the untrained ones."""
+    run = finished_with(iterations=1, matrix_lr=0.02)
+    live = float(value(run, r"final_live val_loss:([\d.]+)"))
+    averaged = float(value(run, r"final_ema val_loss:([\d.]+)"))
+    assert averaged == live
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.02)
+    chosen, of_live, of_average = chosen_weights(run)
+    assert chosen == "ema" and of_live == of_average  # equal weights: the knob's
+
+
+def test_an_average_younger_than_its_horizon_ships_the_better_weights():
+    run = finished_with(ema_frac=2.0)
+    chosen, of_live, of_average = chosen_weights(run)
+    assert chosen == "live" and of_live < of_average - 0.1
+    live = float(value(run, r"final_live val_loss:([\d.]+)"))
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.1)
+    assert not starting(finished_with(), "ended_early: ")  # a run that ends as planned does not choose
+    named = finished_with(ema_frac=2.0, artifact_weights="live")
+    assert not starting(named, "ended_early: ") and named.blob == run.blob
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_choice_follows_the_loss_on_all_ranks(world):
+    """Live weights and averages are swapped in turn: both are chosen once, and the weights stay."""
+    path = english_dataset().path
+    for results in run_ranks(choose, world, path):
+        assert results == ["live", "ema", "live"]
+
+
+def choose(rank, path):
+    """Return the choices for a bad average, bad live weights, and an average that is not a number."""
+    h = t.load_config(english_args(data_path=path), {})
+    m = t.init_machine(h, os.environ)
+    model = t.GPT(h, m.ops, m.dtype)
+    run = SimpleNamespace(h=h, m=m, model=model, log=lambda line: None)
+    loader = t.TokenLoader(h, m)
+    choices = []
+    for live, average in ((0.0, 1.0), (1.0, 0.0), (0.0, math.nan)):
+        ema = t.Ema(model, h)
+        with torch.no_grad():
+            for p, a in zip(ema.params, ema.average):
+                a.copy_(p + average * torch.linspace(-1, 1, p.numel()).view_as(p))
+                p.add_(live * torch.linspace(-1, 1, p.numel()).view_as(p))
+        before = [p.clone() for p in ema.params]
+        choices.append(t.choose_weights(run, loader, ema))
+        assert all(torch.equal(p, q) for p, q in zip(ema.params, before))
+        model = run.model = t.GPT(h, m.ops, m.dtype)
+    return choices
 
 
 def test_ema_and_live_weights_are_different_artifacts():
