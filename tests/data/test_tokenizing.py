@@ -118,7 +118,9 @@ def test_every_model_counts_the_text_itself(tmp_path, dummy_prefix, strips, spac
         assert total == scored == sum(len(text.encode()) for text in texts)
 
 
-@pytest.mark.parametrize(("dummy_prefix", "strips"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("dummy_prefix", "strips"), [(False, False), (False, True), (True, False), (True, True)]
+)
 @pytest.mark.parametrize("space_piece", [False, True])
 def test_the_trainer_counts_the_same_up_to_any_target(tmp_path, dummy_prefix, strips, space_piece):
     path = train_model(tmp_path, dummy_prefix, strips, space_piece)

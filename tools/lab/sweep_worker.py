@@ -66,7 +66,7 @@ def entropy_bytes(raw: bytes) -> float:
 
 def int6_codes(trainer: ModuleType, run: Any, trained: Any) -> bytes:
     """Return the int6 codes of the weights that are exported, one byte each."""
-    weights = trained.ema.average if run.h.artifact_weights == "ema" else trained.ema.params
+    weights = trained.ema.average if trained.artifact_weights == "ema" else trained.ema.params
     codes = []
     for (name, _), p in zip(run.model.named_parameters(), weights):
         if trainer.KINDS[name] == "int6":
