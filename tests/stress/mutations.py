@@ -366,9 +366,10 @@ def payload_length(rng, base):
 
 
 def odd_values(rng, base):
-    """Fill the payload with noise: floats may be NaN. In half of the cases codes keep their limit."""
+    """Fill the payload with noise, NaN included. In half of the cases only codes change, within their limit."""
     payload = bytearray(rng.randbytes(len(base.payload)))
     if rng.random() < 0.5:
+        payload = bytearray(base.payload)
         for kind, start, count in spans(base):
             limit = t.CODE_LIMIT.get(kind)
             if limit:

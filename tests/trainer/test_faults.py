@@ -516,7 +516,7 @@ def lose_rank_1(rank):
         t.load_dataset = leave_at_once
 
 
-def leave_at_once(h):
+def leave_at_once(h, trains):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

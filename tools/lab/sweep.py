@@ -334,11 +334,10 @@ class Sweep:
         return 0
 
     def train(self) -> None:
-        """Serve all workers until they are done; Ctrl-C and SIGTERM stop them."""
+        """Serve all workers until they are done; a KeyboardInterrupt stops them."""
         threads = [
             threading.Thread(target=self.serve, args=(index,), daemon=True) for index in range(self.workers)
         ]
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for thread in threads:
                 thread.start()
@@ -346,8 +345,6 @@ class Sweep:
                 thread.join()
         except KeyboardInterrupt:
             self.stop("interrupted; the same command continues with what is missing")
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -394,6 +391,7 @@ def command(args: argparse.Namespace) -> int:
     trainer = load_script(TRAINER, "swept_trainer", sweep_plan.NEEDS, "sweep")
     plan = sweep_plan.read_plan(trainer, args)
     folder = Path(args.out) if args.out else Path("logs", "sweeps", sweep_plan.default_name(given))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the workers as Ctrl-C does
     return Sweep(plan, folder, args.workers, args.budget).run()
 
 
