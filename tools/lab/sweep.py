@@ -334,10 +334,14 @@ class Sweep:
         return 0
 
     def train(self) -> None:
-        """Serve all workers until they are done; a KeyboardInterrupt stops them."""
+        """Serve all workers until they are done; Ctrl-C and SIGTERM stop them."""
         threads = [
             threading.Thread(target=self.serve, args=(index,), daemon=True) for index in range(self.workers)
         ]
+        before = signal.getsignal(signal.SIGTERM)
+        takes_signals = threading.current_thread() is threading.main_thread()
+        if takes_signals:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for thread in threads:
                 thread.start()
@@ -345,6 +349,9 @@ class Sweep:
                 thread.join()
         except KeyboardInterrupt:
             self.stop("interrupted; the same command continues with what is missing")
+        finally:
+            if takes_signals:
+                signal.signal(signal.SIGTERM, before)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -391,7 +398,6 @@ def command(args: argparse.Namespace) -> int:
     trainer = load_script(TRAINER, "swept_trainer", sweep_plan.NEEDS, "sweep")
     plan = sweep_plan.read_plan(trainer, args)
     folder = Path(args.out) if args.out else Path("logs", "sweeps", sweep_plan.default_name(given))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops the workers as Ctrl-C does
     return Sweep(plan, folder, args.workers, args.budget).run()
 
 
