@@ -366,7 +366,7 @@ def payload_length(rng, base):
 
 
 def odd_values(rng, base):
-    """Fill the payload with noise, NaN included; in half of the cases only codes change, within their limit."""
+    """Fill the payload with noise, NaN included; in half of the cases only codes, within their limit."""
     payload = bytearray(rng.randbytes(len(base.payload)))
     if rng.random() < 0.5:
         payload = bytearray(base.payload)

@@ -294,7 +294,8 @@ WIRE_STEPS = 12
 def wire_rank(rank, folder, dtype):
     """Train WIRE_STEPS steps: parameters, losses, the collectives of the last step and more, by name."""
     m = env_machine(tiny(data_path=folder))
-    knobs = dict(step_rule="muon", matrix_lr=0.025, mix_tokens=0)  # the bounds below were found with these
+    # The bounds below were found with these.
+    knobs = dict(step_rule="muon", matrix_lr=0.025, mix_tokens=0, seed=2)
     model, optimizer, _, loader = setup(m, data_path=folder, wire_dtype=dtype, **knobs)
     state = {str(x.dtype) for x in optimizer.state()}
     gradients = optimizer.bank_grad | {"flat": optimizer.flat_grad}
@@ -362,7 +363,7 @@ def test_bfloat16_halves_the_bytes_of_gradients_and_of_nothing_else(wires):
         assert {call.dtype for call in narrow[5:]} == {torch.float32}
 
 
-WIRE_BOUND = 0.075  # ve_emb differs by 0.0502 on two ranks
+WIRE_BOUND = 0.05  # seeds 1 to 3 come to 0.035; of seed 1337 ve_emb comes to 0.0501
 WIRE_LOSS = 5e-4
 
 
