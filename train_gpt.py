@@ -577,8 +577,8 @@ class Machine:
     def captured(self, fn: Callable[[], None]) -> Captured:
         """Capture fn as one CUDA graph. fn must queue the same work on the same tensors at every call.
 
-        It runs three times first, to compile, on a side stream, as CUDA requires; callers undo the effects.
-        All ranks get a graph or none does. Without graph_capture fn does not run.
+        fn first runs three times on a side stream, as CUDA requires, which also compiles it; callers undo the
+        effects. Either all ranks get a graph or none does. Without graph_capture, fn does not run here.
         """
         if self.graph_capture is None:
             return Captured(fn, "")
@@ -832,8 +832,8 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
     """Handle SIGTERM and SIGINT, and append the reason a rank fails to the log that all ranks share.
 
     A signal before training exits at once. The first one after that ends training after the current step, or
-    does nothing if it has ended; another one more than ECHO seconds later exits at once. One of several ranks
-    that fails exits without a proper shutdown, which would wait for the others.
+    does nothing if it has ended; another one more than ECHO seconds later exits at once. If there are several
+    ranks, one that fails skips the proper shutdown, which would wait for the others.
     """
 
     def handle(number: int, frame) -> None:
@@ -842,7 +842,7 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
             os._exit(128 + number)
         if m.rank == 0 and len(m.signals) == 1:
             text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
-            os.write(2, text.encode())  # print may be interrupted in the middle of a print
+            os.write(2, text.encode())  # not print: the signal may have interrupted one
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -1055,7 +1055,7 @@ class ShardEntry(NamedTuple):
 def listed_shards(path: Path, manifest: dict, split: str) -> dict[str, ShardEntry]:
     """Return the shards of a split that a manifest lists, by file; {} if it lists none.
 
-    Raises InputError when the entry is malformed or its total is another one.
+    Raises InputError when the entry is malformed or its total is not the sum of its shards.
     """
     with explained(
         f"{path}: bad entry of split {split}", "make it again", LookupError, TypeError, AttributeError
@@ -1072,7 +1072,7 @@ def listed_shards(path: Path, manifest: dict, split: str) -> dict[str, ShardEntr
 def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None:
     """Check the files of a split against the manifest, if it lists them: names, sizes, and hashes if asked.
 
-    Raises InputError naming the first file that is missing, not listed, or another one.
+    Raises InputError naming the first file that is missing, not listed, or different from its entry.
     """
     path = Path(h.data_path, "manifest.json")
     files = {os.path.basename(f): f for f in split_files(h.data_path, split)}
@@ -1117,8 +1117,8 @@ def check_split(h: Config, manifest: dict, split: str) -> None:
 def load_dataset(h: Config, trains: bool = False) -> Dataset:
     """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
 
-    Everything that the manifest says about the files is checked, hashes of the held-out ones included; of
-    training shards only the size, and only if this run trains. Training opens no held-out file, unless
+    Held-out shards are compared with the manifest by name, size and listed hash; training shards by name and
+    size, and only if this run trains. After these checks training opens no held-out file unless
     val_loss_every is set.
     """
     split_files(h.data_path, "val")
@@ -1198,13 +1198,15 @@ class TokenLoader:
     """An endless stream of shuffled documents, cut into global batches. Its only state is the batch index.
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
-    is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of
-    the stream are shuffled, or one long document would fill a batch. Text before a shard's first BOS, all of
-    it in a shard without one, is the end of a document that another shard began. It is a document here,
-    the fragment, before which the stream has a BOS that the file lacks: nothing connects it with the random
-    document before it, under doc_mask neither. Global batch n is the same for every
-    world size: micro-batch a of rank r holds its sequences [(a * world + r) * B, ...). A thread builds the
-    next batch while the device works on this one.
+    is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of the
+    stream are shuffled; otherwise one long document would fill a batch.
+
+    Text before a shard's first BOS (the whole shard, if it has none) is the fragment: the end of a document
+    that began in another shard. It counts as a document of its own. The stream puts the BOS that the file
+    lacks before it, so that it has no connection with the random document it follows, under doc_mask or not.
+
+    Global batch n is the same for every world size: micro-batch a of rank r holds its sequences
+    [(a * world + r) * B, ...). A thread builds the next batch while the device works on this one.
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
@@ -3252,8 +3254,8 @@ def fit_artifact(
     """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
     If it does not fit as configured, up to eight more attempts look for the int6 step that fills the room to
-    within 0.2 %, as if doubling the step saved one bit per code. If fit_cap is off, or nothing tried up to 1
-    fits, the result may exceed the room.
+    within 0.2 %, as if doubling the step saved one bit per code. The step never exceeds 1. If fit_cap is
+    off, or no attempt fits, the result may exceed the room.
     """
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
     step = h.int6_step

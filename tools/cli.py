@@ -1,12 +1,12 @@
 """The commands of run.sh: choose preset, data and processes for this machine, then start the right program.
 
-run.sh finds Python, installs the requirements and hands over here, where the caller stands. COMMANDS, at the
-end, is the list of commands; `./run.sh --help` is printed from it. Notes go to stderr, so that
-`./run.sh config > file` stays clean.
+run.sh finds Python, installs the requirements and hands over here, in the caller's working directory.
+COMMANDS, at the end, is the list of commands; `./run.sh --help` is printed from it. Notes go to stderr, so
+that `./run.sh config > file` stays clean.
 
 This process never imports torch, so that help and every refusal are quick. What only the trainer knows (its
-default seed, whether its batch divides) a child process asks of it, `cli.py --resolve`: importing the trainer
-takes 2 to 4 seconds either way, but in a child its 300 MB are free again before training starts.
+default seed, whether its batch divides) is asked of it in a child process, `cli.py --resolve`. Importing the
+trainer takes 2 to 4 seconds either way, but a child gives its 300 MB back before training starts.
 
 Exit status: the program's own (128 + N after signal N), or 2 for bad input (one line on stderr says it).
 """
@@ -79,7 +79,7 @@ class Form(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The words after a command, read. Paths of the caller's are as seen from the repository."""
+    """The parsed words after a command. The caller's paths are rewritten to hold from the repository."""
 
     words: list[str]  # as they were given
     artifact: str = ""

@@ -80,7 +80,7 @@ class Sweep:
         self.queue = Queue(plan, self.earlier_outcomes())
 
     def claim_folder(self) -> None:
-        """Make the folder. BadInput: it belongs to another script or to a sweep that is running."""
+        """Make and lock the folder. Raises BadInput if another script or a running sweep owns it."""
         for part in ("logs", ".work"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         self.guard = open(self.folder / ".work" / "lock", "w")
@@ -100,7 +100,7 @@ class Sweep:
             raise BadInput(f"{script}: train_gpt.py has changed since this sweep began; choose another --out")
 
     def earlier_outcomes(self) -> dict[str, float | None]:
-        """Return the bpb of each log in the folder, by name. BadInput: one of them is not of this plan."""
+        """Return the bpb of each log in the folder, by name. Raises BadInput if one is not of this plan."""
         outcomes = {}
         for run in sweep_table.read_runs(self.folder):
             configuration = self.configuration_of(run)
