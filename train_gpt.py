@@ -1164,6 +1164,14 @@ def load_dataset(h: Config, trains: bool = False) -> Dataset:
     return Dataset(counts, manifest, manifest_sha256, tokenizer_sha256)
 
 
+def check_train_length(h: Config, tokens: int) -> None:
+    """Check that the train split makes a sequence. Raises InputError when it is too short."""
+    if tokens <= h.train_seq_len:
+        raise InputError(
+            f"{h.data_path}: the train split has {tokens} tokens, not one sequence; use more text"
+        )
+
+
 class Draw(IntEnum):
     """The uses of random numbers in the loader: each has streams of its own."""
 
@@ -1225,10 +1233,7 @@ class TokenLoader:
         # In the stream: a shard that begins inside a document gets a BOS.
         self.sizes = np.array([shard_tokens(f) + begins_inside(f, h.bos_id) for f in self.files])
         self.total = int(self.sizes.sum())
-        if self.total <= h.train_seq_len:
-            raise InputError(
-                f"{h.data_path}: the train split has {self.total} tokens, not one sequence; use more text"
-            )
+        check_train_length(h, self.total)
 
         self.accum, self.sequences = cut_batch(h, m.world_size)
         self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
@@ -4271,12 +4276,8 @@ def utc_stamp() -> str:
 
 
 def check_training_inputs(h: Config) -> None:
-    """Check that training has text, and the files it shall resume from. Raises InputError."""
-    total = sum(map(shard_tokens, split_files(h.data_path, "train")))
-    if total <= h.train_seq_len:
-        raise InputError(
-            f"{h.data_path}: the train split has {total} tokens, not one sequence; use more text"
-        )
+    """Check that training has text, and the files that it resumes from. Raises InputError."""
+    check_train_length(h, sum(map(shard_tokens, split_files(h.data_path, "train"))))
     if h.resume in ("", "auto"):
         return
 

@@ -43,6 +43,7 @@ from lab.direction_times import log_floors, log_work, time_cases
 from ledger import direction_log, direction_tables
 from ledger.files import read_text
 from ledger.runlog import SEPARATOR
+from ledger.status import finish
 from script import ROOT, TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
@@ -367,7 +368,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = verbs.parse(argument_parser(), argv)
-    return verbs.finish(lambda: command(args))
+    return finish(lambda: command(args))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from lab.sweep_plan import Configuration, Plan, Queue
 from ledger import pictures, sweep_table
 from ledger.files import read_text
 from ledger.runlog import Run
+from ledger.status import finish
 from script import TRAINER, BadInput, load_script
 
 PATH_KNOBS = ("out_dir", "data_path", "tokenizer_path")  # they may differ when a sweep is continued
@@ -403,7 +404,7 @@ def command(args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     args = verbs.parse(argument_parser(), argv)
-    return verbs.finish(lambda: command(args))
+    return finish(lambda: command(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared by the verbs of `record` that measure on this machine: command line, exit status, child processes.
+"""Shared by the verbs of `record` that measure on this machine: command line, child processes.
 
 `./run.sh record VERB ...` is `python -m lab.VERB ...` with tools/ on PYTHONPATH.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
 
-from script import ROOT, BadInput
+from script import ROOT
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -23,20 +21,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words += rest
     return args
-
-
-def finish(command: Callable[[], int]) -> int:
-    """Run a verb and return its exit status. BadInput becomes one line on stderr and status 2."""
-    try:
-        status = command()
-        sys.stdout.flush()
-        return status
-    except BadInput as error:
-        print(f"record: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
 
 
 def child_environment(**changes: str) -> dict[str, str]:

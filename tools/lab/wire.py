@@ -42,6 +42,7 @@ from lab.wire_predict import (
 )
 from lab.wire_steps import DrySteps, RankTask, dry_steps, free_port, in_processes, real_step
 from ledger.files import write_atomic
+from ledger.status import finish
 from script import ROOT, BadInput
 
 PREDICTED = ((1, 8), (4, 8))  # nodes, ranks on each
@@ -299,7 +300,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = verbs.parse(argument_parser(), argv)
-    return verbs.finish(lambda: command(args))
+    return finish(lambda: command(args))
 
 
 if __name__ == "__main__":

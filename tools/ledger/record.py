@@ -45,6 +45,7 @@ from ledger.folders import (
 from ledger.record_claims import examine_record
 from ledger.reproduce import reproduce
 from ledger.runlog import parse_log
+from ledger.status import finish
 from ledger.sweep_claims import examine_sweep
 from ledger.tracks import TRACKS
 from script import ROOT, BadInput
@@ -297,16 +298,7 @@ def main(argv: list[str]) -> int:
     """Run a verb and return the exit status. An error the user can fix is printed as one line."""
     args = parser().parse_args(argv)
     args.root = args.root.resolve()
-    try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except BadInput as error:
-        print(f"record: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+    return finish(lambda: args.run(args))
 
 
 if __name__ == "__main__":
