@@ -225,10 +225,15 @@ class Config:
     rope_base: float = 10_000.0
     attn_windows: str = "256 256 256 0"  # keys a token sees, itself included; cycles over layers; 0: all
     doc_mask: bool = False  # no token sees another document
+    loop_layers: str = ""  # neighbouring layers, from 0, that are visited again: "4 5" means 4 5 4 5 ...
+    loop_times: int = 0  # further visits; 0: none
+    loop_frac: float = 0.5  # share of the run before training loops; 1: only scoring does
     xsa_last_n: int = 4  # layers with exclusive self-attention
-    ve_last_n: int = 2  # layers whose values get a token embedding added
+    attn_gate_dims: int = 0  # dimensions of a layer's input from which each head's gate is computed; 0: none
+    skip_gates: bool = False  # skips blend by a learned gate in place of adding
+    ve_last_n: int = 2  # layers whose values get a token embedding added; 0: none
     ve_dim: int = 128
-    bigram_vocab_size: int = 1536
+    bigram_vocab_size: int = 1536  # embeddings of hashed pairs of tokens; 0: none
     bigram_dim: int = 128
     logit_softcap: float = 30.0
     qk_gain_init: float = 1.5
@@ -239,11 +244,13 @@ class Config:
     matrix_lr: float = 0.05
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
-    muon_wd: float = 0.04
-    adam_wd: float = 0.04
+    muon_wd: float = 0.04  # decay of the matrices
+    embed_wd: float = 0.04
+    scalar_wd: float = 0.04
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2  # of the run
+    equalize_rows: bool = False  # rows of unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step shrinks as well
     normuon_beta2: float = 0.95  # of the second moment in the normuon rules
     proj_init_std: float = 0.0  # of O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) for hyperball
@@ -269,6 +276,10 @@ class Config:
         return self.model_dim // self.num_heads
 
     @property
+    def num_visits(self) -> int:
+        return self.num_layers + self.loop_times * len(self.loop_layers.split())
+
+    @property
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
 
@@ -278,49 +289,74 @@ class Config:
 
 
 FEW_STEPS = dict(muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02)
+ONE_GPU = dict(
+    max_wallclock_seconds=300.0,
+    train_batch_tokens=262_144,
+    micro_batch_tokens=131_072,
+    val_loss_every=500,
+)
+LAPTOP = dict(
+    max_wallclock_seconds=120.0,
+    iterations=100_000,
+    warmup_steps=2,
+    train_log_every=25,
+    val_tokens=65_536,
+    train_batch_tokens=2048,
+    micro_batch_tokens=2048,
+    train_seq_len=256,
+    eval_seq_len=256,
+    eval_batch_tokens=8192,
+    num_layers=4,
+    model_dim=128,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=16,
+    attn_windows="",
+    gptq_batches=16,
+)
+SP8192 = dict(  # parameter-golf #1394, with heads of 128 and attention windows as in `record`
+    data_path="data/datasets/fineweb10B_sp8192",
+    vocab_size=8192,
+    mlp_mult=4.0,
+    xsa_last_n=11,
+    ve_last_n=0,
+    bigram_vocab_size=0,
+    qk_gain_init=4.0,
+    skip_gates=True,
+    loop_layers="4 5",
+    loop_times=2,
+    step_rule="muon",
+    equalize_rows=True,
+    matrix_lr=0.02,
+    embed_lr=0.03,
+    scalar_lr=0.02,
+    muon_wd=0.085,
+    embed_wd=0.085,
+    scalar_wd=0.02,
+    muon_momentum_warmup_frac=0.3,
+    warmdown_frac=0.667,
+    ema_frac=0.067,
+)
 PRESETS: dict[str, dict] = {
     "record": {},
-    "h100x1": FEW_STEPS
-    | dict(
-        max_wallclock_seconds=300.0,
-        train_batch_tokens=262_144,
-        micro_batch_tokens=131_072,
-        val_loss_every=500,
-    ),
+    "h100x1": FEW_STEPS | ONE_GPU,
     "cpu": FEW_STEPS
-    | dict(
-        max_wallclock_seconds=120.0,
-        iterations=100_000,
-        warmup_steps=2,
-        train_log_every=25,
-        val_tokens=65_536,
-        train_batch_tokens=2048,
-        micro_batch_tokens=2048,
-        train_seq_len=256,
-        eval_seq_len=256,
-        eval_batch_tokens=8192,
-        num_layers=4,
-        model_dim=128,
-        num_heads=2,
-        num_kv_heads=1,
-        rope_dims=16,
-        attn_windows="",
-        xsa_last_n=2,
-        ve_last_n=1,
-        ve_dim=64,
-        bigram_vocab_size=512,
-        bigram_dim=64,
-        gptq_batches=16,
-    ),
+    | LAPTOP
+    | dict(xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
+    "sp8192": SP8192,
+    "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | dict(micro_batch_tokens=65_536),
+    "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
 }
 
-# The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it.
+# The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it, and
+# each of EXTRA_FIELDS only if it is not the default: artifacts from before there was such a knob stay valid.
 MODEL_FIELDS = (
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims"),
     *("rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim", "logit_softcap"),
     *("bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask"),
 )
 TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
+EXTRA_FIELDS = ("loop_layers", "loop_times", "attn_gate_dims", "skip_gates")
 
 
 def parse_flag(text: str) -> bool:
@@ -365,12 +401,13 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
 
 MAY_BE_ZERO = (
     *("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims", "mix_tokens"),
-    *("xsa_last_n", "bigram_vocab_size", "size_cap", "gptq_batches"),
+    *("xsa_last_n", "ve_last_n", "bigram_vocab_size", "size_cap", "gptq_batches", "loop_times"),
+    *("attn_gate_dims",),
 )
 
 # Knobs that must stay below 1, and those that may also be 1.
 BELOW_ONE = ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2", "normuon_beta2")
-UP_TO_ONE = ("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step")
+UP_TO_ONE = ("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step", "loop_frac")
 
 
 def check_ranges(h: Config) -> None:
@@ -407,6 +444,9 @@ def check_relations(h: Config) -> None:
         "num_kv_heads": "num_heads",
     }
     windows_are_numbers = all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split())
+    loop = h.loop_layers.split()
+    first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
+    neighbours = [str(first + i) for i in range(len(loop))]
     rules = [
         *(
             (getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
@@ -422,13 +462,19 @@ def check_relations(h: Config) -> None:
             max(h.xsa_last_n, h.ve_last_n) <= h.num_layers,
             "xsa_last_n, ve_last_n must not exceed num_layers",
         ),
+        (h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim"),
         (h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}"),
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
         (
             windows_are_numbers,
             f"attn_windows={h.attn_windows!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
         ),
-        (h.bigram_vocab_size >= 2, "bigram_vocab_size must be at least 2"),
+        (h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2"),
+        (
+            loop == neighbours and first + len(loop) <= h.num_layers,
+            f"loop_layers={h.loop_layers!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
+        ),
+        (h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
         (h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive"),
         (h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0"),
@@ -608,12 +654,15 @@ class Machine:
         return tuple(box.tolist())
 
 
-def capture_graph(stream: torch.cuda.Stream, fn: Callable[[], None]) -> Callable[[], None]:
-    """Capture the device work that fn queues, without running it. Returns the function that launches it."""
+def capture_graph(stream: torch.cuda.Stream, pool: tuple, fn: Callable[[], None]) -> Callable[[], None]:
+    """Capture the device work that fn queues, without running it. Returns the function that launches it.
+
+    Graphs of one pool use the same memory: they are launched one after another, and leave no result in it.
+    """
     graph = torch.cuda.CUDAGraph()
     # The outer context restores the current stream if capture fails; thread_local spares NCCL's watchdog.
     with torch.cuda.stream(stream):
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             fn()
     return graph.replay
 
@@ -728,7 +777,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
         levels=levels,
         names=names,
         streams=streams,
-        graph_capture=partial(capture_graph, streams[0]),
+        graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
     )
 
 
@@ -1338,13 +1387,15 @@ class TokenLoader:
 # 6. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
 
 RMS_EPS = 1e-6  # given explicitly: PyTorch's default depends on the dtype
+GATE_SCALE = 0.5  # the gates start at 0.5 and learn as fast as this is large
 DOCUMENTS = 16  # most documents of a sequence that are told apart; the 16th and later ones count as one
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The topology of one layer, as data."""
+    """The topology of one visit to a layer, as data."""
 
+    layer: int  # whose weights it uses
     push: bool  # whether its output is kept for a skip connection
     skip: int  # row of skip_weights with which it takes a kept output back in, or -1
     xsa: bool  # whether it uses exclusive self-attention
@@ -1353,21 +1404,34 @@ class LayerSpec:
     docs: bool  # whether a token sees its own document only
 
 
+def visit_order(h: Config) -> list[int]:
+    """Return the layers in the order of their visits: those of loop_layers 1 + loop_times times in a row.
+
+    Depth recurrence, parameter-golf #1204, #1394. 11 layers, "4 5" and 2: 0 1 2 3 4 5 4 5 4 5 6 7 8 9 10.
+    """
+    layers = [*range(h.num_layers)]
+    loop = [int(layer) for layer in h.loop_layers.split()]
+    end = loop[-1] + 1 if loop else 0
+    return layers[:end] + loop * h.loop_times + layers[end:]
+
+
 def layer_table(h: Config) -> tuple[LayerSpec, ...]:
-    """Lay out a U-Net: num_layers // 2 layers keep their outputs, as many add them back, last first."""
-    half = h.num_layers // 2
+    """Lay out a U-Net: the first half of the visits keep their outputs, as many add them back, last first."""
+    visits = visit_order(h)
+    half = len(visits) // 2
     first_ve = h.num_layers - h.ve_last_n
-    windows = cycle(h.attn_windows.split() or ["0"])
+    windows = h.attn_windows.split() or ["0"]
     return tuple(
         LayerSpec(
-            push=i < half,
-            skip=i - half if half <= i < 2 * half else -1,
+            layer=i,
+            push=visit < half,
+            skip=visit - half if half <= visit < 2 * half else -1,
             xsa=i >= h.num_layers - h.xsa_last_n,
             ve=i - first_ve if i >= first_ve else -1,
-            window=int(next(windows)),
+            window=int(windows[i % len(windows)]),
             docs=h.doc_mask,
         )
-        for i in range(h.num_layers)
+        for visit, i in enumerate(visits)
     )
 
 
@@ -1380,6 +1444,7 @@ class LayerWeights(NamedTuple):
     down: Tensor  # (D, F)
     q_gain: Tensor  # (H,)
     resid_mix: Tensor  # (2, D)
+    attn_gate: Tensor | None = None  # (H, attn_gate_dims)
 
 
 class Positions(NamedTuple):
@@ -1500,6 +1565,15 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
+def gate_heads(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """Scale the heads of y (B, T, H, Dh) by sigmoid(GATE_SCALE Wz), with z the first numbers of x (B, T, D).
+
+    W (H, dimensions of z). The sparse attention gate of parameter-golf #1787, as in #1855.
+    """
+    gate = torch.sigmoid(GATE_SCALE * F.linear(x[..., : W.size(1)], W.to(x.dtype)))
+    return y * gate[..., None]
+
+
 def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Tensor:
     """Apply up (F, D), LeakyReLU(0.5)^2, then down (D, F) to x (B, T, D). parameter-golf #549."""
     return linear(F.leaky_relu(linear(x, up), 0.5).square(), down)
@@ -1529,6 +1603,8 @@ def attention_block(
     y = ops.attend(q, k, v, spec.window, positions.documents if spec.docs else None)
     if spec.xsa:
         y = exclude_self(y, v)
+    if w.attn_gate is not None:
+        y = gate_heads(y, x, w.attn_gate)
     return ops.linear(y.flatten(2), w.o)
 
 
@@ -1536,6 +1612,17 @@ def residual_mix(x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:
     """Mix the residual stream with the embedding stream x0, both (B, T, D), by mix (2, D)."""
     mix = mix.to(x.dtype)
     return mix[0] * x + mix[1] * x0
+
+
+def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """Add weight * kept to x, or with a gate blend: sigmoid(gate) of x, the rest of weight * kept.
+
+    x, kept (B, T, D); weight, gate (D,). The gate: parameter-golf #1218.
+    """
+    skipped = weight.to(x.dtype) * kept
+    if gate is None:
+        return x + skipped
+    return torch.lerp(skipped, x, torch.sigmoid(gate).to(x.dtype))
 
 
 # -----------------------------------------------------------------------------
@@ -1551,6 +1638,7 @@ class ParamSpec(NamedTuple):
     buffer: str  # its bank: split over ranks, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
     lr: str  # knob with its rate
     kind: str  # key of STORED: encoding in the artifact
+    needs: str = ""  # knob without which, at 0, the model lacks this parameter
 
 
 PARAM_TABLE = (
@@ -1559,15 +1647,18 @@ PARAM_TABLE = (
     ParamSpec("qo_bank", "2L D D", "half_orthogonal OUT", "qo", "matrix_lr", "int6"),  # Q at i, O at L + i
     ParamSpec("kv_bank", "2L KV D", "orthogonal", "kv", "matrix_lr", "int6"),  # K at i, V at L + i
     ParamSpec("tok_emb", "V D", "normal EMBED", "flat", "embed_lr", "int8"),  # also the output layer
-    ParamSpec("bigram_emb", "BV BD", "constant 0", "flat", "embed_lr", "int8"),
-    ParamSpec("bigram_proj", "D BD", "orthogonal", "flat", "scalar_lr", "int8"),  # two zeros would never move
-    ParamSpec("bigram_scale", "1", "constant 0.05", "flat", "scalar_lr", "f32"),
-    ParamSpec("ve_emb", "V VD", "normal 0.01", "flat", "embed_lr", "int8"),
-    ParamSpec("ve_proj", "KV VD", "orthogonal", "flat", "scalar_lr", "int8"),
-    ParamSpec("ve_scale", "1", "constant 0.1", "flat", "scalar_lr", "f32"),
-    ParamSpec("ve_layer_scale", "VL", "constant 1", "flat", "scalar_lr", "f32"),
+    ParamSpec("bigram_emb", "BV BD", "constant 0", "flat", "embed_lr", "int8", "bigram_vocab_size"),
+    # Not zeros, as bigram_emb is: two zeros would never move.
+    ParamSpec("bigram_proj", "D BD", "orthogonal", "flat", "scalar_lr", "int8", "bigram_vocab_size"),
+    ParamSpec("bigram_scale", "1", "constant 0.05", "flat", "scalar_lr", "f32", "bigram_vocab_size"),
+    ParamSpec("ve_emb", "V VD", "normal 0.01", "flat", "embed_lr", "int8", "ve_last_n"),
+    ParamSpec("ve_proj", "KV VD", "orthogonal", "flat", "scalar_lr", "int8", "ve_last_n"),
+    ParamSpec("ve_scale", "1", "constant 0.1", "flat", "scalar_lr", "f32", "ve_last_n"),
+    ParamSpec("ve_layer_scale", "VL", "constant 1", "flat", "scalar_lr", "f32", "ve_last_n"),
     ParamSpec("smear_gate", "D", "constant 0", "flat", "scalar_lr", "f16"),
     ParamSpec("skip_weights", "S D", "constant 1", "flat", "scalar_lr", "f16"),
+    ParamSpec("skip_gate", "S D", "constant 0", "flat", "scalar_lr", "f16", "skip_gates"),
+    ParamSpec("attn_gate", "L H GD", "constant 0", "flat", "scalar_lr", "f16", "attn_gate_dims"),
     ParamSpec("resid_mix", "L 2 D", "first_of_two", "flat", "scalar_lr", "f16"),
     ParamSpec("attn_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("mlp_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
@@ -1578,16 +1669,16 @@ SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
 
 
 def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Resolve PARAM_TABLE for a Config: name -> (shape, initialization for init_tensor).
+    """Resolve PARAM_TABLE for a Config: name -> (shape, initialization for init_tensor), of those it has.
 
     OUT, the deviation of matrices that write into the residual stream, is proj_init_std. If that is 0, rules
     that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at 768).
     """
     L = h.num_layers
     D = h.model_dim
-    sizes = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, L // 2), "VL": h.ve_last_n}
+    sizes = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, h.num_visits // 2), "VL": h.ve_last_n}
     sizes |= {"D": D, "F": h.mlp_dim, "KV": h.kv_dim, "H": h.num_heads, "V": h.vocab_size}
-    sizes |= {"BV": h.bigram_vocab_size, "BD": h.bigram_dim, "VD": h.ve_dim}
+    sizes |= {"BV": h.bigram_vocab_size, "BD": h.bigram_dim, "VD": h.ve_dim, "GD": h.attn_gate_dims}
 
     out = h.proj_init_std
     if out == 0 and STEP_RULES[h.step_rule] is step_hyperball:
@@ -1596,6 +1687,8 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
     table = {}
     for spec in PARAM_TABLE:
+        if spec.needs and not getattr(h, spec.needs):
+            continue
         shape = tuple(sizes[letter] for letter in spec.shape.split())
         init = " ".join(str(words.get(word, word)) for word in spec.init.split())
         table[spec.name] = (shape, init)
@@ -1626,7 +1719,7 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
 
 
 class GPT(nn.Module):
-    """The model: 18 float32 parameters, with the matrices of all layers stacked. Products run in `dtype`."""
+    """The model: float32 parameters, with the matrices of all layers stacked. Products run in `dtype`."""
 
     def __init__(self, h: Config, ops: Ops | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -1637,6 +1730,12 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(h.seed)
         for name, (shape, init) in parameter_table(h).items():
             self.register_parameter(name, nn.Parameter(init_tensor(shape, init, generator)))
+
+    def without_loop(self) -> GPT:
+        """Return this model, with the same parameters, under the table that visits every layer once."""
+        model = copy(self)
+        model.layers = layer_table(replace(self.h, loop_times=0))
+        return model
 
     def layer_weights(self) -> list[LayerWeights]:
         """Cut the stacked matrices into one LayerWeights per layer.
@@ -1657,39 +1756,56 @@ class GPT(nn.Module):
             down=(self.mlp_scale[..., None] * self.mlp_down_bank).to(self.dtype),
             q_gain=self.q_gain,
             resid_mix=self.resid_mix,
+            attn_gate=self.attn_gate if self.h.attn_gate_dims else None,
         )
-        return [LayerWeights(*layer) for layer in zip(*(tensor.unbind(0) for tensor in stacked))]
+        columns = [[None] * L if tensor is None else tensor.unbind(0) for tensor in stacked]
+        return [LayerWeights(*layer) for layer in zip(*columns)]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens and hashed bigrams, normalize, blend in the previous token. (B, T) -> (B, T, D).
 
-        Nothing crosses a document start. Bigrams: parameter-golf #399. The blend (smear gate): #1851.
+        Nothing crosses a document start. The blend (smear gate): parameter-golf #1851.
         """
         starts = document_starts(tokens, self.h.bos_id)
+        x = F.embedding(tokens, self.tok_emb).to(self.dtype)
+        if self.h.bigram_vocab_size:
+            x = x + self.embed_bigrams(tokens, starts)
+        x = rms_norm(x)
+
+        gate = torch.sigmoid(self.smear_gate).to(self.dtype) * ~starts[..., None]
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
+
+    def embed_bigrams(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        """Embed each token with the one before it, by their hash. Two (B, T) -> (B, T, D).
+
+        The last row is that of all document starts. parameter-golf #399.
+        """
         previous = F.pad(tokens[:, :-1], (1, 0))
         buckets = self.h.bigram_vocab_size - 1
         bucket = torch.bitwise_xor(36313 * tokens, 27191 * previous) % buckets
         bigram = F.embedding(torch.where(starts, buckets, bucket), self.bigram_emb).to(self.dtype)
+        return F.linear(bigram, (self.bigram_scale * self.bigram_proj).to(self.dtype))
 
-        x = F.embedding(tokens, self.tok_emb).to(self.dtype)
-        x = rms_norm(x + F.linear(bigram, (self.bigram_scale * self.bigram_proj).to(self.dtype)))
-
-        gate = torch.sigmoid(self.smear_gate).to(self.dtype) * ~starts[..., None]
-        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
+    def embed_values(self, tokens: Tensor) -> Tensor:
+        """Embed tokens as values for attention. (B, T) -> (B, T, Hkv*Dh)."""
+        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast late: its gradients sum in float32
+        return F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
 
     def trunk(self, tokens: Tensor) -> Tensor:
         """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized."""
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
         positions = Positions(cos, sin, documents(tokens, h.bos_id) if h.doc_mask else None)
-        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast late: its gradients sum in float32
-        ve = F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
+        ve = self.embed_values(tokens) if h.ve_last_n else None
 
         x = x0 = self.embed(tokens)
         kept = []
-        for spec, w in zip(self.layers, self.layer_weights()):
+        weights = self.layer_weights()
+        for spec in self.layers:
+            w = weights[spec.layer]
             if spec.skip >= 0:
-                x = x + self.skip_weights[spec.skip].to(self.dtype) * kept.pop()
+                gate = self.skip_gate[spec.skip] if h.skip_gates else None
+                x = take_skip(x, kept.pop(), self.skip_weights[spec.skip], gate)
             values = ve * self.ve_layer_scale[spec.ve].to(self.dtype) if spec.ve >= 0 else None
             x = residual_mix(x, x0, w.resid_mix)
             x = x + attention_block(rms_norm(x), w, spec, values, positions=positions, ops=self.ops)
@@ -2660,6 +2776,15 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
+def equalize_rows(U: Tensor) -> Tensor:
+    """Scale each row u of U (b, M, N), as stored, to u / |u|; a zero row stays zero. MuonEq-R.
+
+    arXiv:2603.28254; parameter-golf #1285. Entries are scaled to at most 1 first: their squares fit float32.
+    """
+    U = U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return U / torch.linalg.vector_norm(U, dim=-1, keepdim=True).clamp_min(1e-30)
+
+
 def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
     """Scale each matrix of X (b, M, N) to Frobenius norm `norm`, a number or (b, 1, 1). Zero stays zero."""
     return X * (norm / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-10))
@@ -2745,12 +2870,16 @@ def matrix_update(
 ) -> None:
     """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    second: the rule's state. Cautious decay (arXiv:2510.12402): only where U and W agree in sign.
+    second: the rule's state. Rows may be equalized before the direction. Cautious decay (arXiv:2510.12402):
+    only where U and W agree in sign.
     """
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
 
-    U = orthogonalize(g * (1 - s.momentum) + momentum * s.momentum, h.ortho)
+    U = g * (1 - s.momentum) + momentum * s.momentum
+    if h.equalize_rows:
+        U = equalize_rows(U)
+    U = orthogonalize(U, h.ortho)
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
     wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
@@ -2854,26 +2983,26 @@ class Optimizer:
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
         """Make the flat buffers of all small parameters, which every rank holds whole and updates alike."""
-        h = self.h
+        specs = [spec for spec in SMALL if spec.name in params]
         # Multiples of 64 elements align every view to 256 bytes.
-        sizes = [-(-params[spec.name].numel() // 64) * 64 for spec in SMALL]
+        sizes = [-(-params[spec.name].numel() // 64) * 64 for spec in specs]
         self.flat = torch.zeros(sum(sizes), device=self.m.device)
         self.flat_grad = torch.zeros_like(self.flat)
         self.flat_m = torch.zeros_like(self.flat)
         self.flat_v = torch.zeros_like(self.flat)
         flat_lr = torch.zeros_like(self.flat)
-        values = self.flat.split(sizes)
-        grads = self.flat_grad.split(sizes)
-        rates = flat_lr.split(sizes)
-        for spec, value, grad, rate in zip(SMALL, values, grads, rates):
+        flat_wd = torch.zeros_like(self.flat)
+        decays = {"embed_lr": self.h.embed_wd, "scalar_lr": self.h.scalar_wd}
+        parts = zip(*(x.split(sizes) for x in (self.flat, self.flat_grad, flat_lr, flat_wd)))
+        for spec, (value, grad, rate, decay) in zip(specs, parts):
             p = params[spec.name]
             self.move(p, value[: p.numel()].view_as(p), grad[: p.numel()].view_as(p))
-            lr = getattr(h, spec.lr)
+            lr = getattr(self.h, spec.lr)
             rate.fill_(lr)
+            decay.fill_(decays[spec.lr])
             p.requires_grad_(lr > 0)  # a parameter that does not move needs no gradient
 
         self.wire["flat"] = self.flat_grad.to(self.wire_dtype)
-        flat_wd = torch.full_like(self.flat, h.adam_wd)
         self.adam_buffers = FlatBuffers(
             p=self.flat, g=self.wire["flat"], m=self.flat_m, v=self.flat_v, lr=flat_lr, wd=flat_wd
         )
@@ -2994,10 +3123,11 @@ class Hyper(NamedTuple):
     progress: float  # in [0, 1]: the fraction used of the time or the iterations, whichever is larger
     momentum: float
     lr_mul: float  # factor on every rate
+    once: bool = False  # whether the step visits every layer once although the model has a loop
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """Return a step's rates and momentum: rates are constant, then fall linearly; momentum rises at first."""
+    """Return a step's schedule: rates are constant, then fall linearly; momentum rises at first."""
     time_used = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
     progress = min(1.0, max(time_used, step / h.iterations))
 
@@ -3006,7 +3136,8 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
     if h.muon_momentum_warmup_frac > 0:
         ramp = min(1.0, progress / h.muon_momentum_warmup_frac)
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
-    return Hyper(progress, momentum, lr_mul)
+    once = h.num_visits > h.num_layers and (progress < h.loop_frac or h.loop_frac == 1)
+    return Hyper(progress, momentum, lr_mul, once)
 
 
 class Ema:
@@ -3088,7 +3219,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
 
     The inputs are those of the loader's next gptq_batches batches, on all ranks, with the live weights.
     """
-    products = []  # qkv, o, up, down of layer 0, then of layer 1, ...
+    products = []  # qkv, o, up, down of the first visit, then of the second, ...
 
     def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
         flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
@@ -3103,9 +3234,13 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         for sequences in loader.next():
             recording.trunk(sequences[:, :-1])
 
-    qkv, o, up, down = (
-        torch.stack(products[i::4]).unflatten(0, (-1, run.h.num_layers)).sum(0) for i in range(4)
-    )
+    layers = torch.tensor([spec.layer for spec in run.model.layers], device=run.m.device)
+
+    def by_layer(kind: int) -> Tensor:
+        by_visit = torch.stack(products[kind::4]).unflatten(0, (-1, len(layers))).sum(0)
+        return by_visit.new_zeros(run.h.num_layers, *by_visit.shape[1:]).index_add_(0, layers, by_visit)
+
+    qkv, o, up, down = (by_layer(kind) for kind in range(4))
     grams = {
         "qo_bank": torch.cat([qkv, o]),
         "kv_bank": qkv.repeat(2, 1, 1),
@@ -3232,7 +3367,8 @@ def raw_artifact(
             offset += array.nbytes
 
     known = MODEL_FIELDS + TTT_FIELDS if h.ttt_lr > 0 else MODEL_FIELDS
-    config = {key: getattr(h, key) for key in known}
+    extra = [key for key in EXTRA_FIELDS if getattr(h, key) != getattr(Config, key)]
+    config = {key: getattr(h, key) for key in (*known, *extra)}
     header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
@@ -3320,6 +3456,7 @@ def check_header(header: object) -> None:
     if types_of(header) != {"config": dict, "tensors": list}:
         raise ValueError("it must be an object with a config and a list of tensors")
     known = MODEL_FIELDS + TTT_FIELDS if "ttt_lr" in header["config"] else MODEL_FIELDS
+    known += tuple(key for key in EXTRA_FIELDS if key in header["config"])
     if types_of(header["config"]) != {key: type(getattr(Config, key)) for key in known}:
         raise ValueError("the config has missing or unexpected keys or a value of another type")
 
@@ -3826,6 +3963,7 @@ class Run:
     nats_fn: Callable
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens, read when first scored
+    once_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has none
 
     def timed(self, phase: str, fn: Callable, *args):
         """Call fn(*args) and add its time to a phase."""
@@ -3907,6 +4045,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
 
     torch.manual_seed(h.seed)
     model = GPT(h, m.ops, m.dtype).to(m.device)
+    has_loop = h.num_visits > h.num_layers
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     return Run(
         h=h,
@@ -3918,6 +4057,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         nats_fn=m.compile(model.nats),
         phases={"load": 1000 * (time.perf_counter() - started)},
         splits={},
+        once_loss_fn=m.compile(model.without_loop().loss) if has_loop else None,
     )
 
 
@@ -3958,18 +4098,32 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
     return loss
 
 
-def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Callable[[Tensor], Tensor]:
-    """Compile, capture and run all that the training clock will see, then undo it. Returns `backward`."""
+def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor], Tensor]]:
+    """Bind a pass for each value of Hyper.once that the run will see, with the loop first. Logs failures."""
     h = run.h
-    backward, pass_failure = bind_pass(run.loss_fn, optimizer)
-    for part, failure in (("pass", pass_failure), ("update", optimizer.failure)):
+    passes = {}
+    for once in sorted({hyper_at(h, step, 0.0).once for step in (0, h.iterations)}):
+        loss_fn = run.once_loss_fn if once else run.loss_fn
+        passes[once], failure = bind_pass(loss_fn, optimizer)
         if failure:
-            run.log(f"{part}:eager, no graph ({failure})")
+            run.log(f"pass:eager, no graph ({failure})")
+    return passes
+
+
+def warmup(
+    run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader
+) -> dict[bool, Callable[[Tensor], Tensor]]:
+    """Compile, capture and run all that the training clock will see, then undo it. Returns bind_passes'."""
+    h = run.h
+    passes = bind_passes(run, optimizer)
+    if optimizer.failure:
+        run.log(f"update:eager, no graph ({optimizer.failure})")
 
     saved = optimizer.snapshot()
     for i in range(h.warmup_steps):
-        train_step(backward, optimizer, loader.next(), hyper_at(h, 0, 0.0))
-        ema.update(0.0)
+        for backward in passes.values():
+            train_step(backward, optimizer, loader.next(), hyper_at(h, 0, 0.0))
+            ema.update(0.0)
         if i + 1 == h.warmup_steps or i < 2:
             run.m.sync()
             run.log(f"warmup_step:{i + 1}/{h.warmup_steps}")
@@ -3985,7 +4139,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> Cal
     optimizer.restore(saved)
     ema.reset()
     loader.seek(0)
-    return backward
+    return passes
 
 
 def compiled_graphs() -> int:
@@ -3996,6 +4150,26 @@ def compiled_graphs() -> int:
 def is_sound(fetched: Callable[[], list[Tensor]]) -> bool:
     """Wait for a step's loss and gradient norm, and return whether both are numbers below DIVERGED."""
     return all(abs(x) < DIVERGED for x in fetched()[0].tolist())
+
+
+class Pace(NamedTuple):
+    """Since when steps take the time that they take now."""
+
+    once: bool  # Hyper.once of these steps
+    step: int = 0
+    clock_ms: float = 0.0
+
+    def step_ms(self, step: int, clock_ms: float) -> float:
+        """Return the mean time of the steps since then."""
+        return (clock_ms - self.clock_ms) / max(step - self.step, 1)
+
+
+def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pace:
+    """Return the pace of a step: a new one, which is logged, where the loop begins."""
+    if hp.once == pace.once:
+        return pace
+    run.log(f"loop_begins step:{step} progress:{hp.progress:.3f} visits:{run.h.num_visits}")
+    return Pace(hp.once, step, clock_ms)
 
 
 def train(run: Run) -> Trained:
@@ -4010,7 +4184,7 @@ def train(run: Run) -> Trained:
     optimizer = run.timed("compile", Optimizer, run.model, run.h, m)
     ema = Ema(run.model, run.h)
     loader = TokenLoader(run.h, m)
-    backward = run.timed("compile", warmup, run, optimizer, ema, loader)
+    passes = run.timed("compile", warmup, run, optimizer, ema, loader)
     checkpoints = Checkpoints(run, optimizer, ema) if run.h.checkpoint_every or run.h.resume else None
     step, train_ms = checkpoints.resume() if run.h.resume else (0, 0.0)
     loader.seek(step)
@@ -4032,17 +4206,18 @@ def train(run: Run) -> Trained:
 
     clock_ms = train_ms
     shown_loss = math.nan
+    pace = Pace(hyper_at(h, step, clock_ms).once)
     end = End.NOT_YET
     while step < h.iterations and end == End.NOT_YET:
-        step_ms = clock_ms / max(step, 1)
-        if clock_ms + 2 * step_ms > limit_ms:
+        if clock_ms + 2 * pace.step_ms(step, clock_ms) > limit_ms:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
             run.timed("validate", validate, run, step, clock())
 
         hp = hyper_at(h, step, clock_ms)
-        loss = train_step(backward, optimizer, loader.next(), hp)
+        pace = keep_pace(run, pace, hp, step, clock_ms)
+        loss = train_step(passes[hp.once], optimizer, loader.next(), hp)
         ema.update(hp.progress)
         step += 1
 
@@ -4317,7 +4492,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     The header fixes the model; argv and env set the rest. Raises InputError when the artifact is damaged or
     does not fit this script, or argv sets a knob that it fixes (env is ignored there).
     """
-    fixed = [key for key in MODEL_FIELDS if not key.startswith("eval_")]
+    fixed = [key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith("eval_")]
     for argument in argv:
         if argument.split("=")[0] in fixed:
             raise InputError(f"{argument}: the artifact fixes this knob; leave it out")
@@ -4328,7 +4503,8 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     try:
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)  # checked throughout before a model is built from it
-        h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, header["config"])
+        known = {key: getattr(Config, key) for key in EXTRA_FIELDS} | header["config"]
+        h = load_config(argv, {k: v for k, v in env.items() if k.lower() not in fixed}, known)
         stored = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         wanted = {name: shape for name, (shape, _) in parameter_table(h).items()}
         if different := stored.items() ^ wanted.items():

@@ -28,7 +28,7 @@ from tokenizing import open_tokenizer
 from workers import Workers
 
 RECIPE = 1  # raise it with every change here that changes the corpus
-VOCAB = 1024
+VOCABULARIES = {"sp1024": 1024, "sp8192": 8192}  # pieces, by the tokenizer family that they stand in for
 CHUNK_FILES = 64  # one unit of work for a reading process
 VAL_ONE_IN = 25
 
@@ -312,9 +312,9 @@ def train_tokenizer(texts, vocab):
     return model.getvalue()
 
 
-def identity(versions):
+def identity(versions, vocab):
     """Return the manifest's `source`: if it is equal, the corpus is equal."""
-    mark = hashlib.sha256(json.dumps([RECIPE, VOCAB, versions], sort_keys=True).encode()).hexdigest()
+    mark = hashlib.sha256(json.dumps([RECIPE, vocab, versions], sort_keys=True).encode()).hexdigest()
     return {"kind": "offline", "recipe": RECIPE, "fingerprint": mark, "versions": versions}
 
 
@@ -323,14 +323,14 @@ def write_documents(path, documents):
     path.write_bytes("\0".join(documents).encode())
 
 
-def build_corpus(out, workers, sources=None, vocab=VOCAB):
+def build_corpus(out, workers, sources=None, vocab=1024):
     """Build the corpus into `out` and return (manifest, whether it was built just now).
 
     sources: (versions, files), instead of `installed()`. Returns at once if `out` was built from the same
     versions.
     """
     versions, files = sources or installed()
-    source = identity(versions)
+    source = identity(versions, vocab)
     try:
         manifest = shards.load_manifest(out)
         if manifest["source"] == source and not shards.check_dataset(out, deep=False):

@@ -46,9 +46,9 @@ def variant_folder(variant):
     return DATASETS / f"fineweb10B_{variant}"
 
 
-def offline_folder():
+def offline_folder(variant):
     """Return the folder of the offline corpus unless --out names another."""
-    return DATASETS / "offline_sp1024"
+    return DATASETS / f"offline_{variant}"
 
 
 def run_download(args):
@@ -83,8 +83,8 @@ def run_text(args):
 
 def run_offline(args):
     """Build the offline corpus."""
-    out = Path(args.out) if args.out else offline_folder()
-    manifest, fresh = offline.build_corpus(out, args.workers)
+    out = Path(args.out) if args.out else offline_folder(args.variant)
+    manifest, fresh = offline.build_corpus(out, args.workers, vocab=offline.VOCABULARIES[args.variant])
     report(out, manifest, fresh)
 
 
@@ -108,9 +108,10 @@ def run_auto(args):
         except download.HubUnreachable as error:
             say(str(error).split(";")[0])
     if problems:
-        folder = offline_folder()
+        variant = args.variant if args.variant in offline.VOCABULARIES else "sp1024"
+        folder = offline_folder(variant)
         say(f"using the offline corpus in {shown(folder)} instead")
-        manifest, fresh = offline.build_corpus(folder, args.workers)
+        manifest, fresh = offline.build_corpus(folder, args.workers, vocab=offline.VOCABULARIES[variant])
         report(folder, manifest, fresh)
     print(f"data_path={shown(folder)}")
 
@@ -218,7 +219,8 @@ def add_offline(verbs):
     parser = add_verb(
         verbs, run_offline, "build a corpus without a network, from installed documentation", ""
     )
-    parser.add_argument("--out", metavar="DIR", help="dataset folder (data/datasets/offline_sp1024)")
+    add_variant(parser, offline.VOCABULARIES)
+    parser.add_argument("--out", metavar="DIR", help="dataset folder (data/datasets/offline_VARIANT)")
     add_workers(parser)
 
 
@@ -248,10 +250,10 @@ def add_verify(verbs):
     parser.add_argument("folder", metavar="DIR", help="dataset folder")
 
 
-def add_variant(parser):
+def add_variant(parser, variants=download.VARIANTS):
     """Add the option --variant."""
     parser.add_argument(
-        "--variant", choices=sorted(download.VARIANTS), default="sp1024", help="tokenizer family (sp1024)"
+        "--variant", choices=sorted(variants), default="sp1024", help="tokenizer family (sp1024)"
     )
 
 

@@ -46,7 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from script import TRAINER, BadInput, load_script, missing_names, require_names
+from script import TRAINER, BadInput, load_script, missing_names, one_layer, require_names
 
 USAGE = "usage: audit.py ARTIFACT [--script PATH] [key=value ...]"
 MODULE = "audited_script"  # the script's name in sys.modules
@@ -581,10 +581,7 @@ def audit_files(audit: Audit) -> Verdict:
     run = audit.run
     script = audit.script
     h = dataclasses.replace(
-        run.h,
-        num_layers=1,
-        xsa_last_n=1,
-        ve_last_n=1,
+        one_layer(run.h),
         iterations=2,
         warmup_steps=1,
         max_wallclock_seconds=0.0,

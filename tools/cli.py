@@ -32,6 +32,7 @@ from script import ROOT, TRAINER, BadInput, load_script
 STARTED = time.monotonic()
 TOOLS = ROOT / "tools"
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
+VARIANTS = {8192: ("--variant", "sp8192")}  # of data/prepare.py, by vocabulary; else its default
 SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
 
 
@@ -242,6 +243,7 @@ class Resolved(NamedTuple):
     out_dir: str
     run_id: str
     resume: str
+    vocab_size: int
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
 
 
@@ -276,7 +278,8 @@ def print_resolved(knobs: list[str]) -> int:
         except trainer.InputError:
             continue
         sharing.append(count)
-    print(json.dumps(Resolved(h.seed, h.out_dir, h.run_id, h.resume, sharing)._asdict()))
+    known = {name: getattr(h, name) for name in Resolved._fields[:-1]}
+    print(json.dumps(known | {"sharing": sharing}))
     return 0
 
 
@@ -337,12 +340,17 @@ def find_data(*options: str) -> str:
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def find_training_data(preset: str, processes: int | None) -> str:
-    """Return a data folder that suits the preset, with enough FineWeb that no token is seen twice."""
-    if preset == "cpu":
-        return find_data()
+def is_for_a_laptop(preset: str) -> bool:
+    return preset.startswith("cpu")
+
+
+def find_training_data(preset: str, vocab_size: int, processes: int | None) -> str:
+    """Return a data folder for preset and vocabulary, with so much FineWeb that no token is seen twice."""
+    variant = VARIANTS.get(vocab_size, ())
+    if is_for_a_laptop(preset):
+        return find_data(*variant)
     shards = SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes)
-    return find_data("--train-shards", str(shards))
+    return find_data(*variant, "--train-shards", str(shards))
 
 
 class FinalScore(NamedTuple):
@@ -430,8 +438,10 @@ def train(request: Request) -> int:
             "go on with resume=auto, or move those files"
         )
 
-    processes = choose_processes(0 if preset == "cpu" else gpus, resolved.sharing)
-    data_path = knob_value("data_path", request.knobs) or find_training_data(preset, processes)
+    processes = choose_processes(0 if is_for_a_laptop(preset) else gpus, resolved.sharing)
+    data_path = knob_value("data_path", request.knobs)
+    if not data_path:
+        data_path = find_training_data(preset, resolved.vocab_size, processes)
     chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
     others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
     earlier = read_score(log)  # a run that resumes may find the score of another there
@@ -464,7 +474,8 @@ def score(program: list[str], request: Request) -> int:
     gpus = count_gpus()
     knobs = with_preset(request.knobs, gpus)
     if not knob_value("data_path", request.knobs):
-        knobs = [f"data_path={find_data()}", *knobs]
+        variant = VARIANTS.get(resolve(knobs).vocab_size, ())
+        knobs = [f"data_path={find_data(*variant)}", *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])
 

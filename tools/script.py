@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ROOT / "train_gpt.py"
@@ -62,3 +64,9 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
 
     require_names(module, path, needs, tool)
     return module
+
+
+def one_layer(h: Any) -> Any:
+    """Return a script's Config with one layer, visited once, which has the parts that layers of `h` have."""
+    smaller = dict(num_layers=1, xsa_last_n=1, ve_last_n=min(1, h.ve_last_n), loop_layers="", loop_times=0)
+    return dataclasses.replace(h, **{key: value for key, value in smaller.items() if hasattr(h, key)})

@@ -299,7 +299,7 @@ def test_unreachable_hub(tmp_path, monkeypatch, capsys):
 def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DATASETS", tmp_path / "datasets")
     monkeypatch.setattr(offline, "installed", lambda: sources)
-    monkeypatch.setattr(offline.build_corpus, "__defaults__", (None, 400))
+    monkeypatch.setattr(offline, "VOCABULARIES", {"sp1024": 400, "sp8192": 420})
 
     def gone(timeout=4.0):
         raise download.HubUnreachable("unplugged")
@@ -312,6 +312,11 @@ def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
         patch.setattr(download, "probe_hub", gone)
         assert run() == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
         assert run() == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
+        assert run("--variant", "sp8192") == f"data_path={tmp_path / 'datasets' / 'offline_sp8192'}\n"
+        assert run("--variant", "gpt2") == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
+    for variant, pieces in offline.VOCABULARIES.items():
+        manifest = shards.load_manifest(tmp_path / "datasets" / f"offline_{variant}")
+        assert manifest["tokenizer"]["vocab_size"] == pieces
 
     fineweb = tmp_path / "datasets" / "fineweb10B_sp1024"
     assert run("--train-shards", "2") == f"data_path={fineweb}\n"

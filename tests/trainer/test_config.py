@@ -50,6 +50,8 @@ VALUES_BY_NAME = {
     "preset": ("cpu", "cpu"),
     "fit_cap": ("false", False),
     "cautious_wd": ("true", True),
+    "equalize_rows": ("1", True),
+    "skip_gates": ("1", True),
     "doc_mask": ("true", True),
     "deterministic": ("1", True),
     "fp8": ("0", False),
@@ -124,9 +126,17 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         ("rope_dims=3", ["rope_dims"]),
         ("rope_dims=130", ["rope_dims"]),
         ("xsa_last_n=12", ["xsa_last_n"]),
-        ("ve_last_n=0", ["ve_last_n"]),
+        ("ve_last_n=-1", ["ve_last_n"]),
         ("ve_last_n=12", ["ve_last_n"]),
         ("bigram_vocab_size=1", ["bigram_vocab_size"]),
+        ("loop_frac=1.5", ["loop_frac", "at most 1"]),
+        ("loop_layers=4 6", ["loop_layers='4 6'", "neighbours"]),
+        ("loop_layers=5 4", ["loop_layers='5 4'"]),
+        ("loop_layers=9 10 11", ["loop_layers='9 10 11'", "11 layers"]),
+        ("loop_layers=4,5", ["loop_layers='4,5'"]),
+        ("loop_layers=-1 0", ["loop_layers='-1 0'"]),
+        ("loop_times=1", ["loop_times", "loop_layers"]),
+        ("attn_gate_dims=513", ["attn_gate_dims", "model_dim"]),
         ("vocab_size=65537", ["vocab_size"]),
         ("ema_frac=0", ["ema_frac"]),
         ("warmdown_frac=0", ["warmdown_frac"]),
@@ -282,7 +292,8 @@ def test_the_hidden_size_is_rounded():
     assert t.Config(mlp_mult=4.1, model_dim=960).mlp_dim == 3936
     assert t.Config(mlp_mult=2.675, model_dim=1000).mlp_dim == 2675
     sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
-    assert sizes == {"record": 1536, "h100x1": 1536, "cpu": 384}
+    large = dict.fromkeys(("sp8192", "h100x1_sp8192"), 2048)
+    assert sizes == {"record": 1536, "h100x1": 1536, "cpu": 384, "cpu_sp8192": 512} | large
 
 
 def test_every_fraction_has_a_bound():

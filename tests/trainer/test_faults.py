@@ -264,6 +264,28 @@ def test_a_damaged_set_falls_back_to_the_one_before(undisturbed, tmp_path, monke
     assert ends_like(undisturbed, tmp_path)
 
 
+LOOP = dict(loop_layers="0 1", loop_times=2, loop_frac=0.5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_loop(tmp_path_factory):
+    """Return the final state of a run whose loop begins in the middle."""
+    folder = tmp_path_factory.mktemp("undisturbed_loop")
+    assert t.main(args(folder, **LOOP)) == 0
+    assert has_line(folder, f"loop_begins step:{STEPS // 2} ")
+    return SimpleNamespace(state=kill_runs.final_state(folder, step=STEPS))
+
+
+@pytest.mark.parametrize("step", [4, STEPS // 2 - 1, STEPS // 2, STEPS // 2 + 2])
+def test_resuming_on_either_side_of_the_loops_begin_is_bit_equal(
+    undisturbed_loop, tmp_path, monkeypatch, step
+):
+    stop_after(tmp_path, monkeypatch, step, **LOOP)
+    assert t.main(args(tmp_path, resume="auto", **LOOP)) == 0
+    assert has_line(tmp_path, f"resumed step:{step} from ")
+    assert ends_like(undisturbed_loop, tmp_path)
+
+
 def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch, capsys):
     stop_after(tmp_path, monkeypatch, 3)
     err = stop_one_line(args(tmp_path, resume="auto", matrix_lr=0.03, seed=7), capsys)

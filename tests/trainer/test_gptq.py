@@ -207,8 +207,18 @@ def run_of(h, m, model):
     )
 
 
-def test_grams_are_of_the_inputs_of_every_matrix():
-    h = tiny(gptq_batches=2, attn_windows="4 0")
+@pytest.mark.parametrize(
+    "knobs,order",
+    [
+        ({}, [0, 1, 2, 3]),
+        (dict(loop_layers="1 2", loop_times=2, bigram_vocab_size=0), [0, 1, 2, 1, 2, 1, 2, 3]),
+        (dict(loop_layers="3", loop_times=1, ve_last_n=0), [0, 1, 2, 3, 3]),
+    ],
+    ids=str,
+)
+def test_grams_are_of_the_inputs_of_every_matrix(knobs, order):
+    """Those of a layer that is visited several times sum over its visits."""
+    h = tiny(gptq_batches=2, attn_windows="4 0", **knobs)
     micro_batches = [random_tokens(h, (3, 17), seed=i) for i in range(3)]
     with group_of_one() as m:
         model = noisy_model(h)
@@ -220,8 +230,9 @@ def test_grams_are_of_the_inputs_of_every_matrix():
     for tokens in micro_batches:
         with LinearInputs() as seen, torch.no_grad():
             model.trunk(tokens[:, :-1])
-        for i in range(L):
-            first = 2 + 4 * i  # after two products of the embeddings
+        embeddings = (h.ve_last_n > 0) + (h.bigram_vocab_size > 0)  # products
+        for visit, i in enumerate(order):
+            first = embeddings + 4 * visit
             qkv, o, up, down = (x.T @ x for x in seen.inputs[first : first + 4])
             expected["qo_bank"][i] += qkv
             expected["qo_bank"][L + i] += o

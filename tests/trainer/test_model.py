@@ -16,6 +16,9 @@ def test_parameter_count_of_the_default_model():
         return {name: shape for name, (shape, _) in t.parameter_table(h).items()}
 
     assert sum(map(math.prod, shapes_of(t.load_config([], {})).values())) == 26_928_176
+    sp8192 = shapes_of(t.load_config(["preset=sp8192"], {}))
+    assert not {"bigram_emb", "ve_emb"} & sp8192.keys()
+    assert sum(map(math.prod, sp8192.values())) == 35_943_980
     h = tiny()
     model = t.GPT(h)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes_of(h)
@@ -53,16 +56,22 @@ def reference_embed(p, h, tokens):
     buckets = h.bigram_vocab_size - 1
     x = []
     for i, token in enumerate(tokens):
-        bucket = buckets if starts[i] else ((36313 * token) ^ (27191 * tokens[i - 1])) % buckets
-        bigram = p["bigram_scale"][0] * (p["bigram_proj"] @ p["bigram_emb"][bucket])
-        x.append(norm(p["tok_emb"][token] + bigram))
+        embedded = p["tok_emb"][token]
+        if buckets > 0:
+            bucket = buckets if starts[i] else ((36313 * token) ^ (27191 * tokens[i - 1])) % buckets
+            embedded = embedded + p["bigram_scale"][0] * (p["bigram_proj"] @ p["bigram_emb"][bucket])
+        x.append(norm(embedded))
     gate = 1 / (1 + np.exp(-p["smear_gate"]))
     return np.stack([x[i] if starts[i] else x[i] + gate * (x[i - 1] - x[i]) for i in range(len(tokens))])
 
 
-def reference_attention(p, h, layer, z, values):
-    """Attend within one sequence, head by head and query by query. z (T, D); values (T, Hkv * Dh) or None."""
+def reference_attention(p, h, layer, inputs, values):
+    """Attend within one sequence, head by head and query by query.
+
+    inputs (T, D), normalized; values (T, Hkv * Dh) or None.
+    """
     L = h.num_layers
+    z = inputs / math.sqrt(layer + 1)
     Dh = h.model_dim // h.num_heads
     T = len(z)
     q = z @ p["qo_bank"][layer].T
@@ -82,26 +91,50 @@ def reference_attention(p, h, layer, z, values):
             y = weight / weight.sum() @ vs[: i + 1]
             if layer >= L - h.xsa_last_n:
                 y = y - (y @ vs[i]) / (vs[i] @ vs[i]) * vs[i]
+            if h.attn_gate_dims:
+                y = y / (1 + np.exp(-0.5 * p["attn_gate"][layer][head] @ inputs[i][: h.attn_gate_dims]))
             out[i, own] = y
     return out @ p["qo_bank"][L + layer].T
+
+
+def reference_visits(h):
+    """Return the layers in the order of their visits, counting the visits that are left to each."""
+    loop = h.loop_layers.split()
+    visits = []
+    layer = 0
+    rounds = h.loop_times
+    while layer < h.num_layers:
+        visits.append(layer)
+        if loop and layer == int(loop[-1]) and rounds > 0:
+            rounds -= 1
+            layer = int(loop[0])
+        else:
+            layer += 1
+    return visits
 
 
 def reference_logits(p, h, sequence):
     """Return the softcapped logits of one sequence, (T, V)."""
     L = h.num_layers
-    half = L // 2
+    visits = reference_visits(h)
+    half = len(visits) // 2
     tokens = [int(token) for token in sequence]
     x = x0 = reference_embed(p, h, tokens)
-    ve = p["ve_scale"][0] * (p["ve_emb"][tokens] @ p["ve_proj"].T)
+    if h.ve_last_n:
+        ve = p["ve_scale"][0] * (p["ve_emb"][tokens] @ p["ve_proj"].T)
     outputs = []
-    for i in range(L):
-        if half <= i < 2 * half:
-            mirror = 2 * half - 1 - i  # the last of the first half goes first
-            x = x + p["skip_weights"][i - half] * outputs[mirror]
+    for visit, i in enumerate(visits):
+        if half <= visit < 2 * half:
+            mirror = 2 * half - 1 - visit  # the last of the first half goes first
+            skipped = p["skip_weights"][visit - half] * outputs[mirror]
+            if h.skip_gates:
+                gate = 1 / (1 + np.exp(-p["skip_gate"][visit - half]))
+                x = gate * x + (1 - gate) * skipped
+            else:
+                x = x + skipped
         x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         values = ve * p["ve_layer_scale"][i - (L - h.ve_last_n)] if i >= L - h.ve_last_n else None
-        z = norm(x) / math.sqrt(i + 1)
-        x = x + p["attn_scale"][i] * reference_attention(p, h, i, z, values)
+        x = x + p["attn_scale"][i] * reference_attention(p, h, i, norm(x), values)
         z = norm(x) / math.sqrt(i + 1)
         u = z @ p["mlp_up_bank"][i].T
         hidden = np.where(u > 0, u, 0.5 * u) ** 2
@@ -128,6 +161,15 @@ VARIANTS = [
     {"logit_softcap": 2.0},
     {"bos_id": 3},
     {"mlp_mult": 1.5},
+    {"bigram_vocab_size": 0},
+    {"ve_last_n": 0},
+    {"loop_layers": "1 2", "loop_times": 2},
+    {"loop_layers": "3", "loop_times": 1, "xsa_last_n": 4},
+    {"loop_layers": "0 1 2 3", "loop_times": 1, "num_layers": 5, "bigram_vocab_size": 0, "ve_last_n": 0},
+    {"loop_layers": "1 2", "loop_times": 0},
+    {"skip_gates": 1},
+    {"attn_gate_dims": 5, "xsa_last_n": 1},
+    {"skip_gates": 1, "attn_gate_dims": 32, "loop_layers": "1 2", "loop_times": 2},
 ]
 
 
@@ -163,10 +205,18 @@ def test_loss_logits_and_nats_agree():
         np.testing.assert_allclose(got.detach().numpy(), nats[:, -last:], atol=1e-5)
 
 
+CAUSAL = [
+    {},
+    dict(loop_layers="0 1", loop_times=2, bigram_vocab_size=0, ve_last_n=0),
+    dict(attn_gate_dims=3, skip_gates=1),
+]
+
+
+@pytest.mark.parametrize("knobs", CAUSAL, ids=str)
 @pytest.mark.parametrize("bos_at", [(), (5,), (5, 6), (0, 1, 15), (8,)])
-def test_no_logit_depends_on_a_later_token(bos_at):
+def test_no_logit_depends_on_a_later_token(bos_at, knobs):
     """Compare bits, on a CPU, for every cut, also for one right after a document start."""
-    h = tiny(num_layers=3)
+    h = tiny(num_layers=3, **knobs)
     model = noisy_model(h, scale=0.3)
     tokens = random_tokens(h, (1, 16), 3, bos_share=0.0)
     tokens[0, list(bos_at)] = h.bos_id
@@ -238,6 +288,12 @@ def test_smear_and_bigram_each_look_back_on_their_own(part):
         {"logit_softcap": 1.0},
         {"bos_id": 9},
         {"num_heads": 2, "num_kv_heads": 1},
+        {"bigram_vocab_size": 0},
+        {"ve_last_n": 0},
+        {"loop_layers": "1 2", "loop_times": 1},
+        {"loop_layers": "1", "loop_times": 2},
+        {"skip_gates": 1},
+        {"attn_gate_dims": 4},
     ],
     ids=str,
 )
@@ -247,17 +303,26 @@ def test_a_knob_changes_the_output(knob):
     source = dict(noisy_model(tiny(), scale=0.3).named_parameters())
     for model in models:
         for name, p in model.named_parameters():
-            p.data.copy_(source[name].data[tuple(slice(n) for n in p.shape)])
+            if name not in source:
+                continue
+            both = tuple(slice(min(sizes)) for sizes in zip(p.shape, source[name].shape))
+            p.data[both] = source[name].data[both]
     tokens = random_tokens(tiny(), (1, 16), 8, bos_share=0.0)
     tokens[0, 4] = 9
     default, other = (model.logits(tokens).detach() for model in models)
     assert (default - other).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", t.parameter_table(tiny()))
-def test_every_parameter_matters_and_learns(name):
+# Parts that are off by default.
+OPTIONAL = dict(loop_layers="1 2", loop_times=1, skip_gates=1, attn_gate_dims=5)
+
+
+@pytest.mark.parametrize(
+    "knobs,name", [(knobs, name) for knobs in ({}, OPTIONAL) for name in t.parameter_table(tiny(**knobs))]
+)
+def test_every_parameter_matters_and_learns(knobs, name):
     """Check that each slice of each tensor moves the loss and gets the gradient of a difference quotient."""
-    h = tiny()
+    h = tiny(**knobs)
     model = noisy_model(h, scale=0.3, dtype=torch.float64)
 
     def unembed_in_float64(x):
@@ -284,9 +349,10 @@ def test_every_parameter_matters_and_learns(name):
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8)
 
 
-def test_gradient_reaches_every_parameter_from_the_init():
+@pytest.mark.parametrize("knobs", [{}, OPTIONAL], ids=str)
+def test_gradient_reaches_every_parameter_from_the_init(knobs):
     """Train a few steps: zero outputs block their inputs at first, and nothing is blocked any more."""
-    h = tiny()
+    h = tiny(**knobs)
     model = t.GPT(h)
     tokens = random_tokens(h, (8, 16), 11)
     targets = random_tokens(h, (8, 16), 12)
@@ -358,10 +424,12 @@ def test_grouped_attention_equals_repeated_heads():
     torch.testing.assert_close(t.attend_sdpa(q, k, v), repeated)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5, 11])
-def test_the_skips_are_a_u(layers):
-    table = t.layer_table(tiny(num_layers=layers, xsa_last_n=1, ve_last_n=1))
-    half = layers // 2
+@pytest.mark.parametrize(
+    "layers,loop", [(1, {}), (2, {}), (5, {}), (11, {}), (11, dict(loop_layers="4 5", loop_times=2))], ids=str
+)
+def test_the_skips_are_a_u(layers, loop):
+    table = t.layer_table(tiny(num_layers=layers, xsa_last_n=1, ve_last_n=1, **loop))
+    half = len(table) // 2
     kept = []
     skips = []  # from, to, row of skip_weights
     for i, spec in enumerate(table):
@@ -370,6 +438,26 @@ def test_the_skips_are_a_u(layers):
         if spec.push:
             kept.append(i)
     assert kept == [] and skips == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
+
+
+def test_a_loop_repeats_rows_of_the_table():
+    """Compare with parameter-golf #1394: 11 layers, 4 5 twice more, 7 visits before the middle, 8 after."""
+    knobs = dict(num_layers=11, xsa_last_n=4, attn_windows="7 0")
+    h = tiny(loop_layers="4 5", loop_times=2, **knobs)
+    table = t.layer_table(h)
+    once = t.layer_table(tiny(**knobs))
+    assert [spec.layer for spec in table] == [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 6, 7, 8, 9, 10]
+    assert len(table) == h.num_visits and sum(spec.push for spec in table) == 7
+    assert [spec.skip for spec in table[7:]] == [0, 1, 2, 3, 4, 5, 6, -1]
+    for spec in table:  # a visit is like the layer's only one, apart from its skips
+        same = once[spec.layer]
+        assert (spec.xsa, spec.ve, spec.window, spec.docs) == (same.xsa, same.ve, same.window, same.docs)
+    assert t.parameter_table(h)["skip_weights"][0] == (7, h.model_dim)
+
+    model = t.GPT(h)
+    plain = model.without_loop()
+    assert plain.layers == once and model.layers == table
+    assert all(p is q for p, q in zip(model.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -247,6 +247,7 @@ def test_degenerate_inputs_give_finite_directions(method, case):
     for x in (G, G.mT):
         out = t.orthogonalize(x, method)
         assert out.shape == x.shape and torch.isfinite(out).all() and out.abs().max() < 10
+        assert torch.isfinite(t.orthogonalize(t.equalize_rows(x), method)).all()
 
     out = t.orthogonalize(G, method)
     dead = G.reshape(-1, *G.shape[-2:]).abs().amax((-2, -1)) == 0
@@ -304,9 +305,9 @@ def step_by_hand(W, U, lr, h):
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 @pytest.mark.parametrize("shape", [(3, 24, 12), (3, 12, 24), (2, 16, 16)], ids=str)
-@pytest.mark.parametrize("flags", [{}, dict(cautious_wd=True)], ids=str)
+@pytest.mark.parametrize("flags", [{}, dict(cautious_wd=True), dict(equalize_rows=True)], ids=str)
 def test_matrix_update_is_a_float64_loop(rule, shape, flags):
-    """Take five steps: momentum, polar factor, second moment of each neuron, rule."""
+    """Take five steps: momentum, rows of unit norm, polar factor, second moment of each neuron, rule."""
     h = tiny(matrix_lr=0.02, muon_wd=0.3, ortho="polar_express", step_rule=rule, normuon_beta2=0.8, **flags)
     W = gaussian(*shape)
     momentum = torch.zeros(shape)
@@ -324,7 +325,10 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
         clipped = 0.5 * gradient.double().numpy()
         m = mu * m + (1 - mu) * clipped
         for i in range(len(w)):
-            direction = polar_by_hand((1 - mu) * clipped[i] + mu * m[i], FIVE)
+            nesterov = (1 - mu) * clipped[i] + mu * m[i]
+            if h.equalize_rows:
+                nesterov /= np.linalg.norm(nesterov, axis=1, keepdims=True)
+            direction = polar_by_hand(nesterov, FIVE)
             if rule in t.RULE_STATE:
                 v[i] = 0.8 * v[i] + 0.2 * (direction**2).mean(1 if by_row else 0)
                 even = direction / np.sqrt(v[i][:, None] if by_row else v[i][None])
@@ -333,6 +337,17 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
         np.testing.assert_allclose(W.double().numpy(), w, atol=3e-5)
     if rule in t.RULE_STATE:
         np.testing.assert_allclose(second.flatten(1).double().numpy(), v, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_equalized_rows_have_unit_norm_and_their_direction(scale):
+    U = gaussian(2, 6, 9) * torch.logspace(0, -4, 6)[:, None]
+    U[1, 3] = 0
+    out = t.equalize_rows(U * scale).double().numpy()
+    u = U.double().numpy()
+    norms = np.linalg.norm(u, axis=-1, keepdims=True)
+    np.testing.assert_allclose(out, u / np.where(norms > 0, norms, 1), atol=1e-6)
+    assert np.linalg.norm(out[1, 3]) == 0 and np.linalg.norm(out[0, 3]) == pytest.approx(1, abs=1e-6)
 
 
 def test_normuon_evens_out_neurons_and_keeps_the_norm():
@@ -398,7 +413,7 @@ def test_matrix_update_compiles_into_one_graph(method, rule):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(t.matrix_update, backend=counter, fullgraph=True, dynamic=False)
-    h = tiny(ortho=method, step_rule=rule, cautious_wd=rule != "hyperball")
+    h = tiny(ortho=method, step_rule=rule, cautious_wd=rule != "hyperball", equalize_rows=rule == "normuon")
     ends = []
     with torch.no_grad():
         for update in (t.matrix_update, compiled):
@@ -521,7 +536,7 @@ def alone_and_together(rank, cases):
 
 
 # MLP-up and -down are tall and wide; both square (rows still differ from columns); wide and tall.
-ORIENTED = [dict(), dict(mlp_mult=1.0, cautious_wd=True), dict(mlp_mult=0.5)]
+ORIENTED = [dict(), dict(mlp_mult=1.0, cautious_wd=True), dict(mlp_mult=0.5, equalize_rows=True)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -594,6 +609,8 @@ def trained_qo_bank(m, steps, rule, **knobs):
     "rule,knob",
     [
         ("muon", dict(cautious_wd=True)),
+        ("muon", dict(equalize_rows=True)),
+        ("hyperball", dict(equalize_rows=True)),
         ("normuon", dict(cautious_wd=True)),
         ("normuon", dict(normuon_beta2=0.5)),
         ("normuon_hyperball", dict(normuon_beta2=0.5)),

@@ -281,8 +281,17 @@ def run_main(monkeypatch, tmp_path, graph_capture, **knobs):
     return status, (tmp_path / "run.txt").read_text(encoding="utf-8").splitlines()
 
 
+LOOP = dict(loop_layers="0 1", loop_times=2)
+
+
 @pytest.mark.parametrize("steps", [0, 2])
-def test_captured_before_the_clock_however_short_the_warmup(monkeypatch, tmp_path, steps):
+@pytest.mark.parametrize(
+    "knobs,passes",
+    [({}, 1), (LOOP, 2), (LOOP | dict(loop_frac=0), 1), (LOOP | dict(loop_frac=1), 1)],
+    ids=str,
+)
+def test_captured_before_the_clock_however_short_the_warmup(monkeypatch, tmp_path, steps, knobs, passes):
+    """A run whose loop begins on the way has two passes, both captured and launched in the warm-up."""
     events = []
     train_step = t.train_step
 
@@ -291,9 +300,10 @@ def test_captured_before_the_clock_however_short_the_warmup(monkeypatch, tmp_pat
         return train_step(*args)
 
     monkeypatch.setattr(t, "train_step", noted_step)
-    status, lines = run_main(monkeypatch, tmp_path, capturer(events), warmup_steps=steps)
+    status, lines = run_main(monkeypatch, tmp_path, capturer(events), warmup_steps=steps, **knobs)
     step = ["step"] + ["launch"] * 3  # two micro-batches and the update
-    assert status == 0 and events == ["capture"] * 2 + step * (steps + 3)  # warm-up launches them, too
+    assert status == 0
+    assert events == ["capture"] * (1 + passes) + step * (passes * steps + 3)  # warm-up launches them, too
     assert not any(x.startswith(("update:", "pass:")) for x in lines)
 
 
@@ -324,6 +334,35 @@ def test_a_run_is_the_same_bytes_when_captured(monkeypatch, tmp_path):
         assert status == 0
         blobs.append((tmp_path / name / "run.int6.xz").read_bytes())
     assert blobs[0] == blobs[1]
+
+
+@pytest.mark.parametrize("frac,visits", [(0, [6] * 6), (0.5, [2] * 3 + [6] * 3), (1, [2] * 6)])
+def test_the_loop_begins_at_its_share_of_the_run(monkeypatch, tmp_path, frac, visits):
+    """Count the layers that each step visits; scores and calibration visit all of the loop."""
+    seen = []
+    stage = ["warmup"]
+    trunk = t.GPT.trunk
+    train_step = t.train_step
+
+    def noted_trunk(self, tokens):
+        seen.append((stage[0], len(self.layers)))
+        return trunk(self, tokens)
+
+    def noted_step(backward, optimizer, batch, hp):
+        stage[0] = "step"
+        loss = train_step(backward, optimizer, batch[:1], hp)
+        stage[0] = "score"
+        return loss
+
+    monkeypatch.setattr(t.GPT, "trunk", noted_trunk)
+    monkeypatch.setattr(t, "train_step", noted_step)
+    knobs = LOOP | dict(iterations=6, warmup_steps=0, loop_frac=frac, val_loss_every=2)
+    status, lines = run_main(monkeypatch, tmp_path, None, **knobs)
+    assert status == 0
+    assert [count for where, count in seen if where == "step"] == visits
+    assert {count for where, count in seen if where != "step"} == {6}
+    begins = [x for x in lines if x.startswith("loop_begins ")]
+    assert begins == (["loop_begins step:3 progress:0.500 visits:6"] if frac == 0.5 else [])
 
 
 def tensors_in(fn):

@@ -532,7 +532,7 @@ def muon_by_hand(matrix, momentum, gradient, lr, wd):
 
 def test_a_step_is_the_float64_step(one):
     """Compare three steps with AdamW by hand and with Newton-Schulz on singular values, in float64."""
-    model, optimizer, _, loader = setup(one, step_rule="muon")
+    model, optimizer, _, loader = setup(one, step_rule="muon", muon_wd=0.3, embed_wd=0.2, scalar_wd=0.1)
     h = optimizer.h
     params = {name: p.double().numpy() for name, p in parameters(model).items()}
     first = {name: np.zeros_like(p) for name, p in params.items()}
@@ -552,7 +552,8 @@ def test_a_step_is_the_float64_step(one):
                 second[name] = h.adam_beta2 * second[name] + (1 - h.adam_beta2) * g * g
                 mean = first[name] / (1 - h.adam_beta1**step)
                 root = np.sqrt(second[name] / (1 - h.adam_beta2**step))
-                params[name] = params[name] * (1 - lr * h.adam_wd) - lr * mean / (root + h.adam_eps)
+                wd = {"embed_lr": h.embed_wd, "scalar_lr": h.scalar_wd}[specs[name].lr]
+                params[name] = params[name] * (1 - lr * wd) - lr * mean / (root + h.adam_eps)
                 continue
             first[name] = 0.9 * first[name] + 0.1 * g
             for i in range(len(g)):
@@ -748,7 +749,7 @@ def steps_of(one, count, **knobs):
 @pytest.mark.parametrize("rate", ["embed_lr", "scalar_lr"])
 def test_parameters_with_a_rate_of_zero_are_frozen(one, rate):
     """Make no gradient for them and do not decay them, while the others train."""
-    model, states = steps_of(one, 4, **{rate: 0.0}, adam_wd=0.5, proj_init_std=0.1)
+    model, states = steps_of(one, 4, **{rate: 0.0}, embed_wd=0.5, scalar_wd=0.5, proj_init_std=0.1)
     frozen = {spec.name for spec in t.SMALL if spec.lr == rate}
     for name in frozen:
         p = getattr(model, name)

@@ -99,7 +99,7 @@ def mlp_work(rows: int, D: int, hidden: int, size: int) -> tuple[Work, Work]:
 
 
 def lookup_work(rows: int, table_numbers: int, out_bytes: int, k: int, n: int) -> tuple[Work, Work]:
-    """Return forward and backward of looking up `rows` ids in tables and projecting from k to n."""
+    """Return forward and backward of looking up `rows` ids in tables and projecting from k to n; k 0: no."""
     ids = ID_BYTES * rows
     tables = TABLE_BYTES * table_numbers
     forward = Work(ids + tables + out_bytes, (matmul(rows, k, n),))
@@ -166,13 +166,18 @@ class Pieces:
 
     def embedding(self) -> Section:
         h = self.h
-        numbers = h.vocab_size * h.model_dim + h.bigram_vocab_size * h.bigram_dim
-        work = lookup_work(self.tokens, numbers, self.stream, h.bigram_dim, h.model_dim)
         m = self.model
+        numbers = h.vocab_size * h.model_dim
+        projected = 0
+        params = [m.tok_emb, m.smear_gate]
+        if h.bigram_vocab_size:
+            numbers += h.bigram_vocab_size * h.bigram_dim
+            projected = h.bigram_dim
+            params += [m.bigram_emb, m.bigram_proj, m.bigram_scale]
+        work = lookup_work(self.tokens, numbers, self.stream, projected, h.model_dim)
+        name = "embedding + bigram + smear" if h.bigram_vocab_size else "embedding + smear"
         return Section(
-            "embedding + bigram + smear", 1, m.embed, lambda: [self.ids()], *work,
-            uses=("GPT.embed", "rms_norm"),
-            params=(m.tok_emb, m.bigram_emb, m.bigram_proj, m.bigram_scale, m.smear_gate),
+            name, 1, m.embed, lambda: [self.ids()], *work, uses=("GPT.embed", "rms_norm"), params=(*params,)
         )  # fmt: skip
 
     def value_embedding(self) -> Section:
@@ -364,7 +369,7 @@ class Pieces:
         windows = sorted({spec.window for spec in self.layers})
         return [
             self.embedding(),
-            self.value_embedding(),
+            *([self.value_embedding()] if self.h.ve_last_n else []),
             self.residual_mix(),
             self.product("QKV product", D + 2 * kv),
             self.queries_and_keys(),

@@ -130,7 +130,8 @@ class Worker:
 
         model = self.kept.model
         copy_model(run.model, model)
-        return dataclasses.replace(run, model=model, loss_fn=self.kept.loss_fn, nats_fn=self.kept.nats_fn)
+        compiled = {name: getattr(self.kept, name) for name in ("loss_fn", "nats_fn", "once_loss_fn")}
+        return dataclasses.replace(run, model=model, **compiled)
 
     def change_model(self, h: Any) -> None:
         """Forget the model and all that is compiled for it, and bind the machine for another."""

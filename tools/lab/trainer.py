@@ -145,7 +145,7 @@ def fill_weights(model: Any, seed: int = 0) -> Any:
 
 def one_layer_model(s: Session, t: ModuleType, ops: Any, dtype: torch.dtype) -> Any:
     """Build a model of one layer that computes in `dtype`, its tensors outside the layers at full size."""
-    h = dataclasses.replace(s.h, num_layers=1, xsa_last_n=1, ve_last_n=1)
+    h = script.one_layer(s.h)
     stored = torch.float64 if dtype == torch.float64 else torch.float32
     model = fill_weights(zero_model(s, t, h, ops, torch.float32)).to(stored)
     model.dtype = dtype
