@@ -61,6 +61,7 @@ NEEDS = (
     *("Dataset.counts", "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of"),
 )
 TTT_NEEDS = ("learning", "Run.loss_fn")  # of a script that can train at test time
+CODEC_NEEDS = ("CODECS", "codec_of")  # of a script whose artifacts name their compressor
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -533,12 +534,20 @@ def audit_leak(audit: Audit) -> Verdict:
 # ---- T7, T8, T9: the same again, no held-out file, no network --------------------------------------
 
 
+def compressor(audit: Audit) -> Callable[[bytes], bytes]:
+    """Return what compressed the artifact: the script's codec, or xz for a script that knows no other."""
+    script = audit.script
+    if missing_names(script, CODEC_NEEDS):
+        return partial(lzma.compress, **script.XZ)
+    return script.CODECS[script.codec_of(audit.blob)].pack
+
+
 def audit_repeat(audit: Audit) -> Verdict:
     """T7: the artifact packs to the same bytes again, and scoring twice gives the same bits."""
     header, payload = audit.script.open_artifact(audit.blob)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     raw = b"".join([audit.script.MAGIC, struct.pack("<I", len(text)), text, payload])
-    again = lzma.compress(raw, **audit.script.XZ)
+    again = compressor(audit)(raw)
     packs_again = again == audit.blob
     repeats = bool((audit.nats(audit.piece) == audit.nats(audit.piece)).all())
     return Verdict(

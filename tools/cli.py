@@ -244,6 +244,7 @@ class Resolved(NamedTuple):
     run_id: str
     resume: str
     vocab_size: int
+    codec: str  # ends the artifact's name
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
 
 
@@ -429,7 +430,7 @@ def train(request: Request) -> int:
     stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime())
     run_id = resolved.run_id or f"{stamp}_{preset}_seed{resolved.seed}"
     log = os.path.join(resolved.out_dir, f"{run_id}.txt")
-    artifact = os.path.join(resolved.out_dir, f"{run_id}.int6.xz")
+    artifact = os.path.join(resolved.out_dir, f"{run_id}.int6.{resolved.codec}")
     if not resolved.resume and (os.path.exists(log) or os.path.exists(artifact)):
         unfinished = os.path.exists(log) and read_score(log) == NO_SCORE
         state = ", a run that did not finish" if unfinished else ""

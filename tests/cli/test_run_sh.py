@@ -38,6 +38,7 @@ case "$*" in
     *"train_gpt.py train "*)
         out_dir=${OUT_DIR:-logs}
         for a in "$@"; do case $a in run_id=*) run_id=${a#*=} ;; out_dir=*) out_dir=${a#*=} ;; esac; done
+        for a in "$@"; do case $a in codec=*) codec=${a#*=} ;; esac; done
         if [ -n "$CALLS_RESUME" ]; then echo "RESUME=$RESUME" >>"$CALLS"; fi
         if [ -t 1 ]; then echo "stdout is a terminal"; else echo "stdout is no terminal"; fi
         if [ -n "$NO_LOG" ]; then exit ${TRAIN_STATUS:-0}; fi
@@ -45,7 +46,7 @@ case "$*" in
         if [ -n "$NO_SCORE" ]; then exit ${TRAIN_STATUS:-0}; fi
         if [ ! -e "$out_dir/$run_id.txt" ]; then cp "@LOG_HEAD@" "$out_dir/$run_id.txt"; fi
         echo "final_score metric:x val_loss:2.0 val_bpb:1.5" >>"$out_dir/$run_id.txt"
-        echo weights >"$out_dir/$run_id.int6.xz"
+        echo weights >"$out_dir/$run_id.int6.${codec:-xz}"
         exit ${TRAIN_STATUS:-0} ;;
 esac
 """
@@ -69,7 +70,7 @@ class InputError(Exception):
 
 
 def load_config(argv, env):
-    values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": ""}
+    values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
     values |= {key: env[key.upper()] for key in values if env.get(key.upper())}
     values |= dict(word.split("=", 1) for word in argv)
     if values["preset"] == "wrong":
@@ -431,6 +432,14 @@ def test_process_count(tree, gpus, args, env, launcher):
     assert tree.run(*args, **env).returncode == 0
     call = tree.train_call().split(" train ")[0]
     assert call.endswith(launcher) and ("nproc" in call) == ("nproc" in launcher), call
+
+
+def test_the_codec_ends_the_name_of_the_artifact(tree):
+    done = tree.run("train", "data_path=d", "run_id=r", "codec=rans")
+    assert done.returncode == 0 and "artifact: logs/r.int6.rans" in done.stdout
+    (tree.root / "logs/r.txt").unlink()
+    again = tree.run("train", "data_path=d", "run_id=r", "codec=rans")
+    assert again.returncode == 2 and "run_id=r is taken" in again.stderr
 
 
 def test_arguments_pass_through(tree):

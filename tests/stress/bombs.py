@@ -55,7 +55,7 @@ def largest_tensor(kind, width):
     def build(base):
         entry = ["a", kind, [1, 250 * MIB // width], 0]
         text = json.dumps({"config": base.header["config"], "tensors": [entry]})
-        scale = [(bytes(2), 1)] if kind in t.CODE_LIMIT else []
+        scale = [(bytes(2), 1)] if t.ENCODINGS[kind].limit else []
         return blocks((start_of_artifact(text, len(text)), 1), (bytes(MIB), 250), *scale)
 
     return build

@@ -371,7 +371,7 @@ def odd_values(rng, base):
     if rng.random() < 0.5:
         payload = bytearray(base.payload)
         for kind, start, count in spans(base):
-            limit = t.CODE_LIMIT.get(kind)
+            limit = t.ENCODINGS[kind].limit
             if limit:
                 codes = [rng.randint(-limit, limit) for _ in range(count)]
                 payload[start : start + count] = struct.pack(f"{count}b", *codes)

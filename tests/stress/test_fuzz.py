@@ -132,12 +132,14 @@ REFUSED = {
 }
 
 
-def test_codes_keep_their_limit(base):
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_codes_keep_their_limit(base, bits):
     """Refuse a code beyond the limit, first or last in any quantised tensor; read one at the limit."""
-    quantised = [span for span in mutations.spans(base) if span.kind in t.CODE_LIMIT]
-    assert {span.kind for span in quantised} == set(t.CODE_LIMIT)
+    base = base if bits == 8 else mutations.small_artifact(embed_bits=bits)
+    quantised = [span for span in mutations.spans(base) if t.ENCODINGS[span.kind].limit]
+    assert {span.kind for span in quantised} == {"int6", "int8", f"int{bits}"}
     for kind, start, count in quantised:
-        limit = t.CODE_LIMIT[kind]
+        limit = t.ENCODINGS[kind].limit
         for code in {limit, -limit, min(limit + 1, 127), -limit - 1, -128}:
             for position in (start, start + count - 1):
                 payload = bytearray(base.payload)

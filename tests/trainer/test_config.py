@@ -54,6 +54,7 @@ VALUES_BY_NAME = {
     "skip_gates": ("1", True),
     "doc_mask": ("true", True),
     "deterministic": ("1", True),
+    "gptq_embed": ("1", True),
     "fp8": ("0", False),
 }
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 import train_gpt as t
 from helpers import english_args, group_of_one, noisy_model, random_tokens, run_ranks, tiny
 
-LIMIT = t.CODE_LIMIT["int6"]
+LIMIT = t.ENCODINGS["int6"].limit
 BANKS = {spec.name for spec in t.MATRICES}
 
 

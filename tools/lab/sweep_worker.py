@@ -70,7 +70,8 @@ def int6_codes(trainer: ModuleType, run: Any, trained: Any) -> bytes:
     codes = []
     for (name, _), p in zip(run.model.named_parameters(), weights):
         if trainer.KINDS[name] == "int6":
-            code, *_ = trainer.quantize(p, "int6", run.h.int6_step, trained.grams.get(name))
+            gram = trained.grams.get(name)
+            code, *_ = trainer.quantize(p, "int6", run.h.int6_step, gram, run.h.matrix_clip_sd)
             codes.append(code.cpu().numpy().tobytes())
     return b"".join(codes)
 
