@@ -494,12 +494,22 @@ def config(request: Request) -> int:
     return run(["train_gpt.py", "config", *with_preset(request.knobs, count_gpus())])
 
 
+def bench_reads_data(options: Sequence[str]) -> bool:
+    """Return whether a bench with these options times the loader, which needs shards."""
+    only_candidates = "--candidates" in options and "--all" not in options
+    return not (only_candidates or "--attention" in options or "--timeline" in options)
+
+
 def bench(request: Request) -> int:
-    """Time this machine with one process, or with NPROC of them."""
+    """Time this machine with one process, or with NPROC of them, on the data that train would take."""
     enter_repository()
     add_tools_to_path()
-    program = ["-m", "lab.bench", *request.options, *with_preset(request.knobs, count_gpus())]
+    knobs = with_preset(request.knobs, count_gpus())
     processes = int(os.environ.get("NPROC") or 1)
+    if bench_reads_data(request.options) and not knob_value("data_path", request.knobs):
+        preset = knob_value("preset", tuple(knobs))
+        knobs = [f"data_path={find_training_data(preset, processes)}", *knobs]
+    program = ["-m", "lab.bench", *request.options, *knobs]
     if processes == 1:
         return run(program)
     return launch(processes, program)

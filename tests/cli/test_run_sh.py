@@ -583,11 +583,17 @@ def test_the_other_commands(tree):
     (tree.root / "x.int6.xz").touch()
     for args, call in [
         (["config", "preset=record"], "train_gpt.py config preset=record"),
-        (["bench"], "-m lab.bench preset=cpu"),
+        (["bench"], "-m lab.bench data_path=made/here preset=cpu"),
+        (["bench", "data_path=d"], "-m lab.bench preset=cpu data_path=d"),
         (
             ["bench", "--json", "b c.json", "--only", "a,b", "seed=1"],
-            "-m lab.bench --json b c.json --only a,b preset=cpu seed=1",
+            "-m lab.bench --json b c.json --only a,b data_path=made/here preset=cpu seed=1",
         ),
+        (
+            ["bench", "--candidates", "c.py", "--all"],
+            "-m lab.bench --candidates c.py --all data_path=made/here preset=cpu",
+        ),
+        (["bench", "--candidates", "c.py"], "-m lab.bench --candidates c.py preset=cpu"),
         (
             ["bench", "--timeline", "t.json", "--steps", "3"],
             "-m lab.bench --timeline t.json --steps 3 preset=cpu",
@@ -613,6 +619,16 @@ def test_the_other_commands(tree):
     ]:
         done = tree.run(*args)
         assert done.returncode == 0 and done.stdout == "" and tree.calls()[-1] == call, (done, tree.calls())
+
+
+def test_bench_takes_the_data_that_train_takes(tree):
+    for gpus, env in ((0, {}), (1, {}), (8, {"NPROC": "8"})):
+        tree.gpus(gpus)
+        for command in ("train", "bench"):
+            assert tree.run(command, **env).returncode == 0
+        asked = [line for line in tree.calls() if line.startswith("data/prepare.py auto")]
+        assert len(asked) == 2 and asked[0] == asked[1], asked
+        tree.calls_file.unlink()
 
 
 def test_ci_keeps_the_exit_status(tree):

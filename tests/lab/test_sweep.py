@@ -459,6 +459,20 @@ def test_settings_may_follow_options(tmp_path, capsys):
         record.main(["verify", "--quiet", "x", "--wrong", "y"])
 
 
+@pytest.mark.parametrize("change, name", [({}, "tiny"), ({"name": None}, "the-file")])
+def test_the_folder_has_the_name_of_the_plan(change, name, tmp_path, monkeypatch):
+    """A plan that names itself beats the name of its file."""
+    raw = {key: value for key, value in raw_plan(**change).items() if value is not None}
+    file = tmp_path / "the file.json"
+    file.write_text(json.dumps(raw))
+    folders = []
+    monkeypatch.setattr(sweep.Sweep, "claim_folder", lambda self: folders.append(self.folder))
+    monkeypatch.setattr(sweep.Sweep, "run", lambda self: 0)
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main([str(file)]) == 0
+    assert folders == [Path("logs/sweeps") / name]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "records" / "plans").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_plans(path):
     """Every plan resolves with train_gpt.py's knobs, no two rows are alike, and the first is the base."""

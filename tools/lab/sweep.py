@@ -381,7 +381,7 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="start no configuration that would end later (default: no limit)",
     )
-    add("--out", metavar="DIR", help="folder of logs and tables (default: logs/sweeps/PLAN)")
+    add("--out", metavar="DIR", help="folder of logs and tables (default: logs/sweeps/NAME, the plan's)")
     add("--sliding", action="store_true", help="also score with the preset's stride (slow)")
     return parser
 
@@ -398,7 +398,7 @@ def command(args: argparse.Namespace) -> int:
 
     trainer = load_script(TRAINER, "swept_trainer", sweep_plan.NEEDS, "sweep")
     plan = sweep_plan.read_plan(trainer, args)
-    folder = Path(args.out) if args.out else Path("logs", "sweeps", sweep_plan.default_name(given))
+    folder = Path(args.out) if args.out else Path("logs", "sweeps", plan.name)
     return Sweep(plan, folder, args.workers, args.budget).run()
 
 

@@ -250,7 +250,7 @@ def read_plan(trainer: ModuleType, args: argparse.Namespace) -> Plan:
 
 
 def default_name(path: Path | None) -> str:
-    """Return the name of a plan that does not give one, and of its folder."""
+    """Return the name of a plan that does not give one."""
     stem = path.stem if path else "sweep"
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).lstrip(".-") or "sweep"
 
