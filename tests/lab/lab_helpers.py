@@ -22,15 +22,19 @@ WHOLE = [
 ]  # fmt: skip
 
 
+def an_empty_report():
+    return dict(skipped=[], noisy=[], whole=[], sections=[])
+
+
 def a_session(rows=2, **knobs):
     """A session of a tiny model without a process group."""
-    return Session(t, tiny(**knobs), machine(), rows, dict(skipped=[], whole=[], sections=[]), math.inf)
+    return Session(t, tiny(**knobs), machine(), rows, an_empty_report(), math.inf)
 
 
 def session_of(h, m):
     """A session of this config and machine."""
     _, rows = t.cut_batch(h, 1)
-    return Session(t, h, m, rows, dict(skipped=[], whole=[], sections=[]), math.inf)
+    return Session(t, h, m, rows, an_empty_report(), math.inf)
 
 
 def sections_by_name(s, dtype=torch.float32):

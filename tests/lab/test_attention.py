@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import train_gpt as t
 from helpers import TINY, refused_by, tiny
-from lab import attention, bench, exact
+from lab import attention, bench, exact, timing
 from lab.attention import AttentionPath, BoundPath, Layout
 from lab_helpers import a_session
 
@@ -399,7 +399,7 @@ def test_a_path_that_raises_is_skipped(late, capsys, monkeypatch):
 def test_figures_by_hand(monkeypatch):
     """4 Dh products a visible pair and head, 2.5 times that backward, which is both less forward."""
     times = iter([200.0, 700.0])
-    monkeypatch.setattr(attention, "micros", lambda b, fn, ahead: (fn(), next(times))[1])
+    monkeypatch.setattr(attention, "micros", lambda b, what, fn, ahead: (fn(), next(times))[1])
     c = cases(rows=2)["window 4"]
     row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
     pairs = 2 * (1 + 2 + 3 + 13 * 4)
@@ -431,10 +431,18 @@ def test_the_devices_clock(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     s = SimpleNamespace(cuda=True, m=SimpleNamespace(sync=lambda: queue.append("sync")))
-    us = attention.micros(s, lambda: queue.append("fn"), lambda: queue.append("ahead"))
+    us = attention.micros(s, "x", lambda: queue.append("fn"), lambda: queue.append("ahead"))
     assert us == pytest.approx(1001)
     assert queue == ["fn"] * 3 + ["ahead", "event", "fn", "event"] * 15 + ["sync"]
     assert attention.CALLS >= 10
+
+
+def test_a_noisy_path_is_named(monkeypatch):
+    monkeypatch.setattr(timing, "host_times", lambda calls: [1.0, 4.0, 4.0])
+    c = cases(rows=2)["window 4"]
+    attention.attempt_path(c, "math", attention.exact_rows(c), lambda: None)
+    path = f"math on window 4, {c.layout}"
+    assert c.s.report["noisy"] == [f"{path}, forward", f"{path}, forward + backward"]
 
 
 def a_row(layout, mask, path, forward=None, both=None):

@@ -18,8 +18,8 @@ import pytest
 
 import train_gpt as t
 from helpers import english_args, refused_by, stop_one_line
-from lab import bench
-from lab_helpers import SECTIONS, WHOLE
+from lab import bench, steps, timing
+from lab_helpers import SECTIONS, WHOLE, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tools" / "lab"
@@ -49,6 +49,28 @@ def test_the_command_measures_everything(tmp_path, capfd):
     assert report["config"]["num_layers"] == 2
     assert re.search(r"^MLP +backward +2 ", out, re.M)
     assert "sum of floors" in out
+
+
+@pytest.mark.parametrize("times, noisy", [([1.0, 2.9, 9.0], False), ([1.0, 3.0, 3.1], True)])
+def test_a_noisy_machine_is_said_in_one_line(times, noisy, tmp_path, capsys, monkeypatch):
+    """A median of three times the least. The line names the timings; the report has all of them."""
+    monkeypatch.setattr(steps, "wall_times", lambda s, fn, before=None: times)
+    monkeypatch.setattr(timing, "host_times", lambda calls: [1.0, 1.0, 1.0])
+    report, out = run_bench([], tmp_path, capsys)
+    said = [line for line in out.splitlines() if "noisy machine" in line]
+    assert report["noisy"] == (WHOLE if noisy else [])
+    assert len(said) == noisy
+    if noisy:
+        shown = ", ".join(WHOLE[: timing.SHOWN])
+        assert f"3 times the least or more in {shown} and {len(WHOLE) - timing.SHOWN} more;" in said[0]
+
+
+def test_a_noisy_section_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(steps, "wall_times", lambda s, fn, before=None: [1.0])
+    monkeypatch.setattr(timing, "host_times", lambda calls: [1.0, 5.0, 5.0])
+    report, _ = run_bench([], tmp_path, capsys)
+    assert report["noisy"][0] == "copy" and report["noisy"][1].startswith("product ")
+    assert {"MLP forward", "MLP forward+backward", "bank casts backward"} <= set(report["noisy"])
 
 
 def test_bad_input_is_one_line(tmp_path, capfd):

@@ -283,6 +283,21 @@ def test_the_folder_is_complete(repo, capsys):
     assert "no kernel at kernel.py" in tables and "/some" not in (folder / "log.txt").read_text()
 
 
+def test_a_noisy_measurement_is_said_in_one_line(repo, tmp_path, capsys):
+    """Only the time whose median is three times its least is named."""
+    log = (folder_of(repo) / "log.txt").read_text()
+    calm = re.sub(r"median_ms:\S+ min_ms:\S+", "median_ms:2.0 min_ms:1.0", log)
+    noisy = calm.replace("median_ms:2.0", "median_ms:3.0", 1)
+    for text, lines in ((calm, 0), (noisy, 1)):
+        file = tmp_path / "log.txt"
+        file.write_text(text)
+        assert directions.main(["--log", str(file), "--out", str(tmp_path / "out")]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if "noisy machine" in line]
+        assert len(said) == lines
+    first = re.search(r"^time part:(\S+) share:(\S+) row:(\S+) rule:(\S+) .*mode:(\S+)", noisy, re.M)
+    assert " ".join(first.groups()) in said[0]
+
+
 def test_derived_figures_by_hand(repo):
     log = direction_log.parse((folder_of(repo) / "log.txt").read_text())
     row = next(x for x in log["time"] if (x["part"], x["row"]) == ("update", "ns5"))

@@ -37,14 +37,16 @@ def test_a_graph_holds_every_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     s = on_gpu(a_session(), lanes=lanes, sync=lambda: None, rank=0)
     s.m.graph_capture = lambda fn: captured.append(list(ran)) or fn
-    assert timing.call_ms(s, [lambda: ran.append(0), lambda: ran.append(1), lambda: ran.append(2)]) == 4.0
+    assert (
+        timing.call_ms(s, "x", [lambda: ran.append(0), lambda: ran.append(1), lambda: ran.append(2)]) == 4.0
+    )
     assert captured == [[0, 1, 2] * 2]
     assert ran == [0, 1, 2] * (2 + timing.REPLAYS + 1)
 
     s.m.graph_capture = lambda fn: (
         fn() or 1 / 0
     )  # what cannot be captured is launched, and the report says so
-    assert timing.call_ms(s, [lambda: None] * 6) == 2.0
+    assert timing.call_ms(s, "x", [lambda: None] * 6) == 2.0
     assert s.report["skipped"][0]["why"].startswith("ZeroDivisionError")
 
 

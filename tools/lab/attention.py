@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lab.exact import attend_exact, relative
-from lab.timing import call_ms, device_times, fixed_width, median
+from lab.timing import call_ms, device_times, fixed_width, say_noise, typical
 from lab.trainer import Session, first_line, input_errors_of, load_trainer, open_session
 from ledger.files import write_atomic
 from script import BadInput
@@ -360,13 +360,16 @@ def errors_of(found: list[Tensor], exact: dict[int, list[Tensor]]) -> dict[str, 
 # ---- clocks --------------------------------------------------------------------------------------
 
 
-def micros(s: Session, fn: Callable, fill: Callable) -> float:
-    """Return the median us of fn(). fill: queues work that keeps the device busy until fn is launched."""
+def micros(s: Session, what: str, fn: Callable, fill: Callable) -> float:
+    """Return the median us of fn(), named `what` if it is noisy.
+
+    fill: queues work that keeps the device busy until fn is launched.
+    """
     if not s.cuda:
-        return 1000 * call_ms(s, [fn])
+        return 1000 * call_ms(s, what, [fn])
     for _ in range(WARM):
         fn()
-    return 1000 * median(device_times(s, fn, CALLS, before=fill))
+    return 1000 * typical(s, what, device_times(s, fn, CALLS, before=fill))
 
 
 def filler(s: Session) -> Callable:
@@ -378,9 +381,9 @@ def filler(s: Session) -> Callable:
     return lambda: torch.mm(x, x, out=y)
 
 
-def measure_path(c: MaskedLayer, path: AttentionPath, exact: dict, fill: Callable) -> dict:
+def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict:
     """Return the errors of a path and, if these are small, its times."""
-    bound = path.bind(c)
+    bound = PATHS[name].bind(c)
     tensors = c.tensors if bound.backward else [x.detach() for x in c.tensors]
 
     def forward() -> Tensor:  # as in training, it keeps what a backward needs
@@ -399,10 +402,11 @@ def measure_path(c: MaskedLayer, path: AttentionPath, exact: dict, fill: Callabl
         return row | dict(status="wrong", why="error of " + ", ".join(wrong))
 
     flops = 4.0 * c.layout.head_dim * c.layout.heads * c.mask.pairs
-    forward_us = micros(c.s, forward, fill)
+    what = f"{name} on {c.mask.name}, {c.layout}"
+    forward_us = micros(c.s, f"{what}, forward", forward, fill)
     row |= dict(status="measured", forward_us=forward_us, forward_tflops=flops / forward_us / 1e6)
     if bound.backward:
-        both_us = micros(c.s, both, fill)
+        both_us = micros(c.s, f"{what}, forward + backward", both, fill)
         backward_us = max(both_us - forward_us, 1e-3)  # of two medians: noise may make it negative
         backward_tflops = BACKWARD * flops / backward_us / 1e6
         row |= dict(both_us=both_us, backward_us=backward_us, backward_tflops=backward_tflops)
@@ -415,7 +419,7 @@ def attempt_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a backend is not chosen, that flex is not compiled
-            return row | measure_path(c, PATHS[name], exact, fill)
+            return row | measure_path(c, name, exact, fill)
     except Unfit as error:
         return row | dict(status="skipped", why=first_line(error))
     except Exception as error:  # whatever a kernel, a compiler or an import raises
@@ -577,6 +581,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
 
     s.say("\nforward + backward, the fastest path of each\n" + fastest_table(s.report["table"]))
     s.report["seconds"] = time.perf_counter() - started
+    say_noise(s)
     s.say(f"\n{s.report['seconds']:.0f} s")
     if args.json and s.m.rank == 0:
         write_report(s, args.json)

@@ -24,6 +24,8 @@ the end of the next, without the first step of each block. The difference is the
 that the device does not hide. Next to it is the time from the end of a step to the first pass of the next,
 which no change of the clock rate blurs. nvidia-smi reads the clocks meanwhile.
 
+If a median is three times the least of its times or more, something else ran: the last line names them.
+
 With --candidates only these are compared, and each line is printed when it is known; --all measures the rest,
 too. FILE.py defines CANDIDATES = {name: (path, function)}. The path names what to replace in a copy of
 train_gpt.py (mlp, exclude_self, qk_heads, GPT.nats, ...), the function has the same signature, and a
@@ -58,6 +60,7 @@ from lab.floors import measure_sections
 from lab.kernels import profile
 from lab.steps import time_loader, time_step
 from lab.sustained import SUSTAIN, measure_sustained
+from lab.timing import say_noise
 from lab.trainer import Session, Trained, build_trained, input_errors_of, load_trainer, open_session
 from script import TRAINER, BadInput
 
@@ -175,6 +178,7 @@ def run_bench(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         if names:
             attempt(s, "candidates", compare, run, args.candidates, names)
 
+    say_noise(s)
     s.report["seconds"] = time.perf_counter() - started
     if args.json and s.m.rank == 0:
         args.json.write_text(json.dumps(s.report, indent=1, sort_keys=True) + "\n", encoding="utf-8")

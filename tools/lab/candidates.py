@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lab.exact import attend_exact, relative
 from lab.sections import OUTPUT_LAYER, Section, SectionTime, as_list, leaves_of, sections_of, time_section
-from lab.timing import median, wall_ms
+from lab.timing import typical, wall_ms
 from lab.trainer import MODULE, Session, Trained, copy_weights, fill_weights, load_trainer, zero_model
 from script import BadInput
 
@@ -321,8 +321,8 @@ class Comparison:
             paths=sorted(paths),
             plain=self.plain_errors,
             errors=errors,
-            plain_ms=median([pair.plain for pair in pairs]),
-            ms=median([pair.other for pair in pairs]),
+            plain_ms=typical(s, "forward+backward, plain", [pair.plain for pair in pairs]),
+            ms=typical(s, f"forward+backward, candidate {name}", [pair.other for pair in pairs]),
             wins=sum(pair.other < pair.plain for pair in pairs),
             pairs=len(pairs),
         )

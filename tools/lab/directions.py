@@ -40,6 +40,7 @@ from lab.direction_cases import (
 )
 from lab.direction_quality import Inputs, log_quality, train_momentum
 from lab.direction_times import log_floors, log_work, time_cases
+from lab.timing import is_noisy, noise_warning
 from ledger import direction_log, direction_tables
 from ledger.files import read_text
 from ledger.runlog import SEPARATOR
@@ -326,6 +327,16 @@ def publish(text: str, out: Path) -> Path:
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def noisy_times(log: dict) -> list[str]:
+    """Return the names of the times in a log whose medians are noisy."""
+    keys = ("part", "share", "row", "rule", "mode")
+    return [
+        " ".join(str(row[key]) for key in keys)
+        for row in log.get("time", [])
+        if is_noisy(row["median_ms"], row["min_ms"])
+    ]
+
+
 def command(args: argparse.Namespace) -> int:
     """Measure (or read --log), write the folder and print its tables."""
     if args.warm is not None:
@@ -335,7 +346,10 @@ def command(args: argparse.Namespace) -> int:
     text = read_text(args.log) if args.log else measure_to_log(args, running)
     target = publish(text, out)
     running.unlink(missing_ok=True)
-    print(f"\n{read_text(target / 'tables.md')}\n{target}\nnext: ./run.sh record board")
+    print(f"\n{read_text(target / 'tables.md')}\n{target}")
+    if noisy := noisy_times(direction_log.parse(text)):
+        print(noise_warning(noisy))
+    print("next: ./run.sh record board")
     return 0
 
 

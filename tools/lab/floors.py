@@ -43,7 +43,7 @@ def measure_copy(s: Session) -> float:
     source = torch.ones(count, device=s.m.device)
     target = torch.empty(count, device=s.m.device)
     rounds = ROUNDS if s.cuda else 1
-    ms = call_ms(s, [lambda: target.copy_(source)] * rounds)
+    ms = call_ms(s, "copy", [lambda: target.copy_(source)] * rounds)
     return 2 * 4 * count / ms / 1e6
 
 
@@ -53,7 +53,8 @@ def measure_product(s: Session, m: int, k: int, n: int) -> float:
     def operands() -> list[Tensor]:
         return [torch.randn(shape, device=s.m.device, dtype=s.m.dtype) for shape in ((m, k), (k, n))]
 
-    return call_ms(s, in_turn(s, lambda pair: torch.mm(*pair), fresh_sets(s, operands)))
+    calls = in_turn(s, lambda pair: torch.mm(*pair), fresh_sets(s, operands))
+    return call_ms(s, f"product {m}x{k}x{n}", calls)
 
 
 def measure_rates(s: Session, shapes: list[tuple[int, int, int]]) -> Rates:

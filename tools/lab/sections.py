@@ -450,11 +450,12 @@ def leaves_of(section: Section, args: list[Tensor]) -> list[Tensor]:
 def time_own_backward(s: Session, section: Section) -> SectionTime:
     """Time a section and the function that stands for its backward."""
 
-    def ms(fn: Callable, make: Callable[[], list[Tensor]]) -> float:
+    def ms(which: str, fn: Callable, make: Callable[[], list[Tensor]]) -> float:
         compiled = s.m.compile(fn)
-        return call_ms(s, in_turn(s, lambda args: compiled(*args), fresh_sets(s, make)))
+        calls = in_turn(s, lambda args: compiled(*args), fresh_sets(s, make))
+        return call_ms(s, f"{section.name} {which}", calls)
 
-    return SectionTime(ms(section.fn, section.inputs), ms(*section.back))
+    return SectionTime(ms("forward", section.fn, section.inputs), ms("backward", *section.back))
 
 
 class SectionCall(NamedTuple):
@@ -492,6 +493,6 @@ def time_section(s: Session, section: Section) -> SectionTime:
         outs = as_list(fn(*call.args))
         torch.autograd.grad(outs, call.leaves, call.output_gradients, allow_unused=True)
 
-    whole_ms = call_ms(s, in_turn(s, both, calls))
-    forward_ms = call_ms(s, in_turn(s, forward, calls))
+    whole_ms = call_ms(s, f"{section.name} forward+backward", in_turn(s, both, calls))
+    forward_ms = call_ms(s, f"{section.name} forward", in_turn(s, forward, calls))
     return SectionTime(forward_ms, max(whole_ms - forward_ms, 0.0))

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from lab.timing import median, wall_times
+from lab.timing import typical, wall_times
 from lab.trainer import Session, Trained, bind_backward, gradient_buffers, quiet_run
 
 
 def report_times(s: Session, name: str, times: list[float]) -> None:
     """Print and report the line `bench NAME: median ...`."""
-    middle, least, most = median(times), min(times), max(times)
+    middle, least, most = typical(s, name, times), min(times), max(times)
     s.report["whole"].append(dict(name=name, median_ms=middle, min_ms=least, max_ms=most, n=len(times)))
     s.say(
         f"bench {name}: median {middle:.2f} ms, min {least:.2f}, max {most:.2f} "

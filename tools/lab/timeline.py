@@ -41,7 +41,7 @@ import torch.distributed as dist
 
 from lab.collectives import Collective, Recorder, collectives_of
 from lab.kernels import DEVICE_EVENTS, trace_events
-from lab.timing import aligned
+from lab.timing import aligned, say_noise, typical
 from lab.trainer import Session, bind_backward, build_trained, input_errors_of, load_trainer, open_session
 from ledger import pictures
 from ledger.files import write_atomic
@@ -628,6 +628,8 @@ def conclude(s: Session, ranks: list[dict], args: argparse.Namespace, image: Pat
     """Print the tables and write the files, on rank 0."""
     result = result_of(s, ranks, collective_rows(ranks))
     say_tables(s, ranks, result)
+    typical(s, "step, under the profiler", [step["step_ms"] for rank in ranks for step in rank["steps"]])
+    say_noise(s)
     write_atomic(args.timeline, json.dumps(chrome_trace(ranks)) + "\n")
     s.say(f"\ntimeline: {args.timeline}")
     if args.json:

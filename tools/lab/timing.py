@@ -18,11 +18,44 @@ FRESH = 20  # calls, each with inputs of its own, where these fit the L2 cache
 HOST_SECONDS = 0.3  # on a CPU a section ends after this long, with three repetitions at least
 HOST_WARM = 4  # calls by the host's clock that do not count
 HOST_CALLS = 10  # and those that do
+NOISE = 3.0  # a median of so many times the least time is that of a machine that does something else, too
+SHOWN = 8  # names of noisy timings in the warning
 
 
 def median(values: list[float]) -> float:
     """Return the middle value, the larger of the two middle ones when their number is even."""
     return sorted(values)[len(values) // 2]
+
+
+def is_noisy(middle: float, least: float) -> bool:
+    """Return whether a median is so far above the least time that it does not stand for the machine."""
+    return least > 0 and middle >= NOISE * least
+
+
+def typical(s: Session, what: str, times: list[float]) -> float:
+    """Return the median of some times, and note in the report, under the name `what`, if it is noisy."""
+    middle = median(times)
+    if is_noisy(middle, min(times)):
+        s.report["noisy"].append(what)
+    return middle
+
+
+def noise_warning(names: list[str]) -> str:
+    """Return the one line about noisy timings."""
+    names = list(dict.fromkeys(names))
+    shown = ", ".join(names[:SHOWN])
+    if len(names) > SHOWN:
+        shown += f" and {len(names) - SHOWN} more"
+    return (
+        f"noisy machine: the median is {NOISE:g} times the least or more in {shown}; measure again when "
+        "nothing else runs"
+    )
+
+
+def say_noise(s: Session) -> None:
+    """Print the warning if a timing of this session is noisy."""
+    if s.report["noisy"]:
+        s.say(f"\n{noise_warning(s.report['noisy'])}")
 
 
 # ---- the host's clock ----------------------------------------------------------------------------
@@ -50,8 +83,8 @@ def wall_times(s: Session, fn: Callable, before: Callable = no_preparation) -> l
     return times[HOST_WARM:]
 
 
-def host_ms(calls: list[Callable]) -> float:
-    """Return the median ms of a call on a CPU, `calls` in turn, for HOST_SECONDS or REPLAYS calls."""
+def host_times(calls: list[Callable]) -> list[float]:
+    """Time calls in ms on a CPU, `calls` in turn, for HOST_SECONDS or REPLAYS calls."""
     calls[0]()
     times: list[float] = []
     end = time.perf_counter() + HOST_SECONDS
@@ -60,7 +93,7 @@ def host_ms(calls: list[Callable]) -> float:
         start = time.perf_counter()
         call()
         times.append(1000 * (time.perf_counter() - start))
-    return median(times)
+    return times
 
 
 # ---- the device's clock --------------------------------------------------------------------------
@@ -94,8 +127,8 @@ def device_times(s: Session, fn: Callable, count: int, before: Callable = no_pre
     return [ms_between(start, end) for start, end in events]
 
 
-def graph_ms(s: Session, calls: list[Callable]) -> float:
-    """Return the median ms of a call when one CUDA graph holds all `calls`, after two rounds outside it."""
+def graph_times(s: Session, calls: list[Callable]) -> list[float]:
+    """Time a call in ms when one CUDA graph holds all `calls`, after two rounds outside it."""
 
     def run() -> None:
         for call in calls:
@@ -114,14 +147,15 @@ def graph_ms(s: Session, calls: list[Callable]) -> float:
 
     try:
         times = device_times(s, launch, REPLAYS + 1)
-        return median(times[1:]) / len(calls)
+        return [ms / len(calls) for ms in times[1:]]
     finally:
         s.m.sync()  # before the graph and its memory go
 
 
-def call_ms(s: Session, calls: list[Callable]) -> float:
-    """Return the median ms of one of `calls`, which run in turn."""
-    return graph_ms(s, calls) if s.cuda else host_ms(calls)
+def call_ms(s: Session, what: str, calls: list[Callable]) -> float:
+    """Return the median ms of one of `calls`, which run in turn. what: its name if it is noisy."""
+    times = graph_times(s, calls) if s.cuda else host_times(calls)
+    return typical(s, what, times)
 
 
 # ---- inputs --------------------------------------------------------------------------------------

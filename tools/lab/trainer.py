@@ -107,6 +107,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
         seq_len=h.train_seq_len,
         config=dataclasses.asdict(h),
         skipped=[],
+        noisy=[],
     )
     return Session(t, h, m, rows, report)
 
