@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 
 from ledger.files import write_atomic
-from ledger.runlog import Run, parse_log
+from ledger.runlog import Run, Step, parse_log
 from script import BadInput
+
+MAX_TICKS = 8  # of a time axis; one with fewer days has a tick for each
 
 
 def pyplot():
@@ -53,9 +55,16 @@ def label_of(log: Path) -> str:
     return f"{folder} {log.stem}" if in_record else log.stem
 
 
+def validations(run: Run) -> list[Step]:
+    """Return the validations of a run, without that of the untrained model if others show the curve."""
+    val = [s for s in run.steps if s.kind == "val" and s.bpb is not None]
+    return val[1:] if len(val) > 2 else val
+
+
 def plot_runs(logs: list[Path], out: Path) -> None:
     """Draw train loss and val bpb, each against step and against time, one color per run.
 
+    If no run was validated before its end there is no curve of bpb: the legend has the bpb instead.
     Unfinished runs are drawn as well. Raises BadInput when a log has no step yet.
     """
     runs = [parse_log(log) for log in logs]
@@ -63,33 +72,51 @@ def plot_runs(logs: list[Path], out: Path) -> None:
         if not any(s.step > 0 for s in run.steps):
             raise BadInput(f"{run.path}: no step: lines yet, nothing to plot")
 
+    has_curve = any(len(validations(run)) > 1 for run in runs)
+    rows = 2 if has_curve else 1
     plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex="col", sharey="row", layout="constrained")
+    figure, axes = plt.subplots(
+        rows,
+        2,
+        figsize=(10, 3.2 * rows),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
     for index, run in enumerate(runs):
-        plot_run(run, axes, f"C{index % 10}")
+        plot_run(run, axes, f"C{index % 10}", label_of(run.path) if has_curve else label_with_bpb(run))
     axes[0][0].set_ylabel("train loss (nats per token)")
-    axes[1][0].set_ylabel("val bpb (bits per byte)")
-    axes[1][0].set_xlabel("step")
-    axes[1][1].set_xlabel("training time (s)")
+    if has_curve:
+        axes[1][0].set_ylabel("val bpb (bits per byte)")
+    axes[-1][0].set_xlabel("step")
+    axes[-1][1].set_xlabel("training time (s)")
+    for axis in axes[-1]:
+        left, right = axis.get_xlim()
+        axis.set_xlim(left=min(left, -0.04 * right))  # zero is in view, also for a single step
     axes[0][1].legend(fontsize=8)
     save(plt, figure, out)
 
 
-def plot_run(run: Run, axes, color: str) -> None:
-    """Draw one run into the four panels of plot_runs."""
-    style = {"color": color, "linewidth": 1.2, "label": label_of(run.path)}
+def label_with_bpb(run: Run) -> str:
+    """Return a run's name in the legend with the bpb of its only validation, if it has one."""
+    last = "".join(f", val bpb {s.bpb:.4f} at step {s.step}" for s in validations(run))
+    return label_of(run.path) + last
+
+
+def plot_run(run: Run, axes, color: str, label: str) -> None:
+    """Draw one run into the panels of plot_runs. Markers: a curve may have a single point."""
+    style = {"color": color, "linewidth": 1.2, "marker": ".", "label": label}
     train = [s for s in run.steps if s.kind == "train"]
-    val = [s for s in run.steps if s.kind == "val" and s.bpb is not None]
-    if len(val) > 2:
-        val = val[1:]  # the untrained model would flatten the rest
-
     losses = [s.loss for s in train]
-    axes[0][0].plot([s.step for s in train], losses, **style)
-    axes[0][1].plot([s.time_ms / 1000 for s in train], losses, **style)
+    axes[0][0].plot([s.step for s in train], losses, markersize=4, **style)
+    axes[0][1].plot([s.time_ms / 1000 for s in train], losses, markersize=4, **style)
 
-    bpb = [s.bpb for s in val]
-    axes[1][0].plot([s.step for s in val], bpb, marker=".", **style)
-    axes[1][1].plot([s.time_ms / 1000 for s in val], bpb, marker=".", **style)
+    for row in axes[1:]:
+        val = validations(run)
+        bpb = [s.bpb for s in val]
+        row[0].plot([s.step for s in val], bpb, **style)
+        row[1].plot([s.time_ms / 1000 for s in val], bpb, **style)
 
 
 def plot_history(tracks: dict[str, list[dict]], out: Path) -> None:
@@ -104,7 +131,7 @@ def plot_history(tracks: dict[str, list[dict]], out: Path) -> None:
 
 def plot_track(axis, track: str, submissions: list[dict]) -> None:
     """Draw one panel of plot_history."""
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, DayLocator
 
     rows = sorted(submissions, key=lambda sub: (sub["date"], -sub["val_bpb"], sub["name"]))
     days = [date.fromisoformat(sub["date"]) for sub in rows]
@@ -120,6 +147,10 @@ def plot_track(axis, track: str, submissions: list[dict]) -> None:
     axis.set_title(track, loc="left")
     axis.set_ylabel("val bpb")
     axis.margins(0.15)
-    locator = AutoDateLocator(minticks=1, maxticks=8)
+    span = days[-1] - days[0]
+    margin = max(0.15 * span, timedelta(days=1))  # matplotlib would show years around a single day
+    axis.set_xlim(days[0] - margin, days[-1] + margin)
+    few = span + 2 * margin < timedelta(days=MAX_TICKS)
+    locator = DayLocator() if few else AutoDateLocator(minticks=1, maxticks=MAX_TICKS)
     axis.xaxis.set_major_locator(locator)
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
