@@ -848,8 +848,11 @@ class Log:
             self.file.close()
         self.file = None
 
-    def __call__(self, line: str, console: bool = True) -> None:
-        """Append text to the file and, if `console`, print it. Raises InputError on failure."""
+    def __call__(self, line: str, shown: str | None = None) -> None:
+        """Append text to the file and print it, or print `shown` instead: "" prints nothing.
+
+        The file keeps the formats that tools parse; the console is for people. Raises InputError on failure.
+        """
         if self.file is None:
             return
         try:
@@ -859,8 +862,9 @@ class Log:
             if not self.may_move:
                 raise
             self.move(line, str(e))
-        if console:
-            print(("\r\033[K" if self.live else "") + line, flush=True)
+        text = line if shown is None else shown
+        if text:
+            print(("\r\033[K" if self.live else "") + text, flush=True)
 
     def move(self, line: str, reason: str) -> None:
         """Go on with `line` in a copy of the log elsewhere, and say where on stderr. InputError: nowhere."""
@@ -3920,6 +3924,10 @@ class Score(NamedTuple):
     def exact(self) -> str:
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
+    @property
+    def words(self) -> str:
+        return f"val_bpb {self.bpb:.4f}, val_loss {self.loss:.4f} over {self.tokens:,} tokens"
+
 
 class ScoreRun(NamedTuple):
     """The settings of one score."""
@@ -4317,6 +4325,12 @@ class Run:
             tokens = self.timed("load", load_split, self.h, split)
             num_bytes = int(self.dataset.counts.of(tokens).sum())
             self.log(f"data split:{split} {split}_tokens:{len(tokens) - 1} {split}_bytes:{num_bytes}")
+            held = sum(map(shard_tokens, split_files(self.h.data_path, split)))
+            if len(tokens) < held:
+                self.log(
+                    f"only the first {len(tokens) - 1:,} of {held - 1:,} tokens of {split} are scored: "
+                    f"val_tokens={self.h.val_tokens}; val_tokens=0 scores all"
+                )
             self.splits[split] = tokens
         return self.splits[split]
 
@@ -4359,7 +4373,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     if log.goes_on:
         log(f"\n{machine}")  # after a line that may have been cut
     elif log.file:
-        log(Path(__file__).read_text(encoding="utf-8"), console=False)
+        log(Path(__file__).read_text(encoding="utf-8"), shown="")
         rule = "=" * 100
         lines = [
             rule,
@@ -4371,7 +4385,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
             "config:",
             *(f"  {key}: {value}" for key, value in sorted(asdict(h).items())),
         ]
-        log("\n".join(lines), console=False)
+        log("\n".join(lines), shown="")
         log(f"preset: {h.preset}\n{machine}")
 
     train_tokens = sum(map(shard_tokens, find_shards(h.data_path, "train")))
@@ -4570,8 +4584,7 @@ def train(run: Run) -> Trained:
             shown_loss = log_step(run, step, loss, clock_ms)
         if checkpoints:
             checkpoints.save(step, clock_ms)
-        eta = clock_ms * (1 / hyper_at(h, step, clock_ms).progress - 1) / 1000
-        log.status(f"step {step} loss {shown_loss:.4f} {clock_ms / step:.1f} ms/step ETA {eta:.0f} s")
+        log.status(f"{describe_progress(run.h, step, clock_ms)}: train_loss {shown_loss:.4f}")
 
     m.sync()
     train_ms = clock()
@@ -4591,7 +4604,11 @@ def train(run: Run) -> Trained:
         checkpoints.save(step, train_ms, last=True)
     if step < h.iterations:
         cause = "signal" if end == End.SIGNAL else "wallclock_cap"
-        log(f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}")
+        reason = {"signal": "a signal", "wallclock_cap": "the time is up"}[cause]
+        log(
+            f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}",
+            shown=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
+        )
     return Trained(
         ema=ema,
         steps=step,
@@ -4600,6 +4617,17 @@ def train(run: Run) -> Trained:
         grams=grams,
         artifact_weights=artifact_weights,
     )
+
+
+def describe_progress(h: Config, step: int, clock_ms: float) -> str:
+    """Return how much is used of the budget that will end the run, time or iterations, and the ETA."""
+    progress = hyper_at(h, step, clock_ms).progress
+    seconds = clock_ms / 1000
+    if progress > step / h.iterations:
+        used = f"step {step:,}, {seconds:.0f} of {h.max_wallclock_seconds:g} s"
+    else:
+        used = f"step {step:,} of {h.iterations:,}"
+    return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
 
 
 def log_held_back(run: Run, seconds: float) -> None:
@@ -4646,7 +4674,8 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     score = run.score("validation", run.h.eval_seq_len)
     run.log(
         f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-        f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
+        f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms",
+        shown=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}",
     )
     return score
 
@@ -4656,7 +4685,9 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     run.log(
         f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
-        f"step_avg:{clock_ms / step:.2f}ms"
+        f"step_avg:{clock_ms / step:.2f}ms",
+        shown=f"{describe_progress(run.h, step, clock_ms)}: train_loss {loss.item():.4f}, "
+        f"{clock_ms / step:.1f} ms a step",
     )
     return loss.item()
 
@@ -4689,10 +4720,21 @@ def unigram_nats(h: Config, targets: np.ndarray) -> float:
     return -np.log(counts / counts.sum())[targets].sum()
 
 
-def score_artifact(run: Run) -> str:
+class FinalScore(NamedTuple):
+    """The score of an artifact that counts."""
+
+    metric: str  # int6_lzma_chunked | int6_lzma_sliding | int6_lzma_ttt
+    score: Score
+
+    @property
+    def exact(self) -> str:
+        return f"metric:{self.metric} {self.score.exact}"
+
+
+def score_artifact(run: Run) -> FinalScore:
     """Score the weights in disjoint windows, sliding if the stride is shorter, and with learning if set.
 
-    Logs each score. Returns the last, which is the one that counts, as `metric:... val_loss:... val_bpb:...`.
+    Logs each score. Returns the last.
     """
     h = run.h
     run.phases["eval"] = 0.0
@@ -4710,16 +4752,32 @@ def score_artifact(run: Run) -> str:
         shown_stride = f"stride:{stride} " if stride < h.eval_seq_len else ""
         run.log(
             f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {shown_stride}"
-            f"eval_time:{score.ms:.0f}ms"
+            f"eval_time:{score.ms:.0f}ms",
+            shown=f"artifact, {metric}: {score.words}",
         )
-        run.log(f"{label}_exact {score.exact}")
+        run.log(f"{label}_exact {score.exact}", shown="")
         run.phases["eval"] += score.ms
-        final = f"metric:int6_{coder}_{metric} {score.exact}"
+        final = FinalScore(f"int6_{coder}_{metric}", score)
 
     if h.report_split:
         reported = run.score(h.report_split, h.eval_seq_len, h.report_split)
         run.log(f"report split:{h.report_split} metric:int6_{coder}_chunked {reported.exact}")
     return final
+
+
+def describe_size(num_bytes: int, cap: int) -> str:
+    """Return a submission's size and its distance from the cap."""
+    distance = f"{cap - num_bytes:,} left under" if num_bytes <= cap else f"{num_bytes - cap:,} over"
+    return f"{num_bytes:,} bytes with the packed code, {distance} the cap of {cap:,}"
+
+
+PHASES = ("load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")
+
+
+def describe_phases(phases: Mapping[str, float]) -> str:
+    """Return the seconds of the phases that took any. phases: name -> ms, as in Run."""
+    seconds = {phase: phases.get(phase, 0.0) / 1000 for phase in PHASES}
+    return ", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items() if time >= 0.05)
 
 
 def conclude(run: Run, trained: Trained, path: str) -> int:
@@ -4745,10 +4803,14 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     live = validate(run, trained.steps, trained.train_ms)
     torch._foreach_copy_(trained.ema.params, trained.ema.average)
     averaged = run.score("ema", h.eval_seq_len)
-    log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms")
-    log(f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms")
+    log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", shown="")
+    log(
+        f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms",
+        shown=f"averaged weights: {averaged.words}",
+    )
     nats = unigram_nats(h, run.held_out("val")[1:])
-    log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{bpb(nats, live.bytes):.4f}")
+    unigram = bpb(nats, live.bytes)
+    log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", shown="")
 
     box = [Path(written).read_bytes() if m.rank == 0 else b""]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
@@ -4757,13 +4819,13 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     coder = CODECS[h.codec].label
     log(
         f"Serialized model int6+{coder}: {len(blob)} bytes\nCode size: {code_bytes} bytes\n"
-        f"Total submission size int6+{coder}: {bytes_total} bytes"
+        f"Total submission size int6+{coder}: {bytes_total} bytes",
+        shown="",
     )
     run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
     final = score_artifact(run)
 
-    shown = ("load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")
-    log("phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in shown))
+    log("phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES), shown="")
     over = bytes_total - h.size_cap
     if over > 0:
         log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
@@ -4774,9 +4836,11 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
             "raise warmup_steps or report it"
         )
     log(
-        f"final_score {final} bytes_total:{bytes_total} bytes_code:{code_bytes} "
+        f"final_score {final.exact} bytes_total:{bytes_total} bytes_code:{code_bytes} "
         f"steps:{trained.steps} train_time:{trained.train_ms:.0f}ms "
-        f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{sha256(blob)}"
+        f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{sha256(blob)}",
+        shown=f"\nscore: {final.score.words}; token frequencies alone (unigram) give {unigram:.4f}\n"
+        f"size: {describe_size(bytes_total, h.size_cap)}\ntime: {describe_phases(run.phases)}",
     )
     if m.rank == 0:
         print(f"log: {log.path}\nartifact: {written}", flush=True)
@@ -4870,7 +4934,10 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Score an artifact from its file. Returns the exit status."""
     run, blob = load_run(path, argv, env)
     final = score_artifact(run)
-    run.log(f"eval_score {final} eval_time:{run.phases['eval']:.0f}ms sha256:{sha256(blob)}")
+    run.log(
+        f"eval_score {final.exact} eval_time:{run.phases['eval']:.0f}ms sha256:{sha256(blob)}",
+        shown=f"\nscore: {final.score.words}\ntime: {describe_phases(run.phases)}\nlog: {run.log.path}",
+    )
     return 0
 
 

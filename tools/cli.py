@@ -17,6 +17,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -354,28 +355,14 @@ def find_training_data(preset: str, vocab_size: int, processes: int | None) -> s
     return find_data(*variant, "--train-shards", str(shards))
 
 
-class FinalScore(NamedTuple):
-    """The figures of the last final_score line of a log, and how many such lines there are."""
-
-    figures: str
-    lines: int
-
-
-NO_SCORE = FinalScore("none (the log of this run has no final_score line)", 0)
-
-
-def read_score(log: str) -> FinalScore:
-    """Read a log's final score with the ledger's reader."""
+def count_scores(log: str) -> int:
+    """Count the final_score lines of a log with the ledger's reader; 0 if there is no log."""
     from ledger import runlog
 
     try:
-        run = runlog.parse_log(Path(log))
+        return runlog.parse_log(Path(log)).final_scores
     except BadInput:
-        return NO_SCORE
-    if not run.final_scores:
-        return NO_SCORE
-    figures = " ".join(f"{key}:{value}" for key, value in run.facts["final_score"].items())
-    return FinalScore(figures, run.final_scores)
+        return 0
 
 
 def draw_plot(log: str) -> str:
@@ -391,17 +378,61 @@ def draw_plot(log: str) -> str:
     return drawn.stdout.splitlines()[-1].removeprefix("plot: ")
 
 
-def report(log: str, artifact: str, earlier: FinalScore) -> None:
-    """Print where a run's results are; its score, unless the log has only the `earlier` one."""
+def report_failure(log: str, artifact: str) -> None:
+    """Print what there is of a run without a score."""
     plot = draw_plot(log)
-    score = read_score(log)
-    if score.lines == earlier.lines:
-        score = NO_SCORE
-    print(f"\nscore: {score.figures}")
+    print("\nscore: none (the log of this run has no final_score line)")
     found = artifact if os.path.exists(artifact) else f"none at {artifact} (the trainer's lines say why)"
     print(f"artifact: {found}")
     print(f"log: {log}")
     print(f"plot: {plot}", flush=True)
+
+
+def report(log: str, nexts: Sequence[NextCommand]) -> None:
+    """Print what the trainer, whose last lines are score, size, time, log and artifact, does not know."""
+    from ledger import runlog, standing
+
+    print(f"plot: {draw_plot(log)}")
+    compared = standing.compare_with_board(runlog.parse_log(Path(log)), ROOT / "records")
+    if compared:
+        print(f"board: {compared}")
+    if nexts:
+        print("next:")
+    for question, command in nexts:
+        print(f"  {question:<26}{command}")
+    sys.stdout.flush()
+
+
+class NextCommand(NamedTuple):
+    """A command to try after a run, as the caller would type it, and the question that it answers."""
+
+    question: str
+    command: str
+
+
+TRY_SEEDS = (1337, 42)
+TRY_KNOB = "matrix_lr=0.1"  # twice the default
+
+
+def next_commands(knobs: Sequence[str], seed: int, artifact: str, run_sh: str) -> list[NextCommand]:
+    """Return what to try after a run with these knobs, preset and data_path among them."""
+    nproc = os.environ.get("NPROC")
+    prefix = f"NPROC={nproc} " if nproc else ""
+
+    def typed(*words: str) -> str:
+        return prefix + shlex.join([run_sh, *words])
+
+    def train_with(word: str) -> str:
+        replaced = (word.partition("=")[0] + "=", "run_id=", "resume=")
+        return typed("train", *[given for given in knobs if not given.startswith(replaced)], word)
+
+    scoring = [word for word in knobs if word.startswith(("preset=", "data_path=", "tokenizer_path="))]
+    other_seed = next(number for number in TRY_SEEDS if number != seed)
+    return [
+        NextCommand("is the score legal?", typed("audit", artifact, *scoring)),
+        NextCommand("how much is chance?", train_with(f"seed={other_seed}")),
+        NextCommand("what does a knob change?", train_with(TRY_KNOB)),
+    ]
 
 
 def read_reason(log: str, start: int) -> str:
@@ -422,7 +453,8 @@ def read_reason(log: str, start: int) -> str:
 
 
 def train(request: Request) -> int:
-    """Train what this machine can, then show score, artifact, log and plot."""
+    """Train what this machine can, then show the plot, the board's best and what to try next."""
+    caller = os.getcwd()
     enter_repository()
     gpus = count_gpus()
     preset = knob_value("preset", request.knobs) or machine_preset(gpus)
@@ -432,7 +464,7 @@ def train(request: Request) -> int:
     log = os.path.join(resolved.out_dir, f"{run_id}.txt")
     artifact = os.path.join(resolved.out_dir, f"{run_id}.int6.{resolved.codec}")
     if not resolved.resume and (os.path.exists(log) or os.path.exists(artifact)):
-        unfinished = os.path.exists(log) and read_score(log) == NO_SCORE
+        unfinished = os.path.exists(log) and not count_scores(log)
         state = ", a run that did not finish" if unfinished else ""
         raise BadInput(
             f"run_id={run_id} is taken ({resolved.out_dir}/{run_id}.* exists{state}): choose another run_id, "
@@ -445,7 +477,7 @@ def train(request: Request) -> int:
         data_path = find_training_data(preset, resolved.vocab_size, processes)
     chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
     others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
-    earlier = read_score(log)  # a run that resumes may find the score of another there
+    earlier = count_scores(log)  # a run that resumes may find the score of another there
     size = os.path.getsize(log) if os.path.exists(log) else 0
     say(f"{gpus} NVIDIA GPU(s), preset {preset}, log {log}")
     status = launch(processes, ["train_gpt.py", "train", *chosen, *others])
@@ -453,9 +485,18 @@ def train(request: Request) -> int:
         say(f"the trainer ended with status {status} and left no log at {log}")
         return status or 1
 
-    report(log, artifact, earlier)
+    scored = count_scores(log) != earlier
+    if scored:
+        folder = "" if caller == str(ROOT) else str(ROOT)  # what paths of the repository need in front
+        knobs = [f"preset={preset}", f"data_path={os.path.join(folder, data_path)}", *others]
+        run_sh = os.path.join(folder or ".", "run.sh")
+        nexts = next_commands(knobs, resolved.seed, os.path.join(folder, artifact), run_sh)
+        report(log, [] if status else nexts)
+    else:
+        report_failure(log, artifact)
     reason = read_reason(log, size) if status else ""
-    say(f"done, the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
+    if status or not scored:
+        say(f"the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
     return status
 
 

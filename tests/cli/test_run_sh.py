@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def load_config(argv, env):
     values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
     values |= {key: env[key.upper()] for key in values if env.get(key.upper())}
     values |= dict(word.split("=", 1) for word in argv)
+    values["seed"] = int(values["seed"])
     if values["preset"] == "wrong":
         raise InputError("config key preset: 'wrong' is not one of record")
     return SimpleNamespace(**values)
@@ -451,12 +453,7 @@ def test_arguments_pass_through(tree):
         "train_gpt.py train preset=smoke data_path=d run_id=r seed=3 note=two words; $HOME out_dir=o"
     )
     assert tree.calls()[1] == "-m ledger.record plot o/r.txt"
-    assert done.stdout.splitlines()[-4:] == [
-        "score: metric:x val_loss:2.0 val_bpb:1.5",
-        "artifact: o/r.int6.xz",
-        "log: o/r.txt",
-        "plot: o/r.svg",
-    ]
+    assert done.stdout.splitlines()[-5:-3] == ["plot: o/r.svg", "next:"]  # the trainer gives score and files
     again = tree.run("run_id=r", "out_dir=o", "data_path=d")
     assert again.returncode == 2 and "run_id=r is taken" in again.stderr
     assert "resume=auto" in again.stderr and "did not finish" not in again.stderr
@@ -489,9 +486,51 @@ def test_a_resumed_run_that_fails_shows_no_score_of_before(tree):
     (tree.root / "logs").mkdir()
     (tree.root / "logs/r.txt").write_text(f"{LOG_HEAD}final_score metric:x val_loss:2.0 val_bpb:9.9\n")
     done = tree.run("run_id=r", "data_path=d", "resume=auto", TRAIN_STATUS="2", NO_SCORE="1")
-    assert done.returncode == 2 and "score: none" in done.stdout and "9.9" not in done.stdout, done
+    assert done.returncode == 2 and "9.9" not in done.stdout, done
+    assert done.stdout.splitlines()[-4:] == [
+        "score: none (the log of this run has no final_score line)",
+        "artifact: none at logs/r.int6.xz (the trainer's lines say why)",
+        "log: logs/r.txt",
+        "plot: logs/r.svg",
+    ]
+    assert done.stderr.splitlines()[-1].endswith("] the trainer's exit status is 2")
     done = tree.run("run_id=r", "data_path=d", "resume=auto")
-    assert done.returncode == 0 and "score: metric:x val_loss:2.0 val_bpb:1.5\n" in done.stdout, done
+    assert done.returncode == 0 and "score: none" not in done.stdout and "\nnext:\n" in done.stdout, done
+
+
+def next_commands_of(done) -> list:
+    """Return the commands that a run names at its end, as lists of words."""
+    shown = done.stdout.partition("\nnext:\n")[2].splitlines()
+    commands = [shlex.split(line.partition("?")[2]) for line in shown]
+    assert len(commands) == 3, done.stdout
+    return commands
+
+
+def test_the_commands_to_try_next_can_be_typed_where_the_run_was_started(tree, tmp_path):
+    """They keep the run's knobs but not its name, and begin what they say."""
+    audit, seed, knob = next_commands_of(
+        tree.run("run_id=r", "data_path=my data", "seed=1337", "grad_clip=1")
+    )
+    given = ["./run.sh", "train", "preset=cpu", "data_path=my data"]
+    assert audit == ["./run.sh", "audit", "logs/r.int6.xz", "preset=cpu", "data_path=my data"]
+    assert seed == [*given, "grad_clip=1", "seed=42"]
+    assert knob == [*given, "seed=1337", "grad_clip=1", "matrix_lr=0.1"]
+    assert cli.main(["--check", *knob[1:]]) == 0  # the trainer has such a knob
+
+    away = tmp_path / "away"
+    away.mkdir()
+    done = tree.run("run_id=s", "seed=42", "matrix_lr=0.02", cwd=away, NPROC="2")
+    prefix = ["NPROC=2", f"{tree.root}/run.sh"]
+    found = f"data_path={tree.root}/made/here"  # what prepare.py auto names from the repository
+    audit, seed, knob = next_commands_of(done)
+    assert audit == [*prefix, "audit", f"{tree.root}/logs/s.int6.xz", "preset=cpu", found]
+    assert seed == [*prefix, "train", "preset=cpu", found, "matrix_lr=0.02", "seed=1337"]
+    assert knob == [*prefix, "train", "preset=cpu", found, "seed=42", "matrix_lr=0.1"]
+    for command in (seed, knob, audit):
+        argv = ["bash", *command[1:]]
+        again = subprocess.run(argv, cwd=away, env=tree.env(NPROC="2"), capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+    assert f"tools/audit.py {tree.root}/logs/s.int6.xz preset=cpu {found}" in tree.calls()[-1]
 
 
 def test_environment_settings(tree):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
+
+import pytest
 
 import fixtures_records as fx
-from ledger import diff, stats
-from record_helpers import NAME, edit, edit_json, make, run
+from ledger import diff, reproduce, runlog, standing, stats
+from record_helpers import NAME, TRACK, edit, edit_json, log42, make, run
+from script import BadInput
 
 
 def test_plot(repo, folder, tmp_path, capsys):
@@ -88,3 +92,53 @@ def test_reproduce(repo, folder, tmp_path, capfd):
     edit_json(folder / "submission.json", lambda sub: sub.update(val_bpb=1.2))
     assert run(repo, "reproduce", NAME) == 1
     assert "\nnot reproduced: val_bpb 1.26002, recorded 1.20000" in capfd.readouterr().out
+
+
+FINISHED = """
+from pathlib import Path
+
+Path("out").mkdir()
+Path("out/r.txt").write_text("{log}")
+print("score: val_bpb 1.2345")
+print("log: out/r.txt\\nartifact: out/r.int6.xz")
+"""
+
+
+def test_a_score_that_only_the_log_has_is_found_there(tmp_path):
+    script = tmp_path / "quiet.py"
+    script.write_text(FINISHED.format(log="step:1/2\\nfinal_score metric:x val_bpb:1.23450000\\n"))
+    found = reproduce.run_command(["python", str(script)], tmp_path)
+    assert found == "final_score metric:x val_bpb:1.23450000"
+
+    shutil.rmtree(tmp_path / "out")
+    script.write_text(FINISHED.format(log="final_score metric:x val_bpb:1.23450000\\nstep:1/2\\n"))
+    with pytest.raises(BadInput, match="no final_score line"):
+        reproduce.run_command(["python", str(script)], tmp_path)
+
+
+# ---------------------------------------------------------------- a run beside the board
+
+
+def test_a_run_is_compared_with_the_best_record_on_its_text(repo, folder):
+    """Only scores of the same text compare: the same manifest, and as many of its tokens."""
+    make(repo, meta={"name": "Other"}, loss=2.3)
+    (repo / "new.txt").write_text(fx.log_text(7, loss=2.2))
+    new = runlog.parse_log(repo / "new.txt")
+    best = fx.bpb(2.12)
+    text = standing.compare_with_board(new, repo / "records")
+    gap, words = text.split(" ", 1)
+    assert float(gap) == pytest.approx(new.number("final_score", "val_bpb") - best, abs=2e-3)
+    assert words.startswith(f"above the best of {TRACK} on this text, 1.2") and "(Base)" in words
+    better = runlog.parse_log(log42(folder))
+    better.facts["final_score"]["val_bpb"] = "1.00000000"
+    assert " below the best of " in standing.compare_with_board(better, repo / "records")
+
+    new.facts["data"]["val_tokens"] = "8192"
+    assert "scored on other text: the two do not compare" in standing.compare_with_board(
+        new, repo / "records"
+    )
+    new.preset = "cpu"  # of a track without a record
+    assert standing.compare_with_board(new, repo / "records") == ""
+    new.preset = "h100x1"
+    edit(folder / "submission.json", '"schema": 1', '"schema": 2')
+    assert standing.compare_with_board(new, repo / "records") == ""

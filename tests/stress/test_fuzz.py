@@ -286,5 +286,5 @@ def test_the_same_artifact_is_scored_when_nothing_is_wrong(scored, tmp_path, cap
     file = tmp_path / "good.int6.xz"
     file.write_bytes(scored.blob)
     assert t.main(["eval", str(file), *knobs(tmp_path), "eval_batch_tokens=2048"]) == 0
-    assert "eval_score metric:" in capsys.readouterr().out
+    assert "\nscore: val_bpb " in capsys.readouterr().out
     assert json.loads(json.dumps(scored.header))["config"]["eval_seq_len"] == 32

@@ -630,17 +630,84 @@ def test_two_ranks_refuse_bad_input_together(tmp_path):
 
 
 def test_as_a_program(tmp_path):
-    """Run it as a shell does: status 0, progress on stdout, no stderr, knobs from the environment."""
+    """Run it as a shell does: status 0, progress on stdout, no stderr, knobs from the environment.
+
+    The console is for people: `final_score` and the step lines that tools parse are in the log.
+    """
     env = os.environ | {"ITERATIONS": "2", "OMP_NUM_THREADS": "1"}
     argv = [a for a in english_args(out_dir="out") if not a.startswith("iterations=")]
     command = [sys.executable, str(ROOT / "train_gpt.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+    run = read_run(tmp_path / "out", 0)
+    assert run.final["steps"] == "2" and len(starting(run, "final_score")) == 1
+
     lines = done.stdout.splitlines()
-    assert lines[-2:] == ["log: out/run.txt", "artifact: out/run.int6.xz"] and FINAL.match(lines[-3])
-    assert "steps:2 " in lines[-3]
+    *_, score, size, times, log, artifact = lines
+    loss, bits = (f"{float(run.final[key]):.4f}" for key in ("val_loss", "val_bpb"))
+    tokens = len(english_dataset().val) - 1
+    unigram = value(run, r"unigram .*val_bpb:(\S+)")
+    assert score == (
+        f"score: val_bpb {bits}, val_loss {loss} over {tokens:,} tokens; "
+        f"token frequencies alone (unigram) give {unigram}"
+    )
+    total = int(run.final["bytes_total"])
+    assert size == (
+        f"size: {total:,} bytes with the packed code, {16_000_000 - total:,} left under the cap of 16,000,000"
+    )
+    seconds = float(value(run, r"phase_times .*\bcompile:(\d+)ms")) / 1000
+    assert re.match(r"time: load [\d.]+ s, compile ", times) and f"compile {seconds:.1f} s" in times
+    assert [log, artifact] == ["log: out/run.txt", "artifact: out/run.int6.xz"]
     assert "def main" not in done.stdout  # the source goes to the log only
+
+    assert any(re.fullmatch(r"step 2 of 2, ETA 0 s: train_loss \S+, \S+ ms a step", line) for line in lines)
+    assert not any(line.startswith(("step:", "final_", "phase_times")) for line in lines)
+    assert max(map(len, lines[-5:])) <= 110
     assert sorted(p.name for p in Path(tmp_path, "out").iterdir()) == ["run.int6.xz", "run.txt"]
+
+
+def test_progress_is_that_of_the_budget_which_ends_the_run():
+    """A step number out of 100,000 says nothing when the clock ends the run after 500."""
+
+    def said(step, clock_ms, **budgets):
+        return t.describe_progress(t.Config(**budgets), step, clock_ms)
+
+    by_time = dict(max_wallclock_seconds=120.0, iterations=100_000)
+    assert said(25, 30_000, **by_time) == "step 25, 30 of 120 s, ETA 90 s"
+    assert said(1_500, 119_900, **by_time) == "step 1,500, 120 of 120 s, ETA 0 s"
+    by_steps = dict(max_wallclock_seconds=120.0, iterations=2_000)
+    assert said(500, 10_000, **by_steps) == "step 500 of 2,000, ETA 30 s"
+    assert said(500, 10_000, max_wallclock_seconds=0.0, iterations=2_000) == "step 500 of 2,000, ETA 30 s"
+    assert said(0, 0.0, max_wallclock_seconds=0.0, iterations=2_000) == "step 0 of 2,000"
+
+
+def test_a_run_that_the_clock_ends_says_so(tmp_path, capsys):
+    argv = english_args(iterations=100_000, max_wallclock_seconds=3, gptq_batches=0, out_dir=tmp_path)
+    assert t.main(argv) == 0
+    console = capsys.readouterr().out
+    assert re.search(r"^step 1, 0 of 3 s, ETA 3 s: train_loss", console, re.M)
+    assert re.search(r"^training ends after [\d,]+ steps and [23]\.\d s: the time is up$", console, re.M)
+    assert "100000" not in console and "100,000" not in console
+    log = (tmp_path / "run.txt").read_text()
+    assert re.search(r"^step:1/100000 train_loss", log, re.M) and "\nstopping_early: wallclock_cap " in log
+
+
+def test_a_score_of_part_of_the_split_says_so(tmp_path, capsys):
+    run = finished_with()
+    tokens = len(english_dataset().val) - 1
+    eval_again(run, tmp_path, "whole")
+    assert "only the first" not in capsys.readouterr().out
+    eval_again(run, tmp_path, "part", "val_tokens=64")
+    console = capsys.readouterr().out
+    said = f"only the first 64 of {tokens:,} tokens of val are scored: val_tokens=64; val_tokens=0 scores all"
+    assert console.splitlines().count(said) == 1
+    assert re.search(r"^score: val_bpb \S+, val_loss \S+ over 64 tokens$", console, re.M)
+    assert "eval_score" not in console and f"log: {tmp_path}/part.txt" in console
+
+
+def test_a_submission_over_the_cap_says_by_how_much():
+    assert t.describe_size(101, 100) == "101 bytes with the packed code, 1 over the cap of 100"
+    assert t.describe_size(100, 100) == "100 bytes with the packed code, 0 left under the cap of 100"
 
 
 def test_bench_runs(capfd):

@@ -84,25 +84,37 @@ def with_data(argv: list[str], data: Path, given: bool) -> list[str]:
 def run_command(argv: list[str], root: Path) -> str:
     """Run a training, pass its output through and return its final_score line.
 
-    Raises BadInput when it fails or prints no such line.
+    Scripts of older records print that line. Newer ones leave it in the log, which a line `log: PATH` names.
+    Raises BadInput when the training fails or leaves no such line.
     """
     launcher = [sys.executable]
     if argv[0] == "torchrun":
         launcher += ["-m", "torch.distributed.run"]
 
     found = ""
+    log = None
     with subprocess.Popen(launcher + argv[1:], cwd=root, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             if line.startswith("final_score "):
                 found = line.strip()
+            elif line.startswith("log: "):
+                log = root / line.strip().removeprefix("log: ")
 
+    if not found and log is not None:
+        found = last_score(log)
     if process.returncode or not found:
         count = "a" if found else "no"
         raise BadInput(
             f"not reproduced: the command ended with status {process.returncode} and {count} final_score line"
         )
     return found
+
+
+def last_score(log: Path) -> str:
+    """Return the final_score line at the end of a log, "" if another line is there."""
+    *_, last = ["", *read_text(log).splitlines()]
+    return last if last.startswith("final_score ") else ""
 
 
 def print_outcome(bpb: float, sub: dict) -> bool:

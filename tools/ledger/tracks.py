@@ -13,6 +13,7 @@ class Track:
     """Limits of a track. Seconds that are None are not limited."""
 
     title: str
+    preset: str  # which trains for it
     train_s: float | None
     eval_s: float | None
     ranks: int | None  # processes of a record, one GPU each
@@ -23,6 +24,7 @@ class Track:
 TRACKS = {
     "track_10min_16mb": Track(
         title="8xH100, 600 s of training, 600 s of evaluation, 16,000,000 bytes",
+        preset="record",
         train_s=600.0,
         eval_s=600.0,
         ranks=8,
@@ -31,6 +33,7 @@ TRACKS = {
     ),
     "track_h100x1_5min": Track(
         title="one H100, 300 s of training, 16,000,000 bytes",
+        preset="h100x1",
         train_s=300.0,
         eval_s=600.0,
         ranks=1,
@@ -39,6 +42,7 @@ TRACKS = {
     ),
     "track_cpu": Track(
         title="a laptop, no time limit, 16,000,000 bytes",
+        preset="cpu",
         train_s=None,
         eval_s=None,
         ranks=None,
