@@ -4,23 +4,29 @@ Input files: .txt (documents separated by one NUL byte), .jsonl (one object per 
 The output depends on the input, the tokenizer and the shard size, not on the number of processes.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 import shards
 from messages import DataError, Progress, describe, explain, is_panic, megabytes, require, say, short
+from tokenizing import SentencePieceCoder, TiktokenCoder, Tokenizer
 from workers import Workers
 
 FORMATS = (".txt", ".txt.zst", ".jsonl", ".jsonl.zst")
 BATCH_CHARS = 1 << 20  # one unit of work for a tokenizing process
+
+Splits = dict[str, list[str | Path]]  # {split: its input files}
 
 
 # -----------------------------------------------------------------------------
@@ -28,7 +34,7 @@ BATCH_CHARS = 1 << 20  # one unit of work for a tokenizing process
 # -----------------------------------------------------------------------------
 
 
-def read_blocks(path):
+def read_blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
     """Yield (block of bytes, bytes of the file read so far) of a plain or .zst file.
 
     Raises DataError if the file is damaged.
@@ -41,7 +47,7 @@ def read_blocks(path):
                 yield block, raw.tell()
 
 
-def decompress_blocks(raw, path):
+def decompress_blocks(raw: BinaryIO, path: str | Path) -> Iterator[tuple[bytes, int]]:
     """Yield (unpacked block, bytes of the file read so far) of an open .zst file of one or more frames."""
     zstandard = require("zstandard")
     # `zstd --long` writes windows that the library refuses unless told otherwise.
@@ -63,7 +69,7 @@ def decompress_blocks(raw, path):
         raise DataError(f"{path}: zstd file cut short; copy it again")
 
 
-def split_blocks(blocks, separator):
+def split_blocks(blocks: Iterable[tuple[bytes, int]], separator: bytes) -> Iterator[tuple[bytes, int]]:
     """Yield (bytes between two separators, position) from the output of `read_blocks`."""
     unfinished = []
     position = 0
@@ -76,7 +82,7 @@ def split_blocks(blocks, separator):
     yield b"".join(unfinished), position
 
 
-def json_text(path, number, line, key):
+def json_text(path: str | Path, number: int, line: bytes, key: str) -> str:
     """Return the text field of one line of JSON. Raises DataError if the line has none."""
     try:
         row = json.loads(line)
@@ -92,7 +98,7 @@ def json_text(path, number, line, key):
     return row[key]
 
 
-def read_documents(path, key="text"):
+def read_documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
     """Yield (document, bytes of the file read so far) in file order, without blank documents.
 
     key: the text field of .jsonl. Raises DataError on bytes that are not UTF-8 and on malformed lines.
@@ -114,7 +120,7 @@ def read_documents(path, key="text"):
             yield text, position
 
 
-def fingerprint(text):
+def fingerprint(text: str) -> bytes:
     """Return 16 bytes that are equal for texts that differ only in case and white space."""
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
@@ -130,9 +136,9 @@ class Batch(NamedTuple):
     path: their file. first: the number of the first of them in it, from 0. position: bytes of it read so far.
     """
 
-    path: str
+    path: str | Path
     first: int
-    documents: list
+    documents: list[str]
     position: int
 
 
@@ -149,7 +155,7 @@ class Encoded(NamedTuple):
     fingerprint: bytes
 
 
-def read_batches(path, key):
+def read_batches(path: str | Path, key: str) -> Iterator[Batch]:
     """Yield a file's documents as Batches of about BATCH_CHARS characters. key: the text field of .jsonl."""
     documents = []
     first = 0
@@ -167,17 +173,17 @@ def read_batches(path, key):
         yield Batch(path, first, documents, position)
 
 
-_coder = None  # this process's SentencePieceCoder or TiktokenCoder
+_coder: SentencePieceCoder | TiktokenCoder | None = None  # this process's
 
 
-def start_coder(tokenizer):
+def start_coder(tokenizer: Tokenizer) -> None:
     """Load the tokenizer, once per process."""
     global _coder
     _coder = tokenizer.load()
 
 
-def encode_batch(batch):
-    """Return the Encoded of each document of a Batch, with the tokenizer of `start_coder`.
+def encode_batch(batch: Batch) -> list[Encoded]:
+    """Return every document of the batch encoded, with the tokenizer of `start_coder`.
 
     Raises DataError if the tokenizer fails.
     """
@@ -189,8 +195,8 @@ def encode_batch(batch):
         raise tokenizer_error(batch, error) from None
 
 
-def tokenizer_error(batch, error):
-    """Return the DataError that names the document of a Batch at which the tokenizer fails with `error`."""
+def tokenizer_error(batch: Batch, error: BaseException) -> DataError:
+    """Return a DataError that names the document of the batch at which the tokenizer failed with `error`."""
     for number, text in enumerate(batch.documents, batch.first):
         try:
             encode([text])
@@ -204,8 +210,8 @@ def tokenizer_error(batch, error):
     return DataError(f"{batch.path}: the tokenizer failed ({describe(error)}); use --workers 1")
 
 
-def encode(documents):
-    """Return the Encoded of each document, with the tokenizer of `start_coder`."""
+def encode(documents: list[str]) -> list[Encoded]:
+    """Return every document encoded, with the tokenizer of `start_coder`."""
     ids = _coder.encode(documents)
     decoded_bytes = _coder.decoded_bytes(ids)
     return [
@@ -238,7 +244,7 @@ class BuildOptions:
     replace: bool = False
 
 
-def check_names(name, splits):
+def check_names(name: str, splits: Iterable[str]) -> None:
     """Raise DataError if a name is malformed or a shard of one split matches the pattern of another."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise DataError(f"--name {name!r}: use letters, digits, '_', '-' and '.' only")
@@ -254,7 +260,7 @@ def check_names(name, splits):
                 )
 
 
-def describe_inputs(splits):
+def describe_inputs(splits: Splits) -> list[dict]:
     """Return the manifest's list of input files. Raises DataError on a missing, empty or unknown file."""
     inputs = []
     for split, files in splits.items():
@@ -272,7 +278,7 @@ def describe_inputs(splits):
     return inputs
 
 
-def text_source(splits, options):
+def text_source(splits: Splits, options: BuildOptions) -> dict:
     """Return the manifest's `source` of a dataset made from text files."""
     return {
         "kind": "text",
@@ -281,7 +287,7 @@ def text_source(splits, options):
     }
 
 
-def reusable_manifest(out, head, replace):
+def reusable_manifest(out: str | Path, head: dict, replace: bool) -> dict | None:
     """Return the manifest in `out` if it describes this very dataset and the files are whole, else None.
 
     head: the manifest to be written, without its splits. Raises DataError if `out` holds something else and
@@ -330,20 +336,20 @@ class HeldOut(NamedTuple):
     split: str
     number: int
     start: str
-    path: str
+    path: str | Path
 
 
 class LeakCheck:
     """Remember the held-out documents and refuse a train document that is one of them."""
 
-    def __init__(self):
-        self.held_out = {}
+    def __init__(self) -> None:
+        self.held_out: dict[bytes, HeldOut] = {}  # by fingerprint
 
-    def add(self, fingerprint, document):
-        """Remember a HeldOut document; of equal ones, the first."""
+    def add(self, fingerprint: bytes, document: HeldOut) -> None:
+        """Remember a held-out document. Of several equal ones, the first is kept."""
         self.held_out.setdefault(fingerprint, document)
 
-    def refuse(self, fingerprint, path, index):
+    def refuse(self, fingerprint: bytes, path: str | Path, index: int) -> None:
         """Raise DataError if the train document `index` of `path` is held out too."""
         if fingerprint in self.held_out:
             split, number, start, held_out_path = self.held_out[fingerprint]
@@ -353,11 +359,18 @@ class LeakCheck:
             )
 
 
-def write_split(writer, split, files, key, workers, leaks):
+def write_split(
+    writer: shards.ShardWriter,
+    split: str,
+    files: list[str | Path],
+    key: str,
+    workers: Workers,
+    leaks: LeakCheck,
+) -> dict:
     """Tokenize the files of one split into a ShardWriter and return the manifest's entry for the split.
 
-    workers: Workers with the tokenizer of `start_coder`. key: the text field of .jsonl. leaks: a LeakCheck,
-    for which train must be the last split. Documents are numbered from 0 in each file.
+    workers: processes that have run `start_coder`. key: the text field of .jsonl. leaks: it can refuse only
+    what it has seen, so train must be the last split. Documents are numbered from 0 in each file.
     """
     totals = {"documents": 0, "tokens": 0, "text_bytes": 0, "decoded_bytes": 0}
     progress = Progress(f"tokenize {split}", sum(os.stat(path).st_size for path in files))
@@ -375,9 +388,7 @@ def write_split(writer, split, files, key, workers, leaks):
                     if not len(document.ids):
                         continue
                     writer.add(document.ids)
-                    counts = (1, len(document.ids), document.text_bytes, document.decoded_bytes)
-                    for name, count in zip(totals, counts):
-                        totals[name] += count
+                    add_to_totals(totals, document)
                 progress.update(finished_bytes + batch.position)
 
             if not index:
@@ -400,7 +411,17 @@ def write_split(writer, split, files, key, workers, leaks):
     return {**totals, "shards": writer.shards}
 
 
-def build_dataset(out, name, tokenizer, *, splits, source, options):
+def add_to_totals(totals: dict[str, int], document: Encoded) -> None:
+    """Add one document to the totals of its split."""
+    totals["documents"] += 1
+    totals["tokens"] += len(document.ids)
+    totals["text_bytes"] += document.text_bytes
+    totals["decoded_bytes"] += document.decoded_bytes
+
+
+def build_dataset(
+    out: str | Path, name: str, tokenizer: Tokenizer, *, splits: Splits, source: dict, options: BuildOptions
+) -> tuple[dict, bool]:
     """Write the dataset `name` into the folder `out` and return (manifest, whether it was built just now).
 
     splits: {split name: [input files]} with "train" and at least one other. source: the manifest's `source`.
@@ -433,7 +454,7 @@ def build_dataset(out, name, tokenizer, *, splits, source, options):
     return manifest, True
 
 
-def write_tokenizer(staging, blob):
+def write_tokenizer(staging: shards.Staging, blob: bytes) -> None:
     """Write the tokenizer's model file as a file of a `Staging`. Raises DataError if that fails."""
     path = staging.temp(shards.MODEL)
     try:

@@ -1,5 +1,7 @@
 """Download published FineWeb shards from the Hugging Face hub into a dataset folder."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
@@ -18,7 +20,7 @@ import numpy as np
 
 import shards
 from messages import DataError, Progress, explain, megabytes, require, say
-from tokenizing import count_bytes, open_tokenizer
+from tokenizing import Tokenizer, count_bytes, open_tokenizer
 
 SCRATCH = ".download"  # in the dataset folder: complete files of a download that is not
 SEQUENCE = 2048  # the challenge cuts its validation split to a multiple of it
@@ -67,14 +69,14 @@ class HubUnreachable(DataError):
 
     status = 3
 
-    def __init__(self, reason):
+    def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(
             f"the Hugging Face hub is not reachable ({reason}); get online and repeat, "
             "or build a corpus without a network: ./run.sh data offline"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.reason,)  # the default would pass the whole message as the reason
 
 
@@ -95,7 +97,7 @@ class HubFile(NamedTuple):
 # -----------------------------------------------------------------------------
 
 
-def probe_hub(timeout=4.0):
+def probe_hub(timeout: float = 4.0) -> None:
     """Raise HubUnreachable unless the hub gives any answer within `timeout` seconds.
 
     This saves the half minute for which huggingface_hub would retry. The request has a thread of its own
@@ -107,7 +109,7 @@ def probe_hub(timeout=4.0):
     problem = f"no answer in {timeout:g} s"
     url = f"{constants.ENDPOINT}/api/datasets/{VARIANTS['sp1024'].repo}"
 
-    def ask():
+    def ask() -> None:
         nonlocal problem
         problem = request_problem(url, timeout)
 
@@ -118,8 +120,8 @@ def probe_hub(timeout=4.0):
         raise HubUnreachable(problem)
 
 
-def request_problem(url, timeout):
-    """Request `url` and return why the hub is not reachable, or None if it is."""
+def request_problem(url: str, timeout: float) -> str | None:
+    """Return why a request of `url` shows that the hub is not reachable, or None if it is reachable."""
     try:
         urllib.request.urlopen(url, timeout=timeout).close()
     except urllib.error.HTTPError as error:
@@ -133,7 +135,7 @@ def request_problem(url, timeout):
     return None
 
 
-def hub_error(error, path):
+def hub_error(error: Exception, path: str) -> DataError:
     """Return the DataError for an exception that huggingface_hub raised while fetching `path`."""
     response = getattr(error, "response", None)
     if response is not None:
@@ -147,7 +149,7 @@ def hub_error(error, path):
     return HubUnreachable(f"{path}: {type(error).__name__}")
 
 
-def list_hub(variant):
+def list_hub(variant: Variant) -> dict[str, HubFile]:
     """Return {path: HubFile} of a Variant's shards and its tokenizer.
 
     Raises DataError if the hub refuses or has no such tokenizer.
@@ -162,12 +164,12 @@ def list_hub(variant):
     return listing
 
 
-def has_model(variant):
+def has_model(variant: Variant) -> bool:
     """Return whether the tokenizer of a Variant is a file of its repository, not a tiktoken encoding."""
     return "/" in variant.tokenizer
 
 
-def list_folder(repo, folder):
+def list_folder(repo: str, folder: str) -> dict[str, HubFile]:
     """Return {path: HubFile} of the files in one folder of a repository. Raises DataError if it refuses."""
     hub = require("huggingface_hub")
     try:
@@ -183,7 +185,7 @@ def list_folder(repo, folder):
         raise hub_error(error, f"{repo}/{folder}") from None
 
 
-def is_complete(path, listed):
+def is_complete(path: Path, listed: HubFile) -> bool:
     """Return whether the file exists and has the size and the hash of its HubFile."""
     if not path.is_file() or path.stat().st_size != listed.size:
         return False
@@ -192,13 +194,13 @@ def is_complete(path, listed):
     return git_id(path) == listed.git_id
 
 
-def git_id(path):
+def git_id(path: Path) -> str:
     """Return the name that git gives to the content of a file."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def fetch(variant, repo_path, out, listed):
+def fetch(variant: Variant, repo_path: str, out: Path, listed: HubFile) -> Path:
     """Fetch one file of a Variant's repository unless it is complete already, and return its local path.
 
     A file of an earlier download is in `out`. A new one goes to `out`/.download until all are complete, and
@@ -235,18 +237,18 @@ def fetch(variant, repo_path, out, listed):
 class Selection(NamedTuple):
     """Paths in the repository: of the chosen shards, and of the last train shard that there is."""
 
-    val: list
-    train: list
+    val: list[str]
+    train: list[str]
     last_train: str
 
 
-def choose_files(name, listing, train_shards):
+def choose_files(name: str, listing: dict[str, HubFile], train_shards: int) -> Selection:
     """Return the Selection of the val split and the first `train_shards` train shards of a variant.
 
     Raises DataError if the listing does not hold the shards published for `name`, or too few of them.
     """
     variant = VARIANTS[name]
-    found = {"train": {}, "val": {}}
+    found: dict[str, dict[int, str]] = {"train": {}, "val": {}}  # split -> number -> path
     for path in listing:
         match = re.fullmatch(r"fineweb_(train|val)_(\d{6})\.bin", path.rsplit("/", 1)[-1])
         if match:
@@ -267,12 +269,12 @@ def choose_files(name, listing, train_shards):
     return Selection(val=val, train=train[:train_shards], last_train=train[-1])
 
 
-# The files that the functions below describe are the hub's own, by their hashes: to fetch them again would
+# The files that the functions below describe have the hashes that the hub lists, so fetching them again would
 # not help.
 OTHER_VARIANT = "the hub's copy has changed: use another --variant"
 
 
-def describe_split(paths, tokenizer):
+def describe_split(paths: list[Path], tokenizer: Tokenizer) -> dict:
     """Return the manifest's entry for a downloaded split: token counts and checksums.
 
     Raises DataError on a file that is not a shard and on an id outside the vocabulary.
@@ -296,8 +298,11 @@ def describe_split(paths, tokenizer):
     }
 
 
-def describe_val(paths, tokenizer, variant):
-    """Return `describe_split` with documents and decoded bytes. Raises DataError on an unofficial split."""
+def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> dict:
+    """Return the entry of `describe_split` with documents and decoded bytes.
+
+    Raises DataError if this is not the official validation split.
+    """
     about = describe_split(paths, tokenizer)
     first = int(shards.load_tokens(paths[0])[0])
     if first != tokenizer.bos_id:
@@ -318,7 +323,7 @@ def describe_val(paths, tokenizer, variant):
     return {**about, "documents": documents, "decoded_bytes": count.total}
 
 
-def check_header(path):
+def check_header(path: Path) -> int:
     """Return the number of tokens of a downloaded shard. Raises DataError if it is not a shard."""
     try:
         return shards.read_header(path)
@@ -327,7 +332,7 @@ def check_header(path):
         raise DataError(f"{problem}; {OTHER_VARIANT}") from None
 
 
-def check_full_shards(paths, last_name):
+def check_full_shards(paths: list[Path], last_name: str) -> None:
     """Raise DataError if a train shard other than the last one of the variant is not full."""
     for path in paths:
         tokens = check_header(path)
@@ -342,7 +347,9 @@ def check_full_shards(paths, last_name):
 # -----------------------------------------------------------------------------
 
 
-def fetch_all(variant, repo_paths, listing, out):
+def fetch_all(
+    variant: Variant, repo_paths: list[str], listing: dict[str, HubFile], out: Path
+) -> dict[str, Path]:
     """Fetch every file of `repo_paths` and return {path in the repository: local path}.
 
     Raises DataError before the first request if the disk is too small.
@@ -372,7 +379,7 @@ def fetch_all(variant, repo_paths, listing, out):
     return fetched
 
 
-def quiet_hub_client():
+def quiet_hub_client() -> None:
     """Turn off the warnings of huggingface_hub, and its progress bars unless stderr is a terminal."""
     utils = require("huggingface_hub.utils")
     utils.logging.set_verbosity_error()
@@ -380,10 +387,10 @@ def quiet_hub_client():
         utils.disable_progress_bars()
 
 
-def refuse_another_dataset(out, name):
+def refuse_another_dataset(out: Path, name: str) -> None:
     """Raise DataError if `out` holds a dataset other than the variant `name`.
 
-    A damaged manifest is none: every file is compared with the hub, and the manifest is written again.
+    A damaged manifest does not count: every file is compared with the hub, and the manifest is rewritten.
     """
     remedy = "choose another --out, or remove it"
     strays = [file for file in shards.shard_files(out) if not file.startswith("fineweb_")]
@@ -400,7 +407,13 @@ def refuse_another_dataset(out, name):
         raise DataError(f"{out}: holds another dataset ({found}, not {name}); {remedy}")
 
 
-def download_dataset(name, train_shards, out):
+def present_train_shards(variant: Variant, out: Path) -> int:
+    """Return how many train shards `out` holds, counted up to the highest number among them."""
+    numbers = [int(path.stem[-6:]) for path in out.glob("fineweb_train_[0-9]*.bin")]
+    return max(numbers, default=variant.first_train - 1) - variant.first_train + 1
+
+
+def download_dataset(name: str, train_shards: int, out: Path) -> None:
     """Make `out` hold the first `train_shards` train shards of a variant, its val split and its tokenizer.
 
     Keeps files that are complete, and train shards beyond `train_shards`. Raises DataError on bad data or
@@ -412,11 +425,10 @@ def download_dataset(name, train_shards, out):
     quiet_hub_client()
     probe_hub()
     listing = list_hub(variant)
-    choose_files(name, listing, train_shards)  # only for its refusal of a number out of range
-    numbers = [int(path.stem[-6:]) for path in out.glob("fineweb_train_[0-9]*.bin")]
-    present_shards = max(numbers, default=variant.first_train - 1) - variant.first_train + 1
-    if present_shards > train_shards:
-        train_shards = present_shards
+    choose_files(name, listing, train_shards)  # refuses a number out of range, before more are kept
+    present = present_train_shards(variant, out)
+    if present > train_shards:
+        train_shards = present
         say(f"{out} already has {train_shards} train shards; keeping them")
     selection = choose_files(name, listing, train_shards)
 

@@ -1,9 +1,14 @@
 """Messages of the commands of data/: errors of one line, short forms of sizes, progress with an ETA."""
 
+from __future__ import annotations
+
 import errno
 import importlib
 import sys
 import time
+from pathlib import Path
+from types import ModuleType
+from typing import TextIO
 
 
 class DataError(Exception):
@@ -12,13 +17,13 @@ class DataError(Exception):
     status = 1
 
 
-def say(line):
+def say(line: str) -> None:
     """Print one line on stderr. stdout is for results that scripts read."""
     print(line, file=sys.stderr, flush=True)
 
 
-def explain(error, path=None):
-    """Describe an OSError and its remedy in one line. `path` names the file if the error does not."""
+def explain(error: OSError, path: str | Path | None = None) -> str:
+    """Return an OSError and its remedy as one line. `path` names the file if the error does not."""
     name = path or error.filename or "file"
     reason = (error.strerror or str(error)).lower()
     remedies = {
@@ -32,18 +37,18 @@ def explain(error, path=None):
     return f"{name}: {reason}; {remedy}"
 
 
-def is_panic(error):
-    """Return whether an exception is the panic of a library in Rust: no Exception, and no way to stop."""
+def is_panic(error: BaseException) -> bool:
+    """Return whether an exception is a panic of a Rust library: no Exception, but no request to stop."""
     return not isinstance(error, (Exception, KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
-def describe(error):
+def describe(error: BaseException) -> str:
     """Return the class of an exception and the beginning of its first line."""
     reason = str(error).split("\n")[0][:100]
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
-def require(module):
+def require(module: str) -> ModuleType:
     """Import and return a third-party module that only some verbs need. Raises DataError if it is missing."""
     try:
         return importlib.import_module(module)
@@ -53,12 +58,12 @@ def require(module):
         ) from None
 
 
-def megabytes(count):
+def megabytes(count: int) -> str:
     """Format a number of bytes as decimal megabytes."""
     return f"{count / 1e6:.1f} MB"
 
 
-def short(count):
+def short(count: float) -> str:
     """Format a count with a decimal prefix, such as 37.2M."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
@@ -72,7 +77,7 @@ class Progress:
     label: what is being done. total: the final value of `done`, in units of `unit`; 0 if unknown.
     """
 
-    def __init__(self, label, total, unit="B", stream=None):
+    def __init__(self, label: str, total: int, unit: str = "B", stream: TextIO | None = None) -> None:
         self.label = label
         self.total = total
         self.unit = unit
@@ -80,7 +85,7 @@ class Progress:
         self.live = self.stream.isatty()
         self.start = self.last = time.perf_counter()
 
-    def update(self, done):
+    def update(self, done: int) -> None:
         """Show that `done` units are complete; at most every 0.2 s on a terminal, else every 15 s."""
         now = time.perf_counter()
         interval = 0.2 if self.live else 15.0
@@ -96,12 +101,13 @@ class Progress:
             text += f" {percent:.0f} % ETA {remaining // 60}:{remaining % 60:02d}"
         self._write(text, end="" if self.live else "\n")
 
-    def close(self, summary):
+    def close(self, summary: str) -> None:
         """Print the closing line: the label, `summary` and the elapsed time."""
         elapsed = time.perf_counter() - self.start
         self._write(f"{self.label}: {summary}, {elapsed:.1f} s", end="\n")
 
-    def _write(self, text, end):
+    def _write(self, text: str, end: str) -> None:
+        """Write a line; on a terminal, over the line before."""
         erase_line = "\r\x1b[K" if self.live else ""
         self.stream.write(f"{erase_line}{text}{end}")
         self.stream.flush()

@@ -1,10 +1,12 @@
 """Build a corpus without a network, from the documentation inside the Python installation itself.
 
-The text is the docstrings of the standard library and of every installed package, with long string literals,
-which is how torch, numpy and the standard library keep theirs. It is cleaned to prose, freed of duplicates
-and split by document. The same installed versions give the same bytes. The English is real but narrow: good
-for seeing a model learn, not for comparing scores with FineWeb.
+The text is the docstrings of the standard library and of every installed package, and their long string
+literals, in which torch, numpy and the standard library keep more of them. It is cleaned to prose, freed of
+duplicates and split by document. The same installed versions give the same bytes. The English is real but
+narrow: good for watching a model learn, not for comparing scores with FineWeb.
 """
+
+from __future__ import annotations
 
 import ast
 import gc
@@ -19,6 +21,7 @@ import re
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import build
@@ -66,7 +69,7 @@ COMMON_WORDS = frozenset(
 # -----------------------------------------------------------------------------
 
 
-def installed():
+def installed() -> tuple[dict[str, str], list[Path]]:
     """Return ({package: version}, [files]), the sources of the corpus in a fixed order.
 
     The files are .py of the standard library, and .py, .rst, .md and .txt of all distributions on sys.path.
@@ -87,7 +90,7 @@ def installed():
     return versions, [file for file in files if not file.name.lower().startswith(SKIPPED_PREFIXES)]
 
 
-def installed_distributions():
+def installed_distributions() -> dict[str, importlib.metadata.Distribution]:
     """Return {normalized name: distribution}; of two with one name, the first on sys.path, as for imports."""
     found = {}
     for distribution in importlib.metadata.distributions():
@@ -102,7 +105,7 @@ def installed_distributions():
 # -----------------------------------------------------------------------------
 
 
-def strings_of(source):
+def strings_of(source: str) -> list[str]:
     """Return the docstrings and long string literals of Python source, in order; [] if it does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escape sequences in the source
@@ -128,7 +131,7 @@ def strings_of(source):
     return list(dict.fromkeys(text for _, _, text in sorted(found)))  # a long docstring is found twice
 
 
-def clean(text):
+def clean(text: str) -> str:
     """Return the prose of a docstring, line by line: no doctests, code blocks, rules, tables or mark-up."""
     kept = []
     in_doctest = False  # from a prompt to the next blank line, so that its output goes too
@@ -154,12 +157,12 @@ def clean(text):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
 
 
-def is_mostly_letters(line):
+def is_mostly_letters(line: str) -> bool:
     """Return whether at least three fifths of a line are letters and spaces."""
     return sum(char.isalpha() or char == " " for char in line) >= 0.6 * len(line)
 
 
-def is_prose(text):
+def is_prose(text: str) -> bool:
     """Return whether a text is mostly English: at least a seventh common words, and almost all ASCII."""
     words = re.findall(r"[A-Za-z']+", text.lower())
     return (
@@ -170,7 +173,7 @@ def is_prose(text):
     )
 
 
-def documents_of(path):
+def documents_of(path: str | Path) -> list[str]:
     """Return the documents of one file: each long docstring, and all the short ones together."""
     try:
         source = Path(path).read_text(encoding="utf-8")
@@ -184,7 +187,7 @@ def documents_of(path):
     return [document for document in documents if is_prose(document)]
 
 
-def documents_of_files(paths):
+def documents_of_files(paths: list[Path]) -> list[str]:
     """Return the documents of all `paths`, in order."""
     gc.disable()  # collecting millions of short-lived tree nodes takes a third of the time
     documents = [document for path in paths for document in documents_of(path)]
@@ -193,7 +196,7 @@ def documents_of_files(paths):
     return documents
 
 
-def extract(files, workers):
+def extract(files: list[Path], workers: int) -> list[str]:
     """Return all documents of `files`, in order, read by `workers` processes."""
     chunks = [files[start : start + CHUNK_FILES] for start in range(0, len(files), CHUNK_FILES)]
     progress = Progress("read", len(files), " files")
@@ -212,7 +215,7 @@ def extract(files, workers):
 # -----------------------------------------------------------------------------
 
 
-def sentences(text):
+def sentences(text: str) -> Iterator[tuple[bytes, int]]:
     """Yield (hash, length) of each sentence or line of at least SENTENCE_CHARS characters, ignoring case."""
     for piece in re.split(r"(?<=[.!?])\s+|\n", text):
         sentence = " ".join(piece.lower().split())
@@ -220,13 +223,13 @@ def sentences(text):
             yield hashlib.blake2b(sentence.encode(), digest_size=8).digest(), len(sentence)
 
 
-def sentence_chars(found, seen=None):
+def sentence_chars(found: list[tuple[bytes, int]], seen: set[bytes] | None = None) -> int:
     """Return the total length of some `sentences`, or of those of them whose hash is in `seen`."""
     return sum(size for mark, size in found if seen is None or mark in seen)
 
 
-def deduplicate(documents):
-    """Return the documents of which at most half of the sentence text occurs in documents before them."""
+def deduplicate(documents: list[str]) -> list[str]:
+    """Return the documents that repeat at most half of their sentence text from documents before them."""
     exact = set()
     seen = set()
     kept = []
@@ -241,7 +244,7 @@ def deduplicate(documents):
     return kept
 
 
-def split_documents(documents):
+def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     """Return (train, val): about 1 in VAL_ONE_IN documents goes to val, chosen by the hash of its text.
 
     A val document is dropped if over a quarter of its sentence text occurs in train. `deduplicate` allows
@@ -276,7 +279,7 @@ def split_documents(documents):
 # -----------------------------------------------------------------------------
 
 
-def train_tokenizer(texts, vocab):
+def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     """Train a SentencePiece BPE model of `vocab` pieces with the challenge's settings and return its bytes.
 
     The settings are those of openai/parameter-golf, data/download_hf_docs_and_tokenize.py. It trains on whole
@@ -312,18 +315,23 @@ def train_tokenizer(texts, vocab):
     return model.getvalue()
 
 
-def identity(versions, vocab):
+def identity(versions: dict[str, str], vocab: int) -> dict:
     """Return the manifest's `source`: if it is equal, the corpus is equal."""
     mark = hashlib.sha256(json.dumps([RECIPE, vocab, versions], sort_keys=True).encode()).hexdigest()
     return {"kind": "offline", "recipe": RECIPE, "fingerprint": mark, "versions": versions}
 
 
-def write_documents(path, documents):
+def write_documents(path: Path, documents: list[str]) -> None:
     """Write documents as .txt input of `build.build_dataset`, separated by NUL."""
     path.write_bytes("\0".join(documents).encode())
 
 
-def build_corpus(out, workers, sources=None, vocab=1024):
+def build_corpus(
+    out: Path,
+    workers: int,
+    sources: tuple[dict[str, str], list[Path]] | None = None,
+    vocab: int = 1024,
+) -> tuple[dict, bool]:
     """Build the corpus into `out` and return (manifest, whether it was built just now).
 
     sources: (versions, files), instead of `installed()`. Returns at once if `out` was built from the same

@@ -6,10 +6,14 @@ Verbs: download, text, offline, auto, verify. `VERB --help` explains each. Progr
 Exit status: 0 done, 1 bad input, 2 bad command line, 3 hub not reachable, 130 interrupted.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import build
 import download
@@ -21,19 +25,21 @@ from tokenizing import open_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ROOT / "data" / "datasets"
 
+Verbs = argparse._SubParsersAction  # argparse has no public name for it
+
 
 # -----------------------------------------------------------------------------
 # Verbs
 # -----------------------------------------------------------------------------
 
 
-def shown(path):
+def shown(path: str | Path) -> Path:
     """Return a path as it is printed: relative to the repository if it is inside."""
     path = Path(path).resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def report(folder, manifest, fresh):
+def report(folder: Path, manifest: dict, fresh: bool) -> None:
     """Say what a dataset folder holds. fresh: whether it was written just now."""
     say(f"{shown(folder)}: {'written' if fresh else 'already there'}")
     for split, about in sorted(manifest["splits"].items()):
@@ -41,24 +47,24 @@ def report(folder, manifest, fresh):
         say(f"  {split}: {documents}{about['tokens']:,} tokens in {len(about['shards'])} shards")
 
 
-def variant_folder(variant):
+def variant_folder(variant: str) -> Path:
     """Return the folder of a variant unless --out names another."""
     return DATASETS / f"fineweb10B_{variant}"
 
 
-def offline_folder(variant):
+def offline_folder(variant: str) -> Path:
     """Return the folder of the offline corpus unless --out names another."""
     return DATASETS / f"offline_{variant}"
 
 
-def run_download(args):
+def run_download(args: argparse.Namespace) -> None:
     """Fetch published shards."""
     out = Path(args.out) if args.out else variant_folder(args.variant)
     download.download_dataset(args.variant, args.train_shards, out)
     report(out, shards.load_manifest(out), fresh=True)
 
 
-def run_text(args):
+def run_text(args: argparse.Namespace) -> None:
     """Build a dataset from the user's documents."""
     out = Path(args.out)
     splits = {"train": args.train, "val": args.val}
@@ -81,14 +87,14 @@ def run_text(args):
     report(out, manifest, fresh)
 
 
-def run_offline(args):
+def run_offline(args: argparse.Namespace) -> None:
     """Build the offline corpus."""
     out = Path(args.out) if args.out else offline_folder(args.variant)
     manifest, fresh = offline.build_corpus(out, args.workers, vocab=offline.VOCABULARIES[args.variant])
     report(out, manifest, fresh)
 
 
-def run_auto(args):
+def run_auto(args: argparse.Namespace) -> None:
     """Find or get FineWeb, else the offline corpus, and print data_path=DIR as the last line on stdout."""
     folder = variant_folder(args.variant)
     if (folder / shards.MANIFEST).exists():
@@ -116,7 +122,7 @@ def run_auto(args):
     print(f"data_path={shown(folder)}")
 
 
-def run_verify(args):
+def run_verify(args: argparse.Namespace) -> int:
     """Check a dataset folder, print what is wrong with it and return the exit status."""
     problems = shards.check_dataset(args.folder, deep=True)
     for problem in problems:
@@ -139,12 +145,12 @@ def run_verify(args):
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def make_parser():
+def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog="data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
@@ -156,7 +162,7 @@ def make_parser():
     return parser
 
 
-def add_verb(verbs, function, summary, example):
+def add_verb(verbs: Verbs, function: Callable, summary: str, example: str) -> Parser:
     """Add the verb of a function called run_VERB, with an example of its arguments, and return its parser."""
     name = function.__name__.removeprefix("run_")
     parser = verbs.add_parser(
@@ -169,7 +175,7 @@ def add_verb(verbs, function, summary, example):
     return parser
 
 
-def add_download(verbs):
+def add_download(verbs: Verbs) -> None:
     """Add the verb `download`."""
     parser = add_verb(
         verbs,
@@ -184,7 +190,7 @@ def add_download(verbs):
     parser.add_argument("--out", metavar="DIR", help="dataset folder (data/datasets/fineweb10B_VARIANT)")
 
 
-def add_text(verbs):
+def add_text(verbs: Verbs) -> None:
     """Add the verb `text`."""
     parser = add_verb(
         verbs,
@@ -214,7 +220,7 @@ def add_text(verbs):
     parser.add_argument("--replace", action="store_true", help="overwrite another dataset in DIR")
 
 
-def add_offline(verbs):
+def add_offline(verbs: Verbs) -> None:
     """Add the verb `offline`."""
     parser = add_verb(
         verbs, run_offline, "build a corpus without a network, from installed documentation", ""
@@ -224,7 +230,7 @@ def add_offline(verbs):
     add_workers(parser)
 
 
-def add_auto(verbs):
+def add_auto(verbs: Verbs) -> None:
     """Add the verb `auto`."""
     parser = add_verb(
         verbs,
@@ -239,7 +245,7 @@ def add_auto(verbs):
     add_workers(parser)
 
 
-def add_verify(verbs):
+def add_verify(verbs: Verbs) -> None:
     """Add the verb `verify`."""
     parser = add_verb(
         verbs,
@@ -250,14 +256,14 @@ def add_verify(verbs):
     parser.add_argument("folder", metavar="DIR", help="dataset folder")
 
 
-def add_variant(parser, variants=download.VARIANTS):
+def add_variant(parser: Parser, variants: Iterable[str] = download.VARIANTS) -> None:
     """Add the option --variant."""
     parser.add_argument(
         "--variant", choices=sorted(variants), default="sp1024", help="tokenizer family (sp1024)"
     )
 
 
-def add_workers(parser, note=""):
+def add_workers(parser: Parser, note: str = "") -> None:
     """Add the option --workers: by default, one process per core that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -266,7 +272,7 @@ def add_workers(parser, note=""):
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores}){note}")
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Run one verb and return the exit status."""
     args = make_parser().parse_args(argv)
     try:

@@ -9,11 +9,14 @@ A dataset folder holds shards named {name}_{split}_{index:06d}.bin, `tokenizer.m
 SentencePiece, and `manifest.json`. The manifest is written last: a folder without it is not a dataset.
 """
 
+from __future__ import annotations
+
 import fnmatch
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +40,8 @@ MANIFEST = "manifest.json"
 MODEL = "tokenizer.model"
 TEMP = ".tmp."
 
+Kinds = type | tuple[type, ...]  # of a value in the manifest
+
 # What the manifest's values are called in messages.
 KINDS = {
     str: "text",
@@ -55,7 +60,7 @@ REMEDY = "remove it and repeat the command that made the dataset"
 # -----------------------------------------------------------------------------
 
 
-def sha256_file(path):
+def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -64,14 +69,14 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
-def shard_header(tokens):
+def shard_header(tokens: int) -> bytes:
     """Return the 1024 header bytes of a shard of `tokens` ids."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens
     return header.tobytes()
 
 
-def read_header(path):
+def read_header(path: str | Path) -> int:
     """Return the number of tokens in a shard. Raises DataError on a wrong magic, version or file size."""
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
@@ -93,18 +98,18 @@ def read_header(path):
     return tokens
 
 
-def load_tokens(path):
+def load_tokens(path: str | Path) -> np.ndarray:
     """Map the ids of a shard into memory, uint16 (tokens,). Raises DataError as `read_header` does."""
     tokens = read_header(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
 
-def shard_pattern(split):
+def shard_pattern(split: str) -> str:
     """Return the file name pattern by which the trainer finds the shards of a split."""
     return f"*_{split}_[0-9]*.bin"
 
 
-def shard_files(folder):
+def shard_files(folder: str | Path) -> list[str]:
     """Return the names of all files in `folder` that look like a shard, sorted."""
     return sorted(path.name for path in Path(folder).glob("*_[0-9]*.bin") if not path.name.startswith("."))
 
@@ -118,15 +123,15 @@ class ShardWriter:
     `shards` lists the finished shards as the manifest does.
     """
 
-    def __init__(self, staging, name, split, limit):
+    def __init__(self, staging: Staging, name: str, split: str, limit: int) -> None:
         self.staging = staging
         self.prefix = f"{name}_{split}"
         self.limit = limit
-        self.file = None
+        self.file: BinaryIO | None = None
         self.tokens = 0
-        self.shards = []
+        self.shards: list[dict] = []
 
-    def add(self, ids):
+    def add(self, ids: np.ndarray) -> None:
         """Append one document. ids: uint16 (n,), beginning with BOS."""
         if self.tokens and self.tokens + len(ids) > self.limit:
             self.close()
@@ -137,7 +142,8 @@ class ShardWriter:
             self._write(piece.astype("<u2", copy=False).tobytes())
             self.tokens += len(piece)
 
-    def _write(self, data):
+    def _write(self, data: bytes) -> None:
+        """Append bytes to the current shard, opening one if none is open."""
         if self.file is None:
             self.name = f"{self.prefix}_{len(self.shards):06d}.bin"
             self.path = self.staging.temp(self.name)
@@ -149,8 +155,8 @@ class ShardWriter:
         except OSError as error:
             raise DataError(explain(error, self.staging.out / self.name)) from None
 
-    def close(self):
-        """Finish the shard being written, if any."""
+    def close(self) -> None:
+        """Complete the shard being written, if any, and list it."""
         if self.file is None:
             return
         try:
@@ -164,7 +170,7 @@ class ShardWriter:
         self.file = None
         self.tokens = 0
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Close the open file after a failure. `Staging` removes it."""
         if self.file is not None:
             try:
@@ -185,13 +191,13 @@ class Staging:
     it created. `pending` maps the final name of each file to where the file is until `commit`.
     """
 
-    def __init__(self, out):
+    def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self.pending = {}
-        self.created = []
-        self.lock = None
+        self.pending: dict[str, Path] = {}
+        self.created: list[Path] = []
+        self.lock: int | None = None  # a descriptor of the folder
 
-    def __enter__(self):
+    def __enter__(self) -> Staging:
         missing = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -213,16 +219,16 @@ class Staging:
             stale.unlink()
         return self
 
-    def temp(self, name):
+    def temp(self, name: str) -> Path:
         """Return the path at which to write the file that `commit` will call `name`."""
         self.pending[name] = self.out / (TEMP + name)
         return self.pending[name]
 
-    def adopt(self, path):
+    def adopt(self, path: str | Path) -> None:
         """Let `commit` move a finished file from elsewhere into the folder, under its own name."""
         self.pending[Path(path).name] = Path(path)
 
-    def commit(self, manifest):
+    def commit(self, manifest: dict) -> None:
         """Give every file its final name, remove shards that the manifest does not list, write the manifest.
 
         Interrupted halfway, this leaves a folder without a manifest, which is better than a wrong dataset.
@@ -243,14 +249,15 @@ class Staging:
         except OSError as error:
             raise DataError(explain(error, error.filename or self.out / MANIFEST)) from None
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name in [*self.pending, MANIFEST]:
             (self.out / (TEMP + name)).unlink(missing_ok=True)
         os.close(self.lock)
         if kind is not None:
             self._remove_created_folders()
 
-    def _remove_created_folders(self):
+    def _remove_created_folders(self) -> None:
+        """Remove the folders that `__enter__` created, innermost first, as long as they are empty."""
         for folder in self.created:
             try:
                 folder.rmdir()
@@ -263,12 +270,12 @@ class Staging:
 # -----------------------------------------------------------------------------
 
 
-def manifest_bytes(manifest):
+def manifest_bytes(manifest: dict) -> bytes:
     """Return the canonical bytes of a manifest: equal datasets have equal manifests."""
     return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
 
-def load_manifest(folder):
+def load_manifest(folder: str | Path) -> dict:
     """Read the manifest of a dataset folder. Raises DataError if it is absent or not sound."""
     path = Path(folder) / MANIFEST
     try:
@@ -289,7 +296,7 @@ def load_manifest(folder):
     return manifest
 
 
-def require_manifest(manifest):
+def require_manifest(manifest: dict) -> None:
     """Raise ValueError at the first key of a manifest that is missing or has a value of another kind."""
     require_value(manifest, "name", str)
     require_value(manifest, "bos_id", int)
@@ -315,7 +322,7 @@ def require_manifest(manifest):
         require_split(splits[split], split)
 
 
-def require_split(about, split):
+def require_split(about: dict, split: str) -> None:
     """Raise ValueError as `require_manifest` does, for the manifest's entry of one split."""
     prefix = f"splits.{split}."
     require_value(about, "tokens", int, prefix)
@@ -336,7 +343,7 @@ def require_split(about, split):
         raise ValueError(f"key {prefix}shards is empty")
 
 
-def require_value(mapping, key, kinds, prefix=""):
+def require_value(mapping: dict, key: str, kinds: Kinds, prefix: str = "") -> Any:
     """Return mapping[key]. Raises ValueError if it is missing or `require_kind` refuses it.
 
     prefix: the keys that lead to `mapping`, for the message.
@@ -347,7 +354,7 @@ def require_value(mapping, key, kinds, prefix=""):
     return mapping[key]
 
 
-def require_kind(value, kinds, name):
+def require_kind(value: object, kinds: Kinds, name: str) -> None:
     """Raise ValueError if the value of the key `name` is of none of `kinds`, or a negative number."""
     if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -360,7 +367,7 @@ def require_kind(value, kinds, name):
 # -----------------------------------------------------------------------------
 
 
-def check_dataset(folder, deep):
+def check_dataset(folder: str | Path, deep: bool) -> list[str]:
     """Return everything that is wrong with a dataset folder, one line each; an empty list if it is sound.
 
     deep=False reads headers and sizes only. deep=True also reads every byte: checksums, ids below vocab_size,
@@ -386,7 +393,7 @@ def check_dataset(folder, deep):
     return problems
 
 
-def check_tokenizer(folder, manifest):
+def check_tokenizer(folder: Path, manifest: dict) -> list[str]:
     """Return what is wrong with the tokenizer file of a dataset folder, if it has one."""
     entry = manifest["tokenizer"]
     if not entry["file"]:
@@ -399,7 +406,7 @@ def check_tokenizer(folder, manifest):
     return []
 
 
-def check_split(folder, manifest, split, deep):
+def check_split(folder: Path, manifest: dict, split: str, deep: bool) -> list[str]:
     """Return what is wrong with the shards of one split; see `check_dataset`."""
     about = manifest["splits"][split]
     bos = manifest["bos_id"]
@@ -439,7 +446,7 @@ def check_split(folder, manifest, split, deep):
     return problems
 
 
-def load_listed_shard(path, entry, deep):
+def load_listed_shard(path: Path, entry: dict, deep: bool) -> np.ndarray:
     """Map the ids of a shard that must match its manifest entry. Raises DataError if it does not."""
     try:
         tokens = load_tokens(path)

@@ -4,19 +4,25 @@ The bytes of a document are the UTF-8 length of what its tokenizer decodes. Ther
 token here: the trainer has the only one, and its tests compare it with the decoded text too.
 """
 
+from __future__ import annotations
+
 import codecs
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 import shards
 from messages import DataError, explain, require
 
-COUNT_TOKENS = 1 << 19  # about as many tokens does count_bytes decode at a time
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+COUNT_TOKENS = 1 << 19  # how many tokens count_bytes decodes at a time, roughly
 LONGEST_SPACE = 250_000  # white-space characters in a row that tiktoken is given
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
@@ -35,7 +41,7 @@ class Tokenizer:
     bos_id: int
     blob: bytes = field(default=b"", repr=False)
 
-    def entry(self):
+    def entry(self) -> dict[str, str | int | None]:
         """Return the manifest's `tokenizer` object."""
         return {
             "kind": self.kind,
@@ -45,7 +51,7 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
         }
 
-    def load(self):
+    def load(self) -> SentencePieceCoder | TiktokenCoder:
         """Return a coder: SentencePieceCoder or TiktokenCoder."""
         if self.kind == "sentencepiece":
             return SentencePieceCoder(self)
@@ -55,18 +61,18 @@ class Tokenizer:
 class SentencePieceCoder:
     """Encode with a SentencePiece model, on one thread: the work is spread over processes."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.bos_id = tokenizer.bos_id
         self.processor = require("sentencepiece").SentencePieceProcessor(model_proto=tokenizer.blob)
         # Without a piece for a space, byte pieces spell it, and the library decodes these as U+2581.
         self.spells_space = self.processor.is_unknown(self.processor.piece_to_id(SPACE))
         self.drops_first_space = drops_first_space(self.processor)
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, as lists, without BOS."""
         return self.processor.encode(texts, num_threads=1)
 
-    def decoded_bytes(self, documents):
+    def decoded_bytes(self, documents: list[list[int]]) -> list[int]:
         """Return the UTF-8 length of the text of each document. documents: lists of ids without BOS."""
         texts = self.processor.decode(documents, num_threads=1)
         if self.spells_space:
@@ -75,7 +81,7 @@ class SentencePieceCoder:
                 texts = [text.removeprefix(" ") for text in texts]
         return [len(text.encode()) for text in texts]
 
-    def prefix_bytes(self, ids):
+    def prefix_bytes(self, ids: list[int]) -> int:
         """Return the UTF-8 length of the beginning of a document, which may end inside a character."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids[-3:]:  # no character that lacks a byte has more
@@ -88,7 +94,7 @@ class SentencePieceCoder:
         return whole + unfinished
 
 
-def drops_first_space(processor):
+def drops_first_space(processor: SentencePieceProcessor) -> bool:
     """Return whether a SentencePiece model drops or adds a space at the start of a text.
 
     That is add_dummy_prefix or remove_extra_whitespaces: with either, the library decodes no such space.
@@ -103,30 +109,30 @@ class TiktokenCoder:
     longer than LONGEST_SPACE are encoded in pieces.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.bos_id = tokenizer.bos_id
         self.encoding = require("tiktoken").get_encoding(tokenizer.encoding)
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, as lists, without BOS."""
         return [self.encode_text(text) for text in texts]
 
-    def encode_text(self, text):
+    def encode_text(self, text: str) -> list[int]:
         """Return the ids of one text."""
         if len(text) <= LONGEST_SPACE:
             return self.encoding.encode_ordinary(text)
         return [token for piece in cut_spaces(text) for token in self.encoding.encode_ordinary(piece)]
 
-    def decoded_bytes(self, documents):
+    def decoded_bytes(self, documents: list[list[int]]) -> list[int]:
         """Return the number of bytes of each document. documents: lists of ids without BOS."""
         return [self.prefix_bytes(ids) for ids in documents]
 
-    def prefix_bytes(self, ids):
+    def prefix_bytes(self, ids: list[int]) -> int:
         """Return the number of bytes of the beginning of a document, which may end inside a character."""
         return len(self.encoding.decode_bytes(ids))
 
 
-def cut_spaces(text):
+def cut_spaces(text: str) -> Iterator[str]:
     """Yield a text in pieces, cut after every LONGEST_SPACE white-space characters in a row."""
     start = 0
     for run in re.finditer(r"\s+", text):
@@ -141,7 +147,7 @@ def cut_spaces(text):
 # -----------------------------------------------------------------------------
 
 
-def open_tokenizer(name):
+def open_tokenizer(name: str | Path) -> Tokenizer:
     """Return the Tokenizer of a .model file or a tiktoken encoding. Raises DataError if it is neither."""
     path = Path(name)
     if path.suffix == ".model" or path.exists():
@@ -156,7 +162,7 @@ def open_tokenizer(name):
     return tokenizer
 
 
-def sentencepiece_tokenizer(path):
+def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     """Return the Tokenizer of the SentencePiece model file at `path`. Raises DataError if it is not one."""
     processor = require("sentencepiece").SentencePieceProcessor()
     try:
@@ -186,7 +192,7 @@ def sentencepiece_tokenizer(path):
     )
 
 
-def tiktoken_tokenizer(name):
+def tiktoken_tokenizer(name: str) -> Tokenizer:
     """Return the Tokenizer of a tiktoken encoding, its sha256 over the sorted ranks and special tokens.
 
     Raises DataError if there is no such encoding, or if its vocabulary is neither cached nor reachable.
@@ -233,7 +239,7 @@ class ByteCount(NamedTuple):
     scored: int
 
 
-def split_documents(paths, bos_id):
+def split_documents(paths: list[Path], bos_id: int) -> Iterator[np.ndarray]:
     """Yield the documents of a split's shards, as arrays that begin with BOS. A document may span shards.
 
     Text before the first BOS of the split comes first, without one.
@@ -249,7 +255,7 @@ def split_documents(paths, bos_id):
     yield np.concatenate(unfinished)
 
 
-def document_batches(paths, bos_id):
+def document_batches(paths: list[Path], bos_id: int) -> Iterator[list[np.ndarray]]:
     """Yield the `split_documents`, as lists of documents with about COUNT_TOKENS tokens together."""
     batch = []
     tokens = 0
@@ -263,13 +269,13 @@ def document_batches(paths, bos_id):
     yield batch
 
 
-def without_bos(document, bos_id):
+def without_bos(document: np.ndarray, bos_id: int) -> list[int]:
     """Return the ids of a document as a list without BOS."""
     ids = document.tolist()
     return ids[1:] if ids[:1] == [bos_id] else ids
 
 
-def count_bytes(paths, tokenizer, limit):
+def count_bytes(paths: list[Path], tokenizer: Tokenizer, limit: int) -> ByteCount:
     """Return the ByteCount of a split's shards, which begin with BOS.
 
     limit: how many targets are scored, tokens 1 to limit of the split; the last document may be cut.

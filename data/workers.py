@@ -1,21 +1,28 @@
 """Worker processes whose every failure reaches the parent as an exception that it can show as one line."""
 
+from __future__ import annotations
+
 import multiprocessing
 import pickle
 import signal
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 from messages import DataError, describe, is_panic
 
-_start_error = None  # in a worker: why it could not be prepared
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_start_error: BaseException | None = None  # in a worker: why it could not be prepared
 
 
-def portable(error):
+def portable(error: BaseException) -> BaseException:
     """Return an exception that can be raised in another process: `error` if it can, else a DataError.
 
-    A panic of a Rust library is no Exception, and its class cannot be imported.
+    The panic of a Rust library is not an Exception, and its class cannot be imported.
     """
     if isinstance(error, MemoryError):
         return DataError("out of memory; use fewer --workers or smaller documents")
@@ -28,8 +35,11 @@ def portable(error):
     return error
 
 
-def start_worker(start, args):
-    """Prepare a worker process. An error here would break the pool and be lost, so it is kept."""
+def start_worker(start: Callable[..., None], args: tuple) -> None:
+    """Call `start` in a new worker process.
+
+    An error here would break the pool and be lost, so it is kept for `work` to raise.
+    """
     global _start_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the parent acts
     try:
@@ -38,7 +48,7 @@ def start_worker(start, args):
         _start_error = portable(error)
 
 
-def work(function, item):
+def work(function: Callable[[Item], Result], item: Item) -> Result:
     """Return function(item), in a worker process. Raises the error of `start_worker`, if any."""
     if _start_error is not None:
         raise _start_error
@@ -48,8 +58,8 @@ def work(function, item):
         raise portable(error) from None
 
 
-def nothing():
-    """Prepare nothing."""
+def nothing() -> None:
+    """Do nothing: the default for workers that need no preparation."""
 
 
 class Workers:
@@ -59,8 +69,8 @@ class Workers:
     importable by name; other errors arrive as DataError.
     """
 
-    def __init__(self, count, start=nothing, *args):
-        self.pool = None
+    def __init__(self, count: int, start: Callable[..., None] = nothing, *args: object) -> None:
+        self.pool: ProcessPoolExecutor | None = None
         self.depth = 2 * count + 2  # most items in memory
         if count == 1:
             start(*args)
@@ -68,14 +78,14 @@ class Workers:
             context = multiprocessing.get_context("spawn")  # fork is unsafe beside other threads
             self.pool = ProcessPoolExecutor(count, context, start_worker, (start, args))
 
-    def __enter__(self):
+    def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def run(self, function, items):
+    def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yield (item, function(item)) in the order of `items`, whatever the number of processes."""
         if not self.pool:
             for item in items:
