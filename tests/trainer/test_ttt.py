@@ -37,7 +37,7 @@ from helpers import (
     temporary_folder,
     tiny,
 )
-from ledger import dialects, record, tracks
+from ledger import dialects, record, runlog, scores, tracks
 from record_helpers import TRACK, edit, make, verdict
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
@@ -585,6 +585,13 @@ def test_a_record_is_made_of_a_run_that_learnt(tmp_path):
     assert " ttt_chunk_tokens=512 ttt_lr=0.1 " in page and "| int6 ttt |" in page
     assert record.main(["--root", str(root), "verify", str(folder)]) == 0
     assert TRACK in tracks.TRACKS
+
+
+def test_the_ledger_has_a_row_for_every_score_of_a_log():
+    run = runlog.parse_log(finished(**RUN).log)
+    logged = {line.removesuffix("_exact") for line in run.facts if line.startswith("final_")}
+    rows = {score.line_of(run).removesuffix("_exact") for score in scores.SCORES}
+    assert logged - {"final_score"} == rows
 
 
 def test_the_published_scripts_label_is_read(tmp_path):

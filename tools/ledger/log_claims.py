@@ -6,9 +6,8 @@ import math
 
 from ledger.claims import Wrong, demand
 from ledger.runlog import Run, Step
+from ledger.scores import counted_score
 from ledger.submission import bits_per_byte
-
-METRICS = {"sliding": "sliding_window", "ttt": "ttt"}  # end of a metric -> label of its line
 
 
 def steps_fault(run: Run) -> str | None:
@@ -74,8 +73,7 @@ def prove_score(runs: list[Run], whole_split: bool) -> str:
     """
     for run in runs:
         metric = run.text("final_score", "metric")
-        kind = METRICS.get(metric.rpartition("_")[2], "roundtrip")
-        line = f"final_{run.weights_format}_{kind}_exact"
+        line = counted_score(metric).line_of(run)
         for key in ("val_loss", "val_bpb"):
             demand(run.has(line, key), f"seed {run.seed}: no {line} line for metric {metric}")
             final = run.text("final_score", key)

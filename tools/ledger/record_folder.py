@@ -12,6 +12,7 @@ from ledger import markdown, pictures, stats
 from ledger.files import read_text, sha256
 from ledger.probe import probe_script, training_command
 from ledger.runlog import Run
+from ledger.scores import Score, computed_scores
 from ledger.submission import common, common_config, submission
 from ledger.tracks import CAP_BYTES, TRACKS
 from script import BadInput
@@ -41,29 +42,24 @@ class Column(NamedTuple):
     value: Callable[[Run, dict], float | None]
 
 
-def learns(runs: list[Run]) -> bool:
-    """Return whether a run was also scored with test-time training."""
-    return any(run.score(f"{run.weights_format}_ttt_exact") is not None for run in runs)
+def score_column(score: Score) -> Column:
+    """Return the column of a score."""
+    return Column(score.column, 4, lambda run, entry: score.bpb(run))
+
+
+def report_column(split: str) -> Column:
+    """Return the column of a report split."""
+    return Column(split, 4, lambda run, entry: entry["report"].get(split))
 
 
 def seed_columns(runs: list[Run], sub: dict) -> list[Column]:
-    """Return the columns of the table; test-time training and reports only where a run has them."""
-
-    def report(split: str) -> Column:
-        return Column(split, 4, lambda run, entry: entry["report"].get(split))
-
-    columns = [
+    """Return the columns of the table; some scores, and reports, only where a run has them."""
+    reports = sorted({split for run in runs for split in run.reports})
+    return [
         Column("val_bpb", 4, lambda run, entry: entry["val_bpb"]),
         Column("val_loss", 4, lambda run, entry: entry["val_loss"]),
-        Column("live", 4, lambda run, entry: entry["live_val_bpb"]),
-        Column("ema", 4, lambda run, entry: entry["ema_val_bpb"]),
-        Column("int6 chunked", 4, lambda run, entry: entry["int6_val_bpb"]),
-        Column("int6 sliding", 4, lambda run, entry: run.score(f"{run.weights_format}_sliding_window_exact")),
-    ]
-    if learns(runs):
-        columns.append(Column("int6 ttt", 4, lambda run, entry: run.score(f"{run.weights_format}_ttt_exact")))
-    columns += [report(split) for split in sorted({split for run in runs for split in run.reports})]
-    return columns + [
+        *map(score_column, computed_scores(runs)),
+        *map(report_column, reports),
         Column("steps", 0, lambda run, entry: entry["steps"]),
         Column("step_avg ms", 2, lambda run, entry: entry["step_avg_ms"]),
         Column("artifact bytes", 0, lambda run, entry: entry["artifact_bytes"]),
@@ -133,11 +129,7 @@ def legend(runs: list[Run]) -> list[str]:
         "live, ema, int6 chunked and int6 sliding are bpb of the training weights, of their average, and of",
         "the artifact read back from disk. Total bytes are the artifact and the packed code.",
     ]
-    if learns(runs):
-        lines.append(
-            "int6 ttt is sliding, too, by weights that learn from each chunk of tokens once it is scored."
-        )
-    return lines
+    return lines + [score.note for score in computed_scores(runs) if score.note]
 
 
 def reproduction(runs: list[Run], sub: dict, answer: dict) -> list[str]:

@@ -131,11 +131,6 @@ class Run:
                 return key.split("_")[1]
         return "int6"
 
-    def score(self, suffix: str, key: str = "val_bpb") -> float | None:
-        """Return a figure of the `final_<suffix>` line, or None when the run did not compute that score."""
-        line = f"final_{suffix}"
-        return self.number(line, key) if self.has(line, key) else None
-
 
 def pairs(line: str) -> dict[str, str]:
     """Return the pairs of a line: `a:1 device:NVIDIA H100` -> {a: 1, device: NVIDIA H100}."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ledger import stats
 from ledger.files import read_text, sha256
 from ledger.runlog import FREE_KEYS, Run, config_value
+from ledger.scores import SCORES
 from script import BadInput
 
 SCHEMA_VERSION = 1
@@ -53,9 +54,7 @@ def seed_result(run: Run) -> dict[str, object]:
     return {
         "val_loss": run.number("final_score", "val_loss"),
         "val_bpb": run.number("final_score", "val_bpb"),
-        "live_val_bpb": run.score("live"),
-        "ema_val_bpb": run.score("ema"),
-        "int6_val_bpb": run.score(f"{run.weights_format}_roundtrip_exact"),
+        **{score.key: score.bpb(run) for score in SCORES if score.key},
         "steps": steps,
         "train_time_ms": train_ms,
         "step_avg_ms": round(train_ms / max(steps, 1), 2),
