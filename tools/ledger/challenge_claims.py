@@ -34,6 +34,7 @@ FILES = ("README.md", "submission.json", "train_gpt.py")
 SPLIT_BYTES = (151_060_000, 151_090_000)  # the validation split, whatever the tokenizer
 BYTES_PER_TOKEN = (0.9, 10.0)  # of any tokenizer: bytes have 1, 8192 pieces 3.7
 ROUNDING = 5e-5  # half of the last of the four digits that scores are rounded to at most
+NON_RECORD = re.compile(r"(^|[^a-z])non[-_ ]?record", re.IGNORECASE)  # in the name of a track
 PROCESS_KEYS = ("logfile", "rank", "local_rank")  # settings that differ between logs of one script
 MAX_EVIDENCE = 600  # characters
 
@@ -92,8 +93,9 @@ class ChallengeCase(LogFolder):
 
     @property
     def is_record(self) -> bool:
-        """Whether it claims to be a record: the name of its track says so if it does not."""
-        return "non" not in f"{self.folder.parent.name} {self.get('track', '')}".lower()
+        """Whether it claims to be a record: no non-record track in its path or its submission.json."""
+        tracks = (self.folder.parent.name, str(self.get("track", "")))
+        return not any(NON_RECORD.search(track) for track in tracks)
 
     @cached_property
     def tree(self) -> ast.Module | None:

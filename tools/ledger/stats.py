@@ -1,4 +1,4 @@
-"""Small-sample statistics for run comparisons: mean, sample std, Student's t, Welch and paired tests.
+"""Compares small samples of runs: mean, sample std, Student's t, Welch's and the paired test.
 
 Standard library only. Every test is about the difference mean(b) - mean(a).
 """
@@ -10,112 +10,147 @@ from dataclasses import dataclass
 
 
 def mean(values: list[float]) -> float:
-    """Arithmetic mean; ValueError on an empty list."""
+    """Return the arithmetic mean. Raises ValueError if the list is empty."""
     if not values:
         raise ValueError("mean of no values")
     return math.fsum(values) / len(values)
 
 
 def std(values: list[float]) -> float | None:
-    """Sample standard deviation (n - 1); None below two values: one run has no spread to report."""
+    """Return the sample standard deviation (n - 1), or None below two values: one run has no spread."""
     if len(values) < 2:
         return None
-    m = mean(values)
-    return math.sqrt(math.fsum((v - m) ** 2 for v in values) / (len(values) - 1))
+    center = mean(values)
+    return math.sqrt(math.fsum((value - center) ** 2 for value in values) / (len(values) - 1))
 
 
-def beta_inc(a: float, b: float, x: float) -> float:
-    """Regularized incomplete beta function I_x(a, b), by Lentz's continued fraction (error below 1e-12)."""
+TINY = 1e-300  # stands for a zero denominator in Lentz's method
+
+
+def fraction_numerator(a: float, b: float, x: float, i: int) -> float:
+    """Return numerator i of the continued fraction of the incomplete beta function."""
+    if i == 0:
+        return 1.0
+
+    m = i // 2
+    if i % 2 == 0:
+        return m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+    return -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+
+
+def away_from_zero(value: float) -> float:
+    """Return the value, or TINY if it is too small to divide by."""
+    return value if abs(value) > TINY else TINY
+
+
+def incomplete_beta(a: float, b: float, x: float) -> float:
+    """Return the regularized incomplete beta function I_x(a, b), with an error below 1e-12.
+
+    Evaluates its continued fraction by Lentz's method.
+    """
     if x <= 0.0 or x >= 1.0:
         return min(max(x, 0.0), 1.0)
     if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on this side
-        return 1.0 - beta_inc(b, a, 1.0 - x)
-    front = (
-        math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-        / a
-    )
-    c, d, value, tiny = 1.0, 0.0, 1.0, 1e-300
+        return 1.0 - incomplete_beta(b, a, 1.0 - x)
+
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    front = math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / a
+    fraction = 1.0
+    c = 1.0
+    d = 0.0
     for i in range(500):
-        m = i // 2
-        if i == 0:
-            numerator = 1.0
-        elif i % 2 == 0:
-            numerator = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            numerator = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1.0 + numerator * d
-        d = 1.0 / (d if abs(d) > tiny else tiny)
-        c = 1.0 + numerator / (c if abs(c) > tiny else tiny)
-        value *= c * d
+        numerator = fraction_numerator(a, b, x, i)
+        d = 1.0 / away_from_zero(1.0 + numerator * d)
+        c = 1.0 + numerator / away_from_zero(c)
+        fraction *= c * d
         if abs(1.0 - c * d) < 1e-14:
             break
-    return front * (value - 1.0)
+    return front * (fraction - 1.0)
 
 
 def t_cdf(t: float, df: float) -> float:
-    """P(T <= t) for Student's t with df > 0 degrees of freedom; infinite t gives 0 or 1."""
+    """Return P(T <= t) for Student's t with df > 0 degrees of freedom; an infinite t gives 0 or 1."""
     if math.isinf(t):
         return 1.0 if t > 0 else 0.0
-    tail = 0.5 * beta_inc(df / 2, 0.5, df / (df + t * t))
+    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + t * t))
     return tail if t < 0 else 1.0 - tail
 
 
 def t_quantile(p: float, df: float) -> float:
-    """The t with P(T <= t) = p for 0.5 < p < 1, by bisection."""
-    low, high = 0.0, 1.0
+    """Return the t with P(T <= t) = p, for 0.5 < p < 1, by bisection."""
+    low = 0.0
+    high = 1.0
     while t_cdf(high, df) < p:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
+        if t_cdf(middle, df) < p:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2
 
 
 @dataclass(frozen=True)
 class Difference:
-    """mean(b) - mean(a) with its standard error and degrees of freedom, in the unit of the samples."""
+    """The difference mean(b) - mean(a) with its standard error, in the unit of the samples.
+
+    df: the degrees of freedom of its test.
+    """
 
     diff: float
     error: float
     df: float
 
     def t(self, null: float = 0.0) -> float:
-        """t statistic against the hypothesis that the true difference is `null`."""
+        """Return the t statistic against the hypothesis that the true difference is `null`."""
         gap = self.diff - null
         if self.error == 0.0:
             return math.copysign(math.inf, gap) if gap else 0.0
         return gap / self.error
 
     def p_two_sided(self) -> float:
-        """Probability, were there no difference, of one at least this far from zero."""
+        """Return the probability of a difference at least this far from zero if the true one were zero."""
         return min(1.0, 2.0 * t_cdf(-abs(self.t()), self.df))
 
     def p_less(self, null: float = 0.0) -> float:
-        """One-sided p for the claim 'the true difference is below null'."""
+        """Return the one-sided p of the claim that the true difference is below `null`."""
         return t_cdf(self.t(null), self.df)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Two-sided confidence interval of the difference."""
+        """Return the two-sided confidence interval of the difference."""
         reach = t_quantile(0.5 + level / 2, self.df) * self.error
         return self.diff - reach, self.diff + reach
 
 
 def welch(a: list[float], b: list[float]) -> Difference | None:
-    """Welch's t: independent runs, unequal variances. None when a side has fewer than two runs."""
+    """Return the difference by Welch's test: independent runs, unequal variances.
+
+    None if a side has fewer than two runs.
+    """
     if len(a) < 2 or len(b) < 2:
         return None
-    va, vb = std(a) ** 2 / len(a), std(b) ** 2 / len(b)
-    if va + vb == 0.0:
-        return Difference(mean(b) - mean(a), 0.0, float(len(a) + len(b) - 2))
-    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return Difference(mean(b) - mean(a), math.sqrt(va + vb), df)
+
+    diff = mean(b) - mean(a)
+    variance_a = std(a) ** 2 / len(a)  # of the mean
+    variance_b = std(b) ** 2 / len(b)
+    variance = variance_a + variance_b
+    if variance == 0.0:
+        return Difference(diff, error=0.0, df=float(len(a) + len(b) - 2))
+
+    df = variance**2 / (variance_a**2 / (len(a) - 1) + variance_b**2 / (len(b) - 1))
+    return Difference(diff, error=math.sqrt(variance), df=df)
 
 
 def paired(a: list[float], b: list[float]) -> Difference | None:
-    """Paired t over equal-length lists (run i of a and of b share a seed). None below two pairs."""
+    """Return the difference by the paired test, where run i of a and run i of b share a seed.
+
+    None below two pairs. Raises ValueError if the lists differ in length.
+    """
     if len(a) != len(b):
         raise ValueError(f"paired test needs equal lengths, got {len(a)} and {len(b)}")
     if len(a) < 2:
         return None
+
     gaps = [y - x for x, y in zip(a, b)]
-    return Difference(mean(gaps), std(gaps) / math.sqrt(len(gaps)), float(len(gaps) - 1))
+    return Difference(mean(gaps), error=std(gaps) / math.sqrt(len(gaps)), df=float(len(gaps) - 1))
