@@ -989,7 +989,8 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and done.stderr == "", done
     assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
-    assert f"auditing {script} " in done.stdout and f" with {tools / 'audit.py'} " in done.stdout
+    assert f"auditing {script} " in done.stdout
+    assert f" with {tools / 'audit.py'} " in done.stdout
 
 
 def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
@@ -1010,7 +1011,8 @@ def audit_rank(rank, args):
 def test_two_ranks_audit_together(honest, tmp_path):
     assert run_ranks(audit_rank, 2, audit_args(honest, tmp_path)) == [0, 0]
     lines = (tmp_path / "logs" / "audited.txt").read_text().splitlines()
-    assert lines[-1] == "audit 9 of 9 tests passed" and sum("audit T" in line for line in lines[-10:]) == 9
+    assert lines[-1] == "audit 9 of 9 tests passed"
+    assert sum("audit T" in line for line in lines[-10:]) == 9
 
 
 def test_the_status_of_the_command_is_the_auditors(tmp_path, capfd):

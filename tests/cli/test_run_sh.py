@@ -105,7 +105,9 @@ LOG_HEAD = f"import torch\n{'=' * 100}\nRunning Python 3.11\n{'=' * 100}\n"
 
 class Tree:
     def __init__(self, folder: Path):
-        self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
+        self.root = folder / "repo"
+        self.bin = folder / "bin"
+        self.calls_file = folder / "calls"
         for sub in ("data", "tools/lab", ".ci"):
             (self.root / sub).mkdir(parents=True)
         self.bin.mkdir()
@@ -125,7 +127,8 @@ class Tree:
         for name in ("data/prepare.py", "tools/audit.py", "tools/lab/bench.py"):
             (self.root / name).touch()
 
-        run_as, log_head = folder / "run_as.py", folder / "log_head"
+        run_as = folder / "run_as.py"
+        log_head = folder / "log_head"
         run_as.write_text(RUN_AS)
         log_head.write_text(LOG_HEAD)
         fake = FAKE_PYTHON.replace("@REAL@", sys.executable)
@@ -270,7 +273,9 @@ def test_installs_once_and_again_only_when_needed(tree):
     assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0  # the half-finished install is done again
     assert pip_calls() == 2
     done = tree.run("test", BANKSHOT_PYTHON="")  # nothing to do, nothing said
-    assert done.returncode == 0 and done.stderr == "" and pip_calls() == 2
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert pip_calls() == 2
     with open(tree.root / "requirements.txt", "a") as file:
         file.write("# a new line\n")
     assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
@@ -278,7 +283,8 @@ def test_installs_once_and_again_only_when_needed(tree):
     assert sum(line.startswith("-m venv") for line in tree.calls()) == 1
     (tree.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")  # its Python went away
     assert tree.run("test", BANKSHOT_PYTHON="").returncode == 0
-    assert sum(line.startswith("-m venv") for line in tree.calls()) == 2 and pip_calls() == 4
+    assert sum(line.startswith("-m venv") for line in tree.calls()) == 2
+    assert pip_calls() == 4
 
 
 def test_a_symlink_to_it_works(tree, tmp_path):
@@ -356,7 +362,8 @@ def test_flash4_is_installed_again_when_its_file_changes(tree):
     assert tree.run("train", "run_id=a", BANKSHOT_PYTHON="").returncode == 0
     with open(tree.root / "requirements-flash4.txt", "a") as file:
         file.write("# a new line\n")
-    assert tree.run("train", "run_id=b", BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 2
+    assert tree.run("train", "run_id=b", BANKSHOT_PYTHON="").returncode == 0
+    assert flash4_calls(tree) == 2
 
 
 def test_training_goes_on_without_flash4(tree):
@@ -364,14 +371,14 @@ def test_training_goes_on_without_flash4(tree):
     tree.gpus(1, "9.0")
     done = tree.run("train", "run_id=a", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
     told = [line for line in done.stderr.splitlines() if "no FlashAttention-4" in line]
-    assert (
-        done.returncode == 0
-        and len(told) == 1
-        and "attn_windows=" in told[0]
-        and "requirements-flash4.txt" in told[0]
-    )
+    assert done.returncode == 0
+    assert len(told) == 1
+    assert "attn_windows=" in told[0]
+    assert "requirements-flash4.txt" in told[0]
     again = tree.run("train", "run_id=b", BANKSHOT_PYTHON="", FLASH4_STATUS="1")
-    assert again.returncode == 0 and flash4_calls(tree) == 1 and "FlashAttention" not in again.stderr
+    assert again.returncode == 0
+    assert flash4_calls(tree) == 1
+    assert "FlashAttention" not in again.stderr
 
 
 @pytest.mark.parametrize("command", ["config", "test", "data"])
@@ -382,7 +389,8 @@ def test_what_trains_nothing_wants_no_flash4(tree, command):
 
 def test_a_prepared_interpreter_installs_nothing(tree):
     assert tree.run("test", "-k", "style").returncode == 0
-    assert tree.calls() == [*CHECKS, f"{TESTS} -k style"] and not (tree.root / ".venv").exists()
+    assert tree.calls() == [*CHECKS, f"{TESTS} -k style"]
+    assert not (tree.root / ".venv").exists()
 
 
 # ---------------------------------------------------------------- train
@@ -577,7 +585,8 @@ def test_trainer_status_is_kept_and_the_plot_still_drawn(tree):
     assert done.returncode == 3
     assert done.stdout.splitlines()[-1] == "plot: logs/big.svg"
     done = tree.run("run_id=bad", TRAIN_STATUS="4", NO_LOG="1")
-    assert done.returncode == 4 and not any("plot logs/bad" in line for line in tree.calls())
+    assert done.returncode == 4
+    assert not any("plot logs/bad" in line for line in tree.calls())
     assert tree.run("run_id=none", NO_LOG="1").returncode != 0  # a trainer that leaves no log did not succeed
     done = tree.run("run_id=noplot", PLOT_STATUS="1")
     assert done.returncode == 0 and "plot: none" in done.stdout
@@ -703,7 +712,9 @@ def test_the_status_of_a_tool_is_kept(tree):
 
 def test_a_number_of_processes_that_cannot_share_the_batch_begins_nothing(tree):
     done = tree.run("preset=thirds", NPROC="3")
-    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert tree.calls() == []
     assert done.stderr == "train_gpt.py: no whole micro-batches\n"
 
 
@@ -727,8 +738,12 @@ def test_the_reason_of_the_first_rank_is_last(tmp_path):
 
 def test_settings_that_the_trainer_refuses_begin_nothing(tree):
     done = tree.run("preset=wrong")
-    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert tree.calls() == []
     assert done.stderr == "train_gpt.py: config key preset: 'wrong' is not one of record\n"
     done = tree.run("run_id=../../x")
-    assert done.returncode == 2 and done.stdout == "" and tree.calls() == []
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert tree.calls() == []
     assert done.stderr == "train_gpt.py: config key run_id: '../../x' cannot name a file\n"

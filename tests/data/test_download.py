@@ -114,7 +114,8 @@ def test_download_and_extend(tmp_path, hub, model):
 
     hub.calls.clear()
     assert prepare.main(["download", "--train-shards", "1", "--out", str(out)]) == 0
-    assert hub.calls == [] and len(shards.load_manifest(out)["splits"]["train"]["shards"]) == 4
+    assert hub.calls == []
+    assert len(shards.load_manifest(out)["splits"]["train"]["shards"]) == 4
     assert prepare.main(["verify", str(out)]) == 0
 
 
@@ -197,7 +198,9 @@ def test_a_tokenizer_cut_on_its_way_is_refused(tmp_path, hub, monkeypatch, capsy
     monkeypatch.setattr(hub.api, "hf_hub_download", cut)
     assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
     line = one_line(capsys)
-    assert "tokenizer.model" in line and "bytes arrived" in line and "repeat the command" in line
+    assert "tokenizer.model" in line
+    assert "bytes arrived" in line
+    assert "repeat the command" in line
 
     (hub.remote / "datasets" / "tokenizers" / "toy.model").unlink()
     assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
@@ -263,7 +266,8 @@ def test_download_refusals(tmp_path, hub, monkeypatch, capsys):
 
     short.write_bytes(b"\0" + short.read_bytes()[1:])
     assert prepare.main(["download", "--out", str(out)]) == 1
-    assert "not a token shard" in (line := one_line(capsys)) and "use another --variant" in line
+    assert "not a token shard" in (line := one_line(capsys))
+    assert "use another --variant" in line
 
 
 def test_download_refuses_another_validation_split(tmp_path, hub, capsys):
@@ -280,7 +284,8 @@ def test_download_refuses_a_validation_split_that_begins_inside_a_document(tmp_p
 
 
 def test_official_constants():
-    assert download.VARIANTS["sp1024"].val_scored == 62_021_632 and download.SEQUENCE == 2048
+    assert download.VARIANTS["sp1024"].val_scored == 62_021_632
+    assert download.SEQUENCE == 2048
     for scored in (62_021_632, 40_540_160):
         assert scored % download.SEQUENCE == 0
     low, high = download.VAL_BYTES

@@ -47,7 +47,9 @@ def test_offline_cleans_and_separates(tmp_path, sources, monkeypatch):
     assert not any("secret_doctest" in d or "xyzzy" in d for d in kept)
 
     train, val = offline.split_documents(kept)
-    assert 2 <= len(val) <= 30 and len(train) + len(val) == 120 and not set(train) & set(val)
+    assert 2 <= len(val) <= 30
+    assert len(train) + len(val) == 120
+    assert not set(train) & set(val)
 
     # A train document that contains a val document is no repetition, but the val document must go.
     candidates = (val[0] + "\n" + prose(seed, 300) for seed in range(8000, 8100))
@@ -67,7 +69,9 @@ def test_offline_leaves_other_datasets_alone(tmp_path, files, sources, capsys):
 
 def test_installed_is_sorted_and_readable():
     versions, found = offline.installed()
-    assert versions["sentencepiece"] and len(found) > 500 and len(found) == len(set(found))
+    assert versions["sentencepiece"]
+    assert len(found) > 500
+    assert len(found) == len(set(found))
     assert (versions, found) == offline.installed()
     assert offline.documents_of(argparse.__file__)
 

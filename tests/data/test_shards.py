@@ -115,7 +115,9 @@ def test_verify_names_the_damage(files, capsys, damage):
     name, words = damage(files.out)
     assert prepare.main(["verify", str(files.out)]) == 1
     lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 1 and name in lines[0] and words in lines[0]
+    assert len(lines) == 1
+    assert name in lines[0]
+    assert words in lines[0]
 
 
 # Each edit_... spoils a manifest and returns words that the problem must hold.
@@ -249,7 +251,8 @@ def test_verify_names_the_key_of_a_wrong_manifest(files, capsys, edit):
     capsys.readouterr()
     assert prepare.main(["verify", str(files.out)]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(str(files.out / "manifest.json")) and "remove it and repeat" in line
+    assert line.startswith(str(files.out / "manifest.json"))
+    assert "remove it and repeat" in line
     for part in [words] if isinstance(words, str) else words:
         assert part in line
 

@@ -87,7 +87,8 @@ def test_a_document_longer_than_two_shards_gives_shards_without_bos(files, model
         for entry in manifest["splits"]["train"]["shards"]
     ]
     bos = [int(np.count_nonzero(part == 1)) for part in parts]
-    assert bos[:3] == [1, 0, 0] and manifest["splits"]["train"]["documents"] == sum(bos) == len(docs)
+    assert bos[:3] == [1, 0, 0]
+    assert manifest["splits"]["train"]["documents"] == sum(bos) == len(docs)
     assert [len(part) for part in parts[:2]] == [500, 500]
     assert documents_in(files.out, "train") == sentencepiece.SentencePieceProcessor(
         model_file=str(model)
@@ -124,7 +125,9 @@ def test_leak_is_refused_and_named(tmp_path, files, capsys):
     args.insert(args.index("--train") + 1, str(other))
     assert prepare.main(args) == 1
     line = one_line(capsys)
-    assert repr(leaked[:60]) in line and "val document 3" in line and "document 2" in line
+    assert repr(leaked[:60]) in line
+    assert "val document 3" in line
+    assert "document 2" in line
     assert str(files.val) in line and str(other) in line
     assert not files.out.exists()
 
@@ -149,7 +152,8 @@ def test_resume(tmp_path, files, capsys, monkeypatch):
     assert content(files.out) == before
 
     assert prepare.main([*replaced(files.args, name="new"), "--replace"]) == 0
-    assert not list(files.out.glob("toy_*")) and prepare.main(["verify", str(files.out)]) == 0
+    assert not list(files.out.glob("toy_*"))
+    assert prepare.main(["verify", str(files.out)]) == 0
 
 
 def test_tiktoken(tmp_path, files, monkeypatch):
@@ -164,7 +168,8 @@ def test_tiktoken(tmp_path, files, monkeypatch):
     write_docs(files.train, docs)
     assert prepare.main(replaced(files.args, tokenizer="toy")) == 0
     manifest = shards.load_manifest(files.out)
-    assert manifest["tokenizer"]["kind"] == "tiktoken" and manifest["tokenizer"]["file"] is None
+    assert manifest["tokenizer"]["kind"] == "tiktoken"
+    assert manifest["tokenizer"]["file"] is None
     assert manifest["tokenizer"]["vocab_size"] == 259 and manifest["bos_id"] == 258
 
     tokens = read_split(files.out, "train")

@@ -113,7 +113,8 @@ def test_a_document_that_the_tokenizer_cannot_encode_is_named(files, monkeypatch
     write_docs(files.train, [*make_documents(100, 20), "some poison"])
     assert prepare.main(files.args) == 1
     line = one_line(capsys)
-    assert f"{files.train}: document 20 ('some poison', 11 characters)" in line and "cut the document" in line
+    assert f"{files.train}: document 20 ('some poison', 11 characters)" in line
+    assert "cut the document" in line
     assert f"({error.__name__}: stack overflow)" in line and not files.out.exists()
 
 
@@ -153,7 +154,9 @@ def test_a_panic_of_tiktoken_is_one_line(files, tiktoken_encoding, monkeypatch, 
     write_docs(files.train, ["short", "a" + 1_000_000 * " " + "b"])
     assert prepare.main(replaced(files.args, tokenizer="toy")) == 1
     line = one_line(capsys)
-    assert "t.txt: document 1 (" in line and "1,000,002 characters" in line and "StackOverflow" in line
+    assert "t.txt: document 1 (" in line
+    assert "1,000,002 characters" in line
+    assert "StackOverflow" in line
 
 
 def test_a_panic_anywhere_is_one_line(files, monkeypatch, capsys):

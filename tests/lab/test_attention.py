@@ -187,7 +187,8 @@ def plant_flash4(monkeypatch, calls):
 
 def test_flash4_is_the_trainers(monkeypatch):
     """attend_flash4 with the mask's window and documents, compiled as the machine does, all of it right."""
-    calls, compiled = [], []
+    calls = []
+    compiled = []
     plant_flash4(monkeypatch, calls)
     s = a_session(rows=3)
     s = s._replace(m=dataclasses.replace(s.m, compile=lambda f: (compiled.append(f), f)[1]))
@@ -218,7 +219,8 @@ def test_flash4_compiles_whole_for_every_mask(monkeypatch):
     monkeypatch.setattr(t, "attend_flash4", stand_in)
     s = a_session(rows=2)
     s = s._replace(m=dataclasses.replace(s.m, compile=compiler))
-    layouts, masks = attention.layouts_of(s.h), attention.masks_of(2, 16)
+    layouts = attention.layouts_of(s.h)
+    masks = attention.masks_of(2, 16)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     row = outcome(case(layouts[0], masks[0]), attention.PATHS["flash4"])
     assert row["status"] == "skipped" and "flash_attn" in row["why"] and not compiled, row
@@ -242,7 +244,8 @@ def test_flash4_has_room_for_so_many_documents(monkeypatch):
 
 def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
     """One context of one backend around attend_sdpa, with the mask where the backend takes one."""
-    seen, reference = [], t.attend_sdpa
+    seen = []
+    reference = t.attend_sdpa
 
     def attend_sdpa(*args, **options):
         seen.append(options)
@@ -261,7 +264,8 @@ def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
                 continue
             row = outcome(c, attention.PATHS[path])
             assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (name, row)
-            hows, docs = [x for x in seen if isinstance(x, dict)], "documents" in name
+            hows = [x for x in seen if isinstance(x, dict)]
+            docs = "documents" in name
             assert {x for x in seen if not isinstance(x, dict)} == {mine}
             assert bool(hows) == (path == "math" or name != "causal")
             assert all(x["window"] == c.mask.window and (x["docs"] is not None) == docs for x in hows)
@@ -294,7 +298,8 @@ def test_paths_of_a_cpu():
 
 def test_flex_compiles_whole_and_skips_blocks():
     """One graph, for more masks than one function may be recompiled; only blocks with a visible pair."""
-    T, blocks = 512, []
+    T = 512
+    blocks = []
 
     def compiler(f):
         compiled = torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
@@ -316,7 +321,8 @@ def test_flex_compiles_whole_and_skips_blocks():
 
 def test_repeated_heads():
     """efficient repeats: q head n sees k head n // group."""
-    q, k = torch.zeros(1, 2, 6, 4), torch.arange(2.0).view(1, 1, 2, 1).expand(1, 2, 2, 4)
+    q = torch.zeros(1, 2, 6, 4)
+    k = torch.arange(2.0).view(1, 1, 2, 1).expand(1, 2, 2, 4)
     heads = attention.repeated(q, k, k)
     assert heads[0] is q
     assert heads[1][0, 0, :, 0].tolist() == heads[2][0, 1, :, 3].tolist() == [0, 0, 0, 1, 1, 1]
@@ -371,7 +377,8 @@ def test_a_wrong_path_is_not_timed(name, monkeypatch):
 def test_a_small_error_is_timed():
     c = cases()["documents"]
     row = outcome(c, planted(lambda c, f: lambda q, k, v: 1.01 * f(q, k, v)))
-    assert row["status"] == "measured" and row["errors"]["out"] == pytest.approx(0.01, rel=1e-3)
+    assert row["status"] == "measured"
+    assert row["errors"]["out"] == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -416,7 +423,8 @@ def test_figures_by_hand(monkeypatch):
 
 def test_the_devices_clock(monkeypatch):
     """Work is queued before every timed call; the median counts, warm calls do not."""
-    queue, clock = [], iter(range(10**6))
+    queue = []
+    clock = iter(range(10**6))
 
     class Event:
         def __init__(self, enable_timing):
@@ -452,7 +460,8 @@ def a_row(layout, mask, path, forward=None, both=None):
 
 
 def test_the_fastest():
-    one, two = Layout(8, 4, 64), Layout(4, 2, 128)
+    one = Layout(8, 4, 64)
+    two = Layout(4, 2, 128)
     rows = [
         a_row(one, "causal", "cudnn", 300.0, 1000.0),
         a_row(one, "causal", "flash", 250.0, 1200.0),
@@ -485,7 +494,8 @@ def test_the_command(tmp_path, capsys):
     assert (report["rows"], report["seq_len"], report["dtype"]) == (4, 16, "float32")
     assert report["versions"]["torch"] == torch.__version__ and report["device"]
     assert report["layouts"] == [Layout(4, 2, 8)._asdict(), Layout(2, 1, 16)._asdict()]
-    assert [m["name"] for m in report["masks"]] == NAMES and report["masks"][0]["pairs"] == 4 * 136
+    assert [m["name"] for m in report["masks"]] == NAMES
+    assert report["masks"][0]["pairs"] == 4 * 136
     got = [(row["layout"]["heads"], row["mask"], row["path"]) for row in report["table"]]
     assert got == [(n, mask, path) for n in (4, 2) for mask in NAMES for path in ("math", "flex", "varlen")
                    if mask == "causal" or path != "math"]  # fmt: skip

@@ -32,7 +32,8 @@ def test_the_command_measures_everything(tmp_path, capfd):
     argv = list(sys.argv)
     assert t.main(["bench", "--json", str(file), *english_args()]) == 0
     assert sys.argv == argv
-    out, report = capfd.readouterr().out, json.loads(file.read_text())
+    out = capfd.readouterr().out
+    report = json.loads(file.read_text())
 
     assert [whole["name"] for whole in report["whole"]] == WHOLE
     for name in WHOLE:

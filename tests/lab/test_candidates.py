@@ -125,7 +125,8 @@ def test_candidates_and_all_the_rest(tmp_path, capsys):
 
 def test_lines_come_when_they_are_known(monkeypatch, tmp_path, capsys):
     """A candidate's model before its sections, a section before the next one, in the table too."""
-    said, real = [], sections.time_section
+    said = []
+    real = sections.time_section
     file = write(tmp_path, SAME)
 
     def time_section(s, section):
@@ -190,7 +191,8 @@ def test_verdicts():
 
 
 def test_pairs_take_turns(monkeypatch):
-    clock, order = [0.0], []
+    clock = [0.0]
+    order = []
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def runs(name, seconds):

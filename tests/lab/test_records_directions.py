@@ -48,13 +48,15 @@ def test_the_exact_factor_has_no_error(shape):
     f = direction_quality.factor_of(u)
     got = direction_quality.figures_of(f.U @ f.Vh, f)
     assert got.polar < 1e-12 and got.orth < 1e-12
-    assert math.isclose(got.cosine, 1, abs_tol=1e-12) and math.isclose(got.efficiency, 1, abs_tol=1e-12)
+    assert math.isclose(got.cosine, 1, abs_tol=1e-12)
+    assert math.isclose(got.efficiency, 1, abs_tol=1e-12)
     torch.testing.assert_close(got.band, torch.ones(24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (30, 20)], ids=str)
 def test_a_factor_with_known_singular_values(shape):
-    u, s = draw(*shape), torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
+    u = draw(*shape)
+    s = torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
     f = direction_quality.factor_of(u)
     got = direction_quality.figures_of(f.U @ s.diag() @ f.Vh, f)
     torch.testing.assert_close(got.band, s)
@@ -67,9 +69,12 @@ def test_a_factor_with_known_singular_values(shape):
 
 
 def test_the_factor_of_another_matrix_is_seen():
-    f, other = direction_quality.factor_of(draw(30, 30)), direction_quality.factor_of(draw(30, 30, seed=1))
+    f = direction_quality.factor_of(draw(30, 30))
+    other = direction_quality.factor_of(draw(30, 30, seed=1))
     got = direction_quality.figures_of(other.U @ other.Vh, f)
-    assert got.orth < 1e-12 and abs(got.cosine) < 0.2 and got.polar > 1.2
+    assert got.orth < 1e-12
+    assert abs(got.cosine) < 0.2
+    assert got.polar > 1.2
 
 
 def test_a_line_pools_matrices_and_refuses_nan():
@@ -78,7 +83,9 @@ def test_a_line_pools_matrices_and_refuses_nan():
         [direction_quality.figures_of(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)]
     )
     pairs = dict(direction_log.PAIR.findall(line))
-    assert pairs["smin"] == "0.500000" and pairs["smax"] == "2.000000" and pairs["s50"] == "1.250000"
+    assert pairs["smin"] == "0.500000"
+    assert pairs["smax"] == "2.000000"
+    assert pairs["s50"] == "1.250000"
     assert pairs["polar"] == "0.750000" and pairs["matrices"] == "2"
     figures = direction_quality.figures_of(f.U @ f.Vh, f)._replace(polar=math.nan)
     with pytest.raises(ArithmeticError):
@@ -121,7 +128,8 @@ def test_an_eighth_is_the_largest_share():
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 def test_the_timed_call_is_the_trainers_update(rule):
     sets = direction_cases.input_sets(SETUP, "all")
-    assert len(sets) >= 4 and len({x["W"].data_ptr() for one in sets for x in one}) == 4 * len(sets)
+    assert len(sets) >= 4
+    assert len({x["W"].data_ptr() for one in sets for x in one}) == 4 * len(sets)
     case = direction_cases.TimedCase("update", "all", "turbo", rule)
     before = [x["W"].clone() for x in sets[0]]
     with torch.no_grad():
@@ -268,7 +276,8 @@ def test_the_folder_is_complete(repo, capsys):
     ruled = {(x["rule"], x["cautious"]) for x in log["time"] if x["row"] == "ns5" and x["part"] == "update"}
     assert ruled == {(rule, 0) for rule in t.STEP_RULES} | {("muon", 1)}
     places = {(q["family"], q["shape"]) for q in log["quality"]}
-    assert {family for family, _ in places} == {*direction_quality.FAMILIES, "momentum"} and len(places) == 17
+    assert {family for family, _ in places} == {*direction_quality.FAMILIES, "momentum"}
+    assert len(places) == 17
     assert len(log["quality"]) == len(places) * len(t.ORTHO)
     assert log["real"][0]["steps"] == 3 and log["real"][0]["loss"] < 7
     by = {(q["row"], q["family"], q["shape"]): q for q in log["quality"]}
@@ -280,7 +289,8 @@ def test_the_folder_is_complete(repo, capsys):
     assert all(0.7 < x < 1.2 for x in curve["along"])
     tables = (folder / "tables.md").read_text()
     assert all(f"\n| {name} |" in tables for name in (*t.ORTHO, *t.STEP_RULES, "broken"))
-    assert "no kernel at kernel.py" in tables and "/some" not in (folder / "log.txt").read_text()
+    assert "no kernel at kernel.py" in tables
+    assert "/some" not in (folder / "log.txt").read_text()
 
 
 def test_a_noisy_measurement_is_said_in_one_line(repo, tmp_path, capsys):
@@ -313,7 +323,9 @@ def test_derived_figures_by_hand(repo):
 @pytest.mark.parametrize("cuda", [False, True])
 def test_products_are_timed_together_on_fresh_inputs(monkeypatch, cuda):
     """Launches hide small products: on a GPU one graph holds all calls, each on its own input."""
-    bank, seen, graphs = direction_cases.Bank("b", 3, 8, 4), [], []
+    bank = direction_cases.Bank("b", 3, 8, 4)
+    seen = []
+    graphs = []
     setup = SimpleNamespace(cuda=cuda, m=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
     real = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y: seen.append((x, y)) or real(x, y))
@@ -340,7 +352,9 @@ def test_board_and_verify(repo, capsys):
     assert run(repo, "verify") == 1 and "record board" in capsys.readouterr().out
     assert run(repo, "board") == 0
     page = (repo / "records" / "README.md").read_text()
-    assert "old" not in page and page.endswith("end\n") and f"directions/{folder.name}/tables.md" in page
+    assert "old" not in page
+    assert page.endswith("end\n")
+    assert f"directions/{folder.name}/tables.md" in page
     assert "| mud2 |" in page and run(repo, "board") == 0
     assert (repo / "records" / "README.md").read_text() == page
     capsys.readouterr()
@@ -378,9 +392,8 @@ def test_missing_and_foreign_files(repo, capsys):
     assert direction_tables.newest(repo / "records") == {
         folders.MEASUREMENT_NAME.match(folder.name)[2]: second
     }
-    assert run(repo, "board") == 0 and {row[0] for row in direction_claims.examine_measurement(second)} == {
-        "ok"
-    }
+    assert run(repo, "board") == 0
+    assert {row[0] for row in direction_claims.examine_measurement(second)} == {"ok"}
     log.write_text("nothing")
     assert directions.main(["--root", str(repo), "--log", str(log)]) == 2
     (repo / "records" / "README.md").write_text("<!-- board:start -->\n<!-- board:end -->\n")
@@ -396,7 +409,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert directions.main(["--tiny", "--out", str(tmp_path / "out"), *argv]) == 2
         err = capsys.readouterr().err
         assert err.startswith("record: ") and err.count("\n") == 1
-        assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
+        assert not list((tmp_path / "out").glob("*"))
+        assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_another_copy_of_the_script_leaves_the_first_its_operators():
@@ -405,7 +419,8 @@ def test_another_copy_of_the_script_leaves_the_first_its_operators():
     assert sys.modules["train_gpt"] is first is t and again is not t
     with FakeTensorMode():
         for copy in (t, again):
-            a, w = torch.empty(8, 16), torch.empty(24, 16)
+            a = torch.empty(8, 16)
+            w = torch.empty(24, 16)
             assert copy.mlp_op(a, w, None).shape == (8, 24)
 
 

@@ -47,7 +47,9 @@ def test_work_by_hand():
     assert [section.name for section in found.values() if section.count] == SECTIONS
     assert [section.name for section in found.values() if not section.count] == ["attention block", "layer"]
 
-    D, kv, F = h.model_dim, h.kv_dim, h.mlp_dim
+    D = h.model_dim
+    kv = h.kv_dim
+    F = h.mlp_dim
     products = (N, D, F), (N, F, D)
     mlp = found["MLP"]
     assert mlp.forward == Work(4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products))

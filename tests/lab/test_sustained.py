@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 @pytest.fixture
 def calls(monkeypatch):
     """Names of what train() calls, in order, a fetched pair's arrival with its number."""
-    seen, fetches = [], []
+    seen = []
+    fetches = []
 
     def watch(owner, name):
         fn = getattr(owner, name)
@@ -80,7 +81,8 @@ def test_the_sustained_loop_is_trainings(tmp_path, calls):
         calls.clear()
 
         s = session_of(h, m)
-        run, loader = trainer.build_trained(s), t.TokenLoader(h, m)
+        run = trainer.build_trained(s)
+        loader = t.TokenLoader(h, m)
         with trainer.quiet_run(s) as logged:
             loop = sustained.TrainingLoop(s, run, loader, logged)
             step = loop.kinds["training"]
@@ -111,7 +113,8 @@ def test_fixed_steps_have_nothing_beside_the_step(calls):
 
 def test_blocks_by_hand(monkeypatch):
     """a b b a a b b a of as many steps as fit; a block's first is not timed; between_ms is the gap."""
-    now, order = [0.0], []
+    now = [0.0]
+    order = []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def runs(name, idle, busy):
@@ -359,7 +362,8 @@ def test_sustained_steps_that_diverge_are_no_figures(tmp_path, capsys):
 
 
 def test_what_is_sustained_delays_the_deadline(monkeypatch):
-    now, asked = [0.0], []
+    now = [0.0]
+    asked = []
 
     def measure_sustained(s, run, loader, seconds):
         asked.append(seconds)

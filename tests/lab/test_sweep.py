@@ -80,7 +80,8 @@ def folder_for(tmp_path):
 
 def test_a_sweep_trains_what_train_trains(worker, tmp_path):
     """Bit for bit, for the first configuration of a process and for one after another."""
-    plan, folder = tiny_plan(), folder_for(tmp_path)
+    plan = tiny_plan()
+    folder = folder_for(tmp_path)
     configurations = [
         plan.configuration("ns5", "0.02", 1),
         plan.configuration("turbo", "0.04", 2),
@@ -97,7 +98,8 @@ def test_a_sweep_trains_what_train_trains(worker, tmp_path):
         assert t.main([*configuration.argv, f"out_dir={tmp_path}/alone"]) == 0
         alone = (tmp_path / "alone" / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines()
         log = (folder / "logs" / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines()
-        a, b = final(alone), final(log)
+        a = final(alone)
+        b = final(log)
         assert a["metric"] == "int6_lzma_chunked"
         for key in ("val_loss", "val_bpb", "steps", "sha256", "bytes_total", "seed"):
             assert a[key] == b[key], (configuration.name, key)
@@ -114,14 +116,17 @@ def test_a_sweep_trains_what_train_trains(worker, tmp_path):
 
 def test_one_model_holds_all_configurations(worker, tmp_path):
     """Whatever a torch version guards on, be it the module's or a parameter's identity, stays the same."""
-    plan, runs, parameters = tiny_plan(), [], []
+    plan = tiny_plan()
+    runs = []
+    parameters = []
     for configuration in (plan.configuration("ns5", "0.02", 1), plan.configuration("turbo", "0.04", 2)):
         h = t.load_config(list(configuration.argv), {})
         runs.append(worker.prepare(h, t.Log(str(tmp_path / configuration.name), worker.m)))
         parameters.append([id(p) for p in runs[-1].model.parameters()])
         assert runs[-1].h == runs[-1].model.h == h
         t.Optimizer(runs[-1].model, h, worker.m)
-    assert runs[0].model is runs[1].model is worker.kept.model and parameters[0] == parameters[1]
+    assert runs[0].model is runs[1].model is worker.kept.model
+    assert parameters[0] == parameters[1]
     assert runs[0].loss_fn is runs[1].loss_fn and runs[0].nats_fn is runs[1].nats_fn
 
 
@@ -136,7 +141,8 @@ def test_entropy_bytes():
 def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(Path, "unlink", lambda p, **_: kept.append(p.read_bytes()) if p.exists() else None)
-    configuration, folder = tiny_plan().configuration("ns5", "0.02", 1), folder_for(tmp_path)
+    configuration = tiny_plan().configuration("ns5", "0.02", 1)
+    folder = folder_for(tmp_path)
     worker.train({"argv": configuration.argv, "line": LINE}, folder)
     header, payload = t.open_artifact(kept[-1])
     codes = b""
@@ -153,7 +159,8 @@ def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
     """Graphs by function: a seed or a rate costs none, a row only those of the matrix update."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    counts, backends = {}, {}
+    counts = {}
+    backends = {}
 
     def compiler(f):
         def backend(graph, inputs, name=f.__name__):
@@ -168,7 +175,8 @@ def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "kept", None)
     one_layer = base(iterations=2, val_loss_every=0, num_layers=1, xsa_last_n=1, ve_last_n=1)
     rows = {name: {"ortho": name} for name in ("ns5", "turbo", "mud")}
-    plan, folder = tiny_plan(base=one_layer, rows=rows), folder_for(tmp_path)
+    plan = tiny_plan(base=one_layer, rows=rows)
+    folder = folder_for(tmp_path)
 
     def graphs(row, rate, seed):
         before = dict(counts)
@@ -177,7 +185,8 @@ def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
         return {name: count for name, count in new.items() if count}
 
     first = graphs("ns5", "0.02", 1)
-    assert set(first) == {"loss", "nats", "adam_update", "matrix_update"} and first["loss"] == 1
+    assert set(first) == {"loss", "nats", "adam_update", "matrix_update"}
+    assert first["loss"] == 1
     assert graphs("ns5", "0.02", 2) == {}
     matrices = first["matrix_update"]
     assert graphs("ns5", "0.04", 1) == {}
@@ -198,7 +207,8 @@ def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
         "masks": {"attn_windows": "4 0", "doc_mask": "1"},
         "heads": {"num_heads": "2", "num_kv_heads": "1"},
     }
-    plan, folder = tiny_plan(rows=rows, rates=[0.02]), folder_for(tmp_path)
+    plan = tiny_plan(rows=rows, rates=[0.02])
+    folder = folder_for(tmp_path)
     configurations = [
         plan.configuration(row, "0.02", seed)
         for row, seed in (("ns5", 1), ("masks", 1), ("heads", 1), ("heads", 2), ("ns5", 2))
@@ -220,7 +230,8 @@ def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
     found = {row["name"]: (row["changes"], row["own_init"]) for row in table["rows"]}
     assert found["masks"] == ({"attn_windows": "4 0", "doc_mask": "True"}, False)
     assert found["heads"] == ({"num_heads": "2", "num_kv_heads": "1"}, True)
-    assert "num_layers" in table["config"] and not {"num_heads", "doc_mask"} & table["config"].keys()
+    assert "num_layers" in table["config"]
+    assert not {"num_heads", "doc_mask"} & table["config"].keys()
 
 
 def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
@@ -234,7 +245,9 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
     monkeypatch.setattr(t, "bind_ops", bind_ops)
     monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, pin=True))
     m = worker.machine_for(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
-    assert bound == ["attention128"] and m.ops.qk is len and m.names["attention"] == "attention128"
+    assert bound == ["attention128"]
+    assert m.ops.qk is len
+    assert m.names["attention"] == "attention128"
     assert m.names["device"] == worker.m.names["device"]
 
 
@@ -252,7 +265,8 @@ def test_a_model_that_cannot_be_bound_is_refused_each_time(worker, tmp_path, mon
 
 
 def test_weights_that_are_no_numbers_are_a_result(worker, tmp_path, monkeypatch):
-    plan, folder = tiny_plan(base=base(iterations=2)), folder_for(tmp_path)
+    plan = tiny_plan(base=base(iterations=2))
+    folder = folder_for(tmp_path)
     real = t.train
 
     def broken(run):
@@ -276,7 +290,9 @@ def test_weights_that_are_no_numbers_are_a_result(worker, tmp_path, monkeypatch)
 
 
 def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(worker, tmp_path, monkeypatch):
-    plan, folder, real = tiny_plan(base=base(iterations=9)), folder_for(tmp_path), t.train_step
+    plan = tiny_plan(base=base(iterations=9))
+    folder = folder_for(tmp_path)
+    real = t.train_step
 
     def broken(backward, optimizer, batch, hp):
         loss = real(backward, optimizer, batch, hp)
@@ -304,7 +320,8 @@ def three_rates(**change):
 
 
 def test_the_second_stage_takes_the_best_rate_of_each_row():
-    queue, order = sweep_plan.Queue(three_rates(), {}), []
+    queue = sweep_plan.Queue(three_rates(), {})
+    order = []
     while (configuration := queue.take()) is not None:
         order.append(configuration)
         queue.finish(configuration, outcome(configuration))
@@ -313,7 +330,9 @@ def test_the_second_stage_takes_the_best_rate_of_each_row():
     assert [j.name for j in order[6:]] == [
         "ns5_0.02_seed2", "turbo_0.04_seed2", "ns5_0.02_seed3", "turbo_0.04_seed3",
     ]  # fmt: skip
-    assert [j.stage for j in order] == [1] * 6 + [2] * 4 and queue.over and queue.left == 0
+    assert [j.stage for j in order] == [1] * 6 + [2] * 4
+    assert queue.over
+    assert queue.left == 0
     assert len(order) == three_rates().size
 
 
@@ -444,7 +463,9 @@ def test_the_command_line_can_be_the_plan():
     options = "--row ns5 --row b:ortho=turbo,step_rule=normuon --rates 0.1,0.2 --seeds 5".split()
     args = sweep.argument_parser().parse_args([*words, *options])
     plan = sweep_plan.read_plan(t, args)
-    assert plan.size == 4 and plan.seeds == (5,) and plan.baseline == "ns5"
+    assert plan.size == 4
+    assert plan.seeds == (5,)
+    assert plan.baseline == "ns5"
     h = t.load_config(list(plan.configuration("b", "0.2", 5).argv), {})
     assert (h.ortho, h.step_rule, h.matrix_lr) == ("turbo", "normuon", 0.2)
     assert h.data_path == english_dataset().path
@@ -477,7 +498,9 @@ def test_the_folder_has_the_name_of_the_plan(change, name, tmp_path, monkeypatch
 def test_shipped_plans(path):
     """Every plan resolves with train_gpt.py's knobs, no two rows are alike, and the first is the base."""
     raw = json.loads(path.read_text(encoding="utf-8"))
-    assert raw["name"] == path.stem and [*raw["rows"].values()][0] == {} and raw["seeds"] == [1337, 42, 2025]
+    assert raw["name"] == path.stem
+    assert [*raw["rows"].values()][0] == {}
+    assert raw["seeds"] == [1337, 42, 2025]
     plan = sweep_plan.make_plan(t, raw, path.name)
     count = len(raw["multipliers"])
     assert count in (1, 3) and all(len(row.rates) == count for row in plan.rows.values())
@@ -518,7 +541,8 @@ def done(tmp_path_factory):
     status = []
     thread = threading.Thread(target=lambda: status.append(shoot.run()))
     thread.start()
-    victim, deadline = None, time.monotonic() + 60
+    victim = None
+    deadline = time.monotonic() + 60
     while victim is None and thread.is_alive() and time.monotonic() < deadline:
         parts = list((folder / ".work").glob("*.part"))
         if parts:
@@ -566,7 +590,8 @@ def test_the_folder_holds_every_configuration_and_proves_itself(done):
     ]  # fmt: skip
     assert all(len((done.folder / "logs" / n).read_bytes()) < 10_000 for n in names)
     rows = sweep_claims.examine_sweep(done.folder)
-    assert [row for row in rows if row[0] != "ok"] == [] and len(rows) == len(sweep_claims.CLAIMS)
+    assert [row for row in rows if row[0] != "ok"] == []
+    assert len(rows) == len(sweep_claims.CLAIMS)
     source = runlog.parse_log(done.folder / "logs" / names[0]).source
     assert source == (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
@@ -581,14 +606,20 @@ def test_the_table_says_what_the_logs_say(done):
             p.stem: final(p.read_text().splitlines()) for p in (done.folder / "logs").glob(f"{row['name']}_*")
         }
         tried = {rate: float(logs[f"{row['name']}_{rate}_seed1"]["val_bpb"]) for rate in ("0.02", "0.04")}
-        assert row["rates"] == tried and row["best_rate"] == min(tried, key=tried.get) and row["edge"]
+        assert row["rates"] == tried
+        assert row["best_rate"] == min(tried, key=tried.get)
+        assert row["edge"]
         both = [float(logs[f"{row['name']}_{row['best_rate']}_seed{s}"]["val_bpb"]) for s in (1, 2)]
         assert row["val_bpb"]["mean"] == pytest.approx(sum(both) / 2, abs=1e-8)
         assert row["val_bpb"]["std"] == pytest.approx(abs(both[0] - both[1]) / 2**0.5, abs=1e-8)
         assert row["at_step"]["mean"] == pytest.approx(row["live"]["mean"], abs=1e-4)
-        assert row["seeds"] == [1, 2] and not row["own_init"] and row["diverged"] == 0
+        assert row["seeds"] == [1, 2]
+        assert not row["own_init"]
+        assert row["diverged"] == 0
     ns5, turbo = ({row["name"]: row for row in table["rows"]}[name] for name in ("ns5", "turbo"))
-    assert turbo["changes"] == {"ortho": "turbo"} and ns5["changes"] == {} and ns5["versus"] is None
+    assert turbo["changes"] == {"ortho": "turbo"}
+    assert ns5["changes"] == {}
+    assert ns5["versus"] is None
     gap = turbo["val_bpb"]["mean"] - ns5["val_bpb"]["mean"]
     assert turbo["versus"]["diff"] == pytest.approx(gap, abs=2e-8)
     assert 0 < turbo["versus"]["paired_p"] < 1 and 0 < turbo["versus"]["welch_p"] < 1
@@ -599,7 +630,8 @@ def test_rows_start_from_the_same_weights(done):
     by_seed = {}
     for run in runs:
         by_seed.setdefault(run.text("sweep", "seed"), set()).add(run.text("sweep", "init_sha256"))
-    assert all(len(hashes) == 1 for hashes in by_seed.values()) and by_seed["1"] != by_seed["2"]
+    assert all(len(hashes) == 1 for hashes in by_seed.values())
+    assert by_seed["1"] != by_seed["2"]
     for run in runs:
         h = t.load_config([f"{k}={v}" for k, v in run.config.items()], {})
         assert run.text("sweep", "init_sha256") == sweep_worker.weights_sha256(t.GPT(h))
@@ -721,16 +753,20 @@ def test_the_ledger_lists_verifies_and_tabulates_sweeps(folder, capsys):
     board = "<!-- board:start -->\n<!-- board:end -->\n"
     (root / "README.md").write_text(board)
     (root / "records" / "README.md").write_text(board)
-    assert record.main(["--root", str(root), "board"]) == 2 and "sweeps:start" in capsys.readouterr().err
+    assert record.main(["--root", str(root), "board"]) == 2
+    assert "sweeps:start" in capsys.readouterr().err
     (root / "records" / "README.md").write_text(
         board + "<!-- sweeps:start -->\nold\n<!-- sweeps:end -->\nend\n"
     )
     assert record.main(["--root", str(root), "board"]) == 0
     page = (root / "records" / "README.md").read_text()
-    assert "**[Tiny](sweeps/Tiny/)**" in page and "\nold\n" not in page and page.endswith("end\n")
+    assert "**[Tiny](sweeps/Tiny/)**" in page
+    assert "\nold\n" not in page
+    assert page.endswith("end\n")
     for line in sweep_table.table_lines(json.loads((folder / "table.json").read_text())):
         assert line in page
-    assert record.main(["--root", str(root), "verify"]) == 0 and "1 folder: 11 ok" in capsys.readouterr().out
+    assert record.main(["--root", str(root), "verify"]) == 0
+    assert "1 folder: 11 ok" in capsys.readouterr().out
     (folder / "table.json").unlink()
     assert record.main(["--root", str(root), "verify"]) == 1
     assert sweep.main([str(folder)]) == 0  # from the logs alone
@@ -742,4 +778,5 @@ def test_bpb_is_interpolated_between_validations(done):
     points = {s.step: s.bpb for s in run.steps if s.kind == "val"}
     assert sorted(points) == [0, 5, 10, STEPS]
     assert sweep_table.bpb_at(run, 7) == pytest.approx(points[5] + (points[10] - points[5]) * 2 / 5)
-    assert sweep_table.bpb_at(run, 10) == points[10] and sweep_table.bpb_at(run, STEPS + 1) is None
+    assert sweep_table.bpb_at(run, 10) == points[10]
+    assert sweep_table.bpb_at(run, STEPS + 1) is None

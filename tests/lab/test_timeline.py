@@ -70,7 +70,8 @@ def test_the_arithmetic_agrees_with_a_grid():
         return {x for start, end in intervals for x in range(start, end)}
 
     for _ in range(500):
-        a, b = draw(), draw()
+        a = draw()
+        b = draw()
         assert points(merged(a)) == points(a) and length(merged(a)) == len(points(a))
         assert points(minus(a, b)) == points(a) - points(b)
         assert length(minus(a, b)) == len(points(a) - points(b))
@@ -91,7 +92,8 @@ def test_a_step_by_hand():
     assert found["exposed"] == [(60, 90)]
     assert found["each"] == [20, 20, 1, 0, 0]  # side by side: each is charged all that it exposes
     empty = account((3, 7), [], [])
-    assert [empty[name] for name in timeline.FIGURES] == [4, 0, 0, 0, 4, 0] and empty["each"] == []
+    assert [empty[name] for name in timeline.FIGURES] == [4, 0, 0, 0, 4, 0]
+    assert empty["each"] == []
 
 
 # ---- traces --------------------------------------------------------------------------------------
@@ -111,7 +113,8 @@ def gpu_trace():
     events += [host("cudaLaunchKernel", 5, 1, "cuda_runtime", correlation=1)]
     events += [host("old", 40, 300, "kernel", stream=7, correlation=1)]  # of the warm step
     for i in range(3):
-        t0, d0 = 100 + 200 * i, 400 + 1000 * i
+        t0 = 100 + 200 * i
+        d0 = 400 + 1000 * i
         events += [
             host(f"{timeline.STEP}{i}", t0, 150, "user_annotation"),
             host(f"{timeline.STEP}{i}", d0, 900, "gpu_user_annotation", tid=7),
@@ -227,7 +230,8 @@ def planted_ranks():
 
 def test_bandwidth_is_that_of_the_last_to_come():
     rows = timeline.collective_rows(planted_ranks())
-    assert rows[0]["ms"] == pytest.approx(0.07) and rows[0]["last_ms"] == pytest.approx(0.04)
+    assert rows[0]["ms"] == pytest.approx(0.07)
+    assert rows[0]["last_ms"] == pytest.approx(0.04)
     assert rows[0]["bus_gbps"] == pytest.approx(4000 / 40e-6 / 1e9)
     assert rows[2]["last_ms"] == pytest.approx(0.25)
     assert rows[2]["bus_gbps"] == pytest.approx(4000 / 250e-6 / 1e9)
@@ -261,7 +265,8 @@ def test_the_chrome_trace(tmp_path):
 
 def test_the_calls_of_a_captured_step():
     """A replayed graph calls nothing: the capture's calls count, and what the step calls itself besides."""
-    recorder, made = Recorder(), []
+    recorder = Recorder()
+    made = []
 
     class Optimizer:
         def schedule(self):
@@ -316,7 +321,8 @@ def test_two_ranks(tmp_path):
     for r in result["ranks"]:
         lane = [e["dur"] for e in seen if (e["pid"], e["tid"]) == (r["rank"], 1)]
         assert sum(lane) / 1000 == pytest.approx(sum(s["exposed_ms"] for s in r["steps"]))
-    assert "timeline of 3 steps on 2 rank(s)" in done.stdout and "1 reduce-scatter" in done.stdout
+    assert "timeline of 3 steps on 2 rank(s)" in done.stdout
+    assert "1 reduce-scatter" in done.stdout
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

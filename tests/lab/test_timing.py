@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 
 def test_a_graph_holds_every_call(monkeypatch):
     """ms are of one call of the captured graph; nothing is captured before it ran outside."""
-    captured, ran = [], []
+    captured = []
+    ran = []
 
     class Event:
         def __init__(self, enable_timing):
@@ -53,7 +54,8 @@ def test_a_graph_holds_every_call(monkeypatch):
 @pytest.mark.parametrize("error", [None, OSError("driver")], ids=["captured", "failed"])
 def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(monkeypatch, error):
     """The pass is a graph where the machine captures, gone afterwards; if it fails, the report says so."""
-    launches, alive = [], []
+    launches = []
+    alive = []
 
     class Launch:
         def __init__(self, fn):
@@ -74,7 +76,8 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
         h = tiny(data_path=english_dataset().path, vocab_size=english_dataset().vocab_size)
         s = a_session()._replace(h=h, m=dataclasses.replace(m, graph_capture=record))
         run = trainer.build_trained(s)
-        launched, wall_times = [], steps.wall_times
+        launched = []
+        wall_times = steps.wall_times
 
         def watched(*args):
             times = wall_times(*args)
@@ -131,7 +134,8 @@ def test_ticks_of_a_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     s = on_gpu(a_session())
-    first, second = timing.tick(s), timing.tick(s)
+    first = timing.tick(s)
+    second = timing.tick(s)
     second.at = 10.0
     assert timing.ms_between(first, second) == 7.0
     assert timing.ms_between(1.0, 1.5) == 500

@@ -31,7 +31,8 @@ def test_bytes_per_link_of_a_ring():
         return Collective(kind, 1000, tuple(range(n)), "float32").wire
 
     assert [wired(kind, 4) for kind in ("reduce-scatter", "all-gather", "all-to-all")] == [750, 750, 750]
-    assert wired("all-reduce", 4) == 1500 and wired("broadcast", 4) == wired("reduce", 4) == 1000
+    assert wired("all-reduce", 4) == 1500
+    assert wired("broadcast", 4) == wired("reduce", 4) == 1000
     assert [wired(kind, 1) for kind in ("all-reduce", "all-gather", "broadcast")] == [0, 0, 0]
 
 
@@ -51,7 +52,8 @@ def planted(rank):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     recorder = collectives.Recorder(waits=True, zeros=True)
     before = dist.all_reduce
-    bank, shard = torch.ones(8, 3, 5), torch.zeros(2, 3, 5)
+    bank = torch.ones(8, 3, 5)
+    shard = torch.zeros(2, 3, 5)
     bank[6:] = 0  # padding
     with recorder.installed():
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -88,7 +90,8 @@ def test_a_planted_schedule():
         ]
     found = collectives.totals(steps[0], 2)
     assert found.counts == {"reduce-scatter": 1, "all-reduce": 1, "all-gather": 1, "broadcast": 1}
-    assert found.payload == 480 + 56 + 480 + 12 and found.wire == {"intra": 56, "inter": 360 + 360 + 12}
+    assert found.payload == 480 + 56 + 480 + 12
+    assert found.wire == {"intra": 56, "inter": 360 + 360 + 12}
     assert collectives.totals(steps[0], 4).wire == {"intra": 56 + 360 + 360 + 12, "inter": 0}
     assert collectives.totals(steps[2], 1).wire["intra"] == 0
     assert collectives.padding(steps) == (4 * (120 + 12) + 120) / (4 * (480 + 56 + 120 + 12))
@@ -123,10 +126,12 @@ def test_a_real_step(real, world):
         banks[s.buffer] = banks.get(s.buffer, (0, 0))[0] + count, rows * columns
     padded = sum(4 * world * -(-n // world) * numel for n, numel in banks.values())
     full = sum(4 * n * numel for n, numel in banks.values())
-    ranks, own = real[world], [0] * world
+    ranks = real[world]
+    own = [0] * world
     assert len({r.digest for r in ranks}) == 1
     for rank, r in enumerate(ranks):
-        calls, found = collectives.collectives_of(r.events), collectives.totals(r.events, world)
+        calls = collectives.collectives_of(r.events)
+        found = collectives.totals(r.events, world)
         assert found.counts == STEP, found.counts
         assert {c.ranks for c in calls} == {tuple(range(world))} and found.wire["inter"] == 0
         for kind in ("reduce-scatter", "all-gather"):
@@ -217,7 +222,8 @@ def test_a_step_without_data_is_the_real_one(real, world):
         assert [bare(e) for e in events] == [bare(e) for e in r.events]
     assert {name: tuple(shape) for name, (shape, _) in t.parameter_table(tiny()).items()} == dry.shapes
     rows, columns = dry.shapes["qo_bank"][1:]
-    n, m = min(rows, columns), max(rows, columns)
+    n = min(rows, columns)
+    m = max(rows, columns)
     assert dry.flops[rows, columns] == 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
 
 
@@ -250,7 +256,8 @@ def test_the_published_schedule_on_the_record_shapes():
 
 
 def test_a_walk_by_hand():
-    a, b = Collective("reduce-scatter", 1, EIGHT, "f"), Collective("all-gather", 1, EIGHT, "f")
+    a = Collective("reduce-scatter", 1, EIGHT, "f")
+    b = Collective("all-gather", 1, EIGHT, "f")
     events = [
         a,
         a,
@@ -309,7 +316,8 @@ def test_the_command(tmp_path, capfd):
     out = tmp_path / "wire.md"
     assert called("--ranks", 4, "--nodes", 2, "--assume", "nic_gbps=25", "--out", out, *KNOBS) == 0
     text = out.read_text()
-    assert capfd.readouterr().out == text and [p.name for p in tmp_path.iterdir()] == ["wire.md"]
+    assert capfd.readouterr().out == text
+    assert [p.name for p in tmp_path.iterdir()] == ["wire.md"]
     for line in (
         r"\| all-reduce \| \d+ \| 14 \|",
         r"\| collectives \| \d+ \| 22 \|",

@@ -9,7 +9,9 @@ from pathlib import Path
 import fixtures_records as fx
 from ledger import record, record_claims, record_folder, runlog
 
-TRACK, SEEDS, NAME = "track_h100x1_5min", (42, 1337, 2025), "2026-11-22_Base"
+TRACK = "track_h100x1_5min"
+SEEDS = (42, 1337, 2025)
+NAME = "2026-11-22_Base"
 META = {
     "name": "Base",
     "author": "A. Person",

@@ -76,7 +76,8 @@ def edit_logs(folder, pattern, change):
 
 def oversize(folder):
     """Artifact and code over the cap, in log and json alike."""
-    sub, over = json.loads((folder / "submission.json").read_text()), 800_000
+    sub = json.loads((folder / "submission.json").read_text())
+    over = 800_000
     edit(
         folder,
         bytes_total=sub["bytes_total"] + over,
@@ -334,7 +335,9 @@ def test_any_log(kind, place, capsys):
     else:
         log.write_bytes(LOGS[kind])
     rows, status = verify(folder, capsys)
-    assert rows["logs"][0] == "fail" and "seed42.txt" in rows["logs"][1] and status == 1
+    assert rows["logs"][0] == "fail"
+    assert "seed42.txt" in rows["logs"][1]
+    assert status == 1
 
 
 @pytest.mark.parametrize("verb", ["compare", "plot", "reproduce", "diff"])
@@ -461,11 +464,14 @@ def test_the_code_convention_is_said(name, script, convention, place, capsys):
 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_foreign_script_never_runs(name, place, tmp_path, capsys):
-    folder, mark = place(name), tmp_path / "ran"
+    folder = place(name)
+    mark = tmp_path / "ran"
     (folder / "train_gpt.py").write_text(f"open({str(mark)!r}, 'w')\n")
     (folder / "sitecustomize.py").write_text(f"open({str(mark)!r}, 'w')\n")
     rows, _ = verify(folder, capsys)
-    assert rows["import"][0] == "not checkable" and rows["syntax"][0] == "ok" and not mark.exists()
+    assert rows["import"][0] == "not checkable"
+    assert rows["syntax"][0] == "ok"
+    assert not mark.exists()
 
 
 def test_code_beside_the_script_is_named(place, capsys):
@@ -541,11 +547,14 @@ NOISE = (b"9", b"0", b".", b"-", b"\n", b" ", b"e9", b":", b"nan", b"\xff", b"")
 @pytest.mark.parametrize("name", DIALECTS)
 def test_damaged_folders_get_a_line_per_claim(name, place, capsys):
     """Any values in submission.json, bytes of a log replaced: never an exception."""
-    folder, rng = place(name), random.Random(name)
-    log, text = folder / "train_seed42.log", (folder / "submission.json").read_text()
+    folder = place(name)
+    rng = random.Random(name)
+    log = folder / "train_seed42.log"
+    text = (folder / "submission.json").read_text()
     sound = log.read_bytes()
     for _ in range(150):
-        sub, data = json.loads(text), bytearray(sound)
+        sub = json.loads(text)
+        data = bytearray(sound)
         entry = sub["seed_results"]["42"]
         for at in rng.sample((entry, sub["seed_results"], sub), rng.randrange(4)):
             at[rng.choice(sorted(at))] = rng.choice(ODD)

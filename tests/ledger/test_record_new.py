@@ -47,7 +47,9 @@ def test_new_builds_a_folder_that_verifies(repo, capsys):
     names = {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()}
     assert names == set(record_folder.FILES) | {f"logs/seed{seed}.txt" for seed in SEEDS}
     sub = json.loads((place / "submission.json").read_text())
-    assert sub["parent"] == f"{TRACK}/{NAME}" and sub["seeds"] == sorted(SEEDS) and sub["record"] is True
+    assert sub["parent"] == f"{TRACK}/{NAME}"
+    assert sub["seeds"] == sorted(SEEDS)
+    assert sub["record"] is True
     assert sub["val_loss"] == 2.1 and sub["val_loss_std"] == 0.0
     assert math.isclose(sub["val_bpb"], fx.bpb(2.1), rel_tol=1e-7)
     assert sub["bytes_total"] == 15_200_000 + max(SEEDS) + sub["bytes_code"]
@@ -56,23 +58,25 @@ def test_new_builds_a_folder_that_verifies(repo, capsys):
     assert json.loads((place / "config.json").read_text())["matrix_lr"] == 0.03
     assert "data_path" not in (place / "config.json").read_text()
     page = (place / "README.md").read_text()
-    assert page.endswith("## Why\nbecause\n") and "preset=h100x1 matrix_lr=0.03 data_path=DIR seed=42" in page
+    assert page.endswith("## Why\nbecause\n")
+    assert "preset=h100x1 matrix_lr=0.03 data_path=DIR seed=42" in page
     wanted = (place / "requirements.txt").read_text()
-    assert (
-        "torch==2.13.0  # the build was +cu130" in wanted
-        and "numpy==2.2.6" in wanted
-        and "triton==3.7.1" in wanted
-    )
+    assert "torch==2.13.0  # the build was +cu130" in wanted
+    assert "numpy==2.2.6" in wanted
+    assert "triton==3.7.1" in wanted
     assert run(repo, "verify") == 0
     out = capsys.readouterr().out
-    assert "2 folders" in out and "nats, p" in out and " fail  " not in out
+    assert "2 folders" in out
+    assert "nats, p" in out
+    assert " fail  " not in out
 
 
 def test_a_run_on_flash_attention_names_its_package(repo, capsys):
     pin = "flash-attn-4[cu13]==4.0.0b36"
     shutil.copy(ROOT / "requirements-flash4.txt", repo)
     place = make(repo, meta={"name": "Flash"}, attention="flash4")
-    assert pin in (place / "requirements.txt").read_text() and verdict(place)["requirements"][0] == "ok"
+    assert pin in (place / "requirements.txt").read_text()
+    assert verdict(place)["requirements"][0] == "ok"
     assert pin not in (make(repo, meta={"name": "Plain"}) / "requirements.txt").read_text()
 
 
@@ -101,7 +105,8 @@ def test_new_is_deterministic(repo, tmp_path):
 
 
 def test_new_refuses(repo, capsys):
-    logs, track = write_logs(repo / "more"), ("--track", TRACK)
+    logs = write_logs(repo / "more")
+    track = ("--track", TRACK)
     refuse(repo, capsys, "exists", "new", "Base", "--logs", *logs, *track, "--date", "2026-11-22")
     for name in ("Two words", ".", "..", ".Hidden", "a/b", "Line\n", ""):
         refuse(repo, capsys, "letters, digits and dots", "new", name, "--logs", *logs, *track)

@@ -202,9 +202,8 @@ def test_a_module_this_machine_lacks_is_not_a_fault(folder, monkeypatch):
         record_claims, "probe_script", lambda *_: {"error": "ModuleNotFoundError: torch", "missing": "torch"}
     )
     got = verdict(folder)
-    assert {got[claim][0] for claim in ("code", "import", "readme")} == {"not checkable"} and not fails(
-        folder
-    )
+    assert {got[claim][0] for claim in ("code", "import", "readme")} == {"not checkable"}
+    assert not fails(folder)
 
 
 def test_folder_name(folder):
@@ -248,12 +247,15 @@ def test_verify_verb(repo, folder, capsys):
     assert run(repo, "verify", "Base") == 1
     make(repo, meta={"name": "Base", "date": "2026-11-23"})
     capsys.readouterr()
-    assert run(repo, "verify", "Base") == 2 and "more than one folder" in capsys.readouterr().err
+    assert run(repo, "verify", "Base") == 2
+    assert "more than one folder" in capsys.readouterr().err
 
 
 def test_schema_checker():
     with pytest.raises(ValueError, match="does not know"):
         schema_errors(1, {"maximum": 3})
-    assert schema_errors(True, {"type": "integer"}) and not schema_errors(None, {"type": ["null"]})
-    assert schema_errors([1, 1], {"uniqueItems": True}) and schema_errors({}, {"minProperties": 1})
+    assert schema_errors(True, {"type": "integer"})
+    assert not schema_errors(None, {"type": ["null"]})
+    assert schema_errors([1, 1], {"uniqueItems": True})
+    assert schema_errors({}, {"minProperties": 1})
     assert set(submission_schema()["required"]) == set(submission_schema()["properties"])

@@ -33,11 +33,14 @@ def test_diff(repo, folder, tmp_path, capsys):
     other = make(repo, meta={"name": "Other"}, source=source, config={"matrix_lr": 0.01, "eval_stride": 32})
     assert run(repo, "diff", NAME, other) == 0
     out = capsys.readouterr().out
-    assert (
-        "matrix_lr: 0.03 -> 0.01" in out and "eval_stride: 64 -> 32" in out and "2 of 5 values differ" in out
-    )
-    assert "== Artifact: +1 -1, 1 comment-only lines not shown" in out and "+    return b'' + lzma" in out
-    assert "its weight" not in out and "Another" not in out and "\x1b" not in out
+    assert "matrix_lr: 0.03 -> 0.01" in out
+    assert "eval_stride: 64 -> 32" in out
+    assert "2 of 5 values differ" in out
+    assert "== Artifact: +1 -1, 1 comment-only lines not shown" in out
+    assert "+    return b'' + lzma" in out
+    assert "its weight" not in out
+    assert "Another" not in out
+    assert "\x1b" not in out
     assert "source: +1 -1 lines, 2 more differ in comments only" in out
     page = tmp_path / "diff.html"
     assert run(repo, "diff", folder / "train_gpt.py", other, "--html", page) == 0
@@ -58,9 +61,13 @@ def test_compare(repo, capsys):
     make(repo, meta={"name": "One"}, seeds=(42,))
     assert run(repo, "compare", NAME, "2026-11-22_Better") == 0
     out = capsys.readouterr().out
-    assert "3 shared" in out and "one-sided Welch): yes" in out and out.count("paired") == 3
-    assert run(repo, "compare", NAME, NAME) == 0 and "one-sided Welch): no" in capsys.readouterr().out
-    assert run(repo, "compare", NAME, "2026-11-22_One") == 0 and "not checkable" in capsys.readouterr().out
+    assert "3 shared" in out
+    assert "one-sided Welch): yes" in out
+    assert out.count("paired") == 3
+    assert run(repo, "compare", NAME, NAME) == 0
+    assert "one-sided Welch): no" in capsys.readouterr().out
+    assert run(repo, "compare", NAME, "2026-11-22_One") == 0
+    assert "not checkable" in capsys.readouterr().out
 
 
 def test_statistics():
@@ -69,19 +76,22 @@ def test_statistics():
     assert math.isclose(stats.t_cdf(3.0, 1), 0.5 + math.atan(3.0) / math.pi, rel_tol=1e-12)
     # Welch's own kind of example, checked by hand: means 3 and 4, variances 2.5 and 10
     test = stats.welch([1, 2, 3, 4, 5], [0, 2, 4, 6, 8])
-    assert test.diff == 1.0 and math.isclose(test.error, math.sqrt(2.5)) and math.isclose(test.df, 100 / 17)
+    assert test.diff == 1.0
+    assert math.isclose(test.error, math.sqrt(2.5))
+    assert math.isclose(test.df, 100 / 17)
     assert stats.welch([1.0], [2.0, 3.0]) is None and stats.std([1.0]) is None
     same = stats.paired([1.0, 2.0], [1.5, 2.5])
-    assert same.error == 0.0 and same.p_two_sided() == 0.0 and same.interval() == (0.5, 0.5)
+    assert same.error == 0.0
+    assert same.p_two_sided() == 0.0
+    assert same.interval() == (0.5, 0.5)
     assert stats.paired([1.0, 2.0], [1.0, 2.0]).p_two_sided() == 1.0
 
 
 def test_reproduce(repo, folder, tmp_path, capfd):
     assert run(repo, "reproduce", NAME, "--dry-run", "--data", tmp_path) == 0
     out = capfd.readouterr().out
-    assert (
-        f"train preset=h100x1 matrix_lr=0.03 data_path={tmp_path} seed=42" in out and "differs  data" in out
-    )
+    assert f"train preset=h100x1 matrix_lr=0.03 data_path={tmp_path} seed=42" in out
+    assert "differs  data" in out
     assert run(repo, "reproduce", NAME, "--data", tmp_path) == 2
     assert "is not the data of the record" in capfd.readouterr().err
     for log in (folder / "logs").iterdir():

@@ -14,11 +14,16 @@ from record_helpers import NAME, TRACK, edit_log, run, write_logs
 def test_parse_is_not_fooled_by_the_source(tmp_path):
     parsed = runlog.parse_log(Path(write_logs(tmp_path, (42,))[0]))
     assert parsed.source == fx.SCRIPT
-    assert parsed.seed == 42 and parsed.final_scores == 1 and not parsed.over_cap
+    assert parsed.seed == 42
+    assert parsed.final_scores == 1
+    assert not parsed.over_cap
     assert parsed.steps[0].total == 20000 and parsed.steps[-1].step == 1500
-    assert parsed.config["data_path"] == "somewhere/corpus" and parsed.versions["torch"] == "2.13.0+cu130"
-    assert parsed.hardware == "1 x NVIDIA H100 80GB HBM3" and parsed.weights_format == "int6"
-    assert parsed.sizes["peak"] == 21471 and parsed.text("phase_times", "compile") == "45678ms"
+    assert parsed.config["data_path"] == "somewhere/corpus"
+    assert parsed.versions["torch"] == "2.13.0+cu130"
+    assert parsed.hardware == "1 x NVIDIA H100 80GB HBM3"
+    assert parsed.weights_format == "int6"
+    assert parsed.sizes["peak"] == 21471
+    assert parsed.text("phase_times", "compile") == "45678ms"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,8 @@ def test_new_names_the_broken_log(repo, capsys, pattern, new, says):
     edit_log(Path(logs[1]), pattern, new)
     assert run(repo, "new", "Other", "--logs", *logs, "--track", TRACK) == 2
     error = capsys.readouterr().err
-    assert says in error and "run1337.txt" in error and error.count("\n") == 1
+    assert says in error
+    assert "run1337.txt" in error
+    assert error.count("\n") == 1
     assert sorted(p.name for p in (repo / "records" / TRACK).iterdir()) == [NAME]
     assert not list((repo / "records").glob(".new*"))

@@ -445,7 +445,8 @@ def test_fit_raises_the_step_only_as_far_as_needed():
     h = tiny(**knobs)
     tensors = parameters_of(noisy_model(h, scale=0.2))
     loose, phases = fitted(tensors, h, 10**9)
-    assert loose.blob == t.pack_artifact(tensors, h) and loose.int6_step == h.int6_step == 0.0
+    assert loose.blob == t.pack_artifact(tensors, h)
+    assert loose.int6_step == h.int6_step == 0.0
     assert phases == {"quantize", "compress"}
 
     sizes = {
@@ -535,7 +536,9 @@ print(x, f(), C.y, __doc__)
 def test_bare_code_leaves_out_comments_and_docstrings_only():
     bare = t.bare_code(COMMENTED)
     assert without_docstrings(ast.parse(bare)) == without_docstrings(ast.parse(COMMENTED))
-    assert "why" not in bare and "Say" not in bare and "after it" not in bare
+    assert "why" not in bare
+    assert "Say" not in bare
+    assert "after it" not in bare
     assert "text  # of a string\n\nwith" in bare and "keeps\nits docstring" in bare
     assert bare.count("\n\n") == 1  # the one inside the string
     assert run_python("-c", bare).stdout == run_python("-c", COMMENTED).stdout
@@ -626,7 +629,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failing):
     with pytest.raises(t.InputError) as e:
         t.write_atomic(str(path), b"new" * 100)
     message = str(e.value)
-    assert str(path) in message and "No space left" in message and "\n" not in message
+    assert str(path) in message
+    assert "No space left" in message
+    assert "\n" not in message
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.xz"]
 
@@ -674,4 +679,6 @@ def test_values_and_scales_that_are_not_finite_are_refused_by_name(name, bad, h,
         t.unpack_artifact(blob)
     (tmp_path / "bad.xz").write_bytes(blob)
     err = stop_one_line(["eval", str(tmp_path / "bad.xz"), f"out_dir={tmp_path}/logs"], capsys)
-    assert "bad.xz: " in err and name in err and not (tmp_path / "logs").exists()
+    assert "bad.xz: " in err
+    assert name in err
+    assert not (tmp_path / "logs").exists()

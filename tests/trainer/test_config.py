@@ -73,7 +73,9 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
         h = t.load_config([], {name.upper(): text})
 
     found = getattr(h, name)
-    assert found == value and type(found) is type(default) and found != default
+    assert found == value
+    assert type(found) is type(default)
+    assert found != default
     preset = t.PRESETS["cpu"] if name == "preset" else {}
     assert dataclasses.asdict(h) == dataclasses.asdict(t.Config()) | preset | {name: value}
 
@@ -260,7 +262,9 @@ def test_a_shell_sees_status_2_and_one_line(argv, word, tmp_path):
         env=env,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("train_gpt.py: ") and done.stderr.count("\n") == 1 and word in done.stderr
+    assert done.stderr.startswith("train_gpt.py: ")
+    assert done.stderr.count("\n") == 1
+    assert word in done.stderr
 
 
 @pytest.mark.parametrize(

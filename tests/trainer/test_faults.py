@@ -135,14 +135,17 @@ def test_two_processes_cannot_have_one_run(tmp_path):
         first.kill()
         first.wait()
     assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert "run.txt: another process is writing it" in second.stderr and "run_id" in second.stderr
+    assert "run.txt: another process is writing it" in second.stderr
+    assert "run_id" in second.stderr
     assert t.main(args(tmp_path, iterations=2, **knobs)) == 0
 
 
 @pytest.mark.parametrize("missing", ["gone.step4.0of1.ckpt", "run.txt"])
 def test_a_checkpoint_that_is_missing_leaves_no_log(tmp_path, capsys, missing):
     err = stop_one_line(args(tmp_path / "out", resume=tmp_path / missing), capsys)
-    assert "config key resume" in err and str(tmp_path / missing) in err and "resume=auto" in err
+    assert "config key resume" in err
+    assert str(tmp_path / missing) in err
+    assert "resume=auto" in err
     assert os.listdir(tmp_path) == []
 
 
@@ -302,7 +305,9 @@ def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch,
     path = str(checkpoint(tmp_path, 3))
     for other in (path.replace("step3", "step5"), str(tmp_path / "run.txt")):
         err = stop_one_line(args(tmp_path / "b", run_id=len(other), resume=other), capsys)
-        assert "config key resume: " in err and other in err and "resume=auto" in err
+        assert "config key resume: " in err
+        assert other in err
+        assert "resume=auto" in err
     assert t.main(args(tmp_path / "c", resume=path, checkpoint_every=0)) == 0  # by name, into another folder
     assert f"resumed step:3 from {path[:-9]}*" in "\n".join(lines(tmp_path / "c"))
 
@@ -455,7 +460,8 @@ def test_ctrl_c_in_the_first_seconds_shows_no_traceback(tmp_path, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=40)
-    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in output
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert "Traceback" not in output
 
 
 def test_a_first_signal_says_what_follows(tmp_path):
@@ -479,7 +485,9 @@ def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
     after_step(monkeypatch, 4, interrupt_twice)
     assert t.main(args(tmp_path)) == 0
     text = "\n".join(lines(tmp_path))
-    assert "stopping_early: signal" in text and "checkpoint step:4" in text and "final_score" in text
+    assert "stopping_early: signal" in text
+    assert "checkpoint step:4" in text
+    assert "final_score" in text
 
 
 # ---------------------------------------------------------------- faults of a rank
@@ -528,7 +536,8 @@ def test_a_rank_that_outlives_another_says_so_in_one_line(tmp_path):
     assert kill_runs.ended(kill_runs.start(tmp_path, 2, kill_rank_1)) == [1, -signal.SIGKILL]
     console = (tmp_path / "console.0").read_text().splitlines()
     assert console[-1].startswith("train_gpt.py: rank 0: another rank is gone; ")
-    assert str(tmp_path / "run.txt") in console[-1] and not any("Traceback" in line for line in console)
+    assert str(tmp_path / "run.txt") in console[-1]
+    assert not any("Traceback" in line for line in console)
     assert lines(tmp_path)[-1] == console[-1].removeprefix("train_gpt.py: ")
 
 
@@ -637,7 +646,8 @@ def test_values_that_are_not_finite_end_the_run_with_a_diagnosis(tmp_path, monke
         err,
     )
     assert found and 5 <= int(found[1]) <= 7 and int(found[3]) <= 5, err
-    assert found[0] in "\n".join(lines(tmp_path)) and not (tmp_path / "run.int6.xz").exists()
+    assert found[0] in "\n".join(lines(tmp_path))
+    assert not (tmp_path / "run.int6.xz").exists()
 
     for step in sets(tmp_path):
         blob = checkpoint(tmp_path, step).read_bytes()
@@ -679,7 +689,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     good = sets(tmp_path)[-1]
     assert good <= 4
     assert has_line(tmp_path, rf"checkpoint step:12 failed: .*No space left.*; step:{good} stays$")
-    assert lines(tmp_path)[-1].startswith("final_score") and (tmp_path / "run.int6.xz").exists()
+    assert lines(tmp_path)[-1].startswith("final_score")
+    assert (tmp_path / "run.int6.xz").exists()
     assert kill_runs.final_state(tmp_path, step=good)
 
 
@@ -753,7 +764,9 @@ def test_a_full_disk_at_the_artifact_keeps_the_weights(undisturbed, folders, mon
 def test_a_disk_that_is_full_everywhere_names_the_folders(folders, monkeypatch, capsys):
     Device(monkeypatch, folders, folders)
     err = stop_one_line(args(folders / "out", checkpoint_every=0), capsys)
-    assert "run.int6.xz" in err and "temporary" in err and "working" in err
+    assert "run.int6.xz" in err
+    assert "temporary" in err
+    assert "working" in err
     assert os.listdir(folders / "temporary") == os.listdir(folders / "working") == []
 
 
@@ -831,9 +844,13 @@ def run_program(*argv, **env):
 def test_an_ascii_console_shows_another_path_escaped(tmp_path):
     folder = tmp_path / "donn\u00e9es"
     done = run_program("config", f"data_path={folder}", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "donn\\xe9es" in done.stdout and done.stderr == ""
+    assert done.returncode == 0
+    assert "donn\\xe9es" in done.stdout
+    assert done.stderr == ""
     done = run_program("train", "preset=cpu", f"data_path={folder}", PYTHONIOENCODING="ascii")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "donn\\xe9es" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "donn\\xe9es" in done.stderr
 
 
 @pytest.mark.parametrize("program", ["train_gpt.py", "tools/cli.py"])
@@ -850,7 +867,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(program):
 def test_a_machine_without_a_loopback_network_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
     err = stop_one_line(args(tmp_path), capsys)
-    assert "cannot make the process group" in err and "none0" in err and "ip link set lo up" in err
+    assert "cannot make the process group" in err
+    assert "none0" in err
+    assert "ip link set lo up" in err
 
 
 # ---------------------------------------------------------------- copies to the host

@@ -143,7 +143,8 @@ def test_steps_follow_the_matrices():
         operands = (x, up_scale * up, down_scale * down)
         errors.append(relative(t.FusedMLP8.apply(*operands), t.mlp(*operands)))
     assert 0.02 < min(errors) and max(errors) < 0.07 and max(errors) < 1.2 * min(errors), errors
-    assert not t.FusedMLP8.apply(x, 0 * up, down).any() and not t.FusedMLP8.apply(x, up, 0 * down).any()
+    assert not t.FusedMLP8.apply(x, 0 * up, down).any()
+    assert not t.FusedMLP8.apply(x, up, 0 * down).any()
 
 
 # ---------------------------------------------------------------- in a model
@@ -183,7 +184,9 @@ def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
 
     with torch.no_grad():
         scores = [function(x, y) for function in functions]
-    assert scores[1] == scores[2] and abs(scores[0] - scores[2]) < 1e-5 and scores[2] == losses[2]
+    assert scores[1] == scores[2]
+    assert abs(scores[0] - scores[2]) < 1e-5
+    assert scores[2] == losses[2]
 
 
 def test_the_artifact_does_not_know_it():
@@ -279,7 +282,9 @@ def test_a_run_trains_in_it_and_is_scored_without(tmp_path, capfd, monkeypatch):
     losses = []
     for log in logs:
         losses.append([float(loss) for loss in re.findall(r"^step:\d+/8 train_loss:(\S+)", log, re.M)])
-    assert len(losses[0]) == 8 and losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert len(losses[0]) == 8
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
     data = [argument for argument in english_args() if argument.startswith("data_path=")]
     artifact = str(tmp_path / "1" / "run.int6.xz")
@@ -370,7 +375,9 @@ def test_rows_of_a_sweep_bind_and_compile_their_own(sweep, monkeypatch):
         compiled.append(sorted(graphs))
         graphs.clear()
     assert loss_fns[0] != loss_fns[1] == loss_fns[2] != loss_fns[3]
-    assert compiled[0] == compiled[1] == compiled[3] and compiled[0].count("loss") == 1 and compiled[2] == []
+    assert compiled[0] == compiled[1] == compiled[3]
+    assert compiled[0].count("loss") == 1
+    assert compiled[2] == []
     torch.distributed.destroy_process_group()
 
     alone = sweep.folder / "alone"

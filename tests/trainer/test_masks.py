@@ -88,7 +88,10 @@ class Flash4:
         if bounds is None:
             return list(zip(*tensors))
         cuts = bounds.tolist()
-        assert cuts == sorted(cuts) and cuts[0] == 0 and cuts[-1] == len(q) and bounds.dtype == torch.int32
+        assert cuts == sorted(cuts)
+        assert cuts[0] == 0
+        assert cuts[-1] == len(q)
+        assert bounds.dtype == torch.int32
         return [[x[a:b] for x in tensors] for a, b in zip(cuts, cuts[1:]) if a < b]
 
     def weights(self, q, k, causal, left, right):
@@ -111,7 +114,8 @@ class Flash4:
         dtype = q.dtype
         scale = q.size(-1) ** -0.5
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1).float() for x in (k, v))
-        q, dout = q.float(), dout.float()
+        q = q.float()
+        dout = dout.float()
         w = self.weights(q, k, *mask)
         dw = torch.einsum("qhd,khd->hqk", dout, v)
         ds = w * (dw - (w * dw).sum(-1, keepdim=True)) * scale
@@ -135,7 +139,9 @@ class Flash4:
         return_lse=False,
     ):
         """Stand in for _flash_attn_fwd. With a window the package turns `causal` off, sets its right end."""
-        assert causal and return_lse and cu_seqlens_q is cu_seqlens_k
+        assert causal
+        assert return_lse
+        assert cu_seqlens_q is cu_seqlens_k
         right = None if window_size_left is None else 0
         call = dict(
             q=q,
@@ -169,9 +175,12 @@ class Flash4:
         deterministic=False,
     ):
         """Stand in for _flash_attn_bwd."""
-        assert causal and dout.is_contiguous() and out.shape == dout.shape == q.shape
+        assert causal
+        assert dout.is_contiguous()
+        assert out.shape == dout.shape == q.shape
         assert torch.equal(lse, q[..., 0].mT.float())  # forward's
-        assert (max_seqlen_q, max_seqlen_k) == self.calls[-1]["longest"] and cu_seqlens_q is cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == self.calls[-1]["longest"]
+        assert cu_seqlens_q is cu_seqlens_k
         self.calls[-1]["deterministic"] = deterministic
         right = None if window_size_left is None else 0
         join = torch.stack if cu_seqlens_q is None else torch.cat
@@ -214,7 +223,8 @@ def test_flash4_is_the_reference(window, own, flash4):
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
 
     (call,) = flash4.calls
-    assert (call["bounds"] is not None) == own and call["longest"] == ((16, 16) if own else (None, None))
+    assert (call["bounds"] is not None) == own
+    assert call["longest"] == ((16, 16) if own else (None, None))
     assert call["window"] == ((window - 1, 0) if 0 < window < 16 else (None, None))
     assert not call["deterministic"]
 

@@ -437,7 +437,8 @@ def test_the_skips_are_a_u(layers, loop):
             skips.append((kept.pop(), i, spec.skip))
         if spec.push:
             kept.append(i)
-    assert kept == [] and skips == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
+    assert kept == []
+    assert skips == [(2 * half - 1 - i, i, i - half) for i in range(half, 2 * half)]
 
 
 def test_a_loop_repeats_rows_of_the_table():
@@ -475,7 +476,8 @@ def test_diagonal_factors_lie_in_the_matrices(dtype):
         assert torch.equal(w.o, (p["attn_scale"][i][:, None] * p["qo_bank"][L + i]).to(dtype))
         assert torch.equal(w.up, (p["mlp_up_bank"][i] * depth).to(dtype))
         assert torch.equal(w.down, (p["mlp_scale"][i][:, None] * p["mlp_down_bank"][i]).to(dtype))
-        assert torch.equal(w.q_gain, p["q_gain"][i]) and torch.equal(w.resid_mix, p["resid_mix"][i])
+        assert torch.equal(w.q_gain, p["q_gain"][i])
+        assert torch.equal(w.resid_mix, p["resid_mix"][i])
 
 
 # ---------------------------------------------------------------- initialisation
@@ -528,7 +530,8 @@ def test_the_seed_decides_the_init():
     other = t.GPT(tiny(seed=6))
     torch.set_rng_state(torch_state)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
-    assert not torch.equal(model.qo_bank, other.qo_bank) and not torch.equal(model.tok_emb, other.tok_emb)
+    assert not torch.equal(model.qo_bank, other.qo_bank)
+    assert not torch.equal(model.tok_emb, other.tok_emb)
 
 
 def test_an_unknown_init_is_an_error():

@@ -233,7 +233,9 @@ def test_a_captured_pass_is_launched_for_every_micro_batch_and_trains_the_same_b
         assert eager.bound == [] and eager.events == ["pass"] * micro
         assert captured.bound == ["pass"] * 3 + ["capture"]
         assert captured.events == ["launch", "pass"] * micro
-        assert eager.failure == captured.failure == "" and eager.clean and captured.clean
+        assert eager.failure == captured.failure == ""
+        assert eager.clean
+        assert captured.clean
         assert [x.item() for x in eager.losses] == [x.item() for x in captured.losses]
         assert len({x.item() for x in eager.losses}) == 3  # a step's loss is not overwritten by the next
         assert all_equal(eager.state, captured.state)
@@ -322,7 +324,9 @@ def test_a_pass_that_fails_leaves_the_update_captured(monkeypatch, tmp_path):
         return capturer(events, errors.pop(0))(fn)
 
     status, lines = run_main(monkeypatch, tmp_path, capture, warmup_steps=0)
-    assert status == 0 and errors == [] and events == ["capture"] * 2 + ["launch"] * 3
+    assert status == 0
+    assert errors == []
+    assert events == ["capture"] * 2 + ["launch"] * 3
     assert lines.count("pass:eager, no graph (rank 0: RuntimeError: out of memory)") == 1
     assert not any(x.startswith("update:") for x in lines)
 
@@ -404,7 +408,9 @@ def test_tensors_of_a_graph_keep_their_addresses(monkeypatch, tmp_path):
     monkeypatch.setattr(t, "GPT", noted_model)
     knobs = dict(val_loss_every=1, checkpoint_every=1e-6)
     status, _ = run_main(monkeypatch, tmp_path, capture, **knobs)
-    assert status == 0 and len(captured) == 2 and captured[0] == captured[1]
+    assert status == 0
+    assert len(captured) == 2
+    assert captured[0] == captured[1]
     assert launches == ["both_ways", "both_ways", "schedule"] * 5
     assert len({address for pair in captured[0] for address in pair}) == 2 * len(captured[0])
 

@@ -436,7 +436,9 @@ def test_nodes_train_the_model_of_one_rank(nodes):
     for r in ranks:
         assert all(torch.equal(p, r["params"][name]) for name, p in first["params"].items())
         assert all_equal(first["ema"], r["ema"])
-        assert r["factors"] == first["factors"] and r["again"] and not any(r["padding"].values())
+        assert r["factors"] == first["factors"]
+        assert r["again"]
+        assert not any(r["padding"].values())
     for name, p in first["params"].items():
         expected = alone["params"][name]
         assert (p - expected).norm() <= TOLERANCE * size_of(expected, start[name]), name
@@ -592,7 +594,9 @@ def test_parameters_live_in_the_optimizers_buffers(one):
         gradients = optimizer.bank_grad.get(names[name], optimizer.flat_grad)
         assert p.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr(), name
         assert p.grad.untyped_storage().data_ptr() == gradients.untyped_storage().data_ptr(), name
-        assert p.data_ptr() % 64 == 0 and p.is_contiguous() and p.grad.is_contiguous()
+        assert p.data_ptr() % 64 == 0
+        assert p.is_contiguous()
+        assert p.grad.is_contiguous()
     assert names.keys() == dict(model.named_parameters()).keys()
     torch.manual_seed(0)
     before = parameters(noisy_model(optimizer.h, seed=3))
@@ -853,7 +857,8 @@ def test_the_horizon_is_a_share_of_the_run(frac):
     x = (np.arange(200_000) + 0.5) / 200_000
     weight = np.exp((x - 1) / frac) / frac / 200_000
     limit = (weight * (1 + x + np.sin(3 * x))).sum() / weight.sum()
-    assert long == pytest.approx(limit, abs=0.005) and short == pytest.approx(limit, abs=0.05)
+    assert long == pytest.approx(limit, abs=0.005)
+    assert short == pytest.approx(limit, abs=0.05)
     assert abs(averaged(100, 2 * frac).mean().item() - short) > 0.01  # another horizon is another average
 
 

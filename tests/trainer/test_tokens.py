@@ -384,7 +384,8 @@ def test_shards_and_documents_are_shuffled_apart(tmp_path):
 
 def test_the_seed_decides_the_order(shards):
     streams = [loader(shards[0], seed=s).read(0, 500) for s in (1, 1, 2)]
-    assert np.array_equal(streams[0], streams[1]) and not np.array_equal(streams[0], streams[2])
+    assert np.array_equal(streams[0], streams[1])
+    assert not np.array_equal(streams[0], streams[2])
 
 
 def test_read_is_one_stream_across_shards_and_epochs(shards):

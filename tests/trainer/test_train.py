@@ -174,7 +174,8 @@ def test_log_lines_are_the_communitys():
     for pattern in SCORE_LINES:
         assert len(matches(run, re.compile(pattern))) == 1, pattern
     steps = matches(run, TRAIN_LINE)
-    assert [int(m[1]) for m in steps] == list(range(1, STEPS + 1)) and {m[2] for m in steps} == {str(STEPS)}
+    assert [int(m[1]) for m in steps] == list(range(1, STEPS + 1))
+    assert {m[2] for m in steps} == {str(STEPS)}
     times = [int(m[4]) for m in steps]
     assert times == sorted(times)
     for m in steps:
@@ -254,7 +255,8 @@ def loss_in(line):
 def test_eval_gives_the_same_score(tmp_path):
     run = finished_with()
     line = eval_again(run, tmp_path, "again")
-    assert line.startswith("eval_score metric:int6_lzma_sliding ") and line.endswith(run.final["sha256"])
+    assert line.startswith("eval_score metric:int6_lzma_sliding ")
+    assert line.endswith(run.final["sha256"])
     assert loss_in(line) == pytest.approx(float(run.final["val_loss"]), abs=2e-8)  # batches of another size
     assert re.search(r"val_bpb:([\d.]+)", line)[1][:8] == run.final["val_bpb"][:8]
     chunked = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
@@ -281,7 +283,8 @@ def test_a_score_that_is_not_a_number_is_no_success(tmp_path, monkeypatch, capsy
     knobs = as_arguments(dict(data_path=english_dataset().path, out_dir=tmp_path, run_id="nan"))
     assert t.main(["eval", str(run.folder / "run.int6.xz"), *knobs, "eval_batch_tokens=512"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "final_int6_roundtrip: the score of val is nan" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "final_int6_roundtrip: the score of val is nan" in captured.err
     assert "val_bpb:nan" not in captured.out
 
 
@@ -330,10 +333,14 @@ def test_deterministic_mode_is_torchs(monkeypatch):
     monkeypatch.setattr(t, "train_step", watched)
     first = finished_with(deterministic=True)
     again = finished_with(deterministic=True, train_log_every=3)
-    assert all(seen) and seen and first.blob == again.blob
+    assert all(seen)
+    assert seen
+    assert first.blob == again.blob
     seen.clear()
     finished_with(train_log_every=4)
-    assert seen and not any(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert seen
+    assert not any(seen)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def chosen_weights(run):
@@ -460,7 +467,9 @@ def test_the_wall_clock_stops_a_run():
     stop = starting(run, "stopping_early")
     assert len(stop) == 1
     found = re.match(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", stop[0])
-    assert found and found[2] == run.final["steps"] and found[1] == run.final["train_time"]
+    assert found
+    assert found[2] == run.final["steps"]
+    assert found[1] == run.final["train_time"]
     assert 300 < int(found[1]) <= 2000  # slack for a busy machine; alone it ends below 1000
     assert 1 < int(run.final["steps"]) < 100_000 and run.status == 0
 
@@ -506,7 +515,8 @@ def test_a_stride_of_a_score_window_is_the_chunked_score():
 
 def test_a_report_split_is_scored_apart():
     run = finished_with(report_split="other")
-    assert run.blob == finished_with().blob and run.final["val_loss"] == finished_with().final["val_loss"]
+    assert run.blob == finished_with().blob
+    assert run.final["val_loss"] == finished_with().final["val_loss"]
     lines = starting(run, "report split:other ")
     assert len(lines) == 1 and run.final["val_loss"] not in lines[0]
 
@@ -548,7 +558,9 @@ def test_a_log_that_exists_is_refused(capsys):
 def test_a_run_id_that_cannot_name_a_file_is_one_line(name, tmp_path, capsys):
     out_dir = tmp_path / "below" / "out"
     err = stop_one_line(english_args(iterations=1, run_id=name, out_dir=out_dir), capsys)
-    assert "config key run_id" in err and "cannot name a file" in err and repr(name)[:40] in err
+    assert "config key run_id" in err
+    assert "cannot name a file" in err
+    assert repr(name)[:40] in err
     assert os.listdir(tmp_path) == []
 
     blob = finished_with().folder / "run.int6.xz"
@@ -575,7 +587,8 @@ def test_a_disk_that_fills_up_at_export_is_one_line(tmp_path, capsys, monkeypatc
 def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
     assert t.main(english_args(iterations=1, warmup_steps=0, run_id="", out_dir=tmp_path, seed=4)) == 0
     names = sorted(os.listdir(tmp_path))
-    assert len(names) == 2 and all(re.match(r"^\d{8}_\d{6}_record_seed4\.(txt|int6\.xz)$", n) for n in names)
+    assert len(names) == 2
+    assert all(re.match(r"^\d{8}_\d{6}_record_seed4\.(txt|int6\.xz)$", n) for n in names)
 
 
 # How the tensors of another script's artifact differ, and the one that the error names.
@@ -598,7 +611,9 @@ def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_pa
         patch.setitem(t.KINDS, name, t.KINDS.get(name, "f16"))
         path.write_bytes(t.pack_artifact(tensors, h))
     err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capfd)
-    assert str(path) in err and f"{name!r} does not fit" in err and "the script that wrote it" in err
+    assert str(path) in err
+    assert f"{name!r} does not fit" in err
+    assert "the script that wrote it" in err
 
 
 # ---------------------------------------------------------------- more processes, other ways in

@@ -568,7 +568,8 @@ def test_a_record_that_learns(tmp_path, monkeypatch):
     assert not [claim for claim, (status, _) in claims.items() if status == "fail"], claims
     assert "int6_lzma_ttt" in claims["score"][1]
     page = (folder / "README.md").read_text()
-    assert "| int6 sliding | int6 ttt |" in page and "metric `int6_lzma_ttt`, stride 64" in page
+    assert "| int6 sliding | int6 ttt |" in page
+    assert "metric `int6_lzma_ttt`, stride 64" in page
     edit(folder / "logs" / "seed42.txt", r"^(final_int6_ttt_exact .*val_bpb:)1", r"\g<1>0")
     assert verdict(folder)["score"][0] == "fail"
 

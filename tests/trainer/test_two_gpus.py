@@ -72,7 +72,9 @@ def test_a_few_steps_on_two_gpus_are_those_on_one(tmp_path):
 
 def test_deterministic_runs_on_a_gpu_are_bit_equal(tmp_path):
     a, b = (trained(tmp_path / name, iterations=100, deterministic=True).state for name in "ab")
-    assert a and a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+    assert a
+    assert a.keys() == b.keys()
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
 
 
 def eager_pass(rank):

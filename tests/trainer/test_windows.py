@@ -59,7 +59,9 @@ class Probe:
 
     def __call__(self, x, y, last):
         self.shapes.add((tuple(x.shape), last))
-        assert x.shape == y.shape and x.size(1) == self.seq_len and 1 <= last <= self.seq_len
+        assert x.shape == y.shape
+        assert x.size(1) == self.seq_len
+        assert 1 <= last <= self.seq_len
         assert ((y == x + 1) | (y == self.total)).all()  # a target follows its token
         return self.value(y[:, -last:] - 1)
 
@@ -80,7 +82,8 @@ def probe_sum(total, seq_len, stride, batch, m):
     score = t.evaluate(probe, tokens, ONE_BYTE, run, m)
     assert score.tokens == score.bytes == total
     # Only the two shapes that are compiled.
-    assert len(probe.shapes) <= 2 and {shape for shape, _ in probe.shapes} <= {(batch, seq_len)}
+    assert len(probe.shapes) <= 2
+    assert {shape for shape, _ in probe.shapes} <= {(batch, seq_len)}
     return score.loss * total
 
 
