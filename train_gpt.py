@@ -236,6 +236,7 @@ class Config:
     bigram_vocab_size: int = 1536  # embeddings of hashed pairs of tokens; 0: none
     bigram_dim: int = 128
     logit_softcap: float = 30.0
+    copy_dim: int = 0  # of the queries and keys of the copy output; 0: no copy output
     qk_gain_init: float = 1.5
     tied_embed_init_std: float = 0.005
     # optimizer
@@ -244,6 +245,7 @@ class Config:
     matrix_lr: float = 0.05
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
+    copy_lr: float = 0.004  # of the copy output's projections and gate
     muon_wd: float = 0.04  # decay of the matrices
     embed_wd: float = 0.04
     scalar_wd: float = 0.04
@@ -361,7 +363,7 @@ MODEL_FIELDS = (
     *("bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask"),
 )
 TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
-EXTRA_FIELDS = ("loop_layers", "loop_times", "attn_gate_dims", "skip_gates")
+EXTRA_FIELDS = ("loop_layers", "loop_times", "attn_gate_dims", "skip_gates", "copy_dim")
 
 
 def parse_flag(text: str) -> bool:
@@ -407,7 +409,7 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
 MAY_BE_ZERO = (
     *("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims", "mix_tokens"),
     *("xsa_last_n", "ve_last_n", "bigram_vocab_size", "size_cap", "gptq_batches", "loop_times"),
-    *("attn_gate_dims",),
+    *("attn_gate_dims", "copy_dim"),
 )
 
 # Knobs that must stay below 1, and those that may also be 1.
@@ -1402,6 +1404,7 @@ class TokenLoader:
 
 RMS_EPS = 1e-6  # given explicitly: PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # the gates start at 0.5 and learn as fast as this is large
+LEAST_COPIED = 1e-37  # a probability whose logarithm float32 can hold
 DOCUMENTS = 16  # most documents of a sequence that are told apart; the 16th and later ones count as one
 
 
@@ -1593,6 +1596,44 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Ten
     return linear(F.leaky_relu(linear(x, up), 0.5).square(), down)
 
 
+class Copies(NamedTuple):
+    """The copy output: for each of the last positions, a distribution over the tokens before it."""
+
+    weights: Tensor  # (B, last, T) float32: that the next token is the one that followed position s
+    followers: Tensor  # (B, T): the token that followed each position
+    gate: Tensor  # (B, last) float32: the logit of the next token being a copy at all
+
+    def mix(self, log_softmax: Tensor, log_copied: Tensor) -> Tensor:
+        """Return the logarithm of (1 - gate) softmax + gate copied."""
+        gate = self.gate.view(*self.gate.shape, *[1] * (log_softmax.dim() - 2))
+        return torch.logaddexp(F.logsigmoid(-gate) + log_softmax, F.logsigmoid(gate) + log_copied)
+
+    def nats(self, nats: Tensor, targets: Tensor) -> Tensor:
+        """Mix the nats of targets under the softmax with those of their being copied. All (B, last)."""
+        hits = self.followers[:, None] == targets[..., None]
+        copied = (self.weights * hits).sum(-1)
+        return -self.mix(-nats, copied.clamp_min(LEAST_COPIED).log())
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Return the log-probabilities of all tokens, mixed likewise. (B, T, V) -> (B, T, V)."""
+        followers = self.followers[:, None].expand(self.weights.shape)
+        copied = self.weights.new_zeros(logits.shape).scatter_add(2, followers, self.weights)
+        return self.mix(logits.log_softmax(-1), copied.clamp_min(LEAST_COPIED).log())
+
+
+def copy_weights(q: Tensor, k: Tensor, docs: Tensor) -> Tensor:
+    """Attend from the last positions to all earlier ones of the same document.
+
+    q (B, last, C), k (B, T, C), docs (B, T) -> (B, last, T) float32. Rows sum to 1. Those of a document's
+    first token, which has nothing before it, are 0.
+    """
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5
+    at = torch.arange(k.size(1), device=k.device)
+    queries = slice(-q.size(1), None)
+    seen = (at < at[queries, None]) & (docs[:, None] == docs[:, queries, None])
+    return torch.where(seen, scores, -1e4).softmax(-1) * seen
+
+
 class Ops(NamedTuple):
     """The functions of the model that a machine may bind to faster ones of the same signature."""
 
@@ -1677,6 +1718,9 @@ PARAM_TABLE = (
     ParamSpec("attn_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("mlp_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("q_gain", "L H", "constant GAIN", "flat", "scalar_lr", "f32"),
+    ParamSpec("copy_proj", "2 C D", "twins", "flat", "copy_lr", "int8", "copy_dim"),  # of queries, of keys
+    ParamSpec("copy_gate", "C", "constant 0", "flat", "copy_lr", "f32", "copy_dim"),
+    ParamSpec("copy_bias", "1", "constant -3", "flat", "scalar_lr", "f32", "copy_dim"),
 )
 MATRICES = tuple(spec for spec in PARAM_TABLE if spec.buffer != "flat")
 SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
@@ -1692,7 +1736,13 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     D = h.model_dim
     sizes = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, h.num_visits // 2), "VL": h.ve_last_n}
     sizes |= {"D": D, "F": h.mlp_dim, "KV": h.kv_dim, "H": h.num_heads, "V": h.vocab_size}
-    sizes |= {"BV": h.bigram_vocab_size, "BD": h.bigram_dim, "VD": h.ve_dim, "GD": h.attn_gate_dims}
+    sizes |= {
+        "BV": h.bigram_vocab_size,
+        "BD": h.bigram_dim,
+        "VD": h.ve_dim,
+        "GD": h.attn_gate_dims,
+        "C": h.copy_dim,
+    }
 
     out = h.proj_init_std
     if out == 0 and STEP_RULES[h.step_rule] is step_hyperball:
@@ -1720,6 +1770,9 @@ def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -
         out.fill_(value)
     elif kind == "first_of_two":
         out[:, 0] = 1
+    elif kind == "twins":
+        nn.init.orthogonal_(out[0], generator=generator)
+        out[1:] = out[0]
     elif kind in orthogonal_fraction:
         matrices = out.view(-1, *shape[-2:])
         count = int(orthogonal_fraction[kind] * len(matrices))
@@ -1833,15 +1886,41 @@ class GPT(nn.Module):
         logits = F.linear(x, self.tok_emb.to(self.dtype)).float()
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
+    def copies(self, x: Tensor, tokens: Tensor, last: int) -> Copies:
+        """Predict the next token to be one of those before it, for the last `last` positions.
+
+        x (B, T, D): the trunk's output; tokens (B, T). Where the text looks as it did at an earlier position,
+        what followed there may follow here. A pointer network: Merity et al., arXiv:1609.07843; at the output
+        of a small model: modded-nanogpt #379.
+        """
+        projections = self.copy_proj.to(self.dtype)
+        q = F.linear(x[:, -last:], projections[0])
+        k = F.linear(x, projections[1])
+        weights = copy_weights(q, k, documents(tokens, self.h.bos_id))
+        gate = q.to(weights.dtype) @ self.copy_gate + self.copy_bias
+        nothing_earlier = document_starts(tokens, self.h.bos_id)[:, -last:]
+        return Copies(weights, F.pad(tokens[:, 1:], (0, 1)), gate.masked_fill(nothing_earlier, -math.inf))
+
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits of every next token. (B, T) -> (B, T, V) float32."""
-        return self.unembed(self.trunk(tokens))
+        """Return the logits of every next token. (B, T) -> (B, T, V) float32.
+
+        With a copy output they are log-probabilities.
+        """
+        x = self.trunk(tokens)
+        logits = self.unembed(x)
+        if self.h.copy_dim:
+            logits = self.copies(x, tokens, tokens.size(1)).logits(logits)
+        return logits
 
     def nats(self, tokens: Tensor, targets: Tensor, last: int) -> Tensor:
         """Return the nats of the last `last` targets of each sequence. Two (B, T) -> (B, last) float32."""
-        logits = self.unembed(self.trunk(tokens)[:, -last:])
-        nats = F.cross_entropy(logits.flatten(0, 1), targets[:, -last:].flatten(), reduction="none")
-        return nats.view(-1, last)
+        x = self.trunk(tokens)
+        targets = targets[:, -last:]
+        logits = self.unembed(x[:, -last:])
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(-1, last)
+        if self.h.copy_dim:
+            nats = self.copies(x, tokens, last).nats(nats, targets)
+        return nats
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean nats per target. Two (B, T) -> ()."""
@@ -3006,7 +3085,7 @@ class Optimizer:
         self.flat_v = torch.zeros_like(self.flat)
         flat_lr = torch.zeros_like(self.flat)
         flat_wd = torch.zeros_like(self.flat)
-        decays = {"embed_lr": self.h.embed_wd, "scalar_lr": self.h.scalar_wd}
+        decays = {"embed_lr": self.h.embed_wd, "scalar_lr": self.h.scalar_wd, "copy_lr": self.h.scalar_wd}
         parts = zip(*(x.split(sizes) for x in (self.flat, self.flat_grad, flat_lr, flat_wd)))
         for spec, (value, grad, rate, decay) in zip(specs, parts):
             p = params[spec.name]

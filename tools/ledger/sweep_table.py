@@ -59,6 +59,7 @@ MODEL = (
     "loop_layers",
     "loop_times",
     "attn_gate_dims",
+    "copy_dim",
     "skip_gates",
     "xsa_last_n",
     "ve_last_n",
