@@ -3682,12 +3682,21 @@ def class_bits(classes: np.ndarray) -> float:
     return -float((counts * np.log2(np.maximum(counts, 1) / classes.size)).sum())
 
 
+def row_classes(magnitudes: np.ndarray) -> np.ndarray:
+    """Class rows by the mean magnitude of their codes. (m, R, N) -> uint8 (m, R)."""
+    return classes_of(magnitudes.sum(2, dtype=np.int64))
+
+
+def column_classes(magnitudes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Class columns likewise, with each row brought to the mean by its class. (m, R, N) -> uint8 (m, N)."""
+    return classes_of(np.stack([CLASS_WEIGHTS[row] @ matrix for row, matrix in zip(rows, magnitudes)]))
+
+
 def model_codes(codes: np.ndarray, limit: int) -> CodeModel:
     """Choose the CodeModel of codes (m, R, N): rows, columns, both or neither classed, the fewest bits."""
     magnitudes = np.abs(codes.astype(np.int16))
-    rows = classes_of(magnitudes.sum(2, dtype=np.int64))
-    weighted = [CLASS_WEIGHTS[row] @ magnitude for row, magnitude in zip(rows, magnitudes)]
-    columns = classes_of(np.stack(weighted))
+    rows = row_classes(magnitudes)
+    columns = column_classes(magnitudes, rows)
     all_rows = np.full_like(rows, 8)
     all_columns = np.full_like(columns, 8)
 

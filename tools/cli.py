@@ -560,7 +560,7 @@ def data(request: Request) -> int:
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 
-MEASURED = ("directions", "sweep", "wire")
+MEASURED = ("codecs", "directions", "sweep", "wire")
 
 
 def record(request: Request) -> int:

@@ -52,6 +52,7 @@ from script import ROOT, BadInput
 
 EPILOG = """verbs that measure on this machine (tools/lab; VERB --help has their options):
     directions          time and quality of the directions and step rules of train_gpt.py
+    codecs              bytes and seconds of an artifact by every codec, and the entropy of its codes
     wire                count the bytes that an optimizer step communicates, and predict their time
     sweep               train rows of settings at several rates and seeds, and tabulate them
 """

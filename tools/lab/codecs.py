@@ -1,0 +1,176 @@
+"""Pack an artifact by every codec of train_gpt.py, and tell how many bytes its codes need at least.
+
+    ./run.sh record codecs ARTIFACT ...
+
+Prints, for each artifact, the bytes and seconds of every row of CODECS and, for comparison, of Huffman codes
+alone (zlib); then the order-0 entropy of the codes, in bytes: with one table for all, with one for each
+tensor, and with one for each class of rows, of columns, or of both, in each tensor. An entropy leaves out the
+tables and the classes themselves; "chosen" is what codec rans takes, which weighs them in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from lab import verbs
+from ledger.status import finish
+from script import TRAINER, BadInput, load_script
+
+MODULE = "measured_script"  # the script's name in sys.modules
+NEEDS = (
+    *("CODECS", "ENCODINGS", "codec_of", "read_header", "read_entry"),
+    *("row_classes", "column_classes", "model_codes", "unpack_artifact"),
+)
+
+
+class Codes(NamedTuple):
+    """The codes of a tensor, int8 (matrices, rows, columns)."""
+
+    name: str
+    kind: str
+    limit: int
+    values: np.ndarray
+
+
+def codes_of(trainer: ModuleType, raw: bytes) -> list[Codes]:
+    """Return the tensors of a raw artifact that are stored as codes."""
+    header, at = trainer.read_header(raw)
+    found = []
+    for entry in map(trainer.read_entry, header["tensors"]):
+        if entry.limit:
+            values = np.frombuffer(raw, np.int8, entry.count, at).reshape(-1, *entry.matrix)
+            found.append(Codes(entry.name, entry.kind, entry.limit, values))
+        at += entry.count * trainer.ENCODINGS[entry.kind].dtype.itemsize + 2 * entry.scales
+    return found
+
+
+def entropy(values: np.ndarray, contexts: np.ndarray | int = 0) -> float:
+    """Return the order-0 entropy of int8 values within each context (0 to 255), in bytes."""
+    index = (np.asarray(contexts, np.int32) << 8) + (values.astype(np.int32) + 128)
+    counts = np.bincount(index.ravel())
+    counts = np.pad(counts, (0, -len(counts) % 256)).reshape(-1, 256)
+    totals = counts.sum(1, keepdims=True)
+    shares = np.maximum(counts, 1) / np.maximum(totals, 1)
+    return float(-(counts * np.log2(shares)).sum() / 8)
+
+
+def print_codecs(trainer: ModuleType, raw: bytes) -> None:
+    """Print bytes and seconds of every codec. Raises BadInput if one does not give back the raw artifact."""
+    print(f"{'codec':<16} {'bytes':>12} {'pack s':>8} {'unpack s':>9}")
+    for name, codec in trainer.CODECS.items():
+        print_codec(name, raw, codec.pack, codec.unpack)
+    print_codec("Huffman (zlib)", raw, huffman, zlib.decompress)
+
+
+def huffman(raw: bytes) -> bytes:
+    """Compress by Huffman codes alone."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(raw) + packer.flush()
+
+
+def print_codec(name: str, raw: bytes, pack: Callable, unpack: Callable) -> None:
+    """Print the line of one codec."""
+    start = time.perf_counter()
+    blob = pack(raw)
+    packed = time.perf_counter()
+    if unpack(blob) != raw:
+        raise BadInput(f"codec {name} does not give back what it packed: report it with the artifact")
+    unpacked = time.perf_counter()
+    print(f"{name:<16} {len(blob):>12,} {packed - start:>8.2f} {unpacked - packed:>9.2f}", flush=True)
+
+
+class Needs(NamedTuple):
+    """Order-0 entropies of a tensor's codes in bytes: alone, and within the classes that codec rans knows."""
+
+    tensor: float
+    by_row: float
+    by_column: float
+    by_both: float
+
+
+def needs_of(trainer: ModuleType, codes: Codes) -> Needs:
+    """Return the entropies of a tensor's codes."""
+    magnitudes = np.abs(codes.values.astype(np.int16))
+    row_classes = trainer.row_classes(magnitudes)
+    rows = row_classes[:, :, None]
+    columns = trainer.column_classes(magnitudes, row_classes)[:, None, :]
+    values = codes.values
+    return Needs(
+        entropy(values),
+        entropy(values, np.broadcast_to(rows, values.shape)),
+        entropy(values, np.broadcast_to(columns, values.shape)),
+        entropy(values, rows + columns),
+    )
+
+
+def print_entropies(trainer: ModuleType, raw: bytes) -> None:
+    """Print the entropies of the codes of every tensor and of all."""
+    tensors = codes_of(trainer, raw)
+    labels = " ".join(f"{label:>12}" for label in Needs._fields)
+    print(f"\n{'codes of':<14} {'kind':<5} {'codes':>11} {'rms':>6} {labels}  chosen")
+    sums = np.zeros(len(Needs._fields))
+    for codes in tensors:
+        needs = needs_of(trainer, codes)
+        sums += needs
+        model = trainer.model_codes(codes.values, codes.limit)
+        chosen = [name for name in ("rows", "columns") if np.ptp(getattr(model, name))]
+        rms = float(np.sqrt(np.square(codes.values, dtype=np.float32).mean()))
+        shown = " ".join(f"{bits:>12,.0f}" for bits in needs)
+        head = f"{codes.name:<14} {codes.kind:<5} {codes.values.size:>11,} {rms:>6.2f}"
+        print(f"{head} {shown}  {' and '.join(chosen) or 'neither'}", flush=True)
+
+    every = np.concatenate([codes.values.ravel() for codes in tensors])
+    shown = " ".join(f"{total:>12,.0f}" for total in sums)
+    print(f"{'all':<14} {'':<5} {every.size:>11,} {'':>6} {shown}")
+    print(f"one table for all codes: {entropy(every):,.0f} bytes")
+
+
+def measure(trainer: ModuleType, path: Path) -> None:
+    """Print all of this about one artifact. Raises BadInput if it is none."""
+    try:
+        blob = path.read_bytes()
+        codec = trainer.codec_of(blob)
+        raw = trainer.CODECS[codec].unpack(blob)
+        trainer.unpack_artifact(blob)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: cannot read the artifact ({error.strerror}); name a file that train wrote"
+        ) from None
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}; name a file that train wrote") from None
+    print(f"{path}: {len(blob):,} bytes by codec {codec}, {len(raw):,} before compression\n")
+    print_codecs(trainer, raw)
+    print_entropies(trainer, raw)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Measure the artifacts that the command line names."""
+    trainer = load_script(TRAINER, MODULE, NEEDS, "measure")
+    for path in args.words:
+        measure(trainer, Path(path))
+    return 0
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    text = "pack an artifact by every codec, and tell how many bytes its codes need at least"
+    parser = argparse.ArgumentParser(prog="record codecs", description=text)
+    parser.add_argument("words", nargs="+", metavar="ARTIFACT", help="a file that train wrote")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = verbs.parse(argument_parser(), argv)
+    return finish(lambda: command(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
