@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import fixtures_records as fx
 from ledger import diff, reproduce, runlog, standing, stats
 from record_helpers import NAME, TRACK, edit, edit_json, log42, make, run
-from script import BadInput
+from script import ROOT, BadInput
 
 
 def test_plot(repo, folder, tmp_path, capsys):
@@ -48,10 +52,59 @@ def test_diff(repo, folder, tmp_path, capsys):
     assert run(repo, "diff", NAME, NAME) == 0 and "source: +0 -0" in capsys.readouterr().out
 
 
+def on_terminal(command, cwd, **env):
+    """Run a command in a terminal of its own and return its status and what it showed."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    done = subprocess.Popen(command, cwd=cwd, env=os.environ | env, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends on Linux
+        while piece := os.read(master, 4096):
+            shown += piece
+    os.close(master)
+    return done.wait(timeout=60), shown.decode().replace("\r\n", "\n")
+
+
+def test_diff_opens_with_the_stat_on_a_terminal(repo, folder, tmp_path):
+    """A pager has the stat first and all changes below it; a pipe has the full diff, as scripts expect."""
+    source = fx.SCRIPT.replace("return lzma.compress", "return b'' + lzma.compress")
+    other = make(repo, meta={"name": "Other"}, source=source)
+    command = [sys.executable, "-m", "ledger.record", "--root", str(repo), "diff", NAME, str(other)]
+    path = dict(PYTHONPATH=str(ROOT / "tools"))
+    stat = "source: +1 -1 lines, 0 more differ in comments only\n  Artifact     +1     -1      0 in comments"
+    change = "+    return b'' + lzma.compress"
+
+    pager = tmp_path / "pager"
+    pager.write_text('#!/bin/sh\necho "the pager shows"\ncat\n')
+    pager.chmod(0o755)
+    status, shown = on_terminal(command, repo, PAGER=str(pager), NO_COLOR="1", **path)
+    assert status == 0 and shown.startswith("the pager shows\n"), shown
+    assert 0 < shown.index(stat) < shown.index("== Artifact: +1 -1\n") < shown.index(change)
+
+    status, shown = on_terminal(command, repo, PAGER="/nowhere/at/all", **path)
+    assert status == 0 and stat in shown and change not in shown and "| cat" in shown
+    status, shown = on_terminal([*command, "--stat"], repo, PAGER=str(pager), **path)
+    assert status == 0 and stat in shown and change not in shown and "pager" not in shown
+
+    piped = subprocess.run(command, cwd=repo, env=os.environ | path, capture_output=True, text=True).stdout
+    assert change in piped and stat not in piped and "\x1b" not in piped
+    piped = subprocess.run(
+        [*command, "--stat"], cwd=repo, env=os.environ | path, capture_output=True, text=True
+    )
+    assert stat in piped.stdout and change not in piped.stdout
+
+
 def test_diff_of_sections_that_come_and_go():
     a = "x = 1\n# " + "-" * 77 + "\n# 1. Old: gone.\ny = 1\n"
     b = "x = 1\n# " + "-" * 77 + "\n# 1. New: here.\nz = 1\n"
-    out = diff.source_diff(a, b)
+    diffs = diff.section_diffs(a, b)
+    assert diff.source_stat(diffs) == [
+        "source: +1 -1 lines, 4 more differ in comments only",
+        "  New (new section)     +1     -0      2 in comments",
+        "  Old (removed)         +0     -1      2 in comments",
+    ]
+    out = diff.source_diff(diffs)
     assert "== New (new section): +1 -0, 2 comment-only lines not shown" in out
     assert any(line.startswith("== Old (removed)") for line in out)
 

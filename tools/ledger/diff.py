@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import io
+import os
 import re
+import shutil
+import signal
+import subprocess
 import tokenize
 from html import escape
 from pathlib import Path
@@ -155,6 +159,7 @@ def trim(view: list[str], start: int, end: int) -> tuple[int, int]:
 class SectionDiff(NamedTuple):
     """The difference of one section: unified lines, and the number of lines changed only in comments."""
 
+    title: str
     lines: list[str]
     comment_only: int
 
@@ -163,8 +168,8 @@ class SectionDiff(NamedTuple):
         return sum(line[0] == sign for line in self.lines)
 
 
-def section_diff(a: Section, b: Section) -> SectionDiff:
-    """Return the difference of one section of two sources."""
+def section_diff(title: str, a: Section, b: Section) -> SectionDiff:
+    """Return the difference of one section of two sources, under `title`."""
     shown = code_changes(a.view, b.view)
     touched = sum(change.size for change in changes(a.lines, b.lines))
     comment_only = max(0, touched - sum(change.size for change in shown))
@@ -185,35 +190,53 @@ def section_diff(a: Section, b: Section) -> SectionDiff:
 
     if previous is not None:
         out += [" " + line for line in a.lines[previous : previous + CONTEXT]]
-    return SectionDiff(out, comment_only)
+    return SectionDiff(title, out, comment_only)
 
 
-def source_diff(a: str, b: str) -> list[str]:
-    """Return a unified diff by banner section. Changes of comments and docstrings are counted, not shown."""
+def section_diffs(a: str, b: str) -> list[SectionDiff]:
+    """Return the difference of every banner section that differs, in the order of b's sections."""
     sections_a = sections(a)
     sections_b = sections(b)
     titles = list(sections_b) + [title for title in sections_a if title not in sections_b]
 
-    out: list[str] = []
-    added = 0
-    removed = 0
-    comment_only = 0
+    found = []
     for title in titles:
-        diff = section_diff(sections_a.get(title, NO_SECTION), sections_b.get(title, NO_SECTION))
-        plus = diff.count("+")
-        minus = diff.count("-")
-        added += plus
-        removed += minus
-        comment_only += diff.comment_only
-        if diff.lines or diff.comment_only:
-            heading = title
-            if title not in sections_b:
-                heading += " (removed)"
-            elif title not in sections_a:
-                heading += " (new section)"
-            note = f", {diff.comment_only} comment-only lines not shown" if diff.comment_only else ""
-            out += [f"== {heading}: +{plus} -{minus}{note}", *diff.lines]
-    return [f"source: +{added} -{removed} lines, {comment_only} more differ in comments only"] + out
+        heading = title
+        if title not in sections_b:
+            heading += " (removed)"
+        elif title not in sections_a:
+            heading += " (new section)"
+        of_a = sections_a.get(title, NO_SECTION)
+        found.append(section_diff(heading, of_a, sections_b.get(title, NO_SECTION)))
+    return [diff for diff in found if diff.lines or diff.comment_only]
+
+
+def diff_total(diffs: list[SectionDiff]) -> str:
+    """Return the line that counts what differs in two sources."""
+    added = sum(diff.count("+") for diff in diffs)
+    removed = sum(diff.count("-") for diff in diffs)
+    comment_only = sum(diff.comment_only for diff in diffs)
+    return f"source: +{added} -{removed} lines, {comment_only} more differ in comments only"
+
+
+def source_stat(diffs: list[SectionDiff]) -> list[str]:
+    """Return the total and a line per section: lines added, lines removed, lines changed in comments only."""
+    width = max((len(diff.title) for diff in diffs), default=0)
+    rows = [
+        f"  {diff.title:<{width}} {'+' + str(diff.count('+')):>6} {'-' + str(diff.count('-')):>6}"
+        f" {diff.comment_only:>6} in comments"
+        for diff in diffs
+    ]
+    return [diff_total(diffs), *rows]
+
+
+def source_diff(diffs: list[SectionDiff]) -> list[str]:
+    """Return a unified diff by banner section. Changes of comments and docstrings are counted, not shown."""
+    out: list[str] = []
+    for diff in diffs:
+        note = f", {diff.comment_only} comment-only lines not shown" if diff.comment_only else ""
+        out += [f"== {diff.title}: +{diff.count('+')} -{diff.count('-')}{note}", *diff.lines]
+    return [diff_total(diffs), *out]
 
 
 # ---- output --------------------------------------------------------------------------------------
@@ -223,6 +246,19 @@ def colored(lines: list[str]) -> list[str]:
     """Return the lines with ANSI colors for a terminal: removed red, added green, headings bold."""
     codes = {"-": "31", "+": "32", "@": "36", "=": "1"}
     return [f"\x1b[{codes[line[0]]}m{line}\x1b[0m" if line[:1] in codes else line for line in lines]
+
+
+def show_in_pager(text: str) -> bool:
+    """Show a text in $PAGER, else less or more, and return whether there was one. PAGER=cat prints it all."""
+    command = os.environ.get("PAGER") or next(filter(shutil.which, ("less", "more")), "")
+    if not command:
+        return False
+
+    env = {"LESS": "FRX", **os.environ}  # F: a text of one screen is printed; R: colors; X: it stays there
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)  # Ctrl-C is the pager's
+    pager = subprocess.run(command, shell=True, input=text, text=True, env=env)
+    signal.signal(signal.SIGINT, before)
+    return pager.returncode not in (126, 127)  # the shell's words for a program that does not run
 
 
 def html_diff(a: str, b: str, names: tuple[str, str], head: list[str]) -> str:

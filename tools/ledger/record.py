@@ -4,7 +4,7 @@
     ./run.sh record verify [FOLDER...]                        prove every claim of the folders (default: all)
     ./run.sh record board                                     rewrite the tables of both README.md
     ./run.sh record plot TARGET... [--out FILE]               loss curves of logs or folders
-    ./run.sh record diff A B [--html FILE]                    config first, then source by section
+    ./run.sh record diff A B [--stat | --html FILE]           config first, then source by section
     ./run.sh record compare A B                               t-tests between two sets of seeds
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
 
@@ -202,22 +202,37 @@ def default_picture(target: Path) -> Path:
 
 
 def show_diff(args: argparse.Namespace) -> int:
-    """Print what differs, or write a page with both sources side by side."""
+    """Print what differs, or write a page with both sources side by side.
+
+    On a terminal, the number of lines by section comes first and all of them in a pager, which opens with it.
+    """
     records = args.root / "records"
     a = diff.load_side(find_target(args.a, records))
     b = diff.load_side(find_target(args.b, records))
     settings = diff.config_diff(a.config, b.config)
-    lines = diff.source_diff(a.source, b.source)
+    sections = diff.section_diffs(a.source, b.source)
     if args.html:
-        page = diff.html_diff(a.source, b.source, (args.a, args.b), settings + lines[:1])
+        page = diff.html_diff(a.source, b.source, (args.a, args.b), [*settings, diff.diff_total(sections)])
         write_atomic(Path(args.html), page)
         print(args.html)
         return 0
 
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        lines = diff.colored(lines)
-    print("\n".join([*settings, "", *lines]))
+    stat = [*settings, "", *diff.source_stat(sections)]
+    everything = diff.source_diff(sections)
+    if args.stat:
+        print("\n".join(stat))
+    elif not sys.stdout.isatty():
+        print("\n".join([*settings, "", *everything]))
+    else:
+        show_on_terminal(stat, everything)
     return 0
+
+
+def show_on_terminal(stat: list[str], everything: list[str]) -> None:
+    """Open the stat and, below it, the whole diff in a pager; print the stat alone if there is none."""
+    colored = everything if "NO_COLOR" in os.environ else diff.colored(everything)
+    if not diff.show_in_pager("\n".join([*stat, "", *colored, ""])):
+        print("\n".join([*stat, "", "all changes: add `| cat`, or set PAGER"]))
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -279,6 +294,7 @@ def parser() -> argparse.ArgumentParser:
     added = verb("diff", show_diff, "show what differs between two folders, logs or scripts")
     added.add_argument("a", metavar="A")
     added.add_argument("b", metavar="B")
+    added.add_argument("--stat", action="store_true", help="only count the lines changed in each section")
     added.add_argument("--html", metavar="FILE", help="write both sources side by side as a page")
 
     added = verb("compare", compare, "test whether the seeds of B are better than those of A")
