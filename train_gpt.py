@@ -950,6 +950,9 @@ class ByteCounts:
     # Without a piece U+2581, a space is spelled by the byte pieces E2 96 81: three tokens for one byte.
     spelled: tuple[int, int, int] | None = None
     keeps_first: bool = False  # whether a space right after a boundary is in the text
+    unknown: int = (
+        -1
+    )  # the piece for text that the vocabulary cannot spell, whose bytes nobody knows; -1: none
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
         """Count the bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
@@ -989,7 +992,7 @@ def sentencepiece_counts(path: str) -> ByteCounts:
     plain = sp.encode("a")
     prefix = "".join(sp.id_to_piece(plain)).startswith(("\u2581", "<0xE2><0x96><0x81>"))
     keeps_first = not prefix and sp.encode(" a") != plain
-    return ByteCounts(base, space, boundary, spelled if can_spell else None, keeps_first)
+    return ByteCounts(base, space, boundary, spelled if can_spell else None, keeps_first, sp.unk_id())
 
 
 def tiktoken_counts(encoding: str) -> ByteCounts:
@@ -1166,8 +1169,11 @@ def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None
             )
 
 
-def check_split(h: Config, manifest: dict, split: str) -> None:
-    """Check a split to score. Raises InputError when the manifest disagrees or the text is too short."""
+def check_split(h: Config, counts: ByteCounts, manifest: dict, split: str) -> None:
+    """Check a split to score.
+
+    Raises InputError when the manifest disagrees, the text is too short, or some of its bytes are not known.
+    """
     check_files(h, manifest, split, by_content=True)
     tokens = sum(map(shard_tokens, split_files(h.data_path, split)))
     if h.val_tokens:
@@ -1176,6 +1182,11 @@ def check_split(h: Config, manifest: dict, split: str) -> None:
         raise InputError(
             f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
             f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len"
+        )
+    if unknown := np.count_nonzero(load_split(h, split) == counts.unknown):
+        raise InputError(
+            f"{h.data_path}: {unknown} tokens of {split} are the unknown piece, so the bytes of the text are "
+            "not known; make the shards again with a tokenizer that has byte_fallback"
         )
 
 
@@ -1220,11 +1231,11 @@ def load_dataset(h: Config, trains: bool = False) -> Dataset:
         raise InputError(
             f"config key vocab_size: {h.vocab_size}, the tokenizer has {size}; set vocab_size={size}"
         )
-    check_split(h, manifest, "val")
+    check_split(h, counts, manifest, "val")
     if trains:
         check_files(h, manifest, "train", by_content=False)
     if h.report_split:
-        check_split(h, manifest, h.report_split)
+        check_split(h, counts, manifest, h.report_split)
     manifest_sha256 = sha256(path.read_bytes()) if manifest else "none"
     return Dataset(counts, manifest, manifest_sha256, tokenizer_sha256)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import shards
 from messages import DataError, Progress, describe, explain, is_panic, megabytes, require, say, short
-from tokenizing import SentencePieceCoder, TiktokenCoder, Tokenizer
+from tokenizing import UNKNOWN_TEXT, SentencePieceCoder, TiktokenCoder, Tokenizer
 from workers import Workers
 
 FORMATS = (".txt", ".txt.zst", ".jsonl", ".jsonl.zst")
@@ -147,11 +147,13 @@ class Encoded(NamedTuple):
 
     ids: uint16 (n,) with BOS; empty if the text normalizes to nothing, such as control characters only.
     text_bytes: its UTF-8 length. decoded_bytes: the UTF-8 length of the document decoded from its ids.
+    unknown: how many of the ids are the unknown piece.
     """
 
     ids: np.ndarray
     text_bytes: int
     decoded_bytes: int
+    unknown: int
     fingerprint: bytes
 
 
@@ -219,6 +221,7 @@ def encode(documents: list[str]) -> list[Encoded]:
             ids=np.array([_coder.bos_id, *document_ids] if document_ids else [], dtype=np.uint16),
             text_bytes=len(text.encode()),
             decoded_bytes=size,
+            unknown=document_ids.count(_coder.unknown),
             fingerprint=fingerprint(text),
         )
         for text, document_ids, size in zip(documents, ids, decoded_bytes)
@@ -359,6 +362,15 @@ class LeakCheck:
             )
 
 
+def refuse_unknown(count: int, document: HeldOut) -> None:
+    """Raise DataError if a HeldOut document has unknown pieces: their bytes are not known."""
+    if count:
+        raise DataError(
+            f"{document.path}: {document.split} document {document.number} ({document.start!r}): {count} "
+            f"tokens are the unknown piece: {UNKNOWN_TEXT}, or leave the document out"
+        )
+
+
 def write_split(
     writer: shards.ShardWriter,
     split: str,
@@ -373,6 +385,7 @@ def write_split(
     what it has seen, so train must be the last split. Documents are numbered from 0 in each file.
     """
     totals = {"documents": 0, "tokens": 0, "text_bytes": 0, "decoded_bytes": 0}
+    unknown = 0
     progress = Progress(f"tokenize {split}", sum(os.stat(path).st_size for path in files))
     finished_bytes = 0
     try:
@@ -384,6 +397,8 @@ def write_split(
                         leaks.refuse(document.fingerprint, path, index)
                     else:
                         leaks.add(document.fingerprint, HeldOut(split, index, text[:60], path))
+                        refuse_unknown(document.unknown, HeldOut(split, index, text[:60], path))
+                    unknown += document.unknown
                     index += 1
                     if not len(document.ids):
                         continue
@@ -403,6 +418,8 @@ def write_split(
 
     if not totals["tokens"]:
         raise DataError(f"{files[0]}: no document of split {split} has any text; add some")
+    if unknown:
+        say(f"{split}: {unknown} tokens are the unknown piece, for text that the tokenizer cannot spell")
     text_tokens = totals["tokens"] - totals["documents"]  # without BOS
     progress.close(
         f"{totals['documents']} documents, {megabytes(totals['text_bytes'])}, "

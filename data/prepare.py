@@ -20,7 +20,7 @@ import download
 import offline
 import shards
 from messages import DataError, describe, explain, is_panic, say
-from tokenizing import open_tokenizer
+from tokenizing import check_held_out, open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ROOT / "data" / "datasets"
@@ -125,6 +125,8 @@ def run_auto(args: argparse.Namespace) -> None:
 def run_verify(args: argparse.Namespace) -> int:
     """Check a dataset folder, print what is wrong with it and return the exit status."""
     problems = shards.check_dataset(args.folder, deep=True)
+    if not problems:
+        problems = check_held_out(args.folder, shards.load_manifest(args.folder))
     for problem in problems:
         say(problem)
     if problems:

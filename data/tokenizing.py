@@ -67,6 +67,7 @@ class SentencePieceCoder:
         # Without a piece for a space, byte pieces spell it, and the library decodes these as U+2581.
         self.spells_space = self.processor.is_unknown(self.processor.piece_to_id(SPACE))
         self.drops_first_space = drops_first_space(self.processor)
+        self.unknown = self.processor.unk_id()  # stands for text that no piece spells; -1 if there is none
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, as lists, without BOS."""
@@ -112,6 +113,7 @@ class TiktokenCoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.bos_id = tokenizer.bos_id
         self.encoding = require("tiktoken").get_encoding(tokenizer.encoding)
+        self.unknown = -1  # its tokens spell any text
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, as lists, without BOS."""
@@ -275,13 +277,43 @@ def without_bos(document: np.ndarray, bos_id: int) -> list[int]:
     return ids[1:] if ids[:1] == [bos_id] else ids
 
 
+UNKNOWN_TEXT = (
+    "the unknown piece stands for text that the tokenizer cannot spell, so bits per byte would be wrong; "
+    "use a tokenizer with byte_fallback"
+)
+
+
+def find_unknown(paths: list[Path], unknown: int) -> str:
+    """Return what is wrong with the first held-out shard that has unknown pieces, "" if none has."""
+    for path in paths:
+        if count := np.count_nonzero(shards.load_tokens(path) == unknown):
+            return f"{path}: {count} tokens are the unknown piece: {UNKNOWN_TEXT}"
+    return ""
+
+
+def check_held_out(folder: str | Path, manifest: dict) -> list[str]:
+    """Return a line for every held-out split of a sound dataset folder in which some text is not known."""
+    entry = manifest["tokenizer"]
+    if not entry["file"]:
+        return []
+    unknown = open_tokenizer(Path(folder) / entry["file"]).load().unknown
+    splits = {split: about for split, about in manifest["splits"].items() if split != "train"}
+    found = [
+        find_unknown([Path(folder) / shard["file"] for shard in about["shards"]], unknown)
+        for about in splits.values()
+    ]
+    return [problem for problem in found if problem]
+
+
 def count_bytes(paths: list[Path], tokenizer: Tokenizer, limit: int) -> ByteCount:
-    """Return the ByteCount of a split's shards, which begin with BOS.
+    """Return the ByteCount of a split's shards, which begin with BOS. Raises DataError for unknown pieces.
 
     limit: how many targets are scored, tokens 1 to limit of the split; the last document may be cut.
     """
     coder = tokenizer.load()
     total = scored = position = 0
+    if problem := find_unknown(paths, coder.unknown):
+        raise DataError(problem)
     for batch in document_batches(paths, tokenizer.bos_id):
         documents = [without_bos(document, tokenizer.bos_id) for document in batch]
         sizes = coder.decoded_bytes(documents)

@@ -209,7 +209,6 @@ def train_tokenizer(path, texts, vocab_size, model_type="bpe", **options):
         model_writer=model,
         vocab_size=vocab_size,
         model_type=model_type,
-        byte_fallback=True,
         pad_id=0,
         bos_id=BOS,
         eos_id=2,
@@ -219,7 +218,7 @@ def train_tokenizer(path, texts, vocab_size, model_type="bpe", **options):
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
-        **({"add_dummy_prefix": False} | options),
+        **({"add_dummy_prefix": False, "byte_fallback": True} | options),
     )
     Path(path).write_bytes(model.getvalue())
     return str(path)

@@ -410,13 +410,20 @@ def audit_coverage(audit: Audit) -> Verdict:
     )
 
 
-def decoder(run: Any) -> Callable[[list[list[int]]], list[str]]:
-    """Return a function from documents' token ids to texts: the tokenizer's own, not the audited script's."""
+class Tokenizer(NamedTuple):
+    """The tokenizer of a dataset itself, not what the audited script makes of it."""
+
+    decode: Callable[[list[list[int]]], list[str]]  # documents' token ids -> texts
+    unknown: int  # the piece for text that the vocabulary cannot spell; -1: none
+
+
+def tokenizer_of(run: Any) -> Tokenizer:
+    """Return the tokenizer of a run's dataset."""
     named = run.dataset.manifest.get("tokenizer", {})
     if named.get("encoding") and not run.h.tokenizer_path:
         import tiktoken
 
-        return tiktoken.get_encoding(named["encoding"]).decode_batch
+        return Tokenizer(tiktoken.get_encoding(named["encoding"]).decode_batch, -1)
 
     import sentencepiece
 
@@ -434,25 +441,32 @@ def decoder(run: Any) -> Callable[[list[list[int]]], list[str]]:
     def decode(documents: list[list[int]]) -> list[str]:
         return [text.replace(space, " ").removeprefix(first) for text in sp.decode(documents)]
 
-    return decode
+    return Tokenizer(decode, sp.unk_id())
 
 
 def audit_bytes(audit: Audit) -> Verdict:
-    """T5: the denominator is the UTF-8 length of the decoded documents, one by one."""
+    """T5: the denominator is the UTF-8 length of the decoded documents, one by one.
+
+    An unknown piece stands for text that is lost, so that no denominator is right: none may be in the split.
+    """
     run = audit.run
+    tokenizer = tokenizer_of(run)
     tokens = run.held_out("val")[:2_000_000]
     starts = np.flatnonzero(tokens == run.h.bos_id)
     ends = np.append(starts[1:], len(tokens))
     bytes_before = np.concatenate([[0], np.cumsum(run.dataset.counts.of(tokens))])
-    texts = decoder(run)([tokens[start + 1 : end].tolist() for start, end in zip(starts, ends)])
+    texts = tokenizer.decode([tokens[start + 1 : end].tolist() for start, end in zip(starts, ends)])
 
     whole = len(starts) - 1  # the last document may be cut inside a character
     wrong = 0
     for start, end, text in zip(starts[:whole], ends, texts):
         counted = bytes_before[end - 1] - bytes_before[start]
         wrong += int(counted != len(text.encode()))
+    unknown = int((run.held_out("val") == tokenizer.unknown).sum())
     return Verdict(
-        "T5 byte accounting", wrong == 0, f"{whole} documents decoded, {wrong} counted with another length"
+        "T5 byte accounting",
+        wrong == 0 and unknown == 0,
+        f"{whole} documents decoded, {wrong} counted with another length; {unknown} unknown pieces",
     )
 
 

@@ -597,6 +597,30 @@ def test_a_tokenizer_that_keeps_first_spaces_passes(has_piece, tmp_path, group):
     assert not audit.audit_coverage(subject).ok and not audit.audit_bytes(subject).ok
 
 
+def test_unknown_pieces_fail_however_they_are_counted(tmp_path, group, monkeypatch):
+    """As no byte, or as the 5 that they decode to: what they stand for is lost. Other scripts let them in."""
+    texts = prose(60, 5)
+    model = train_tokenizer(tmp_path / "plain.model", texts, 200, byte_fallback=False)
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    ids = [[BOS, *sp.encode(text)] for text in [*texts, "the \u2603 river"]]
+    sizes = t.sentencepiece_counts(model)
+    path = write_dataset(tmp_path / "data", model, [ids[:40]], ids[40:])
+    h = config(path, vocab_size=sp.vocab_size(), iterations=1, warmup_steps=0)
+    with pytest.raises(t.InputError, match="1 tokens of val are the unknown piece"):
+        t.load_dataset(h)
+
+    monkeypatch.setattr(t, "sentencepiece_counts", lambda path: dataclasses.replace(sizes, unknown=-1))
+    run = t.start_run(h, machine(), t.Log("", None), t.load_dataset(h), time.perf_counter())
+    as_decoded = sizes.base + 5 * (np.arange(len(sizes.base)) == sp.unk_id())
+    for base in (sizes.base, as_decoded):
+        counts = dataclasses.replace(sizes, base=base)
+        subject = audit.make_audit(
+            t, fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts)), b""
+        )
+        verdict = audit.audit_bytes(subject)
+        assert not verdict.ok and "1 unknown pieces" in verdict.evidence, verdict
+
+
 @pytest.fixture(scope="module")
 def spelled(tmp_path_factory):
     """Train on a vocabulary without a piece U+2581, where a lone space is three byte pieces."""

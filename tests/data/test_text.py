@@ -118,6 +118,52 @@ def test_every_file_of_a_split_is_read_by_the_same_field(tmp_path, files):
     assert shards.load_manifest(files.out)["splits"]["train"]["documents"] == 5
 
 
+@pytest.fixture
+def plain(tmp_path):
+    """Train a tokenizer that has no piece for what its text lacks; its path."""
+    path = tmp_path / "plain.model"
+    ascii_text = [text.encode("ascii", "ignore").decode() for text in make_documents(0, 80)]
+    options = dict(vocab_size=200, model_type="bpe", byte_fallback=False, hard_vocab_limit=False)
+    ids = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    with open(path, "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(ascii_text), model_writer=model, **options, **ids
+        )
+    return path
+
+
+def test_held_out_text_that_the_tokenizer_cannot_spell_is_refused(tmp_path, files, plain, capsys):
+    """Its bits per byte would be wrong; training text may have some, and a line says so."""
+    sound = [f"{i} the of and to a model" for i in range(9)]
+    lossy = [*sound, "the \u2603 of \u2603"]
+    train = write_docs(tmp_path / "train.txt", [f"train {text}" for text in lossy])
+    val = write_docs(tmp_path / "val.txt", lossy)
+    args = replaced(files.args, train=train, val=val, tokenizer=plain)
+    assert prepare.main(args) == 1
+    error = one_line(capsys)
+    assert f"{val}: val document 9 ('the \u2603 of \u2603'): 2 tokens are the unknown piece" in error
+    assert "byte_fallback" in error and not files.out.exists()
+
+    write_docs(val, sound)
+    assert prepare.main(args) == 0
+    assert "train: 2 tokens are the unknown piece" in capsys.readouterr().err
+    assert prepare.main(["verify", str(files.out)]) == 0
+
+    # Shards that another tool made are found by verify, and by the count of a download.
+    path = files.out / "toy_val_000000.bin"
+    tokens = np.array(shards.load_tokens(path))
+    tokens[5] = 3
+    path.write_bytes(path.read_bytes()[:1024] + tokens.tobytes())
+    manifest = shards.load_manifest(files.out)
+    manifest["splits"]["val"]["shards"][0]["sha256"] = shards.sha256_file(path)
+    (files.out / "manifest.json").write_bytes(shards.manifest_bytes(manifest))
+    capsys.readouterr()
+    assert prepare.main(["verify", str(files.out)]) == 1
+    assert capsys.readouterr().err.count(f"{path}: 1 tokens are the unknown piece") == 1
+    with pytest.raises(DataError, match="1 tokens are the unknown piece"):
+        tokenizing.count_bytes([path], tokenizing.open_tokenizer(str(plain)), 10)
+
+
 def test_leak_is_refused_and_named(tmp_path, files, capsys):
     leaked = make_documents(200, 5)[3]
     other = write_docs(tmp_path / "t2.jsonl", [*make_documents(700, 2), leaked.upper().replace(" ", "  ")])

@@ -1,6 +1,5 @@
 """Bytes: the denominator of bits per byte is the UTF-8 length of the decoded text, token by token."""
 
-import io
 import itertools
 import json
 import math
@@ -227,7 +226,7 @@ def test_sum_is_the_utf8_length_of_every_document(vocabularies, name):
 
     # The auditor's texts are as long.
     run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
-    assert [len(text.encode()) for text in audit.decoder(run)(documents)] == lengths
+    assert [len(text.encode()) for text in audit.tokenizer_of(run).decode(documents)] == lengths
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -296,23 +295,36 @@ def test_three_space_bytes_count_once_only_when_in_a_row(vocabularies):
 
 def test_a_vocabulary_without_bytes_or_space_piece(tmp_path):
     """Without byte pieces, three unknown tokens in a row are not a spelled space."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(ENGLISH),
-        model_writer=model,
-        vocab_size=200,
-        model_type="bpe",
-        byte_fallback=False,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_id=0,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    (tmp_path / "plain.model").write_bytes(model.getvalue())
-    path = edit_pieces(tmp_path / "plain.model", tmp_path / "none.model", without_space_piece)
+    plain = train_tokenizer(tmp_path / "plain.model", ENGLISH, 200, byte_fallback=False)
+    path = edit_pieces(plain, tmp_path / "none.model", without_space_piece)
     assert count(t.sentencepiece_counts(path), 9, 3, 3, 3, 3) == [0, 0, 0, 0]
+
+
+def test_text_that_the_tokenizer_cannot_spell_has_no_score(tmp_path):
+    """An unknown piece decodes to 5 bytes, whatever it stands for: no denominator is right.
+
+    Training text may have some, and so may what val_tokens leaves out.
+    """
+    model = train_tokenizer(tmp_path / "plain.model", ENGLISH, 200, byte_fallback=False)
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    odd = "the \u2603\u2603 river"
+    unknown = sp.encode(odd).count(sp.unk_id())
+    assert unknown > 0 and len(sp.decode(sp.encode(odd)).encode()) != len(odd.encode())
+    assert t.sentencepiece_counts(model).unknown == sp.unk_id()
+
+    sound = joined([BOS, *sp.encode(text)] for text in ENGLISH)
+    lossy = [*sound, BOS, *sp.encode(odd)]
+    knobs = dict(data_path=tmp_path, tokenizer_path=model, vocab_size=sp.vocab_size(), report_split="more")
+    for split in ("train", "val", "more"):
+        write_shard(tmp_path / f"x_{split}_000000.bin", lossy if split == "train" else sound)
+    t.load_dataset(tiny(**knobs), trains=True)
+    for split in ("more", "val"):
+        write_shard(tmp_path / f"x_{split}_000000.bin", lossy)
+        with pytest.raises(
+            t.InputError, match=f"{unknown} tokens of {split} are the unknown piece.*byte_fall"
+        ):
+            t.load_dataset(tiny(**knobs))
+        t.load_dataset(tiny(**knobs, val_tokens=len(sound) - 1))
 
 
 FLAG_PAIRS = list(itertools.product([False, True], repeat=2))
@@ -355,7 +367,7 @@ def test_a_first_space_counts_if_decode_keeps_it(flagged, dummy, remove, has_pie
     run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
     texts = SPACED + FOREIGN + ENGLISH[:10]
     documents = [sp.encode(text) for text in texts]
-    audited = audit.decoder(run)(documents)
+    audited = audit.tokenizer_of(run).decode(documents)
     for text, document, of_auditor in zip(texts, documents, audited):
         expected = sp.decode(document).replace(SPACE, " ")
         if drops and not has_piece:  # the first space is spelled in bytes, which decode keeps
@@ -437,7 +449,9 @@ def test_tiktoken_counts_are_the_bytes_of_the_text(byte_encoding):
 
     manifest = {"tokenizer": {"encoding": "tiny_test"}}
     run = SimpleNamespace(dataset=SimpleNamespace(manifest=manifest), h=SimpleNamespace(tokenizer_path=""))
-    assert audit.decoder(run)(documents) == [byte_encoding.decode(document) for document in documents]
+    assert audit.tokenizer_of(run).decode(documents) == [
+        byte_encoding.decode(document) for document in documents
+    ]
 
 
 def test_tiktoken_comes_from_the_manifest(byte_encoding, tmp_path):
