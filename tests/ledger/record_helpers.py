@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import fixtures_records as fx
@@ -26,6 +27,7 @@ MARKERS = "# Title\n\n<!-- board:start -->\nold\n<!-- board:end -->\n\nlast line
 
 
 def write_logs(folder: Path, seeds=SEEDS, **change) -> list[str]:
+    """Write a made-up log for each seed and return their paths. change: as for `fx.log_text`."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         (folder / f"run{seed}.txt").write_text(fx.log_text(seed, **change), encoding="utf-8")
@@ -33,56 +35,64 @@ def write_logs(folder: Path, seeds=SEEDS, **change) -> list[str]:
 
 
 def make(root: Path, seeds=SEEDS, meta=None, **change) -> Path:
-    """A folder as `new` writes it, its claims not examined."""
+    """Write a record folder as `new` does, without examining its claims, and return it."""
     meta = {**META, **(meta or {})}
     runs = [runlog.parse_log(Path(log)) for log in write_logs(root / f"logs_{meta['name']}", seeds, **change)]
-    place = root / "records" / meta["track"] / f"{meta['date']}_{meta['name']}"
-    record_folder.build(place, runs, meta, "what changed\n", root)
-    return place
+    folder = root / "records" / meta["track"] / f"{meta['date']}_{meta['name']}"
+    record_folder.build(folder, runs, meta, "what changed\n", root)
+    return folder
 
 
 def run(root: Path, *argv) -> int:
+    """Run a verb of `record` on the ledger of `root` and return its exit status."""
     return record.main(["--root", str(root), *map(str, argv)])
 
 
-def verdict(folder: Path) -> dict[str, tuple[str, str]]:
+def verdicts(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return {claim: (verdict, evidence)} of a record folder."""
     return {
-        claim: (status, evidence)
-        for status, claim, evidence in record_claims.examine_record(folder, folder.parent.parent)
+        claim: (verdict, evidence)
+        for verdict, claim, evidence in record_claims.examine_record(folder, folder.parent.parent)
     }
 
 
-def fails(folder: Path) -> set[str]:
-    return {claim for claim, (status, _) in verdict(folder).items() if status == "fail"}
+def failed_claims(folder: Path) -> set[str]:
+    """Return the claims of a record folder that fail."""
+    return {claim for claim, (verdict, _) in verdicts(folder).items() if verdict == "fail"}
 
 
-def edit(path: Path, pattern: str, new: str, count: int = 1) -> None:
-    text, done = re.subn(pattern, new, path.read_text(encoding="utf-8"), count=count, flags=re.MULTILINE)
-    assert done, f"{pattern} is not in {path.name}"
+def edit(path: Path, pattern: str, new: str) -> None:
+    """Replace the first match of the pattern, which must be in the file."""
+    text, count = re.subn(pattern, new, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+    assert count, f"{pattern} is not in {path.name}"
     path.write_text(text, encoding="utf-8")
 
 
-def edit_json(path: Path, change) -> None:
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Let `change` alter the object in a JSON file."""
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def edit_log(path: Path, pattern: str, new: str) -> None:
-    """Edits what the run wrote; the source at the head stays."""
-    source, mark, said = path.read_text(encoding="utf-8").partition(fx.SEPARATOR)
-    said, done = re.subn(pattern, new, said, count=1, flags=re.MULTILINE)
-    assert done, f"{pattern} is not in {path.name}"
-    path.write_text(source + mark + said, encoding="utf-8")
+    """Replace the first match of the pattern below the source at the head of a log."""
+    source, separator, run_text = path.read_text(encoding="utf-8").partition(fx.SEPARATOR)
+    run_text, count = re.subn(pattern, new, run_text, count=1, flags=re.MULTILINE)
+    assert count, f"{pattern} is not in {path.name}"
+    path.write_text(source + separator + run_text, encoding="utf-8")
 
 
 def log42(folder: Path) -> Path:
+    """Return the log of seed 42."""
     return folder / "logs" / "seed42.txt"
 
 
-def refuse(repo, capsys, says, *argv) -> None:
-    before = sorted(p.name for p in (repo / "records").rglob("*"))
+def refuse(repo: Path, capsys, reason: str, *argv) -> None:
+    """Run a verb that must refuse for this reason, in one line, and leave records/ as it was."""
+    before = sorted(path.name for path in (repo / "records").rglob("*"))
     assert run(repo, *argv) == 2
     captured = capsys.readouterr()
-    assert says in captured.err + captured.out and captured.err.count("\n") == 1
-    assert sorted(p.name for p in (repo / "records").rglob("*")) == before
+    assert reason in captured.err + captured.out
+    assert captured.err.count("\n") == 1
+    assert sorted(path.name for path in (repo / "records").rglob("*")) == before

@@ -11,38 +11,62 @@ from record_helpers import MARKERS, make, run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_board(repo, capsys):
+def test_the_front_page_shows_records_best_first(repo):
     make(repo, loss=2.0, meta={"name": "Best", "date": "2026-11-23"})
     make(repo, seeds=(5,), meta={"name": "Idea", "record": False})
     assert run(repo, "board") == 0
-    top = (repo / "README.md").read_text()
-    all_of_it = (repo / "records" / "README.md").read_text()
-    assert top.startswith("# Title\n")
-    assert top.endswith("last line\n")
-    assert "old" not in top
-    assert top.index("[Best](records/track_h100x1_5min/2026-11-23_Best/)") < top.index("[Base](records")
-    assert "Idea" not in top and "[Idea](track_h100x1_5min/2026-11-22_Idea/)" in all_of_it
-    assert "a first \\| one" in top and "history.png" in all_of_it
-    assert (repo / "records" / "history.png").read_bytes()[:4] == b"\x89PNG"
-    before = (repo / "records" / "history.png").read_bytes()
+
+    page = (repo / "README.md").read_text()
+    best = page.index("[Best](records/track_h100x1_5min/2026-11-23_Best/)")
+    base = page.index("[Base](records")
+    assert best < base
+    assert "a first \\| one" in page
+    assert "Idea" not in page  # a non-record
+
+    assert page.startswith("# Title\n")
+    assert "old" not in page  # what stood between the markers
+    assert page.endswith("last line\n")
+
+
+def test_the_ledgers_page_shows_non_records_and_the_picture(repo):
+    make(repo, seeds=(5,), meta={"name": "Idea", "record": False})
     assert run(repo, "board") == 0
-    assert (repo / "README.md").read_text() == top
-    assert (repo / "records" / "history.png").read_bytes() == before
+
+    page = (repo / "records" / "README.md").read_text()
+    assert "[Idea](track_h100x1_5min/2026-11-22_Idea/)" in page
+    assert "history.png" in page
+    assert (repo / "records" / "history.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_board_without_markers_or_records(repo, folder, capsys):
-    (repo / "README.md").write_text("no markers\n")
+def test_the_same_records_give_the_same_bytes(repo):
+    written = [repo / "README.md", repo / "records" / "README.md", repo / "records" / "history.png"]
+    assert run(repo, "board") == 0
+    first = [path.read_bytes() for path in written]
+
+    assert run(repo, "board") == 0
+    assert [path.read_bytes() for path in written] == first
+
+
+def test_a_page_without_markers_is_named_and_nothing_is_written(repo, capsys):
+    front_page = repo / "README.md"
+    front_page.write_text("no markers\n")
     assert run(repo, "board") == 2
+
     error = capsys.readouterr().err
-    assert str(repo / "README.md") in error and error.count("\n") == 1
+    assert str(front_page) in error
+    assert error.count("\n") == 1
     assert (repo / "records" / "README.md").read_text() == MARKERS
     assert not (repo / "records" / "history.png").exists()
+
+
+def test_a_ledger_without_records_says_so(repo, folder):
     shutil.rmtree(folder)
-    (repo / "README.md").write_text(MARKERS)
-    assert run(repo, "board") == 0 and "No records yet." in (repo / "README.md").read_text()
+    assert run(repo, "board") == 0
+    assert "No records yet." in (repo / "README.md").read_text()
 
 
 def test_the_repositorys_own_ledger():
     assert run(ROOT, "verify", "--quiet") == 0
     page = (ROOT / "records" / "README.md").read_text()
-    assert page.count(BOARD.start) == 1 and page.count(BOARD.end) == 1
+    assert page.count(BOARD.start) == 1
+    assert page.count(BOARD.end) == 1

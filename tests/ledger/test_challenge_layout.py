@@ -1,7 +1,7 @@
 """Submissions in the challenge's layout, sound and with the failures that published ones have had.
 
-What `record verify` owes any folder: a line per claim, no traceback, and nothing called ok that was not
-looked at. Of the challenge's layout it names the failures that published folders have had, and runs no code.
+`record verify` owes any folder a line per claim, no traceback, and no ok for what it has not read. It names
+the failures that published submissions have had, and it runs none of their code.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ledger import record, runlog
-from ledger.challenge_claims import is_challenge_folder
+from ledger.challenge_claims import ChallengeCase, is_challenge_folder
 from ledger.dialects import parse_published_log
 from ledger.record_claims import CLAIMS
 from ledger.schema import schema_errors, submission_schema
@@ -23,17 +23,16 @@ from ledger.tracks import CAP_BYTES
 ROOT = Path(__file__).resolve().parents[2]
 
 FIXTURES = ROOT / "tests" / "fixtures" / "challenge"
-EARLY, SECOND, PHASED = DIALECTS = (
-    "2026-03-22_EarlyDialect",
-    "2026-04-05_SecondDialect",
-    "2026-04-27_PhasedDialect",
-)
+EARLY = "2026-03-22_EarlyDialect"
+SECOND = "2026-04-05_SecondDialect"
+PHASED = "2026-04-27_PhasedDialect"
+DIALECTS = (EARLY, SECOND, PHASED)
 ROW = re.compile(r"  (ok|fail|not checkable) +(\w+) +(\S.*)")
 
 
 @pytest.fixture
-def place(tmp_path):
-    """copy(name): a fixture below a ledger of its own."""
+def published(tmp_path):
+    """Return a function that copies a fixture into a ledger of its own and returns the folder."""
 
     def copy(name):
         folder = tmp_path / "records" / "track_10min_16mb" / name
@@ -44,11 +43,16 @@ def place(tmp_path):
 
 
 def verify(folder, capsys):
-    """({claim: (status, evidence)}, exit status). Whatever the folder holds: a row per claim, no more."""
+    """Verify a folder and return {claim: (verdict, evidence)} with the exit status.
+
+    Whatever the folder holds, there must be one row per claim and nothing else.
+    """
     status = record.main(["--root", str(folder.parents[2]), "verify", str(folder)])
-    said = capsys.readouterr()
-    assert not said.err and "Traceback" not in said.out
-    head, *rows, total = said.out.splitlines()
+    printed = capsys.readouterr()
+    assert not printed.err
+    assert "Traceback" not in printed.out
+
+    _, *rows, total = printed.out.splitlines()
     found = [ROW.fullmatch(row) for row in rows]
     assert all(found), [row for row, match in zip(rows, found) if not match]
     assert [match[2] for match in found] == list(CLAIMS)
@@ -56,15 +60,26 @@ def verify(folder, capsys):
     return {match[2]: (match[1], match[3]) for match in found}, status
 
 
+def claim_of(folder, claim, capsys):
+    """Verify a folder and return (verdict, evidence) of one claim."""
+    rows, _ = verify(folder, capsys)
+    return rows[claim]
+
+
+def stored(folder):
+    """Return submission.json."""
+    return json.loads((folder / "submission.json").read_text())
+
+
 def edit(folder, **changes):
-    """submission.json with keys replaced; None removes one."""
-    file = folder / "submission.json"
-    sub = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in sub.items() if v is not None}))
+    """Replace keys of submission.json; None removes one."""
+    changed = stored(folder) | changes
+    kept = {key: value for key, value in changed.items() if value is not None}
+    (folder / "submission.json").write_text(json.dumps(kept))
 
 
 def edit_logs(folder, pattern, change):
-    """Each match of the pattern in every log replaced by change(match)."""
+    """Replace each match of the pattern in every log by change(match)."""
     for log in folder.glob("train_seed*.log"):
         text, count = re.subn(pattern, change, log.read_text())
         assert count, f"{log.name} has nothing like {pattern}"
@@ -75,26 +90,23 @@ def edit_logs(folder, pattern, change):
 
 
 def oversize(folder):
-    """Artifact and code over the cap, in log and json alike."""
-    sub = json.loads((folder / "submission.json").read_text())
+    """Put artifact and code over the cap, in the logs and in submission.json."""
+    sub = stored(folder)
     over = 800_000
-    edit(
-        folder,
-        bytes_total=sub["bytes_total"] + over,
-        seed_results={
-            seed: e | {"artifact_bytes": e["artifact_bytes"] + over}
-            for seed, e in sub["seed_results"].items()
-        },
-    )
+    results = {
+        seed: result | {"artifact_bytes": result["artifact_bytes"] + over}
+        for seed, result in sub["seed_results"].items()
+    }
+    edit(folder, bytes_total=sub["bytes_total"] + over, seed_results=results)
     edit_logs(
         folder,
         r"((?:Serialized model|Total submission size) \S+\+\S+: )(\d+)",
-        lambda m: m[1] + str(int(m[2]) + over),
+        lambda match: match[1] + str(int(match[2]) + over),
     )
 
 
 def oversize_for_one_seed(folder):
-    """Only the log of one seed is over the cap; the json says the size of another."""
+    """Put the log of one seed over the cap, while submission.json states the size of another."""
     log = folder / "train_seed1337.log"
     text, count = re.subn(r"(Total submission size \S+: )\d+", r"\g<1>16004321", log.read_text())
     assert count == 1
@@ -102,38 +114,39 @@ def oversize_for_one_seed(folder):
 
 
 def seeds_as_dict(folder):
-    sub = json.loads((folder / "submission.json").read_text())
-    edit(
-        folder,
-        seeds={
-            str(seed): entry["val_bpb"] for seed, entry in zip(sub["seeds"], sub["seed_results"].values())
-        },
-    )
+    """Give the seeds as an object with their scores."""
+    sub = stored(folder)
+    bpb = [result["val_bpb"] for result in sub["seed_results"].values()]
+    edit(folder, seeds={str(seed): value for seed, value in zip(sub["seeds"], bpb)})
 
 
 def bpb_as_loss(folder):
-    edit(folder, val_bpb=None, val_loss=json.loads((folder / "submission.json").read_text())["val_bpb"])
+    """Give the bits per byte as the loss."""
+    edit(folder, val_bpb=None, val_loss=stored(folder)["val_bpb"])
 
 
 def another_script(folder):
-    with open(folder / "train_gpt.py", "a") as f:
-        f.write("\nLEARNING_RATE = 0.04\n")
+    """Append a line to the script."""
+    with open(folder / "train_gpt.py", "a") as script:
+        script.write("\nLEARNING_RATE = 0.04\n")
 
 
 def one_seed(folder):
+    """Leave a single seed, everywhere."""
     for seed in (1337, 2024):
         (folder / f"train_seed{seed}.log").unlink()
-    entry = json.loads((folder / "submission.json").read_text())["seed_results"]["42"]
+    entry = stored(folder)["seed_results"]["42"]
     edit(folder, seeds=[42], seed_results={"42": entry}, val_bpb=entry["val_bpb"], val_loss=entry["val_loss"])
 
 
 def seconds_601(folder):
-    edit_logs(folder, r"(wallclock_cap train_time: ?)\d+", lambda m: f"{m[1]}601153")
+    """Let training take 601.2 s."""
+    edit_logs(folder, r"(wallclock_cap train_time: ?)\d+", lambda match: f"{match[1]}601153")
 
 
 def other_bpb(folder):
-    """The json's figure is better than the logs'."""
-    edit(folder, val_bpb=json.loads((folder / "submission.json").read_text())["val_bpb"] - 0.01)
+    """State a better score than the logs."""
+    edit(folder, val_bpb=stored(folder)["val_bpb"] - 0.01)
 
 
 def no_submission(folder):
@@ -155,8 +168,8 @@ def nothing(folder):
 
 
 FAULTS = {
-    f.__name__: f
-    for f in (
+    fault.__name__: fault
+    for fault in (
         oversize,
         oversize_for_one_seed,
         seeds_as_dict,
@@ -173,7 +186,7 @@ FAULTS = {
 }
 
 
-FAILS = {
+FAILS = {  # fault -> the claims that fail
     "none": set(),
     "oversize": {"bytes"},
     "oversize_for_one_seed": {"bytes"},
@@ -196,9 +209,10 @@ def test_the_fixtures_are_sound():
     """Their figures agree, so that a fault planted in a copy is the only one."""
     for name in DIALECTS:
         folder = FIXTURES / name
-        sub = json.loads((folder / "submission.json").read_text())
+        sub = stored(folder)
         logs = sorted(folder.glob("train_seed*.log"))
-        assert len(logs) == len(sub["seeds"]) == 3 and (folder / "README.md").is_file()
+        assert len(logs) == len(sub["seeds"]) == 3
+        assert (folder / "README.md").is_file()
         sizes = [int(re.search(r"Total submission size \S+: (\d+)", log.read_text())[1]) for log in logs]
         assert max(sizes) == sub["bytes_total"] <= CAP_BYTES
         bits = sub["val_loss"] / math.log(2) * 62_021_632 / 151_080_169
@@ -211,51 +225,53 @@ def test_the_fixtures_are_sound():
 
 @pytest.mark.parametrize("name", DIALECTS)
 @pytest.mark.parametrize("fault", ["none", *FAULTS])
-def test_a_foreign_folder_gets_a_line_per_claim(name, fault, place, capsys):
-    """The failed claims are those of the fault, no more; the phased one is over the clock anyway."""
-    folder = place(name)
-    FAULTS.get(fault, lambda folder: None)(folder)
+def test_a_foreign_folder_gets_a_line_per_claim(name, fault, published, capsys):
+    """The claims that fail are those of the fault, no more."""
+    folder = published(name)
+    if fault != "none":
+        FAULTS[fault](folder)
     rows, status = verify(folder, capsys)
-    fails = {claim for claim, (found, _) in rows.items() if found == "fail"}
-    assert status == (1 if fails else 0)
-    if fault != "nothing":
-        wanted = set(FAILS[fault])
-        if name == PHASED and fault != "no_logs":
-            wanted.add("clock")
-        if name == EARLY and fault == "another_script":
-            wanted.add("source")
-        assert fails == wanted
+    failed = {claim for claim, (verdict, _) in rows.items() if verdict == "fail"}
+    assert status == (1 if failed else 0)
+    if fault == "nothing":
+        return
+
+    wanted = set(FAILS[fault])
+    if name == PHASED and fault != "no_logs":  # as published, it is over the limit
+        wanted.add("clock")
+    if name == EARLY and fault == "another_script":  # only the early logs hold their source
+        wanted.add("source")
+    assert failed == wanted
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_nothing_unread_is_called_ok(name, place, capsys):
+def test_nothing_unread_is_called_ok(name, published, capsys):
     """A claim about figures is ok only where the logs were read."""
-    rows, _ = verify(place(name), capsys)
+    rows, _ = verify(published(name), capsys)
     if rows["logs"][0] != "ok":
-        called_ok = {claim for claim, (status, _) in rows.items() if status == "ok"}
+        called_ok = {claim for claim, (verdict, _) in rows.items() if verdict == "ok"}
         assert called_ok <= {"syntax", "import", "code", "name"}, called_ok
 
 
-def test_a_missing_submission_is_named(place, capsys):
-    folder = place(EARLY)
+def test_a_missing_submission_is_named(published, capsys):
+    folder = published(EARLY)
     no_submission(folder)
     rows, status = verify(folder, capsys)
     assert rows["schema"] == ("fail", "submission.json cannot be read") and status == 1
     assert "submission.json" in rows["files"][1]
 
 
-def test_missing_files_are_named(place, capsys):
-    folder = place(EARLY)
+def test_missing_files_are_named(published, capsys):
+    folder = published(EARLY)
     nothing(folder)
     rows, _ = verify(folder, capsys)
     assert all(name in rows["files"][1] for name in ("README.md", "submission.json", "train_gpt.py"))
     assert rows["logs"] == ("fail", "no logs")
 
 
-def test_a_seeds_dict_is_named_when_the_rest_is_there(place, capsys):
-    """Of many schema errors three are printed; alone, this one is."""
-    stored = {"seeds": {"42": 1.2}}
-    errors = schema_errors(stored, submission_schema())
+def test_seeds_that_are_no_list_are_named():
+    """`verify` prints only three of many schema errors, so this one is looked for among all."""
+    errors = schema_errors({"seeds": {"42": 1.2}}, submission_schema())
     assert any("seeds" in error and "not of type array" in error for error in errors)
 
 
@@ -277,8 +293,8 @@ SUBMISSIONS = {
 
 
 @pytest.mark.parametrize("kind", SUBMISSIONS)
-def test_any_submission_json(kind, place, capsys):
-    folder = place(PHASED)
+def test_any_submission_json(kind, published, capsys):
+    folder = published(PHASED)
     (folder / "submission.json").write_bytes(SUBMISSIONS[kind])
     rows, status = verify(folder, capsys)
     assert rows["schema"][0] == "fail" and status == 1
@@ -305,8 +321,8 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_any_script(kind, place, capsys):
-    folder = place(PHASED)
+def test_any_script(kind, published, capsys):
+    folder = published(PHASED)
     (folder / "train_gpt.py").write_bytes(SCRIPTS[kind])
     rows, status = verify(folder, capsys)
     assert rows["code"][0] != "ok" and status == 1
@@ -323,9 +339,9 @@ LOGS = {
 
 
 @pytest.mark.parametrize("kind", [*LOGS, "folder", *DIALECTS])
-def test_any_log(kind, place, capsys):
-    """Logs where this ledger keeps them, of any content."""
-    folder = place(EARLY)
+def test_any_log(kind, published, capsys):
+    """A log of any content, where this ledger keeps its own."""
+    folder = published(EARLY)
     log = folder / "logs" / "seed42.txt"
     log.parent.mkdir()
     if kind == "folder":
@@ -335,15 +351,16 @@ def test_any_log(kind, place, capsys):
     else:
         log.write_bytes(LOGS[kind])
     rows, status = verify(folder, capsys)
-    assert rows["logs"][0] == "fail"
-    assert "seed42.txt" in rows["logs"][1]
+    verdict, evidence = rows["logs"]
+    assert verdict == "fail"
+    assert "seed42.txt" in evidence
     assert status == 1
 
 
 @pytest.mark.parametrize("verb", ["compare", "plot", "reproduce", "diff"])
 @pytest.mark.parametrize("name", DIALECTS)
-def test_other_verbs_refuse_in_one_line(verb, name, place, capsys):
-    folder = place(name)
+def test_other_verbs_refuse_in_one_line(verb, name, published, capsys):
+    folder = published(name)
     argv = {
         "compare": [str(folder)] * 2,
         "plot": [str(folder)],
@@ -351,14 +368,17 @@ def test_other_verbs_refuse_in_one_line(verb, name, place, capsys):
         "diff": [str(folder)] * 2,
     }
     status = record.main(["--root", str(folder.parents[2]), verb, *argv[verb]])
-    said = capsys.readouterr()
-    assert status in ((0, 2) if verb == "diff" else (2,)), said
-    assert status == 0 or (said.err.startswith("record: ") and said.err.count("\n") == 1)
+    printed = capsys.readouterr()
+    if verb == "diff" and status == 0:  # it compares scripts, which these folders have
+        return
+    assert status == 2, printed
+    assert printed.err.startswith("record: ")
+    assert printed.err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- what verify says of this layout
 
-WANTED = {
+NAMED = {  # fault -> the claim that fails, and a part of its evidence
     "oversize": ("bytes", "16,"),
     "oversize_for_one_seed": ("bytes", "16,004,321"),
     "seeds_as_dict": ("schema", "seeds"),
@@ -370,45 +390,51 @@ WANTED = {
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-@pytest.mark.parametrize("fault", WANTED)
-def test_a_fault_is_named(name, fault, place, capsys):
+@pytest.mark.parametrize("fault", NAMED)
+def test_a_fault_is_named(name, fault, published, capsys):
     """The claim fails with the figure in its evidence, and holds in the sound folder."""
-    claim, evidence = WANTED[fault]
-    folder = place(name)
-    status, told = verify(folder, capsys)[0][claim]
-    if (name, claim) == (PHASED, "clock"):  # as published: over the limit by its calibration
-        assert status == "fail" and evidence not in told
+    claim, figure = NAMED[fault]
+    folder = published(name)
+    verdict, evidence = claim_of(folder, claim, capsys)
+    if name == PHASED and claim == "clock":  # as published, over the limit by its calibration
+        assert verdict == "fail"
+        assert figure not in evidence
     else:
-        assert status == "ok"
+        assert verdict == "ok"
+
     FAULTS[fault](folder)
-    status, told = verify(folder, capsys)[0][claim]
-    assert status == "fail" and evidence in told
+    verdict, evidence = claim_of(folder, claim, capsys)
+    assert verdict == "fail"
+    assert figure in evidence
 
 
-def test_a_log_of_another_script_is_named(place, capsys):
+def test_a_log_of_another_script_is_named(published, capsys):
     """Only the early form of log holds its source."""
-    folder = place(EARLY)
-    assert verify(folder, capsys)[0]["source"][0] == "ok"
+    folder = published(EARLY)
+    assert claim_of(folder, "source", capsys)[0] == "ok"
     another_script(folder)
-    assert verify(folder, capsys)[0]["source"][0] == "fail"
+    assert claim_of(folder, "source", capsys)[0] == "fail"
 
 
 @pytest.mark.parametrize("name", [SECOND, PHASED])
-def test_a_log_without_a_source_proves_none(name, place, capsys):
-    assert verify(place(name), capsys)[0]["source"][0] == "not checkable"
+def test_a_log_without_a_source_proves_none(name, published, capsys):
+    assert claim_of(published(name), "source", capsys)[0] == "not checkable"
 
 
-@pytest.mark.parametrize("name", [SECOND, PHASED])
-def test_calibration_counts_as_training(name, place, capsys):
+def test_calibration_counts_as_training(published, capsys):
     """588 s and 11.3 s are within 600 s; 599.6 s and 4.7 s are not."""
-    status, told = verify(place(name), capsys)[0]["clock"]
-    assert (status, "604.3" in told) == (("ok", False) if name == SECOND else ("fail", True))
+    verdict, _ = claim_of(published(SECOND), "clock", capsys)
+    assert verdict == "ok"
+
+    verdict, evidence = claim_of(published(PHASED), "clock", capsys)
+    assert verdict == "fail"
+    assert "604.3" in evidence
 
 
-def test_untimed_calibration_is_not_called_ok(place, capsys):
-    folder = place(SECOND)
-    edit_logs(folder, r"(collected 67 Hessians) in 11.3s", lambda m: m[1])
-    assert verify(folder, capsys)[0]["clock"][0] == "not checkable"
+def test_untimed_calibration_is_not_called_ok(published, capsys):
+    folder = published(SECOND)
+    edit_logs(folder, r"(collected 67 Hessians) in 11.3s", lambda match: match[1])
+    assert claim_of(folder, "clock", capsys)[0] == "not checkable"
 
 
 @pytest.mark.parametrize("name", DIALECTS)
@@ -426,18 +452,20 @@ def test_the_facts_of_a_log(name):
     assert run.number("phase_times", "eval_s") == {EARLY: 75.0, SECOND: 81.234, PHASED: 508.8}[name]
 
 
-def test_a_reprinted_label_is_not_believed(place, capsys):
+def test_a_reprinted_label_is_not_believed(published, capsys):
     """The last line of the early logs repeats the sliding score under the label of another."""
-    assert verify(place(EARLY), capsys)[0]["score"][1].startswith("final_int6_sliding_window_exact ")
+    assert claim_of(published(EARLY), "score", capsys)[1].startswith("final_int6_sliding_window_exact ")
 
 
-def test_a_source_behind_the_settings_is_found(place, capsys):
-    """And its format strings are not read as results."""
-    folder = place(SECOND)
-    with open(folder / "train_gpt.py", "a") as f:
-        f.write("if 0:\n    '''\nquantized val_loss:1.0 val_bpb:0.5\nCode size: 7 bytes\n'''\n")
+def test_a_source_after_the_settings_is_found(published, capsys):
+    """Its format strings are not read as results."""
+    folder = published(SECOND)
+    with open(folder / "train_gpt.py", "a") as script:
+        script.write("if 0:\n    '''\nquantized val_loss:1.0 val_bpb:0.5\nCode size: 7 bytes\n'''\n")
     source = (folder / "train_gpt.py").read_text()
-    edit_logs(folder, rf"(  world_size: 8\n)({runlog.SEPARATOR})", lambda m: f"{m[1]}{source}\n{m[2]}")
+    edit_logs(
+        folder, rf"(  world_size: 8\n)({runlog.SEPARATOR})", lambda match: f"{match[1]}{source}\n{match[2]}"
+    )
     rows, _ = verify(folder, capsys)
     assert rows["source"][0] == "ok" and rows["numbers"][0] == "ok"
 
@@ -453,39 +481,44 @@ PACKED = b"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode('x'),form
         (PHASED, None, "compressed wrapper"),
     ],
 )
-def test_the_code_convention_is_said(name, script, convention, place, capsys):
-    folder = place(name)
+def test_the_code_convention_is_named(name, script, convention, published, capsys):
+    folder = published(name)
     if script:
         (folder / "train_gpt.py").write_bytes(script)
-        edit_logs(folder, r"(Code size: )\d+", lambda m: f"{m[1]}{len(script)}")
-    status, told = verify(folder, capsys)[0]["code"]
-    assert convention in told and status == ("not checkable" if name == PHASED else "ok")
+        edit_logs(folder, r"(Code size: )\d+", lambda match: f"{match[1]}{len(script)}")
+    verdict, evidence = claim_of(folder, "code", capsys)
+    assert convention in evidence
+    assert verdict == ("not checkable" if name == PHASED else "ok")
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_a_foreign_script_never_runs(name, place, tmp_path, capsys):
-    folder = place(name)
+def test_a_foreign_script_never_runs(name, published, tmp_path, capsys):
+    folder = published(name)
     mark = tmp_path / "ran"
-    (folder / "train_gpt.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    (folder / "sitecustomize.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    program = f"open({str(mark)!r}, 'w')\n"
+    (folder / "train_gpt.py").write_text(program)
+    (folder / "sitecustomize.py").write_text(program)
     rows, _ = verify(folder, capsys)
     assert rows["import"][0] == "not checkable"
     assert rows["syntax"][0] == "ok"
     assert not mark.exists()
 
 
-def test_code_beside_the_script_is_named(place, capsys):
-    folder = place(SECOND)
+def test_code_beside_the_script_is_named(published, capsys):
+    folder = published(SECOND)
     (folder / "train_gpt_human.py").write_text("x = 1\n")
-    status, told = verify(folder, capsys)[0]["files"]
-    assert status == "ok" and "train_gpt_human.py" in told
+    verdict, evidence = claim_of(folder, "files", capsys)
+    assert verdict == "ok"
+    assert "train_gpt_human.py" in evidence
+
     (folder / "flash_attn_interface_of_nobody.py").write_text("x = 1\n")
-    status, told = verify(folder, capsys)[0]["files"]
-    assert status == "fail" and "flash_attn_interface_of_nobody" in told
+    verdict, evidence = claim_of(folder, "files", capsys)
+    assert verdict == "fail"
+    assert "flash_attn_interface_of_nobody" in evidence
 
 
 @pytest.mark.parametrize(
-    "changes, claim, evidence",
+    "changes, claim, reason",
     [
         ({"val_bpb_std": 0.0009}, "numbers", "val_bpb_std"),
         ({"val_bpb": 1.2}, "numbers", "mean of 3"),
@@ -497,46 +530,65 @@ def test_code_beside_the_script_is_named(place, capsys):
         ({"bytes_code": 604}, "numbers", "bytes_code"),
         ({"val_bpb": None, "mean_bpb": 1.2233}, "schema", "mean_bpb is there"),
         ({"pytorch_version": "2.8"}, "requirements", "2.9.1"),
-        ({"track": "non_record_16mb"}, "seeds", ""),
     ],
 )
-def test_figures_that_are_not_of_the_logs(changes, claim, evidence, place, capsys):
-    folder = place(EARLY)
+def test_figures_that_do_not_follow_from_the_logs(changes, claim, reason, published, capsys):
+    folder = published(EARLY)
     edit(folder, **changes)
-    status, told = verify(folder, capsys)[0][claim]
-    assert (status, evidence in told) == ("fail" if evidence else "ok", True)
+    verdict, evidence = claim_of(folder, claim, capsys)
+    assert verdict == "fail"
+    assert reason in evidence
 
 
-def test_rounded_figures_are_of_the_logs(place, capsys):
-    """Four digits or more; the spread is the sample's."""
-    folder = place(EARLY)
+def test_rounded_figures_follow_from_the_logs(published, capsys):
+    """Four digits are enough, and the spread is that of the sample."""
+    folder = published(EARLY)
     edit(folder, val_bpb=1.2233, val_loss=2.0655, val_bpb_std=0.00036, val_loss_std=0.0006)
-    assert verify(folder, capsys)[0]["numbers"][0] == "ok"
+    assert claim_of(folder, "numbers", capsys)[0] == "ok"
 
 
-def test_a_non_record_needs_no_three_seeds(place, capsys):
-    folder = place(SECOND)
+@pytest.mark.parametrize(
+    "track, is_record",
+    [
+        ("track_10min_16mb", True),
+        ("canonical_16mb", True),
+        ("anon-record_16mb", True),
+        ("non_record_16mb", False),
+        ("track_non_record_16mb", False),
+        ("non-record-unlimited-compute-16mb", False),
+        ("NonRecord", False),
+    ],
+)
+def test_the_name_of_a_track_says_whether_it_has_records(track, is_record, published, capsys):
+    folder = published(EARLY)
+    edit(folder, track=track)
+    assert ChallengeCase(folder).is_record is is_record
+    assert claim_of(folder, "seeds", capsys)[0] == "ok"
+
+
+def test_a_non_record_needs_no_three_seeds(published, capsys):
+    folder = published(SECOND)
     one_seed(folder)
     edit(folder, track="non_record_16mb", bytes_total=15_700_220)
     rows, status = verify(folder, capsys)
     assert rows["seeds"][0] == "ok" and status == 0
 
 
-def test_a_lone_train_log(place, capsys):
-    """Its seed is in its text; nothing of its name says it."""
-    folder = place(SECOND)
+def test_a_lone_train_log(published, capsys):
+    """Its seed is in its text; its name does not tell."""
+    folder = published(SECOND)
     one_seed(folder)
     (folder / "train_seed42.log").rename(folder / "train.log")
-    assert verify(folder, capsys)[0]["seeds"] == ("fail", "1 seed, a record needs 3")
+    assert claim_of(folder, "seeds", capsys) == ("fail", "1 seed, a record needs 3")
 
 
 @pytest.mark.parametrize(
     "line", ["Serialized model a+b: {} bytes", "seed:{}", "{}/2 train_loss: 1.0", "step:{}/2 x"]
 )
-def test_figures_of_any_length(line, place, capsys):
-    folder = place(SECOND)
-    with open(folder / "train_seed42.log", "a") as f:
-        f.write(line.format("9" * 900) + "\n" + " " * 500_000 + "\n")
+def test_figures_of_any_length(line, published, capsys):
+    folder = published(SECOND)
+    with open(folder / "train_seed42.log", "a") as log:
+        log.write(line.format("9" * 900) + "\n" + " " * 500_000 + "\n")
     verify(folder, capsys)
 
 
@@ -545,9 +597,9 @@ NOISE = (b"9", b"0", b".", b"-", b"\n", b" ", b"e9", b":", b"nan", b"\xff", b"")
 
 
 @pytest.mark.parametrize("name", DIALECTS)
-def test_damaged_folders_get_a_line_per_claim(name, place, capsys):
-    """Any values in submission.json, bytes of a log replaced: never an exception."""
-    folder = place(name)
+def test_damaged_folders_get_a_line_per_claim(name, published, capsys):
+    """Odd values in submission.json and replaced bytes of a log never raise an exception."""
+    folder = published(name)
     rng = random.Random(name)
     log = folder / "train_seed42.log"
     text = (folder / "submission.json").read_text()
@@ -556,18 +608,18 @@ def test_damaged_folders_get_a_line_per_claim(name, place, capsys):
         sub = json.loads(text)
         data = bytearray(sound)
         entry = sub["seed_results"]["42"]
-        for at in rng.sample((entry, sub["seed_results"], sub), rng.randrange(4)):
-            at[rng.choice(sorted(at))] = rng.choice(ODD)
+        for table in rng.sample((entry, sub["seed_results"], sub), rng.randrange(4)):
+            table[rng.choice(sorted(table))] = rng.choice(ODD)
         (folder / "submission.json").write_text(json.dumps(sub))
         for _ in range(rng.randrange(30)):
-            k = rng.randrange(len(data))
-            data[k : k + rng.randrange(3)] = rng.choice(NOISE)
+            start = rng.randrange(len(data))
+            data[start : start + rng.randrange(3)] = rng.choice(NOISE)
         log.write_bytes(data)
         verify(folder, capsys)
 
 
-def test_folders_of_this_ledger_are_not_foreign(place):
-    folder = place(EARLY)
+def test_folders_of_this_ledger_are_not_foreign(published):
+    folder = published(EARLY)
     assert is_challenge_folder(folder)
     (folder / "logs").mkdir()
     edit(folder, schema=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,44 +18,43 @@ from record_helpers import (
     edit,
     edit_json,
     edit_log,
-    fails,
+    failed_claims,
     log42,
     make,
     refuse,
     run,
-    verdict,
+    verdicts,
     write_logs,
 )
 
 
 def test_a_good_folder_passes(folder):
-    assert {status for status, _ in verdict(folder).values()} == {"ok"}
+    assert {verdict for verdict, _ in verdicts(folder).values()} == {"ok"}
 
 
-def spoil_log(pattern: str, new: str):
+def spoil_log(pattern: str, new: str) -> Callable[[Path], None]:
+    """Return a fault: a replacement in the log of seed 42."""
     return lambda folder: edit_log(log42(folder), pattern, new)
 
 
-def spoil_json(change):
+def spoil_json(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Return a fault: a change of submission.json."""
     return lambda folder: edit_json(folder / "submission.json", change)
 
 
-def both_scores(folder: Path) -> None:
-    """A better bpb than the loss allows, told the same way everywhere in the log."""
+def lower_bpb(folder: Path) -> None:
+    """Lower the final bpb wherever the log prints it, below what its loss allows."""
     text = log42(folder).read_text()
-    told = re.findall(r"^final_score .*val_bpb:(\S+)", text, flags=re.MULTILINE)[-1]
-    log42(folder).write_text(text.replace(f"val_bpb:{told}", f"val_bpb:{float(told) - 0.01:.8f}"))
+    printed = re.findall(r"^final_score .*val_bpb:(\S+)", text, flags=re.MULTILINE)[-1]
+    log42(folder).write_text(text.replace(f"val_bpb:{printed}", f"val_bpb:{float(printed) - 0.01:.8f}"))
 
 
 def second_log(folder: Path) -> None:
+    """Add the log of seed 42 once more, under another name."""
     shutil.copy(log42(folder), folder / "logs" / "seed43.txt")
 
 
-def rename(folder: Path, name: str) -> None:
-    folder.rename(folder.with_name(name))
-
-
-FAULTS = {
+FAULTS = {  # name -> the claim that fails, and what makes it fail
     "key missing": ("schema", spoil_json(lambda sub: sub.pop("val_bpb"))),
     "script is not text": ("source", lambda folder: (folder / "train_gpt.py").write_bytes(b"x = 1 # \xff\n")),
     "step line garbled": ("steps", spoil_log(r"^step:550/", "step:5x0/")),
@@ -100,7 +99,7 @@ FAULTS = {
     "calibration counts": ("clock", spoil_log("calibrate:0ms", "calibrate:4700ms")),
     "score is another": ("score", spoil_log(r"^(final_int6_sliding_window_exact .*val_bpb:)1", r"\g<1>0")),
     "part of the split": ("score", spoil_log("^  val_tokens: 0", "  val_tokens: 1000")),
-    "ratio": ("ratio", both_scores),
+    "ratio": ("ratio", lower_bpb),
     "byte count": ("ratio", spoil_log(r"val_bytes:\d+", "val_bytes:157319833")),
     "hardware": ("hardware", spoil_log("device:NVIDIA H100", "device:NVIDIA H200")),
     "torch version": (
@@ -120,13 +119,13 @@ FAULTS = {
 def test_verify_catches(folder, fault):
     claim, spoil = FAULTS[fault]
     spoil(folder)
-    got = verdict(folder)
-    assert got[claim][0] == "fail", got[claim]
-    assert "\n" not in got[claim][1]
+    verdict, evidence = verdicts(folder)[claim]
+    assert verdict == "fail", evidence
+    assert "\n" not in evidence
 
 
 @pytest.mark.parametrize(
-    "change, claim, says",
+    "change, claim, reason",
     [
         ({"artifact": 15_999_900}, "bytes", "over the cap"),
         ({"step_ms": 200.3}, "clock", "more than one step"),
@@ -148,14 +147,15 @@ def test_verify_catches(folder, fault):
         ),
     ],
 )
-def test_verify_catches_consistent_faults(tmp_path, change, claim, says):
-    """The whole folder agrees with itself, and is still no record."""
+def test_verify_catches_consistent_faults(tmp_path, change, claim, reason):
+    """The folder agrees with itself but breaks a rule."""
     (tmp_path / "records").mkdir()
-    status, evidence = verdict(make(tmp_path, **change))[claim]
-    assert status == "fail" and says in evidence
+    verdict, evidence = verdicts(make(tmp_path, **change))[claim]
+    assert verdict == "fail"
+    assert reason in evidence
 
 
-BROKEN = {
+BROKEN = {  # name -> the claim that fails, and a replacement in the script
     "no such module": (
         "import",
         "import dataclasses\n",
@@ -183,7 +183,7 @@ def test_verify_catches_scripts_that_do_not_import(folder, fault):
     script.write_text(broken)
     for log in (folder / "logs").iterdir():
         log.write_text(log.read_text().replace(source, broken))
-    assert claim in fails(folder)
+    assert claim in failed_claims(folder)
 
 
 def test_new_refuses_a_script_that_does_not_import(repo, capsys):
@@ -191,24 +191,25 @@ def test_new_refuses_a_script_that_does_not_import(repo, capsys):
     refuse(repo, capsys, "does not import", "new", "X", "--logs", *logs, "--track", TRACK)
 
 
-def test_one_step_over_the_limit_is_allowed_and_said(tmp_path):
+def test_one_step_over_the_limit_is_allowed_and_reported(tmp_path):
     (tmp_path / "records").mkdir()
-    status, evidence = verdict(make(tmp_path, step_ms=200.05))["clock"]
-    assert status == "ok" and "within one step" in evidence
+    verdict, evidence = verdicts(make(tmp_path, step_ms=200.05))["clock"]
+    assert verdict == "ok"
+    assert "within one step" in evidence
 
 
 def test_a_module_this_machine_lacks_is_not_a_fault(folder, monkeypatch):
     monkeypatch.setattr(
         record_claims, "probe_script", lambda *_: {"error": "ModuleNotFoundError: torch", "missing": "torch"}
     )
-    got = verdict(folder)
-    assert {got[claim][0] for claim in ("code", "import", "readme")} == {"not checkable"}
-    assert not fails(folder)
+    found = verdicts(folder)
+    assert {found[claim][0] for claim in ("code", "import", "readme")} == {"not checkable"}
+    assert not failed_claims(folder)
 
 
 def test_folder_name(folder):
-    rename(folder, "2026-11-22_two-words")
-    assert "name" in fails(folder.with_name("2026-11-22_two-words"))
+    renamed = folder.rename(folder.with_name("2026-11-22_two-words"))
+    assert "name" in failed_claims(renamed)
 
 
 def test_every_claim_has_a_planted_fault():
@@ -216,22 +217,20 @@ def test_every_claim_has_a_planted_fault():
     assert planted == set(record_claims.CLAIMS)
 
 
-def test_an_edited_curve_is_found_and_an_old_record_says_that_it_is_not_covered(folder):
-    assert "every line as hashed" in verdict(folder)["logs"][1]
-    log = folder / "logs/seed42.txt"
-    text = log.read_text()
-    line = re.search(r"^step:\d+/\d+ train_loss:.*\n", text, re.M)[0]
-    log.write_text(text.replace(line, line.replace("train_loss:", "train_loss:0")))
-    found = verdict(folder)
-    assert found["logs"] == ("fail", "seed42.txt: not the log of this record, its log_sha256 differs")
+def test_an_edited_curve_is_found(folder):
+    assert "every line as hashed" in verdicts(folder)["logs"][1]
+    edit_log(log42(folder), r"^(step:\d+/\d+ train_loss:)", r"\g<1>0")
+    wanted = ("fail", "seed42.txt: not the log of this record, its log_sha256 differs")
+    assert verdicts(folder)["logs"] == wanted
 
-    log.write_text(text)
-    path = folder / "submission.json"
-    sub = json.loads(path.read_text())
-    for result in sub["seed_results"].values():
-        del result["log_sha256"]
-    path.write_text(json.dumps(sub, indent=2) + "\n")
-    found = verdict(folder)
+
+def test_a_record_without_hashes_of_its_logs_says_so(folder):
+    def drop_hashes(sub: dict) -> None:
+        for result in sub["seed_results"].values():
+            del result["log_sha256"]
+
+    edit_json(folder / "submission.json", drop_hashes)
+    found = verdicts(folder)
     assert found["logs"][0] == found["numbers"][0] == found["schema"][0] == "ok"
     assert found["logs"][1].endswith("their curves are not covered")
 
@@ -239,12 +238,15 @@ def test_an_edited_curve_is_found_and_an_old_record_says_that_it_is_not_covered(
 def test_verify_verb(repo, folder, capsys):
     assert run(repo, "verify", NAME, "--quiet") == 0
     assert capsys.readouterr().out == "1 folder: 21 ok, 0 fail, 0 not checkable\n"
+
     edit(folder / "config.json", "0.03", "0.04")
     assert run(repo, "verify", "--quiet") == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].split()[:2] == ["fail", "config"]
+
     assert run(repo, "verify", "2020-01-01_Nothing") == 2
     assert run(repo, "verify", "Base") == 1
+
     make(repo, meta={"name": "Base", "date": "2026-11-23"})
     capsys.readouterr()
     assert run(repo, "verify", "Base") == 2

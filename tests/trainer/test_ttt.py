@@ -38,7 +38,7 @@ from helpers import (
     tiny,
 )
 from ledger import dialects, record, runlog, scores, tracks
-from record_helpers import TRACK, edit, make, verdict
+from record_helpers import TRACK, edit, make, verdicts
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
 
@@ -564,14 +564,14 @@ def test_a_record_that_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(fx, "log_text", lambda *args, **kwargs: with_ttt(real(*args, **kwargs)))
     (tmp_path / "requirements.txt").write_text("numpy==2.2.6\n")
     folder = make(tmp_path)
-    claims = verdict(folder)
+    claims = verdicts(folder)
     assert not [claim for claim, (status, _) in claims.items() if status == "fail"], claims
     assert "int6_lzma_ttt" in claims["score"][1]
     page = (folder / "README.md").read_text()
     assert "| int6 sliding | int6 ttt |" in page
     assert "metric `int6_lzma_ttt`, stride 64" in page
     edit(folder / "logs" / "seed42.txt", r"^(final_int6_ttt_exact .*val_bpb:)1", r"\g<1>0")
-    assert verdict(folder)["score"][0] == "fail"
+    assert verdicts(folder)["score"][0] == "fail"
 
 
 def test_a_record_is_made_of_a_run_that_learnt(tmp_path):

@@ -34,7 +34,7 @@ FILES = ("README.md", "submission.json", "train_gpt.py")
 SPLIT_BYTES = (151_060_000, 151_090_000)  # the validation split, whatever the tokenizer
 BYTES_PER_TOKEN = (0.9, 10.0)  # of any tokenizer: bytes have 1, 8192 pieces 3.7
 ROUNDING = 5e-5  # half of the last of the four digits that scores are rounded to at most
-NON_RECORD = re.compile(r"(^|[^a-z])non[-_ ]?record", re.IGNORECASE)  # in the name of a track
+NON_RECORD = re.compile(r"(?<![a-z])non[-_ ]?record", re.IGNORECASE)  # in the name of a track
 PROCESS_KEYS = ("logfile", "rank", "local_rank")  # settings that differ between logs of one script
 MAX_EVIDENCE = 600  # characters
 
