@@ -20,7 +20,7 @@ real_connect = socket.socket.connect
 
 
 def loopback_connect(self, address):
-    """Connect like socket.connect, but raise OSError for an internet address other than this machine's."""
+    """Connect like socket.connect. Raises OSError for an internet address other than this machine's."""
     if isinstance(address, tuple) and address[0] not in LOOPBACK:
         raise OSError(f"tests have no network: connect to {address[0]!r} refused")
     return real_connect(self, address)
@@ -43,7 +43,7 @@ def attention_switches():
 
 @pytest.fixture
 def quick_bench(monkeypatch):
-    """The lab without knobs from the environment, each section timed three times."""
+    """Free the lab of knobs from the environment, and let it time each section only three times."""
     import train_gpt as t
     from lab import timing
 

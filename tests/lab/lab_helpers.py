@@ -23,33 +23,35 @@ WHOLE = [
 
 
 def an_empty_report():
+    """Return a report in which nothing was measured yet."""
     return dict(skipped=[], noisy=[], whole=[], sections=[])
 
 
 def a_session(rows=2, **knobs):
-    """A session of a tiny model without a process group."""
+    """Return a session of a tiny model without a process group."""
     return Session(t, tiny(**knobs), machine(), rows, an_empty_report(), math.inf)
 
 
 def session_of(h, m):
-    """A session of this config and machine."""
+    """Return a session of this config and machine."""
     _, rows = t.cut_batch(h, 1)
     return Session(t, h, m, rows, an_empty_report(), math.inf)
 
 
 def sections_by_name(s, dtype=torch.float32):
+    """Return {name: section} of the session's model."""
     return {section.name: section for section in sections.sections_of(s, t, t.Ops(), dtype)}
 
 
 def run_bench(args, tmp_path, capsys):
-    """(report, output) of a bench in this process."""
+    """Run bench in this process and return its report and what it printed."""
     file = tmp_path / "bench.json"
     assert bench.main(["--json", str(file), *map(str, args), *english_args()], {}) == 0
-    said = capsys.readouterr()
-    assert said.err == "", said.err
-    return json.loads(file.read_text()), said.out
+    printed = capsys.readouterr()
+    assert printed.err == "", printed.err
+    return json.loads(file.read_text()), printed.out
 
 
 def on_gpu(s, **attributes):
-    """The session with a machine that calls itself a GPU and has only these attributes."""
+    """Return the session with a machine that calls itself a GPU and has only these attributes."""
     return s._replace(m=SimpleNamespace(device=torch.device("cuda"), **attributes))

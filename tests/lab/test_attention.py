@@ -26,6 +26,7 @@ NAMES = ["causal", "documents", "window 8", "window 4", "documents, window 8"]
 
 
 def cases(rows=3, layout=None):
+    """Return {mask: attention layer} of a tiny model."""
     s = a_session(rows)
     layout = layout or attention.layouts_of(s.h)[0]
     masks = attention.masks_of(rows, s.h.train_seq_len)
@@ -33,7 +34,7 @@ def cases(rows=3, layout=None):
 
 
 def outcome(c, path):
-    """The row of a path put in the table for once."""
+    """Return the row that the table would have for a path."""
     attention.PATHS["planted"] = path
     try:
         return attention.attempt_path(c, "planted", attention.exact_rows(c), lambda: None)
@@ -45,7 +46,7 @@ def outcome(c, path):
 
 
 def sees(mask, i, j):
-    """By the definition: i, j places in the flat batch."""
+    """Return whether token i of the flat batch sees token j, by the definition of the mask."""
     start = max(x for x in mask.bounds if x <= i)
     return start <= j <= i and (not mask.window or i - j < mask.window)
 
@@ -100,7 +101,7 @@ def test_layouts():
 
 @pytest.mark.parametrize("layout", [Layout(4, 2, 8), Layout(3, 3, 4)])
 def test_the_exact_attention(layout):
-    """Against torch's own attention with the mask written out, in float64."""
+    """It agrees with torch's own attention, in float64 with the mask written out."""
     for c in cases(layout=layout).values():
         leaves = [x.detach().double().requires_grad_() for x in c.tensors]
         q, k, v = (x.transpose(1, 2) for x in leaves)
@@ -119,27 +120,32 @@ def test_the_exact_attention(layout):
 
 
 def sequences(q, k, v, bounds, window):
-    """Causal attention of a flat batch, one sequence at a time. window: tokens before the query; -1: all."""
+    """Attend causally in a flat batch, one sequence at a time. window: tokens before the query; -1: all."""
     out = []
-    for a, b in zip(bounds.tolist(), bounds.tolist()[1:]):
-        n = k.size(1)
-        x, y, z = (x[a:b].transpose(0, 1) for x in (q, k, v))
-        y, z = (x.repeat_interleave(q.size(1) // n, 0) for x in (y, z))
-        seen = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        seen = seen.triu(-window) if window >= 0 else seen
-        out.append(F.scaled_dot_product_attention(x, y, z, attn_mask=seen).transpose(0, 1))
+    group = q.size(1) // k.size(1)
+    for start, end in zip(bounds.tolist(), bounds.tolist()[1:]):
+        queries, keys, values = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        keys = keys.repeat_interleave(group, 0)
+        values = values.repeat_interleave(group, 0)
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if window >= 0:
+            seen = seen.triu(-window)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        out.append(attended.transpose(0, 1))
     return torch.cat(out)
 
 
 def varlens(calls):
-    """varlen_attn with the signatures of torch 2.12, 2.11 and 2.10."""
+    """Return stand-ins for varlen_attn with the signatures of torch 2.12, 2.11 and 2.10."""
 
     def newest(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
     ):
         calls.append((max_q, max_k, enable_gqa))
-        assert torch.equal(cu_seq_q, cu_seq_k) and window_size[1] == 0  # else it is not causal
-        assert isinstance(window_size, tuple) and (enable_gqa or query.size(1) == key.size(1))
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert isinstance(window_size, tuple)
+        assert window_size[1] == 0  # else it is not causal
+        assert enable_gqa or query.size(1) == key.size(1)
         return sequences(query, key, value, cu_seq_q, window_size[0])
 
     def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
@@ -169,7 +175,7 @@ def test_varlen_by_its_signature(age, monkeypatch):
 
 
 def plant_flash4(monkeypatch, calls):
-    """Plant package flash-attn-4, and its operator under the trainer's function, by sequences()."""
+    """Plant a package flash-attn-4 whose operator attends by `sequences`. calls: receives its forms."""
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
@@ -186,7 +192,7 @@ def plant_flash4(monkeypatch, calls):
 
 
 def test_flash4_is_the_trainers(monkeypatch):
-    """attend_flash4 with the mask's window and documents, compiled as the machine does, all of it right."""
+    """The path calls attend_flash4, compiled by the machine, with the window and documents of the mask."""
     calls = []
     compiled = []
     plant_flash4(monkeypatch, calls)
@@ -196,8 +202,11 @@ def test_flash4_is_the_trainers(monkeypatch):
         c = attention.make_layer(s, attention.layouts_of(s.h)[0], mask)
         row = outcome(c, attention.PATHS["flash4"])
         assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (mask, row)
-        assert set(calls) == {(16, mask.window)} and compiled == [t.attend_flash4]
-        calls.clear(), compiled.clear()
+        assert set(calls) == {(16, mask.window)}
+        assert compiled == [t.attend_flash4]
+        calls.clear()
+        compiled.clear()
+
     monkeypatch.setattr(t, "attend_flash4", lambda *args, **how: 1.1 * t.attend_sdpa(*args, **how))
     assert outcome(c, attention.PATHS["flash4"])["status"] == "wrong"
 
@@ -243,7 +252,7 @@ def test_flash4_has_room_for_so_many_documents(monkeypatch):
 
 
 def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
-    """One context of one backend around attend_sdpa, with the mask where the backend takes one."""
+    """A path runs attend_sdpa under one backend, with the mask where the backend takes one."""
     seen = []
     reference = t.attend_sdpa
 
@@ -264,18 +273,18 @@ def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
                 continue
             row = outcome(c, attention.PATHS[path])
             assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (name, row)
-            hows = [x for x in seen if isinstance(x, dict)]
-            docs = "documents" in name
+            options = [x for x in seen if isinstance(x, dict)]
             assert {x for x in seen if not isinstance(x, dict)} == {mine}
-            assert bool(hows) == (path == "math" or name != "causal")
-            assert all(x["window"] == c.mask.window and (x["docs"] is not None) == docs for x in hows)
+            assert bool(options) == (path == "math" or name != "causal")
+            assert all(x["window"] == c.mask.window for x in options)
+            assert all((x["docs"] is not None) == ("documents" in name) for x in options)
             repeats = "k, v heads repeated" if name == "causal" else "k, v heads repeated, mask made"
             assert row["note"] == ("" if path == "math" else repeats)
             seen.clear()
 
 
 def test_paths_of_a_cpu():
-    """math and flash run; flex runs forward on every mask; the rest says why not, in one line."""
+    """math and flash run; flex runs forward on every mask; the others give their reason in one line."""
     found = {}
     for name, c in cases(rows=2).items():
         exact_rows = attention.exact_rows(c)
@@ -333,15 +342,17 @@ def test_repeated_heads():
 
 
 def flat_sequences(q, k, v, bounds, window):
-    """sequences() of a batch."""
+    """Attend by `sequences` in a batch (B, T, H, D)."""
     return sequences(*(x.flatten(0, 1) for x in (q, k, v)), bounds, window).view(q.shape)
 
 
 def right(c):
+    """Return a correct attention of the case."""
     return lambda q, k, v: flat_sequences(q, k, v, c.bounds, (c.mask.window or 0) - 1)
 
 
 def planted(make):
+    """Return a path made of a case and its correct attention."""
     return AttentionPath(lambda c: BoundPath(make(c, right(c))))
 
 
@@ -362,9 +373,12 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_wrong_path_is_not_timed(name, monkeypatch):
     make, word = FAULTS[name]
-    c = cases()["documents, window 8" if "last" not in name else "causal"]
-    if "window" in name:
-        c = cases()["window 8"]
+    mask = "documents, window 8"
+    if name == "the last row":
+        mask = "causal"
+    elif name == "a window one too long":
+        mask = "window 8"
+    c = cases()[mask]
     monkeypatch.setattr(attention, "micros", lambda *_: pytest.fail("timed"))
     row = outcome(c, planted(make))
     assert row["status"] == "wrong" and word in row["why"] and "forward_us" not in row, row
@@ -404,7 +418,10 @@ def test_a_path_that_raises_is_skipped(late, capsys, monkeypatch):
 
 
 def test_figures_by_hand(monkeypatch):
-    """4 Dh products a visible pair and head, 2.5 times that backward, which is both less forward."""
+    """A visible pair and head costs 4 Dh products forward and 2.5 times that backward.
+
+    The time of backward is that of both less that of forward.
+    """
     times = iter([200.0, 700.0])
     monkeypatch.setattr(attention, "micros", lambda b, what, fn, ahead: (fn(), next(times))[1])
     c = cases(rows=2)["window 4"]
@@ -488,8 +505,8 @@ def test_the_command(tmp_path, capsys):
     at = tmp_path / "a.json"
     args = ["--attention", "--json", str(at), "--paths", "math,flex,varlen,math", *KNOBS]
     assert bench.main(args, {}) == 0
-    said = capsys.readouterr()
-    assert said.err == "", said.err
+    printed = capsys.readouterr()
+    assert printed.err == "", printed.err
     report = json.loads(at.read_text())
     assert (report["rows"], report["seq_len"], report["dtype"]) == (4, 16, "float32")
     assert report["versions"]["torch"] == torch.__version__ and report["device"]
@@ -502,13 +519,15 @@ def test_the_command(tmp_path, capsys):
     assert {row["status"] for row in report["table"] if row["path"] != "varlen"} == {"measured"}
     assert 0 < sum(row["seconds"] for row in report["table"]) < report["seconds"]
     for row in report["table"]:
-        assert said.out.count(attention.row_line(row)) >= 1
-    assert "attention of a layer: 4 x 16 tokens, float32" in said.out
-    assert said.out.index("fastest: forward") < said.out.index("forward + backward, the fastest path of each")
+        assert printed.out.count(attention.row_line(row)) >= 1
+    assert "attention of a layer: 4 x 16 tokens, float32" in printed.out
+    assert printed.out.index("fastest: forward") < printed.out.index(
+        "forward + backward, the fastest path of each"
+    )
 
 
 def test_an_odd_number_of_heads(capsys):
-    """There is one layout then, and a line that says so. Without --paths a CPU tries all."""
+    """There is one layout then, and a line that says so. Without --paths, a CPU tries all paths."""
     knobs = [*KNOBS, "num_heads=1", "num_kv_heads=1", "rope_dims=4"]
     knobs += ["micro_batch_tokens=16", "train_batch_tokens=16"]
     assert bench.main(["--attention", *knobs], {}) == 0
@@ -534,13 +553,13 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys):
-    """The table is there all the same, the reason is one line, no temporary file stays."""
+    """The table is printed all the same, the reason is one line, and no temporary file stays."""
     at = tmp_path / "a.json"
     at.mkdir()
     assert bench.main(["--attention", "--paths", "math", "--json", str(at), *KNOBS], {}) == 2
-    said = capsys.readouterr()
-    assert said.err.endswith("cannot write: Is a directory\n")
-    assert "the fastest path of each" in said.out
+    printed = capsys.readouterr()
+    assert printed.err.endswith("cannot write: Is a directory\n")
+    assert "the fastest path of each" in printed.out
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

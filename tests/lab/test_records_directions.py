@@ -210,7 +210,7 @@ def test_the_clock_keeps_the_order():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Path:
-    """A repository with one tiny measurement, real momentum included; one row fails on purpose."""
+    """Make a repository with one tiny measurement, with real momentum; one row fails on purpose."""
     root = tmp_path_factory.mktemp("measured")
     (root / "records").mkdir()
     (root / "README.md").write_text(MARKERS)
@@ -231,7 +231,7 @@ LOAD = directions.load_measured
 
 
 def broken_script(path):
-    """The repository's script with one more direction, which raises."""
+    """Return the repository's script with one more direction, which raises."""
     module = LOAD(path)
 
     def whiten(X):
@@ -257,36 +257,61 @@ def run(root: Path, *argv) -> int:
 
 
 def doctor(path: Path, pattern: str, new: str) -> None:
+    """Replace the first match of the pattern, which must be in the file."""
     text = path.read_text()
     assert re.search(pattern, text), pattern
     path.write_text(re.sub(pattern, new, text, count=1))
 
 
-def test_the_folder_is_complete(repo, capsys):
+def log_of(repo: Path) -> dict:
+    """Return the log of the measurement, read back."""
+    return direction_log.parse((folder_of(repo) / "log.txt").read_text())
+
+
+def test_every_file_is_there(repo):
     folder = folder_of(repo)
     assert sorted(path.name for path in folder.iterdir()) == list(direction_tables.FILES)
     assert (folder / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
-    log = direction_log.parse((folder / "log.txt").read_text())
+
+
+def test_every_direction_and_rule_is_timed(repo):
+    log = log_of(repo)
     assert direction_log.names(log, "row") == [*t.ORTHO, "broken"]
     assert direction_log.names(log, "rule") == list(t.STEP_RULES)
     times = [
         (x["part"], x["share"], x["row"]) for x in log["time"] if (x["rule"], x["cautious"]) == ("muon", 0)
     ]
-    assert sorted(times) == sorted((*place, row) for place in direction_tables.TITLES for row in t.ORTHO)
+    assert sorted(times) == sorted(
+        (*measured, row) for measured in direction_tables.TITLES for row in t.ORTHO
+    )
     ruled = {(x["rule"], x["cautious"]) for x in log["time"] if x["row"] == "ns5" and x["part"] == "update"}
     assert ruled == {(rule, 0) for rule in t.STEP_RULES} | {("muon", 1)}
-    places = {(q["family"], q["shape"]) for q in log["quality"]}
-    assert {family for family, _ in places} == {*direction_quality.FAMILIES, "momentum"}
-    assert len(places) == 17
-    assert len(log["quality"]) == len(places) * len(t.ORTHO)
-    assert log["real"][0]["steps"] == 3 and log["real"][0]["loss"] < 7
-    by = {(q["row"], q["family"], q["shape"]): q for q in log["quality"]}
-    ns5 = by["ns5", "gaussian", "32x96"]
-    assert 0.65 < ns5["smin"] < ns5["smax"] < 1.22 and ns5["cosine"] > 0.98
-    assert by["polar_express", "gaussian", "32x96"]["polar"] < 0.15 < by["mud", "log1e3", "32x32"]["polar"]
-    curve = next(c for c in log["curve"] if c["row"] == "polar_express")
-    assert curve["input"][0] == 1 and math.isclose(curve["input"][-1], 1e-3, rel_tol=0.02)
-    assert all(0.7 < x < 1.2 for x in curve["along"])
+
+
+def test_every_direction_has_its_quality_on_every_input(repo):
+    log = log_of(repo)
+    inputs = {(q["family"], q["shape"]) for q in log["quality"]}
+    assert {family for family, _ in inputs} == {*direction_quality.FAMILIES, "momentum"}
+    assert len(inputs) == 17
+    assert len(log["quality"]) == len(inputs) * len(t.ORTHO)
+    assert log["real"][0]["steps"] == 3
+    assert log["real"][0]["loss"] < 7
+
+    quality = {(q["row"], q["family"], q["shape"]): q for q in log["quality"]}
+    ns5 = quality["ns5", "gaussian", "32x96"]
+    assert 0.65 < ns5["smin"] < ns5["smax"] < 1.22
+    assert ns5["cosine"] > 0.98
+    assert quality["polar_express", "gaussian", "32x96"]["polar"] < 0.15
+    assert quality["mud", "log1e3", "32x32"]["polar"] > 0.15
+
+    curve = next(curve for curve in log["curve"] if curve["row"] == "polar_express")
+    assert curve["input"][0] == 1
+    assert math.isclose(curve["input"][-1], 1e-3, rel_tol=0.02)
+    assert all(0.7 < value < 1.2 for value in curve["along"])
+
+
+def test_a_direction_that_fails_is_listed_with_its_reason(repo):
+    folder = folder_of(repo)
     tables = (folder / "tables.md").read_text()
     assert all(f"\n| {name} |" in tables for name in (*t.ORTHO, *t.STEP_RULES, "broken"))
     assert "no kernel at kernel.py" in tables
@@ -309,7 +334,7 @@ def test_a_noisy_measurement_is_said_in_one_line(repo, tmp_path, capsys):
 
 
 def test_derived_figures_by_hand(repo):
-    log = direction_log.parse((folder_of(repo) / "log.txt").read_text())
+    log = log_of(repo)
     row = next(x for x in log["time"] if (x["part"], x["row"]) == ("update", "ns5"))
     work = [w["gflop"] for w in log["work"] if (w["row"], w["share"]) == ("ns5", row["share"])]
     rates = [x["tflops"] for x in log["bmm"] if x["share"] == row["share"]]
@@ -384,14 +409,13 @@ def test_missing_and_foreign_files(repo, capsys):
     folder = folder_of(repo)
     (folder / "spectrum.png").unlink()
     assert ("fail", "files") in [row[:2] for row in direction_claims.examine_measurement(folder)]
+
+    # The same log once more gives a second folder, which is complete.
     log = folder / "log.txt"
-    assert (
-        directions.main(["--root", str(repo), "--log", str(log)]) == 0
-    )  # the same log once more: a second folder, complete
+    assert directions.main(["--root", str(repo), "--log", str(log)]) == 0
     second = folder.with_name(folder.name + "_2")
-    assert direction_tables.newest(repo / "records") == {
-        folders.MEASUREMENT_NAME.match(folder.name)[2]: second
-    }
+    device = folders.MEASUREMENT_NAME.match(folder.name)[2]
+    assert direction_tables.newest(repo / "records") == {device: second}
     assert run(repo, "board") == 0
     assert {row[0] for row in direction_claims.examine_measurement(second)} == {"ok"}
     log.write_text("nothing")

@@ -29,14 +29,16 @@ LINE = dict(plan="p", row="r", baseline="r", key="matrix_lr", rate="0.02", seed=
 
 
 def base(**knobs):
-    """Settings of all rows: a tiny model on the English dataset."""
-    given = dict(
-        arg.split("=", 1) for arg in english_args(iterations=STEPS, val_loss_every=5, warmup_steps=1)
-    )
-    return {k: v for k, v in given.items() if k not in ("run_id", "eval_stride")} | knobs
+    """Return the settings of all rows: a tiny model on the English dataset."""
+    args = english_args(iterations=STEPS, val_loss_every=5, warmup_steps=1)
+    given = dict(arg.split("=", 1) for arg in args)
+    del given["run_id"]
+    del given["eval_stride"]
+    return given | knobs
 
 
 def raw_plan(**change):
+    """Return the JSON object of a plan: two rows, two rates, two seeds."""
     plan = {
         "name": "tiny",
         "base": base(),
@@ -48,14 +50,25 @@ def raw_plan(**change):
 
 
 def tiny_plan(**change):
+    """Return `raw_plan` as a Plan."""
     return sweep_plan.make_plan(t, raw_plan(**change), "plan")
 
 
-def final(lines):
-    return [dict(re.findall(r"(\w+):(\S+)", x)) for x in lines if x.startswith("final_score ")][0]
+def final(log):
+    """Return the pairs of the final_score line of a log."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith("final_score ")]
+    return dict(re.findall(r"(\w+):(\S+)", line))
+
+
+def step_lines(log):
+    """Return the step lines of a log without their times."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    return [line.split(" train_time")[0] for line in lines if line.startswith("step:")]
 
 
 def no_sweep_starts(monkeypatch):
+    """Fail the test if a sweep starts a worker."""
     monkeypatch.setattr(sweep.Sweep, "start", lambda *_: pytest.fail("a worker was started"))
 
 
@@ -64,14 +77,14 @@ def no_sweep_starts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def worker():
-    made = sweep_worker.Worker(
-        t, t.load_config(list(tiny_plan().configuration("ns5", "0.02", 1).argv), {}), {}
-    )
-    yield made
+    """Make a worker in this process."""
+    h = t.load_config(list(tiny_plan().configuration("ns5", "0.02", 1).argv), {})
+    yield sweep_worker.Worker(t, h, {})
     torch.distributed.destroy_process_group()
 
 
 def folder_for(tmp_path):
+    """Make the folder of a sweep that trains with the repository's script."""
     for sub in ("logs", ".work"):
         (tmp_path / sub).mkdir()
     shutil.copyfile(TRAINER, tmp_path / "train_gpt.py")
@@ -79,7 +92,7 @@ def folder_for(tmp_path):
 
 
 def test_a_sweep_trains_what_train_trains(worker, tmp_path):
-    """Bit for bit, for the first configuration of a process and for one after another."""
+    """The two agree bit for bit, for the first configuration of a process and for a later one."""
     plan = tiny_plan()
     folder = folder_for(tmp_path)
     configurations = [
@@ -91,31 +104,32 @@ def test_a_sweep_trains_what_train_trains(worker, tmp_path):
         worker.train({"argv": configuration.argv, "line": LINE}, folder)
     torch.distributed.destroy_process_group()
 
+    def log_of(configuration):
+        return folder / "logs" / f"{configuration.name}.txt"
+
     def start(configuration):
-        return runlog.parse_log(folder / "logs" / f"{configuration.name}.txt").text("sweep", "init_sha256")
+        return runlog.parse_log(log_of(configuration)).text("sweep", "init_sha256")
 
     for configuration in configurations[:2]:
         assert t.main([*configuration.argv, f"out_dir={tmp_path}/alone"]) == 0
-        alone = (tmp_path / "alone" / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines()
-        log = (folder / "logs" / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines()
-        a = final(alone)
-        b = final(log)
-        assert a["metric"] == "int6_lzma_chunked"
+        log = log_of(configuration)
+        alone = tmp_path / "alone" / log.name
+        assert final(alone)["metric"] == "int6_lzma_chunked"
         for key in ("val_loss", "val_bpb", "steps", "sha256", "bytes_total", "seed"):
-            assert a[key] == b[key], (configuration.name, key)
-        losses = [
-            [x.split(" train_time")[0] for x in lines if x.startswith("step:")] for lines in (alone, log)
-        ]
-        assert len(losses[0]) > STEPS and losses[0] == losses[1]
+            assert final(alone)[key] == final(log)[key], (configuration.name, key)
+
+        assert len(step_lines(alone)) > STEPS
+        assert step_lines(alone) == step_lines(log)
         h = t.load_config(list(configuration.argv), {})
         assert start(configuration) == sweep_worker.weights_sha256(t.GPT(h))
+
     assert start(configurations[0]) == start(configurations[2]) != start(configurations[1])
     worker.m = t.init_machine(t.load_config(list(configurations[0].argv), {}), {})
-    assert sorted(p.name for p in (folder / ".work").iterdir()) == []  # no artifact stays behind
+    assert list((folder / ".work").iterdir()) == []  # no artifact is left
 
 
 def test_one_model_holds_all_configurations(worker, tmp_path):
-    """Whatever a torch version guards on, be it the module's or a parameter's identity, stays the same."""
+    """What a version of torch may guard on stays the same: the identity of the module and of parameters."""
     plan = tiny_plan()
     runs = []
     parameters = []
@@ -133,9 +147,8 @@ def test_one_model_holds_all_configurations(worker, tmp_path):
 def test_entropy_bytes():
     assert sweep_worker.entropy_bytes(b"a" * 100) == 0.0
     assert sweep_worker.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
-    assert sweep_worker.entropy_bytes(b"aaab" * 10) == pytest.approx(
-        40 * (0.25 * 2 + 0.75 * math.log2(4 / 3)) / 8
-    )
+    bits = 0.25 * 2 + 0.75 * math.log2(4 / 3)  # per letter of aaab
+    assert sweep_worker.entropy_bytes(b"aaab" * 10) == pytest.approx(40 * bits / 8)
 
 
 def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatch):
@@ -156,7 +169,7 @@ def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatc
 
 
 def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
-    """Graphs by function: a seed or a rate costs none, a row only those of the matrix update."""
+    """A new seed or rate compiles no graph, a new row only those of the matrix update."""
     from torch._dynamo.backends.debugging import aot_eager
 
     counts = {}
@@ -179,6 +192,7 @@ def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
     folder = folder_for(tmp_path)
 
     def graphs(row, rate, seed):
+        """Train a configuration and return {function: graphs compiled for it}."""
         before = dict(counts)
         worker.train({"argv": plan.configuration(row, rate, seed).argv, "line": LINE}, folder)
         new = {name: count - before.get(name, 0) for name, count in counts.items()}
@@ -201,7 +215,7 @@ def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
 
 
 def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
-    """Between rows of the first model. Each trains what train trains; the table says what differs."""
+    """Among rows of the first model, each trains what train trains, and the table says what differs."""
     rows = {
         "ns5": {},
         "masks": {"attn_windows": "4 0", "doc_mask": "1"},
@@ -220,11 +234,10 @@ def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
     torch.distributed.destroy_process_group()
     for configuration in configurations:
         assert t.main([*configuration.argv, f"out_dir={tmp_path}/alone"]) == 0
-        alone, log = (
-            final((tmp_path / x / f"{configuration.name}.txt").read_text(encoding="utf-8").splitlines())
-            for x in ("alone", "logs")
-        )
+        alone = final(tmp_path / "alone" / f"{configuration.name}.txt")
+        log = final(tmp_path / "logs" / f"{configuration.name}.txt")
         assert all(alone[key] == log[key] for key in ("val_bpb", "steps", "sha256")), configuration.name
+
     worker.m = t.init_machine(t.load_config(list(configurations[0].argv), {}), {})
     table = sweep_table.build_table(sweep_table.read_runs(folder))
     found = {row["name"]: (row["changes"], row["own_init"]) for row in table["rows"]}
@@ -235,7 +248,7 @@ def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
 
 
 def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
-    """Only then: heads of another size or windows may take another attention."""
+    """Heads of another size, or windows, may take another attention kernel."""
     bound = []
 
     def bind_ops(h, device):
@@ -252,7 +265,7 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
 
 
 def test_a_model_that_cannot_be_bound_is_refused_each_time(worker, tmp_path, monkeypatch):
-    """Its second seed must not train with what an earlier model had bound."""
+    """Its second seed must not train with the kernels of an earlier model."""
 
     def refused(h):
         raise t.InputError("no attention kernel")
@@ -309,13 +322,16 @@ def test_training_that_diverges_is_a_result_at_the_step_where_it_stopped(worker,
 
 
 def outcome(configuration):
-    """bpb by row and rate: the middle rate of ns5 and the last of turbo are best."""
-    return {"ns5": {"0.01": 1.3, "0.02": 1.1, "0.04": 1.2}, "turbo": {"0.01": 1.3, "0.02": 1.2, "0.04": 1.1}}[
-        configuration.row
-    ][configuration.rate]
+    """Return a made-up bpb: the middle rate of ns5 and the last of turbo are best."""
+    bpb = {
+        "ns5": {"0.01": 1.3, "0.02": 1.1, "0.04": 1.2},
+        "turbo": {"0.01": 1.3, "0.02": 1.2, "0.04": 1.1},
+    }
+    return bpb[configuration.row][configuration.rate]
 
 
 def three_rates(**change):
+    """Return a plan of three rates and three seeds."""
     return tiny_plan(rates=[0.01, 0.02, 0.04], seeds=[1, 2, 3], **change)
 
 
@@ -325,12 +341,13 @@ def test_the_second_stage_takes_the_best_rate_of_each_row():
     while (configuration := queue.take()) is not None:
         order.append(configuration)
         queue.finish(configuration, outcome(configuration))
+
     # all rows at the middle first
-    assert [j.rate for j in order[:6]] == ["0.02"] * 2 + ["0.01"] * 2 + ["0.04"] * 2
-    assert [j.name for j in order[6:]] == [
+    assert [configuration.rate for configuration in order[:6]] == ["0.02"] * 2 + ["0.01"] * 2 + ["0.04"] * 2
+    assert [configuration.name for configuration in order[6:]] == [
         "ns5_0.02_seed2", "turbo_0.04_seed2", "ns5_0.02_seed3", "turbo_0.04_seed3",
     ]  # fmt: skip
-    assert [j.stage for j in order] == [1] * 6 + [2] * 4
+    assert [configuration.stage for configuration in order] == [1] * 6 + [2] * 4
     assert queue.over
     assert queue.left == 0
     assert len(order) == three_rates().size
@@ -358,7 +375,7 @@ def test_a_worker_keeps_its_row_while_the_seed_has_it():
     ]  # fmt: skip
 
 
-def test_a_dead_worker_costs_one_more_try_then_the_job():
+def test_a_dead_worker_costs_one_more_try_then_the_configuration():
     queue = sweep_plan.Queue(three_rates(), {})
     configuration = queue.take()
     assert queue.died(configuration) and queue.take() == configuration
@@ -368,7 +385,8 @@ def test_a_dead_worker_costs_one_more_try_then_the_job():
     while (following := queue.take()) is not None:
         queue.finish(following, outcome(following))
     assert queue.over and queue.left == 0  # its row goes on with the rates that are left
-    assert {j for j in queue.outcomes if j.startswith("ns5") and "seed2" in j} == {"ns5_0.04_seed2"}
+    second_seeds = {name for name in queue.outcomes if name.startswith("ns5") and "seed2" in name}
+    assert second_seeds == {"ns5_0.04_seed2"}
 
 
 def test_a_row_that_diverges_everywhere_has_no_second_stage():
@@ -381,15 +399,15 @@ def test_a_row_that_diverges_everywhere_has_no_second_stage():
 
 def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, capsys):
     plan = three_rates(base=base(max_wallclock_seconds="100"))
-    shoot = sweep.Sweep(plan, tmp_path / "s", 1, budget=150)
-    assert shoot.next_configuration() is not None and not shoot.out_of_time
-    shoot.cold_seconds.append(400.0)
-    shoot.warm_seconds.append(60.0)
-    assert shoot.estimate() == 60.0  # the first of a process also compiles
-    shoot.began -= 100
-    assert shoot.next_configuration() is None and shoot.out_of_time
-    shoot.budget = 200
-    assert shoot.next_configuration() is not None
+    running = sweep.Sweep(plan, tmp_path / "s", 1, budget=150)
+    assert running.next_configuration() is not None and not running.out_of_time
+    running.cold_seconds.append(400.0)
+    running.warm_seconds.append(60.0)
+    assert running.estimate() == 60.0  # the first of a process also compiles
+    running.began -= 100
+    assert running.next_configuration() is None and running.out_of_time
+    running.budget = 200
+    assert running.next_configuration() is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -529,33 +547,37 @@ def test_tables_need_no_torch(folder):
 # ---------------------------------------------------------------- a folder, end to end
 
 
+def kill_first_worker(running, folder, thread):
+    """Kill the first worker of a sweep once a configuration has begun, and return its process."""
+    deadline = time.monotonic() + 60
+    while thread.is_alive() and time.monotonic() < deadline:
+        if list((folder / ".work").glob("*.part")):
+            victim = running.processes[0]
+            os.kill(victim.pid, signal.SIGKILL)
+            return victim
+        time.sleep(0.002)
+    return None
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Two rows, two rates, two seeds on two workers, one of which is killed at its first configuration."""
+    """Run two rows, two rates and two seeds on two workers, one of which is killed at its start.
+
+    Returns the folder, what the sweep `printed`, its exit status and the victim's process.
+    """
     folder = tmp_path_factory.mktemp("sweep") / "Tiny"
-    old = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    shoot = sweep.Sweep(tiny_plan(), folder, workers=2)
-    told = []
-    shoot.say = lambda text: told.append(text)
+    printed = []
     status = []
-    thread = threading.Thread(target=lambda: status.append(shoot.run()))
-    thread.start()
-    victim = None
-    deadline = time.monotonic() + 60
-    while victim is None and thread.is_alive() and time.monotonic() < deadline:
-        parts = list((folder / ".work").glob("*.part"))
-        if parts:
-            victim = shoot.processes[0]
-            os.kill(victim.pid, signal.SIGKILL)
-        time.sleep(0.002)
-    thread.join(90)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        running = sweep.Sweep(tiny_plan(), folder, workers=2)
+        running.say = printed.append
+        thread = threading.Thread(target=lambda: status.append(running.run()))
+        thread.start()
+        victim = kill_first_worker(running, folder, thread)
+        thread.join(90)
     assert not thread.is_alive()
-    if old is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = old
-    return SimpleNamespace(folder=folder, told=told, status=status, victim=victim)
+    return SimpleNamespace(folder=folder, printed=printed, status=status, victim=victim)
 
 
 @pytest.fixture
@@ -564,22 +586,25 @@ def folder(done, tmp_path):
 
 
 def edit(path, pattern, new):
+    """Replace the first match of the pattern, which must be in the file."""
     text, count = re.subn(pattern, new, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     assert count, pattern
     path.write_text(text, encoding="utf-8")
 
 
 def failed(folder):
+    """Return the claims of a sweep folder that fail."""
     return {claim for status, claim, _ in sweep_claims.examine_sweep(folder) if status == "fail"}
 
 
-def test_a_killed_workers_job_is_done_by_another(done):
+def test_the_configuration_of_a_killed_worker_is_trained_by_another(done):
     assert done.status == [0] and done.victim.returncode == -signal.SIGKILL
-    deaths = [x for x in done.told if "died" in x]
-    assert len(deaths) == 1 and deaths[0].endswith("another try"), done.told
+    deaths = [line for line in done.printed if "died" in line]
+    assert len(deaths) == 1 and deaths[0].endswith("another try"), done.printed
     again = deaths[0].split(":")[0]
-    assert len([x for x in done.told if x.startswith(f"{again}: val_bpb")]) == 1
-    assert all(re.search(r"\d:\d\d:\d\d left$", x) for x in done.told if "val_bpb" in x)
+    assert len([line for line in done.printed if line.startswith(f"{again}: val_bpb")]) == 1
+    scores = [line for line in done.printed if "val_bpb" in line]
+    assert all(re.search(r"\d:\d\d:\d\d left$", line) for line in scores)
 
 
 def test_the_folder_holds_every_configuration_and_proves_itself(done):
@@ -601,22 +626,26 @@ def test_the_table_says_what_the_logs_say(done):
     assert table == sweep_table.build_table(sweep_table.read_runs(done.folder))
     assert (table["workers"], table["baseline"], table["configurations"]) == ([2], "ns5", 6)
     assert table["equal_step"] == STEPS and table["metric"] == "int6_lzma_chunked"
+
+    def bpb_of(row, rate, seed):
+        return float(final(done.folder / "logs" / f"{row}_{rate}_seed{seed}.txt")["val_bpb"])
+
     for row in table["rows"]:
-        logs = {
-            p.stem: final(p.read_text().splitlines()) for p in (done.folder / "logs").glob(f"{row['name']}_*")
-        }
-        tried = {rate: float(logs[f"{row['name']}_{rate}_seed1"]["val_bpb"]) for rate in ("0.02", "0.04")}
+        tried = {rate: bpb_of(row["name"], rate, 1) for rate in ("0.02", "0.04")}
         assert row["rates"] == tried
         assert row["best_rate"] == min(tried, key=tried.get)
         assert row["edge"]
-        both = [float(logs[f"{row['name']}_{row['best_rate']}_seed{s}"]["val_bpb"]) for s in (1, 2)]
+        both = [bpb_of(row["name"], row["best_rate"], seed) for seed in (1, 2)]
         assert row["val_bpb"]["mean"] == pytest.approx(sum(both) / 2, abs=1e-8)
         assert row["val_bpb"]["std"] == pytest.approx(abs(both[0] - both[1]) / 2**0.5, abs=1e-8)
         assert row["at_step"]["mean"] == pytest.approx(row["live"]["mean"], abs=1e-4)
         assert row["seeds"] == [1, 2]
         assert not row["own_init"]
         assert row["diverged"] == 0
-    ns5, turbo = ({row["name"]: row for row in table["rows"]}[name] for name in ("ns5", "turbo"))
+
+    rows = {row["name"]: row for row in table["rows"]}
+    ns5 = rows["ns5"]
+    turbo = rows["turbo"]
     assert turbo["changes"] == {"ortho": "turbo"}
     assert ns5["changes"] == {}
     assert ns5["versus"] is None
@@ -644,8 +673,8 @@ def test_a_rerun_trains_nothing(folder, monkeypatch, capsys):
     assert "6 of them there already" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
-    shoot = sweep.Sweep(tiny_plan(), folder)
-    assert [configuration.name for configuration in shoot.queue.open()] == ["turbo_0.02_seed1"]
+    running = sweep.Sweep(tiny_plan(), folder)
+    assert [configuration.name for configuration in running.queue.open()] == ["turbo_0.02_seed1"]
 
 
 def test_another_plan_or_script_is_refused(folder):
@@ -674,13 +703,13 @@ def test_devices_are_not_mixed(folder, capsys):
 
 def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
     (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
-    shoot = sweep.Sweep(tiny_plan(), folder)
+    running = sweep.Sweep(tiny_plan(), folder)
     process = SimpleNamespace(poll=lambda: None, kill=lambda: None, stdin=SimpleNamespace(close=lambda: None),
                               wait=lambda: 0)  # fmt: skip
-    monkeypatch.setattr(shoot, "start", lambda index: shoot.processes.setdefault(index, process))
-    monkeypatch.setattr(shoot, "ask", lambda *_: {"kind": "Other GPU"})
+    monkeypatch.setattr(running, "start", lambda index: running.processes.setdefault(index, process))
+    monkeypatch.setattr(running, "ask", lambda *_: {"kind": "Other GPU"})
     with pytest.raises(runlog.BadInput, match="one kind of device"):
-        shoot.run()
+        running.run()
 
 
 @pytest.mark.parametrize(
@@ -692,12 +721,8 @@ def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
             r"\g<1>00",
             {"score", "ratio", "table", "readme"},
         ),
-        (
-            "ns5_0.02_seed1",
-            r"^(sweep_codes entropy:)\S+",
-            r"\g<1>1.000000",
-            set(),
-        ),  # below: a best rate's only
+        # The table has the entropy of best rates only.
+        ("ns5_0.02_seed1", r"^(sweep_codes entropy:)\S+", r"\g<1>1.000000", set()),
         ("ns5_BEST_seed2", r"^(sweep_codes entropy:)\S+", r"\g<1>1.000000", {"table", "readme"}),
         ("ns5_BEST_seed2", r"^train_gpt.py sha256:.", "train_gpt.py sha256:g", {"source"}),
         ("ns5_BEST_seed2", r"^(train_gpt.py sha256:)[0-9a-f]{4}", r"\g<1>0000", {"logs"}),
@@ -710,7 +735,8 @@ def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
     ],
 )
 def test_a_doctored_log_is_caught(folder, log, pattern, new, claim):
-    best = {r["name"]: r["best_rate"] for r in json.loads((folder / "table.json").read_text())["rows"]}["ns5"]
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    (best,) = [row["best_rate"] for row in rows if row["name"] == "ns5"]
     edit(folder / "logs" / f"{log.replace('BEST', best)}.txt", pattern, new)
     found = failed(folder)
     assert claim <= found and bool(claim) == bool(found), found

@@ -100,14 +100,15 @@ def test_a_step_by_hand():
 
 
 def host(name, ts, dur, cat="cpu_op", tid=1, **args):
+    """Return an event of a profiler's trace."""
     return dict(ph="X", cat=cat, name=name, ts=ts, dur=dur, tid=tid, args=args)
 
 
 def gpu_trace():
-    """Two steps and the one after them: a kernel each, then a graph launch of NCCL and compute.
+    """Return a trace of two steps and the one after them: a kernel each, then a graph of NCCL and compute.
 
-    A warm step comes first. The device lags behind the host by 100 us, so that host and device times of
-    different steps overlap.
+    A warm step comes first. The device is 100 us late, so that host and device times of different steps
+    overlap.
     """
     events = [host("PyTorch Profiler (0)", 0, 9000, "Trace"), dict(ph="i", name="Iteration Start", ts=0)]
     events += [host("cudaLaunchKernel", 5, 1, "cuda_runtime", correlation=1)]
@@ -177,7 +178,7 @@ def test_nccl_kernels_by_name(name, kind):
 
 
 def test_a_cpu_trace():
-    """An operator is compute once, with all inside it; gloo's threads and the calls themselves are none."""
+    """An operator counts once as compute, with all inside it; gloo's threads and calls do not count."""
     events = [host(f"{timeline.STEP}{i}", 1000 * i, 900, "user_annotation") for i in range(2)]
     events += [
         host("aten::linear", 100, 300), host("aten::mm", 150, 100), host("aten::add", 400, 50),
@@ -209,11 +210,11 @@ def test_collectives_find_their_calls():
     assert sizes() == []
 
 
-# ---- what all ranks say --------------------------------------------------------------------------
+# ---- the figures of all ranks --------------------------------------------------------------------------
 
 
 def planted_ranks():
-    """Two ranks, three steps; rank 1 comes late by 60 us."""
+    """Return the results of two ranks and three steps, of which rank 1 is 60 us late."""
     ranks = []
     for rank, late in ((0, 0), (1, 60)):
         lanes = timeline.read_lanes(gpu_trace(), cuda=True)
@@ -264,7 +265,7 @@ def test_the_chrome_trace(tmp_path):
 
 
 def test_the_calls_of_a_captured_step():
-    """A replayed graph calls nothing: the capture's calls count, and what the step calls itself besides."""
+    """A replayed graph makes no calls: those of its capture count, and those that the step makes itself."""
     recorder = Recorder()
     made = []
 
@@ -287,6 +288,7 @@ def test_the_calls_of_a_captured_step():
 
 
 def torchrun(ranks, *args):
+    """Run bench under torchrun on `ranks` processes and return the finished process."""
     env = {k: v for k, v in os.environ.items() if k.lower() not in TINY}
     env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT / "tools"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -295,7 +297,7 @@ def torchrun(ranks, *args):
 
 
 def test_two_ranks(tmp_path):
-    """Whole steps over gloo: every rank's figures add up, every byte is known, all files are whole."""
+    """Over gloo, the figures of every rank add up, every byte is known, and all files are whole."""
     done = torchrun(2, "--timeline", tmp_path / "t.json", "--steps", 3, "--json", tmp_path / "r.json", *KNOBS)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "t.json", "t.png"]
@@ -339,7 +341,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 def test_nothing_half_written(tmp_path, capsys):
-    """A name that cannot be written is said in one line, and no temporary file stays."""
+    """A name that cannot be written is reported in one line, and no temporary file stays."""
     at = tmp_path / "t.json"
     at.mkdir()
     assert bench.main(["--timeline", str(at), "--steps", "1", *KNOBS], {}) == 2

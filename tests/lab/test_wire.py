@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections import Counter
 
@@ -47,7 +48,7 @@ def test_every_function_is_wrapped_with_arguments_that_it_has():
 
 
 def planted(rank):
-    """A schedule with known counts, on one rank of four."""
+    """Run a schedule with known counts on one rank of four. Returns its events and the bank's final sum."""
     t.init_machine(tiny(), dict(RANK=str(rank), WORLD_SIZE="4"))
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     recorder = collectives.Recorder(waits=True, zeros=True)
@@ -66,7 +67,8 @@ def planted(rank):
             gather(bank, shard, async_op=True).wait()
             dist.broadcast(torch.zeros(3), 0)
         dist.all_reduce(torch.ones(1))
-    assert dist.all_reduce is before and not isinstance(before, collectives.Waited)
+    assert dist.all_reduce is before
+    assert not isinstance(before, collectives.Waited)
     return events, float(bank.sum())
 
 
@@ -106,59 +108,69 @@ def test_the_scope_of_a_group():
 
 
 def steps_of(world, node_ranks=None, script=TRAINER, knobs=KNOBS):
+    """Take a real step on `world` ranks and return their results. node_ranks: ranks of a node (all)."""
     port = wire_steps.free_port()
-    job = wire_steps.RankTask(script, knobs, world, node_ranks or world, 0, port)
-    return wire_steps.in_processes(wire_steps.real_step, [job._replace(rank=rank) for rank in range(world)])
+    task = wire_steps.RankTask(script, knobs, world, node_ranks or world, 0, port)
+    return wire_steps.in_processes(wire_steps.real_step, [task._replace(rank=rank) for rank in range(world)])
 
 
 @pytest.fixture(scope="module")
 def real():
-    """{ranks: results} of real steps on one node."""
+    """Take real steps on one node. Returns {number of ranks: results}."""
     return {world: steps_of(world) for world in (2, 4)}
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_real_step(real, world):
-    """Collectives, bytes and matrices of a step, from the shapes; one collective more and this fails."""
-    table, banks = t.parameter_table(tiny()), {}  # buffer -> (matrices, numbers in one)
-    for s in t.MATRICES:
-        count, rows, columns = table[s.name][0]
-        banks[s.buffer] = banks.get(s.buffer, (0, 0))[0] + count, rows * columns
-    padded = sum(4 * world * -(-n // world) * numel for n, numel in banks.values())
-    full = sum(4 * n * numel for n, numel in banks.values())
+    """Collectives, bytes and matrices follow from the shapes. With one more collective this fails."""
+    table = t.parameter_table(tiny())
+    matrices = Counter()  # of a bank
+    numel = {}  # of one matrix of a bank
+    for spec in t.MATRICES:
+        count, rows, columns = table[spec.name][0]
+        matrices[spec.buffer] += count
+        numel[spec.buffer] = rows * columns
+    share = {bank: math.ceil(count / world) for bank, count in matrices.items()}
+    padded_bytes = sum(4 * world * share[bank] * numel[bank] for bank in matrices)
+    full_bytes = sum(4 * count * numel[bank] for bank, count in matrices.items())
+
     ranks = real[world]
-    own = [0] * world
-    assert len({r.digest for r in ranks}) == 1
-    for rank, r in enumerate(ranks):
-        calls = collectives.collectives_of(r.events)
-        found = collectives.totals(r.events, world)
+    assert len({result.digest for result in ranks}) == 1
+    owned = []
+    for result in ranks:
+        found = collectives.totals(result.events, world)
         assert found.counts == STEP, found.counts
-        assert {c.ranks for c in calls} == {tuple(range(world))} and found.wire["inter"] == 0
+        assert found.wire["inter"] == 0
+
+        calls = collectives.collectives_of(result.events)
+        assert {call.ranks for call in calls} == {tuple(range(world))}
         for kind in ("reduce-scatter", "all-gather"):
-            assert sum(c.payload for c in calls if c.kind == kind) == padded
-        assert sum(c.zeros for c in calls if c.kind == "reduce-scatter") == padded - full
-        waits = [e.of for e in r.events if isinstance(e, Wait)]
-        assert Counter(waits) == {i: 1 for i, e in enumerate(r.events) if isinstance(e, Collective)}
-        works = collectives.batches_of(r.events)
-        own[rank] = sum(w.real for w in works)
-        assert sum(w.slots for w in works) == own[rank] <= sum(-(-n // world) for n, _ in banks.values())
-    assert sum(own) == sum(n for n, _ in banks.values())
+            assert sum(call.payload for call in calls if call.kind == kind) == padded_bytes
+        zeros = sum(call.zeros for call in calls if call.kind == "reduce-scatter")
+        assert zeros == padded_bytes - full_bytes
+
+        waits = [event.of for event in result.events if isinstance(event, Wait)]
+        calls_at = [i for i, event in enumerate(result.events) if isinstance(event, Collective)]
+        assert Counter(waits) == dict.fromkeys(calls_at, 1)
+
+        batches = collectives.batches_of(result.events)
+        owned.append(sum(batch.real for batch in batches))
+        assert sum(batch.slots for batch in batches) == owned[-1] <= sum(share.values())
+    assert sum(owned) == matrices.total()
 
 
 def test_padding_is_seen():
-    """Of 3 layers' banks on 4 ranks a part is padding, on the wire and not in the work."""
-    knobs = (*KNOBS, "num_layers=3")
-    ranks = steps_of(4, knobs=knobs)
-    works = [collectives.batches_of(r.events) for r in ranks]
-    assert (
-        sum(w.real for rank in works for w in rank) == sum(w.slots for rank in works for w in rank) == 3 * 6
-    )
+    """With 3 layers on 4 ranks, part of the banks is padding: it travels and costs no work."""
+    ranks = steps_of(4, knobs=(*KNOBS, "num_layers=3"))
+    batches = [batch for result in ranks for batch in collectives.batches_of(result.events)]
+    assert sum(batch.real for batch in batches) == 3 * 6
+    assert sum(batch.slots for batch in batches) == 3 * 6
     assert 0.1 < collectives.padding([r.events for r in ranks]) < 0.3
 
 
 def changed(folder, lines):
-    """A copy of train_gpt.py with `lines` before its last statement."""
-    source = (TRAINER).read_text(encoding="utf-8")
+    """Write a copy of train_gpt.py with `lines` before its last statement and return its path."""
+    source = TRAINER.read_text(encoding="utf-8")
     head, main, tail = source.rpartition('\nif __name__ == "__main__":')
     (folder / "train_gpt.py").write_text(head + "\n" + lines + main + tail, encoding="utf-8")
     return folder / "train_gpt.py"
@@ -181,11 +193,13 @@ def test_one_collective_more_is_counted(tmp_path):
         assert found.counts != STEP and found.counts["all-reduce"] == STEP["all-reduce"] + 1
 
 
-def bare(e):
-    """An event without what only data can tell."""
-    if isinstance(e, Collective):
-        return e._replace(given=0, zeros=0)
-    return e._replace(real=0) if isinstance(e, MatrixBatch) else e
+def bare(event):
+    """Return the event without the figures that need data."""
+    if isinstance(event, Collective):
+        return event._replace(given=0, zeros=0)
+    if isinstance(event, MatrixBatch):
+        return event._replace(real=0)
+    return event
 
 
 NODES = """
@@ -200,14 +214,16 @@ def init_machine(h, env):
 
 
 def test_groups_of_nodes(tmp_path):
-    """A script that knows its nodes: what stays on one is told from what crosses, with data and without."""
+    """Traffic inside a node is told from traffic between nodes, with data and without."""
     own = "dist.all_reduce(torch.ones(10), group=NODE); dist.all_reduce(torch.ones(100), group=ACROSS)"
     script = changed(tmp_path, NODES + PATCH.format(before=own, after="pass"))
     ranks = steps_of(4, 2, script)
     calls = collectives.collectives_of(ranks[3].events)[:2]
-    assert [c.ranks for c in calls] == [(2, 3), (1, 3)]
-    found, plain = (collectives.totals(events, 2).wire for events in (ranks[3].events, ranks[3].events[4:]))
-    assert found["intra"] - plain["intra"] == 40 and found["inter"] - plain["inter"] == 400
+    assert [call.ranks for call in calls] == [(2, 3), (1, 3)]
+    found = collectives.totals(ranks[3].events, 2).wire
+    plain = collectives.totals(ranks[3].events[4:], 2).wire
+    assert found["intra"] - plain["intra"] == 40
+    assert found["inter"] - plain["inter"] == 400
     dry = wire_steps.in_processes(wire_steps.dry_steps, [(wire_steps.RankTask(script, KNOBS, 4, 2),)])[0]
     for events, r in zip(dry.steps[0], ranks):
         assert [bare(e) for e in events] == [bare(e) for e in r.events]
@@ -309,6 +325,7 @@ def test_every_assumption_has_a_source():
 
 
 def called(*args):
+    """Run `record wire` in this process and return its exit status."""
     return wire.main([*map(str, args)])
 
 
@@ -337,9 +354,11 @@ def test_ranks_that_disagree(tmp_path, capfd):
 
 
 def refused(capfd, *args):
+    """Return the one line with which `record wire` refuses these arguments."""
     assert called(*args) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("record: "), err
+    assert err.startswith("record: "), err
+    assert err.count("\n") == 1, err
     return err
 
 
@@ -353,11 +372,11 @@ def test_bad_input_is_one_line(tmp_path, capfd):
     assert "cannot read the script" in refused(capfd, "--script", tmp_path / "no.py")
 
 
-@pytest.mark.parametrize("how, said", [("os._exit(3)", "status 3"), ("1 / 0", "ZeroDivisionError")])
-def test_a_rank_that_fails(tmp_path, how, said):
-    """The others wait for it in a collective: all are ended and one line says why."""
-    script = changed(tmp_path, PATCH.format(before=f"self.m.rank == 1 and {how}", after="pass"))
-    with pytest.raises(BadInput, match="rank 1 of 2: .*" + said):
+@pytest.mark.parametrize("failure, reason", [("os._exit(3)", "status 3"), ("1 / 0", "ZeroDivisionError")])
+def test_a_rank_that_fails(tmp_path, failure, reason):
+    """The others wait for it in a collective. All are ended, and one line gives the reason."""
+    script = changed(tmp_path, PATCH.format(before=f"self.m.rank == 1 and {failure}", after="pass"))
+    with pytest.raises(BadInput, match="rank 1 of 2: .*" + reason):
         steps_of(2, script=script)
 
 

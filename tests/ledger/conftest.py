@@ -12,7 +12,7 @@ from record_helpers import MARKERS, NAME, TRACK, make
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
-    """One good record in a repository of its own; tests that change things work on a copy."""
+    """Make one good record in a repository of its own. Tests that change things work on a copy."""
     root = tmp_path_factory.mktemp("pristine")
     (root / "records").mkdir()
     (root / "requirements.txt").write_text("torch==2.13.0\nnumpy==2.2.6\nsentencepiece==0.2.3\n")
