@@ -66,7 +66,7 @@ from enum import IntEnum
 from functools import cache, lru_cache, partial
 from itertools import cycle
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -1022,43 +1022,56 @@ def bpb(nats: float, num_bytes: int) -> float:
 SHARD_HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-OPEN_SHARDS = 64  # most shards that a loader keeps mapped: each holds a file descriptor, macOS allows 256
+OPEN_SHARDS = 64  # most files that a loader keeps open: macOS allows 256
+
+
+def reading_shard(path: str):
+    """Return a context manager that turns an OSError into an InputError which names the shard."""
+    return explained(f"{path}: cannot read the shard", "prepare the data again")
 
 
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
-    """Memory-map a shard's tokens, (num_tokens,) uint16, and read them once to check them.
+    """Read a shard's tokens, (num_tokens,) uint16, and check them.
 
+    No shard is mapped into memory: one that is cut while it is mapped ends the process without a word.
     Raises InputError when header and size disagree, or a token is not below vocab_size.
     """
-    with explained(f"{path}: cannot read the shard", "prepare the data again"):
-        header = np.fromfile(path, dtype="<i4", count=256)
-        size = os.path.getsize(path)
+    with reading_shard(path):
+        raw = Path(path).read_bytes()
 
-    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+    header = np.frombuffer(raw[:SHARD_HEADER_BYTES].ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(
             f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare it again"
         )
 
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if size != expected:
+    if len(raw) != expected or header[2] < 0:
         raise InputError(
-            f"{path}: {size} bytes but its header says {expected}; download it or prepare it again"
+            f"{path}: {len(raw)} bytes but its header says {expected}; download it or prepare it again"
         )
 
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+    tokens = np.frombuffer(raw, "<u2", offset=SHARD_HEADER_BYTES)
+    check_tokens(path, tokens, vocab_size)
+    return tokens
+
+
+def check_tokens(path: str, tokens: np.ndarray, vocab_size: int) -> None:
+    """Check tokens read from a shard. Raises InputError when one is not below vocab_size."""
     if len(tokens) and (top := int(tokens.max())) >= vocab_size:
         raise InputError(f"{path}: token {top} >= vocab_size {vocab_size}; change vocab_size or data_path")
-    return tokens
 
 
 def shard_tokens(path: str) -> int:
     """Return the number of tokens in a shard, from the size of its file."""
-    return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
+    with reading_shard(path):
+        return (os.path.getsize(path) - SHARD_HEADER_BYTES) // 2
 
 
 def begins_inside(path: str, bos_id: int) -> bool:
     """Return whether a shard's first token is not the start of a document."""
-    first = np.fromfile(path, "<u2", 1, offset=SHARD_HEADER_BYTES)
+    with reading_shard(path):
+        first = np.fromfile(path, "<u2", 1, offset=SHARD_HEADER_BYTES)
     return len(first) > 0 and int(first[0]) != bos_id
 
 
@@ -1080,8 +1093,7 @@ def split_files(data_path: str, split: str) -> list[str]:
 
 def load_split(h: Config, split: str) -> np.ndarray:
     """Read a whole evaluation split, (N,) uint16, cut to `val_tokens` targets where that is set."""
-    shards = [np.array(load_shard(f, h.vocab_size)) for f in split_files(h.data_path, split)]
-    tokens = np.concatenate(shards)
+    tokens = np.concatenate([load_shard(f, h.vocab_size) for f in split_files(h.data_path, split)])
     return tokens[: h.val_tokens + 1] if h.val_tokens else tokens
 
 
@@ -1313,16 +1325,17 @@ class TokenLoader:
 
         self.accum, self.sequences = cut_batch(h, m.world_size)
         self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
-        self.open_shard = lru_cache(maxsize=OPEN_SHARDS)(self.map_shard)
+        self.open_file = lru_cache(maxsize=OPEN_SHARDS)(self.open_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
 
+        self.lock = Lock()  # of the files' positions: `seek` may leave a thread reading
         self.reading = ""  # the file being read, for messages
         self.seek(0)
 
-    def map_shard(self, shard: int) -> np.ndarray:
-        """Memory-map a shard's tokens, (num_tokens,) uint16."""
-        return np.asarray(load_shard(self.files[shard], self.h.vocab_size))  # slicing a memmap is slow
+    def open_shard(self, shard: int) -> io.FileIO:
+        """Open a shard's file. It stays the same one, even if another takes its name."""
+        return open(self.files[shard], "rb", buffering=0)
 
     def shuffle_shards(self, epoch: int) -> ShardOrder:
         """Draw an epoch's order of the shards."""
@@ -1331,18 +1344,20 @@ class TokenLoader:
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
         """Draw an epoch's order of a shard's documents and its fragment."""
-        tokens = self.open_shard(shard)
+        tokens = load_shard(self.files[shard], self.h.vocab_size)
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(tokens) < self.sizes[shard]:
             starts = np.append(-1, starts)  # the fragment, with the BOS that the file lacks
         lengths = np.diff(starts, append=len(tokens))
+        if lengths.sum() != self.sizes[shard]:
+            raise InputError(f"{self.files[shard]}: changed during the run; begin again with another run_id")
         order = random_stream(self.h.seed, Draw.DOCUMENTS, epoch, shard).permutation(len(starts))
         bounds = np.concatenate([[0], np.cumsum(lengths[order])])
         return ShuffledShard(starts[order], bounds)
 
     def read(self, position: int, count: int) -> np.ndarray:
         """Return tokens [position, position + count) of the endless stream, (count,) int64."""
-        out = np.empty(count, np.int64)
+        out = np.empty(count, "<u2")
         filled = 0
         while filled < count:
             epoch, offset = divmod(position + filled, self.total)
@@ -1350,21 +1365,38 @@ class TokenLoader:
             visit = int(np.searchsorted(order.ends, offset, side="right"))
             shard = int(order.shards[visit])
             self.reading = self.files[shard]
-            tokens = self.open_shard(shard)
-            text = self.document_order(epoch, shard)
+            filled += self.read_shard(
+                epoch, shard, offset - int(order.ends[visit] - self.sizes[shard]), out[filled:]
+            )
+        return out.astype(np.int64)
 
-            offset -= int(order.ends[visit] - self.sizes[shard])
-            document = int(np.searchsorted(text.bounds, offset, side="right")) - 1
-            while filled < count and document < len(text.starts):
-                begin = text.starts[document] + offset - text.bounds[document]
-                take = int(min(text.bounds[document + 1] - offset, count - filled))
-                out[filled : filled + take] = self.h.bos_id  # stays where a fragment starts, at -1
-                missing = int(begin < 0)
-                out[filled + missing : filled + take] = tokens[begin + missing : begin + take]
-                filled += take
-                offset += take
+    def read_shard(self, epoch: int, shard: int, offset: int, out: np.ndarray) -> int:
+        """Fill `out`, uint16, with a shuffled shard's tokens from `offset` on, or as much of it as there are.
+
+        Returns how many these are. Raises InputError when the file is damaged.
+        """
+        path = self.files[shard]
+        text = self.document_order(epoch, shard)
+        document = int(np.searchsorted(text.bounds, offset, side="right")) - 1
+        filled = 0
+        with reading_shard(path), self.lock:
+            file = self.open_file(shard)
+            while filled < len(out) and document < len(text.starts):
+                begin = int(text.starts[document] + offset - text.bounds[document])
+                end = filled + int(min(text.bounds[document + 1] - offset, len(out) - filled))
+                part = out[filled:end]
+                if begin < 0:  # a fragment starts at -1, with the BOS that the file lacks
+                    part[0] = self.h.bos_id
+                    part = part[1:]
+                    begin = 0
+                file.seek(SHARD_HEADER_BYTES + 2 * begin)
+                if file.readinto(part) < part.nbytes:
+                    raise InputError(f"{path}: cut during the run; download it or prepare it again")
+                offset += end - filled
+                filled = end
                 document += 1
-        return out
+        check_tokens(path, out[:filled], self.h.vocab_size)
+        return filled
 
     def build(self, index: int) -> list[Tensor]:
         """Build this rank's micro-batches of global batch `index`: `accum` host tensors (B, T + 1), int64."""

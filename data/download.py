@@ -304,7 +304,7 @@ def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> d
     Raises DataError if this is not the official validation split.
     """
     about = describe_split(paths, tokenizer)
-    first = int(shards.load_tokens(paths[0])[0])
+    first = int(shards.load_tokens(paths[0], most=1)[0])
     if first != tokenizer.bos_id:
         raise DataError(
             f"{paths[0]}: begins with token {first}, not BOS ({tokenizer.bos_id}); {OTHER_VARIANT}"

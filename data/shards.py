@@ -98,10 +98,19 @@ def read_header(path: str | Path) -> int:
     return tokens
 
 
-def load_tokens(path: str | Path) -> np.ndarray:
-    """Map the ids of a shard into memory, uint16 (tokens,). Raises DataError as `read_header` does."""
+def load_tokens(path: str | Path, most: int | None = None) -> np.ndarray:
+    """Read the ids of a shard, at most the first `most`, uint16 (tokens,).
+
+    They are not mapped: a file that is cut while it is mapped ends the process without a word. Raises
+    DataError as `read_header` does, and if the file is cut after that.
+    """
     tokens = read_header(path)
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+    if most is not None:
+        tokens = min(tokens, most)
+    ids = np.fromfile(path, "<u2", tokens, offset=HEADER_BYTES)
+    if len(ids) < tokens:
+        raise DataError(f"{path}: cut while it was read; {REMEDY}")
+    return ids
 
 
 def shard_pattern(split: str) -> str:
@@ -447,11 +456,15 @@ def check_split(folder: Path, manifest: dict, split: str, deep: bool) -> list[st
 
 
 def load_listed_shard(path: Path, entry: dict, deep: bool) -> np.ndarray:
-    """Map the ids of a shard that must match its manifest entry. Raises DataError if it does not."""
+    """Read the ids of a shard that must match its manifest entry; deep=False: the first id.
+
+    Raises DataError if it does not match.
+    """
     try:
-        tokens = load_tokens(path)
-        if len(tokens) != entry["tokens"]:
-            raise DataError(f"{path}: {len(tokens)} tokens, manifest says {entry['tokens']}; {REMEDY}")
+        count = read_header(path)
+        if count != entry["tokens"]:
+            raise DataError(f"{path}: {count} tokens, manifest says {entry['tokens']}; {REMEDY}")
+        tokens = load_tokens(path, most=None if deep else 1)
         if deep and sha256_file(path) != entry["sha256"]:
             raise DataError(f"{path}: sha256 differs from the manifest; {REMEDY}")
     except FileNotFoundError:

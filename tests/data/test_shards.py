@@ -1,6 +1,7 @@
 """The shard format, and `verify`, which names what is damaged."""
 
 import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -295,3 +296,20 @@ def test_the_remedy_that_verify_names_helps(files, capsys, damage):
         assert "repeat the command that made the dataset" in line
         assert prepare.main(files.args) == 0
     assert content(files.out) == before
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(files, capsys, monkeypatch):
+    """A mapped file would end the process with SIGBUS."""
+    assert prepare.main(files.args) == 0
+    path = files.out / "toy_train_000000.bin"
+    read_header = shards.read_header
+
+    def read_and_cut(file):
+        tokens = read_header(file)
+        if file == path:
+            os.truncate(file, shards.HEADER_BYTES + tokens)
+        return tokens
+
+    monkeypatch.setattr(shards, "read_header", read_and_cut)
+    with pytest.raises(shards.DataError, match=r"toy_train_000000\.bin: cut while it was read; "):
+        shards.load_tokens(path)

@@ -832,6 +832,31 @@ def test_a_stuck_read_names_the_file_and_ends(tmp_path):
     assert re.search(rf"rank 0: {shard}: not read within 0.5 s", lines(tmp_path)[-1])
 
 
+def cut_shards(rank):
+    """Cut all train shards to their headers at batch 6."""
+    build = t.TokenLoader.build
+
+    def cut_first(self, index):
+        if index == 6:
+            for path in self.files:
+                os.truncate(path, t.SHARD_HEADER_BYTES)
+        return build(self, index)
+
+    t.TokenLoader.build = cut_first
+
+
+def test_a_shard_that_is_cut_during_training_ends_it_in_one_line(tmp_path):
+    """Its name is in the log. A mapped file would end the process with SIGBUS and no word."""
+    shutil.copytree(english_dataset().path, tmp_path / "data")
+    knobs = dict(data_path=tmp_path / "data", checkpoint_every=0)
+    assert kill_runs.ended(kill_runs.start(tmp_path / "out", fault=cut_shards, **knobs)) == [2]
+    shard = re.escape(f"{tmp_path}/data/tiny_train_00000")
+    found = re.fullmatch(rf"rank 0: ({shard}\d\.bin: cut during the run; .*)", lines(tmp_path / "out")[-1])
+    assert found, lines(tmp_path / "out")[-1]
+    console = (tmp_path / "out/console.0").read_text().splitlines()
+    assert console[-1] == f"train_gpt.py: {found[1]}" and "Traceback" not in "".join(console)
+
+
 # ---------------------------------------------------------------- consoles and networks
 
 

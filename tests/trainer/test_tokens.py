@@ -548,13 +548,44 @@ def test_an_error_of_the_prefetch_thread_reaches_next(tmp_path):
     shard_folder(tmp_path, tiny(), [30], seed=1)
     path = write_shard(tmp_path / "x_train_000001.bin", [1, 5, 50] * 2000)
     data = loader(tmp_path, iterations=1)
-    data.pending.result()  # the thread reads the file's own pages
+    data.read(0, data.total)
     write_shard(path, [1, 5, 500] * 2000)  # damaged later: 500 >= vocab_size
-    data.document_order.cache_clear()
-    data.open_shard.cache_clear()
     with pytest.raises(t.InputError, match=r"x_train_000001\.bin.*500"):
         for _ in range(60):
             data.next()
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path):
+    """A mapped file would end the process with SIGBUS."""
+    documents = [[1] + [7] * 5000 for _ in range(20)]
+    path = Path(write_shard(tmp_path / "x_train_000000.bin", joined(documents)))
+    data = loader(tmp_path)
+    data.read(0, data.total)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(t.InputError, match=r"x_train_000000\.bin: cut during the run; .*prepare it again$"):
+        data.read(0, data.total)
+    path.unlink()
+    with pytest.raises(t.InputError, match=r"x_train_000000\.bin: cut during the run"):  # the file it opened
+        data.read(0, data.total)
+    data.open_file.cache_clear()
+    with pytest.raises(t.InputError, match=r"x_train_000000\.bin: cannot read the shard \(No such file"):
+        data.read(0, data.total)
+
+
+def test_a_shard_that_another_replaces_during_the_run(tmp_path):
+    """The run goes on with the file it opened. One that it has not read yet must have the same length."""
+    groups = shard_folder(tmp_path / "data", tiny(), [40, 40], seed=1)
+    data = loader(tmp_path / "data")
+    data.pending.result()
+    before = data.read(0, data.total)
+    other = write_shard(tmp_path / "other.bin", [1] + [9] * 99)
+    for path in data.files:
+        shutil.copyfile(other, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+    assert np.array_equal(data.read(0, data.total), before)
+    with pytest.raises(t.InputError, match=r"x_train_00000\d\.bin: changed during the run"):
+        data.read(data.total, data.total)
+    assert len(before) == sum(map(len, joined(groups)))
 
 
 def test_a_damaged_shard_is_found_before_training(tmp_path):
