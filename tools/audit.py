@@ -18,6 +18,8 @@ If ttt_lr is above zero, in the artifact or as a knob, T1 to T4, T7 and T9 exami
 training. The piece of text that they score then has three chunks, so that its tokens are learnt from twice.
 They compare bits, and a GPU's gradients repeat only with deterministic=1.
 
+A test that takes longer says how far it is and when it ends: live on a terminal, else a line every 15 s.
+
 Exit status: 0 all tests pass; 1 one fails; 2 bad input (one line says it).
 """
 
@@ -31,13 +33,14 @@ import math
 import os
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +87,73 @@ def load_audited(path: Path) -> ModuleType:
     return script
 
 
+# ---- progress ------------------------------------------------------------------------------------
+
+TICK_SECONDS = 1.0  # between two live lines on a terminal
+LINE_SECONDS = 15.0  # between two lines elsewhere
+
+
+class Progress:
+    """Tells how far the running test is, from a thread: one pass of a large model may take minutes.
+
+    A test works in stages, each of so many scores, passes, documents, ... that are to be done.
+    """
+
+    def __init__(self, log: Any) -> None:
+        self.log = log  # of the script
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.tell_all, daemon=True)
+        self.begin("")
+
+    def begin(self, test: str) -> None:
+        """Begin a test, of which no stage is known yet."""
+        self.test = test
+        self.started = time.perf_counter()
+        self.expect(0, "")
+
+    def expect(self, total: int, unit: str) -> None:
+        """Begin a stage of so many units."""
+        self.unit = unit
+        self.total = total
+        self.done = 0
+        self.stage_started = time.perf_counter()
+
+    def advance(self, count: int = 1) -> None:
+        """Count units that are done."""
+        self.done = min(self.done + count, self.total)
+
+    def text(self) -> str:
+        """Return the line about this moment."""
+        now = time.perf_counter()
+        line = f"auditing {self.test}: {now - self.started:.0f} s"
+        if self.total:
+            line += f", {self.done}/{self.total} {self.unit}"
+        if self.done:
+            eta = (now - self.stage_started) / self.done * (self.total - self.done)
+            line += f", ETA {eta:.0f} s"
+        return line
+
+    def tell_all(self) -> None:
+        """Be the thread: tell until the audit ends."""
+        told = 0.0
+        while not self.ended.wait(TICK_SECONDS):
+            if sys.stderr.isatty():
+                self.log.status(self.text())
+            elif time.perf_counter() - max(told, self.started) >= LINE_SECONDS:
+                told = time.perf_counter()
+                self.log(self.text())
+
+    def __enter__(self) -> Progress:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
 # ---- the subject of the tests --------------------------------------------------------------------
 
 
@@ -103,11 +173,13 @@ class Audit:
     piece: np.ndarray  # (N,) tokens from the middle of the validation split, document starts among them
     scoring: Any  # the script's ScoreRun: sliding, as in the final score, and learning if that learns
     chunk: int  # targets that are scored before they are learnt from; 0: nothing is learnt
+    progress: Progress
 
     def nats(self, tokens: np.ndarray, scoring: Any = None) -> Tensor:
         """Score every target as the final score does, or as another ScoreRun says: (N - 1,) float64."""
         out = self.script.score_targets(self.run.nats_fn, tokens, scoring or self.scoring, self.run.m)[0]
         dist.all_reduce(out)
+        self.progress.advance()
         return out
 
     @contextmanager
@@ -142,11 +214,12 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
         )
 
     batch = h.eval_batch_tokens // h.eval_seq_len
-    scoring = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", run.log)
+    silent = script.Log("", None)  # Progress tells instead
+    scoring = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", silent)
     if chunk:
         learner = partial(script.learning, run.model, run.loss_fn, h, run.m)
         scoring = scoring._replace(chunk=chunk, learner=learner)
-    return Audit(script, run, blob, choose_piece(tokens, h, chunk), scoring, chunk)
+    return Audit(script, run, blob, choose_piece(tokens, h, chunk), scoring, chunk, Progress(run.log))
 
 
 def choose_piece(tokens: np.ndarray, h: Any, chunk: int) -> np.ndarray:
@@ -192,6 +265,7 @@ def replace_later_tokens(audit: Audit, cuts: list[int], seed: int) -> Moved:
     Target j is token j + 1: with tokens from `cut` on replaced, targets up to cut - 2 must keep their scores.
     """
     random = np.random.default_rng(seed)
+    audit.progress.expect(1 + len(cuts), "scores")
     before = audit.nats(audit.piece)
     parts = []
     for cut in cuts:
@@ -270,15 +344,18 @@ def audit_normalization(audit: Audit) -> Verdict:
     piece = torch.from_numpy(audit.piece[: scoring.seq_len].astype(np.int64))
     x = piece.to(device).expand(scoring.batch, -1).contiguous()
     errors = []
+    vocabulary = torch.arange(h.vocab_size, device=device).split(scoring.batch)
+    audit.progress.expect(2 * len(vocabulary), "passes")
     with audit.learnt(), torch.no_grad():
         for last in (scoring.seq_len, scoring.stride):
             total = torch.zeros(last, dtype=torch.float64, device=device)
-            for ids in torch.arange(h.vocab_size, device=device).split(scoring.batch):
+            for ids in vocabulary:
                 # each sequence of the batch has one token of the vocabulary as all its targets
                 padded = F.pad(ids, (0, scoring.batch - len(ids)))
                 y = padded[:, None].expand(scoring.batch, scoring.seq_len).contiguous()
                 nats = audit.run.nats_fn(x, y, last)[: len(ids)]
                 total += (-nats.double()).exp().sum(0)
+                audit.progress.advance()
             errors.append((total - 1).abs().max())
     error = torch.stack(errors).max().item()  # nan if one of them is; Python's max would drop it
     return Verdict(
@@ -296,6 +373,7 @@ class Learning(NamedTuple):
 
 
 def examine_learning(audit: Audit) -> Learning:
+    audit.progress.expect(2, "scores")
     without = audit.nats(audit.piece, audit.scoring._replace(chunk=0, learner=nullcontext))
     gaps = audit.nats(audit.piece) - without
     only_later = bool((gaps[: audit.chunk] == 0).all())
@@ -373,8 +451,10 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
     scoring = audit.scoring
     if audit.chunk:
         scoring = scoring._replace(learner=lambda: nullcontext(lambda *_: None))
+    audit.progress.expect(-(-(len(tokens) - 1) // m.world_size), "targets")
 
     def one_nat_each(x: Tensor, y: Tensor, last: int) -> Tensor:
+        audit.progress.advance(x.size(0) * last)
         return torch.ones(x.size(0), last, device=x.device)
 
     counts_of_scores = audit.script.score_targets(one_nat_each, tokens, scoring, m)[1]
@@ -385,8 +465,10 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
 def score_is_sum(audit: Audit) -> bool:
     """Whether the script's evaluate gives the sums that its targets' scores and bytes add up to."""
     counts = audit.run.dataset.counts
+    audit.progress.expect(2, "scores")
     nats = audit.nats(audit.piece).sum().item()
     score = audit.script.evaluate(audit.run.nats_fn, audit.piece, counts, audit.scoring, audit.run.m)
+    audit.progress.advance()
     targets = len(audit.piece) - 1
     bpb = nats / math.log(2) / int(counts.of(audit.piece).sum())
     pairs = ((score.loss, nats / targets), (score.bpb, bpb), (score.tokens, targets))
@@ -444,6 +526,9 @@ def tokenizer_of(run: Any) -> Tokenizer:
     return Tokenizer(decode, sp.unk_id())
 
 
+DECODED_AT_ONCE = 256  # documents
+
+
 def audit_bytes(audit: Audit) -> Verdict:
     """T5: the denominator is the UTF-8 length of the decoded documents, one by one.
 
@@ -455,13 +540,18 @@ def audit_bytes(audit: Audit) -> Verdict:
     starts = np.flatnonzero(tokens == run.h.bos_id)
     ends = np.append(starts[1:], len(tokens))
     bytes_before = np.concatenate([[0], np.cumsum(run.dataset.counts.of(tokens))])
-    texts = tokenizer.decode([tokens[start + 1 : end].tolist() for start, end in zip(starts, ends)])
 
-    whole = len(starts) - 1  # the last document may be cut inside a character
+    whole = max(len(starts) - 1, 0)  # the last document may be cut inside a character
+    audit.progress.expect(whole, "documents")
     wrong = 0
-    for start, end, text in zip(starts[:whole], ends, texts):
-        counted = bytes_before[end - 1] - bytes_before[start]
-        wrong += int(counted != len(text.encode()))
+    for first in range(0, whole, DECODED_AT_ONCE):
+        some = slice(first, min(first + DECODED_AT_ONCE, whole))
+        spans = list(zip(starts[some], ends[some]))
+        texts = tokenizer.decode([tokens[start + 1 : end].tolist() for start, end in spans])
+        for (start, end), text in zip(spans, texts):
+            counted = bytes_before[end - 1] - bytes_before[start]
+            wrong += int(counted != len(text.encode()))
+        audit.progress.advance(len(spans))
     unknown = int((run.held_out("val") == tokenizer.unknown).sum())
     return Verdict(
         "T5 byte accounting",
@@ -526,12 +616,13 @@ def audit_leak(audit: Audit) -> Verdict:
     span_found = np.zeros(len(spans), bool)
     document_found = np.zeros(len(documents), bool)
     files = audit.script.split_files(h.data_path, "train")
-    for i, file in enumerate(files):
-        run.log.status(f"audit T6: training shard {i + 1}/{len(files)}")
+    audit.progress.expect(len(files), "training shards")
+    for file in files:
         tokens = np.asarray(audit.script.load_shard(file, h.vocab_size))
         train = hash_text(tokens, run.dataset.counts, h.bos_id, SPAN_WORDS)
         span_found |= np.isin(spans, train.spans)
         document_found |= np.isin(documents, train.documents)
+        audit.progress.advance()
 
     span_rate = span_found.sum() / max(1, len(spans))
     document_rate = document_found.sum() / max(1, len(documents))
@@ -563,6 +654,7 @@ def audit_repeat(audit: Audit) -> Verdict:
     raw = b"".join([audit.script.MAGIC, struct.pack("<I", len(text)), text, payload])
     again = compressor(audit)(raw)
     packs_again = again == audit.blob
+    audit.progress.expect(2, "scores")
     repeats = bool((audit.nats(audit.piece) == audit.nats(audit.piece)).all())
     return Verdict(
         "T7 size and determinism",
@@ -599,13 +691,27 @@ def watch(*names: str) -> Iterator[list[Event]]:
         watching = False
 
 
+TRAINED_STEPS = 2  # by T8, after one step of warm-up
+
+
+def log_of_steps(audit: Audit) -> Any:
+    """Return a log that writes nothing and counts the lines of steps."""
+
+    class StepLog(audit.script.Log):
+        def __call__(self, line: str, console: bool = True) -> None:
+            audit.progress.advance(line.startswith(("warmup_step:", "step:")))
+
+    return StepLog("", None)
+
+
 def audit_files(audit: Audit) -> Verdict:
     """T8: training opens no held-out file before its clock stops. Trains one layer for two steps."""
     run = audit.run
     script = audit.script
     h = dataclasses.replace(
         one_layer(run.h),
-        iterations=2,
+        iterations=TRAINED_STEPS,
+        train_log_every=1,
         warmup_steps=1,
         max_wallclock_seconds=0.0,
         micro_batch_tokens=run.h.train_seq_len,
@@ -623,8 +729,9 @@ def audit_files(audit: Audit) -> Verdict:
         nats_fn=small.nats,
         phases={},
         splits={},
-        log=script.Log("", None),
+        log=log_of_steps(audit),
     )
+    audit.progress.expect(1 + TRAINED_STEPS, "steps")
     with watch("open") as events:
         script.train(small_run)
 
@@ -646,6 +753,7 @@ NETWORK_EVENTS = (
 
 def audit_network(audit: Audit) -> Verdict:
     """T9: scoring makes no network call and starts no other program."""
+    audit.progress.expect(1, "scores")
     with watch(*NETWORK_EVENTS) as calls:
         audit.nats(audit.piece[: audit.scoring.seq_len + 1])
     evidence = f"{len(calls)} network calls"
@@ -680,14 +788,14 @@ def run_audit(script: ModuleType, artifact: str, knobs: list[str]) -> int:
     run.log(f"auditing {fingerprint(script.__file__)} with {fingerprint(__file__)}")
     audit = make_audit(script, run, blob)
     passed = 0
-    for test in AUDIT:
-        start = time.perf_counter()
-        verdict = test(audit)
-        seconds = time.perf_counter() - start
-        passed += int(verdict.ok)
-        run.log(
-            f"audit {verdict.test}: {'ok' if verdict.ok else 'FAIL'} ({verdict.evidence}) [{seconds:.1f} s]"
-        )
+    with audit.progress as progress:
+        for number, test in enumerate(AUDIT, 1):
+            progress.begin(f"T{number}")
+            verdict = test(audit)
+            seconds = time.perf_counter() - progress.started
+            passed += int(verdict.ok)
+            result = "ok" if verdict.ok else "FAIL"
+            run.log(f"audit {verdict.test}: {result} ({verdict.evidence}) [{seconds:.1f} s]")
     run.log(f"audit {passed} of {len(AUDIT)} tests passed")
     return 0 if passed == len(AUDIT) else 1
 

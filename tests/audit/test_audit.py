@@ -8,6 +8,7 @@ that is not named must still pass.
 import ast
 import dataclasses
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -944,6 +945,70 @@ def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
     assert lines == [line for line in log if line in lines]
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["plain", "ttt"])
+def test_every_test_knows_its_work(learns, honest, group):
+    """Each expects as many scores, passes, ... as it does, or its ETA would be wrong."""
+    h = honest.h
+    if learns:
+        h = dataclasses.replace(h, ttt_lr=0.2, ttt_chunk_tokens=64, ttt_passes=1)
+    subject = audit.make_audit(t, fresh(honest.run, h=h), honest.blob)
+    stages = []
+
+    class Counting(audit.Progress):
+        def expect(self, total, unit):
+            if stages:
+                stages[-1] = (*stages[-1][:3], self.counted)
+            stages.append((self.test, total, unit, 0))
+            self.counted = 0
+            super().expect(total, unit)
+
+        def advance(self, count=1):
+            self.counted += count
+            super().advance(count)
+
+    progress = Counting(None)
+    subject = dataclasses.replace(subject, progress=progress)
+    for number, test in enumerate(audit.AUDIT, 1):
+        progress.begin(f"T{number}")
+        test(subject)
+    progress.expect(0, "")
+    known = [stage for stage in stages if stage[1]]
+    assert {test for test, *_ in known} == {f"T{number}" for number in range(1, 10)}
+    for test, total, unit, done in known:
+        rounded = unit == "targets"  # windows are padded
+        assert done == total or (rounded and total <= done < 2 * total), (test, total, unit, done)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["pipe", "terminal"])
+def test_a_long_test_says_how_far_it_is(live, honest, tmp_path, monkeypatch, capsys):
+    """Before its first part is done it tells the seconds, then also an ETA."""
+
+    def slow(subject):
+        subject.progress.expect(4, "parts")
+        for _ in range(3):
+            time.sleep(0.15)
+            subject.progress.advance()
+        return audit.Verdict("T1 slow", True, "done")
+
+    monkeypatch.setattr(audit, "AUDIT", (slow,))
+    monkeypatch.setattr(audit, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(audit, "LINE_SECONDS", 0.0)
+    screen = Terminal() if live else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert by_auditor(audit_args(honest, tmp_path), t.__file__) == 0
+    out = capsys.readouterr().out
+    told = screen.getvalue() if live else out
+    for done, eta in ((0, ""), (1, ", ETA 0 s"), (2, ", ETA 0 s")):
+        assert f"auditing T1: 0 s, {done}/4 parts{eta}" in told, told
+    assert ("auditing T1" in out) == (not live)
+    assert "audit T1 slow: ok (done) [" in out
+
+
 def test_the_command_names_a_leak(honest, tmp_path, capfd):
     train = [[honest.val[3], *honest.train[0]], honest.train[1]]
     data = write_dataset(tmp_path / "data", honest.model, train, honest.val)
@@ -1035,8 +1100,8 @@ def audit_rank(rank, args):
 def test_two_ranks_audit_together(honest, tmp_path):
     assert run_ranks(audit_rank, 2, audit_args(honest, tmp_path)) == [0, 0]
     lines = (tmp_path / "logs" / "audited.txt").read_text().splitlines()
-    assert lines[-1] == "audit 9 of 9 tests passed"
-    assert sum("audit T" in line for line in lines[-10:]) == 9
+    verdicts = [line for line in lines if line.startswith("audit ")]
+    assert verdicts[-1] == "audit 9 of 9 tests passed" and len(verdicts) == 10
 
 
 def test_the_status_of_the_command_is_the_auditors(tmp_path, capfd):
