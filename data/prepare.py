@@ -3,13 +3,14 @@
     ./run.sh data VERB ...      or      python data/prepare.py VERB ...
 
 Verbs: download, text, offline, auto, verify. `VERB --help` explains each. Progress and errors go to stderr.
-Exit status: 0 done, 1 bad input, 2 bad command line, 3 hub not reachable, 130 interrupted.
+Exit status: 0 done, 1 bad input, 2 bad command line, 3 hub not reachable, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -287,9 +288,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         say(f"error: {explain(error)}")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         say("\ninterrupted; nothing half-written is left, repeat the command to continue")
-        return 130
+        return 128 + (signalled.args[0] if signalled.args else signal.SIGINT)
     except MemoryError:
         say("error: out of memory; use fewer --workers or smaller documents")
         return 1
@@ -300,5 +301,11 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def interrupt(number, frame):
+    """Handle SIGTERM as Ctrl-C, so that workers end and temporary files go."""
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main(sys.argv[1:]))

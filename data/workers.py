@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import TypeVar
 
 from messages import DataError, describe, is_panic
@@ -35,6 +37,12 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
+def leave_with_parent() -> None:
+    """End this process when its parent ends, even by SIGKILL: a pool's processes would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def start_worker(start: Callable[..., None], args: tuple) -> None:
     """Call `start` in a new worker process.
 
@@ -42,6 +50,7 @@ def start_worker(start: Callable[..., None], args: tuple) -> None:
     """
     global _start_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the parent acts
+    Thread(target=leave_with_parent, daemon=True).start()
     try:
         start(*args)
     except BaseException as error:
@@ -81,9 +90,13 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self.pool:
+            return
+        if kind is not None:  # nobody wants what they are working on
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self.pool.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yield (item, function(item)) in the order of `items`, whatever the number of processes."""

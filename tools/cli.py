@@ -28,6 +28,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
+from children import output_of, sigterm_reaches
 from script import ROOT, TRAINER, BadInput, load_script
 
 STARTED = time.monotonic()
@@ -252,7 +253,7 @@ class Resolved(NamedTuple):
 def resolve(knobs: list[str]) -> Resolved:
     """Ask the trainer's load_config and cut_batch in a child process. Exits if they refuse the knobs."""
     command = [sys.executable, str(TOOLS / "cli.py"), "--resolve", *knobs]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    answer = output_of(command)
     if answer.returncode != 0:
         raise SystemExit(answer.returncode)  # its one line is on the terminal
     return Resolved(**json.loads(answer.stdout))
@@ -324,7 +325,7 @@ def find_data(*options: str) -> str:
     command = [sys.executable, "data/prepare.py", "auto", *options]
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
     last = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as auto:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as auto, sigterm_reaches(auto):
         for line in auto.stdout:
             last = line.decode(errors="replace").rstrip("\n")
             print(last, file=sys.stderr, flush=True)
@@ -372,7 +373,7 @@ def draw_plot(log: str) -> str:
     """
     add_tools_to_path()
     command = [sys.executable, "-m", "ledger.record", "plot", log]
-    drawn = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    drawn = output_of(command)
     if drawn.returncode != 0 or not drawn.stdout:
         return "none (./run.sh record plot failed, message above)"
     return drawn.stdout.splitlines()[-1].removeprefix("plot: ")

@@ -117,6 +117,7 @@ class Tree:
             "requirements-flash4.txt",
             ".ci/run",
             "tools/cli.py",
+            "tools/children.py",
             "tools/script.py",
         )
         for name in copied:

@@ -3,6 +3,9 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -166,6 +169,47 @@ def test_a_panic_anywhere_is_one_line(files, monkeypatch, capsys):
     monkeypatch.setattr(build, "describe_inputs", panics)
     assert prepare.main(files.args) == 1
     assert "a library failed (Panic: deep inside)" in one_line(capsys)
+
+
+def running(pids):
+    """Those of the processes that run; one that ended and waits for its parent does not."""
+    asked = ["ps", "-o", "pid=,stat=", "-p", ",".join(map(str, pids))]
+    lines = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if not line.split()[1].startswith("Z")]
+
+
+def children_of(pid):
+    """The processes that a process has started."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def within(seconds, holds):
+    """Whether something holds before so many seconds have passed."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_signal_leaves_no_worker(number, tmp_path):
+    """A pool's processes would wait for ever. All but SIGKILL leave no file, either."""
+    out = tmp_path / "out"
+    command = [sys.executable, prepare.__file__, "offline", "--workers", "2", "--out", str(out)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert within(60, lambda: len(children_of(parent.pid)) >= 3)  # two workers and multiprocessing's tracker
+    children = children_of(parent.pid)
+    try:
+        parent.send_signal(number)
+        _, said = parent.communicate(timeout=20)
+        assert within(10, lambda: not running(children))
+        if number != signal.SIGKILL:
+            assert parent.returncode == 128 + number and "interrupted; nothing half-written" in said
+            assert "Traceback" not in said and not out.exists()
+    finally:
+        for pid in running(children):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("verb", ["offline", "auto"])

@@ -27,6 +27,7 @@ from types import ModuleType
 
 import torch
 
+from children import unwind_on_sigterm
 from lab import verbs
 from lab.direction_cases import (
     Setup,
@@ -386,4 +387,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     sys.exit(main(sys.argv[1:]))

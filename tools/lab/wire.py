@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from children import unwind_on_sigterm
 from lab import verbs
 from lab.collectives import Event, Totals, batches_of, collectives_of, padding, padding_share, scope, totals
 from lab.wire_predict import (
@@ -304,4 +305,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    unwind_on_sigterm()
     sys.exit(main(sys.argv[1:]))

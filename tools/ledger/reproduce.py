@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from children import sigterm_reaches
 from ledger.board import read_submission
 from ledger.files import read_text
 from ledger.folders import logs_of
@@ -93,7 +94,11 @@ def run_command(argv: list[str], root: Path) -> str:
 
     found = ""
     log = None
-    with subprocess.Popen(launcher + argv[1:], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+    command = launcher + argv[1:]
+    with (
+        subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process,
+        sigterm_reaches(process),
+    ):
         for line in process.stdout:
             print(line, end="", flush=True)
             if line.startswith("final_score "):

@@ -1,0 +1,47 @@
+"""Signals and child processes: no program of the repository leaves one running. Imports no torch."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def sigterm_reaches(child: subprocess.Popen) -> Iterator[None]:
+    """Pass SIGTERM on to a child while the block waits for its end, then end this process, too.
+
+    Raises SystemExit with the shell's status after the block if the signal came. Ctrl-C needs no help: the
+    terminal sends it to both.
+    """
+    came = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if came:
+        raise SystemExit(128 + came[0])
+
+
+def output_of(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a program to its end and return its status and stdout, as text. SIGTERM ends both."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child, sigterm_reaches(child):
+        printed, _ = child.communicate()
+    return subprocess.CompletedProcess(command, child.returncode, printed)
+
+
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM raise SystemExit from now on, so that `finally` and `with` end what was started."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, unwind)
