@@ -225,6 +225,8 @@ class Config:
     rope_base: float = 10_000.0
     attn_windows: str = "256 256 256 0"  # keys a token sees, itself included; cycles over layers; 0: all
     doc_mask: bool = False  # no token sees another document
+    parallel_last_n: int = 0  # layers whose attention and MLP do not wait for each other
+    parallel_form: str = "one_stream"  # of these: one_stream | two_streams, rows of FORMS
     loop_layers: str = ""  # neighbouring layers, from 0, that are visited again: "4 5" means 4 5 4 5 ...
     loop_times: int = 0  # further visits; 0: none
     loop_frac: float = 0.5  # share of the run before training loops; 1: only scoring does
@@ -285,6 +287,10 @@ class Config:
     @property
     def num_visits(self) -> int:
         return self.num_layers + self.loop_times * len(self.loop_layers.split())
+
+    @property
+    def two_stream_layers(self) -> int:
+        return self.parallel_last_n if self.parallel_form == "two_streams" else 0
 
     @property
     def kv_dim(self) -> int:
@@ -363,7 +369,10 @@ MODEL_FIELDS = (
     *("bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask"),
 )
 TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
-EXTRA_FIELDS = ("loop_layers", "loop_times", "attn_gate_dims", "skip_gates", "copy_dim")
+EXTRA_FIELDS = (
+    *("loop_layers", "loop_times", "attn_gate_dims", "skip_gates", "parallel_last_n", "parallel_form"),
+    "copy_dim",
+)
 
 
 def parse_flag(text: str) -> bool:
@@ -409,7 +418,7 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
 MAY_BE_ZERO = (
     *("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims", "mix_tokens"),
     *("xsa_last_n", "ve_last_n", "bigram_vocab_size", "size_cap", "gptq_batches", "loop_times"),
-    *("attn_gate_dims", "copy_dim"),
+    *("attn_gate_dims", "parallel_last_n", "copy_dim"),
 )
 
 # Knobs that must stay below 1, and those that may also be 1.
@@ -433,6 +442,7 @@ def check_ranges(h: Config) -> None:
         "preset": PRESETS,
         "ortho": ORTHO,
         "step_rule": STEP_RULES,
+        "parallel_form": ("one_stream", "two_streams"),
         "artifact_weights": ("ema", "live"),
         "wire_dtype": ("float32", "bfloat16"),
         "codec": CODECS,
@@ -467,8 +477,8 @@ def check_relations(h: Config) -> None:
         ),
         (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
         (
-            max(h.xsa_last_n, h.ve_last_n) <= h.num_layers,
-            "xsa_last_n, ve_last_n must not exceed num_layers",
+            max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
+            "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
         ),
         (h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim"),
         (h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}"),
@@ -1462,6 +1472,7 @@ class LayerSpec:
     ve: int  # row of ve_layer_scale with which it adds the value embedding, or -1
     window: int  # keys a token sees, itself included; 0: all
     docs: bool  # whether a token sees its own document only
+    form: str  # row of FORMS: how attention and MLP are joined to the residual stream
 
 
 def visit_order(h: Config) -> list[int]:
@@ -1490,6 +1501,7 @@ def layer_table(h: Config) -> tuple[LayerSpec, ...]:
             ve=i - first_ve if i >= first_ve else -1,
             window=int(windows[i % len(windows)]),
             docs=h.doc_mask,
+            form=h.parallel_form if i >= h.num_layers - h.parallel_last_n else "serial",
         )
         for visit, i in enumerate(visits)
     )
@@ -1505,6 +1517,8 @@ class LayerWeights(NamedTuple):
     q_gain: Tensor  # (H,)
     resid_mix: Tensor  # (2, D)
     attn_gate: Tensor | None = None  # (H, attn_gate_dims)
+    stream_keep: Tensor | None = None  # (2,)
+    stream_add: Tensor | None = None  # (2, 2)
 
 
 class Positions(NamedTuple):
@@ -1706,10 +1720,66 @@ def attention_block(
     return ops.linear(y.flatten(2), w.o)
 
 
+def feed_forward(x: Tensor, w: LayerWeights, ops: Ops) -> Tensor:
+    """Apply the layer's MLP. x (B, T, D) -> (B, T, D)."""
+    return ops.mlp(x, w.up, w.down)
+
+
 def residual_mix(x: Tensor, x0: Tensor, mix: Tensor) -> Tensor:
     """Mix the residual stream with the embedding stream x0, both (B, T, D), by mix (2, D)."""
     mix = mix.to(x.dtype)
     return mix[0] * x + mix[1] * x0
+
+
+def join(streams: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean of one or two residual streams."""
+    if len(streams) == 1:
+        return streams[0]
+    return (streams[0] + streams[1]) / 2
+
+
+def serial(
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
+) -> tuple[Tensor, ...]:
+    """Add attention to the residual stream, then the MLP of the sum. streams, x0, the results: (B, T, D).
+
+    attend and feed map a normalized input to what is added.
+    """
+    x = residual_mix(join(streams), x0, w.resid_mix)
+    x = x + attend(rms_norm(x))
+    return (x + feed(rms_norm(x)),)
+
+
+def one_stream(
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
+) -> tuple[Tensor, ...]:
+    """Add attention and MLP of the same input. As `serial`. GPT-J's form; parameter-golf #1412."""
+    x = residual_mix(join(streams), x0, w.resid_mix)
+    z = rms_norm(x)
+    return (x + attend(z) + feed(z),)
+
+
+def two_streams(
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
+) -> tuple[Tensor, ...]:
+    """Let attention read one stream and the MLP another, and both write to both by learned numbers.
+
+    Stream i becomes keep_i stream_i + add_i0 attention + add_i1 MLP; both begin as the one stream before. As
+    `serial`. parameter-golf #1204, #1855.
+    """
+    first = streams[0]
+    second = streams[-1]
+    attended = attend(rms_norm(residual_mix(first, x0, w.resid_mix)))
+    fed = feed(rms_norm(second))
+    keep = w.stream_keep.to(x0.dtype)
+    add = w.stream_add.to(x0.dtype)
+    return (
+        keep[0] * first + add[0, 0] * attended + add[0, 1] * fed,
+        keep[1] * second + add[1, 0] * attended + add[1, 1] * fed,
+    )
+
+
+FORMS: dict[str, Callable] = {"serial": serial, "one_stream": one_stream, "two_streams": two_streams}
 
 
 def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
@@ -1736,7 +1806,7 @@ class ParamSpec(NamedTuple):
     buffer: str  # its bank: split over ranks, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
     lr: str  # knob with its rate
     kind: str  # encoding in the artifact: row of ENCODINGS, or embed, for int{embed_bits}
-    needs: str = ""  # knob without which, at 0, the model lacks this parameter
+    needs: str = ""  # field of Config; if that is 0, the model has no such parameter
 
 
 PARAM_TABLE = (
@@ -1760,6 +1830,8 @@ PARAM_TABLE = (
     ParamSpec("resid_mix", "L 2 D", "first_of_two", "flat", "scalar_lr", "f16"),
     ParamSpec("attn_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
     ParamSpec("mlp_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
+    ParamSpec("stream_keep", "TL 2", "constant 1.1", "flat", "scalar_lr", "f32", "two_stream_layers"),
+    ParamSpec("stream_add", "TL 2 2", "constant 1", "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("q_gain", "L H", "constant GAIN", "flat", "scalar_lr", "f32"),
     ParamSpec("copy_proj", "2 C D", "twins", "flat", "copy_lr", "int8", "copy_dim"),  # of queries, of keys
     ParamSpec("copy_gate", "C", "constant 0", "flat", "copy_lr", "f32", "copy_dim"),
@@ -1779,13 +1851,8 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     D = h.model_dim
     sizes = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, h.num_visits // 2), "VL": h.ve_last_n}
     sizes |= {"D": D, "F": h.mlp_dim, "KV": h.kv_dim, "H": h.num_heads, "V": h.vocab_size}
-    sizes |= {
-        "BV": h.bigram_vocab_size,
-        "BD": h.bigram_dim,
-        "VD": h.ve_dim,
-        "GD": h.attn_gate_dims,
-        "C": h.copy_dim,
-    }
+    sizes |= {"BV": h.bigram_vocab_size, "BD": h.bigram_dim, "VD": h.ve_dim, "GD": h.attn_gate_dims}
+    sizes |= {"TL": h.two_stream_layers, "C": h.copy_dim}
 
     out = h.proj_init_std
     if out == 0 and STEP_RULES[h.step_rule] is step_hyperball:
@@ -1854,7 +1921,8 @@ class GPT(nn.Module):
         output scales into rows. No pass over activations applies them: 0.19 ms saved per layer at 48 x 2048
         (H100).
         """
-        L = self.h.num_layers
+        h = self.h
+        L = h.num_layers
         depth = torch.arange(1, L + 1, device=self.q_gain.device)[:, None, None] ** -0.5
         q, o = self.qo_bank.unflatten(0, (2, L))
         k, v = self.kv_bank.unflatten(0, (2, L))
@@ -1866,9 +1934,14 @@ class GPT(nn.Module):
             down=(self.mlp_scale[..., None] * self.mlp_down_bank).to(self.dtype),
             q_gain=self.q_gain,
             resid_mix=self.resid_mix,
-            attn_gate=self.attn_gate if self.h.attn_gate_dims else None,
+            attn_gate=self.attn_gate if h.attn_gate_dims else None,
+            stream_keep=self.stream_keep if h.two_stream_layers else None,
+            stream_add=self.stream_add if h.two_stream_layers else None,
         )
-        columns = [[None] * L if tensor is None else tensor.unbind(0) for tensor in stacked]
+        columns = []
+        for tensor in stacked:
+            rows = () if tensor is None else tensor.unbind(0)
+            columns.append([None] * (L - len(rows)) + [*rows])  # some belong to the last layers only
         return [LayerWeights(*layer) for layer in zip(*columns)]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -1908,21 +1981,25 @@ class GPT(nn.Module):
         positions = Positions(cos, sin, documents(tokens, h.bos_id) if h.doc_mask else None)
         ve = self.embed_values(tokens) if h.ve_last_n else None
 
-        x = x0 = self.embed(tokens)
+        x0 = self.embed(tokens)
+        streams = (x0,)
         kept = []
         weights = self.layer_weights()
         for spec in self.layers:
             w = weights[spec.layer]
             if spec.skip >= 0:
                 gate = self.skip_gate[spec.skip] if h.skip_gates else None
-                x = take_skip(x, kept.pop(), self.skip_weights[spec.skip], gate)
+                taken = take_skip(streams[0], kept.pop(), self.skip_weights[spec.skip], gate)
+                streams = (taken, *streams[1:])
             values = ve * self.ve_layer_scale[spec.ve].to(self.dtype) if spec.ve >= 0 else None
-            x = residual_mix(x, x0, w.resid_mix)
-            x = x + attention_block(rms_norm(x), w, spec, values, positions=positions, ops=self.ops)
-            x = x + self.ops.mlp(rms_norm(x), w.up, w.down)
+            attend = partial(
+                attention_block, w=w, spec=spec, values=values, positions=positions, ops=self.ops
+            )
+            feed = partial(feed_forward, w=w, ops=self.ops)
+            streams = FORMS[spec.form](streams, x0, w, attend, feed)
             if spec.push:
-                kept.append(x)
-        return rms_norm(x)
+                kept.append(join(streams))
+        return rms_norm(join(streams))
 
     def unembed(self, x: Tensor) -> Tensor:
         """Apply the tied output layer and the softcap. (..., D) -> logits (..., V) float32."""

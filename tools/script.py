@@ -68,5 +68,6 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
 
 def one_layer(h: Any) -> Any:
     """Return a script's Config with one layer, visited once, which has the parts that layers of `h` have."""
-    smaller = dict(num_layers=1, xsa_last_n=1, ve_last_n=min(1, h.ve_last_n), loop_layers="", loop_times=0)
+    counts = {key: min(1, getattr(h, key, 0)) for key in ("ve_last_n", "parallel_last_n")}
+    smaller = dict(num_layers=1, xsa_last_n=1, loop_layers="", loop_times=0) | counts
     return dataclasses.replace(h, **{key: value for key, value in smaller.items() if hasattr(h, key)})

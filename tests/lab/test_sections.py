@@ -20,9 +20,22 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 # ---- work ----------------------------------------------------------------------------------------
 
 
-def test_the_sections_make_the_models_products():
+OPTIONAL = dict(
+    bigram_vocab_size=0,
+    ve_last_n=0,
+    loop_layers="1 2",
+    loop_times=2,
+    skip_gates=1,
+    attn_gate_dims=8,
+    parallel_last_n=2,
+    parallel_form="two_streams",
+)
+
+
+@pytest.mark.parametrize("knobs", [{}, OPTIONAL, OPTIONAL | dict(parallel_form="one_stream")], ids=str)
+def test_the_sections_make_the_models_products(knobs):
     """Together they have the products of a forward, counted by torch, and twice as many in backward."""
-    s = a_session()
+    s = a_session(**knobs)
 
     def identity(q, k, v, window, docs):
         return q
@@ -73,6 +86,18 @@ def test_work_by_hand():
     assert found["bank casts"].forward.moved == 0  # float32 to float32
 
 
+def test_a_layer_is_counted_as_often_as_it_is_visited():
+    found = sections_by_name(a_session(**OPTIONAL))
+    visits = 8
+    for name in ("QKV product", "O product", "MLP", "attention", "head gates"):
+        assert found[name].count == visits, name
+    assert found["skip adds"].count == visits // 2
+    # Of layers 0 1 2 1 2 1 2 3 the last two are parallel: their streams are mixed at each of four visits.
+    assert found["stream mix"].count == found["residual add + norm"].count == 4
+    assert found["bank casts"].backward.moved == sections_by_name(a_session())["bank casts"].backward.moved
+    assert not {"value embedding", "embedding + bigram + smear"} & found.keys()
+
+
 def test_masked_attention_is_counted_by_window():
     """4 layers; documents of a quarter of 16 tokens; the first tokens see fewer keys than the window."""
 
@@ -89,7 +114,7 @@ def test_masked_attention_is_counted_by_window():
     assert pairs(doc_mask=1, attn_windows="2") == {", window 2": (4, 4 * (2 * 2 + 2 * 2 / 2))}
 
 
-@pytest.mark.parametrize("knobs", [{}, dict(attn_windows="4 0", doc_mask=1)], ids=str)
+@pytest.mark.parametrize("knobs", [{}, dict(attn_windows="4 0", doc_mask=1), OPTIONAL], ids=str)
 def test_every_section_runs_forward_and_backward(knobs):
     s = a_session(**knobs)
     for section in sections_by_name(s).values():

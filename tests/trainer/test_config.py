@@ -139,6 +139,8 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         ("loop_layers=4,5", ["loop_layers='4,5'"]),
         ("loop_layers=-1 0", ["loop_layers='-1 0'"]),
         ("loop_times=1", ["loop_times", "loop_layers"]),
+        ("parallel_last_n=12", ["parallel_last_n"]),
+        ("parallel_form=three", ["parallel_form", "three", "two_streams"]),
         ("attn_gate_dims=513", ["attn_gate_dims", "model_dim"]),
         ("vocab_size=65537", ["vocab_size"]),
         ("ema_frac=0", ["ema_frac"]),

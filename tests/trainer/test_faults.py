@@ -616,7 +616,7 @@ def parameter(optimizer, name):
         return optimizer.bank[name.removesuffix("_bank")]
     shapes = t.parameter_table(optimizer.h)
     at = 0
-    for spec in t.SMALL:
+    for spec in (spec for spec in t.SMALL if spec.name in shapes):
         shape, _ = shapes[spec.name]
         size = torch.Size(shape).numel()
         if spec.name == name:

@@ -1,11 +1,13 @@
 """The model against a second implementation in numpy float64; the effect of each knob and parameter."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
 from helpers import noisy_model, random_tokens, tiny
@@ -97,6 +99,13 @@ def reference_attention(p, h, layer, inputs, values):
     return out @ p["qo_bank"][L + layer].T
 
 
+def reference_mlp(p, layer, x):
+    """Apply a layer's norm, MLP and output scale. x (T, D)."""
+    u = norm(x) / math.sqrt(layer + 1) @ p["mlp_up_bank"][layer].T
+    hidden = np.where(u > 0, u, 0.5 * u) ** 2
+    return p["mlp_scale"][layer] * (hidden @ p["mlp_down_bank"][layer].T)
+
+
 def reference_visits(h):
     """Return the layers in the order of their visits, counting the visits that are left to each."""
     loop = h.loop_layers.split()
@@ -146,6 +155,7 @@ def reference_logits(p, h, sequence):
     if h.ve_last_n:
         ve = p["ve_scale"][0] * (p["ve_emb"][tokens] @ p["ve_proj"].T)
     outputs = []
+    other = None  # the second stream, while there are two
     for visit, i in enumerate(visits):
         if half <= visit < 2 * half:
             mirror = 2 * half - 1 - visit  # the last of the first half goes first
@@ -155,17 +165,30 @@ def reference_logits(p, h, sequence):
                 x = gate * x + (1 - gate) * skipped
             else:
                 x = x + skipped
-        x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         values = ve * p["ve_layer_scale"][i - (L - h.ve_last_n)] if i >= L - h.ve_last_n else None
-        x = x + p["attn_scale"][i] * reference_attention(p, h, i, norm(x), values)
-        z = norm(x) / math.sqrt(i + 1)
-        u = z @ p["mlp_up_bank"][i].T
-        hidden = np.where(u > 0, u, 0.5 * u) ** 2
-        x = x + p["mlp_scale"][i] * (hidden @ p["mlp_down_bank"][i].T)
+        if h.parallel_form == "two_streams" and i >= L - h.parallel_last_n:
+            other = x if other is None else other
+            mixed = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
+            attended = p["attn_scale"][i] * reference_attention(p, h, i, norm(mixed), values)
+            fed = reference_mlp(p, i, other)
+            number = i - (L - h.parallel_last_n)
+            keep = p["stream_keep"][number]
+            add = p["stream_add"][number]
+            x = keep[0] * x + add[0][0] * attended + add[0][1] * fed
+            other = keep[1] * other + add[1][0] * attended + add[1][1] * fed
+            outputs.append((x + other) / 2)
+            continue
+        if other is not None:
+            x = (x + other) / 2
+            other = None
+        x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
+        attended = p["attn_scale"][i] * reference_attention(p, h, i, norm(x), values)
+        fed = reference_mlp(p, i, x if i >= L - h.parallel_last_n else x + attended)
+        x = x + attended + fed
         outputs.append(x)
-    logits = norm(x) @ p["tok_emb"].T
+    logits = norm(outputs[-1]) @ p["tok_emb"].T
     logits = h.logit_softcap * np.tanh(logits / h.logit_softcap)
-    return reference_copies(p, h, norm(x), tokens, logits) if h.copy_dim else logits
+    return reference_copies(p, h, norm(outputs[-1]), tokens, logits) if h.copy_dim else logits
 
 
 def arrays(model):
@@ -196,6 +219,18 @@ VARIANTS = [
     {"skip_gates": 1, "attn_gate_dims": 32, "loop_layers": "1 2", "loop_times": 2},
     {"copy_dim": 8},
     {"copy_dim": 3, "bos_id": 3, "loop_layers": "1 2", "loop_times": 1},
+    {"parallel_last_n": 2},
+    {"parallel_last_n": 4, "loop_layers": "2", "loop_times": 1},
+    {"parallel_last_n": 1, "parallel_form": "two_streams"},
+    {"parallel_last_n": 4, "parallel_form": "two_streams", "skip_gates": 1},
+    # From two streams back to one and again to two; attn_gate_dims: both kinds of optional weights.
+    {
+        "parallel_last_n": 2,
+        "parallel_form": "two_streams",
+        "loop_layers": "1 2",
+        "loop_times": 1,
+        "attn_gate_dims": 2,
+    },
 ]
 
 
@@ -235,7 +270,7 @@ def test_loss_logits_and_nats_agree(knobs):
 CAUSAL = [
     {},
     dict(loop_layers="0 1", loop_times=2, bigram_vocab_size=0, ve_last_n=0),
-    dict(attn_gate_dims=3, skip_gates=1),
+    dict(attn_gate_dims=3, skip_gates=1, parallel_last_n=2, parallel_form="two_streams"),
     dict(copy_dim=8),
 ]
 
@@ -381,6 +416,8 @@ def test_copies_of_improbable_tokens_leave_gradients_finite():
         {"skip_gates": 1},
         {"attn_gate_dims": 4},
         {"copy_dim": 4},
+        {"parallel_last_n": 2},
+        {"parallel_last_n": 2, "parallel_form": "two_streams"},
     ],
     ids=str,
 )
@@ -401,7 +438,15 @@ def test_a_knob_changes_the_output(knob):
 
 
 # Parts that are off by default.
-OPTIONAL = dict(loop_layers="1 2", loop_times=1, skip_gates=1, attn_gate_dims=5, copy_dim=6)
+OPTIONAL = dict(
+    loop_layers="1 2",
+    loop_times=1,
+    skip_gates=1,
+    attn_gate_dims=5,
+    parallel_last_n=1,
+    parallel_form="two_streams",
+    copy_dim=6,
+)
 
 
 @pytest.mark.parametrize(
@@ -539,13 +584,34 @@ def test_a_loop_repeats_rows_of_the_table():
     assert [spec.skip for spec in table[7:]] == [0, 1, 2, 3, 4, 5, 6, -1]
     for spec in table:  # a visit is like the layer's only one, apart from its skips
         same = once[spec.layer]
-        assert (spec.xsa, spec.ve, spec.window, spec.docs) == (same.xsa, same.ve, same.window, same.docs)
+        assert dataclasses.replace(spec, push=same.push, skip=same.skip) == same
     assert t.parameter_table(h)["skip_weights"][0] == (7, h.model_dim)
 
     model = t.GPT(h)
     plain = model.without_loop()
     assert plain.layers == once and model.layers == table
     assert all(p is q for p, q in zip(model.parameters(), plain.parameters()))
+
+
+@pytest.mark.parametrize("form", ["one_stream", "two_streams"])
+def test_both_tables_compile_into_one_graph_each(form):
+    """Compile with fullgraph and static shapes, and call both in turn, as around the loop's begin."""
+    torch._dynamo.reset()
+    h = tiny(**OPTIONAL | dict(parallel_last_n=2, parallel_form=form))
+    model = noisy_model(h, scale=0.3)
+    tokens, targets = random_tokens(h, (2, 2, 16), 1)
+    counter = CompileCounterWithBackend("aot_eager")
+    losses = []
+    for each in (model, model.without_loop()):
+        compiled = torch.compile(each.loss, backend=counter, fullgraph=True, dynamic=False)
+        losses.append((each.loss, compiled))
+    for _ in range(2):
+        for eager, compiled in losses:
+            torch.testing.assert_close(compiled(tokens, targets), eager(tokens, targets))
+            compiled(tokens, targets).backward()
+    assert counter.frame_count == 2
+    assert losses[0][0](tokens, targets) != losses[1][0](tokens, targets)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

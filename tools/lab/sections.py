@@ -284,6 +284,24 @@ class Pieces:
             uses=("exclude_self",),
         )
 
+    def head_gates(self) -> Section:
+        h = self.h
+        dims = h.attn_gate_dims
+
+        def inputs() -> list[Tensor]:
+            return [self.heads(h.num_heads), self.activations(), self.vector(h.num_heads, dims)]
+
+        first = self.size * self.tokens * dims  # bytes of the first dimensions of the layer's input
+        return Section(
+            "head gates",
+            len(self.layers),
+            self.t.gate_heads,
+            inputs,
+            Work(2 * self.stream + first, (matmul(self.tokens, dims, h.num_heads),)),
+            Work(3 * self.stream + 2 * first, (matmul(self.tokens, dims, h.num_heads, times=2),)),
+            uses=("gate_heads",),
+        )
+
     def residual_add(self) -> Section:
         t = self.t
 
@@ -295,7 +313,8 @@ class Pieces:
             return [self.activations(), self.activations()]
 
         work = Work(4 * self.stream)
-        return Section("residual add + norm", len(self.layers), add_norm, inputs, work, work, ("rms_norm",))
+        count = sum(getattr(spec, "form", "serial") == "serial" for spec in self.layers)
+        return Section("residual add + norm", count, add_norm, inputs, work, work, ("rms_norm",))
 
     def mlp(self) -> Section:
         D, hidden = self.h.model_dim, self.h.mlp_dim
@@ -307,14 +326,39 @@ class Pieces:
         return Section("MLP", len(self.layers), self.ops.mlp, inputs, *work, uses=("mlp",))
 
     def skip_adds(self) -> Section:
-        def add(x: Tensor, kept: Tensor, w: Tensor) -> Tensor:
-            return x + w.to(x.dtype) * kept
+        t = self.t
+        vectors = 2 if getattr(self.h, "skip_gates", False) else 1
+
+        def add(x: Tensor, kept: Tensor, w: Tensor, gate: Tensor | None = None) -> Tensor:
+            if gate is None:
+                return x + w.to(x.dtype) * kept
+            return t.take_skip(x, kept, w, gate)
 
         def inputs() -> list[Tensor]:
-            return [self.activations(), self.activations(), self.vector(self.h.model_dim)]
+            given = [self.vector(self.h.model_dim) for _ in range(vectors)]
+            return [self.activations(), self.activations(), *given]
 
-        work = Work(3 * self.stream)
-        return Section("skip adds", sum(spec.skip >= 0 for spec in self.layers), add, inputs, work, work)
+        count = sum(spec.skip >= 0 for spec in self.layers)
+        return Section(
+            "skip adds", count, add, inputs, Work(3 * self.stream), Work((2 + vectors) * self.stream)
+        )
+
+    def stream_mix(self) -> Section:
+        """Make the section in which a layer of two streams writes to both."""
+
+        def mix(
+            first: Tensor, second: Tensor, attended: Tensor, fed: Tensor, keep: Tensor, add: Tensor
+        ) -> list:
+            keep = keep.to(first.dtype)
+            add = add.to(first.dtype)
+            streams = enumerate((first, second))
+            return [keep[i] * x + add[i, 0] * attended + add[i, 1] * fed for i, x in streams]
+
+        def inputs() -> list[Tensor]:
+            return [*(self.activations() for _ in range(4)), self.vector(2), self.vector(2, 2)]
+
+        count = sum(spec.form == "two_streams" for spec in self.layers)
+        return Section("stream mix", count, mix, inputs, Work(6 * self.stream), Work(10 * self.stream))
 
     def output_layer(self) -> Section:
         D, V = self.h.model_dim, self.h.vocab_size
@@ -375,9 +419,11 @@ class Pieces:
             self.queries_and_keys(),
             *map(self.attention, windows),
             self.exclusion(),
+            *([self.head_gates()] if getattr(self.h, "attn_gate_dims", 0) else []),
             self.product("O product", D),
             self.residual_add(),
             self.mlp(),
+            *([self.stream_mix()] if getattr(self.h, "two_stream_layers", 0) else []),
             self.skip_adds(),
             self.output_layer(),
         ]

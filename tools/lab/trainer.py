@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -212,22 +213,30 @@ def blocks_of(s: Session, t: ModuleType, ops: Any, model: Any) -> Blocks:
         raise ValueError("LayerWeights: the bench expects qkv, o, up, down first")
 
     spec = dataclasses.replace(t.layer_table(s.h)[-1], ve=-1)
+    parts = model.layer_weights()[0]
+    names = [name for name, part in zip(fields, parts) if part is not None]
     positions = t.Positions(*rope_of(s, t), documents_of(s))
 
     def attention_of(x: Tensor, w: Any) -> Tensor:
         return t.attention_block(x, w, spec, None, positions=positions, ops=ops)
 
-    def attention(x: Tensor, *weights: Tensor) -> Tensor:
-        return attention_of(x, t.LayerWeights(*weights))
+    def named(weights: tuple[Tensor, ...]) -> Any:
+        return t.LayerWeights(**dict(zip(names, weights)))
 
-    def layer(x: Tensor, x0: Tensor, *weights: Tensor) -> Tensor:
-        w = t.LayerWeights(*weights)
+    def attention(x: Tensor, *weights: Tensor) -> Tensor:
+        return attention_of(x, named(weights))
+
+    def layer(x: Tensor, x0: Tensor, *weights: Tensor) -> Tensor | tuple[Tensor, ...]:
+        w = named(weights)
+        if hasattr(t, "FORMS"):
+            feed = partial(t.feed_forward, w=w, ops=ops)
+            return t.FORMS[spec.form]((x,), x0, w, partial(attention_of, w=w), feed)
         x = t.residual_mix(x, x0, w.resid_mix)
         x = x + attention_of(t.rms_norm(x), w)
         return x + ops.mlp(t.rms_norm(x), w.up, w.down)
 
     def weights() -> list[Tensor]:
-        return [w.detach().clone().requires_grad_() for w in model.layer_weights()[0]]
+        return [part.detach().clone().requires_grad_() for part in parts if part is not None]
 
     return Blocks(attention, layer, weights, spec.window)
 

@@ -56,6 +56,8 @@ MODEL = (
     "rope_base",
     "attn_windows",
     "doc_mask",
+    "parallel_last_n",
+    "parallel_form",
     "loop_layers",
     "loop_times",
     "attn_gate_dims",
