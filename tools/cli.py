@@ -768,7 +768,7 @@ def help_text() -> str:
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """Return the command, train if none is given, and the words after it. BadInput if it is unknown."""
+    """Return the command, by default train, and the words after it. Raises BadInput if it is unknown."""
     if not argv or "=" in argv[0]:
         return "train", argv
     if argv[0].startswith("-"):

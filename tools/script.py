@@ -44,7 +44,7 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
 
     name: its key in sys.modules. Two copies need two names: each registers its operators under its own.
     needs: what the tool reaches in the script; `tool` names that tool in messages.
-    Raises BadInput when the file cannot be read, does not import or lacks a name.
+    Raises BadInput if the file cannot be read, does not import or lacks a name.
     """
     loader = SourceFileLoader(name, str(path))
     try:

@@ -144,7 +144,7 @@ def case_groups(cases: list[TimedCase]) -> list[list[TimedCase]]:
 
 
 def step_scalars(s: Setup) -> tuple:
-    """Return StepScalars as tensors on the device. BadInput: SCALARS has no value for one of its fields."""
+    """Return StepScalars as tensors on the device. Raises BadInput if SCALARS lacks one of its fields."""
     fields = s.t.StepScalars._fields
     for name in fields:
         if name not in SCALARS:
@@ -153,7 +153,7 @@ def step_scalars(s: Setup) -> tuple:
 
 
 def update_arguments(s: Setup, values: dict) -> list:
-    """Return `values` in the order of matrix_update's parameters. BadInput: one of them has no value."""
+    """Return `values` in the order of matrix_update's parameters. Raises BadInput if one has no value."""
     arguments = []
     for name, parameter in inspect.signature(s.t.matrix_update).parameters.items():
         if name not in values and parameter.default is inspect.Parameter.empty:

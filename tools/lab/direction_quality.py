@@ -159,7 +159,7 @@ def figures_of(direction: Tensor, f: Factor) -> Figures:
 def quality_line(found: list[Figures]) -> str:
     """Return a log line's pairs of several matrices: means, and the band of all their singular values.
 
-    Raises ArithmeticError when one is not finite.
+    Raises ArithmeticError if one is not finite.
     """
     band = torch.cat([figures.band for figures in found])
     pairs = {}

@@ -73,7 +73,7 @@ def sha256_file(path: Path) -> str:
 
 
 def load_measured(path: Path) -> ModuleType:
-    """Return the script whose tables are measured. BadInput: it lacks a name that this tool measures by."""
+    """Return the script whose tables are measured. Raises BadInput if it lacks a name that this tool uses."""
     return load_script(path, MODULE, NEEDS, "directions")
 
 
@@ -218,7 +218,7 @@ def fact_lines(s: Setup, script: Path) -> list[str]:
 
 
 def momentum_of(s: Setup, args: argparse.Namespace) -> list[Inputs]:
-    """Train for real momentum if data is given, and log a `real` line. BadInput: the data cannot be used."""
+    """Train for real momentum if data is given, and log a `real` line. Raises BadInput if it is unusable."""
     given = any(word.startswith("data_path=") for word in args.words)
     if not given or args.steps <= 0:
         s.log("real | no training: give data_path=DIR and --steps")
@@ -239,7 +239,7 @@ def check_arguments_known(s: Setup) -> None:
 
 
 def measure_all(s: Setup, args: argparse.Namespace) -> None:
-    """Log every line after the separator. BadInput is raised before the long part."""
+    """Log every line after the separator. Raises BadInput, if at all, before the long part."""
     began = time.perf_counter()
     deadline = began + args.seconds if args.seconds > 0 else math.inf
     for line in fact_lines(s, script_of(args)):

@@ -387,7 +387,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Train a plan, or write the tables of a folder again. BadInput: the command line asks for neither."""
+    """Train a plan, or write the tables of a folder again. Raises BadInput if asked for neither."""
     given = sweep_plan.named_file(args.words)
     if given and given.is_dir():
         sweep_table.rewrite(given)

@@ -100,7 +100,7 @@ class Plan:
 
 
 def resolve(trainer: ModuleType, where: str, settings: Mapping[str, str]) -> Any:
-    """Return the trainer's Config of some settings. BadInput names the part of the plan that is wrong."""
+    """Return the trainer's Config of some settings. Raises BadInput naming the wrong part of the plan."""
     try:
         return trainer.load_config([f"{key}={value}" for key, value in settings.items()], {})
     except trainer.InputError as error:
@@ -111,7 +111,7 @@ def resolve(trainer: ModuleType, where: str, settings: Mapping[str, str]) -> Any
 
 
 def row_settings(where: str, given: Mapping) -> dict[str, str]:
-    """Return what a row of the plan sets, as text. BadInput: it sets what all rows must share."""
+    """Return the settings of a row of the plan, as text. Raises BadInput if all rows must share one."""
     settings = {key: str(value) for key, value in given.items() if key not in ROW_KEYS}
     for key in settings:
         if key in (*sweep_table.FIXED, *sweep_table.NAMES):
@@ -147,7 +147,7 @@ def check_name(where: str, what: str, name: Any) -> None:
 
 
 def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Mapping[str, str]) -> Row:
-    """Return a row of the plan with its rates as values. BadInput names the row and the key."""
+    """Return a row of the plan with its rates as values. Raises BadInput naming the row and the key."""
     where = "row " + repr(name)[1:-1]
     check_name(where, "a row's name", name)
     if not isinstance(given, dict):
@@ -187,7 +187,7 @@ def make_base(trainer: ModuleType, given: Mapping, where: str, sliding: bool) ->
 
 
 def make_plan(trainer: ModuleType, raw: Mapping, where: str, sliding: bool = False) -> Plan:
-    """Return the plan of a JSON object. BadInput names what is wrong with it, and `where`, its file."""
+    """Return the plan of a JSON object. Raises BadInput naming its fault and `where`, its file."""
     unknown = sorted(set(raw) - PLAN_KEYS)
     if unknown:
         raise BadInput(f"{where}: unknown key {unknown[0]!r}; a plan has {', '.join(sorted(PLAN_KEYS))}")
@@ -216,7 +216,7 @@ def named_file(words: list[str]) -> Path | None:
 
 
 def read_file(path: Path) -> dict:
-    """Return the JSON object of a plan file. BadInput: it holds none."""
+    """Return the JSON object of a plan file. Raises BadInput if it holds none."""
     try:
         raw = json.loads(read_text(path))
     except ValueError as error:

@@ -97,7 +97,7 @@ class Worker:
     """A device, its data, and the model that configurations are trained in until one needs another model."""
 
     def __init__(self, trainer: ModuleType, h: Any, env: Mapping[str, str]) -> None:
-        """Open the device. InputError: it or the data cannot be used."""
+        """Open the device. Raises InputError if it or the data cannot be used."""
         self.trainer = trainer
         self.m = trainer.init_machine(h, env)
         self.dataset = trainer.load_dataset(h)

@@ -120,7 +120,7 @@ def zero_init(shape: tuple[int, ...], init: str, generator: torch.Generator) -> 
 
 
 def take_step(t: ModuleType, h: Any, task: RankTask, recorder: Recorder, data: bool) -> Step:
-    """Take the step of one rank. BadInput: the script refuses the config."""
+    """Take the step of one rank. Raises BadInput if the script refuses the config."""
     try:
         m = t.init_machine(h, torchrun_environment(task))
     except t.InputError as error:
@@ -225,8 +225,8 @@ def first_failure(processes: list, rank: int, reason: str) -> str:
 def in_processes(fn: Callable, tasks: list) -> list:
     """Return [fn(task), ...], each from a process of its own, all at once.
 
-    BadInput: the first failure, after the other processes were ended. A fork server imports torch once, so
-    that a process costs little time and memory.
+    Raises BadInput with the first failure, after ending the other processes. A fork server imports torch
+    once, so that a process costs little time and memory.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])

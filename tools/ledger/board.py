@@ -19,7 +19,7 @@ BEST = 10  # records of a track on the front page
 
 
 def read_submission(folder: Path) -> dict:
-    """Return the submission.json of a record folder. Raises BadInput when it breaks the schema."""
+    """Return the submission.json of a record folder. Raises BadInput if it breaks the schema."""
     path = folder / "submission.json"
     sub = read_json(path)
     if errors := schema_errors(sub, submission_schema()):

@@ -111,7 +111,7 @@ class ChallengeCase(LogFolder):
 
 
 def fact(run: Run, head: str, key: str) -> float:
-    """Return a figure of a log. Raises NotCheckable when the log does not say."""
+    """Return a figure of a log. Raises NotCheckable if the log does not say."""
     if not run.has(head, key):
         raise NotCheckable(f"{run.path.name} does not say {key}")
     return run.number(head, key)
@@ -520,7 +520,7 @@ def calibrates_untimed(run: Run) -> bool:
 
 
 def clock_evidence(run: Run, limited: bool) -> str:
-    """Return the times of one log. Raises Wrong when the limits apply and are exceeded."""
+    """Return the times of one log. Raises Wrong if the limits apply and are exceeded."""
     train = fact(run, "final_score", "train_time")
     steps = fact(run, "final_score", "steps")
     total = train

@@ -140,7 +140,7 @@ class LogFolder:
             raise NotCheckable("train_gpt.py cannot be read") from None
 
     def file(self, name: str) -> str:
-        """Return the text of a file of the folder. Raises Wrong when it cannot be read."""
+        """Return the text of a file of the folder. Raises Wrong if it cannot be read."""
         try:
             return read_text(self.folder / name)
         except BadInput:

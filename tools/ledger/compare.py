@@ -28,7 +28,7 @@ class Samples(NamedTuple):
 
 
 def read_samples(name: str, target: Path) -> Samples:
-    """Return the figures of the finished logs of a folder. Raises BadInput when two logs share a seed."""
+    """Return the figures of the finished logs of a folder. Raises BadInput if two logs share a seed."""
     by_seed: dict[int, dict[str, float]] = {}
     for log in logs_of(target):
         run = parse_log(log)

@@ -54,7 +54,7 @@ def parse_published_log(path: Path) -> Run:
 
     final_score: metric, val_loss, val_bpb, seed, steps, train_time, bytes_raw, bytes_wrapped; phase_times:
     calibrate_s, untimed (the last line of a calibration without its time), eval_s. Some may be missing.
-    Raises BadInput when the run is not finished.
+    Raises BadInput if the run is not finished.
     """
     run = Run(path)
     scores: list[Score] = []

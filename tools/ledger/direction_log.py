@@ -19,7 +19,7 @@ PAIR = re.compile(r"(\w+):(\S+)")
 def parse(text: str, path: object = "log.txt") -> dict:
     """Return {first word of a line: [its pairs, ...]} of the lines after the separator, with derived figures.
 
-    A note follows ' | ' and becomes the pair `note`. Raises BadInput when the log has no separator or no
+    A note follows ' | ' and becomes the pair `note`. Raises BadInput if the log has no separator or no
     `done` line, that is, when the measurement did not end.
     """
     _, found, body = text.partition(f"\n{SEPARATOR}\n")

@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> object:
-    """Return the parsed JSON of the file. Raises BadInput when it cannot be read or is not JSON."""
+    """Return the parsed JSON of the file. Raises BadInput if it cannot be read or is not JSON."""
     text = read_text(path)
     try:
         return json.loads(text)

@@ -44,7 +44,7 @@ def find_folder(text: str, records: Path) -> Path:
     """Return the record or sweep folder that `text` names.
 
     text: a path, `track/folder`, the folder's name, or the part of its name after the date.
-    Raises BadInput when there is none, or when several have that name.
+    Raises BadInput if there is none, or when several have that name.
     """
     for path in (Path(text), records / text):
         if path.is_dir():

@@ -17,7 +17,7 @@ MAX_TICKS = 8  # of a time axis; one with fewer days has a tick for each
 def pyplot():
     """Return matplotlib.pyplot, set up to draw without a display.
 
-    Raises BadInput when matplotlib is not installed.
+    Raises BadInput if matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -65,7 +65,7 @@ def plot_runs(logs: list[Path], out: Path) -> None:
     """Draw train loss and val bpb, each against step and against time, one color per run.
 
     If no run was validated before its end there is no curve of bpb: the legend has the bpb instead.
-    Unfinished runs are drawn as well. Raises BadInput when a log has no step yet.
+    Unfinished runs are drawn as well. Raises BadInput if a log has no step yet.
     """
     runs = [parse_log(log) for log in logs]
     for run in runs:

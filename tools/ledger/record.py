@@ -90,7 +90,7 @@ def new(args: argparse.Namespace) -> int:
 
 
 def new_folder(args: argparse.Namespace, records: Path) -> Path:
-    """Return the path of a folder to be made. Raises BadInput when its name is not allowed or is taken."""
+    """Return the path of a folder to be made. Raises BadInput if its name is not allowed or is taken."""
     try:
         date.fromisoformat(args.date)
     except ValueError:

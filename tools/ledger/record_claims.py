@@ -80,7 +80,7 @@ class RecordCase(LogFolder):
     def importable_answer(self) -> dict:
         """Return the answer of a script that imports, or raise Wrong.
 
-        Raises NotCheckable when torch or numpy is not installed.
+        Raises NotCheckable if torch or numpy is not installed.
         """
         missing = self.answer.get("missing")
         if missing in ("torch", "numpy"):
@@ -329,7 +329,7 @@ def claim_clock(case: RecordCase) -> str:
 
 
 def train_evidence(run: Run, limit_s: float | None) -> str:
-    """Return the time of training and calibration. Raises Wrong when it exceeds the limit by over a step."""
+    """Return the time of training and calibration. Raises Wrong if it exceeds the limit by over a step."""
     train = run.number("phase_times", "train")
     calibrate = run.number("phase_times", "calibrate")
     evidence = f"seed {run.seed}: train {seconds(train)} + calibrate {seconds(calibrate)} s"
@@ -349,7 +349,7 @@ def train_evidence(run: Run, limit_s: float | None) -> str:
 
 
 def eval_evidence(run: Run, limit_s: float | None) -> str:
-    """Return the time of evaluation and decompression. Raises Wrong when it exceeds the limit."""
+    """Return the time of evaluation and decompression. Raises Wrong if it exceeds the limit."""
     evaluate = max(run.number("phase_times", "eval"), run.number("final_score", "eval_time"))
     total = evaluate + run.number("phase_times", "decompress")
     evidence = f"eval + decompress {seconds(total)} s"

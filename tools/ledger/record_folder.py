@@ -222,7 +222,7 @@ def repository_pins(root: Path, run: Run) -> list[str]:
 def contents(runs: list[Run], meta: dict, answer: dict) -> dict[str, str]:
     """Return the text of every generated file but requirements.txt and the picture.
 
-    Raises BadInput when the logs disagree.
+    Raises BadInput if the logs disagree.
     """
     runs = sorted(runs, key=lambda run: run.seed)
     sub = submission(runs, meta)
@@ -240,7 +240,7 @@ def build(folder: Path, runs: list[Run], meta: dict, notes: str, root: Path) -> 
     """Write every file of a record into `folder`, which is new.
 
     notes: text below the notes marker; root: the repository, for its pinned versions.
-    Raises BadInput when the logs disagree or their script does not import.
+    Raises BadInput if the logs disagree or their script does not import.
     """
     common(runs, "source", lambda run: sha256(run.source)[:16])
     answer = probe_script(runs[0].source, runs[0].preset)

@@ -86,7 +86,7 @@ def run_command(argv: list[str], root: Path) -> str:
     """Run a training, pass its output through and return its final_score line.
 
     Scripts of older records print that line. Newer ones leave it in the log, which a line `log: PATH` names.
-    Raises BadInput when the training fails or leaves no such line.
+    Raises BadInput if the training fails or leaves no such line.
     """
     launcher = [sys.executable]
     if argv[0] == "torchrun":

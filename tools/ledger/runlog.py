@@ -108,7 +108,7 @@ class Run:
         return int(figure)
 
     def size(self, key: str) -> int:
-        """Return the bytes (MiB for `peak`) of a size line. Raises BadInput when the log lacks it."""
+        """Return the bytes (MiB for `peak`) of a size line. Raises BadInput if the log lacks it."""
         if key not in self.sizes:
             raise BadInput(f"{self.path}: no line gives the {key} size: the run did not finish")
         return self.sizes[key]
@@ -159,7 +159,7 @@ def number_or_text(text: str) -> int | float | str:
 def split_log(path: Path) -> tuple[str, list[str], list[str]]:
     """Return the source (ending in exactly one newline), the environment lines and the run lines.
 
-    Raises BadInput when the file is not a training log.
+    Raises BadInput if the file is not a training log.
     """
     parts = re.split(rf"^{SEPARATOR}\r?$\n?", read_text(path), maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or not parts[1].startswith("Running Python"):
@@ -175,7 +175,7 @@ def split_log(path: Path) -> tuple[str, list[str], list[str]]:
 def named_source(path: Path, head: str) -> str:
     """Return the source of a log from its head, which holds the source or, in a sweep, only its hash.
 
-    With a hash, the source is the train_gpt.py of the log's folder. Raises BadInput when that file is
+    With a hash, the source is the train_gpt.py of the log's folder. Raises BadInput if that file is
     missing or has another hash.
     """
     match = SOURCE_HASH.fullmatch(head)
@@ -195,7 +195,7 @@ def named_source(path: Path, head: str) -> str:
 def parse_log(path: Path) -> Run:
     """Return the content of a log, finished or not. Unknown lines are ignored.
 
-    Raises BadInput when the file is not a log.
+    Raises BadInput if the file is not a log.
     """
     source, environment, lines = split_log(path)
     run = Run(path, named_source(path, source))

@@ -51,7 +51,7 @@ def is_type(value: object, name: str) -> bool:
 def schema_errors(value: object, schema: dict, where: str = "submission") -> list[str]:
     """Return every violation as `where: what is wrong`.
 
-    Raises ValueError when the schema uses a keyword that this checker does not know.
+    Raises ValueError if the schema uses a keyword that this checker does not know.
     """
     if unknown := set(schema) - KEYWORDS:
         raise ValueError(f"schema at {where} uses {sorted(unknown)}, which this checker does not know")

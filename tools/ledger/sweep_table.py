@@ -297,7 +297,7 @@ def rows_of(by_row: dict[str, list[Run]], base_runs: list[Run], baseline: str, s
 def build_table(runs: list[Run]) -> dict[str, object]:
     """Return table.json of finished runs, rows by val bpb, best first.
 
-    Raises BadInput when there are none or when they are not of one kind.
+    Raises BadInput if there are none or when they are not of one kind.
     """
     if not runs:
         raise BadInput("no finished configuration yet: nothing to tabulate")
