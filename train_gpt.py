@@ -57,6 +57,7 @@ import tempfile
 import time
 import tokenize
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
@@ -3738,7 +3739,7 @@ def decompress(blob: bytes) -> bytes:
 
 # Codec rans: asymmetric numeral systems (Duda, arXiv:1311.2540) for the codes of tensors, xz for the rest.
 #
-#   rans     := "GPT6rans" | u32 side_bytes | xz(side) | u16 words
+#   rans     := "GPT6rans" | u32 crc32 of the rest | u32 side_bytes | xz(side) | u16 words
 #   side     := MAGIC | u32 header_bytes | header | of every tensor in turn: with codes
 #                 u8 class of each row | u8 class of each column of each matrix | u16 tables | scales
 #               or else its values; anything of several bytes as planes, its highest bytes first
@@ -3929,7 +3930,8 @@ def pack_rans(raw: bytes) -> bytes:
         side.append(to_planes(raw[at : at + values * size], size))
         at += values * size
     packed = compress(b"".join(side))
-    return b"".join([RANS_MAGIC, len(packed).to_bytes(4, "little"), packed, rans_encode(models, tensors)])
+    rest = b"".join([len(packed).to_bytes(4, "little"), packed, rans_encode(models, tensors)])
+    return RANS_MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
 
 
 class SideReader:
@@ -3964,8 +3966,10 @@ class SideReader:
 
 def unpack_rans(blob: bytes) -> bytes:
     """Return the raw artifact in what pack_rans wrote. Raises ValueError for anything else."""
-    end = 12 + int.from_bytes(blob[8:12], "little")
-    side = decompress(blob[12:end])
+    if zlib.crc32(blob[12:]) != int.from_bytes(blob[8:12], "little"):
+        raise ValueError("artifact: damaged, its checksum is another")
+    end = 16 + int.from_bytes(blob[12:16], "little")
+    side = decompress(blob[16:end])
     header, at = read_header(side)
     entries = [read_entry(row) for row in header["tensors"]]
     coded = [entry for entry in entries if entry.limit]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 from contextlib import suppress
 from importlib.util import cache_from_source
 from pathlib import Path
@@ -735,6 +736,73 @@ def test_an_artifact_that_does_not_pack_again_fails(name, honest, group):
     assert t.unpack_artifact(blob).keys() == t.unpack_artifact(honest.blob).keys()
     fails, verdicts = failing(fresh(honest.run), blob)
     assert fails == "T7", verdicts
+
+
+def with_model(change):
+    """Return how to pack a header's text and a payload by rans, with change(model) in place of each model."""
+
+    def packed(text, payload):
+        chosen = t.model_codes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(t, "model_codes", lambda codes, limit: change(chosen(codes, limit)))
+            return t.pack_rans(b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload]))
+
+    return packed
+
+
+def as_chosen(model):
+    return model
+
+
+def other_classes(model):
+    """Class the rows higher and the columns lower, so that every code keeps its context."""
+    return model._replace(rows=model.rows + 1, columns=model.columns - 1)
+
+
+def other_tables(model):
+    """Move a share from the most frequent code to one that never comes, where there is such a code."""
+    tables = model.tables.copy()
+    unused = np.flatnonzero(tables[16] == 0)
+    if len(unused):
+        tables[16, tables[16].argmax()] -= 1
+        tables[16, unused[0]] += 1
+    return model._replace(tables=tables)
+
+
+def with_side_preset(text, payload):
+    """Pack by rans with the side compressed by another preset."""
+    blob = with_model(as_chosen)(text, payload)
+    end = 16 + int.from_bytes(blob[12:16], "little")
+    side = lzma.compress(lzma.decompress(blob[16:end]), **(t.XZ | dict(filters=OTHER_FILTERS)))
+    rest = len(side).to_bytes(4, "little") + side + blob[end:]
+    return t.RANS_MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
+
+
+RANS_ARTIFACTS = {
+    "as pack_rans does it": (with_model(as_chosen), ""),
+    "other classes": (with_model(other_classes), "T7"),
+    "other tables": (with_model(other_tables), "T7"),
+    "another preset for the side": (with_side_preset, "T7"),
+}
+
+
+@pytest.mark.parametrize("name", RANS_ARTIFACTS)
+def test_a_rans_artifact_packs_again_by_its_own_codec(name, honest, group):
+    header, payload = t.open_artifact(honest.blob)
+    pack, expected = RANS_ARTIFACTS[name]
+    blob = pack(compact(header), payload)
+    assert t.codec_of(blob) == "rans"
+    same = t.unpack_artifact(honest.blob)
+    assert all(torch.equal(tensor, same[key]) for key, tensor in t.unpack_artifact(blob).items())
+    fails, verdicts = failing(fresh(honest.run), blob)
+    assert fails == expected, verdicts
+
+
+def test_a_script_that_knows_no_codecs_is_packed_by_xz(honest, group, monkeypatch):
+    """The scripts of old records."""
+    monkeypatch.delattr(t, "codec_of")
+    fails, verdicts = failing(fresh(honest.run), honest.blob)
+    assert not fails, verdicts
 
 
 def test_dropout_in_the_scorer_fails(honest, group):

@@ -4,6 +4,7 @@ PYTHONPATH=.:tests python tests/stress/bombs.py [NAME] ...     prints a line of 
 """
 
 import json
+import math
 import os
 import resource
 import struct
@@ -11,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from rans_streams import put_together, with_checksum
 
 import train_gpt as t
 from mutations import small_artifact
@@ -61,6 +65,37 @@ def largest_tensor(kind, width):
     return build
 
 
+def rans_artifact(base, shapes, side_after_header=b""):
+    """Return a rans artifact of zeros: int8 tensors of these shapes, or a header and anything after it."""
+    entries = []
+    parts = []
+    offset = 0
+    table = np.zeros((t.CONTEXTS, 128), "<u2")
+    table[:, 0] = 1 << t.PRECISION - 1
+    for i, shape in enumerate(shapes):
+        count = math.prod(shape)
+        rows = count // shape[-1]
+        columns = math.prod(shape[:-2]) * shape[-1]
+        entries.append([f"a{i}", "int8", shape, offset])
+        parts += [bytes(rows) + bytes(columns), t.to_planes(table, 2), bytes(2 * rows)]
+        offset += count + 2 * rows
+    text = json.dumps({"config": base.header["config"], "tensors": entries})
+    side = start_of_artifact(text, len(text)) + b"".join(parts) + side_after_header
+    codes = sum(math.prod(shape) for shape in shapes)
+    return put_together(side, struct.pack("<3H", 1, 0, 0) * t.states_for(codes))
+
+
+def rans_of(*shapes):
+    """Return a builder of a rans artifact of zeros."""
+    return lambda base: rans_artifact(base, [list(shape) for shape in shapes])
+
+
+def rans_side_of_zeros(base):
+    """Return a rans artifact whose side is 1 GiB."""
+    packed = blocks((bytes(MIB), 1024))
+    return with_checksum(struct.pack("<I", len(packed)) + packed + bytes(96))
+
+
 # Name -> function of a SmallArtifact.
 BOMBS = {
     "1 GiB of zeros": lambda base: blocks((bytes(MIB), 1024)),
@@ -79,6 +114,14 @@ BOMBS = {
     "a shape of ones": with_filled_tensors("1,1,", '[["a","f32",[', "1],0]]}"),
     "the largest int8 tensor": largest_tensor("int8", 1),
     "the largest f16 tensor": largest_tensor("f16", 2),
+    "rans, a side of 1 GiB": rans_side_of_zeros,
+    "rans, the most codes": rans_of((8192, 8192)),
+    "rans, the most rows": rans_of((1 << 26, 1)),
+    "rans, the most columns": rans_of((1, 1 << 26)),
+    "rans, the most matrices": rans_of((1 << 26, 1, 1)),
+    "rans, a row too many": rans_of((8193, 8192)),
+    "rans, the most tensors": rans_of(*[(33, 33)] * t.MAX_RANS_TENSORS),
+    "rans, a thousand tensors": rans_of(*[(33, 33)] * 1000),
 }
 
 

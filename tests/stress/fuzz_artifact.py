@@ -13,9 +13,13 @@ import sys
 import time
 from typing import NamedTuple
 
+from rans_streams import RANS_MUTATIONS
+
 from bombs import bomb_reports
 from mutations import MUTATIONS, small_artifact
 from reader import VIOLATION, Violation, outcome
+
+ALL = MUTATIONS | RANS_MUTATIONS
 
 
 class FuzzResult(NamedTuple):
@@ -34,10 +38,10 @@ def fuzz(cases, seed, progress=ignore):
     base = small_artifact()
     counts = collections.defaultdict(collections.Counter)
     violations = []
-    names = list(MUTATIONS)
+    names = list(ALL)
     for case in range(cases):
         name = names[case % len(names)]
-        blob = MUTATIONS[name](random.Random(f"{seed} {case}"), base)
+        blob = ALL[name](random.Random(f"{seed} {case}"), base)
         try:
             verdict, _ = outcome(blob)
         except Violation as error:

@@ -85,7 +85,8 @@ def small_artifact(**knobs):
     }
     blob = t.pack_artifact(tensors, h)
     header, payload = t.open_artifact(blob)
-    return SmallArtifact(h=h, blob=blob, raw=lzma.decompress(blob), header=header, payload=payload)
+    raw = t.CODECS[h.codec].unpack(blob)
+    return SmallArtifact(h=h, blob=blob, raw=raw, header=header, payload=payload)
 
 
 def spans(base):

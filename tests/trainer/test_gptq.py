@@ -248,6 +248,46 @@ def test_grams_are_of_the_inputs_of_every_matrix(knobs, order):
         assert torch.allclose(gram.double(), expected[name], rtol=1e-4, atol=1e-4), name
 
 
+def test_the_gram_of_the_output_layer_is_of_its_inputs():
+    micro_batches = [random_tokens(tiny(), (3, 17), seed=i) for i in range(3)]
+    grams = {}
+    for knob in ("0", "1"):
+        h = tiny(gptq_batches=2, gptq_embed=knob)
+        with group_of_one() as m:
+            model = noisy_model(h)
+            loader = Batches(micro_batches[:2], micro_batches[2:])
+            grams[knob] = t.calibrate(run_of(h, m, model), loader)
+    assert set(grams["0"]) == BANKS and set(grams["1"]) == BANKS | {"tok_emb"}
+    assert all(torch.equal(grams["0"][name], grams["1"][name]) for name in BANKS)
+
+    expected = torch.zeros(h.model_dim, h.model_dim).double()
+    with torch.no_grad():
+        for tokens in micro_batches:
+            with LinearInputs() as seen:
+                model.logits(tokens[:, :-1])
+            expected += seen.inputs[-1].T @ seen.inputs[-1]
+    assert torch.allclose(grams["1"]["tok_emb"].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_the_logits_change_less(bits):
+    """An embedding rounded by the inputs of the output layer, on inputs that it was not rounded by."""
+    h = tiny(model_dim=64, vocab_size=200, embed_bits=bits, embed_clip_sd=4.0, gptq_embed=1)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.logspace(0, -2, 64)[:, None] * torch.randn(
+        64, 64, generator=generator
+    )  # correlated inputs
+    seen, unseen = (torch.randn(4000, 64, generator=generator) @ mixing for _ in range(2))
+    tensors = parameters_of(noisy_model(h))
+    W = tensors["tok_emb"]
+
+    errors = {}
+    for label, grams in (("nearest", {}), ("guided", {"tok_emb": seen.T @ seen})):
+        back = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, grams)))["tok_emb"]
+        errors[label] = float((unseen @ (back - W).T).square().mean())
+    assert errors["guided"] < 0.7 * errors["nearest"]
+
+
 def calibrate_rank(rank):
     """Calibrate on this rank's part of eight sequences, in two batches. Returns the grams."""
     h = tiny(gptq_batches=2)
@@ -312,6 +352,11 @@ def test_the_knob_changes_the_artifact_and_nothing_of_training(tmp_path):
         assert different <= BANKS
         assert different
     assert phase(runs[0].log, "calibrate") == 0 < phase(runs[3].log, "calibrate")
+
+
+def test_the_knob_of_the_embedding_changes_it_alone(tmp_path):
+    plain, guided = (trained(tmp_path / knob, gptq_embed=knob) for knob in ("0", "1"))
+    assert differing(t.unpack_artifact(plain.blob), t.unpack_artifact(guided.blob)) == {"tok_emb"}
 
 
 def test_the_text_is_what_training_would_read_next(tmp_path, monkeypatch):
