@@ -6,10 +6,10 @@
 PATH is the train_gpt.py to audit. Without it, an artifact inside a record folder is audited with that
 folder's script, any other with the repository's. `key=value` are its knobs, above all data_path=DIR.
 
-The auditor is not part of what it audits: a submission may edit train_gpt.py but not its own examination, and
-all records face the same tests. It loads the script by path, from its text, and calls what that script
-scores and trains with (NEEDS). It finds mistakes; it is not a sandbox. The script runs in this process, so
-audit only code that you would run yourself.
+The auditor is separate from the script that it audits: a submission may edit train_gpt.py but not its own
+audit, and all records face the same tests. It loads the script by path, from its text, and calls what that
+script scores and trains with (NEEDS). It finds mistakes; it is not a sandbox. The script runs in this
+process, so audit only code that you would run yourself.
 
 The tests answer the challenge's conditions (parameter-golf #1017: causal, normalized, scored before any
 update, one pass) and the ways in which published numbers went wrong. tests/audit plants a fault for each.
@@ -20,7 +20,7 @@ They compare bits, and a GPU's gradients repeat only with deterministic=1.
 
 A test that takes longer says how far it is and when it ends: live on a terminal, else a line every 15 s.
 
-Exit status: 0 all tests pass; 1 one fails; 2 bad input (one line says it).
+The exit status is 0 if all tests pass, 1 if one fails, and 2 for bad input, which one line names.
 """
 
 from __future__ import annotations
@@ -158,6 +158,8 @@ class Progress:
 
 
 class Verdict(NamedTuple):
+    """The outcome of one test, with its evidence of one line."""
+
     test: str
     ok: bool
     evidence: str
@@ -184,7 +186,7 @@ class Audit:
 
     @contextmanager
     def learnt(self) -> Iterator[None]:
-        """Inside the block, give the model the weights with which it scores the piece's second chunk."""
+        """Give the model, inside the block, the weights with which it scores the piece's second chunk."""
         if not self.chunk:
             yield
             return
@@ -256,6 +258,7 @@ def count_moved(gaps: Tensor) -> Moved:
 
 
 def total_moved(parts: list[Moved]) -> Moved:
+    """Return all scores that moved, and the largest move."""
     return Moved(sum(part.scores for part in parts), max((part.nats for part in parts), default=0.0))
 
 
@@ -373,6 +376,7 @@ class Learning(NamedTuple):
 
 
 def examine_learning(audit: Audit) -> Learning:
+    """Score the piece with and without learning, and watch what the learner is given."""
     audit.progress.expect(2, "scores")
     without = audit.nats(audit.piece, audit.scoring._replace(chunk=0, learner=nullcontext))
     gaps = audit.nats(audit.piece) - without
@@ -429,6 +433,8 @@ def audit_score_before_update(audit: Audit) -> Verdict:
 
 
 class Totals(NamedTuple):
+    """Whether a split's totals agree with the manifest, and the evidence."""
+
     agree: bool
     evidence: str
 
@@ -463,7 +469,7 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
 
 
 def score_is_sum(audit: Audit) -> bool:
-    """Whether the script's evaluate gives the sums that its targets' scores and bytes add up to."""
+    """Return whether the script's evaluate gives the sums of its targets' scores and bytes."""
     counts = audit.run.dataset.counts
     audit.progress.expect(2, "scores")
     nats = audit.nats(audit.piece).sum().item()
@@ -779,6 +785,7 @@ AUDIT = (
 
 
 def fingerprint(path: str) -> str:
+    """Return a path with the beginning of its file's hash."""
     return f"{path} sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
 
@@ -801,6 +808,8 @@ def run_audit(script: ModuleType, artifact: str, knobs: list[str]) -> int:
 
 
 class Arguments(NamedTuple):
+    """A command line, read."""
+
     artifact: str
     script: Path
     knobs: list[str]
@@ -821,12 +830,13 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def refuse(error: Exception) -> int:
+    """Print an error that the user can fix, and return exit status 2."""
     print(f"audit.py: {error}", file=sys.stderr, flush=True)
     return 2
 
 
 def main(argv: list[str]) -> int:
-    """Audit an artifact. An error that the user can fix is one line. Returns the exit status."""
+    """Audit an artifact and return the exit status. An error that the user can fix is one line."""
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0

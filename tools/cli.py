@@ -4,11 +4,11 @@ run.sh finds Python, installs the requirements and hands over here, in the calle
 COMMANDS, at the end, is the list of commands; `./run.sh --help` is printed from it. Notes go to stderr, so
 that `./run.sh config > file` stays clean.
 
-This process never imports torch, so that help and every refusal are quick. What only the trainer knows (its
-default seed, whether its batch divides) is asked of it in a child process, `cli.py --resolve`. Importing the
-trainer takes 2 to 4 seconds either way, but a child gives its 300 MB back before training starts.
+This process never imports torch, so that help and every refusal are quick. A child process,
+`cli.py --resolve`, asks the trainer for what only it knows: its default seed, and whether its batch divides.
+Importing the trainer takes 2 to 4 seconds either way, but a child returns its 300 MB before training starts.
 
-Exit status: the program's own (128 + N after signal N), or 2 for bad input (one line on stderr says it).
+The exit status is the program's own (128 + N after signal N), or 2 for bad input, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ PROCESS_COUNTS = (8, 4, 2, 1)
 
 
 def say(text: str) -> None:
+    """Print a note on stderr, with the seconds since the start."""
     print(f"[run.sh {time.monotonic() - STARTED:.0f}s] {text}", file=sys.stderr, flush=True)
 
 
@@ -194,7 +195,7 @@ def knob_value(key: str, knobs: tuple[str, ...]) -> str:
 
 
 def enter_repository() -> None:
-    """Go where the trainer runs, taking along the paths that the environment gives relative to the caller."""
+    """Change to the repository. Paths that the environment gives relative to the caller still hold there."""
     for key in PATH_KNOBS:
         value = os.environ.get(key.upper(), "")
         if value and (key, value) != ("resume", "auto"):
@@ -224,11 +225,12 @@ def count_gpus() -> int:
 
 
 def machine_preset(gpus: int) -> str:
+    """Return the preset of a machine with so many GPUs."""
     return next(machine.preset for machine in MACHINES if gpus >= machine.gpus)
 
 
 def choose_processes(gpus: int, sharing: Sequence[int]) -> int | None:
-    """Return how many processes to start with torchrun; None: one, as plain python, without a GPU.
+    """Return how many processes torchrun should start, or None for one plain process without a GPU.
 
     sharing: the numbers of processes that can share the work. NPROC, if set, is taken as it is.
     """
@@ -390,7 +392,7 @@ def report_failure(log: str, artifact: str) -> None:
 
 
 def report(log: str, nexts: Sequence[NextCommand]) -> None:
-    """Print what the trainer, whose last lines are score, size, time, log and artifact, does not know."""
+    """Print the plot, the place on the board and commands to try. The trainer has printed the rest."""
     from ledger import runlog, standing
 
     print(f"plot: {draw_plot(log)}")
@@ -437,7 +439,7 @@ def next_commands(knobs: Sequence[str], seed: int, artifact: str, run_sh: str) -
 
 
 def read_reason(log: str, start: int) -> str:
-    """Return why the first rank failed by what the log says after `start` bytes, "" if it does not say."""
+    """Return why the first rank failed, from the log after its first `start` bytes; "" if it does not say."""
     with open(log, "rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
@@ -524,14 +526,17 @@ def score(program: list[str], request: Request) -> int:
 
 
 def evaluate(request: Request) -> int:
+    """Score an artifact."""
     return score(["train_gpt.py", "eval"], request)
 
 
 def audit(request: Request) -> int:
+    """Audit an artifact and the script that scores it."""
     return score(["tools/audit.py"], request)
 
 
 def config(request: Request) -> int:
+    """Print the resolved configuration."""
     enter_repository()
     return run(["train_gpt.py", "config", *with_preset(request.knobs, count_gpus())])
 
@@ -558,6 +563,7 @@ def bench(request: Request) -> int:
 
 
 def data(request: Request) -> int:
+    """Run a verb of data/prepare.py, in the caller's folder."""
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 

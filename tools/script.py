@@ -31,7 +31,7 @@ def missing_names(module: ModuleType, needs: tuple[str, ...]) -> list[str]:
 
 
 def require_names(module: ModuleType, path: Path, needs: tuple[str, ...], tool: str) -> None:
-    """Raise BadInput if the module, loaded from `path`, lacks some of what the tool uses of it."""
+    """Raise BadInput if the module, loaded from `path`, lacks a name that the tool uses."""
     if lacking := missing_names(module, needs):
         raise BadInput(
             f"{path}: this script has no {', '.join(lacking)}, which {tool} needs; "
@@ -43,7 +43,7 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
     """Import the script at `path` from its text, so that no bytecode beside it is used or written.
 
     name: its key in sys.modules. Two copies need two names: each registers its operators under its own.
-    needs: what the tool reaches in the script; `tool` names that tool in messages.
+    needs: the names of the script that the tool uses. tool: its own name, for messages.
     Raises BadInput if the file cannot be read, does not import or lacks a name.
     """
     loader = SourceFileLoader(name, str(path))

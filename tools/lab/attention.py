@@ -164,7 +164,9 @@ class MaskedLayer(NamedTuple):
 
 def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
     """Draw the tensors of a layer."""
-    B, T, device = s.rows, s.h.train_seq_len, s.m.device
+    B = s.rows
+    T = s.h.train_seq_len
+    device = s.m.device
     torch.manual_seed(0)
 
     def draw(heads: int) -> Tensor:
@@ -189,7 +191,11 @@ class BoundPath(NamedTuple):
 
 
 class AttentionPath(NamedTuple):
-    """bind: whatever it raises skips the row. causal_only: other masks are not tried."""
+    """A row of PATHS.
+
+    bind: makes the path for a layer; whatever it raises skips the row. causal_only: other masks are not
+    tried.
+    """
 
     bind: Callable[[MaskedLayer], BoundPath]
     causal_only: bool = False
@@ -287,7 +293,7 @@ def mask_function(c: MaskedLayer) -> Callable:
 
 
 def flex(c: MaskedLayer) -> BoundPath:
-    """Bind flex_attention, compiled anew for each mask: one function may be recompiled only a few times."""
+    """Bind flex_attention, compiled for this mask alone: one function may be recompiled only a few times."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     B, T = c.ids.shape

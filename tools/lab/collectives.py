@@ -18,8 +18,8 @@ class Function(NamedTuple):
     """A function of torch.distributed: its kind, and the names of two of its arguments."""
 
     kind: str
-    given: str  # what a rank puts in
-    whole: str  # the whole buffer
+    given: str  # of the tensor that a rank puts in
+    whole: str  # of the whole buffer
 
 
 # torch 2.11 says *_tensor where 2.13 says *_single.
@@ -51,8 +51,8 @@ class Collective(NamedTuple):
     ranks: tuple[int, ...]
     dtype: str
     device: str = "cpu"
-    given: int = 0  # what this rank puts in,
-    zeros: int = 0  # and how much of that is exactly zero
+    given: int = 0  # bytes that this rank puts in,
+    zeros: int = 0  # and how many of them are exactly zero
 
     @property
     def wire(self) -> float:
@@ -81,10 +81,12 @@ Event = Collective | Wait | MatrixBatch
 
 
 def collectives_of(events: list[Event]) -> list[Collective]:
+    """Return the collectives among the events."""
     return [event for event in events if isinstance(event, Collective)]
 
 
 def batches_of(events: list[Event]) -> list[MatrixBatch]:
+    """Return the batches of matrices among the events."""
     return [event for event in events if isinstance(event, MatrixBatch)]
 
 
@@ -92,10 +94,12 @@ def batches_of(events: list[Event]) -> list[MatrixBatch]:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
+    """Return an argument that is a tensor or a list of them as a list."""
     return [value] if isinstance(value, Tensor) else list(value)
 
 
 def nbytes(tensors: list[Tensor]) -> int:
+    """Return the bytes of the tensors together."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -118,7 +122,8 @@ class Recorder:
     """Records calls of torch.distributed's functions in order, while `recording`.
 
     A script must be loaded and run inside installed(), since it may bind the functions to names of its own.
-    waits: also record what the script waits for. zeros: also count zeros, which reads the tensors of a CPU.
+    waits: also record which collectives the script waits for. zeros: also count zeros, which reads the
+    tensors and so needs a CPU.
     """
 
     def __init__(self, waits: bool = False, zeros: bool = False) -> None:
@@ -141,7 +146,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Event]]:
-        """`with recording() as events`: the events from here on. An outer recording gets them at the end."""
+        """Yield a list that receives the events of the block. An outer recording gets them at the end."""
         outer_events = self.events
         outer_on = self.on
         events: list[Event] = []
@@ -180,7 +185,7 @@ class Recorder:
         return call
 
     def collective(self, function: Function, arguments: dict[str, Any]) -> Collective:
-        """Describe a call before it is made."""
+        """Return the description of a call that is about to be made."""
         given = tensors_of(arguments[function.given])
         whole = tensors_of(arguments[function.whole])
         group = arguments.get("group") or dist.group.WORLD
@@ -198,7 +203,7 @@ class Recorder:
         )
 
     def watch_directions(self, t: ModuleType) -> None:
-        """Also record a MatrixBatch for every call of the script's `orthogonalize`."""
+        """Make every call of the script's `orthogonalize` record a MatrixBatch, too."""
         inner = t.orthogonalize
 
         @functools.wraps(inner)

@@ -186,7 +186,7 @@ def input_sets(s: Setup, share: str) -> list[list[dict]]:
 
 
 def uncompiled(fn: Callable) -> Callable:
-    """Stand in for a compiler."""
+    """Return the function as it is, in place of a compiler."""
     return fn
 
 

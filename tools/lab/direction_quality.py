@@ -33,6 +33,7 @@ class Inputs(NamedTuple):
 
 
 def gaussian(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return a matrix of independent normal numbers."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -71,7 +72,9 @@ FAMILIES: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
 
 def synthetic(s: Setup) -> Iterator[Inputs]:
     """Yield two matrices of each family and bank's shape; the tall shape for Gaussians only."""
-    D, kv, F = s.h.model_dim, s.h.kv_dim, s.h.mlp_dim
+    D = s.h.model_dim
+    kv = s.h.kv_dim
+    F = s.h.mlp_dim
     for family, make in FAMILIES.items():
         shapes = [(D, D), (kv, D), (D, F)]
         if family == "gaussian":
@@ -86,7 +89,8 @@ def synthetic(s: Setup) -> Iterator[Inputs]:
 
 def train_momentum(s: Setup, steps: int) -> list[Inputs]:
     """Return LAYERS matrices of each bank's momentum after `steps` of the trainer's own step, uncompiled."""
-    t, h = s.t, s.h
+    t = s.t
+    h = s.h
     m = dataclasses.replace(s.m, compile=uncompiled)
     torch.manual_seed(h.seed)
     model = t.GPT(h, m.ops, m.dtype).to(m.device)
@@ -136,6 +140,7 @@ class Figures(NamedTuple):
 
 
 def factor_of(u: Tensor) -> Factor:
+    """Decompose an input in float64."""
     return Factor(*torch.linalg.svd(u.double(), full_matrices=False))
 
 

@@ -112,7 +112,7 @@ def graphs_of(sets: list[list[Callable]], fork: bool) -> list[torch.cuda.CUDAGra
 
 
 def one_by_one(calls: list[Callable]) -> Callable[[], None]:
-    """Return a call of all of them; what they return is dropped."""
+    """Return a function that makes all the calls and discards their results."""
 
     def run() -> None:
         for call in calls:

@@ -66,6 +66,7 @@ TINY_KNOBS = [
 
 
 def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -78,6 +79,7 @@ def load_measured(path: Path) -> ModuleType:
 
 
 def script_of(args: argparse.Namespace) -> Path:
+    """Return the script that --script names, else the repository's."""
     return args.script or TRAINER
 
 
@@ -98,7 +100,7 @@ def open_setup(args: argparse.Namespace, log: Callable[[str], None]) -> Setup:
 
 
 def drop(line: str) -> None:
-    """Log nothing."""
+    """Discard a line: the log of a child process."""
 
 
 @torch.no_grad()
@@ -112,7 +114,7 @@ def compile_group(s: Setup, index: int) -> None:
 
 
 def warm(args: argparse.Namespace) -> int:
-    """Be a child: compile the group of cases that --warm names."""
+    """Compile the group of cases that --warm names: the work of a child process."""
     s = open_setup(args, drop)
     try:
         compile_group(s, args.warm)

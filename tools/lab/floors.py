@@ -11,8 +11,10 @@ from lab.sections import Section, Work, sections_of, time_section
 from lab.timing import ROUNDS, call_ms, fixed_width, fresh_sets, in_turn
 from lab.trainer import Session
 
-GPU_COPY, HOST_COPY = 2**28, 2**23  # float32 numbers copied to measure the bandwidth
-GPU_SIDE, HOST_SIDE = 8192, 512  # side of the square product that is measured beside the model's
+GPU_COPY = 2**28  # float32 numbers copied to measure the bandwidth
+HOST_COPY = 2**23
+GPU_SIDE = 8192  # side of the square product that is measured beside the model's
+HOST_SIDE = 512
 COLUMNS = {
     "section": -38, "pass": -8, "x": 3, "ms": 10, "total ms": 9, "MB": 9, "GFLOP": 9, "GB/s": 7, "TFLOP/s": 8,
     "floor ms": 9, "%": 5, "bound": 8,

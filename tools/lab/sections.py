@@ -57,8 +57,9 @@ class Section(NamedTuple):
     """A piece of the model.
 
     count: calls in a pass; 0: a composite, built for candidates only. inputs: makes the arguments of fn; the
-    section's gradients are those of params and of what in inputs requires them. uses: what a candidate may
-    replace in it. back: for a section whose backward in the model is not autograd's backward of `fn`.
+    section's gradients are those of params and of the inputs that require them. uses: the functions of the
+    script that it calls and that a candidate may replace. back: for a section whose backward in the model is
+    not autograd's backward of `fn`.
     """
 
     name: str
@@ -149,7 +150,8 @@ class Pieces:
 
     def values(self) -> Tensor:
         """Draw v as the model has it, a view of the product QKV: (B, T, Hkv, Dh)."""
-        D, kv = self.h.model_dim, self.h.kv_dim
+        D = self.h.model_dim
+        kv = self.h.kv_dim
         qkv = torch.randn(self.B, self.T, D + 2 * kv, device=self.s.m.device, dtype=self.dtype)
         v = qkv[..., D + kv :].view(self.B, self.T, self.h.num_kv_heads, self.h.head_dim)
         return v.detach().requires_grad_()
@@ -317,7 +319,8 @@ class Pieces:
         return Section("residual add + norm", count, add_norm, inputs, work, work, ("rms_norm",))
 
     def mlp(self) -> Section:
-        D, hidden = self.h.model_dim, self.h.mlp_dim
+        D = self.h.model_dim
+        hidden = self.h.mlp_dim
 
         def inputs() -> list[Tensor]:
             return [self.activations(), self.draw(hidden, D), self.draw(D, hidden)]
@@ -361,7 +364,8 @@ class Pieces:
         return Section("stream mix", count, mix, inputs, Work(6 * self.stream), Work(10 * self.stream))
 
     def output_layer(self) -> Section:
-        D, V = self.h.model_dim, self.h.vocab_size
+        D = self.h.model_dim
+        V = self.h.vocab_size
         ids = ID_BYTES * self.tokens
         weights = TABLE_BYTES * V * D
         return Section(
@@ -409,7 +413,8 @@ class Pieces:
 
     def forward_sections(self) -> list[Section]:
         """Make the sections of a forward pass in its order."""
-        D, kv = self.h.model_dim, self.h.kv_dim
+        D = self.h.model_dim
+        kv = self.h.kv_dim
         windows = sorted({spec.window for spec in self.layers})
         return [
             self.embedding(),

@@ -88,6 +88,7 @@ class Sampler:
         return self
 
     def read(self) -> None:
+        """Collect readings until nvidia-smi ends."""
         for line in self.process.stdout:
             try:
                 self.samples.append(parse_reading(line))
@@ -111,9 +112,10 @@ class Sampler:
         self.reader.join(GRACE)
 
     def figures(self, since: float) -> dict:
-        """Summarize the readings since this perf_counter(), or say {why} there are none.
+        """Return a summary of the readings since this perf_counter(), or {why} there are none.
 
-        {samples, sm_mhz and power_w: medians, sm_mhz_range, reasons: {name: number of samples}}
+        The summary has {samples, sm_mhz and power_w: medians, sm_mhz_range, reasons: {name: number of
+        samples}}
         """
         found = [reading for reading in self.samples if reading.at >= since]
         if not found:

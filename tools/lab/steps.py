@@ -1,4 +1,4 @@
-"""Medians of everything that a training step does, each part by itself: bursts on a cool card."""
+"""Times everything that a training step does, each part on its own, in bursts on a cool card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from lab.trainer import Session, Trained, bind_backward, gradient_buffers, quiet
 
 def report_times(s: Session, name: str, times: list[float]) -> None:
     """Print and report the line `bench NAME: median ...`."""
-    middle, least, most = typical(s, name, times), min(times), max(times)
+    middle = typical(s, name, times)
+    least = min(times)
+    most = max(times)
     s.report["whole"].append(dict(name=name, median_ms=middle, min_ms=least, max_ms=most, n=len(times)))
     s.say(
         f"bench {name}: median {middle:.2f} ms, min {least:.2f}, max {most:.2f} "
@@ -27,7 +29,8 @@ def time_step(s: Session, run: Trained) -> None:
     forward+backward is training's: a CUDA graph where the machine captures. Its memory is freed when this
     function returns, because a forward launched by the host, as in later measurements, needs as much again.
     """
-    t, m = s.t, s.m
+    t = s.t
+    m = s.m
     hp = t.hyper_at(s.h, 0, 0.0)
     buffers = gradient_buffers(run.optimizer)
     loss_and_norm = torch.zeros(2, dtype=torch.float64, device=m.device)

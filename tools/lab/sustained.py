@@ -1,4 +1,4 @@
-"""Steps on a card as warm as in training: its loop for a while, with and without what surrounds a step."""
+"""Times steps on a card as warm as in training, in its own loop, with and without the work between steps."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ BLOCKS = 8  # into which they are cut
 
 
 class Ticks(NamedTuple):
-    """When the device reached a step's first pass, and when the step's end."""
+    """Two ticks: when the device reached a step's first pass, and when it reached the step's end."""
 
     begin: Any
     end: Any
 
 
 class TimedBlocks(NamedTuple):
-    """rows: {which, steps, ms, between_ms}, ms a step and how much passes between two; half: their middle.
+    """The blocks of a sustained measurement.
 
-    half is a perf_counter().
+    rows: {which, steps, ms, between_ms}, where ms is of a step and between_ms passes between two. half: the
+    perf_counter() at which the later half begins.
     """
 
     rows: list[dict]
@@ -36,9 +37,9 @@ class TimedBlocks(NamedTuple):
 
 
 class TrainingLoop:
-    """train()'s loop without validations, checkpoints and an end; and its step alone, on one batch.
+    """The loop of train() without validations, checkpoints and an end, and its step alone, on one batch.
 
-    logged: what log_step needs of a run. Without a loader only `fixed` can run.
+    logged: the part of a run that log_step needs. Without a loader only `fixed` can run.
     """
 
     def __init__(self, s: Session, run: Trained, loader: Any, logged: SimpleNamespace) -> None:
@@ -140,7 +141,7 @@ def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float
 
     That order spreads a drift of clocks and temperature over both kinds.
     """
-    for step in (*kinds.values(), kinds["fixed"]):  # what is compiled or allocated once
+    for step in (*kinds.values(), kinds["fixed"]):  # to compile and allocate everything
         step()
     count = steps_per_block(s, kinds["fixed"], seconds)
 

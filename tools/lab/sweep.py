@@ -49,6 +49,8 @@ class End(Enum):
 
 
 class Attempt(NamedTuple):
+    """The outcome of a worker's attempt at a configuration."""
+
     end: End
     reason: str = ""  # of a refusal
 
@@ -260,7 +262,7 @@ class Sweep:
         return time.monotonic() - self.began + self.estimate() > self.budget
 
     def settle(self, index: int, configuration: Configuration, attempt: Attempt) -> None:
-        """Note how an attempt ended and tell the user."""
+        """Record how an attempt ended, and tell the user."""
         if self.error:
             return
         name = configuration.name

@@ -23,7 +23,7 @@ ROW_KEYS = ("rate_key", "rates", "multipliers")  # of a plan; a row may have its
 PLAN_KEYS = {*ROW_KEYS, "name", "base", "seeds", "rows"}
 FORCED = {"fit_cap": "false"}  # all rows are quantized alike: never fitted to the cap
 DEFAULT_SEEDS = [1337]  # of a sweep without a plan file
-NEEDS = ("InputError", "load_config")  # what a plan asks of the trainer
+NEEDS = ("InputError", "load_config")  # the names of the trainer that a plan uses
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a plan: what it sets, the knob whose values are tried, and those values as text."""
+    """A row of a plan: its settings, the knob whose values are tried, and those values as text."""
 
     settings: Mapping[str, str]
     rate_key: str
@@ -319,7 +319,7 @@ class Queue:
         return chosen
 
     def finish(self, configuration: Configuration, bpb: float | None) -> None:
-        """Note the score of a configuration, None if it diverged."""
+        """Record the score of a configuration, None if it diverged."""
         self.running.discard(configuration.name)
         self.outcomes[configuration.name] = bpb
 
@@ -329,7 +329,7 @@ class Queue:
         self.failed.add(configuration.name)
 
     def died(self, configuration: Configuration) -> bool:
-        """Note that its worker died. Return whether any worker may try again: after the first death only."""
+        """Record that its worker died. Returns whether another worker may try: after the first death only."""
         name = configuration.name
         self.running.discard(name)
         self.deaths[name] = self.deaths.get(name, 0) + 1

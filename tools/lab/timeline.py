@@ -299,6 +299,7 @@ class StepWatch:
         self.watch(t.Optimizer)
 
     def watch(self, optimizer_class: Any) -> None:
+        """Make every schedule of the class keep its events in `last`."""
         inner = optimizer_class.schedule
 
         @functools.wraps(inner)

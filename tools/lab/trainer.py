@@ -254,13 +254,16 @@ class Trained(NamedTuple):
     batches: list[Tensor]
 
     def fresh(self) -> Tensor:
+        """Draw one of the batches."""
         return self.batches[int(torch.randint(len(self.batches), ()))]
 
     def forward(self) -> Tensor:
+        """Return the loss of a fresh batch."""
         tokens = self.fresh()
         return self.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def both(self) -> None:
+        """Run forward and backward on a fresh batch."""
         self.forward().backward()
 
 

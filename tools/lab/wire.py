@@ -4,8 +4,8 @@
     ./run.sh record wire --ranks 8 --nodes 2 ortho=mud --out wire.md
 
 Counted: N processes over gloo take one step with data (wire_steps.py). Wrappers of torch.distributed's
-functions see every collective. Whatever they carry that is exactly zero is padding, and what `orthogonalize`
-is given is what a rank works on. After the step, parameters must be bit-equal on all ranks.
+functions see every collective. Bytes that are exactly zero are padding, and a rank's work is the matrices
+that it gives to `orthogonalize`. After the step, parameters must be bit-equal on all ranks.
 
 Predicted (wire_predict.py): the same step without data, as every rank of one node of 8 and of 4 nodes of 8.
 The output lists the figures that this rests on; --assume NAME=VALUE changes one.
@@ -14,7 +14,8 @@ A group whose ranks lie on one node (rank // ranks per node) is intra, any other
 those of ring algorithms: (n-1)/n of the whole buffer for a reduce-scatter or an all-gather, twice that for
 an all-reduce. Beside it, from the same shapes: the schedule of parameter-golf's Parallel Muon record (#399).
 
-Exit status: 0 done; 1 the ranks disagree after the step; 2 bad input (one line says it).
+The exit status is 0 when done, 1 if the ranks disagree after the step, and 2 for bad input, which one line
+names.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Schedule(NamedTuple):
 
 
 class Prediction(NamedTuple):
+    """The predicted times of a schedule on so many nodes."""
+
     name: str
     nodes: int
     node_ranks: int
@@ -71,6 +74,7 @@ class Prediction(NamedTuple):
 
 
 def markdown_row(cells: list) -> str:
+    """Return one line of a table."""
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -81,10 +85,12 @@ def markdown(heads: list[str], rows: list[list]) -> list[str]:
 
 
 def mb(count: float) -> str:
+    """Format bytes as decimal megabytes."""
     return f"{count / 1e6:.3f}"
 
 
 def percent(share: float) -> str:
+    """Format a share as a percentage."""
     return f"{100 * share:.1f} %"
 
 
@@ -135,6 +141,7 @@ def totals_table(schedules: list[Schedule]) -> list[str]:
 
 
 def prediction_table(predictions: list[Prediction]) -> list[str]:
+    """Tabulate the predicted milliseconds of each schedule."""
     heads = [
         "schedule", "nodes x GPUs", "communication ms", "update ms", "exposed before", "exposed after",
         "exposed ms",
@@ -159,6 +166,7 @@ def rank_table(loads: list[Load], node_ranks: int) -> list[str]:
 
 
 def assumption_table(a: Assumptions) -> list[str]:
+    """Tabulate the assumptions with their sources."""
     rows = []
     for field in dataclasses.fields(a):
         value = getattr(a, field.name)
@@ -280,6 +288,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
     text = "count what one optimizer step puts on the wire, and predict how much of a step that takes"
     parser = argparse.ArgumentParser(prog="record wire", description=text)
     add = parser.add_argument
@@ -300,6 +309,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
+    """Run `record wire` and return the exit status."""
     args = verbs.parse(argument_parser(), argv)
     return finish(lambda: command(args))
 

@@ -189,6 +189,7 @@ def dry_steps(tasks: tuple[RankTask, ...]) -> DrySteps:
 
 
 def free_port() -> int:
+    """Return a port of this machine on which nobody listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -120,7 +120,7 @@ def extra_text(modes: dict[str, dict], base: dict[str, dict]) -> str:
 
 
 def floor_lines(log: dict) -> list[str]:
-    """Return copy bandwidth, what a full update must move, and the rate of products at each bank's shape."""
+    """Return copy bandwidth, the bytes of a full update, and the rate of products at each bank's shape."""
     lines = []
     if "copy" in log:
         gbps = log["copy"][0]["gbps"]
@@ -195,7 +195,7 @@ def momentum_text(log: dict) -> str:
 
 
 def skipped_lines(log: dict) -> list[str]:
-    """Return the list of what was not measured and why, each reason once; empty when all was."""
+    """Return the list of skipped measurements with their reasons, each once; empty if none was skipped."""
     if "skip" not in log:
         return []
 
@@ -301,7 +301,8 @@ def block_text(records: Path) -> str:
 def with_block(page: str, records: Path) -> str:
     """Return the text of records/README.md with the block made again.
 
-    A page without markers stays as it is while nothing has been measured; after that, BadInput.
+    A page without markers stays as it is while nothing has been measured. Raises BadInput if markers are
+    missing after that.
     """
     if not measurement_folders(records) and not BLOCK.begins_in(page):
         return page

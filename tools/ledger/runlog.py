@@ -56,7 +56,7 @@ class Step:
 
 @dataclass
 class Run:
-    """The content of one log. Mappings hold the text of the log; `number` reads a figure out of them."""
+    """The content of one log. Mappings hold its text; `number` reads a figure out of them."""
 
     path: Path
     source: str = ""
@@ -281,7 +281,7 @@ def read_size(run: Run, line: str) -> None:
 
 
 def undo_steps(run: Run, line: str) -> None:
-    """Drop what the run wrote after the checkpoint that it resumes from: steps, its stop, its scores."""
+    """Drop the steps, the stop and the scores that the run wrote after the checkpoint it resumes from."""
     match = RESUMED.match(line)
     if match is None:
         raise BadInput(f"{run.path}: no step in: {line}")

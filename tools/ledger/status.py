@@ -10,7 +10,7 @@ from script import BadInput
 
 
 def finish(command: Callable[[], int]) -> int:
-    """Run a verb and return its exit status. BadInput becomes one line on stderr and status 2."""
+    """Run a verb and return its exit status. Its BadInput becomes one line on stderr and status 2."""
     try:
         status = command()
         sys.stdout.flush()
