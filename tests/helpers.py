@@ -420,7 +420,7 @@ def hidden_with_sign(u, dtype):
 
 
 def reference_mlp(a, w, h):
-    """Reference of `mlp_op`: forward if `h` is None, else backward through the hidden values `h`."""
+    """Compute `mlp_op` in plain PyTorch: forward if `h` is None, else backward through hidden values `h`."""
     if h is None:
         return hidden_with_sign(a.float() @ w.float().T, a.dtype)
     is_negative = h.view(integer_of(h.dtype)) & 1 == 1
@@ -430,7 +430,7 @@ def reference_mlp(a, w, h):
 
 
 def reference_mlp8(x, up, down, steps, dtype):
-    """Reference of `mlp8_op`: the hidden values in `dtype`, and the output of the fp8 product with `down`."""
+    """Compute `mlp8_op` in plain PyTorch: hidden values in `dtype` and their fp8 product with `down`."""
     h = hidden_with_sign(x.float() @ up.float().T * steps[0], dtype)
     h8 = (h.float() / steps[1]).clamp(max=448).to(x.dtype)
     return h, torch._scaled_mm(h8, down.t(), *steps[1:], out_dtype=dtype)

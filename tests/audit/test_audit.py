@@ -315,7 +315,7 @@ class Learner:
 
 
 def learning(run, monkeypatch, update_first=False, reset=True):
-    """Return the run with a Learner that starts anew at each score of a split, if `reset`."""
+    """Return the run with a Learner. reset: whether it forgets everything before each score of a split."""
     learner = Learner(run, update_first)
     score = t.score_targets
 

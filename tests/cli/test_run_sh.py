@@ -104,6 +104,8 @@ LOG_HEAD = f"import torch\n{'=' * 100}\nRunning Python 3.11\n{'=' * 100}\n"
 
 
 class Tree:
+    """A copy of run.sh's files, with stand-ins for the interpreter, the trainer, the ledger and the GPUs."""
+
     def __init__(self, folder: Path):
         self.root = folder / "repo"
         self.bin = folder / "bin"
@@ -137,16 +139,19 @@ class Tree:
         self.gpus(0)
 
     def tool(self, name: str, text: str) -> None:
+        """Put a program on the PATH."""
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
     def gpus(self, count: int, capability: str = "8.0") -> None:
+        """Let nvidia-smi list so many GPUs."""
         lines = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(count))
         numbers = " ".join(map(str, range(count)))
         asked = f'case "$*" in *query-gpu=compute_cap*) printf "{capability}\\n%.0s" {numbers}; exit;; esac\n'
         self.tool("nvidia-smi", f"#!/bin/sh\n{asked if count else ''}{lines}exit {0 if count else 9}\n")
 
     def env(self, **extra: str) -> dict:
+        """Return the environment of run.sh, which is nothing but this and `extra`."""
         base = {"PATH": f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin", "CALLS": str(self.calls_file)}
         return base | {"BANKSHOT_PYTHON": str(self.bin / "python3")} | extra
 
@@ -162,9 +167,11 @@ class Tree:
         )
 
     def calls(self) -> list:
+        """Return the command lines that the stand-ins were called with, in order."""
         return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
 
     def train_call(self) -> str:
+        """Return the one command line that trains."""
         found = [line for line in self.calls() if "train_gpt.py train " in line]
         assert len(found) == 1, self.calls()
         return found[0]
@@ -180,7 +187,7 @@ def tree(tmp_path):
 
 
 def refused(done, *words: str) -> None:
-    """Non-zero, nothing on stdout, and one line of run.sh's that holds the words."""
+    """Require a non-zero status, nothing on stdout, and one line from run.sh that contains the words."""
     assert done.returncode != 0 and done.stdout == "", done
     lines = [line for line in done.stderr.splitlines() if not line.startswith("[run.sh ")]
     assert len(lines) == 1 and lines[0].startswith("run.sh: "), done.stderr

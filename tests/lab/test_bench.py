@@ -123,7 +123,7 @@ def test_it_runs_as_a_module():
 
 
 def imports_of(name):
-    """Modules of the lab that a module of the lab imports, anywhere in its text."""
+    """Return the modules of the lab that a module of the lab imports, anywhere in its text."""
     tree = ast.parse((LAB / f"{name}.py").read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):

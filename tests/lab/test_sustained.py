@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of what train() calls, in order, a fetched pair's arrival with its number."""
+    """Return a list that collects the names of train()'s calls in order, with the arrivals of its fetches."""
     seen = []
     fetches = []
 
@@ -176,6 +176,7 @@ def planted_smi(tmp_path, monkeypatch):
 
 
 def until(true):
+    """Wait up to ten seconds until true() holds, and return whether it does."""
     end = time.monotonic() + 10
     while not true() and time.monotonic() < end:
         time.sleep(0.01)

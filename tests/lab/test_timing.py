@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -38,15 +39,17 @@ def test_a_graph_holds_every_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     s = on_gpu(a_session(), lanes=lanes, sync=lambda: None, rank=0)
     s.m.graph_capture = lambda fn: captured.append(list(ran)) or fn
-    assert (
-        timing.call_ms(s, "x", [lambda: ran.append(0), lambda: ran.append(1), lambda: ran.append(2)]) == 4.0
-    )
+    calls = [partial(ran.append, number) for number in range(3)]
+    assert timing.call_ms(s, "x", calls) == 4.0
     assert captured == [[0, 1, 2] * 2]
     assert ran == [0, 1, 2] * (2 + timing.REPLAYS + 1)
 
-    s.m.graph_capture = lambda fn: (
-        fn() or 1 / 0
-    )  # what cannot be captured is launched, and the report says so
+    def failing_capture(fn):
+        fn()
+        raise ZeroDivisionError
+
+    # Calls that cannot be captured are launched, and the report says so.
+    s.m.graph_capture = failing_capture
     assert timing.call_ms(s, "x", [lambda: None] * 6) == 2.0
     assert s.report["skipped"][0]["why"].startswith("ZeroDivisionError")
 

@@ -1,4 +1,4 @@
-"""What the pictures show: panels without holes, markers, time axes that fit their dates."""
+"""The pictures have no empty panels, they have markers, and their time axes fit their dates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ledger import pictures
 
 @pytest.fixture
 def figure(monkeypatch):
-    """A function that returns the figure that a plot function draws, instead of the file."""
+    """Return a function that calls a plot function and returns its figure instead of writing it."""
     saved = []
     monkeypatch.setattr(pictures, "save", lambda plt, figure, out: saved.append(figure))
 
@@ -26,7 +26,7 @@ def figure(monkeypatch):
 
 
 def log_with(tmp_path, name, *kept):
-    """A log whose only step lines are those that begin with one of `kept`."""
+    """Write a log whose only step lines are those that begin with one of `kept`."""
     lines = fx.log_text(3).splitlines()
     lines = [line for line in lines if not line.startswith("step:") or line.startswith(kept)]
     path = tmp_path / f"{name}.txt"

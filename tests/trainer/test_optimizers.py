@@ -153,7 +153,7 @@ def turbo_by_hand(G):
     x = x / np.sqrt(np.abs(x @ x.T).sum(1, keepdims=True))
     assert np.linalg.norm(x, 2) <= 1 + 1e-12  # the bound that AOL promises
     for a, b, c in t.TURBO:
-        gram = x @ x.T  # made anew: ortho_turbo reuses and scales the first
+        gram = x @ x.T  # computed again: ortho_turbo reuses and scales the first
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if G.shape[0] > G.shape[1] else x
 

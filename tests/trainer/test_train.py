@@ -380,7 +380,7 @@ def test_more_than_half_of_the_budget_held_back_is_refused(tmp_path, monkeypatch
 
 
 def test_one_step_ships_trained_weights():
-    """The artifact of iterations=1 is as good as the live weights, not the untrained ones."""
+    """With iterations=1 the artifact scores like the live weights, not like the untrained ones."""
     run = finished_with(iterations=1, matrix_lr=0.02)
     live = float(value(run, r"final_live val_loss:([\d.]+)"))
     averaged = float(value(run, r"final_ema val_loss:([\d.]+)"))

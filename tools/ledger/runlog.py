@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ledger.files import read_text, sha256
 from script import BadInput
@@ -156,8 +157,16 @@ def number_or_text(text: str) -> int | float | str:
 # ---- the parts of a log --------------------------------------------------------------------------
 
 
-def split_log(path: Path) -> tuple[str, list[str], list[str]]:
-    """Return the source (ending in exactly one newline), the environment lines and the run lines.
+class LogParts(NamedTuple):
+    """The parts of a log: the source, ending in exactly one newline, and the lines of the two others."""
+
+    source: str
+    environment: list[str]
+    run: list[str]
+
+
+def split_log(path: Path) -> LogParts:
+    """Return the parts of a log.
 
     Raises BadInput if the file is not a training log.
     """
@@ -168,8 +177,8 @@ def split_log(path: Path) -> tuple[str, list[str], list[str]]:
             "by 'Running Python'; pass the file train_gpt.py wrote"
         )
 
-    source, environment, lines = parts
-    return source.rstrip("\n") + "\n", environment.splitlines(), lines.splitlines()
+    source, environment, run = parts
+    return LogParts(source.rstrip("\n") + "\n", environment.splitlines(), run.splitlines())
 
 
 def named_source(path: Path, head: str) -> str:
@@ -197,14 +206,14 @@ def parse_log(path: Path) -> Run:
 
     Raises BadInput if the file is not a log.
     """
-    source, environment, lines = split_log(path)
-    run = Run(path, named_source(path, source))
+    parts = split_log(path)
+    run = Run(path, named_source(path, parts.source))
     for name, pattern in VERSIONS.items():
-        found = [match[1] for match in map(pattern.match, environment) if match]
+        found = [match[1] for match in map(pattern.match, parts.environment) if match]
         run.versions[name] = found[0] if found else "none"
 
     in_config = False
-    for line in lines:
+    for line in parts.run:
         if run.final_scores and line.strip() and not line.startswith("final_score "):
             run.trailing = run.trailing or line
 
