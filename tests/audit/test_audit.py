@@ -985,7 +985,7 @@ def test_only_the_network_test_sees_the_network(honest, group):
 
 
 def audit_args(honest, tmp_path, data=None):
-    """Write the artifact; return the arguments with which the trainer audits it, on other data if given."""
+    """Write the artifact and return the arguments of its audit. data: a folder in place of the run's own."""
     file = tmp_path / "x.int6.xz"
     file.write_bytes(honest.blob)
     knobs = dict(

@@ -315,7 +315,7 @@ def test_the_embedding_does_not_look_across_a_document_start():
         changed[0, :7] = random_tokens(h, (1, 7), 6, bos_share=0.0)
         assert torch.equal(model.embed(changed)[0, 7:], base[0, 7:])
         assert not torch.equal(model.embed(changed)[0, :7], base[0, :7])
-        inside = tokens.clone()  # without a start between them the next position does see it
+        inside = tokens.clone()  # where no document starts, a position does see the one before it
         inside[0, 9] = (tokens[0, 9] - h.bos_id) % (h.vocab_size - h.bos_id - 1) + h.bos_id + 1
         moved = (model.embed(inside) != base).any(-1)[0]
         assert moved.nonzero().flatten().tolist() in ([9, 10], [9, 10, 11])  # 11: smear of 10's bigram

@@ -508,10 +508,10 @@ ALONE = 1e-5
 
 
 def distance_to_updates_alone(h, m):
-    """Return the largest distance of a parameter to matrix_update on that parameter by itself.
+    """Return the largest distance between a parameter of the optimizer and matrix_update on it alone.
 
-    Both get the same gradients, made by hand, for three steps. Momentum and second moments live on, so that a
-    matrix that meets another's state, scale or orientation shows.
+    Both get the same made-up gradients for three steps. Momentum and second moments carry over, so that a
+    matrix that was given another's state, scale or orientation ends elsewhere.
     """
     model = noisy_model(h, seed=3)
     weights = {spec.name: getattr(model, spec.name).detach().clone() for spec in t.MATRICES}

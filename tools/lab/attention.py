@@ -130,7 +130,7 @@ def document_bounds(rows: int, T: int, seed: int = 0) -> list[int]:
 
 
 def masks_of(rows: int, T: int) -> list[Mask]:
-    """Return the masks to time. Windows are smaller than WINDOWS where a sequence is too short for them."""
+    """Return the masks to time. In a short sequence, windows are a half and a quarter of it, not WINDOWS."""
     whole = [*range(0, rows * T + 1, T)]
     cut = document_bounds(rows, T)
     wide = max(min(WINDOWS[0], T // 2), 1)

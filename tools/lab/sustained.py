@@ -137,9 +137,9 @@ def run_block(s: Session, which: str, step: Callable[[], Ticks], count: int) -> 
 
 
 def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float) -> TimedBlocks:
-    """Run BLOCKS blocks for about so many seconds, of two kinds as a b b a ...
+    """Run BLOCKS blocks of steps, which together take about `seconds`.
 
-    That order spreads a drift of clocks and temperature over both kinds.
+    Two kinds take turns as a b b a ..., which spreads a drift of clocks and temperature over both.
     """
     for step in (*kinds.values(), kinds["fixed"]):  # to compile and allocate everything
         step()
