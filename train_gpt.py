@@ -386,10 +386,10 @@ TRAINING_BYTES = 20  # a parameter: float32 weight, gradient, two moments, avera
 PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the annotation of a knob
 
 
-def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | None = None) -> Config:
-    """Resolve every knob: defaults < preset < artifact's header < environment (KEY) < `key=value`.
+def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
+    """Return the values of the knobs given: environment (KEY) < `key=value`.
 
-    Raises InputError for an unknown key in argv, a bad value, or knobs that contradict each other.
+    Raises InputError for an unknown key in argv, or a value of another type.
     """
     types = {f.name: f.type for f in fields(Config)}
     given = {key: env[key.upper()] for key in types if key.upper() in env}
@@ -403,17 +403,30 @@ def load_config(argv: list[str], env: Mapping[str, str], artifact: Mapping | Non
             raise InputError(f"unknown config key {key!r}; {hint}")
         given[key] = value
 
-    values = PRESETS.get(given.get("preset"), {}) | dict(artifact or {})
+    values = {}
     for key, text in given.items():
         try:
             values[key] = PARSERS[types[key]](text)
         except (ValueError, KeyError):
             raise InputError(f"config key {key}: {text!r} is not of type {types[key]}") from None
+    return values
 
-    h = Config(**values)
+
+def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None = None) -> Config:
+    """Resolve every knob: defaults < preset < an artifact's header < knobs given.
+
+    Raises InputError for a value out of range, or knobs that contradict each other.
+    """
+    preset = PRESETS.get(knobs.get("preset"), {})
+    h = Config(**{**preset, **(header or {}), **knobs})
     check_ranges(h)
     check_relations(h)
     return h
+
+
+def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
+    """Resolve every knob of a command line and an environment. Raises InputError."""
+    return make_config(read_knobs(argv, env))
 
 
 MAY_BE_ZERO = (
@@ -676,6 +689,29 @@ class Machine:
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return tuple(box.tolist())
 
+    def of_rank_0(self, value):
+        """Return rank 0's value, any object that can be pickled, on every rank. It uses gloo."""
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise an InputError that the block raises on one rank on all of them. It uses gloo.
+
+        Otherwise the others would wait for that rank, or go on and begin a log. The block must not
+        communicate.
+        """
+        fault = None
+        try:
+            yield
+        except InputError as e:
+            fault = e
+        faults = [fault] * self.world_size
+        dist.all_gather_object(faults, fault)
+        if first := next(filter(None, faults), None):
+            raise first
+
 
 def capture_graph(stream: torch.cuda.Stream, pool: tuple, fn: Callable[[], None]) -> Callable[[], None]:
     """Capture the device work that fn queues, without running it. Returns the function that launches it.
@@ -769,35 +805,35 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
 
     levels = share_levels(ranks)
 
-    if not cuda:
-        names = {"device": platform.machine(), "attention": "cpu", "qk": "torch", "mlp": "torch"}
-        names |= {"compile": "none", "pass": "eager", "update": "eager"}
-        return Machine(
-            rank=ranks.rank,
-            world_size=ranks.world,
-            device=device,
-            dtype=torch.float32,
-            compile=lambda fn: fn,
-            ops=Ops(),
-            pin=False,
-            levels=levels,
-            names=names,
-        )
-
-    torch.set_float32_matmul_precision("high")
-    ops, bound = bind_ops(h, device)
-    streams = tuple(torch.cuda.Stream() for _ in range(6))
-    names = {"device": torch.cuda.get_device_name(device), **bound}
-    names |= {"compile": "inductor", "pass": "graph", "update": "graph"}
-    return Machine(
+    names = {"device": platform.machine(), "attention": "cpu", "qk": "torch", "mlp": "torch"}
+    names |= {"compile": "none", "pass": "eager", "update": "eager"}
+    machine = Machine(
         rank=ranks.rank,
         world_size=ranks.world,
         device=device,
+        dtype=torch.float32,
+        compile=lambda fn: fn,
+        ops=Ops(),
+        pin=False,
+        levels=levels,
+        names=names,
+    )
+    return with_gpu(machine, h) if cuda else machine
+
+
+def with_gpu(m: Machine, h: Config) -> Machine:
+    """Bind a machine's GPU: kernels, compiler, streams and graphs."""
+    torch.set_float32_matmul_precision("high")
+    ops, bound = bind_ops(h, m.device)
+    streams = tuple(torch.cuda.Stream() for _ in range(6))
+    names = {"device": torch.cuda.get_device_name(m.device), **bound}
+    names |= {"compile": "inductor", "pass": "graph", "update": "graph"}
+    return replace(
+        m,
         dtype=torch.bfloat16,
         compile=partial(torch.compile, dynamic=False, fullgraph=True),
         ops=ops,
         pin=True,
-        levels=levels,
         names=names,
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
@@ -818,26 +854,22 @@ class Log:
         self.goes_on = False
         self.may_move = False  # set once there are trained weights, which a full disk must not cost
 
-        fault = None
-        if machine and machine.rank == 0:
-            self.live = sys.stderr.isatty()
-            try:
-                with explained(f"{path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
-                    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                    if not resume:
-                        open(path, "x").close()
-                    self.file = open(path, "a", encoding="utf-8")  # other ranks may append, too
-                    self.goes_on = self.file.tell() > 0
-                self.lock()
-            except InputError as e:
-                fault = e
+        if machine is None:
+            return
+        with machine.together():  # or the other ranks would append their errors to another run's log
+            if machine.rank == 0:
+                self.create(resume)
 
-        if machine:  # all ranks must fail, or the others would append their errors to another run's log
-            box = [fault]
-            dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-            fault = box[0]
-        if fault:
-            raise fault
+    def create(self, resume: bool) -> None:
+        """On rank 0: create or open the file and keep others from it. Raises InputError."""
+        self.live = sys.stderr.isatty()
+        with explained(f"{self.path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            if not resume:
+                open(self.path, "x").close()
+            self.file = open(self.path, "a", encoding="utf-8")  # other ranks may append, too
+            self.goes_on = self.file.tell() > 0
+        self.lock()
 
     def lock(self) -> None:
         """Keep other processes from this log until it is closed or this process ends, however it ends.
@@ -860,6 +892,12 @@ class Log:
         if self.file:
             self.file.close()
         self.file = None
+
+    def discard(self) -> None:
+        """Remove the log of a run that is refused before it trains, so that its run_id stays free."""
+        if self.file and not self.goes_on:
+            os.remove(self.path)
+        self.close()
 
     def __call__(self, line: str, shown: str | None = None) -> None:
         """Append text to the file and print it, or print `shown` instead: "" prints nothing.
@@ -927,8 +965,11 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         reason = f"rank {m.rank}: " + (str(e) if isinstance(e, InputError) else traceback.format_exc())
         lost = m.world_size > 1 and lost_another_rank(e)
         shown = f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}"
-        with suppress(OSError), open(log.path, "a", encoding="utf-8") as f:
-            f.write(f"{reason}\n{shown}\n" if lost else f"{reason}\n")
+        text = f"{reason}\n{shown}\n" if lost else f"{reason}\n"
+        with suppress(OSError):  # if there is no log any more, as after `discard`, it makes none
+            file = os.open(log.path, os.O_WRONLY | os.O_APPEND)
+            with open(file, "w", encoding="utf-8") as f:
+                f.write(text)
         if m.world_size > 1:
             reason = shown if lost else reason
             print(f"train_gpt.py: {reason}", file=sys.stderr, flush=True)
@@ -1195,18 +1236,17 @@ def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None
 def check_split(h: Config, counts: ByteCounts, manifest: dict, split: str) -> None:
     """Check a split to score.
 
-    Raises InputError when the manifest disagrees, the text is too short, or some of its bytes are not known.
+    Raises InputError when it is damaged, the manifest disagrees, the text is too short, or some of its bytes
+    are not known.
     """
     check_files(h, manifest, split, by_content=True)
-    tokens = sum(map(shard_tokens, split_files(h.data_path, split)))
-    if h.val_tokens:
-        tokens = min(tokens, h.val_tokens + 1)
-    if tokens <= h.eval_seq_len:
+    tokens = load_split(h, split)
+    if len(tokens) <= h.eval_seq_len:
         raise InputError(
-            f"{h.data_path}: {tokens} tokens of {split} to score, less than a sequence "
+            f"{h.data_path}: {len(tokens)} tokens of {split} to score, less than a sequence "
             f"of eval_seq_len={h.eval_seq_len}; use more text or a shorter eval_seq_len"
         )
-    if unknown := np.count_nonzero(load_split(h, split) == counts.unknown):
+    if unknown := np.count_nonzero(tokens == counts.unknown):
         raise InputError(
             f"{h.data_path}: {unknown} tokens of {split} are the unknown piece, so the bytes of the text are "
             "not known; make the shards again with a tokenizer that has byte_fallback"
@@ -1216,9 +1256,9 @@ def check_split(h: Config, counts: ByteCounts, manifest: dict, split: str) -> No
 def load_dataset(h: Config, trains: bool = False) -> Dataset:
     """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
 
-    Held-out shards are compared with the manifest by name, size and listed hash; training shards by name and
-    size, and only if this run trains. After these checks training opens no held-out file unless
-    val_loss_every is set.
+    Held-out shards are read, and compared with the manifest by name, size and listed hash; training shards
+    only by name and size, if this run trains: `check_train_split` reads them. After these checks training
+    opens no held-out file unless val_loss_every is set.
     """
     split_files(h.data_path, "val")
     path = Path(h.data_path, "manifest.json")
@@ -1271,6 +1311,26 @@ def check_train_length(h: Config, tokens: int) -> None:
         )
 
 
+def check_train_split(h: Config, m: Machine) -> None:
+    """Read the train split once, each rank its part of the shards: now, not in the middle of the run.
+
+    Raises InputError on every rank when a shard is damaged, the split is too short or has no document start.
+    """
+    has_start = False
+    with m.together():
+        files = split_files(h.data_path, "train")
+        check_train_length(h, sum(map(shard_tokens, files)))
+        for f in files[m.rank :: m.world_size]:
+            tokens = load_shard(f, h.vocab_size)
+            has_start = has_start or bool((tokens == h.bos_id).any())
+    _, some_start = m.agree(0.0, has_start)
+    if not some_start:
+        raise InputError(
+            f"{h.data_path}: no shard of the train split has a document start (bos_id={h.bos_id}); "
+            "set bos_id or prepare the data again"
+        )
+
+
 class Draw(IntEnum):
     """The uses of random numbers in the loader: each has streams of its own."""
 
@@ -1317,18 +1377,11 @@ class TokenLoader:
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
-        """Check this rank's share of the train shards and start on batch 0. Raises InputError if bad."""
+        """Start on batch 0. Raises InputError when the train split is missing or shorter than a sequence."""
         self.h = h
         self.m = m
 
         self.files = split_files(h.data_path, "train")
-        for f in self.files[m.rank :: m.world_size]:  # now, not in the middle of the run
-            load_shard(f, h.vocab_size)
-        if not any((load_shard(f, h.vocab_size) == h.bos_id).any() for f in self.files):
-            raise InputError(
-                f"{h.data_path}: no shard of the train split has a document start (bos_id={h.bos_id}); "
-                "set bos_id or prepare the data again"
-            )
         # In the stream: a shard that begins inside a document gets a BOS.
         self.sizes = np.array([shard_tokens(f) + begins_inside(f, h.bos_id) for f in self.files])
         self.total = int(self.sizes.sum())
@@ -4314,8 +4367,101 @@ CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\
 DIGEST_BYTES = 32
 
 
+class SavedState(NamedTuple):
+    """A checkpoint set that was read; step 0 if there is none."""
+
+    step: int
+    pattern: str  # BASE.stepN.*, its files
+    parts: list[tuple[dict, dict[str, Tensor]]]  # header and tensors of each file, in order
+    skipped: list[str]  # a line for the log for each damaged set that is newer
+
+
+def origin(h: Config, dataset: Dataset) -> dict:
+    """Return what a run and the checkpoint it resumes from must have in common."""
+    shared = {key: value for key, value in asdict(h).items() if key not in FREE_KNOBS}
+    return {**shared, "script": sha256(Path(__file__).read_bytes()), "data": dataset.manifest_sha256}
+
+
+def checkpoint_files(base: str) -> list[str]:
+    """List the checkpoint files of a run, including partial ones that a killed run left."""
+    return [f for f in glob.glob(glob.escape(base) + ".step*") if CHECKPOINT_NAME.fullmatch(f)]
+
+
+def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
+    """Return header and tensors of one file. Raises OSError if it is missing, ValueError if damaged."""
+    blob = Path(path).read_bytes()
+    if hashlib.sha256(blob[:-DIGEST_BYTES]).digest() != blob[-DIGEST_BYTES:]:
+        raise ValueError(f"{path}: checksum mismatch")
+    end = 4 + int.from_bytes(blob[:4], "little")
+    header = json.loads(blob[4:end])
+    if types_of(header) != dict(made_by=dict, step=int, train_ms=float, progress=float, tensors=list):
+        raise ValueError(f"{path}: its header is not that of a checkpoint")
+    return header, read_tensors(header, blob[end:-DIGEST_BYTES])
+
+
+def check_resume(h: Config) -> None:
+    """Check that the files exist which resume= names. Raises InputError."""
+    if h.resume in ("", "auto"):
+        return
+    name = CHECKPOINT_NAME.fullmatch(h.resume)
+    if not name:
+        raise InputError(
+            f"config key resume: {h.resume} is not named like a checkpoint, RUN_ID.stepN.RofW.ckpt; "
+            "resume=auto takes the newest"
+        )
+    world = int(name["world"])
+    parts = [f"{name['base']}.step{name['step']}.{r}of{world}.ckpt" for r in range(world)]
+    for part in [h.resume, *parts]:
+        if not os.path.isfile(part):
+            raise InputError(f"config key resume: no checkpoint file {part}; resume=auto takes the newest")
+
+
+def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState:
+    """Read the newest set that is intact on all ranks, or that of the file which resume= names.
+
+    base: OUT_DIR/RUN_ID. Raises InputError when another config, script or data set wrote it, or when the set
+    of the file named is damaged.
+    """
+    with m.together():
+        check_resume(h)
+    files = checkpoint_files(base) if h.resume == "auto" else [h.resume]
+    names = [match for f in files if (match := CHECKPOINT_NAME.fullmatch(f))]
+    sets = {(int(name["step"]), int(name["world"]), name["base"]) for name in names}
+    skipped = []
+    for step, world, of in sorted(sets, reverse=True):
+        parts = []
+        reason = ""
+        try:
+            parts = [read_checkpoint(f"{of}.step{step}.{r}of{world}.ckpt") for r in range(world)]
+        except (OSError, ValueError) as e:
+            reason = str(e)
+        reasons = [""] * m.world_size
+        dist.all_gather_object(reasons, reason)
+        if not any(reasons):
+            state = SavedState(step, f"{of}.step{step}.*", parts, skipped)
+            with m.together():
+                check_origin(state, origin(h, dataset))
+            return state
+        if h.resume != "auto":
+            raise InputError(f"config key resume: {max(reasons)}; resume=auto takes the newest intact set")
+        skipped.append(f"checkpoint step:{step} skipped: {max(reasons)}")
+    return SavedState(0, "", [], skipped)
+
+
+def check_origin(state: SavedState, wanted: dict) -> None:
+    """Raise InputError naming every knob or input in which this run differs from a checkpoint."""
+    header, _ = state.parts[0]
+    found = header["made_by"]
+    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if different:
+        raise InputError(
+            f"{state.pattern}: written with another {', '.join(different)}; resume with what wrote "
+            "it, or begin anew with another run_id"
+        )
+
+
 class Checkpoints:
-    """A run's checkpoints: resume before the first step, save after each, last_good on divergence."""
+    """A run's checkpoints: restore before the first step, save after each, last_good on divergence."""
 
     def __init__(self, run: Run, optimizer: Optimizer, ema: Ema) -> None:
         self.run = run
@@ -4334,9 +4480,7 @@ class Checkpoints:
         self.shares |= {f"momentum.{name}": x for name, x in optimizer.momentum.items()}
         self.shares |= {f"second.{name}": x for name, x in optimizer.second.items()}
 
-        self.made_by = {key: value for key, value in asdict(run.h).items() if key not in FREE_KNOBS}
-        self.made_by["script"] = sha256(Path(__file__).read_bytes())
-        self.made_by["data"] = run.dataset.manifest_sha256
+        self.made_by = origin(run.h, run.dataset)
         set_device = partial(torch.cuda.set_device, self.m.device) if self.m.pin else None
         self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # a new thread starts on device 0
         self.pending: tuple[int, Future] | None = None  # step and end of the set being written
@@ -4405,7 +4549,7 @@ class Checkpoints:
             return True
         self.run.log(f"checkpoint step:{step}")
         if self.m.rank == 0:
-            for path in self.files():
+            for path in checkpoint_files(self.base):
                 found = int(CHECKPOINT_NAME.fullmatch(path)["step"])
                 if found < step and found != self.good:
                     os.remove(path)
@@ -4417,80 +4561,37 @@ class Checkpoints:
         self.settled(wait=True)
         return self.good
 
-    def files(self) -> list[str]:
-        """List the checkpoint files of this run, including partial ones that a killed run left."""
-        return [f for f in glob.glob(glob.escape(self.base) + ".step*") if CHECKPOINT_NAME.fullmatch(f)]
-
-    def resume(self) -> tuple[int, float]:
-        """Restore the newest intact set on all ranks. Returns its step and clock in ms, (0, 0.0) without one.
-
-        Raises InputError when another config, script or data set wrote it, or when the set of the file named
-        is damaged.
-        """
-        wanted = self.run.h.resume
-        files = self.files() if wanted == "auto" else [wanted]
-        names = [match for f in files if (match := CHECKPOINT_NAME.fullmatch(f))]
-        sets = {(int(name["step"]), int(name["world"]), name["base"]) for name in names}
-        for step, world, base in sorted(sets, reverse=True):
-            parts = []
-            reason = ""
-            try:
-                parts = [self.read(f"{base}.step{step}.{r}of{world}.ckpt") for r in range(world)]
-            except (OSError, ValueError) as e:
-                reason = str(e)
-            reasons = [""] * self.m.world_size
-            dist.all_gather_object(reasons, reason)
-            if any(reasons):
-                self.run.log(f"checkpoint step:{step} skipped: {max(reasons)}")
-                continue
-
-            self.check(f"{base}.step{step}.*", parts[0][0]["made_by"])
-            self.restore(step, parts)
-            self.run.log(
-                f"resumed step:{step} from {base}.step{step}.* train_time:{self.saved_ms:.0f}ms "
-                f"written by {world} ranks"
-            )
-            return step, self.saved_ms
-        if wanted != "auto":
-            raise InputError(f"{wanted}: not part of an intact checkpoint; resume=auto takes the newest")
-        if self.run.log.goes_on:
-            self.run.log("resumed step:0 from the beginning: no intact checkpoint")
-        return 0, 0.0
-
-    def read(self, path: str) -> tuple[dict, dict[str, Tensor]]:
-        """Return header and tensors of one file. Raises OSError if it is missing, ValueError if damaged."""
-        blob = Path(path).read_bytes()
-        if hashlib.sha256(blob[:-DIGEST_BYTES]).digest() != blob[-DIGEST_BYTES:]:
-            raise ValueError(f"{path}: checksum mismatch")
-        end = 4 + int.from_bytes(blob[:4], "little")
-        header = json.loads(blob[4:end])
-        return header, read_tensors(header, blob[end:-DIGEST_BYTES])
-
-    def check(self, path: str, made_by: dict) -> None:
-        """Raise InputError naming every knob or input in which this run differs from a checkpoint."""
-        keys = self.made_by.keys() | made_by.keys()
-        different = sorted(key for key in keys if self.made_by.get(key) != made_by.get(key))
-        if different:
-            raise InputError(
-                f"{path}: written with another {', '.join(different)}; resume with what wrote "
-                "it, or begin anew with another run_id"
-            )
-
     @torch.no_grad()
-    def restore(self, step: int, parts: list[tuple[dict, dict[str, Tensor]]]) -> None:
-        """Load the files of a set, in order, into this rank's parameters, average and optimizer state."""
+    def restore(self, state: SavedState) -> tuple[int, float]:
+        """Load a set into this rank's parameters, average and optimizer state, and log it.
+
+        Returns its step and clock in ms, (0, 0.0) if the state has no set.
+        """
+        for line in state.skipped:
+            self.run.log(line)
+        if not state.parts:
+            if self.run.log.goes_on:
+                self.run.log("resumed step:0 from the beginning: no intact checkpoint")
+            return 0, 0.0
+
         for name, share in self.shares.items():
-            complete = torch.cat([tensors[name] for _, tensors in parts if name in tensors])
+            complete = torch.cat([tensors[name] for _, tensors in state.parts if name in tensors])
             if name in self.whole:
                 self.whole[name].copy_(complete)
             else:
                 _, _, parameter = name.partition(".")
                 share.copy_(complete[self.optimizer.rows[parameter]])
-        header, _ = parts[0]
-        self.optimizer.steps = step
-        self.good = step
+        header, _ = state.parts[0]
+        self.optimizer.steps = state.step
+        self.good = state.step
         self.ema.progress = header["progress"]
         self.saved_ms = header["train_ms"]
+        self.run.log(
+            f"resumed step:{state.step} from {state.pattern} train_time:{self.saved_ms:.0f}ms "
+            f"written by {len(state.parts)} ranks"
+        )
+        state.parts.clear()  # or their memory stays taken
+        return state.step, self.saved_ms
 
 
 # -----------------------------------------------------------------------------
@@ -4521,6 +4622,7 @@ class Run:
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens, read when first scored
     once_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has none
+    resumed: SavedState | None = None  # where training begins if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
         """Call fn(*args) and add its time to a phase."""
@@ -4748,8 +4850,8 @@ def train(run: Run) -> Trained:
     ema = Ema(run.model, run.h)
     loader = TokenLoader(run.h, m)
     passes = run.timed("compile", warmup, run, optimizer, ema, loader)
-    checkpoints = Checkpoints(run, optimizer, ema) if run.h.checkpoint_every or run.h.resume else None
-    step, train_ms = checkpoints.resume() if run.h.resume else (0, 0.0)
+    checkpoints = Checkpoints(run, optimizer, ema) if run.h.checkpoint_every or run.resumed else None
+    step, train_ms = checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
     loader.seek(step)
     m.signals.clear()  # from now on the first signal ends training, not the process
 
@@ -4849,6 +4951,7 @@ def log_held_back(run: Run, seconds: float) -> None:
         return
     run.log(f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration")
     if seconds > budget / 2:
+        run.log.discard()
         raise InputError(
             f"config key max_wallclock_seconds: {seconds:.1f} of {budget:g} s are held back for calibration, "
             f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
@@ -5024,9 +5127,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     unigram = bpb(nats, live.bytes)
     log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", shown="")
 
-    box = [Path(written).read_bytes() if m.rank == 0 else b""]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    blob = box[0]
+    blob = m.of_rank_0(Path(written).read_bytes() if m.rank == 0 else b"")
     bytes_total = len(blob) + code_bytes
     coder = CODECS[h.codec].label
     log(
@@ -5065,39 +5166,23 @@ def utc_stamp() -> str:
     return time.strftime("%Y%m%d_%H%M%S", time.gmtime())
 
 
-def check_training_inputs(h: Config) -> None:
-    """Check that training has text, and the files that it resumes from. Raises InputError."""
-    check_train_length(h, sum(map(shard_tokens, split_files(h.data_path, "train"))))
-    if h.resume in ("", "auto"):
-        return
-
-    name = CHECKPOINT_NAME.fullmatch(h.resume)
-    if not name:
-        raise InputError(
-            f"config key resume: {h.resume} is not named like a checkpoint, RUN_ID.stepN.RofW.ckpt; "
-            "resume=auto takes the newest"
-        )
-    world = int(name["world"])
-    parts = [f"{name['base']}.step{name['step']}.{r}of{world}.ckpt" for r in range(world)]
-    for part in [h.resume, *parts]:
-        if not os.path.isfile(part):
-            raise InputError(f"config key resume: no checkpoint file {part}; resume=auto takes the newest")
-
-
 def command_train(h: Config, env: Mapping[str, str]) -> int:
     """Train, export, score. Returns the exit status."""
     started = time.perf_counter()
     name = plain_name("run_id", h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}")
     m = init_machine(h, env)
-    box = [name]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    base = os.path.join(h.out_dir, box[0])
+    base = os.path.join(h.out_dir, m.of_rank_0(name))
 
-    dataset = load_dataset(h, trains=True)  # fail on bad data here, before creating a log
-    check_training_inputs(h)
+    # Whatever is wrong with the input is found here, before there is a log, which takes the run_id.
+    with m.together():
+        dataset = load_dataset(h, trains=True)
+    check_train_split(h, m)
+    resumed = read_state(h, m, base, dataset) if h.resume else None
+
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
+        run.resumed = resumed
         return conclude(run, train(run), f"{base}.int6.{h.codec}")
 
 
@@ -5111,6 +5196,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     for argument in argv:
         if argument.split("=")[0] in fixed:
             raise InputError(f"{argument}: the artifact fixes this knob; leave it out")
+    knobs = read_knobs(argv, {k: v for k, v in env.items() if k.lower() not in fixed})
 
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
         blob = Path(path).read_bytes()
@@ -5119,25 +5205,24 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)  # checked throughout before a model is built from it
         known = {key: getattr(Config, key) for key in EXTRA_FIELDS} | header["config"]
-        h = load_config(
-            argv,
-            {k: v for k, v in env.items() if k.lower() not in fixed},
-            known | {"codec": codec_of(blob)},
-        )
+        h = make_config(knobs, known | {"codec": codec_of(blob)})
         stored = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         wanted = {name: shape for name, (shape, _) in parameter_table(h).items()}
         if different := stored.items() ^ wanted.items():
             name, _ = min(different)
             raise ValueError(f"artifact: {name[:40]!r} does not fit; use the script that wrote it")
+    except InputError as e:
+        raise InputError(f"{path} with the knobs given: {e}") from None
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
 
     started = time.perf_counter()
     run_id = plain_name("run_id", h.run_id or f"{utc_stamp()}_eval_{os.getpid()}")
-    dataset = load_dataset(h)
     m = init_machine(h, env, trains=False)
-    log = Log(os.path.join(h.out_dir, run_id + ".txt"), m)
-    run = start_run(h, m, log, dataset, started)
+    log_path = os.path.join(h.out_dir, m.of_rank_0(run_id) + ".txt")
+    with m.together():
+        dataset = load_dataset(h)
+    run = start_run(h, m, Log(log_path, m), dataset, started)
     run.model.load_state_dict(tensors)
     return run, blob
 
@@ -5145,11 +5230,12 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Score an artifact from its file. Returns the exit status."""
     run, blob = load_run(path, argv, env)
-    final = score_artifact(run)
-    run.log(
-        f"eval_score {final.exact} eval_time:{run.phases['eval']:.0f}ms sha256:{sha256(blob)}",
-        shown=f"\nscore: {final.score.words}\ntime: {describe_phases(run.phases)}\nlog: {run.log.path}",
-    )
+    with guarded(run.m, run.log):
+        final = score_artifact(run)
+        run.log(
+            f"eval_score {final.exact} eval_time:{run.phases['eval']:.0f}ms sha256:{sha256(blob)}",
+            shown=f"\nscore: {final.score.words}\ntime: {describe_phases(run.phases)}\nlog: {run.log.path}",
+        )
     return 0
 
 
@@ -5221,7 +5307,7 @@ def main(argv: list[str]) -> int:
     except RuntimeError as e:
         if not lost_another_rank(e):
             raise
-        print("train_gpt.py: another rank is gone before training began", file=sys.stderr, flush=True)
+        print("train_gpt.py: another rank is gone before the run began", file=sys.stderr, flush=True)
         os._exit(Fault.status)  # a proper shutdown would wait for that rank
     finally:
         if dist.is_initialized():

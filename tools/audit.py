@@ -31,6 +31,7 @@ import json
 import lzma
 import math
 import os
+import signal
 import struct
 import sys
 import threading
@@ -42,6 +43,9 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # until the script's `guarded` handles it, Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -199,18 +203,19 @@ class Audit:
 def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
     """Make the Audit of a run whose model holds the weights of the artifact `blob`.
 
-    Raises BadInput if test-time training would not repeat to the bit, or has less than three chunks of text.
+    Raises the script's InputError if test-time training would not repeat to the bit, or has less than three
+    chunks of text.
     """
     h = run.h
     chunk = h.ttt_chunk_tokens if getattr(h, "ttt_lr", 0) else 0
     if chunk and run.m.pin and not h.deterministic:
-        raise BadInput(
+        raise script.InputError(
             "ttt_lr on a GPU: gradients do not repeat to the bit, which T1 and T3 compare; "
             "add deterministic=1, or leave it out of the audit with ttt_lr=0"
         )
     tokens = run.held_out("val")
     if chunk and len(tokens) <= 2 * chunk + 1:
-        raise BadInput(
+        raise script.InputError(
             f"ttt_chunk_tokens={chunk}: {len(tokens)} tokens of val make fewer than three chunks; "
             "audit on more text or with smaller chunks"
         )
@@ -727,9 +732,13 @@ def audit_files(audit: Audit) -> Verdict:
     splits = ["val", h.report_split] if h.report_split else ["val"]
     held_out = {os.path.realpath(file) for split in splits for file in script.split_files(h.data_path, split)}
     small = script.GPT(h, run.m.ops, run.m.dtype).to(run.m.device)
+    m = run.m
+    if hasattr(m, "signals"):  # for `train`, a first signal ends training; for the audit, it leaves at once
+        m = dataclasses.replace(m, signals=[])
     small_run = dataclasses.replace(
         run,
         h=h,
+        m=m,
         model=small,
         loss_fn=small.loss,
         nats_fn=small.nats,
@@ -792,6 +801,13 @@ def fingerprint(path: str) -> str:
 def run_audit(script: ModuleType, artifact: str, knobs: list[str]) -> int:
     """Run all tests on an artifact and log a line for each. Returns the exit status, 1 if one fails."""
     run, blob = script.load_run(artifact, knobs, os.environ)
+    guarded = getattr(script, "guarded", None)  # the first records' scripts have none
+    with guarded(run.m, run.log) if guarded else nullcontext():
+        return run_tests(script, run, blob)
+
+
+def run_tests(script: ModuleType, run: Any, blob: bytes) -> int:
+    """Run all tests on a run with the weights of the artifact `blob`. Returns the exit status."""
     run.log(f"auditing {fingerprint(script.__file__)} with {fingerprint(__file__)}")
     audit = make_audit(script, run, blob)
     passed = 0
@@ -830,9 +846,9 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def refuse(error: Exception) -> int:
-    """Print an error that the user can fix, and return exit status 2."""
+    """Print an error as one line. Returns the exit status."""
     print(f"audit.py: {error}", file=sys.stderr, flush=True)
-    return 2
+    return getattr(error, "status", 2)
 
 
 def main(argv: list[str]) -> int:
@@ -848,8 +864,14 @@ def main(argv: list[str]) -> int:
 
     try:
         return run_audit(script, arguments.artifact, arguments.knobs)
-    except (BadInput, script.InputError) as error:
+    except script.InputError as error:
         return refuse(error)
+    except RuntimeError as error:
+        lost_another_rank = getattr(script, "lost_another_rank", None)
+        if lost_another_rank is None or not lost_another_rank(error):
+            raise
+        print("audit.py: another rank is gone before the audit began", file=sys.stderr, flush=True)
+        os._exit(1)  # a proper shutdown would wait for that rank
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

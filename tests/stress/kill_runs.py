@@ -40,7 +40,7 @@ VIOLATION = "VIOLATION"  # the first word of an outcome that breaks the claim
 # ---------------------------------------------------------------- the trainer's processes
 
 
-def entry(argv, env, console, fault):
+def entry(main, argv, env, console, fault):
     """Run one rank in a process of its own: set its environment and console, call the fault, then main."""
     os.environ.update(env)
     torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def entry(argv, env, console, fault):
     os.dup2(file, 2)  # stderr
     if fault is not None:
         fault(int(env.get("RANK", 0)))
-    status = t.main(argv)
+    status = main(argv)
     sys.stdout.flush()
     sys.exit(status)
 
@@ -59,7 +59,6 @@ def start(folder, world=1, fault=None, **knobs):
 
     fault(rank), if given, is called in each process first, to break something there.
     """
-    folder.mkdir(exist_ok=True)
     run_knobs = {
         "out_dir": folder,
         "iterations": STEPS,
@@ -68,7 +67,12 @@ def start(folder, world=1, fault=None, **knobs):
         "resume": "auto",
         **knobs,
     }
-    argv = english_args(**run_knobs)
+    return start_ranks(folder, english_args(**run_knobs), world, fault)
+
+
+def start_ranks(folder, argv, world=1, fault=None, main=t.main):
+    """Start main(argv), a command of the trainer, on `world` ranks. Returns their processes, as `start`."""
+    folder.mkdir(exist_ok=True)
     env = group_environment(world) if world > 1 else {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE}
 
     context = fork_server()
@@ -76,7 +80,7 @@ def start(folder, world=1, fault=None, **knobs):
     for rank in range(world):
         rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else env
         console = str(folder / f"console.{rank}")
-        process = context.Process(target=entry, args=(argv, rank_env, console, fault), daemon=True)
+        process = context.Process(target=entry, args=(main, argv, rank_env, console, fault), daemon=True)
         process.start()
         processes.append(process)
     return processes

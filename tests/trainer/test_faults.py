@@ -6,6 +6,8 @@ tests/stress/kill_runs.py kills many more runs.
 import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
 import os
 import random
 import re
@@ -20,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import audit
 import kill_runs
 import train_gpt as t
 from helpers import (
@@ -140,6 +143,23 @@ def test_two_processes_cannot_have_one_run(tmp_path):
     assert t.main(args(tmp_path, iterations=2, **knobs)) == 0
 
 
+def flipped(blob):
+    """Return the bytes with a bit in the middle flipped."""
+    damaged = bytearray(blob)
+    damaged[len(damaged) // 2] ^= 1
+    return bytes(damaged)
+
+
+def cut(blob):
+    """Return a flipped file without its last nine bytes."""
+    return flipped(blob)[:-9]
+
+
+def emptied(blob):
+    """Return no bytes."""
+    return b""
+
+
 @pytest.mark.parametrize("missing", ["gone.step4.0of1.ckpt", "run.txt"])
 def test_a_checkpoint_that_is_missing_leaves_no_log(tmp_path, capsys, missing):
     err = stop_one_line(args(tmp_path / "out", resume=tmp_path / missing), capsys)
@@ -154,6 +174,33 @@ def test_a_set_with_a_missing_part_leaves_no_log(tmp_path, capsys):
     part.touch()
     err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
     assert "no checkpoint file" in err and "run.step4.1of2.ckpt" in err
+    assert os.listdir(tmp_path) == [part.name]
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, emptied], ids=["flip", "cut", "lost"])
+def test_a_named_set_that_is_damaged_leaves_no_log(undisturbed, tmp_path, capsys, damage):
+    part = checkpoint(tmp_path, STEPS)
+    part.write_bytes(damage(checkpoint(undisturbed.folder, STEPS).read_bytes()))
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert "config key resume: " in err and f"{part}: checksum mismatch" in err and "resume=auto" in err
+    err = stop_one_line(args(tmp_path / "out", resume=part, seed=8), capsys)
+    assert os.listdir(tmp_path) == [part.name]
+
+
+def test_a_named_set_of_another_run_leaves_no_log(undisturbed, tmp_path, capsys):
+    part = checkpoint(undisturbed.folder, STEPS)
+    err = stop_one_line(args(tmp_path / "out", resume=part, seed=8), capsys)
+    assert "written with another seed;" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_only_has_the_checksum_of_a_checkpoint_is_damaged(tmp_path, capsys):
+    part = tmp_path / "run.step4.0of1.ckpt"
+    text = b'{"tensors": []}'
+    blob = len(text).to_bytes(4, "little") + text
+    part.write_bytes(blob + hashlib.sha256(blob).digest())
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert f"{part}: its header is not that of a checkpoint" in err
     assert os.listdir(tmp_path) == [part.name]
 
 
@@ -209,7 +256,9 @@ def train_and_save(rank, folder, steps):
 def resume_and_save(rank, folder, steps, name):
     """Resume from "run" with other initial weights, then save under another name."""
     checkpoints = checkpoints_of(folder, "run", model_seed=5)
-    assert checkpoints.resume() == (steps, 123.0)
+    run = checkpoints.run
+    state = t.read_state(run.h, run.m, checkpoints.base, run.dataset)
+    assert checkpoints.restore(state) == (steps, 123.0) and state.parts == []
     assert checkpoints.optimizer.steps == steps and checkpoints.ema.progress == 0.25
     checkpoints.base = f"{folder}/{name}"
     checkpoints.good = 0
@@ -235,23 +284,6 @@ def stop_after(folder, monkeypatch, step, **knobs):
     with monkeypatch.context() as patch:
         after_step(patch, step, lambda optimizer: os.kill(os.getpid(), signal.SIGTERM))
         assert t.main(args(folder, **knobs)) == 0
-
-
-def flipped(blob):
-    """Return the bytes with a bit in the middle flipped."""
-    damaged = bytearray(blob)
-    damaged[len(damaged) // 2] ^= 1
-    return bytes(damaged)
-
-
-def cut(blob):
-    """Return a flipped file without its last nine bytes."""
-    return flipped(blob)[:-9]
-
-
-def emptied(blob):
-    """Return no bytes."""
-    return b""
 
 
 @pytest.mark.parametrize("damage", [flipped, cut, emptied], ids=["flip", "cut", "lost"])
@@ -290,7 +322,9 @@ def test_resuming_on_either_side_of_the_loops_begin_is_bit_equal(
 
 
 def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    """The log stays as it was."""
     stop_after(tmp_path, monkeypatch, 3)
+    log = (tmp_path / "run.txt").read_bytes()
     err = stop_one_line(args(tmp_path, resume="auto", matrix_lr=0.03, seed=7), capsys)
     assert "written with another matrix_lr, seed;" in err and "run.step" in err
 
@@ -301,6 +335,7 @@ def test_another_config_script_or_data_is_refused_by_name(tmp_path, monkeypatch,
         patch.setattr(t, "__file__", str(edited))
         err = stop_one_line(args(tmp_path, resume="auto"), capsys)
     assert "written with another script;" in err
+    assert (tmp_path / "run.txt").read_bytes() == log
 
     path = str(checkpoint(tmp_path, 3))
     for other in (path.replace("step3", "step5"), str(tmp_path / "run.txt")):
@@ -547,14 +582,14 @@ def lose_rank_1(rank):
         t.load_dataset = leave_at_once
 
 
-def leave_at_once(h, trains):
+def leave_at_once(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_dies_before_there_is_a_log_leaves_one_line(tmp_path):
     assert kill_runs.ended(kill_runs.start(tmp_path, 2, lose_rank_1)) == [1, -signal.SIGKILL]
     console = (tmp_path / "console.0").read_text().splitlines()
-    assert console[-1] == "train_gpt.py: another rank is gone before training began"
+    assert console[-1] == "train_gpt.py: another rank is gone before the run began"
     assert not any("Traceback" in line for line in console)
 
 
@@ -605,6 +640,151 @@ def test_the_clock_starts_when_the_last_rank_is_ready(tmp_path):
     log = (tmp_path / "run.txt").read_text()
     times = re.findall(r"^step:\d/3 train_loss:\S+ train_time:(\d+)ms", log, re.M)
     assert len(times) == 3 and float(times[-1]) < 2000, times
+
+
+# ---------------------------------------------------------------- ranks that score
+
+
+def start_scoring(undisturbed, folder, command, fault, world=2):
+    """Start `eval` or `audit` of the undisturbed run's artifact on ranks; the log is FOLDER/out/run.txt."""
+    argv = [str(undisturbed.folder / "run.int6.xz"), f"data_path={english_dataset().path}", "run_id=run"]
+    argv += [f"out_dir={folder}/out", "eval_batch_tokens=512", "train_seq_len=32", "mix_tokens=0"]
+    if command == "audit":
+        return kill_runs.start_ranks(folder, argv, world, fault, audit.main)
+    return kill_runs.start_ranks(folder, ["eval", *argv], world, fault)
+
+
+def change_on(rank_at_fault, change, rank):
+    """On one rank, apply change(script) to the trainer and to the script that the auditor loads."""
+    if rank != rank_at_fault:
+        return
+    change(t)
+    load_audited = audit.load_audited
+
+    def load_changed(path):
+        script = load_audited(path)
+        change(script)
+        return script
+
+    audit.load_audited = load_changed
+
+
+def on_rank_1(change):
+    """Return the fault that applies a change on rank 1."""
+    return functools.partial(change_on, 1, change)
+
+
+def killed_at_score(script):
+    script.score_targets = leave_at_once
+
+
+def killed_at_data(script):
+    script.load_dataset = leave_at_once
+
+
+def refuses_score(script):
+    def refuse(*_):
+        raise script.InputError("val.bin: cannot read the shard (Input/output error); prepare the data again")
+
+    script.score_targets = refuse
+
+
+def refuses_data(script):
+    def refuse(*_):
+        raise script.InputError("manifest.json: not a manifest; make it again")
+
+    script.load_dataset = refuse
+
+
+def fails_at_score(script):
+    def fail(*_):
+        raise ZeroDivisionError("cosmic ray")
+
+    script.score_targets = fail
+
+
+def console(folder, rank):
+    """Return the lines that a rank printed, the log's aside."""
+    lines = (folder / f"console.{rank}").read_text().splitlines()
+    return [line for line in lines if line.startswith(("train_gpt.py: ", "audit.py: ", "Traceback"))]
+
+
+SCORERS = pytest.mark.parametrize("command", ["eval", "audit"])
+NAMES = {"eval": "train_gpt.py", "audit": "audit.py"}
+
+
+@SCORERS
+def test_a_rank_that_is_killed_while_scoring_leaves_one_line(undisturbed, tmp_path, command):
+    processes = start_scoring(undisturbed, tmp_path, command, on_rank_1(killed_at_score))
+    assert kill_runs.ended(processes) == [1, -signal.SIGKILL]
+    gone = f"rank 0: another rank is gone; its reason, if it gave one, is in {tmp_path}/out/run.txt"
+    assert console(tmp_path, 0) == [f"train_gpt.py: {gone}"] and lines(tmp_path / "out")[-1] == gone
+
+
+@SCORERS
+def test_a_rank_that_cannot_go_on_scoring_says_why_in_the_log(undisturbed, tmp_path, command):
+    processes = start_scoring(undisturbed, tmp_path, command, on_rank_1(refuses_score))
+    assert kill_runs.ended(processes) == [1, 2]
+    reason = "rank 1: val.bin: cannot read the shard (Input/output error); prepare the data again"
+    assert console(tmp_path, 1) == [f"train_gpt.py: {reason}"] and reason in lines(tmp_path / "out")
+    [gone] = console(tmp_path, 0)
+    assert gone.startswith("train_gpt.py: rank 0: another rank is gone; ")
+
+
+@SCORERS
+def test_a_rank_that_breaks_while_scoring_has_its_traceback_in_the_log(undisturbed, tmp_path, command):
+    processes = start_scoring(undisturbed, tmp_path, command, on_rank_1(fails_at_score))
+    assert kill_runs.ended(processes) == [1, 1]
+    text = lines(tmp_path / "out")
+    assert "rank 1: Traceback (most recent call last):" in text and "ZeroDivisionError: cosmic ray" in text
+    assert len(console(tmp_path, 0)) == 1
+
+
+@SCORERS
+def test_a_rank_that_is_killed_before_there_is_a_score_leaves_one_line(undisturbed, tmp_path, command):
+    processes = start_scoring(undisturbed, tmp_path, command, on_rank_1(killed_at_data))
+    assert kill_runs.ended(processes) == [1, -signal.SIGKILL]
+    what = {"eval": "run", "audit": "audit"}[command]
+    assert console(tmp_path, 0) == [f"{NAMES[command]}: another rank is gone before the {what} began"]
+    assert not (tmp_path / "out").exists()
+
+
+@SCORERS
+def test_input_that_one_rank_refuses_is_refused_by_all_before_there_is_a_log(undisturbed, tmp_path, command):
+    processes = start_scoring(undisturbed, tmp_path, command, on_rank_1(refuses_data))
+    assert kill_runs.ended(processes) == [2, 2]
+    for rank in (0, 1):
+        said = console(tmp_path, rank)
+        assert said == [f"{NAMES[command]}: manifest.json: not a manifest; make it again"]
+    assert not (tmp_path / "out").exists()
+
+
+def stopped_at_score(script):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    script.score_targets = stop
+
+
+@SCORERS
+def test_a_signal_while_scoring_leaves_at_once(undisturbed, tmp_path, command):
+    fault = functools.partial(change_on, 0, stopped_at_score)
+    processes = start_scoring(undisturbed, tmp_path, command, fault, world=1)
+    assert kill_runs.ended(processes, 40) == [128 + signal.SIGTERM]
+    assert console(tmp_path, 0) == []
+
+
+def test_a_shard_that_one_rank_refuses_leaves_no_log(tmp_path):
+    """Each rank reads its part of the train split before there is a log."""
+    shutil.copytree(english_dataset().path, tmp_path / "data")
+    write_shard(tmp_path / "data/tiny_train_000001.bin", [1, 2, 60_000] * 99)
+    processes = kill_runs.start(tmp_path / "out", 2, data_path=tmp_path / "data", resume="")
+    assert kill_runs.ended(processes) == [2, 2]
+    for rank in (0, 1):
+        [said] = console(tmp_path / "out", rank)
+        assert f"{tmp_path}/data/tiny_train_000001.bin: token 60000" in said
+    assert not (tmp_path / "out/run.txt").exists()
 
 
 # ---------------------------------------------------------------- divergence

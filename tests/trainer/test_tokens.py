@@ -21,6 +21,7 @@ from helpers import (
     joined,
     machine,
     random_documents,
+    run_ranks,
     shard_folder,
     stop_one_line,
     tiny,
@@ -175,18 +176,23 @@ DAMAGES = {
     "short train": (lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
     "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
     "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["train", "no shard", "bos_id"]),
+    "train cut": (lambda f: cut(f / "tiny_train_000001.bin"), ["tiny_train_000001.bin", "its header says"]),
+    "val cut": (lambda f: cut(f / "tiny_val_000000.bin"), ["tiny_val_000000.bin", "its header says"]),
+    "val junk": (lambda f: (f / "tiny_val_000000.bin").write_bytes(b"x" * 9999), ["not a token shard"]),
+    "val token": (lambda f: refill(f, "*_val_*", [1, 2, 60_000] * 99), ["tiny_val_000000.bin", "60000"]),
 }
-FOUND_BY_THE_LOADER = ("short train", "token too large", "no bos")  # after the log is begun
+
+
+def cut(path):
+    """Remove the last token of a shard."""
+    os.truncate(path, path.stat().st_size - 2)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_dataset_that_does_not_fit_is_one_line(copy, name, capsys, tmp_path):
+def test_a_dataset_that_does_not_fit_is_one_line_and_leaves_no_log(copy, name, capsys, tmp_path):
     damage, words = DAMAGES[name]
     damage(copy)
-    if name in FOUND_BY_THE_LOADER:
-        err = stop_one_line(english_args(data_path=copy, out_dir=tmp_path / "logs"), capsys)
-    else:
-        err = refuse(copy, capsys, tmp_path)
+    err = refuse(copy, capsys, tmp_path)
     assert all(word in err for word in words), err
 
 
@@ -549,6 +555,7 @@ def test_an_error_of_the_prefetch_thread_reaches_next(tmp_path):
     path = write_shard(tmp_path / "x_train_000001.bin", [1, 5, 50] * 2000)
     data = loader(tmp_path, iterations=1)
     data.read(0, data.total)
+    data.pending.result()  # the thread does not read while the file is written
     write_shard(path, [1, 5, 500] * 2000)  # damaged later: 500 >= vocab_size
     with pytest.raises(t.InputError, match=r"x_train_000001\.bin.*500"):
         for _ in range(60):
@@ -589,27 +596,32 @@ def test_a_shard_that_another_replaces_during_the_run(tmp_path):
 
 
 def test_a_damaged_shard_is_found_before_training(tmp_path):
-    """One rank or another finds it at the start, not in the middle of a run when its turn comes."""
+    """One rank finds it at the start, not in the middle of a run, and all ranks say so."""
     shard_folder(tmp_path, tiny(), [300, 300, 300, 300], seed=1)
     write_shard(tmp_path / "x_train_000002.bin", [1, 5, 500] * 100)
     for world in (1, 2, 4):
-        refused = 0
-        for rank in range(world):
-            try:
-                loader(tmp_path, rank, world)
-            except t.InputError as e:
-                assert "x_train_000002.bin" in str(e)
-                refused += 1
-        assert refused >= 1
+        said = run_ranks(refused_at_the_start, world, str(tmp_path))
+        assert len(set(said)) == 1 and "x_train_000002.bin" in said[0], said
+
+
+def refused_at_the_start(rank, folder):
+    """Return why a rank refuses the train split in `folder`, "" if it does not."""
+    h = tiny(data_path=folder)
+    try:
+        t.check_train_split(h, t.init_machine(h, os.environ))
+    except t.InputError as e:
+        return str(e)
+    return ""
 
 
 def test_a_split_without_bos_is_refused_at_the_start(tmp_path):
     for i in range(2):
         write_shard(tmp_path / f"x_train_{i:06d}.bin", [5, 6, 7] * 50)
-    for rank in (0, 1):
-        with pytest.raises(t.InputError, match="no shard of the train split has a document start.*bos_id=1"):
-            loader(tmp_path, rank, 2)
-    write_shard(tmp_path / "x_train_000002.bin", [1, 6, 7] * 50)
+    for world in (1, 2):
+        said = run_ranks(refused_at_the_start, world, str(tmp_path))
+        assert all("no shard of the train split has a document start (bos_id=1)" in text for text in said)
+    write_shard(tmp_path / "x_train_000002.bin", [1, 6, 7] * 50)  # of rank 0
+    assert run_ranks(refused_at_the_start, 2, str(tmp_path)) == ["", ""]
     assert loader(tmp_path).next()
 
 
@@ -644,5 +656,6 @@ def test_a_train_split_shorter_than_a_sequence_is_refused(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", [1] * 16)
     with pytest.raises(t.InputError, match="16 tokens"):
         loader(tmp_path)
+    assert "16 tokens" in run_ranks(refused_at_the_start, 1, str(tmp_path))[0]
     write_shard(tmp_path / "x_train_000000.bin", [1] * 17)
     assert len(loader(tmp_path).next()) == 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import re
@@ -377,6 +378,7 @@ def test_more_than_half_of_the_budget_held_back_is_refused(tmp_path, monkeypatch
     calibrates_for(0.4, monkeypatch)
     err = stop_one_line(english_args(out_dir=tmp_path, max_wallclock_seconds=1), capsys)
     assert re.search(r"max_wallclock_seconds: 0\.\d of 1 s are held back.*gptq_batches=1", err), err
+    assert not (tmp_path / "run.txt").exists()  # its run_id stays free
 
 
 def test_one_step_ships_trained_weights():
@@ -614,6 +616,35 @@ def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_pa
     assert str(path) in err
     assert f"{name!r} does not fit" in err
     assert "the script that wrote it" in err
+
+
+@pytest.mark.parametrize("command", ["eval", "audit"])
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(num_layers=0), "config key num_layers: 0 must be at least 1"),
+        (dict(num_heads=3), "config: num_heads must divide model_dim"),
+        (dict(logit_softcap=0.0), "config: logit_softcap and rope_base must be positive"),
+        (dict(model_dim=1 << 40), "parameters"),
+    ],
+    ids=str,
+)
+def test_a_header_that_makes_no_config_names_the_file(command, changes, words, tmp_path, capfd):
+    header, payload = t.open_artifact(finished_with().blob)
+    header["config"] |= changes
+    text = json.dumps(header).encode()
+    path = tmp_path / "odd.int6.xz"
+    path.write_bytes(t.compress(b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload])))
+    knobs = [f"data_path={english_dataset().path}", f"out_dir={tmp_path}/out"]
+    err = stop_one_line([command, str(path), *knobs], capfd)
+    assert f"{path} with the knobs given: config" in err and words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_knob_that_eval_refuses_is_not_blamed_on_the_artifact(capsys):
+    artifact = str(finished_with().folder / "run.int6.xz")
+    for knob in ("ttt_passes=many", "warp=9", "seed"):
+        assert artifact not in stop_one_line(["eval", artifact, knob], capsys)
 
 
 # ---------------------------------------------------------------- more processes, other ways in
