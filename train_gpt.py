@@ -4600,12 +4600,24 @@ class Checkpoints:
 DIVERGED = 1e6  # a loss or gradient norm beyond this ends the run
 
 
-class End(IntEnum):
-    """Why the loop ends before its budgets do. The ranks agree on the largest."""
+class Stop(IntEnum):
+    """Why training stops before its budgets are spent. The ranks agree on the largest."""
 
-    NOT_YET = 0
+    NO = 0
     SIGNAL = 1
     DIVERGED = 2
+
+
+def is_sound(fetched: Callable[[], list[Tensor]]) -> bool:
+    """Wait for a step's loss and gradient norm, and return whether both are numbers below DIVERGED."""
+    return all(abs(x) < DIVERGED for x in fetched()[0].tolist())
+
+
+def reason_to_stop(m: Machine, fetched: Callable[[], list[Tensor]]) -> Stop:
+    """Return this rank's reason: a step's loss and gradient norm, which are waited for, or a signal."""
+    if not is_sound(fetched):
+        return Stop.DIVERGED
+    return Stop.SIGNAL if m.signals else Stop.NO
 
 
 @dataclass
@@ -4812,11 +4824,6 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def is_sound(fetched: Callable[[], list[Tensor]]) -> bool:
-    """Wait for a step's loss and gradient norm, and return whether both are numbers below DIVERGED."""
-    return all(abs(x) < DIVERGED for x in fetched()[0].tolist())
-
-
 class Pace(NamedTuple):
     """Since when steps take the time that they take now."""
 
@@ -4855,7 +4862,7 @@ def train(run: Run) -> Trained:
     loader.seek(step)
     m.signals.clear()  # from now on the first signal ends training, not the process
 
-    reached = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
+    newest = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
     # Calibration is training time: reserve 1.5 times its rehearsal. The clock starts with the last rank.
     held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))
     log_held_back(run, held_back_ms / 1000)
@@ -4872,8 +4879,8 @@ def train(run: Run) -> Trained:
     clock_ms = train_ms
     shown_loss = math.nan
     pace = Pace(hyper_at(h, step, clock_ms).once)
-    end = End.NOT_YET
-    while step < h.iterations and end == End.NOT_YET:
+    stop = Stop.NO  # on all ranks
+    while step < h.iterations and stop == Stop.NO:
         if clock_ms + 2 * pace.step_ms(step, clock_ms) > limit_ms:
             break
         if h.val_loss_every and step % h.val_loss_every == 0:
@@ -4886,13 +4893,10 @@ def train(run: Run) -> Trained:
         ema.update(hp.progress)
         step += 1
 
-        in_flight = reached
-        reached = m.fetch(torch.stack([loss.double(), optimizer.norm]))
-        own_end = End.NOT_YET if is_sound(in_flight) else End.DIVERGED
-        if own_end == End.NOT_YET and m.signals:
-            own_end = End.SIGNAL
-        clock_ms, largest = m.agree(clock(), own_end)
-        end = End(int(largest))
+        step_before = newest
+        newest = m.fetch(torch.stack([loss.double(), optimizer.norm]))
+        own_reason = reason_to_stop(m, step_before)  # the device is still busy with the newest step
+        clock_ms, stop = m.agree(clock(), own_reason)
 
         if step % h.train_log_every == 0 or step == 1:
             shown_loss = log_step(run, step, loss, clock_ms)
@@ -4905,19 +4909,19 @@ def train(run: Run) -> Trained:
     log.may_move = True
     run.phases["train"] = train_ms
     late_graphs = compiled_graphs() - graphs_before
-    _, last_end = m.agree(0.0, End.NOT_YET if is_sound(reached) else End.DIVERGED)
-    if max(end, last_end) == End.DIVERGED:
+    _, newest_diverged = m.agree(0.0, not is_sound(newest))
+    if newest_diverged or stop == Stop.DIVERGED:
         good = checkpoints.last_good() if checkpoints else 0
-        raise Diverged(describe_divergence(run, step, reached()[0].tolist(), good), step, train_ms)
+        raise Diverged(describe_divergence(run, step, newest()[0].tolist(), good), step, train_ms)
 
     grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
     artifact_weights = h.artifact_weights
-    if artifact_weights == "ema" and (end == End.SIGNAL or ema.is_young):
+    if artifact_weights == "ema" and (stop == Stop.SIGNAL or ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, loader, ema)
     if checkpoints:
         checkpoints.save(step, train_ms, last=True)
     if step < h.iterations:
-        cause = "signal" if end == End.SIGNAL else "wallclock_cap"
+        cause = "signal" if stop == Stop.SIGNAL else "wallclock_cap"
         reason = {"signal": "a signal", "wallclock_cap": "the time is up"}[cause]
         log(
             f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}",
@@ -4958,10 +4962,10 @@ def log_held_back(run: Run, seconds: float) -> None:
         )
 
 
-def describe_divergence(run: Run, step: int, reached: list[float], good: int) -> str:
+def describe_divergence(run: Run, step: int, newest: list[float], good: int) -> str:
     """Describe a run that diverged: last loss and gradient norm, first bad tensor, last good checkpoint."""
     bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
-    loss, norm = reached
+    loss, norm = newest
     return (
         f"step {step}: diverged, loss {loss:.4g}, gradient norm {norm:.4g}, "
         f"first bad tensor {bad}, last good checkpoint {good or 'none'}"
