@@ -709,7 +709,7 @@ def log_of_steps(audit: Audit) -> Any:
     """Return a log that writes nothing and counts the lines of steps."""
 
     class StepLog(audit.script.Log):
-        def __call__(self, line: str, console: bool = True) -> None:
+        def __call__(self, line: str, *_: Any, **__: Any) -> None:
             audit.progress.advance(line.startswith(("warmup_step:", "step:")))
 
     return StepLog("", None)

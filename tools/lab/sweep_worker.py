@@ -33,8 +33,8 @@ from ledger.runlog import SEPARATOR
 from script import TRAINER, load_script
 
 NEEDS = (
-    "Diverged", "InputError", "KINDS", "Log", "bind_ops", "conclude", "init_machine", "load_config",
-    "load_dataset", "machine_report", "quantize", "start_run", "train",
+    "Diverged", "InputError", "KINDS", "Log", "bind_ops", "check_train_split", "conclude", "init_machine",
+    "load_config", "load_dataset", "machine_report", "quantize", "start_run", "train",
 )  # fmt: skip
 # A sweep may be started inside torchrun; its workers are groups of one all the same.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -101,6 +101,7 @@ class Worker:
         self.trainer = trainer
         self.m = trainer.init_machine(h, env)
         self.dataset = trainer.load_dataset(h)
+        trainer.check_train_split(h, self.m)
         self.kind = device_kind(trainer, self.m)
         self.model_knobs: list | None = model_knobs(h)  # what self.m is bound for
         self.kept: Any = None  # the first Run of this model
