@@ -533,6 +533,7 @@ def check_relations(h: Config) -> None:
 # 3. Machine: the differences between a laptop and eight GPUs, bound once. There is always a process group.
 
 PATIENCE = 60  # seconds that a step on the device or a batch from the disk may take
+LINGER = 1  # seconds that a rank outlives the one that is gone, so that torchrun names that one as the cause
 ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
 
 
@@ -941,6 +942,16 @@ def lost_another_rank(error: Exception) -> bool:
     )
 
 
+def tell_torchrun(reason: str) -> None:
+    """Leave the reason of a failure where torchrun finds it for the block with which it ends its output."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        Path(file).write_text(json.dumps({"message": {"message": reason, "extraInfo": extra}}))
+
+
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
     """Handle SIGTERM and SIGINT, and append the reason a rank fails to the log that all ranks share.
@@ -954,7 +965,8 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
-        if m.rank == 0 and len(m.signals) == 1:
+        from_terminal = number == signal.SIGINT  # torchrun sends SIGTERM when another rank is gone
+        if m.rank == 0 and from_terminal and len(m.signals) == 1:
             text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
             os.write(2, text.encode())  # not print: the signal may have interrupted one
 
@@ -971,8 +983,11 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
             with open(file, "w", encoding="utf-8") as f:
                 f.write(text)
         if m.world_size > 1:
-            reason = shown if lost else reason
-            print(f"train_gpt.py: {reason}", file=sys.stderr, flush=True)
+            print(f"train_gpt.py: {shown if lost else reason}", file=sys.stderr, flush=True)
+            if lost:
+                time.sleep(LINGER)
+            else:
+                tell_torchrun(reason.rstrip())
             os._exit(getattr(e, "status", 1))
         raise
     finally:
@@ -5307,11 +5322,13 @@ def main(argv: list[str]) -> int:
         return 1
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
+        tell_torchrun(str(e))
         return e.status
     except RuntimeError as e:
         if not lost_another_rank(e):
             raise
         print("train_gpt.py: another rank is gone before the run began", file=sys.stderr, flush=True)
+        time.sleep(LINGER)
         os._exit(Fault.status)  # a proper shutdown would wait for that rank
     finally:
         if dist.is_initialized():
