@@ -1017,9 +1017,8 @@ class ByteCounts:
     # Without a piece U+2581, a space is spelled by the byte pieces E2 96 81: three tokens for one byte.
     spelled: tuple[int, int, int] | None = None
     keeps_first: bool = False  # whether a space right after a boundary is in the text
-    unknown: int = (
-        -1
-    )  # the piece for text that the vocabulary cannot spell, whose bytes nobody knows; -1: none
+    # The piece for text that the vocabulary cannot spell, whose bytes nobody knows; -1: none.
+    unknown: int = -1
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
         """Count the bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
@@ -1059,7 +1058,14 @@ def sentencepiece_counts(path: str) -> ByteCounts:
     plain = sp.encode("a")
     prefix = "".join(sp.id_to_piece(plain)).startswith(("\u2581", "<0xE2><0x96><0x81>"))
     keeps_first = not prefix and sp.encode(" a") != plain
-    return ByteCounts(base, space, boundary, spelled if can_spell else None, keeps_first, sp.unk_id())
+    return ByteCounts(
+        base,
+        space,
+        boundary,
+        spelled=spelled if can_spell else None,
+        keeps_first=keeps_first,
+        unknown=sp.unk_id(),
+    )
 
 
 def tiktoken_counts(encoding: str) -> ByteCounts:
