@@ -3821,8 +3821,8 @@ def decompress(blob: bytes) -> bytes:
 #   words    := the states at the start of decoding, 3 words each, highest first; then what they take in
 #
 # A code's context is the class of its row + that of its column: how large their codes are, in quarter octaves
-# about class 8, the mean of the tensor. As everything is whole numbers, all machines write the same bytes.
-# State i codes the i-th of every STATES codes, so that numpy decodes that many at a time.
+# about class 8, the mean of the tensor. Of S states, state i codes the i-th of every S codes, so that numpy
+# codes S at a time. Every choice is made on whole numbers, so that all machines write the same bytes.
 
 RANS_MAGIC = b"GPT6rans"
 PRECISION = 14  # bits of a frequency
@@ -3851,6 +3851,11 @@ class CodeModel(NamedTuple):
         """The frequencies of the codes -limit ... limit, int64 (CONTEXTS, 2 limit + 1)."""
         return np.concatenate([self.tables[:, :0:-1], 2 * self.tables[:, :1], self.tables[:, 1:]], axis=1)
 
+    @property
+    def starts(self) -> np.ndarray:
+        """The sum of the frequencies of the codes before, of the same shape."""
+        return self.frequencies.cumsum(1) - self.frequencies
+
 
 def classes_of(sums: np.ndarray) -> np.ndarray:
     """Class sums of magnitudes, int64, by their ratio to the mean: uint8 of the same shape."""
@@ -3858,23 +3863,37 @@ def classes_of(sums: np.ndarray) -> np.ndarray:
     return np.searchsorted(CLASS_EDGES, 4096 * sums // mean, side="right").astype(np.uint8)
 
 
-def code_tables(contexts: np.ndarray, magnitudes: np.ndarray, limit: int) -> tuple[np.ndarray, float]:
-    """Return tables for codes with these contexts and magnitudes, and the bits of both."""
+def log2_of(numbers: np.ndarray | int) -> np.ndarray:
+    """Return the logarithms of whole numbers (0 for 0) in 65,536ths, themselves whole."""
+    return np.rint(65536 * np.log2(np.maximum(numbers, 1))).astype(np.int64)
+
+
+def count_magnitudes(contexts: np.ndarray, magnitudes: np.ndarray, limit: int) -> np.ndarray:
+    """Count codes, whose contexts and magnitudes have one shape, by both: int64 (CONTEXTS, limit + 1)."""
     index = contexts.astype(np.int32) * (limit + 1) + magnitudes
-    counts = np.bincount(index.ravel(), minlength=CONTEXTS * (limit + 1)).reshape(CONTEXTS, limit + 1)
+    return np.bincount(index.ravel(), minlength=CONTEXTS * (limit + 1)).reshape(CONTEXTS, limit + 1)
+
+
+def tables_for(counts: np.ndarray) -> np.ndarray:
+    """Return the tables of a CodeModel by the counts of magnitudes; none is 0 that occurs."""
     whole = 1 << PRECISION - 1
     tables = np.diff(counts.cumsum(1) * whole // np.maximum(counts.sum(1), 1)[:, None], prepend=0)
     tables[(tables == 0) & (counts > 0)] = 1
     largest = (np.arange(CONTEXTS), tables.argmax(1))  # 0 where there is no code
     tables[largest] += whole - tables.sum(1)
-    bits = counts * (PRECISION - np.log2(np.maximum(tables, 1)))
-    return tables, float(bits.sum()) + 10 * np.count_nonzero(counts)
+    return tables
 
 
-def class_bits(classes: np.ndarray) -> float:
-    """Return the order-0 entropy of classes in bits."""
+def code_bits(counts: np.ndarray, tables: np.ndarray) -> int:
+    """Return what codes and tables need, in 65,536ths of a bit; an entry of a table needs some ten bits."""
+    of_codes = counts * ((PRECISION << 16) - log2_of(tables))
+    return int(of_codes.sum()) + (10 << 16) * np.count_nonzero(counts)
+
+
+def class_bits(classes: np.ndarray) -> int:
+    """Return the order-0 entropy of classes, in 65,536ths of a bit."""
     counts = np.bincount(classes.ravel())
-    return -float((counts * np.log2(np.maximum(counts, 1) / classes.size)).sum())
+    return int(classes.size * log2_of(classes.size) - (counts * log2_of(counts)).sum())
 
 
 def row_classes(magnitudes: np.ndarray) -> np.ndarray:
@@ -3892,21 +3911,16 @@ def model_codes(codes: np.ndarray, limit: int) -> CodeModel:
     magnitudes = np.abs(codes.astype(np.int16))
     rows = row_classes(magnitudes)
     columns = column_classes(magnitudes, rows)
-    all_rows = np.full_like(rows, 8)
-    all_columns = np.full_like(columns, 8)
 
-    best = None
-    for model in (
-        CodeModel(all_rows, all_columns, None),
-        CodeModel(rows, all_columns, None),
-        CodeModel(all_rows, columns, None),
-        CodeModel(rows, columns, None),
-    ):
-        tables, bits = code_tables(model.contexts.reshape(codes.shape), magnitudes, limit)
-        bits += class_bits(model.rows) + class_bits(model.columns)
-        if best is None or bits < best[0]:
-            best = (bits, model._replace(tables=tables))
-    return best[1]
+    models = []
+    needs = []
+    for own_rows in (np.full_like(rows, 8), rows):
+        for own_columns in (np.full_like(columns, 8), columns):
+            counts = count_magnitudes(own_rows[:, :, None] + own_columns[:, None, :], magnitudes, limit)
+            model = CodeModel(own_rows, own_columns, tables_for(counts))
+            models.append(model)
+            needs.append(code_bits(counts, model.tables) + class_bits(own_rows) + class_bits(own_columns))
+    return models[needs.index(min(needs))]
 
 
 def states_for(codes: int) -> int:
@@ -3920,10 +3934,9 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
     step = len(states)
     words = []
     for model, codes in zip(reversed(models), reversed(tensors)):
-        frequencies = model.frequencies
-        width = frequencies.shape[1]
-        starts = (frequencies.cumsum(1) - frequencies).ravel()
-        frequencies = frequencies.ravel()
+        frequencies = model.frequencies.ravel()
+        starts = model.starts.ravel()
+        width = len(starts) // CONTEXTS
         index = model.contexts * np.int32(width) + codes + np.int32(width // 2)
         for start in reversed(range(0, len(codes), step)):
             i = index[start : start + step]
@@ -3949,10 +3962,9 @@ def rans_decode(words: np.ndarray, models: list[CodeModel], counts: list[int]) -
     tensors = []
     for model, count in zip(models, counts):
         contexts = model.contexts
-        frequencies = model.frequencies
-        width = frequencies.shape[1]
-        starts = (frequencies.cumsum(1) - frequencies).ravel()
-        frequencies = frequencies.ravel()
+        frequencies = model.frequencies.ravel()
+        starts = model.starts.ravel()
+        width = len(starts) // CONTEXTS
         index_at = np.repeat(np.arange(len(frequencies)), frequencies)
         index = np.empty(count, np.int16)
         for start in range(0, count, step):
@@ -4027,15 +4039,15 @@ class SideReader:
         """Read a CodeModel. Raises ValueError if its classes or tables cannot be."""
         rows, columns = entry.matrix
         matrices = entry.count // (rows * columns)
-        row_classes = np.frombuffer(self.take(matrices * rows), np.uint8).reshape(matrices, rows)
-        column_classes = np.frombuffer(self.take(matrices * columns), np.uint8).reshape(matrices, columns)
-        if max(row_classes.max(), column_classes.max()) > len(CLASS_EDGES):
+        of_rows = np.frombuffer(self.take(matrices * rows), np.uint8).reshape(matrices, rows)
+        of_columns = np.frombuffer(self.take(matrices * columns), np.uint8).reshape(matrices, columns)
+        if max(of_rows.max(), of_columns.max()) > len(CLASS_EDGES):
             raise ValueError(f"artifact: tensor {entry.name[:40]!r} has a class beyond {len(CLASS_EDGES)}")
         planes = self.take(2 * CONTEXTS * (entry.limit + 1))
         tables = np.frombuffer(from_planes(planes, 2), "<u2").reshape(CONTEXTS, -1).astype(np.int64)
         if (tables.sum(1) != 1 << PRECISION - 1).any():
             raise ValueError(f"artifact: tensor {entry.name[:40]!r} has a table of another sum")
-        return CodeModel(row_classes, column_classes, tables)
+        return CodeModel(of_rows, of_columns, tables)
 
 
 def unpack_rans(blob: bytes) -> bytes:
