@@ -34,7 +34,6 @@ from script import ROOT, TRAINER, BadInput, load_script
 STARTED = time.monotonic()
 TOOLS = ROOT / "tools"
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
-VARIANTS = {8192: ("--variant", "sp8192")}  # of data/prepare.py, by vocabulary; else its default
 SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
 
 
@@ -247,7 +246,6 @@ class Resolved(NamedTuple):
     out_dir: str
     run_id: str
     resume: str
-    vocab_size: int
     codec: str  # ends the artifact's name
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
 
@@ -349,9 +347,17 @@ def is_for_a_laptop(preset: str) -> bool:
     return preset.startswith("cpu")
 
 
-def find_training_data(preset: str, vocab_size: int, processes: int | None) -> str:
-    """Return a data folder for preset and vocabulary, with so much FineWeb that no token is seen twice."""
-    variant = VARIANTS.get(vocab_size, ())
+def variant_options(preset: str, knobs: Sequence[str]) -> list[str]:
+    """Return the options of data/prepare.py for the vocabulary that the knobs set, else for the preset's."""
+    vocab_size = knob_value("vocab_size", tuple(knobs))
+    if vocab_size == "8192" or (not vocab_size and preset.endswith("sp8192")):
+        return ["--variant", "sp8192"]
+    return []
+
+
+def find_training_data(preset: str, knobs: Sequence[str], processes: int | None) -> str:
+    """Return a data folder that suits the preset, with enough FineWeb that no token is seen twice."""
+    variant = variant_options(preset, knobs)
     if is_for_a_laptop(preset):
         return find_data(*variant)
     shards = SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes)
@@ -477,7 +483,7 @@ def train(request: Request) -> int:
     processes = choose_processes(0 if is_for_a_laptop(preset) else gpus, resolved.sharing)
     data_path = knob_value("data_path", request.knobs)
     if not data_path:
-        data_path = find_training_data(preset, resolved.vocab_size, processes)
+        data_path = find_training_data(preset, request.knobs, processes)
     chosen = [f"preset={preset}", f"data_path={data_path}", f"run_id={run_id}"]
     others = [word for word in request.knobs if not word.startswith(("preset=", "data_path=", "run_id="))]
     earlier = count_scores(log)  # a run that resumes may find the score of another there
@@ -519,7 +525,7 @@ def score(program: list[str], request: Request) -> int:
     gpus = count_gpus()
     knobs = with_preset(request.knobs, gpus)
     if not knob_value("data_path", request.knobs):
-        variant = VARIANTS.get(resolve(knobs).vocab_size, ())
+        variant = variant_options(knob_value("preset", tuple(knobs)), knobs)
         knobs = [f"data_path={find_data(*variant)}", *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])
@@ -555,7 +561,7 @@ def bench(request: Request) -> int:
     processes = int(os.environ.get("NPROC") or 1)
     if bench_reads_data(request.options) and not knob_value("data_path", request.knobs):
         preset = knob_value("preset", tuple(knobs))
-        knobs = [f"data_path={find_training_data(preset, processes)}", *knobs]
+        knobs = [f"data_path={find_training_data(preset, knobs, processes)}", *knobs]
     program = ["-m", "lab.bench", *request.options, *knobs]
     if processes == 1:
         return run(program)

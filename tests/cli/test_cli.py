@@ -22,7 +22,15 @@ def test_every_row_of_the_machine_table_can_be_trained(machine):
     assert tokens == h.train_batch_tokens and machine.processes <= max(1, machine.gpus)
 
 
-@pytest.mark.parametrize("preset", ["record", "h100x1"])
+@pytest.mark.parametrize("preset", t.PRESETS)
+def test_data_has_the_vocabulary_of_the_preset(preset):
+    options = {1024: [], 8192: ["--variant", "sp8192"]}
+    assert cli.variant_options(preset, []) == options[t.load_config([f"preset={preset}"], {}).vocab_size]
+    for vocab_size, expected in options.items():
+        assert cli.variant_options(preset, ["seed=1", f"vocab_size={vocab_size}"]) == expected
+
+
+@pytest.mark.parametrize("preset", ["record", "h100x1", "sp8192", "h100x1_sp8192"])
 def test_presets_for_gpus_are_shared_by_any_count(preset):
     """So preset= on several GPUs uses 8, 4 or 2 of them, at the same tokens a step."""
     h = t.load_config([f"preset={preset}"], {})

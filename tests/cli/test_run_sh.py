@@ -433,6 +433,7 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     "gpus, args, env, launcher",
     [
         (8, ["preset=cpu"], {}, "train_gpt.py"),
+        (8, ["preset=cpu_sp8192"], {}, "train_gpt.py"),
         (8, ["preset=h100x1"], {}, "--nproc_per_node=8 train_gpt.py"),
         (3, ["preset=h100x1"], {}, "--nproc_per_node=2 train_gpt.py"),
         (8, ["preset=thirds"], {}, "--nproc_per_node=2 train_gpt.py"),
@@ -450,6 +451,25 @@ def test_process_count(tree, gpus, args, env, launcher):
     assert tree.run(*args, **env).returncode == 0
     call = tree.train_call().split(" train ")[0]
     assert call.endswith(launcher) and ("nproc" in call) == ("nproc" in launcher), call
+
+
+@pytest.mark.parametrize(
+    "args, options",
+    [
+        (["preset=cpu_sp8192"], " --variant sp8192"),
+        (["preset=sp8192"], " --variant sp8192 --train-shards 80"),
+        (["preset=h100x1_sp8192"], " --variant sp8192 --train-shards 80"),
+        (["preset=cpu", "vocab_size=8192"], " --variant sp8192"),
+        (["eval", "x.int6.xz", "preset=cpu_sp8192"], " --variant sp8192"),
+        (["bench", "preset=cpu_sp8192"], " --variant sp8192"),
+    ],
+    ids=" ".join,
+)
+def test_data_has_the_vocabulary_of_the_run(tree, args, options):
+    (tree.root / "x.int6.xz").touch()
+    tree.gpus(8)
+    assert tree.run(*args).returncode == 0
+    assert tree.calls()[0] == "data/prepare.py auto" + options
 
 
 def test_the_codec_ends_the_name_of_the_artifact(tree):
