@@ -202,7 +202,7 @@ class Config:
     iterations: int = 20000
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
     val_loss_every: int = 0  # steps; 0: none is opened between the checks at the start and the clock's end
-    train_log_every: int = 50
+    train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged, too
     val_tokens: int = 0  # score only this many targets, from the first; 0: the whole split
     # batch
     train_batch_tokens: int = 786_432  # of an optimizer step, over all ranks
@@ -313,6 +313,7 @@ LAPTOP = dict(
     max_wallclock_seconds=120.0,
     iterations=100_000,
     warmup_steps=2,
+    val_loss_every=100,
     train_log_every=25,
     val_tokens=65_536,
     train_batch_tokens=2048,
@@ -381,6 +382,13 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
+SIZES = (  # with mlp_mult, the knobs that the number of parameters depends on
+    *("num_layers", "loop_times", "model_dim", "num_heads", "num_kv_heads"),
+    *("vocab_size", "ve_dim", "bigram_vocab_size", "bigram_dim", "attn_gate_dims", "copy_dim"),
+)
+# Rates and the weight decay of their parameters: a step shrinks these by the product.
+DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
+MAX_TOKENS = 1 << 30  # of a batch
 TRAINING_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
 
 PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the annotation of a knob
@@ -479,6 +487,7 @@ def check_relations(h: Config) -> None:
     loop = h.loop_layers.split()
     first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
     neighbours = [str(first + i) for i in range(len(loop))]
+    most_embed_clip = 2 ** (min(h.embed_bits, 8) - 1) - 1
     rules = [
         *(
             (getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
@@ -508,12 +517,31 @@ def check_relations(h: Config) -> None:
         ),
         (h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
+        *(
+            (
+                getattr(h, key) <= MAX_TOKENS,
+                f"{key}={getattr(h, key)} must be at most {MAX_TOKENS}: its ids alone take "
+                f"{8 * getattr(h, key) / 1e9:.3g} GB",
+            )
+            for key in ("train_batch_tokens", "eval_batch_tokens")
+        ),
         (h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive"),
         (h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0"),
-        (h.logit_softcap > 0 and h.rope_base > 0, "logit_softcap and rope_base must be positive"),
+        (h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"),
         (6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8"),
         (h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"),
+        (
+            h.embed_clip_sd <= most_embed_clip,
+            f"embed_clip_sd must not exceed {most_embed_clip}, a step of one root mean square",
+        ),
         (h.gptq_batches > 0 or not h.gptq_embed, "gptq_embed needs gptq_batches of at least 1"),
+        *(
+            (
+                getattr(h, rate) * getattr(h, decay) <= 1,
+                f"{rate} * {decay}, decay of a step, must be at most 1",
+            )
+            for rate, decay in DECAYS.items()
+        ),
     ]
     for holds, rule in rules:
         if not holds:
@@ -522,10 +550,11 @@ def check_relations(h: Config) -> None:
     parameters = sum(math.prod(shape) for shape, _ in parameter_table(h).values())
     most = CODECS[h.codec].most_weights
     if parameters > most:
+        sizes = " ".join(f"{key}={getattr(h, key)}" for key in SIZES)
         raise InputError(
-            f"config: model_dim={h.model_dim} num_layers={h.num_layers} mlp_mult={h.mlp_mult:g} ... make "
-            f"{parameters:.3g} parameters, {TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact "
-            f"of codec={h.codec} holds at most {most:.3g}; make the model smaller"
+            f"config: mlp_mult={h.mlp_mult:g} {sizes} make {parameters:.3g} parameters, "
+            f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of codec={h.codec} holds at "
+            f"most {most:.3g}; make the model smaller"
         )
 
 
@@ -534,6 +563,7 @@ def check_relations(h: Config) -> None:
 
 PATIENCE = 60  # seconds that a step on the device or a batch from the disk may take
 LINGER = 1  # seconds that a rank outlives the one that is gone, so that torchrun names that one as the cause
+PROGRESS = 15  # seconds between two lines about the progress of long work, where no terminal shows it
 ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
 
 
@@ -853,6 +883,7 @@ class Log:
         self.file = None
         self.live = False
         self.goes_on = False
+        self.told = 0.0  # perf_counter() of the last line of `progress`
         self.may_move = False  # set once there are trained weights, which a full disk must not cost
 
         if machine is None:
@@ -932,6 +963,19 @@ class Log:
         """Replace the live line of the terminal."""
         if self.live:
             print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
+
+    def progress(self, what: str, done: int, total: int, started: float) -> None:
+        """Show how far long work is and when it ends: live on a terminal, as a line every PROGRESS seconds.
+
+        started: perf_counter() when it began. done: at least 1.
+        """
+        now = time.perf_counter()
+        eta = (now - started) / done * (total - done)
+        text = f"{what}: {done}/{total}, ETA {eta:.0f} s"
+        self.status(text)
+        if now - max(self.told, started) > PROGRESS:
+            self.told = now
+            self(text, console=not self.live)
 
 
 def lost_another_rank(error: Exception) -> bool:
@@ -3280,7 +3324,7 @@ class Optimizer:
         self.flat_v = torch.zeros_like(self.flat)
         flat_lr = torch.zeros_like(self.flat)
         flat_wd = torch.zeros_like(self.flat)
-        decays = {"embed_lr": self.h.embed_wd, "scalar_lr": self.h.scalar_wd, "copy_lr": self.h.scalar_wd}
+        decays = {rate: getattr(self.h, decay) for rate, decay in DECAYS.items()}
         parts = zip(*(x.split(sizes) for x in (self.flat, self.flat_grad, flat_lr, flat_wd)))
         for spec, (value, grad, rate, decay) in zip(specs, parts):
             p = params[spec.name]
@@ -3509,7 +3553,10 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     With gptq_embed also over the inputs of the output layer, (D, D), for the embedding that is tied to it.
     The inputs are those of the loader's next gptq_batches batches, on all ranks, with the live weights.
     """
-    products = []  # qkv, o, up, down of the first visit, then of the second, ...
+    places = cycle(
+        range(4 * len(run.model.layers))
+    )  # qkv, o, up, down of the first visit, then the second, ...
+    sums: dict[int, Tensor] = {}  # by place
     of_head = torch.zeros(run.h.model_dim, run.h.model_dim, device=run.m.device)
 
     def product(x: Tensor) -> Tensor:
@@ -3517,21 +3564,25 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         return flat.T @ flat
 
     def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
-        products.append(product(x))
+        place = next(places)
+        sums[place] = sums[place].add_(product(x)) if place in sums else product(x)
         return F.linear(x, W)
 
     recording = copy(run.model)  # with the same parameters
     recorded_mlp = partial(mlp, linear=recorded_linear)
     recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
 
-    for _ in range(run.h.gptq_batches):
+    started = time.perf_counter()
+    for i in range(run.h.gptq_batches):
         for sequences in loader.next():
             of_head += product(recording.trunk(sequences[:, :-1]))
+        run.m.sync()
+        run.log.progress("calibration, batches", i + 1, run.h.gptq_batches, started)
 
     layers = torch.tensor([spec.layer for spec in run.model.layers], device=run.m.device)
 
     def by_layer(kind: int) -> Tensor:
-        by_visit = torch.stack(products[kind::4]).unflatten(0, (-1, len(layers))).sum(0)
+        by_visit = torch.stack([sums[place] for place in sorted(sums)[kind::4]])
         return by_visit.new_zeros(run.h.num_layers, *by_visit.shape[1:]).index_add_(0, layers, by_visit)
 
     qkv, o, up, down = (by_layer(kind) for kind in range(4))
@@ -4322,10 +4373,9 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, plan: ScoreRun, m: Mach
                 positions, values = score_batch(nats_fn, tokens, windows, group.last, plan)
                 out.index_add_(1, positions, values)
                 done = min(done + plan.batch * m.world_size, all_windows)
-                if i % 16 == 0:
+                if i % 16 == 0 or not m.pin:  # on a GPU, the host waits for the device to tell
                     m.sync()
-                    eta = (time.perf_counter() - started) / done * (all_windows - done)
-                    plan.log.status(f"scoring {plan.label}: {done}/{all_windows} windows, ETA {eta:.0f} s")
+                    plan.log.progress(f"scoring {plan.label}, windows", done, all_windows, started)
     return out
 
 
@@ -4931,7 +4981,7 @@ def train(run: Run) -> Trained:
         own_reason = reason_to_stop(m, step_before)  # the device is still busy with the newest step
         clock_ms, stop = m.agree(clock(), own_reason)
 
-        if step % h.train_log_every == 0 or step == 1:
+        if step % h.train_log_every == 0 or step.bit_count() == 1:  # at powers of two: it falls fast at first
             shown_loss = log_step(run, step, loss, clock_ms)
         if checkpoints:
             checkpoints.save(step, clock_ms)
@@ -4948,6 +4998,7 @@ def train(run: Run) -> Trained:
         raise Diverged(describe_divergence(run, step, newest()[0].tolist(), good), step, train_ms)
 
     grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
+    check_grams(grams, step, train_ms)
     artifact_weights = h.artifact_weights
     if artifact_weights == "ema" and (stop == Stop.SIGNAL or ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, loader, ema)
@@ -4979,6 +5030,18 @@ def describe_progress(h: Config, step: int, clock_ms: float) -> str:
     else:
         used = f"step {step:,} of {h.iterations:,}"
     return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
+
+
+def check_grams(grams: Mapping[str, Tensor], step: int, train_ms: float) -> None:
+    """Raise Diverged if calibration has met values that are not finite: the last update has made them."""
+    for name, gram in grams.items():
+        if not gram.isfinite().all():
+            raise Diverged(
+                f"step {step}: diverged, calibration finds that the inputs of {name} are not finite; "
+                "train with lower rates",
+                step,
+                train_ms,
+            )
 
 
 def log_held_back(run: Run, seconds: float) -> None:
@@ -5280,7 +5343,7 @@ TOOLS = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}
 
 
 def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """Run a tool of the repository on this script, in a subprocess. Returns its exit status.
+    """Run a tool of the repository on this script in a subprocess, which gets SIGTERM. Returns its status.
 
     The tools live outside this file because they judge it. Raises InputError outside the repository.
     """
@@ -5296,7 +5359,11 @@ def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
     target = [str(root / TOOLS[name])] if name == "audit" else ["-m", "lab.bench"]
     paths = [str(root / "tools"), *filter(None, [env.get("PYTHONPATH")])]
     env = {**env, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.call([sys.executable, *target, *argv, "--script", str(script)], env=env)
+    child = subprocess.Popen([sys.executable, *target, *argv, "--script", str(script)], env=env)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    status = child.wait()
+    signal.signal(signal.SIGTERM, before)
+    return status if status >= 0 else 128 - status
 
 
 USAGE = "usage: train_gpt.py [train | eval ARTIFACT | audit ARTIFACT | bench | config] [key=value ...]"

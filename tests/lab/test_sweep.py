@@ -424,6 +424,37 @@ def test_a_signal_stops_the_workers_at_once(number):
     assert time.monotonic() - began < 5 and signal.getsignal(signal.SIGTERM) is before
 
 
+def is_alive(pid):
+    """Whether a process runs; one that ended and waits for its parent does not."""
+    asked = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return asked.stdout.strip()[:1] not in ("", "Z")
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_ends_sweep_and_worker(tmp_path):
+    """Through the one command, in the middle of a configuration."""
+    plan = raw_plan(base=base(iterations=1_000_000, max_wallclock_seconds=60))
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    words = ["record", "sweep", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(ROOT / "tools" / "cli.py"), *words]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    console = tmp_path / "out" / ".work" / "worker0.txt"
+    deadline = time.monotonic() + 90
+    while not (console.exists() and "step:1/" in console.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = subprocess.run(["pgrep", "-f", f"lab.sweep_worker {tmp_path}"], capture_output=True, text=True)
+    (worker,) = map(int, found.stdout.split())
+    try:
+        parent.send_signal(signal.SIGTERM)
+        _, said = parent.communicate(timeout=10)
+        assert not is_alive(worker)
+        assert parent.returncode == 2
+        assert said == "record: interrupted; the same command continues with what is missing\n"
+    finally:
+        if is_alive(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
 # ---------------------------------------------------------------- plans
 
 

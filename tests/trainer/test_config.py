@@ -150,11 +150,19 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         *((f"{key}=1.01", [key, "at most 1"]) for key in t.UP_TO_ONE),
         ("adam_eps=0", ["adam_eps"]),
         ("adam_eps=1e-60", ["adam_eps"]),
+        ("rope_base=0.9", ["rope_base"]),
+        (f"eval_batch_tokens={2**50}", [f"eval_batch_tokens={2**50}", "9.01e+06 GB"]),
+        (f"train_batch_tokens={98_304 * 2**30}", ["train_batch_tokens=105553116266496", "GB"]),
+        ("muon_wd=21", ["matrix_lr * muon_wd", "at most 1"]),
+        ("copy_lr=26", ["copy_lr * scalar_wd", "at most 1"]),
+        ("embed_clip_sd=128", ["embed_clip_sd", "127"]),
+        ("scalar_lr=26", ["scalar_lr * scalar_wd", "at most 1"]),
+        ("embed_lr=26", ["embed_lr * embed_wd", "at most 1"]),
         ("bos_id=1024", ["bos_id=1024", "vocab_size=1024"]),
         ("model_dim=1000000", ["model_dim=1000000", "9.9e+13 parameters", "1.98e+06 GB"]),
         ("mlp_mult=1e12", ["mlp_mult=1e+12", "parameters", "GB"]),
         ("num_layers=1000000", ["num_layers=1000000", "parameters", "GB"]),
-        ("bigram_vocab_size=99999999999", ["parameters", "GB"]),
+        ("bigram_vocab_size=99999999999", ["bigram_vocab_size=99999999999", "parameters", "GB"]),
         ("attn_windows=512,0", ["attn_windows='512,0'", "512 512 0"]),
         ("attn_windows=512 -1", ["attn_windows='512 -1'", "whole numbers"]),
         ("attn_windows=1e3", ["attn_windows='1e3'"]),
@@ -301,6 +309,34 @@ def test_the_hidden_size_is_rounded():
     sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
     large = dict.fromkeys(("sp8192", "h100x1_sp8192"), 2048)
     assert sizes == {"record": 1536, "h100x1": 1536, "cpu": 384, "cpu_sp8192": 512} | large
+
+
+NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
+
+# Knobs for which no value is too large: times, counts of work, sizes that the data limits, and scales that
+# only training can show to be too large. A new knob is bounded, or belongs here.
+UNLIMITED = {
+    *("seed", "checkpoint_every", "max_wallclock_seconds", "iterations", "warmup_steps", "size_cap"),
+    *("val_loss_every", "train_log_every", "val_tokens", "mix_tokens", "gptq_batches", "ttt_passes"),
+    *("ttt_lr", "ttt_chunk_tokens", "rope_base", "logit_softcap", "qk_gain_init", "proj_init_std"),
+    *("tied_embed_init_std", "adam_eps", "grad_clip", "ema_frac"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds(name):
+    """No knob takes less than zero or what is no number, and one without a limit is known to have none."""
+    beyond = ["-1", str(2**53)] if FIELDS[name].type == "int" else ["-1e-9", "nan", "inf", "-inf", "1e300"]
+    for value in beyond:
+        with pytest.raises(t.InputError, match=rf"\b{name}\b"):
+            t.load_config([f"{name}={value}"], {})
+
+    largest = f"{name}={2**53 - 1}"
+    if name in UNLIMITED:
+        t.load_config([largest], {})
+    else:
+        with pytest.raises(t.InputError, match=rf"\b{name}\b"):
+            t.load_config([largest], {})
 
 
 def test_every_fraction_has_a_bound():

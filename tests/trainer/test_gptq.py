@@ -1,6 +1,7 @@
 """GPTQ: codes by the inputs of a matrix, calibration on training text, and its time on the clock."""
 
 import dataclasses
+import gc
 import os
 import re
 import time
@@ -193,11 +194,11 @@ class Batches:
 
 
 def run_of(h, m, model):
-    """Return a Run of a model, without log and data."""
+    """Return a Run of a model, without data; its log writes nothing."""
     return t.Run(
         h=h,
         m=m,
-        log=None,
+        log=t.Log("", None),
         dataset=None,
         model=model,
         loss_fn=model.loss,
@@ -286,6 +287,22 @@ def test_the_logits_change_less(bits):
         back = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, grams)))["tok_emb"]
         errors[label] = float((unseen @ (back - W).T).square().mean())
     assert errors["guided"] < 0.7 * errors["nearest"]
+
+
+def test_memory_does_not_grow_with_the_batches():
+    h = tiny(gptq_batches=12)
+    squares = []
+
+    class Counted(Batches):
+        def next(self):
+            found = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dim() == 2]
+            squares.append(sum(x.size(0) == x.size(1) for x in found))
+            return super().next()
+
+    micro_batch = random_tokens(h, (3, 17))
+    with group_of_one() as m:
+        t.calibrate(run_of(h, m, noisy_model(h)), Counted(*[[micro_batch]] * h.gptq_batches))
+    assert squares[1] >= 4 * h.num_layers and squares[-1] == squares[1]
 
 
 def calibrate_rank(rank):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from helpers import (
     as_arguments,
     english_args,
     english_dataset,
+    group_of_one,
     run_ranks,
     stop_one_line,
     temporary_folder,
@@ -127,6 +129,47 @@ def test_a_run_ends_well_and_the_loss_falls():
     live = float(value(run, r"final_live val_loss:([\d.]+)"))
     unigram = float(value(run, r"unigram val_loss:([\d.]+)"))
     assert live < losses[0] and unigram < uniform
+
+
+def test_the_steps_that_are_logged():
+    """Multiples of train_log_every and, because the loss falls fastest at first, powers of two."""
+    run = finished_with(train_log_every=10)
+    assert [int(m[1]) for m in matches(run, TRAIN_LINE)] == [1, 2, 4, 8, 10, 16, 20]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["pipe", "terminal"])
+def test_long_work_shows_progress(live, tmp_path, monkeypatch, capsys):
+    """A terminal has a live line with an ETA; a pipe has a line every 15 s, and so has the log of both."""
+    clock = [100.0]
+    monkeypatch.setattr(t.time, "perf_counter", lambda: clock[0])
+    screen = Terminal() if live else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with group_of_one() as m:
+        log = t.Log(str(tmp_path / "log.txt"), m)
+        for done in range(1, 21):
+            clock[0] += 2
+            log.progress("work", done, 20, 100.0)
+        log.close()
+    lines = ["work: 8/20, ETA 24 s", "work: 16/20, ETA 8 s"]
+    assert (tmp_path / "log.txt").read_text().splitlines() == lines
+    assert capsys.readouterr().out.splitlines() == ([] if live else lines)
+    shown = screen.getvalue().split("\r\033[K")[1:]
+    assert shown == ([f"work: {done}/20, ETA {2 * (20 - done)} s" for done in range(1, 21)] if live else [])
+
+
+def test_calibration_and_scores_show_progress(tmp_path, monkeypatch):
+    """In warm-up twice, at the end once, and in every score."""
+    monkeypatch.setattr(t, "PROGRESS", 0)
+    run = read_run(tmp_path, t.main(english_args(iterations=2, gptq_batches=3, out_dir=tmp_path)))
+    calibrations = [line.partition(", ETA")[0] for line in starting(run, "calibration")]
+    assert calibrations == [f"calibration, batches: {i}/3" for i in (1, 2, 3)] * 3
+    for label in ("validation", "ema", "final_int6_roundtrip", "final_int6_sliding_window"):
+        assert len(starting(run, f"scoring {label}, windows: ")) > 0
 
 
 def test_the_unigram_score_by_hand():

@@ -9,7 +9,7 @@ import torch
 import train_gpt as t
 from helpers import group_of_one, noisy_model, random_tokens, run_ranks, tiny
 
-SILENT = SimpleNamespace(status=lambda text: None)
+SILENT = t.Log("", None)
 
 
 def sizes(count, seed):

@@ -106,7 +106,7 @@ class TrainingLoop:
     def log(self, loss: Any) -> None:
         """Write the log line where training would, and the status line."""
         shown = math.nan
-        if self.step % self.s.h.train_log_every == 0 or self.step == 1:
+        if self.step % self.s.h.train_log_every == 0 or self.step.bit_count() == 1:  # a power of two
             shown = self.s.t.log_step(self.logged, self.step, loss, self.clock_ms)
         eta = self.clock_ms * (1 / self.hyper().progress - 1) / 1000
         per_step = self.clock_ms / self.step
