@@ -3553,10 +3553,9 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     With gptq_embed also over the inputs of the output layer, (D, D), for the embedding that is tied to it.
     The inputs are those of the loader's next gptq_batches batches, on all ranks, with the live weights.
     """
-    places = cycle(
-        range(4 * len(run.model.layers))
-    )  # qkv, o, up, down of the first visit, then the second, ...
-    sums: dict[int, Tensor] = {}  # by place
+    # Every pass calls recorded_linear in this order: qkv, o, up, down of the first visit, then of the second.
+    calls = cycle(range(4 * len(run.model.layers)))
+    sums: dict[int, Tensor] = {}  # by call
     of_head = torch.zeros(run.h.model_dim, run.h.model_dim, device=run.m.device)
 
     def product(x: Tensor) -> Tensor:
@@ -3564,8 +3563,11 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         return flat.T @ flat
 
     def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
-        place = next(places)
-        sums[place] = sums[place].add_(product(x)) if place in sums else product(x)
+        call = next(calls)
+        if call in sums:
+            sums[call] += product(x)
+        else:
+            sums[call] = product(x)
         return F.linear(x, W)
 
     recording = copy(run.model)  # with the same parameters
@@ -3582,7 +3584,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     layers = torch.tensor([spec.layer for spec in run.model.layers], device=run.m.device)
 
     def by_layer(kind: int) -> Tensor:
-        by_visit = torch.stack([sums[place] for place in sorted(sums)[kind::4]])
+        by_visit = torch.stack([sums[call] for call in range(kind, len(sums), 4)])
         return by_visit.new_zeros(run.h.num_layers, *by_visit.shape[1:]).index_add_(0, layers, by_visit)
 
     qkv, o, up, down = (by_layer(kind) for kind in range(4))
