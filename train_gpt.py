@@ -4952,8 +4952,9 @@ def train(run: Run) -> Trained:
     held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))
     log_held_back(run, held_back_ms / 1000)
     seconds = max(run.h.max_wallclock_seconds - held_back_ms / 1000, 0.0)
-    h = replace(run.h, max_wallclock_seconds=seconds)
     limit_ms = 1000 * seconds if run.h.max_wallclock_seconds else math.inf
+    h = replace(run.h, max_wallclock_seconds=seconds)
+    run = replace(run, h=h)  # schedules and ETAs end when the steps do
     run.phases["validate"] = 0.0
     graphs_before = compiled_graphs()
     start = time.perf_counter() - train_ms / 1000
@@ -4987,7 +4988,7 @@ def train(run: Run) -> Trained:
             shown_loss = log_step(run, step, loss, clock_ms)
         if checkpoints:
             checkpoints.save(step, clock_ms)
-        log.status(f"{describe_progress(run.h, step, clock_ms)}: train_loss {shown_loss:.4f}")
+        log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
 
     m.sync()
     train_ms = clock()
@@ -5028,7 +5029,7 @@ def describe_progress(h: Config, step: int, clock_ms: float) -> str:
     progress = hyper_at(h, step, clock_ms).progress
     seconds = clock_ms / 1000
     if progress > step / h.iterations:
-        used = f"step {step:,}, {seconds:.0f} of {h.max_wallclock_seconds:g} s"
+        used = f"step {step:,}, {seconds:.0f} of {h.max_wallclock_seconds:.0f} s"
     else:
         used = f"step {step:,} of {h.iterations:,}"
     return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
