@@ -975,7 +975,7 @@ class Log:
         self.status(text)
         if now - max(self.told, started) > PROGRESS:
             self.told = now
-            self(text, console=not self.live)
+            self(text, shown="" if self.live else None)
 
 
 def lost_another_rank(error: Exception) -> bool:
