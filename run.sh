@@ -57,7 +57,8 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" 
         "$root/$2" 2>/dev/null
 }
 
-pip_install() { "$py" -m pip install --quiet --disable-pip-version-check --no-input -r "$root/$1" >&2; }
+# -qq: only errors. Progress bars and warnings about this machine's settings are hundreds of lines.
+pip_install() { "$py" -m pip install -qq --disable-pip-version-check --no-input -r "$root/$1" >&2; }
 
 has_packages() {    # has_packages NAMES...: whether $py finds them, without importing them
     "$py" -c 'import importlib.util, sys
@@ -144,4 +145,4 @@ else
     use_venv "$@"
     case ${1:-train} in config | data | test) ;; *) use_flash4 ;; esac    # these run no attention on a GPU
 fi
-exec "$py" "$cli" "$@"
+RUN_SH_SECONDS=$SECONDS exec "$py" "$cli" "$@"    # its notes go on counting

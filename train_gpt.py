@@ -4802,7 +4802,8 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     train_tokens = sum(map(shard_tokens, find_shards(h.data_path, "train")))
     log(
         f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
-        f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}"
+        f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}",
+        shown=f"data {h.data_path}: {train_tokens:,} training tokens, {h.vocab_size:,} in the vocabulary",
     )
 
     torch.manual_seed(h.seed)
@@ -5052,7 +5053,10 @@ def log_held_back(run: Run, seconds: float) -> None:
     budget = run.h.max_wallclock_seconds
     if budget == 0:
         return
-    run.log(f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration")
+    run.log(
+        f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration",
+        shown=f"{seconds:.1f} of the {budget:g} s are kept for calibration",
+    )
     if seconds > budget / 2:
         run.log.discard()
         raise InputError(

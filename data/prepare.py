@@ -103,24 +103,43 @@ def run_auto(args: argparse.Namespace) -> None:
     else:
         problems = [f"{shown(folder)}: not there yet"]
     present_shards = 0
-    if problems:
-        say(problems[0])
-    else:
+    if not problems:
         present_shards = len(shards.load_manifest(folder)["splits"]["train"]["shards"])
 
+    unreachable = ""
     if problems or (args.train_shards or 0) > present_shards:
         try:
             download.download_dataset(args.variant, args.train_shards or 1, folder)
             problems = []
         except download.HubUnreachable as error:
-            say(str(error).split(";")[0])
+            unreachable = str(error).split(";")[0]
     if problems:
-        variant = args.variant if args.variant in offline.VOCABULARIES else "sp1024"
-        folder = offline_folder(variant)
-        say(f"using the offline corpus in {shown(folder)} instead")
-        manifest, fresh = offline.build_corpus(folder, args.workers, vocab=offline.VOCABULARIES[variant])
-        report(folder, manifest, fresh)
+        folder = use_offline(
+            args, [problems[0], unreachable], never_there=not (folder / shards.MANIFEST).exists()
+        )
+    elif unreachable:
+        say(f"{shown(folder)}: {present_shards} of {args.train_shards} train shards, {unreachable}")
     print(f"data_path={shown(folder)}")
+
+
+def use_offline(args: argparse.Namespace, reasons: list[str], never_there: bool) -> Path:
+    """Build the offline corpus if it is not there yet, and return its folder.
+
+    reasons: why it is not FineWeb. They are news at the first time, and whenever there is a damaged FineWeb.
+    """
+    variant = args.variant if args.variant in offline.VOCABULARIES else "sp1024"
+    folder = offline_folder(variant)
+    known = never_there and (folder / shards.MANIFEST).exists()
+    if not known:
+        for reason in reasons:
+            say(reason)
+        say(f"using the offline corpus in {shown(folder)} instead")
+    manifest, fresh = offline.build_corpus(folder, args.workers, vocab=offline.VOCABULARIES[variant])
+    if fresh or not known:
+        report(folder, manifest, fresh)
+    else:
+        say(f"{shown(folder)}: the offline corpus again; FineWeb: ./run.sh data download")
+    return folder
 
 
 def run_verify(args: argparse.Namespace) -> int:

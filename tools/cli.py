@@ -31,7 +31,7 @@ from typing import NamedTuple
 from children import output_of, sigterm_reaches
 from script import ROOT, TRAINER, BadInput, load_script
 
-STARTED = time.monotonic()
+STARTED = time.monotonic() - int(os.environ.pop("RUN_SH_SECONDS", "0"))  # of run.sh, for the notes
 TOOLS = ROOT / "tools"
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
 SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
@@ -519,14 +519,35 @@ def with_preset(knobs: tuple[str, ...], gpus: int) -> list[str]:
     return [f"preset={machine_preset(gpus)}", *knobs]
 
 
+def trained_on(artifact: str) -> list[str]:
+    """Return the knobs of the data that an artifact was trained on: its log, if it lies beside it, has them.
+
+    Returns [] if the log or the data is elsewhere.
+    """
+    from ledger import runlog
+
+    log = re.sub(r"\.int6\.\w+$", ".txt", artifact)
+    try:
+        config = runlog.parse_log(Path(log)).config
+    except BadInput:
+        return []
+    if not os.path.isdir(config.get("data_path", "")):
+        return []
+    say(f"data_path={config['data_path']}, as in {log}")
+    return [f"{key}={config[key]}" for key in ("data_path", "tokenizer_path") if config.get(key)]
+
+
 def score(program: list[str], request: Request) -> int:
     """Run eval or audit on the data that is given or found, with a process on each of 1, 2, 4 or 8 GPUs."""
     enter_repository()
     gpus = count_gpus()
     knobs = with_preset(request.knobs, gpus)
     if not knob_value("data_path", request.knobs):
-        variant = variant_options(knob_value("preset", tuple(knobs)), knobs)
-        knobs = [f"data_path={find_data(*variant)}", *knobs]
+        found = trained_on(request.artifact)
+        if not found:
+            variant = variant_options(knob_value("preset", tuple(knobs)), knobs)
+            found = [f"data_path={find_data(*variant)}"]
+        knobs = [*found, *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])
 
@@ -746,7 +767,7 @@ Unless told otherwise, the number of NVIDIA GPUs chooses preset and processes:
 A preset fixes tokens a step and seconds; fewer processes accumulate more micro-batches for the same step.
 With preset= given, train takes the largest of 8, 4, 2 and 1 processes that have a GPU each and divide its
 batch. eval and audit take as many as have a GPU each, bench takes one. NPROC overrides.
-  data_path=   else what `data/prepare.py auto` finds or makes
+  data_path=   else what `data/prepare.py auto` finds or makes (eval, audit: first the data of the log)
   run_id=      else time, preset and seed; names the log and the artifact in out_dir= (logs)
 Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
 

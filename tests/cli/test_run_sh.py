@@ -271,6 +271,16 @@ def test_venv_module_missing(tree):
     )
 
 
+def test_the_seconds_of_notes_go_on_after_an_install(tree):
+    """A clock that begins again once the packages are there would hide where the minutes went."""
+    slow = (tree.bin / "python3").read_text().replace('"-m pip") case', '"-m pip") sleep 3; case')
+    tree.tool("python3", slow)
+    done = tree.run("train", "data_path=d", BANKSHOT_PYTHON="")
+    assert done.returncode == 0, done.stderr
+    seconds = [int(found) for found in re.findall(r"^\[run\.sh (\d+)s\]", done.stderr, re.M)]
+    assert seconds == sorted(seconds) and seconds[-1] >= 3 and "installed in" in done.stderr
+
+
 def test_installs_once_and_again_only_when_needed(tree):
     def pip_calls():
         return sum(line.startswith("-m pip install") for line in tree.calls())
@@ -331,7 +341,7 @@ def test_a_stamped_venv_without_packages_is_filled_again(tree):
     python.write_text(BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
     done = tree.run("test", BANKSHOT_PYTHON="")
     assert done.returncode == 0 and "installing requirements.txt" in done.stderr
-    assert sum(line.startswith("-m pip install --quiet") for line in tree.calls()) == 2
+    assert sum(line.startswith("-m pip install -qq ") for line in tree.calls()) == 2
 
 
 @pytest.mark.parametrize("linked", [False, True], ids=["folder", "link"])
@@ -711,6 +721,27 @@ def test_bench_takes_the_data_that_train_takes(tree):
         asked = [line for line in tree.calls() if line.startswith("data/prepare.py auto")]
         assert len(asked) == 2 and asked[0] == asked[1], asked
         tree.calls_file.unlink()
+
+
+def test_an_artifact_is_scored_on_the_data_of_its_log(tree):
+    """Not on what can be had today, which may be another text, nor after asking the hub for it."""
+    (tree.root / "logs").mkdir()
+    (tree.root / "logs/r.int6.xz").touch()
+    log = tree.root / "logs/r.txt"
+    log.write_text(f"{LOG_HEAD}config:\n  data_path: my/data\n  tokenizer_path: my/t.model\npreset: cpu\n")
+    found = "train_gpt.py eval logs/r.int6.xz data_path=made/here preset=cpu"
+    assert tree.run("eval", "logs/r.int6.xz").returncode == 0 and tree.calls()[-1] == found  # it is gone
+
+    (tree.root / "my/data").mkdir(parents=True)
+    calls = len(tree.calls())
+    for command, program in (("eval", "train_gpt.py eval"), ("audit", "tools/audit.py")):
+        done = tree.run(command, "logs/r.int6.xz")
+        assert done.stderr.splitlines()[0].endswith("] data_path=my/data, as in logs/r.txt")
+        knobs = "data_path=my/data tokenizer_path=my/t.model preset=cpu"
+        assert tree.calls()[calls:] == [f"{program} logs/r.int6.xz {knobs}"]
+        calls = len(tree.calls())
+    tree.run("eval", "logs/r.int6.xz", "data_path=d")
+    assert tree.calls()[calls:] == ["train_gpt.py eval logs/r.int6.xz preset=cpu data_path=d"]
 
 
 def test_ci_keeps_the_exit_status(tree):

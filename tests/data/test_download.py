@@ -301,6 +301,9 @@ def test_unreachable_hub(tmp_path, monkeypatch, capsys):
     assert "./run.sh data offline" in one_line(capsys) and not (tmp_path / "got").exists()
 
 
+PHASES = ("read: ", "drop duplicates: ", "train tokenizer: ", "tokenize ")  # of making the offline corpus
+
+
 def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DATASETS", tmp_path / "datasets")
     monkeypatch.setattr(offline, "installed", lambda: sources)
@@ -309,14 +312,25 @@ def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
     def gone(timeout=4.0):
         raise download.HubUnreachable("unplugged")
 
+    said = []  # on stderr by the last run
+
     def run(*extra):
         assert prepare.main(["auto", "--workers", "1", *extra]) == 0
-        return capsys.readouterr().out
+        captured = capsys.readouterr()
+        said[:] = [line for line in captured.err.splitlines() if not line.startswith(PHASES)]
+        return captured.out
 
     with monkeypatch.context() as patch:
         patch.setattr(download, "probe_hub", gone)
-        assert run() == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
-        assert run() == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
+        corpus = tmp_path / "datasets" / "offline_sp1024"
+        assert run() == f"data_path={corpus}\n"
+        assert said[:3] == [
+            f"{tmp_path / 'datasets' / 'fineweb10B_sp1024'}: not there yet",
+            "the Hugging Face hub is not reachable (unplugged)",
+            f"using the offline corpus in {corpus} instead",
+        ]
+        assert run() == f"data_path={corpus}\n"  # which is no news the second time
+        assert said == [f"{corpus}: the offline corpus again; FineWeb: ./run.sh data download"]
         assert run("--variant", "sp8192") == f"data_path={tmp_path / 'datasets' / 'offline_sp8192'}\n"
         assert run("--variant", "gpt2") == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
     for variant, pieces in offline.VOCABULARIES.items():
@@ -326,9 +340,12 @@ def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
     fineweb = tmp_path / "datasets" / "fineweb10B_sp1024"
     assert run("--train-shards", "2") == f"data_path={fineweb}\n"
     monkeypatch.setattr(download, "probe_hub", gone)
-    assert run() == run("--train-shards", "3") == f"data_path={fineweb}\n"  # what is there is used
+    assert run() == f"data_path={fineweb}\n" and said == []
+    assert run("--train-shards", "3") == f"data_path={fineweb}\n"  # what is there is used
+    assert said == [f"{fineweb}: 2 of 3 train shards, the Hugging Face hub is not reachable (unplugged)"]
 
     (fineweb / "fineweb_val_000000.bin").unlink()
     assert "offline_sp1024" in run()
+    assert "fineweb_val_000000.bin: no such file" in said[0] and "unplugged" in said[1]
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     assert run() == "data_path=datasets/offline_sp1024\n"

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import json
 import os
 import random
 import re
@@ -510,6 +511,17 @@ def test_a_first_signal_says_what_follows(tmp_path):
     assert console.count("stopping: artifact and scores follow; another signal") == 1
 
 
+def test_a_signal_of_a_program_promises_nothing(tmp_path):
+    """torchrun sends SIGTERM when another rank is gone: then there will be no artifact and no score."""
+    process = kill_runs.start(tmp_path, checkpoint_every=0, iterations=100_000)
+    assert kill_runs.wait_until(lambda: kill_runs.began(tmp_path, 0))
+    os.kill(process[0].pid, signal.SIGTERM)
+    assert kill_runs.ended(process) == [0]
+    console = (tmp_path / "console.0").read_text()
+    assert "artifact and scores follow" not in console
+    assert re.search(r"^training ends after [\d,]+ steps and \S+ s: a signal$", console, re.M)
+
+
 def test_the_echo_of_a_signal_ends_training_properly(tmp_path, monkeypatch):
     """torchrun repeats to its ranks the signal that the terminal has already sent to all of them."""
 
@@ -552,6 +564,34 @@ def test_a_rank_that_dies_takes_the_other_down_its_traceback_first(tmp_path):
         traceback_at[rank] = heads[0]
     assert traceback_at[1] < traceback_at[0]
     assert "ZeroDivisionError: cosmic ray" in text[traceback_at[1] : traceback_at[0]]
+
+
+def crash_under_torchrun(folder, rank):
+    """Crash as above, with the variable by which torchrun names a file for the reason of each rank."""
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/error.{rank}.json"
+    crash_on_rank_1(rank)
+
+
+def test_torchrun_learns_the_reason_of_the_rank_at_fault(tmp_path):
+    """It names the first reason as the cause; a rank that only lost another gives none, and ends later."""
+    processes = kill_runs.start(tmp_path, 2, functools.partial(crash_under_torchrun, str(tmp_path)))
+    assert kill_runs.wait_until(lambda: processes[1].exitcode is not None)
+    time.sleep(0.3)  # torchrun looks ten times a second
+    assert processes[0].exitcode is None
+    assert kill_runs.ended(processes) == [1, 1]
+    assert not (tmp_path / "error.0.json").exists()
+    error = json.loads((tmp_path / "error.1.json").read_text())["message"]
+    assert error["message"].endswith("\nZeroDivisionError: cosmic ray")
+    assert error["extraInfo"]["py_callstack"] == error["message"]
+
+
+def test_torchrun_ends_with_the_reason(tmp_path):
+    """Its own lines come last; the block in which they end names the rank and says why."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [t.__file__, "train", "preset=cpu", "data_path=/nowhere/at/all", f"out_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    cause = done.stderr.partition("Root Cause")[2]
+    assert done.returncode == 1 and "  traceback : /nowhere/at/all: no such data folder" in cause, done.stderr
 
 
 def kill_rank_1(rank):

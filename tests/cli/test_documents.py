@@ -1,0 +1,167 @@
+"""README, CONTRIBUTING and docs/: the files that they name exist, and their commands are accepted."""
+
+import ast
+import importlib
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import cli
+import prepare
+from ledger import record
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/README.md", ROOT / "records/README.md"]
+)
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(r"`([\w./-]+\.(?:py|md|json|png|sh|toml|txt))`")
+PLACEHOLDER = re.compile(r"[A-Z]{3,}|^logs/")
+MADE = {"log.txt", "mine.py", "manifest.json", "result.json"}  # by commands, in no folder of the repository
+
+
+@cache
+def paths():
+    """Return the paths of all files in the folders of the repository and beside them, each after a slash."""
+    tops = [top for top in ROOT.iterdir() if not top.name.startswith(".")]
+    inner = [path for top in tops if top.is_dir() for path in top.rglob("*")]
+    return [f"/{path.relative_to(ROOT).as_posix()}" for path in [*tops, *inner] if path.is_file()]
+
+
+def anchors(text):
+    """Return the anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(path, text):
+    """Return the links of a document that lead to no file of the repository, or to no heading in it."""
+    broken = []
+    for target in LINK.findall(text):
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        if target.startswith("http"):
+            continue
+        if not found.exists() or (anchor and anchor not in anchors(found.read_text(encoding="utf-8"))):
+            broken.append(target)
+    return broken
+
+
+def missing_files(text):
+    """Return the files in backticks that no path of the repository ends in and no command makes."""
+    named = [name for name in NAMED_FILE.findall(text) if not PLACEHOLDER.search(name.replace("README", ""))]
+    return [
+        name
+        for name in named
+        if Path(name).name not in MADE
+        and not any(path.endswith(f"/{name.removeprefix('./')}") for path in paths())
+    ]
+
+
+def commands(text):
+    """Yield the ./run.sh commands of a document's bash blocks, as lists of the words after ./run.sh."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                del words[0]
+            if words and words[0] == "./run.sh":
+                yield words[1:]
+
+
+def programs(text):
+    """Return the first words of all commands in a document's bash blocks."""
+    found = set()
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        lines = [re.sub(r"^( *[A-Z_]+=\S+)* *", "", line) for line in block.replace("\\\n", " ").splitlines()]
+        found.update(line.split()[0] for line in lines if line and not line.startswith("#"))
+    return found
+
+
+def check_command(words, artifact):
+    """Raise BadInput, SystemExit or AssertionError if a command line would be refused."""
+    if words == ["--help"]:
+        return
+    name, rest = cli.split_command(words)
+    if name == "data":
+        prepare.make_parser().parse_args(rest)
+    elif name == "record" and rest[0] in cli.MEASURED:
+        parser = importlib.import_module(f"lab.{rest[0]}").argument_parser()
+        _, knobs = parser.parse_known_args(rest[1:])
+        assert all("=" in word for word in knobs), words
+        cli.check_keys(tuple(knobs))
+    elif name == "record":
+        record.parser().parse_args(rest)
+    elif name == "test":
+        paths = [word for word in rest if word.startswith("tests/")]
+        assert all((ROOT / path).exists() for path in paths), words
+    else:
+        if cli.COMMANDS[name].needs_artifact:
+            rest[0] = artifact
+        for option in [word for word in rest if word == "--script"]:
+            rest[rest.index(option) + 1] = str(ROOT / "train_gpt.py")
+        cli.check_keys(cli.read_request(name, cli.COMMANDS[name], rest).knobs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_and_files_exist(name):
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    assert broken_links(path, text) == []
+    assert missing_files(text) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_are_accepted(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    artifact = tmp_path / "x.int6.xz"
+    artifact.touch()
+    for words in commands((ROOT / name).read_text(encoding="utf-8")):
+        try:
+            check_command(list(words), str(artifact))
+        except (cli.BadInput, SystemExit) as refusal:
+            raise AssertionError(f"{shlex.join(words)}: {refusal}") from None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_are_called_where_they_are(name):
+    """A shell that has not activated .venv finds none of its programs, nor a Python with the packages."""
+    found = programs((ROOT / name).read_text(encoding="utf-8"))
+    assert found & {"torchrun", "pip", "python", "pytest", "ruff"} == set()
+
+
+def test_the_trainers_docstring_names_commands_that_run():
+    """Its knobs exist, and a laptop's commands have the laptop's preset: others take hours there."""
+    doc = ast.get_docstring(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8")))
+    lines = [line.split("   ")[0].split() for line in re.findall(r"python train_gpt\.py (.*)", doc)]
+    assert [words[0] for words in lines] == ["train", "train", "eval", "audit", "bench"]
+    for words in lines:
+        cli.check_keys(tuple(word for word in words if "=" in word))
+    assert "preset=cpu" in lines[1] and "preset=cpu" in lines[2]
+
+
+def test_the_checks_see_what_is_wrong(tmp_path):
+    page = tmp_path / "page.md"
+    text = "[a](page.md#second-part) [b](page.md#third) [c](gone.md)\n## Second part\n"
+    page.write_text(text)
+    assert broken_links(page, text) == ["page.md#third", "gone.md"]
+    assert missing_files("`tests/gone.py` `cli/test_cli.py` `pictures/gone.png`") == [
+        "tests/gone.py",
+        "pictures/gone.png",
+    ]
+
+    block = "```bash\nNPROC=2 ./run.sh a=1 \\\n  b=2   # note\n./run.sh test && ./run.sh --help\npip x\n```\n"
+    assert list(commands(block)) == [["a=1", "b=2"], ["test"], ["--help"]]
+    assert programs(block.replace("pip", "A=b pip")) == {"./run.sh", "pip"}
+    bad = ["evaluate", "learning_rate=1", "record difff a b", "data download --shards 3"]
+    bad += ["record sweep --rowe base", "test tests/gone.py", "eval x.int6.xz stride=3"]
+    artifact = tmp_path / "x.int6.xz"
+    artifact.touch()
+    for line in bad:
+        with pytest.raises((cli.BadInput, SystemExit, AssertionError)):
+            check_command(line.split(), str(artifact))
