@@ -60,9 +60,9 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" 
 # -qq: only errors. Progress bars and warnings about this machine's settings are hundreds of lines.
 pip_install() { "$py" -m pip install -qq --disable-pip-version-check --no-input -r "$root/$1" >&2; }
 
-has_packages() {    # has_packages NAMES...: whether $py finds them, without importing them
-    "$py" -c 'import importlib.util, sys
-sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' "$@" 2>/dev/null
+has_packages() {    # has_packages NAMES...: whether $py is a Python that finds them, without importing them
+    [ "$("$py" -c 'import importlib.util, sys
+print(all(map(importlib.util.find_spec, sys.argv[1:])))' "$@" 2>/dev/null)" = True ]
 }
 
 make_venv() {    # make_venv PYTHON; sets $py

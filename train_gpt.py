@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import errno
 import glob
 import hashlib
 import io
@@ -71,8 +72,15 @@ from threading import Lock, Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 
-if __name__ == "__main__":  # until `guarded` handles it, Ctrl-C ends the process without a traceback
+if __name__ == "__main__":
+    # Until `guarded` handles it, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A console that is closed would lend its number to the next file that is opened.
+    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(free)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 import numpy as np
 import torch
@@ -98,6 +106,10 @@ class InputError(Exception):
 
     status = 2  # exit status of the process
 
+    def __str__(self) -> str:
+        """Return the line. A name in it that holds line breaks shows them as \\n."""
+        return "\\n".join(super().__str__().splitlines())
+
 
 class Fault(InputError):
     """A failure during a run, not a bad input: one line that says where and when."""
@@ -116,12 +128,19 @@ class Diverged(Fault):
 
 @contextmanager
 def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn an OSError, or one of `errors`, raised inside into an InputError: "problem (reason); remedy"."""
+    """Turn an OSError, a RecursionError or one of `errors` into an InputError: "problem (reason); remedy"."""
     try:
         yield
-    except (OSError, *errors) as e:
+    except (OSError, RecursionError, *errors) as e:
         reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}".splitlines()[0]
         raise InputError(f"{problem} ({reason}); {remedy}") from None
+
+
+def read_file(path: str) -> bytes:
+    """Return the bytes of a regular file. Raises OSError for others: a pipe may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a file", path)
+    return Path(path).read_bytes()
 
 
 def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
@@ -163,6 +182,17 @@ def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
                 with suppress(OSError):
                     os.rmdir(folder)  # if it is empty
     raise InputError(f"{problem} there, in {' or in '.join(others)}")
+
+
+def show(text: str) -> None:
+    """Print text at once. If that fails, print no more and raise BrokenPipeError or InputError."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        if isinstance(e, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            raise
+        raise InputError(f"standard output: cannot write to it ({e.strerror}); send it elsewhere") from None
 
 
 def plain_name(key: str, name: str) -> str:
@@ -389,6 +419,7 @@ SIZES = (  # with mlp_mult, the knobs that the number of parameters depends on
 # Rates and the weight decay of their parameters: a step shrinks these by the product.
 DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
 MAX_TOKENS = 1 << 30  # of a batch
+LONGEST_VALUE = 4000  # characters of a knob's value: the system's limit on a path is 4,096 bytes
 TRAINING_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
 
 PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the annotation of a knob
@@ -404,19 +435,24 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise InputError(f"argument {argument!r}: knobs are given as key=value")
+            raise InputError(f"argument {argument[:40]!r}: knobs are given as key=value")
         if key not in types:
-            close = [known for known in types if key.lower() in known or known in key.lower()]
+            close = [known for known in types if key and (key.lower() in known or known in key.lower())]
             hint = f"did you mean {', '.join(close)}?" if close else "`train_gpt.py config` lists them"
-            raise InputError(f"unknown config key {key!r}; {hint}")
+            raise InputError(f"unknown config key {key[:40]!r}; {hint}")
         given[key] = value
+    for key, text in given.items():
+        if any(ord(letter) < 32 for letter in text) or len(text.splitlines()) > 1:
+            raise InputError(f"config key {key}: {text[:40]!r} has control characters; leave them out")
+        if len(text) > LONGEST_VALUE:
+            raise InputError(f"config key {key}: {text[:40]!r}... has more than {LONGEST_VALUE} characters")
 
     values = {}
     for key, text in given.items():
         try:
             values[key] = PARSERS[types[key]](text)
         except (ValueError, KeyError):
-            raise InputError(f"config key {key}: {text!r} is not of type {types[key]}") from None
+            raise InputError(f"config key {key}: {text[:40]!r} is not of type {types[key]}") from None
     return values
 
 
@@ -471,7 +507,7 @@ def check_ranges(h: Config) -> None:
     }
     for key, allowed in choices.items():
         if getattr(h, key) not in allowed:
-            raise InputError(f"config key {key}: {getattr(h, key)!r} is not one of {', '.join(allowed)}")
+            raise InputError(f"config key {key}: {getattr(h, key)[:40]!r} is not one of {', '.join(allowed)}")
 
 
 def check_relations(h: Config) -> None:
@@ -508,12 +544,14 @@ def check_relations(h: Config) -> None:
         (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
         (
             windows_are_numbers,
-            f"attn_windows={h.attn_windows!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
+            f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, "
+            "as in '512 512 0'",
         ),
         (h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2"),
         (
             loop == neighbours and first + len(loop) <= h.num_layers,
-            f"loop_layers={h.loop_layers!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
+            f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, "
+            "as in '4 5'",
         ),
         (h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'"),
         (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
@@ -775,7 +813,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 
     texts = (world_text, rank_text, local_world_text, local_rank_text)
     ranks = None
-    if ("RANK" in env) == ("WORLD_SIZE" in env) and all(map(str.isdigit, texts)):
+    if ("RANK" in env) == ("WORLD_SIZE" in env) and all(map(str.isdecimal, texts)):
         ranks = Ranks(*map(int, texts))
     if ranks is None or ranks.rank >= ranks.world or ranks.local_world == 0:
         raise InputError(
@@ -827,11 +865,12 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(
-            f"cannot make the process group ({reason}); gloo needs the loopback network, for one process, "
-            "too: `ip link set lo up`, or name an interface with GLOO_SOCKET_IFNAME"
+            f"cannot make the process group ({reason}); start several processes with torchrun; gloo needs "
+            "the loopback network, for one process, too: `ip link set lo up`, or name an interface with "
+            "GLOO_SOCKET_IFNAME"
         ) from None
 
     levels = share_levels(ranks)
@@ -899,7 +938,8 @@ class Log:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             if not resume:
                 open(self.path, "x").close()
-            self.file = open(self.path, "a", encoding="utf-8")  # other ranks may append, too
+            # Other ranks may append, too. A path that is not UTF-8 is escaped.
+            self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")
             self.goes_on = self.file.tell() > 0
         self.lock()
 
@@ -922,7 +962,8 @@ class Log:
     def close(self) -> None:
         """End the log; lines that follow are dropped. Other processes may have it from now on."""
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # what a full disk has refused is refused again
+                self.file.close()
         self.file = None
 
     def discard(self) -> None:
@@ -947,7 +988,8 @@ class Log:
             self.move(line, str(e))
         text = line if shown is None else shown
         if text:
-            print(("\r\033[K" if self.live else "") + text, flush=True)
+            with suppress(OSError, InputError):  # a run goes on without a console: the log has it all
+                show(("\r\033[K" if self.live else "") + text)
 
     def move(self, line: str, reason: str) -> None:
         """Go on with `line` in a copy of the log elsewhere, and say where on stderr. InputError: nowhere."""
@@ -956,13 +998,14 @@ class Log:
         with suppress(OSError):
             self.file.close()
         self.path = write_somewhere(self.path, whole, f"{line}\n".encode())
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")
         print(f"train_gpt.py: {reason}; the whole log is {self.path}", file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """Replace the live line of the terminal."""
         if self.live:
-            print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal may be gone
+                print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
         """Show how far long work is and when it ends: live on a terminal, as a line every PROGRESS seconds.
@@ -996,6 +1039,17 @@ def tell_torchrun(reason: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": reason, "extraInfo": extra}}))
 
 
+def memory_fault(error: Exception) -> Fault | None:
+    """Return the line about an error that says that there is no more memory, None for another error."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in said):
+        return Fault(
+            f"no memory left ({str(error)[:200]}); lower micro_batch_tokens or eval_batch_tokens, or make "
+            "the model smaller"
+        )
+    return None
+
+
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
     """Handle SIGTERM and SIGINT, and append the reason a rank fails to the log that all ranks share.
@@ -1012,19 +1066,23 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
         from_terminal = number == signal.SIGINT  # torchrun sends SIGTERM when another rank is gone
         if m.rank == 0 and from_terminal and len(m.signals) == 1:
             text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
-            os.write(2, text.encode())  # not print: the signal may have interrupted one
+            with suppress(OSError):
+                os.write(2, text.encode())  # not print: the signal may have interrupted one
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except Exception as e:
-        reason = f"rank {m.rank}: " + (str(e) if isinstance(e, InputError) else traceback.format_exc())
+        known = memory_fault(e) or e
+        reason = f"rank {m.rank}: " + (
+            str(known) if isinstance(known, InputError) else traceback.format_exc()
+        )
         lost = m.world_size > 1 and lost_another_rank(e)
         shown = f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}"
         text = f"{reason}\n{shown}\n" if lost else f"{reason}\n"
         with suppress(OSError):  # if there is no log any more, as after `discard`, it makes none
             file = os.open(log.path, os.O_WRONLY | os.O_APPEND)
-            with open(file, "w", encoding="utf-8") as f:
+            with open(file, "w", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(text)
         if m.world_size > 1:
             print(f"train_gpt.py: {shown if lost else reason}", file=sys.stderr, flush=True)
@@ -1032,7 +1090,7 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
                 time.sleep(LINGER)
             else:
                 tell_torchrun(reason.rstrip())
-            os._exit(getattr(e, "status", 1))
+            os._exit(getattr(known, "status", 1))
         raise
     finally:
         log.close()
@@ -1083,10 +1141,10 @@ def sentencepiece_counts(path: str) -> ByteCounts:
     """Read the ByteCounts of a SentencePiece model. Raises InputError when the file is not one."""
     import sentencepiece
 
+    sp = sentencepiece.SentencePieceProcessor()
     with explained(f"{path}: not a SentencePiece model", "tokenizer_path=FILE names one", RuntimeError):
-        sp = sentencepiece.SentencePieceProcessor(model_file=path)
-
-    ids = list(range(sp.vocab_size()))
+        sp.LoadFromSerializedProto(read_file(path))  # its own reader wants a path in UTF-8
+        ids = list(range(sp.vocab_size()))
     pieces = sp.id_to_piece(ids)
     boundary = np.array(sp.is_control(ids)) | sp.is_unknown(ids) | sp.is_unused(ids)
     space = np.array([piece.startswith("\u2581") for piece in pieces]) & ~boundary
@@ -1194,18 +1252,24 @@ def begins_inside(path: str, bos_id: int) -> bool:
 
 def find_shards(data_path: str, split: str) -> list[str]:
     """Return the sorted paths of a split's shards, `*_SPLIT_<digits>.bin`. The list may be empty."""
-    return sorted(glob.glob(os.path.join(glob.escape(data_path), f"*_{split}_[0-9]*.bin")))
+    pattern = f"*_{glob.escape(split)}_[0-9]*.bin"
+    return sorted(glob.glob(os.path.join(glob.escape(data_path), pattern)))
 
 
 def split_files(data_path: str, split: str) -> list[str]:
     """Return the shards of a split. Raises InputError when there are none."""
     if not os.path.isdir(data_path):
         raise InputError(
-            f"{data_path}: no such data folder; `./run.sh data auto` makes one, data_path=DIR names one"
+            f"data_path={data_path}: no such data folder; `./run.sh data auto` makes one, data_path=DIR "
+            "names one"
         )
-    if files := find_shards(data_path, split):
-        return files
-    raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
+    files = find_shards(data_path, split)
+    if not files:
+        raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
+    for f in files:
+        if not os.path.isfile(f):  # reading a pipe would never end
+            raise InputError(f"{f}: not a file, or a link to none; download it or prepare it again")
+    return files
 
 
 def load_split(h: Config, split: str) -> np.ndarray:
@@ -1229,16 +1293,20 @@ class TokenizerEntry(NamedTuple):
 
     bos_id: int = 0
     sha256: str = ""
-    encoding: str | None = None  # of tiktoken
-    file: str | None = None  # of SentencePiece, beside the manifest
+    encoding: str = ""  # of tiktoken
+    file: str = ""  # of SentencePiece, beside the manifest
 
 
 def read_manifest(path: Path) -> tuple[dict, TokenizerEntry]:
     """Read manifest.json and its tokenizer entry. Raises InputError when it is not a manifest."""
     with explained(f"{path}: not a manifest", "make it again", ValueError, KeyError, TypeError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_file(str(path)).decode())
         entry = manifest["tokenizer"]
-        named = TokenizerEntry(manifest["bos_id"], entry["sha256"], entry.get("encoding"), entry.get("file"))
+        texts = (entry["sha256"], entry.get("encoding") or "", entry.get("file") or "")
+        named = TokenizerEntry(manifest["bos_id"], *texts)
+        types = [type(value) for value in named]
+        if types != [int, str, str, str]:
+            raise TypeError("bos_id must be a whole number, the tokenizer's sha256, encoding and file text")
     return manifest, named
 
 
@@ -1290,8 +1358,9 @@ def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None
         fault = ""
         if os.path.getsize(files[name]) != SHARD_HEADER_BYTES + 2 * entry.tokens:
             fault = "length"
-        elif by_content and entry.sha256 and sha256(Path(files[name]).read_bytes()) != entry.sha256:
-            fault = "sha256"
+        elif by_content and entry.sha256:
+            with explained(f"{files[name]}: cannot read the shard", "check its permissions"):
+                fault = "sha256" if sha256(read_file(files[name])) != entry.sha256 else ""
         if fault:
             raise InputError(
                 f"{files[name]}: its {fault} disagrees with manifest.json; download it or prepare it again"
@@ -1342,7 +1411,7 @@ def load_dataset(h: Config, trains: bool = False) -> Dataset:
         file = os.path.join(h.data_path, named.file)
     if file:
         counts = sentencepiece_counts(file)
-        tokenizer_sha256 = sha256(Path(file).read_bytes())
+        tokenizer_sha256 = sha256(read_file(file))
         if manifest and tokenizer_sha256 != named.sha256:
             raise InputError(
                 f"{file}: not the tokenizer of {path} (sha256 {tokenizer_sha256[:12]}, "
@@ -5263,7 +5332,8 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
         f"size: {describe_size(bytes_total, h.size_cap)}\ntime: {describe_phases(run.phases)}",
     )
     if m.rank == 0:
-        print(f"log: {log.path}\nartifact: {written}", flush=True)
+        with suppress(OSError, InputError):
+            show(f"log: {log.path}\nartifact: {written}")
     _, moved = m.agree(0.0, written != path)
     return 1 if over > 0 or late or moved else 0
 
@@ -5302,11 +5372,11 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     fixed = ["codec", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith("eval_"))]
     for argument in argv:
         if argument.split("=")[0] in fixed:
-            raise InputError(f"{argument}: the artifact fixes this knob; leave it out")
+            raise InputError(f"{argument[:80]}: the artifact fixes this knob; leave it out")
     knobs = read_knobs(argv, {k: v for k, v in env.items() if k.lower() not in fixed})
 
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
-        blob = Path(path).read_bytes()
+        blob = read_file(path)
 
     try:
         header, payload = open_artifact(blob)
@@ -5365,7 +5435,8 @@ def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
 
     target = [str(root / TOOLS[name])] if name == "audit" else ["-m", "lab.bench"]
     paths = [str(root / "tools"), *filter(None, [env.get("PYTHONPATH")])]
-    env = {**env, "PYTHONPATH": os.pathsep.join(paths)}
+    # From Python 3.11 on, -m ignores modules in the working folder if this is set.
+    env = {**env, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     child = subprocess.Popen([sys.executable, *target, *argv, "--script", str(script)], env=env)
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     status = child.wait()
@@ -5380,11 +5451,11 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
     """Run one command and return its exit status. Raises InputError for an unknown command."""
     has_file = bool(rest) and "=" not in rest[0]
     if command in ("-h", "--help"):
-        print(USAGE + "\n\n" + __doc__)
+        show(USAGE + "\n\n" + __doc__)
         return 0
     if command == "config":
         knobs = vars(load_config(rest, env))
-        print("\n".join(f"{key}: {value}" for key, value in sorted(knobs.items())))
+        show("\n".join(f"{key}: {value}" for key, value in sorted(knobs.items())))
         return 0
     if command == "train":
         return command_train(load_config(rest, env), env)
@@ -5406,17 +5477,18 @@ def main(argv: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
     try:
-        status = run_command(command, rest, os.environ)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        return run_command(command, rest, os.environ)
+    except BrokenPipeError:
         return 1
     except InputError as e:
         print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
         tell_torchrun(str(e))
         return e.status
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        if fault := memory_fault(e):
+            print(f"train_gpt.py: {fault}", file=sys.stderr, flush=True)
+            tell_torchrun(str(fault))
+            return fault.status
         if not lost_another_rank(e):
             raise
         print("train_gpt.py: another rank is gone before the run began", file=sys.stderr, flush=True)

@@ -19,12 +19,24 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 import shards
-from messages import DataError, Progress, describe, explain, is_panic, megabytes, require, say, short
+from messages import (
+    DataError,
+    Progress,
+    describe,
+    explain,
+    is_panic,
+    megabytes,
+    require,
+    require_file,
+    say,
+    short,
+)
 from tokenizing import UNKNOWN_TEXT, SentencePieceCoder, TiktokenCoder, Tokenizer
 from workers import Workers
 
 FORMATS = (".txt", ".txt.zst", ".jsonl", ".jsonl.zst")
 BATCH_CHARS = 1 << 20  # one unit of work for a tokenizing process
+LONGEST_NAME = 100  # characters of a dataset's or a split's name: both go into the names of files
 
 Splits = dict[str, list[str | Path]]  # {split: its input files}
 
@@ -86,7 +98,9 @@ def json_text(path: str | Path, number: int, line: bytes, key: str) -> str:
     """Return the text field of one line of JSON. Raises DataError if the line has none."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except UnicodeError:
+        raise  # not JSON's fault; `read_documents` names the remedy
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: line {number}: not JSON ({error}); one object per line is expected"
         ) from None
@@ -249,11 +263,16 @@ class BuildOptions:
 
 def check_names(name: str, splits: Iterable[str]) -> None:
     """Raise DataError if a name is malformed or a shard of one split matches the pattern of another."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise DataError(f"--name {name!r}: use letters, digits, '_', '-' and '.' only")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or len(name) > LONGEST_NAME:
+        raise DataError(
+            f"--name {name[:40]!r}: use letters, digits, '_', '-' and '.' only, {LONGEST_NAME} at most"
+        )
     for split in splits:
-        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", split):
-            raise DataError(f"--split {split!r}: use lower-case words joined by '_', such as val_news")
+        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", split) or len(split) > LONGEST_NAME:
+            raise DataError(
+                f"--split {split[:40]!r}: use lower-case words joined by '_', such as val_news, "
+                f"{LONGEST_NAME} characters at most"
+            )
         for other in splits:
             pattern = shards.shard_pattern(other)
             if other != split and fnmatch.fnmatch(f"{name}_{split}_000000.bin", pattern):
@@ -270,6 +289,7 @@ def describe_inputs(splits: Splits) -> list[dict]:
         for path in files:
             if not str(path).endswith(FORMATS):
                 raise DataError(f"{path}: unknown input format; name it {', '.join(FORMATS)}")
+            require_file(path)
             try:
                 size = os.stat(path).st_size
                 digest = shards.sha256_file(path)

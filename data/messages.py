@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
@@ -15,6 +17,34 @@ class DataError(Exception):
     """Bad input or a failed build. The message is the one line that the user sees: file, problem, remedy."""
 
     status = 1
+
+
+def one_line(message: object) -> str:
+    """Return a message on one line: a name that holds line breaks shows them as \\n."""
+    return "\\n".join(str(message).splitlines())
+
+
+def guard_console() -> None:
+    """Make the console safe to print on: a closed stream prints nowhere, an odd character is escaped."""
+    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # the number of a closed stream, which the next file to be opened would get
+    os.close(free)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
+
+
+def answer(line: str) -> None:
+    """Print a result on stdout. Raises DataError if that fails, and prints no more there."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's last flush fails
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return
+        raise DataError(f"standard output: {error.strerror.lower()}; send it elsewhere") from None
 
 
 def say(line: str) -> None:
@@ -35,6 +65,12 @@ def explain(error: OSError, path: str | Path | None = None) -> str:
     }
     remedy = remedies.get(error.errno, "check its permissions or choose another path")
     return f"{name}: {reason}; {remedy}"
+
+
+def require_file(path: str | Path) -> None:
+    """Raise DataError if there is something else than a file at `path`: reading a pipe might never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path}: not a file; give a file, not a folder or a pipe")
 
 
 def is_panic(error: BaseException) -> bool:

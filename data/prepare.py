@@ -8,9 +8,13 @@ Exit status: 0 done, 1 bad input, 2 bad command line, 3 hub not reachable, 130 i
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C shows no traceback
+
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +24,7 @@ import build
 import download
 import offline
 import shards
-from messages import DataError, describe, explain, is_panic, say
+from messages import DataError, answer, describe, explain, guard_console, is_panic, one_line, say
 from tokenizing import check_held_out, open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +84,7 @@ def run_text(args: argparse.Namespace) -> None:
     options = build.BuildOptions(
         key=args.field, shard_tokens=args.shard_tokens, workers=args.workers, replace=args.replace
     )
-    name = args.name or out.resolve().name
+    name = out.resolve().name if args.name is None else args.name
     build.check_names(name, splits)
     tokenizer = open_tokenizer(args.tokenizer)
     source = build.text_source(splits, options)
@@ -119,7 +123,7 @@ def run_auto(args: argparse.Namespace) -> None:
         )
     elif unreachable:
         say(f"{shown(folder)}: {present_shards} of {args.train_shards} train shards, {unreachable}")
-    print(f"data_path={shown(folder)}")
+    answer(f"data_path={shown(folder)}")
 
 
 def use_offline(args: argparse.Namespace, reasons: list[str], never_there: bool) -> Path:
@@ -148,20 +152,27 @@ def run_verify(args: argparse.Namespace) -> int:
     if not problems:
         problems = check_held_out(args.folder, shards.load_manifest(args.folder))
     for problem in problems:
-        say(problem)
+        say(one_line(problem))
     if problems:
         return 1
 
     manifest = shards.load_manifest(args.folder)
     files = sum(len(split["shards"]) for split in manifest["splits"].values())
     digest = shards.sha256_file(Path(args.folder) / shards.MANIFEST)
-    print(f"{shown(args.folder)}: ok, {files} shards, manifest sha256 {digest}")
+    answer(f"{shown(args.folder)}: ok, {files} shards, manifest sha256 {digest}")
     return 0
 
 
 # -----------------------------------------------------------------------------
 # The command line
 # -----------------------------------------------------------------------------
+
+
+def folder_name(text: str) -> str:
+    """Return the value of an option that names a folder. An empty one is often an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -209,7 +220,9 @@ def add_download(verbs: Verbs) -> None:
     parser.add_argument(
         "--train-shards", type=int, default=1, metavar="N", help="train shards, 200 MB each (1)"
     )
-    parser.add_argument("--out", metavar="DIR", help="dataset folder (data/datasets/fineweb10B_VARIANT)")
+    parser.add_argument(
+        "--out", type=folder_name, metavar="DIR", help="dataset folder (data/datasets/fineweb10B_VARIANT)"
+    )
 
 
 def add_text(verbs: Verbs) -> None:
@@ -228,7 +241,7 @@ def add_text(verbs: Verbs) -> None:
     parser.add_argument(
         "--tokenizer", required=True, metavar="X", help="SentencePiece .model or tiktoken name"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="dataset folder")
+    parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="dataset folder")
     parser.add_argument("--name", help="file name prefix of the shards (name of DIR)")
     parser.add_argument("--field", default="text", help="the text field of .jsonl (text)")
     parser.add_argument(
@@ -248,7 +261,9 @@ def add_offline(verbs: Verbs) -> None:
         verbs, run_offline, "build a corpus without a network, from installed documentation", ""
     )
     add_variant(parser, offline.VOCABULARIES)
-    parser.add_argument("--out", metavar="DIR", help="dataset folder (data/datasets/offline_VARIANT)")
+    parser.add_argument(
+        "--out", type=folder_name, metavar="DIR", help="dataset folder (data/datasets/offline_VARIANT)"
+    )
     add_workers(parser)
 
 
@@ -275,7 +290,7 @@ def add_verify(verbs: Verbs) -> None:
         "check every byte of a dataset folder; one line per problem",
         "data/datasets/fineweb10B_sp1024",
     )
-    parser.add_argument("folder", metavar="DIR", help="dataset folder")
+    parser.add_argument("folder", type=folder_name, metavar="DIR", help="dataset folder")
 
 
 def add_variant(parser: Parser, variants: Iterable[str] = download.VARIANTS) -> None:
@@ -294,18 +309,26 @@ def add_workers(parser: Parser, note: str = "") -> None:
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes ({cores}){note}")
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise DataError if an option counts less than one of something."""
+    for name in ("workers", "train_shards"):
+        count = getattr(args, name, None)
+        if count is not None and count < 1:
+            raise DataError(f"--{name.replace('_', '-')} {count}: choose 1 or more")
+
+
 def main(argv: list[str]) -> int:
     """Run one verb and return the exit status."""
+    guard_console()
     args = make_parser().parse_args(argv)
     try:
-        if getattr(args, "workers", 1) < 1:
-            raise DataError(f"--workers {args.workers}: choose 1 or more")
+        check_numbers(args)
         return args.function(args) or 0
     except DataError as error:
-        say(f"error: {error}")
+        say(f"error: {one_line(error)}")
         return error.status
     except OSError as error:
-        say(f"error: {explain(error)}")
+        say(f"error: {one_line(explain(error))}")
         return 1
     except KeyboardInterrupt as signalled:
         say("\ninterrupted; nothing half-written is left, repeat the command to continue")
@@ -327,4 +350,6 @@ def interrupt(number, frame):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from messages import DataError, explain
+from messages import DataError, explain, require_file
 
 try:
     import fcntl
@@ -78,6 +78,7 @@ def shard_header(tokens: int) -> bytes:
 
 def read_header(path: str | Path) -> int:
     """Return the number of tokens in a shard. Raises DataError on a wrong magic, version or file size."""
+    require_file(path)
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
@@ -287,6 +288,7 @@ def manifest_bytes(manifest: dict) -> bytes:
 def load_manifest(folder: str | Path) -> dict:
     """Read the manifest of a dataset folder. Raises DataError if it is absent or not sound."""
     path = Path(folder) / MANIFEST
+    require_file(path)
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import shards
-from messages import DataError, explain, require
+from messages import DataError, explain, require, require_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -152,7 +152,7 @@ def cut_spaces(text: str) -> Iterator[str]:
 def open_tokenizer(name: str | Path) -> Tokenizer:
     """Return the Tokenizer of a .model file or a tiktoken encoding. Raises DataError if it is neither."""
     path = Path(name)
-    if path.suffix == ".model" or path.exists():
+    if name and (path.suffix == ".model" or path.exists()):
         tokenizer = sentencepiece_tokenizer(path)
     else:
         tokenizer = tiktoken_tokenizer(name)
@@ -167,6 +167,7 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
 def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     """Return the Tokenizer of the SentencePiece model file at `path`. Raises DataError if it is not one."""
     processor = require("sentencepiece").SentencePieceProcessor()
+    require_file(path)
     try:
         blob = Path(path).read_bytes()
     except OSError as error:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from threading import Thread
 from typing import TypeVar
 
@@ -51,6 +52,8 @@ def start_worker(start: Callable[..., None], args: tuple) -> None:
     global _start_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the parent acts
     Thread(target=leave_with_parent, daemon=True).start()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         start(*args)
     except BaseException as error:
@@ -65,6 +68,23 @@ def work(function: Callable[[Item], Result], item: Item) -> Result:
         return function(item)
     except BaseException as error:
         raise portable(error) from None
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the end of the block, in which processes may start.
+
+    Half of what a process needs to start would make it show a traceback. A process inherits the blocked
+    signals: it hears of SIGTERM when it has started, and never of Ctrl-C.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def nothing() -> None:
@@ -108,7 +128,8 @@ class Workers:
         waiting = deque()
         try:
             for item in items:
-                waiting.append((item, self.pool.submit(work, function, item)))
+                with signals_held_back():  # a submission may start a process
+                    waiting.append((item, self.pool.submit(work, function, item)))
                 if len(waiting) == self.depth:
                     first, future = waiting.popleft()
                     yield first, future.result()

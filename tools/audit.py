@@ -25,6 +25,11 @@ The exit status is 0 if all tests pass, 1 if one fails, and 2 for bad input, whi
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
+
 import dataclasses
 import hashlib
 import json
@@ -53,7 +58,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from script import TRAINER, BadInput, load_script, missing_names, one_layer, require_names
+from script import (
+    TRAINER,
+    BadInput,
+    guard_console,
+    load_script,
+    missing_names,
+    one_layer,
+    require_names,
+)
 
 USAGE = "usage: audit.py ARTIFACT [--script PATH] [key=value ...]"
 MODULE = "audited_script"  # the script's name in sys.modules
@@ -853,6 +866,7 @@ def refuse(error: Exception) -> int:
 
 def main(argv: list[str]) -> int:
     """Audit an artifact and return the exit status. An error that the user can fix is one line."""
+    guard_console()
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0

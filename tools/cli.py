@@ -13,23 +13,36 @@ The exit status is the program's own (128 + N after signal N), or 2 for bad inpu
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C shows no traceback
+
 import ast
 import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
-from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
 from children import output_of, sigterm_reaches
-from script import ROOT, TRAINER, BadInput, load_script
+from script import (
+    ROOT,
+    TRAINER,
+    BadInput,
+    console_may_be_gone,
+    describe,
+    guard_console,
+    leave_console,
+    load_script,
+    take_ctrl_c,
+)
 
 STARTED = time.monotonic() - int(os.environ.pop("RUN_SH_SECONDS", "0"))  # of run.sh, for the notes
 TOOLS = ROOT / "tools"
@@ -130,7 +143,7 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
 
 def read_artifact(name: str, rest: list[str]) -> str:
     """Take the artifact's path off the front of `rest`."""
-    if not rest or "=" in rest[0]:
+    if not rest or not rest[0] or "=" in rest[0]:
         raise BadInput(f"{name} needs an artifact: ./run.sh {name} logs/RUN.int6.xz")
     path = rest.pop(0)
     if not os.path.isfile(path):
@@ -314,9 +327,10 @@ def launch(processes: int | None, program: list[str]) -> int:
 
 
 def add_tools_to_path() -> None:
-    """Let `python -m lab.X` and `python -m ledger.X` find their packages."""
+    """Let `python -m lab.X` and `python -m ledger.X` find their packages, and not the caller's."""
     paths = [str(TOOLS), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    os.environ["PYTHONSAFEPATH"] = "1"  # from Python 3.11 on, -m then ignores modules in the working folder
 
 
 def find_data(*options: str) -> str:
@@ -500,9 +514,11 @@ def train(request: Request) -> int:
         knobs = [f"preset={preset}", f"data_path={os.path.join(folder, data_path)}", *others]
         run_sh = os.path.join(folder or ".", "run.sh")
         nexts = next_commands(knobs, resolved.seed, os.path.join(folder, artifact), run_sh)
-        report(log, [] if status else nexts)
+        with console_may_be_gone():
+            report(log, [] if status else nexts)
     else:
-        report_failure(log, artifact)
+        with console_may_be_gone():
+            report_failure(log, artifact)
     reason = read_reason(log, size) if status else ""
     if status or not scored:
         say(f"the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
@@ -800,6 +816,19 @@ def help_text() -> str:
     return HELP.format(commands="".join(commands), machines="\n".join(reversed(machines)))
 
 
+def show_help() -> int:
+    print(help_text(), end="", flush=True)
+    return 0
+
+
+def check_folder() -> None:
+    """Raise BadInput if the caller's folder has been removed: paths cannot be read from there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise BadInput("the current folder is gone: change to one that exists") from None
+
+
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
     """Return the command, by default train, and the words after it. Raises BadInput if it is unknown."""
     if not argv or "=" in argv[0]:
@@ -814,24 +843,21 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 
 def main(argv: list[str]) -> int:
     """Run a command line of run.sh and return the exit status. After --check, only read it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
+    guard_console()
+    take_ctrl_c()
     only_check = argv[:1] == ["--check"]
     if only_check:
         argv = argv[1:]
-    if argv[:1] in (["-h"], ["--help"], ["help"]):
-        print(help_text(), end="")
-        return 0
-
     try:
+        if argv[:1] in (["-h"], ["--help"], ["help"]):
+            return show_help()
+        check_folder()
         if argv[:1] == ["--resolve"]:
             return print_resolved(argv[1:])
         name, words = split_command(argv)
         command = COMMANDS[name]
         if command.reads_knobs and {"-h", "--help"} & set(words):
-            print(help_text(), end="")
-            return 0
+            return show_help()
         request = read_request(name, command, words)
         if only_check:
             check_keys(request.knobs)
@@ -839,6 +865,12 @@ def main(argv: list[str]) -> int:
         return command.run(request)
     except BadInput as error:
         print(f"run.sh: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            print(f"run.sh: {describe(error)}", file=sys.stderr, flush=True)
+        if error.filename is None:
+            leave_console()
         return 2
     except KeyboardInterrupt:
         print("\nrun.sh: interrupted", file=sys.stderr, flush=True)

@@ -1,11 +1,16 @@
-"""Load a train_gpt.py by path, the repository's or a record's, for all tools. Imports no torch."""
+"""What all tools share: loading a train_gpt.py, errors of one line, a safe console. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +21,56 @@ TRAINER = ROOT / "train_gpt.py"
 
 class BadInput(Exception):
     """An error the user can fix: one line that names the file, key or value and the remedy."""
+
+    def __str__(self) -> str:
+        """Return the line. A name in it that holds line breaks shows them as \\n."""
+        return "\\n".join(super().__str__().splitlines())
+
+
+# ---- the console ---------------------------------------------------------------------------------
+
+
+def guard_console() -> None:
+    """Make the console safe to print on: a closed stream prints nowhere, an odd character is escaped."""
+    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # the number of a closed stream, which the next file to be opened would get
+    os.close(free)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal
+
+
+def leave_console() -> None:
+    """Print no more on stdout, which failed: else Python's last flush would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextmanager
+def console_may_be_gone() -> Iterator[None]:
+    """Inside the block, an error of stdout, whose reader may have left, ends the block and nothing else."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        leave_console()
+
+
+def take_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, if it would end the process. A shell may have it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def describe(error: OSError) -> str:
+    """Return one line about an error of a file, or of stdout, which has no name."""
+    place = error.filename or "standard output"
+    return str(BadInput(f"{place}: {error.strerror}; check the path, its permissions and the free space"))
+
+
+# ---- scripts -------------------------------------------------------------------------------------
 
 
 def missing_names(module: ModuleType, needs: tuple[str, ...]) -> list[str]:

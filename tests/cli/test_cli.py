@@ -162,3 +162,52 @@ def test_sigterm_ends_what_was_started(name, tmp_path):
 def test_a_program_that_a_signal_ended_has_the_shells_status():
     program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert cli.run(["-c", program]) == 128 + signal.SIGKILL
+
+
+CLI = [sys.executable, str(ROOT / "tools/cli.py")]
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    command = ["sh", "-c", script, "-", *CLI, "config", "data_path=x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("run.sh: the current folder is gone: change to one")
+    assert "Traceback" not in done.stderr
+
+
+IMPORTS = "raise SystemExit('a module of the caller was imported')"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+@pytest.mark.parametrize(
+    "words", [["record", "sweep"], ["record", "wire", "--ranks", "0"], ["record", "codecs", "gone"]], ids=str
+)
+def test_modules_of_the_callers_are_not_taken_for_ours(words, tmp_path):
+    for name in ("script", "lab", "ledger", "torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text(IMPORTS)
+    done = subprocess.run([*CLI, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "a module of the caller" not in done.stderr
+
+
+# A module that a program imports while it starts, and the program. Interrupted there, it has done nothing.
+STARTING = (
+    ("ast", [*CLI, "record", "verify", "--quiet"]),
+    ("numpy", [sys.executable, str(ROOT / "data/prepare.py"), "verify", "gone"]),
+    ("numpy", [sys.executable, str(ROOT / "tools/audit.py"), "gone"]),
+    ("numpy", [sys.executable, "-m", "lab.bench"]),
+    ("numpy", [sys.executable, "-m", "lab.codecs"]),
+    ("numpy", [sys.executable, "-m", "lab.directions"]),
+    ("argparse", [sys.executable, "-m", "lab.sweep"]),
+    ("argparse", [sys.executable, "-m", "lab.wire"]),
+)
+
+
+@pytest.mark.parametrize("module, command", STARTING, ids=lambda value: str(value)[-30:])
+def test_ctrl_c_while_a_program_starts_shows_no_traceback(module, command, tmp_path):
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "tools")])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

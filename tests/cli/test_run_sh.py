@@ -237,6 +237,8 @@ def test_bad_input_is_one_line(tree):
     refused(tree.run(NPROC="two"), "NPROC=two")
     refused(tree.run(NPROC="0"), "NPROC=0")
     refused(tree.run(BANKSHOT_PYTHON="/no/python"), "BANKSHOT_PYTHON=/no/python")
+    refused(tree.run(BANKSHOT_PYTHON="/bin/true"), "BANKSHOT_PYTHON=/bin/true", "requirements.txt")
+    refused(tree.run("eval", ""), "an artifact", "./run.sh eval")
     assert tree.calls() == []
     (tree.root / "tools/audit.py").unlink()
     refused(tree.run("audit", "run.sh"), "tools/audit.py is missing")

@@ -1,6 +1,10 @@
 """Bad input, a full disk and an interrupt: one line of error each, and nothing half-written is left."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +50,35 @@ def bad_json(folder, args):
     return replaced(args, val=folder / "j.jsonl"), "j.jsonl: line 2: not JSON"
 
 
+def bad_utf8_json(folder, args):
+    (folder / "j.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    return replaced(args, val=folder / "j.jsonl"), "j.jsonl: line 1: not valid UTF-8; convert"
+
+
+def bad_deep_json(folder, args):
+    (folder / "j.jsonl").write_text('{"text": ' + "[" * 100_000)
+    return replaced(args, val=folder / "j.jsonl"), "j.jsonl: line 1: not JSON (maximum recursion"
+
+
+def bad_key(folder, args):
+    (folder / "k.jsonl").write_text('{"a\\nb": 1}\n')
+    return replaced(args, val=folder / "k.jsonl"), "k.jsonl: line 1: no text field 'text' (found: a\\nb)"
+
+
+def bad_file_name(folder, args):
+    return replaced(args, val=folder / "a\nb.txt"), "a\\nb.txt: no such file"
+
+
+def bad_pipe(folder, args):
+    os.mkfifo(folder / "p.txt")
+    return replaced(args, val=folder / "p.txt"), "p.txt: not a file; give a file"
+
+
+def bad_tokenizer_pipe(folder, args):
+    os.mkfifo(folder / "p.model")
+    return replaced(args, tokenizer=folder / "p.model"), "p.model: not a file; give a file"
+
+
 def bad_zst(folder, args):
     path = write_docs(folder / "z.txt.zst", make_documents(0, 20))
     path.write_bytes(path.read_bytes()[:-10])
@@ -70,6 +103,18 @@ def bad_split_name(folder, args):
     return [*args, "--split", f"two_val={folder / 'v.txt'}"], "would also match *_val_[0-9]*.bin"
 
 
+def bad_empty_name(folder, args):
+    return replaced(args, name=""), "--name '': use letters"
+
+
+def bad_long_name(folder, args):
+    return replaced(args, name="n" * 300), "100 at most"
+
+
+def bad_long_split(folder, args):
+    return [*args, "--split", f"{'s' * 300}={folder / 'v.txt'}"], "100 characters at most"
+
+
 def bad_shard_tokens(folder, args):
     return [*args, "--shard-tokens", "0"], "--shard-tokens 0: choose"
 
@@ -82,14 +127,34 @@ BAD_INPUT = (
     bad_utf8,
     bad_field,
     bad_json,
+    bad_utf8_json,
+    bad_deep_json,
+    bad_key,
+    bad_file_name,
+    bad_pipe,
+    bad_tokenizer_pipe,
     bad_zst,
     bad_tokenizer,
     bad_tokenizer_name,
     bad_out,
     bad_split_name,
+    bad_empty_name,
+    bad_long_name,
+    bad_long_split,
     bad_shard_tokens,
 )
-REMEDIES = ("choose", "give", "check", "fill", "name it", "convert", "copy it", "one object per line")
+REMEDIES = (
+    "choose",
+    "give",
+    "use letters",
+    "use lower-case",
+    "check",
+    "fill",
+    "name it",
+    "convert",
+    "copy it",
+    "one object per line",
+)
 
 
 @pytest.mark.parametrize("bad", BAD_INPUT)
@@ -104,7 +169,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, files, capsys, bad):
 
 
 def test_command_line_errors_are_one_line(capsys):
-    for argv in (["text"], ["nonsense"], ["download", "--train-shards", "many"]):
+    for argv in (
+        ["text"],
+        ["nonsense"],
+        ["download", "--train-shards", "many"],
+        ["download", "--out", ""],
+        ["offline", "--out", ""],
+        ["verify", ""],
+    ):
         with pytest.raises(SystemExit) as stop:
             prepare.main(argv)
         assert stop.value.code == 2
@@ -153,3 +225,53 @@ def test_interrupt_leaves_nothing(files, monkeypatch, capsys):
     monkeypatch.setattr(shards.ShardWriter, "close", stop)
     assert prepare.main(files.args) == 130
     assert not files.out.exists()
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+@pytest.mark.parametrize("verb", ["download", "auto"])
+def test_a_number_of_shards_below_one_is_refused_before_the_hub_is_asked(verb, count, capsys, monkeypatch):
+    monkeypatch.setattr(prepare.download, "probe_hub", lambda: pytest.fail("the hub was asked"))
+    assert prepare.main([verb, "--train-shards", count]) == 1
+    assert one_line(capsys) == f"error: --train-shards {count}: choose 1 or more"
+
+
+def test_a_pipe_among_the_shards_is_named(files, capsys):
+    assert prepare.main(files.args) == 0
+    path = files.out / "toy_val_000000.bin"
+    path.unlink()
+    os.mkfifo(path)
+    capsys.readouterr()
+    assert prepare.main(["verify", str(files.out)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}: not a file; give a file, not a folder or a pipe"
+    ]
+
+
+def run_prepare(*argv, **options):
+    """Start data/prepare.py in a process."""
+    command = [sys.executable, prepare.__file__, *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_an_ascii_console_shows_another_name_escaped(files, tmp_path):
+    assert prepare.main(files.args) == 0
+    folder = tmp_path / "d\u00e4ta"
+    files.out.rename(folder)
+    process = run_prepare("verify", folder, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "d\\xe4ta: ok, 2 shards" in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_console_on_a_full_disk_is_one_line(files):
+    assert prepare.main(files.args) == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, prepare.__file__, "verify", files.out],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output: no space left on device; send it elsewhere\n"

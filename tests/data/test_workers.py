@@ -55,6 +55,11 @@ def unreachable(item):
     raise download.HubUnreachable("unplugged")
 
 
+def blocked_signals(item):
+    """Return the signals that this process holds back."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
 def bad_start():
     raise DataError("tokenizer: gone; fetch it")
 
@@ -226,3 +231,13 @@ def test_a_reading_process_that_dies_is_one_line(tmp_path, sources, monkeypatch,
     monkeypatch.setattr(offline, "documents_of_files", die)
     assert prepare.main(["offline", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
     assert "a worker process died" in one_line(capsys)
+
+
+def test_a_worker_that_starts_never_hears_of_ctrl_c():
+    """Interrupted while it imports, it would show a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):
+        pytest.skip("no signal masks here")
+    with workers.Workers(2) as pool:
+        for _, blocked in pool.run(blocked_signals, [1, 2]):
+            assert blocked == {signal.SIGINT}
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

@@ -837,3 +837,17 @@ def test_bpb_is_interpolated_between_validations(done):
     assert sweep_table.bpb_at(run, 7) == pytest.approx(points[5] + (points[10] - points[5]) * 2 / 5)
     assert sweep_table.bpb_at(run, 10) == points[10]
     assert sweep_table.bpb_at(run, STEPS + 1) is None
+
+
+def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    plan = ["--row", "a", "--rates", "0.02", *(f"{key}={value}" for key, value in base().items())]
+    assert sweep.main([*plan, "--out", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"record: {tmp_path}/file")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_without_logs_is_no_sweep(tmp_path, capsys):
+    assert sweep.main([str(tmp_path)]) == 2
+    assert f"{tmp_path}: no folder of a sweep" in capsys.readouterr().err

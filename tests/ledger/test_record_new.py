@@ -103,7 +103,7 @@ def test_new_is_deterministic(repo, tmp_path):
             assert path.read_bytes() == first[path.name], path.name
 
 
-@pytest.mark.parametrize("name", ["Two words", ".", "..", ".Hidden", "a/b", "Line\n", ""])
+@pytest.mark.parametrize("name", ["Two words", ".", "..", ".Hidden", "a/b", "Line\n", "", "n" * 300])
 def test_new_refuses_a_name_that_is_no_folder_name(repo, capsys, name):
     logs = write_logs(repo / "more")
     refuse(repo, capsys, "letters, digits and dots", "new", name, "--logs", *logs, "--track", TRACK)

@@ -205,3 +205,69 @@ def test_a_run_is_compared_with_the_best_record_on_its_text(repo, folder):
     new.preset = "h100x1"
     edit(folder / "submission.json", '"schema": 1', '"schema": 2')
     assert standing.compare_with_board(new, repo / "records") == ""
+
+
+def one_line_of(repo, capsys, *argv):
+    """Return the one line with which a verb refuses its arguments."""
+    capsys.readouterr()
+    assert run(repo, *argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(repo, folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "file/x.png: cannot write" in one_line_of(
+        repo, capsys, "plot", NAME, "--out", tmp_path / "file/x.png"
+    )
+    assert "gone/x.png: cannot write" in one_line_of(
+        repo, capsys, "plot", NAME, "--out", tmp_path / "gone/x.png"
+    )
+    assert "pictures are PNG" in one_line_of(repo, capsys, "plot", NAME, "--out", tmp_path / "x.svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "repo"]
+
+
+def test_a_repository_that_is_not_there_is_one_line(tmp_path, capsys):
+    for verb in (["verify"], ["board"], ["compare", "a", "b"]):
+        assert "gone: no such folder; give the folder of a repository" in one_line_of(
+            tmp_path / "gone", capsys, *verb
+        )
+
+
+@pytest.mark.parametrize("verb", ["verify", "plot", "reproduce"])
+def test_an_empty_name_is_no_folder(repo, folder, capsys, monkeypatch, verb):
+    """Not the working folder, either."""
+    monkeypatch.chdir(folder)
+    assert "'': no such folder" in one_line_of(repo, capsys, verb, "")
+
+
+def test_a_name_with_a_line_break_is_one_line(repo, capsys):
+    assert "a\\nb: no such folder" in one_line_of(repo, capsys, "verify", "a\nb")
+
+
+def test_an_error_of_the_disk_is_one_line(repo, monkeypatch, capsys):
+    def fails(root):
+        raise PermissionError(13, "Permission denied", f"{root}/README.md")
+
+    monkeypatch.setattr("ledger.record.rewrite_board", fails)
+    assert f"record: {repo}/README.md: Permission denied; check the path" in one_line_of(
+        repo, capsys, "board"
+    )
+
+
+def test_ctrl_c_is_one_line(repo, monkeypatch, capsys):
+    def interrupted(root):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ledger.record.rewrite_board", interrupted)
+    assert run(repo, "board") == 130
+    assert capsys.readouterr().err == "\nrecord: interrupted\n"
+
+
+def test_a_figure_of_5000_digits_is_shown_by_its_beginning(repo, capsys):
+    log = repo / "logs_Base" / "run42.txt"
+    edit(log, r" train_time:\d+ms eval", f" train_time:{'9' * 5000}ms eval")
+    err = one_line_of(repo, capsys, "compare", log, NAME)
+    assert len(err) < 400
+    assert "is no finite number" in err

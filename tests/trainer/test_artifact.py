@@ -682,3 +682,17 @@ def test_values_and_scales_that_are_not_finite_are_refused_by_name(name, bad, h,
     assert "bad.xz: " in err
     assert name in err
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless"])
+def test_an_artifact_that_is_no_file_is_one_line(kind, tmp_path, capsys):
+    """Reading a pipe or a device might never end."""
+    path = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    err = stop_one_line(["eval", str(path), "data_path=nowhere"], capsys)
+    assert f"{path}: cannot read the artifact (not a file); name a file that train wrote" in err

@@ -95,6 +95,7 @@ def test_spellings_of_a_flag(text, value):
         ("SEED=1", "'SEED'", "seed"),  # the environment's spelling
         ("--seed=1", "'--seed'", "seed"),
         ("zzz=1", "'zzz'", "config"),  # no name is close: the command that lists them
+        ("=5", "''", "config"),
     ],
 )
 def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
@@ -286,6 +287,9 @@ def test_a_shell_sees_status_2_and_one_line(argv, word, tmp_path):
         {"LOCAL_WORLD_SIZE": "x"},
         {"LOCAL_WORLD_SIZE": "0"},
         {"LOCAL_RANK": "-"},
+        {"WORLD_SIZE": "\u00b2", "RANK": "0"},  # a digit, but no number
+        {"WORLD_SIZE": "1", "RANK": "0"},  # no address
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
     ],
     ids=str,
 )
@@ -347,3 +351,18 @@ def test_every_fraction_has_a_bound():
         t.load_config([f"{key}=1"], {})
     for key in t.BELOW_ONE:
         t.load_config([f"{key}=0.999"], {})
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "a\x1b[2J", "a\u2028b", "\n"], ids=ascii)
+def test_control_characters_are_refused(text):
+    """A log has one line for each knob."""
+    with pytest.raises(t.InputError, match="config key out_dir: '.*' has control characters"):
+        t.load_config([f"out_dir={text}"], {})
+
+
+@pytest.mark.parametrize("argument", ["seed={}", "ortho={}", "attn_windows={}", "{}", "{}=1", "out_dir=xx{}"])
+@pytest.mark.parametrize("length", [3999, 5000])
+def test_a_refusal_shows_the_beginning_of_a_long_word(argument, length):
+    with pytest.raises(t.InputError) as e:
+        t.load_config([argument.format("x" * length)], {})
+    assert len(str(e.value)) < 300

@@ -1077,6 +1077,57 @@ def test_a_shard_that_is_cut_during_training_ends_it_in_one_line(tmp_path):
     assert console[-1] == f"train_gpt.py: {found[1]}" and "Traceback" not in "".join(console)
 
 
+FULL = Path("/dev/full")  # whose every write says that the disk is full
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+
+
+@needs_full
+def test_a_log_that_a_full_disk_has_refused_can_be_closed(tmp_path):
+    """Closing writes once more what could not be written."""
+    log = t.Log(str(tmp_path / "run.txt"), None)
+    log.file = open(FULL, "a", encoding="utf-8")
+    with pytest.raises(t.InputError, match="cannot write the log .No space left on device.; free space"):
+        log("step:1/2")
+    log.close()
+    assert log.file is None
+
+
+def test_a_path_that_is_not_utf8_is_escaped_in_the_log(tmp_path):
+    assert t.main(args(tmp_path / "caf\udce9", checkpoint_every=0, iterations=1)) == 0
+    log = tmp_path / "caf\udce9" / "run.txt"
+    assert f"  out_dir: {tmp_path}/caf\\udce9" in log.read_text(encoding="utf-8").splitlines()
+
+
+def test_a_path_of_too_many_folders_is_one_line(tmp_path, capsys):
+    assert "run.txt: cannot write the log (" in stop_one_line(args(f"{tmp_path}/" + "o/" * 1500), capsys)
+
+
+# ---------------------------------------------------------------- memory
+
+
+ALLOCATIONS = {
+    "the host": MemoryError("Unable to allocate 8.2 PiB"),
+    "the device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore"),
+    "torch on a CPU": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    ),
+}
+
+
+@pytest.mark.parametrize("error", ALLOCATIONS.values(), ids=ALLOCATIONS)
+def test_no_memory_is_one_line_with_the_knob(tmp_path, monkeypatch, capsys, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(t, "train_step", fails)
+    assert t.main(args(tmp_path, checkpoint_every=0, warmup_steps=0)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("train_gpt.py: no memory left (")
+    assert "lower micro_batch_tokens" in err
+    assert err.count("\n") == 1
+    assert lines(tmp_path)[-1].startswith("rank 0: no memory left (")
+
+
 # ---------------------------------------------------------------- consoles and networks
 
 
@@ -1107,6 +1158,54 @@ def test_a_reader_that_has_seen_enough_is_no_error(program):
     )
     os.close(writing)
     assert done.stderr == "" and done.returncode == 1
+
+
+PRINTING = [
+    ["train_gpt.py", "config"],
+    ["tools/cli.py", "--help"],
+    ["tools/cli.py", "record", "--root", "{here}", "verify"],
+]
+
+
+@needs_full
+@pytest.mark.parametrize("program", PRINTING, ids=lambda program: program[0] + program[1])
+def test_a_console_on_a_full_disk_is_one_line(program, tmp_path):
+    command = [sys.executable, ROOT / program[0], *(word.format(here=tmp_path) for word in program[1:])]
+    with open(FULL, "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "standard output" in done.stderr
+
+
+@pytest.mark.parametrize("program", PRINTING, ids=lambda program: program[0] + program[1])
+@pytest.mark.parametrize("closed", ["1", "2", "1 2"])
+def test_a_closed_console_is_no_error(program, closed, tmp_path):
+    script = "".join(f"exec {number}>&-; " for number in closed.split()) + 'exec "$@"'
+    command = [sys.executable, str(ROOT / program[0]), *(word.format(here=tmp_path) for word in program[1:])]
+    done = subprocess.run(["sh", "-c", script, "-", *command], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert (done.stdout == "") == ("1" in closed)
+
+
+@pytest.mark.parametrize("console", ["closed", "a pipe that nobody reads", "full"])
+def test_training_goes_on_without_a_console(tmp_path, console):
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"closed": "exec >&- 2>&-", "full": "exec >/dev/full"}
+    if console == "full" and not FULL.exists():
+        pytest.skip("no /dev/full here")
+    script = streams.get(console, "") + '\nexec "$@"'
+    command = [sys.executable, t.__file__, *args(tmp_path, checkpoint_every=0)]
+    done = subprocess.run(
+        ["sh", "-c", script, "-", *command], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert lines(tmp_path)[-1].startswith("final_score ")
+    assert runlog.parse_log(tmp_path / "run.txt").source == (ROOT / "train_gpt.py").read_text()
 
 
 def test_a_machine_without_a_loopback_network_is_one_line(tmp_path, monkeypatch, capsys):

@@ -102,6 +102,18 @@ def test_split_files(tmp_path):
     assert names == ["b_val_000000.bin", "b_val_000001.bin"]
 
 
+def test_the_name_of_a_split_is_no_pattern(tmp_path):
+    write_shard(tmp_path / "x_val_000000.bin", [1, 2, 3])
+    assert t.find_shards(str(tmp_path), "*") == []
+
+
+def test_a_data_folder_whose_name_is_not_utf8_is_read(copy, tmp_path):
+    folder = tmp_path / "caf\udce9"
+    copy.rename(folder)
+    h = tiny(data_path=folder, vocab_size=english_dataset().vocab_size)
+    assert len(t.load_dataset(h, trains=True).counts.base) == h.vocab_size
+
+
 def test_load_split_concatenates_and_cuts(tmp_path):
     write_shard(tmp_path / "x_val_000001.bin", [4, 5, 6])
     write_shard(tmp_path / "x_val_000000.bin", [1, 2, 3])
@@ -149,6 +161,12 @@ def remove(folder, pattern):
         path.unlink()
 
 
+def put_pipe(path):
+    """Put a pipe that nobody writes to in place of a file."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def refill(folder, pattern, tokens):
     """Write other tokens into the shards that match a pattern."""
     for path in folder.glob(pattern):
@@ -172,6 +190,19 @@ DAMAGES = {
         ["tokenizer.model", "manifest.json", "sha256"],
     ),
     "manifest bos": (lambda f: edit_manifest(f, bos_id=2), ["bos_id"]),
+    "manifest bos text": (lambda f: edit_manifest(f, bos_id="1"), ["manifest.json", "bos_id"]),
+    "manifest deep": (lambda f: (f / "manifest.json").write_text("[" * 100_000), ["manifest.json"]),
+    "manifest pipe": (lambda f: put_pipe(f / "manifest.json"), ["manifest.json", "not a file"]),
+    "tokenizer sha type": (lambda f: edit_manifest(f, tokenizer={"sha256": 5}), ["manifest.json", "sha256"]),
+    "tokenizer sha none": (
+        lambda f: edit_manifest(f, tokenizer={"sha256": None}),
+        ["manifest.json", "sha256"],
+    ),
+    "tokenizer file type": (lambda f: edit_manifest(f, tokenizer={"file": 7}), ["manifest.json", "file"]),
+    "tokenizer pipe": (lambda f: put_pipe(f / "tokenizer.model"), ["tokenizer.model", "not a file"]),
+    "val pipe": (lambda f: put_pipe(f / "tiny_val_000000.bin"), ["tiny_val_000000.bin", "not a file"]),
+    "train link": (lambda f: (f / "tiny_train_000009.bin").symlink_to("gone"), ["_train_000009", "a link"]),
+    "train folder": (lambda f: (f / "tiny_train_000009.bin").mkdir(), ["_train_000009", "not a file"]),
     "short val": (lambda f: refill(f, "*_val_*", [1] * 20), ["val", "eval_seq_len"]),
     "short train": (lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
     "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),

@@ -38,6 +38,11 @@ Exit status: 0 measured (what failed is listed as skipped); 2 bad input (one lin
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
+
 import argparse
 import gc
 import hashlib
@@ -62,7 +67,7 @@ from lab.steps import time_loader, time_step
 from lab.sustained import SUSTAIN, measure_sustained
 from lab.timing import say_noise
 from lab.trainer import Session, Trained, build_trained, input_errors_of, load_trainer, open_session
-from script import TRAINER, BadInput
+from script import TRAINER, BadInput, guard_console
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -199,6 +204,7 @@ def leave_process_group() -> None:
 
 def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     """Run the command and return its exit status. Bad input is reported in one line."""
+    guard_console()
     try:
         args = parse(argv)
         if args.attention:

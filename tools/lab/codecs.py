@@ -10,6 +10,11 @@ tables and the classes themselves; "chosen" is what codec rans takes, which weig
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
+
 import argparse
 import sys
 import time

@@ -11,6 +11,11 @@ compile each row into the on-disk cache while this process trains; they end befo
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
+
 import argparse
 import dataclasses
 import hashlib

@@ -14,12 +14,16 @@ sets no knob here: what a sweep trains is in its plan and on its command line.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
+
 import argparse
 import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -392,6 +396,8 @@ def command(args: argparse.Namespace) -> int:
     """Train a plan, or write the tables of a folder again. Raises BadInput if asked for neither."""
     given = sweep_plan.named_file(args.words)
     if given and given.is_dir():
+        if not (given / "logs").is_dir():
+            raise BadInput(f"{given}: no folder of a sweep, which has logs/; give a plan or such a folder")
         sweep_table.rewrite(given)
         return 0
     if args.workers < 1 or args.budget < 0:

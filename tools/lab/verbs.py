@@ -28,4 +28,5 @@ def child_environment(**changes: str) -> dict[str, str]:
     paths = [str(ROOT / "tools"), str(ROOT)]
     if "PYTHONPATH" in os.environ:
         paths.append(os.environ["PYTHONPATH"])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
+    # PYTHONSAFEPATH: from Python 3.11 on, -m then ignores modules in the working folder.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", **changes}

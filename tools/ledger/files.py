@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from script import BadInput
@@ -49,7 +50,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         temporary.write_bytes(blob)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise BadInput(f"{path}: cannot write: {error.strerror}") from None
 
 

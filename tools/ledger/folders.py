@@ -46,6 +46,8 @@ def find_folder(text: str, records: Path) -> Path:
     text: a path, `track/folder`, the folder's name, or the part of its name after the date.
     Raises BadInput if there is none, or when several have that name.
     """
+    if not text:
+        raise BadInput("'': no such folder; give its path or TRACK/NAME as listed in records/README.md")
     for path in (Path(text), records / text):
         if path.is_dir():
             return path.resolve()
@@ -64,7 +66,7 @@ def find_folder(text: str, records: Path) -> Path:
 def find_target(text: str, records: Path) -> Path:
     """Return the path `text` if it exists, else the folder of the ledger that it names."""
     path = Path(text)
-    return path if path.exists() else find_folder(text, records)
+    return path if text and path.exists() else find_folder(text, records)
 
 
 def log_files(folder: Path) -> list[Path]:

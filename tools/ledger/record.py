@@ -50,6 +50,7 @@ from ledger.sweep_claims import examine_sweep
 from ledger.tracks import TRACKS
 from script import ROOT, BadInput
 
+LONGEST_NAME = 100  # characters
 EPILOG = """verbs that measure on this machine (tools/lab; VERB --help has their options):
     directions          time and quality of the directions and step rules of train_gpt.py
     codecs              bytes and seconds of an artifact by every codec, and the entropy of its codes
@@ -97,9 +98,10 @@ def new_folder(args: argparse.Namespace, records: Path) -> Path:
         raise BadInput(f"--date {args.date}: not a date; write YYYY-MM-DD") from None
 
     name = f"{args.date}_{args.name}"
-    if not record_folder.FOLDER_NAME.match(name):
+    if not record_folder.FOLDER_NAME.match(name) or len(args.name) > LONGEST_NAME:
         raise BadInput(
-            f"name {args.name!r}: only letters, digits and dots, no dot first, as in PolarHyperball"
+            f"name {args.name[:40]!r}: only letters, digits and dots, no dot first, {LONGEST_NAME} at most, "
+            "as in PolarHyperball"
         )
     target = records / args.track / name
     if target.exists():
@@ -189,7 +191,9 @@ def plot(args: argparse.Namespace) -> int:
     if args.out is None and len(targets) > 1:
         raise BadInput("several targets: name the picture with --out FILE.png")
 
-    out = Path(args.out) if args.out else default_picture(targets[0])
+    out = default_picture(targets[0]) if args.out is None else Path(args.out)
+    if out.suffix != ".png":
+        raise BadInput(f"--out {args.out}: pictures are PNG; name it FILE.png")
     logs = [log for target in targets for log in logs_of(target)]
     pictures.plot_runs(logs, out)
     print(shown(out))
@@ -311,11 +315,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def run(args: argparse.Namespace) -> int:
+    """Run the verb of a command line. Raises BadInput if there is no repository."""
+    if not args.root.is_dir():
+        raise BadInput(f"--root {args.root}: no such folder; give the folder of a repository")
+    return args.run(args)
+
+
 def main(argv: list[str]) -> int:
     """Run a verb and return the exit status. An error the user can fix is printed as one line."""
     args = parser().parse_args(argv)
     args.root = args.root.resolve()
-    return finish(lambda: args.run(args))
+    return finish(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -95,10 +95,10 @@ class Run:
         try:
             figure = float(value.removesuffix("ms"))
         except ValueError:
-            raise BadInput(f"{self.path}: {line} {key}:{value} is not a number") from None
+            raise BadInput(f"{self.path}: {line} {key}:{value[:40]} is not a number") from None
 
         if not math.isfinite(figure):
-            raise BadInput(f"{self.path}: {line} {key}:{value}: a diverged run has no score")
+            raise BadInput(f"{self.path}: {line} {key}:{value[:40]} is no finite number: the run diverged")
         return figure
 
     def count(self, line: str, key: str) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 from collections.abc import Callable
 
-from script import BadInput
+from script import BadInput, describe, guard_console, leave_console, take_ctrl_c
 
 
 def finish(command: Callable[[], int]) -> int:
-    """Run a verb and return its exit status. Its BadInput becomes one line on stderr and status 2."""
+    """Run a verb and return its exit status. Its BadInput or OSError becomes one line and status 2."""
+    guard_console()
+    take_ctrl_c()
     try:
         status = command()
         sys.stdout.flush()
@@ -19,5 +21,13 @@ def finish(command: Callable[[], int]) -> int:
         print(f"record: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        leave_console()
         return 141
+    except KeyboardInterrupt:
+        print("\nrecord: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        print(f"record: {describe(error)}", file=sys.stderr)
+        if error.filename is None:
+            leave_console()
+        return 2

@@ -1,0 +1,233 @@
+"""Artifacts: cut, flipped, with values that are not finite, of other models, bombs, and none at all."""
+
+import functools
+import json
+import lzma
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import train_gpt as t
+from bombs import BOMBS
+from hostile_cases.case import (
+    Case,
+    Group,
+    audit,
+    copied,
+    cut,
+    edited,
+    evaluate,
+    flip,
+    removed,
+    run_sh,
+    scoring,
+    shell,
+    written,
+)
+from hostile_cases.paths import OUTPUT
+from mutations import container, small_artifact
+from xz_streams import compress, with_dictionary
+
+GOOD = "run/run.int6.xz"
+BAD = "bad.int6.xz"
+
+
+# ---------------------------------------------------------------- changes of the sound artifact
+
+
+def header(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    """Return a change of an artifact: change(header) edits its header in place, or returns another."""
+
+    def edit(blob: bytes) -> bytes:
+        found, payload = t.open_artifact(blob)
+        other = change(found)
+        return container(json.dumps(found if other is None else other), payload)
+
+    return edit
+
+
+def knob(key: str, value: object) -> Callable[[bytes], bytes]:
+    """Return a change of an artifact: another value of a knob in its header."""
+    return header(lambda found: found["config"].update({key: value}))
+
+
+def without(key: str) -> Callable[[bytes], bytes]:
+    """Return a change of an artifact: no such knob in its header."""
+
+    def drop(found: dict) -> None:
+        del found["config"][key]
+
+    return header(drop)
+
+
+def entry(field: int, value: object) -> Callable[[bytes], bytes]:
+    """Return a change of an artifact: another field of the entry of its first tensor."""
+
+    def change(found: dict) -> None:
+        found["tensors"][0][field] = value
+
+    return header(change)
+
+
+def payload(kind: str, value: bytes, last: bool) -> Callable[[bytes], bytes]:
+    """Return a change of an artifact: the first bytes of a tensor of this kind, or those after its codes."""
+
+    def change(blob: bytes) -> bytes:
+        found, values = t.open_artifact(blob)
+        for _, stored, shape, offset in found["tensors"]:
+            if stored == kind:
+                at = offset + (functools.reduce(int.__mul__, shape) if last else 0)
+                values = values[:at] + value + values[at + len(value) :]
+                return container(json.dumps(found), values)
+        raise AssertionError(f"no tensor of kind {kind}")
+
+    return change
+
+
+NAN = struct.pack("<e", float("nan"))
+INFINITE = struct.pack("<e", float("inf"))
+
+# What is wrong with the artifact, how the sound one is changed, and what the error says besides its name.
+CHANGES = (
+    ("cut by a byte", cut(-1), ("artifact",)),
+    ("cut in half", cut(2000), ("artifact",)),
+    ("cut to 5 bytes", cut(5), ("artifact",)),
+    ("empty", cut(0), ("artifact",)),
+    ("a flipped bit in the xz header", flip(7), ("artifact",)),
+    ("a flipped bit in the middle", flip(3000), ("artifact",)),
+    ("a flipped bit at the end", flip(-3), ("artifact",)),
+    ("bytes after its end", lambda blob: blob + b"more", ("artifact",)),
+    ("twice the same", lambda blob: blob + blob, ("artifact",)),
+    ("text", lambda blob: b"<html>Not found</html>", ("artifact",)),
+    ("a pointer of Git LFS", lambda blob: b"version https://git-lfs.github.com/spec/v1\n", ("artifact",)),
+    ("a pickle", lambda blob: pickle.dumps({"w": 1}), ("artifact",)),
+    ("a pickle in xz", lambda blob: lzma.compress(pickle.dumps({"w": 1})), ("artifact", "magic")),
+    ("no xz", lambda blob: lzma.decompress(blob), ("artifact",)),
+    ("of the old xz format", lambda blob: lzma.compress(b"x", format=lzma.FORMAT_ALONE), ("artifact",)),
+    ("of another magic", lambda blob: compress(b"GPT5" + lzma.decompress(blob)[4:]), ("artifact", "magic")),
+    ("a header of no JSON", lambda blob: container(b"{", b""), ("header",)),
+    ("a header of a list", lambda blob: container("[]", b""), ("header",)),
+    ("a deep header", lambda blob: container("[" * 100_000, b""), ("header",)),
+    ("a dictionary of 4 GiB", lambda blob: with_dictionary(blob, 40), ("artifact",)),
+    ("no layers", knob("num_layers", 0), ("num_layers",)),
+    ("-1 layers", knob("num_layers", -1), ("num_layers",)),
+    ("2^40 layers", knob("num_layers", 1 << 40), ("num_layers",)),
+    ("a model of 2^40", knob("model_dim", 1 << 40), ("model_dim",)),
+    ("another model_dim", knob("model_dim", 64), ("use the script that wrote it",)),
+    ("another vocab_size", knob("vocab_size", 64), ("use the script that wrote it",)),
+    ("vocab_size as a string", knob("vocab_size", "320"), ("config",)),
+    ("mlp_mult as an integer", knob("mlp_mult", 2), ("config",)),
+    ("mlp_mult not a number", knob("mlp_mult", float("nan")), ("mlp_mult",)),
+    ("rope_base infinite", knob("rope_base", float("inf")), ("rope_base",)),
+    ("an eval_stride of 0", knob("eval_stride", 0), ("eval_stride",)),
+    ("an eval_seq_len of 2^50", knob("eval_seq_len", 1 << 50), ("eval_seq_len",)),
+    ("attn_windows of words", knob("attn_windows", "all"), ("attn_windows",)),
+    ("bos_id above the vocabulary", knob("bos_id", 5000), ("bos_id",)),
+    ("doc_mask as a number", knob("doc_mask", 1), ("config",)),
+    ("a knob missing", without("rope_dims"), ("config",)),
+    ("a knob too many", knob("seed", 1), ("config",)),
+    ("no config", header(lambda found: {"tensors": found["tensors"]}), ("header",)),
+    ("no tensors", header(lambda found: found.update(tensors=[])), ("bytes after",)),
+    ("a tensor twice", header(lambda found: found["tensors"].append(found["tensors"][0])), ("repeated",)),
+    ("a tensor missing", header(lambda found: {**found, "tensors": found["tensors"][:-1]}), ("bytes after",)),
+    ("a tensor renamed", entry(0, "other"), ("use the script that wrote it",)),
+    ("a tensor of another kind", entry(1, "f64"), ("tensor",)),
+    ("a tensor of a huge shape", entry(2, [1 << 27] * 3), ("tensor",)),
+    ("a tensor of a negative shape", entry(2, [-1]), ("tensor",)),
+    ("a tensor elsewhere", entry(3, 1), ("out of order",)),
+    ("an int6 code beyond its limit", payload("int6", b"\x7f", False), ("code beyond",)),
+    ("an int6 scale that is no number", payload("int6", NAN, True), ("not finite",)),
+    ("an int8 scale that is infinite", payload("int8", INFINITE, True), ("not finite",)),
+    ("no payload", lambda blob: container(json.dumps(t.open_artifact(blob)[0]), b""), ("past the end",)),
+)
+FEW_BOMBS = ("1 GiB of zeros", "1 GiB after a sound start", "a header of empty lists", "a shape of ones")
+
+
+def bomb(name: str) -> Callable[[Path], None]:
+    """Return a setup that writes a bomb of bombs.py."""
+    return lambda here: written(BAD, BOMBS[name](small_artifact()))(here)
+
+
+def changed() -> tuple[Case, ...]:
+    """Return the cases of the tables above."""
+    changes = (
+        Case(name, evaluate(BAD), (BAD, *says), setup=(copied(GOOD, BAD), edited(BAD, change)))
+        for name, change, says in CHANGES
+    )
+    bombs = (
+        Case(f"bomb: {name}", evaluate(BAD), (BAD, "artifact"), setup=(bomb(name),)) for name in FEW_BOMBS
+    )
+    return (*changes, *bombs)
+
+
+AUDITED = (("cut", cut(-1)), ("empty", cut(0)), ("of no layers", knob("num_layers", 0)))
+OTHERS = (
+    *(
+        Case(f"audit: {name}", audit(BAD), (BAD,), setup=(copied(GOOD, BAD), edited(BAD, change)))
+        for name, change in AUDITED
+    ),
+    Case("audit: a folder", audit("run"), ("run", "name a file")),
+    Case("audit: without an artifact", audit("--script"), ("usage",)),
+    Case("audit: a script that is missing", audit(GOOD, "--script", "gone.py"), ("gone.py", "--script PATH")),
+    Case(
+        "audit: a script that does not parse",
+        audit(GOOD, "--script", "s.py"),
+        ("s.py", "fix it"),
+        setup=(written("s.py", "def f(:"),),
+    ),
+    Case(
+        "audit: a script that exits",
+        audit(GOOD, "--script", "s.py"),
+        ("s.py", "fix it"),
+        setup=(written("s.py", "raise SystemExit(0)"),),
+    ),
+    Case(
+        "audit: a script that is empty",
+        audit(GOOD, "--script", "s.py"),
+        ("s.py", "audit"),
+        setup=(written("s.py"),),
+    ),
+    Case(
+        "audit: a script that is no text",
+        audit(GOOD, "--script", "s.py"),
+        ("s.py", "fix it"),
+        setup=(written("s.py", b"\xff\0\xfe"),),
+    ),
+    Case(
+        "audit: a knob that the artifact fixes", audit(GOOD, "model_dim=64"), ("model_dim=64", "leave it out")
+    ),
+    Case("audit: an unknown knob", audit(GOOD, "sed=1"), ("sed",)),
+    Case("a knob that the artifact fixes", evaluate(GOOD, "num_layers=3"), ("num_layers=3", "leave it out")),
+    Case("a knob of scoring out of bounds", evaluate(GOOD, "eval_stride=99"), ("eval_stride",)),
+    Case("an unknown knob", evaluate(GOOD, "sed=1"), ("sed",)),
+    Case(
+        "a fixed knob in the environment",
+        evaluate(GOOD),
+        ("eval_score",),
+        0,
+        env={"MODEL_DIM": "64"},
+        leaves=OUTPUT,
+    ),
+    Case("no data", evaluate(GOOD, "data_path=gone"), ("gone", "data_path=DIR")),
+    Case("run.sh eval: empty", run_sh("eval", BAD, *scoring()), (BAD, "artifact"), setup=(written(BAD),)),
+    Case(
+        "run.sh audit: text", run_sh("audit", BAD, *scoring()), (BAD, "artifact"), setup=(written(BAD, "no"),)
+    ),
+    Case(
+        "read by eval while data is gone",
+        shell('rm -r data/tiny_val*; exec "$@"', *evaluate(GOOD)),
+        ("data", "_val_"),
+        leaves=("data/tiny_val*",),
+    ),
+    Case(
+        "without the training shards",
+        evaluate(GOOD),
+        ("eval_score",),
+        0,
+        setup=(removed("data/tiny_train_*"),),
+        leaves=OUTPUT,
+    ),
+)
+
+GROUP = Group("artifacts", ("data", "run"), (*changed(), *OTHERS))

@@ -1,0 +1,230 @@
+"""Settings: every knob beyond its bounds, knobs that contradict, odd spellings, huge sizes."""
+
+from hostile_cases.case import Case, Group, config, lab, run_sh, train
+from hostile_cases.paths import OUTPUT
+
+# A value for every knob that is a number, a choice or a switch, that is beyond its bounds or of another type.
+ILLEGAL = {
+    "preset": "laptop",
+    "seed": "-1",
+    "bos_id": "-1",
+    "checkpoint_every": "-0.1",
+    "max_wallclock_seconds": "-1",
+    "iterations": "0",
+    "warmup_steps": "-1",
+    "val_loss_every": "-1",
+    "train_log_every": "0",
+    "val_tokens": "-5",
+    "train_batch_tokens": "0",
+    "micro_batch_tokens": "0",
+    "train_seq_len": "0",
+    "mix_tokens": "-1",
+    "eval_seq_len": "0",
+    "eval_stride": "0",
+    "eval_batch_tokens": "0",
+    "ttt_lr": "-0.1",
+    "ttt_chunk_tokens": "0",
+    "ttt_passes": "0",
+    "vocab_size": "0",
+    "num_layers": "0",
+    "model_dim": "0",
+    "num_heads": "0",
+    "num_kv_heads": "0",
+    "mlp_mult": "-3",
+    "rope_dims": "-2",
+    "rope_base": "nan",
+    "loop_times": "-1",
+    "loop_frac": "1.5",
+    "attn_gate_dims": "-1",
+    "skip_gates": "no",
+    "copy_dim": "-1",
+    "copy_lr": "nan",
+    "attn_windows": "256 -1",
+    "doc_mask": "yes",
+    "xsa_last_n": "-1",
+    "ve_last_n": "-1",
+    "ve_dim": "0",
+    "bigram_vocab_size": "-1",
+    "bigram_dim": "0",
+    "logit_softcap": "-30",
+    "qk_gain_init": "nan",
+    "tied_embed_init_std": "inf",
+    "ortho": "svd",
+    "step_rule": "adam",
+    "matrix_lr": "nan",
+    "embed_lr": "inf",
+    "scalar_lr": "-inf",
+    "muon_wd": "-0.04",
+    "embed_wd": "nan",
+    "scalar_wd": "-1",
+    "muon_momentum": "1",
+    "muon_momentum_start": "1.0",
+    "muon_momentum_warmup_frac": "1.1",
+    "cautious_wd": "2",
+    "normuon_beta2": "1",
+    "proj_init_std": "-1",
+    "adam_beta1": "1",
+    "adam_beta2": "1",
+    "adam_eps": "-1",
+    "grad_clip": "-0.3",
+    "fp8": "maybe",
+    "deterministic": "",
+    "wire_dtype": "float16",
+    "warmdown_frac": "1.5",
+    "min_lr_frac": "2",
+    "ema_frac": "-0.1",
+    "artifact_weights": "best",
+    "gptq_batches": "-1",
+    "gptq_embed": "x",
+    "equalize_rows": "2",
+    "matrix_clip_sd": "-1",
+    "embed_bits": "9",
+    "embed_clip_sd": "inf",
+    "codec": "zip",
+    "int6_step": "1.01",
+    "fit_cap": "on",
+    "size_cap": "-16",
+}
+
+# Knobs that contradict each other, and what the error names.
+CONTRADICTIONS = (
+    (("micro_batch_tokens=100",), ("micro_batch_tokens must divide train_batch_tokens",)),
+    (("train_seq_len=96",), ("train_seq_len must divide micro_batch_tokens",)),
+    (("eval_seq_len=96",), ("eval_seq_len must divide eval_batch_tokens",)),
+    (("num_heads=3",), ("num_heads must divide model_dim",)),
+    (("num_kv_heads=3",), ("num_kv_heads must divide num_heads",)),
+    (("eval_stride=64",), ("eval_stride must not exceed eval_seq_len",)),
+    (("ttt_lr=0.1", "ttt_chunk_tokens=33"), ("eval_seq_len must divide ttt_chunk_tokens",)),
+    (("rope_dims=3",), ("rope_dims must be even",)),
+    (("rope_dims=64",), ("at most head_dim",)),
+    (("xsa_last_n=5",), ("must not exceed num_layers",)),
+    (("bos_id=400",), ("bos_id=400 must be below vocab_size",)),
+    (("mlp_mult=1e-9",), ("mlp_mult",)),
+    (("bigram_vocab_size=1",), ("bigram_vocab_size must be 0 or at least 2",)),
+    (("vocab_size=65537",), ("vocab_size", "65,536")),
+    (("ema_frac=0",), ("ema_frac", "must be positive")),
+    (("adam_eps=0",), ("adam_eps must be at least",)),
+    (("logit_softcap=0",), ("logit_softcap", "must be positive")),
+    (("max_wallclock_seconds=0.001", "gptq_batches=50"), ("max_wallclock_seconds", "raise it")),
+)
+
+# Words that are no settings, or of odd spelling, and what the error names.
+SPELLINGS = (
+    (("nan",), ("key=value",)),
+    (("=5",), ("key",)),
+    (("Seed=5",), ("Seed", "did you mean seed")),
+    (("sed=5",), ("sed",)),
+    (("learning_rate=0.1",), ("learning_rate", "config")),
+    (("--seed=5",), ("--seed",)),
+    (("seed",), ("seed", "key=value")),
+    (("seed=",), ("seed", "''")),
+    (("seed=1e3",), ("seed", "'1e3'")),
+    (("seed=0x10",), ("seed", "'0x10'")),
+    (("seed=" + "9" * 5000,), ("seed",)),
+    (("seed=9007199254740992",), ("seed", "below 2^53")),
+    (("matrix_lr=1e400",), ("matrix_lr", "below 2^53")),
+    (("matrix_lr=0.1=0.2",), ("matrix_lr", "'0.1=0.2'")),
+    (("matrix_lr=1,5",), ("matrix_lr", "'1,5'")),
+    (("seed=5\nseed=6",), ("seed",)),
+    (("a\nb=1",), ("unknown config key",)),
+)
+
+# Sizes that no machine has: refused, or one line when the memory is refused.
+HUGE = (
+    (("model_dim=1073741824",), ("model_dim=1073741824", "make the model smaller")),
+    (("num_layers=1073741824",), ("num_layers=1073741824", "make the model smaller")),
+    (("mlp_mult=1e12",), ("mlp_mult=1e+12", "make the model smaller")),
+    (("bigram_vocab_size=1099511627776",), ("make the model smaller",)),
+    (("ve_dim=1099511627776",), ("make the model smaller",)),
+    (("attn_windows=9999999999",), ("attn_windows", "999999999")),
+    (
+        (
+            "train_seq_len=1125899906842624",
+            "train_batch_tokens=1125899906842624",
+            "micro_batch_tokens=1125899906842624",
+        ),
+        ("train split has",),
+    ),
+    (("eval_seq_len=1125899906842624", "eval_batch_tokens=1125899906842624"), ("eval_seq_len",)),
+)
+
+# Values within their bounds with which training cannot go well: status 1 and one line.
+DIVERGING = (
+    ("matrix_lr=1e15", "diverged"),
+    ("embed_lr=1e15", "diverged"),
+    ("qk_gain_init=1e15", "iverged"),
+    ("tied_embed_init_std=1e15", "train with lower rates"),
+    ("logit_softcap=1e-300", "iverged"),
+)
+
+
+def cases() -> tuple[Case, ...]:
+    """Return the cases of the tables above."""
+    return (
+        *(Case(f"{key}={value}", config(f"{key}={value}"), (key,)) for key, value in ILLEGAL.items()),
+        *(Case(" ".join(given), train(*given), says) for given, says in CONTRADICTIONS),
+        *(Case(f"spelling {words[0][:30]!r}", train(*words), says) for words, says in SPELLINGS),
+        *(Case(" ".join(given)[:60], train(*given), says) for given, says in HUGE),
+        *(
+            Case(given, train(given, "iterations=8"), (says,), 1, leaves=("out", "out/run.txt"))
+            for given, says in DIVERGING
+        ),
+    )
+
+
+OTHERS = (
+    Case("given twice, the last counts", config("seed=3", "seed=4"), ("seed: 4",), 0),
+    Case("the command line wins over the environment", config("seed=4"), ("seed: 4",), 0, env={"SEED": "3"}),
+    Case("a bad value in the environment", config(), ("seed", "'x'"), env={"SEED": "x"}),
+    Case("an empty value in the environment", config(), ("iterations", "''"), env={"ITERATIONS": ""}),
+    Case("run.sh: an unknown knob", run_sh("config", "sed=5"), ("sed",)),
+    Case("run.sh: a knob without a value", run_sh("train", "seed"), ("'seed'", "key=value")),
+    Case("run.sh: an option", run_sh("train", "--seed", "5"), ("--seed",)),
+    Case("run.sh: an unknown command", run_sh("fly"), ("'fly'", "--help")),
+    Case("run.sh: a bad value", run_sh("train", "data_path=data", "seed=x"), ("seed", "'x'")),
+    Case(
+        "run.sh: run_id escapes", run_sh("train", "data_path=data", "run_id=../x"), ("run_id", "begin with")
+    ),
+    Case("run.sh: a bench of a word of seconds", run_sh("bench", "--seconds", "x"), ("--seconds",)),
+    Case("run.sh: an option without a value", run_sh("bench", "--json"), ("--json", "needs a value")),
+    Case("an unknown command", (*config()[:2], "fly"), ("'fly'", "usage")),
+    Case("eval without an artifact", (*config()[:2], "eval"), ("'eval'", "usage")),
+    Case("a sweep of no rows", lab("sweep", "preset=cpu"), ("no rows", "--row")),
+    Case("a sweep's rate is a word", lab("sweep", "--row", "a", "--rates", "fast"), ("--rates", "numbers")),
+    Case("a sweep's rate is nan", lab("sweep", "--row", "a", "--rates", "nan", "preset=cpu"), ("matrix_lr",)),
+    Case(
+        "a sweep's seeds are equal",
+        lab("sweep", "--row", "a", "--rates", "0.1", "--seeds", "1,1"),
+        ("seeds", "different"),
+    ),
+    Case(
+        "a sweep's worker count is zero",
+        lab("sweep", "--row", "a", "--rates", "0.1", "--workers", "0"),
+        ("--workers",),
+    ),
+    Case("a sweep's row escapes", lab("sweep", "--row", "../a", "--rates", "0.1", "preset=cpu"), ("../a",)),
+    Case("a sweep's row has an unknown knob", lab("sweep", "--row", "a:sed=1", "--rates", "0.1"), ("sed",)),
+    Case(
+        "a sweep's base has an unknown knob", lab("sweep", "--row", "a", "--rates", "0.1", "sed=1"), ("sed",)
+    ),
+    Case("directions of a word of steps", lab("directions", "--steps", "x"), ("--steps",), lines=0),
+    Case("wire of a word of ranks", lab("wire", "--ranks", "many"), ("many",), lines=0),
+    Case(
+        "a cap that nothing fits",
+        train("size_cap=1"),
+        ("artifact over the cap", "file kept"),
+        status=1,
+        lines=0,
+        leaves=OUTPUT,
+    ),
+    Case("a split of one target", train("val_tokens=1"), ("2 tokens of val", "eval_seq_len=32")),
+    Case(
+        "a batch that no memory holds",
+        train("train_batch_tokens=1125899906842624", "micro_batch_tokens=1125899906842624"),
+        ("no memory left", "lower micro_batch_tokens"),
+        1,
+        leaves=("out", "out/run.txt"),
+    ),
+)
+
+GROUP = Group("settings", ("data",), (*cases(), *OTHERS))
