@@ -233,6 +233,40 @@ def test_the_header_is_enough_to_build_the_model(blob):
     assert shapes_of(parameters_of(model)) == shapes_of(t.unpack_artifact(blob))
 
 
+EXTRA = dict(
+    loop_layers="0 1",
+    loop_times=2,
+    skip_gates=True,
+    attn_gate_dims=3,
+    parallel_last_n=1,
+    parallel_form="two_streams",
+)
+
+
+def test_an_extra_knob_is_stored_where_it_is_not_the_default():
+    """So a model without such parts has the bytes that it had before there was a knob for them."""
+    h = tiny(**SMALL | EXTRA)
+    tensors = parameters_of(noisy_model(h))
+    blob = t.pack_artifact(tensors, h)
+    config = t.open_artifact(blob)[0]["config"]
+    assert set(config) == {*t.MODEL_FIELDS, *EXTRA}
+    assert {key: config[key] for key in EXTRA} == EXTRA
+    assert shapes_of(t.unpack_artifact(blob)) == shapes_of(tensors)
+
+    one = dict(loop_layers="1", loop_times=1)
+    config = t.open_artifact(t.pack_artifact(tensors, tiny(**SMALL | one)))[0]["config"]
+    assert set(config) == {*t.MODEL_FIELDS, *one}
+
+
+@pytest.mark.parametrize("key,value", [("loop_times", "2"), ("skip_gates", 1), ("loops", 2)])
+def test_an_extra_knob_of_another_type_or_name_is_refused(key, value):
+    header = {"config": {key: getattr(t.Config, key) for key in t.MODEL_FIELDS}, "tensors": []}
+    t.check_header(header)
+    header["config"][key] = value
+    with pytest.raises(ValueError, match="unexpected keys or a value of another type"):
+        t.check_header(header)
+
+
 # ---------------------------------------------------------------- damage
 
 

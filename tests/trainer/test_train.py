@@ -307,6 +307,31 @@ def test_eval_gives_the_same_score(tmp_path):
     assert loss_in(eval_again(run, tmp_path, "chunked", "eval_stride=32")) == pytest.approx(chunked, abs=2e-6)
 
 
+EXTRA = dict(
+    bigram_vocab_size=0,
+    ve_last_n=0,
+    loop_layers="0 1",
+    loop_times=2,
+    skip_gates=1,
+    attn_gate_dims=8,
+    parallel_last_n=1,
+    parallel_form="two_streams",
+)
+
+
+@pytest.mark.parametrize("knobs,preset", [({}, "cpu_sp8192"), (EXTRA, "cpu")], ids=["default", "extra"])
+def test_eval_builds_the_artifacts_model_whatever_the_preset(tmp_path, knobs, preset):
+    run = finished_with(**knobs)
+    line = eval_again(run, tmp_path, "preset", f"preset={preset}", "eval_batch_tokens=512")
+    assert f"val_loss:{run.final['val_loss']} val_bpb:{run.final['val_bpb']} " in line
+
+
+def test_eval_refuses_to_change_the_loop(tmp_path, capsys):
+    artifact = str(finished_with().folder / "run.int6.xz")
+    err = stop_one_line(["eval", artifact, f"data_path={english_dataset().path}", "loop_times=1"], capsys)
+    assert "loop_times=1: the artifact fixes this knob" in err
+
+
 def test_eval_with_the_batch_of_the_training_is_equal_to_the_digit(tmp_path):
     """eval_batch_tokens must fit the artifact's eval_seq_len, not the default's."""
     run = finished_with()
@@ -708,6 +733,33 @@ def test_two_ranks_train_and_score_like_one(tmp_path):
     assert losses_of_two == pytest.approx(losses_of_one, abs=0.005)
     assert len(starting(two, "final_score")) == 1
     assert "world_size:2" in two.log
+
+
+def visits_of_steps(rank, argv):
+    """Train on this rank, with a clock that runs fast on rank 1. Returns Hyper.once of every step."""
+    once = []
+    train_step = t.train_step
+    perf_counter = t.time.perf_counter
+
+    def noted_step(backward, optimizer, batch, hp):
+        once.append(hp.once)
+        return train_step(backward, optimizer, batch, hp)
+
+    t.train_step = noted_step
+    t.time.perf_counter = lambda: (1 + rank) * perf_counter()
+    assert t.main(argv) == 0
+    return once
+
+
+def test_all_ranks_loop_from_the_same_step_on(tmp_path):
+    """The budget is time, and rank 1's own clock would say that its half is over sooner."""
+    knobs = dict(loop_layers="0 1", loop_times=1, warmup_steps=0, gptq_batches=0)
+    knobs |= dict(iterations=10_000, max_wallclock_seconds=3, out_dir=tmp_path)
+    one, other = run_ranks(visits_of_steps, 2, english_args(**knobs))
+    assert one == other
+    assert one == sorted(one, reverse=True)
+    begins = re.search(r"^loop_begins step:(\d+) ", (tmp_path / "run.txt").read_text(), re.M)
+    assert 0 < one.count(True) == int(begins[1]) < len(one)
 
 
 def test_two_ranks_refuse_bad_input_together(tmp_path):

@@ -99,7 +99,14 @@ def train_losses(run):
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=two)])
 @pytest.mark.parametrize(
-    "knobs", [{}, dict(deterministic=True), dict(attn_windows="8 0", doc_mask=True)], ids=str
+    "knobs",
+    [
+        {},
+        dict(deterministic=True),
+        dict(attn_windows="8 0", doc_mask=True),
+        dict(loop_layers="0 1", loop_times=2, equalize_rows=True, skip_gates=True, deterministic=True),
+    ],
+    ids=str,
 )
 def test_a_captured_pass_trains_what_an_eager_one_does(tmp_path, world, knobs):
     """20 steps of two micro-batches, with validations between them; deterministic runs are bit-equal."""
