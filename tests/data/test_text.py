@@ -11,6 +11,7 @@ import build
 import prepare
 import shards
 import tokenizing
+import train_gpt
 from data_cases import (
     content,
     documents_in,
@@ -22,6 +23,7 @@ from data_cases import (
     text_args,
     write_docs,
 )
+from helpers import machine, tiny
 from messages import DataError
 
 
@@ -94,6 +96,18 @@ def test_a_document_longer_than_two_shards_gives_shards_without_bos(files, model
         model_file=str(model)
     ).encode(docs)
     assert prepare.main(["verify", str(files.out)]) == 0
+
+    # The trainer reads all of it in an epoch, each fragment as a document of its own.
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    loader = train_gpt.TokenLoader(tiny(data_path=files.out, vocab_size=vocab_size), machine())
+    stream = loader.read(0, loader.total)
+    expected = []
+    for part in parts:
+        fragment, *others = np.split(part, np.flatnonzero(part == 1))
+        expected += [[1, *fragment]] if len(fragment) else []
+        expected += others
+    found = np.split(stream, np.flatnonzero(stream == 1)[1:])
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected)) and len(expected) >= len(docs) + 2
 
     manifest["source"]["options"]["shard_tokens"] = 501
     (files.out / "manifest.json").write_bytes(shards.manifest_bytes(manifest))

@@ -173,17 +173,24 @@ def worlds(request):
     return {world: run_ranks(train_rank, world, data_folder(), CASES[request.param]) for world in (1, 2, 4)}
 
 
-def start_of(params, **knobs):
+def start_of(params):
     """Return what training started from, for parameters of any number of layers."""
     layers = params["q_gain"].size(0)
     ve_layers = params["ve_layer_scale"].size(0)
-    h = tiny(num_layers=layers, xsa_last_n=min(2, layers), ve_last_n=ve_layers, **knobs)
+    h = tiny(num_layers=layers, xsa_last_n=min(2, layers), ve_last_n=ve_layers)
     return parameters(noisy_model(h, seed=3))
 
 
-def size_of(p, start):
-    """Return the norm of a parameter, or of its way from `start`: a scalar may end close to zero."""
-    return max(p.norm().item(), (p - start).norm().item())
+def size_of(name, p, start):
+    """Return the norm of a parameter: what its error is compared with.
+
+    Three layers take ve_scale, a single number, from 0.086 to 0.001. Its rounding errors are those of the
+    values on the way, 70 times as large as what is left, so it is compared with its way from `start`.
+    """
+    way = (p - start).norm().item()
+    if name == "ve_scale" and p.norm().item() < way / 20:
+        return way
+    return p.norm().item()
 
 
 def assert_same_parameters(ranks):
@@ -210,7 +217,7 @@ def test_the_world_size_changes_only_rounding(worlds):
             expected = alone["params"][name]
             moved = (expected - start[name]).norm().item()
             error = (p - expected).norm().item()
-            assert error <= TOLERANCE * size_of(expected, start[name]), (world, name, error, moved)
+            assert error <= TOLERANCE * size_of(name, expected, start[name]), (world, name, error, moved)
             # Training moved it, and far more than that.
             assert name == "skip_weights" or moved > 100 * error, name
         assert worlds[world][0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
@@ -369,14 +376,12 @@ WIRE_LOSS = 5e-4
 
 def test_bfloat16_gradients_train_the_same_model_to_their_precision(wires):
     exact = wires["float32", 1][0]
-    start = start_of(exact["params"], seed=2)
     for (dtype, world), ranks in wires.items():
         assert_same_parameters(ranks)
         bound = TOLERANCE if dtype == "float32" else WIRE_BOUND
         for name, p in ranks[0]["params"].items():
             expected = exact["params"][name]
-            error = (p - expected).norm().item()
-            assert error <= bound * size_of(expected, start[name]), (dtype, world, name)
+            assert (p - expected).norm() <= bound * expected.norm(), (dtype, world, name)
         last = np.mean(ranks[0]["losses"][-4:])
         assert last == pytest.approx(np.mean(exact["losses"][-4:]), rel=WIRE_LOSS)
         assert ranks[0]["again"] < ranks[0]["losses"][0] - 0.1  # of one batch: batches differ by more
@@ -441,7 +446,7 @@ def test_nodes_train_the_model_of_one_rank(nodes):
         assert not any(r["padding"].values())
     for name, p in first["params"].items():
         expected = alone["params"][name]
-        assert (p - expected).norm() <= TOLERANCE * size_of(expected, start[name]), name
+        assert (p - expected).norm() <= TOLERANCE * size_of(name, expected, start[name]), name
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert first["factors"] == pytest.approx(alone["factors"], rel=1e-5)
     matrices = {spec.name for spec in t.MATRICES}

@@ -33,6 +33,7 @@ ILLEGAL = {
     "mlp_mult": "-3",
     "rope_dims": "-2",
     "rope_base": "nan",
+    "loop_layers": "5 4",
     "loop_times": "-1",
     "loop_frac": "1.5",
     "attn_gate_dims": "-1",
