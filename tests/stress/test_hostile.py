@@ -1,0 +1,141 @@
+"""The judge of hostile cases catches each kind of fault, and a few cases of every group behave."""
+
+import collections
+import dataclasses
+import sys
+
+import pytest
+
+import hostile
+import train_gpt as t
+from helpers import temporary_folder
+from hostile_cases import judge
+from hostile_cases.case import Case, Group, Signal, shell, written
+from hostile_cases.settings import ILLEGAL
+from hostile_cases.sound_files import SoundFiles
+
+FREE = {"run_id", "out_dir", "data_path", "tokenizer_path", "report_split", "resume"}
+NAMED = ("file", "remedy")
+
+# A program, and what the judge says of it. It should say "file: a remedy", end with 2 and change nothing.
+PROGRAMS = {
+    "as it should": ('echo "file: a remedy" >&2; exit 2', ""),
+    "another status": ('echo "file: a remedy" >&2; exit 1', "status 1"),
+    "success": ("", "status 0; does not say 'file'; does not say 'remedy'"),
+    "killed": ('echo "file: a remedy" >&2; kill -9 $$', "status -9"),
+    "no remedy": ('echo "file: wrong" >&2; exit 2', "does not say 'remedy'"),
+    "on stdout": ('echo "file: a remedy"; exit 2', "does not say 'file'; does not say 'remedy'"),
+    "two lines": ('echo "oh" >&2; echo "file: a remedy" >&2; exit 2', "2 lines on stderr"),
+    "a note of run.sh": ('echo "[run.sh 0s] so" >&2; echo "file: a remedy" >&2; exit 2', ""),
+    "a long line": ('printf "file remedy%2000s\\n" x >&2; exit 2', "a last line of 2011 characters"),
+    "a traceback": (
+        'echo "Traceback (most recent call last):"; echo "file: a remedy" >&2; exit 2',
+        "a traceback on stdout",
+    ),
+    "a half-written file": (
+        'touch new.tmp out.txt; echo "file: a remedy" >&2; exit 2',
+        "left new.tmp; left out.txt",
+    ),
+    "a changed file": ('echo x >old; echo "file: a remedy" >&2; exit 2', "changed old"),
+    "a removed file": ('rm old; echo "file: a remedy" >&2; exit 2', "removed old"),
+    "a file for a folder": ('rm -r sub; touch sub; echo "file: a remedy" >&2; exit 2', "changed sub"),
+    "a temporary file": ('touch "$TMPDIR/x"; echo "file: a remedy" >&2; exit 2', "left TMPDIR/x"),
+    "a process": ('sleep 60 >&- 2>&- & echo "file: a remedy" >&2; exit 2', "1 processes left"),
+    "no end": ('echo "file: a remedy" >&2; sleep 60', "did not end within 1 s; status -9"),
+}
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+
+
+@pytest.fixture(scope="module")
+def sound_files():
+    return SoundFiles(temporary_folder())
+
+
+@needs_proc
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_judge_sees_each_fault(name, sound_files, monkeypatch):
+    monkeypatch.setattr(judge, "GRACE", 0.3)
+    script, faults = PROGRAMS[name]
+    case = Case(name, shell(script), NAMED, setup=(written("old"), written("sub/file")), seconds=1)
+    if name == "a file for a folder":
+        faults += "; removed sub/file"
+    assert "; ".join(judge.judge(case, (), sound_files).faults) == faults
+
+
+def test_what_a_case_leaves_may_be_there_but_not_half_of_it(sound_files):
+    script = "mkdir out; touch out/log out/log.tmp"
+    case = Case("leaves", shell(script), status=0, leaves=("out", "out/*"))
+    assert judge.judge(case, (), sound_files).faults == ("left out/log.tmp",)
+
+
+def test_a_signal_comes_after_its_words(sound_files):
+    script = 'trap "echo done; exit 5" TERM; echo ready; while :; do sleep 0.05; done'
+    case = Case("signal", shell(script), ("done",), 5, lines=0, signals=(Signal(15, "^ready"),))
+    assert judge.judge(case, (), sound_files).behaved
+
+
+def test_a_case_whose_program_is_missing_is_skipped(sound_files):
+    verdict = judge.judge(Case("x", shell("exit 1"), under=("no_such_program",)), (), sound_files)
+    assert "no_such_program" in verdict.skipped
+    assert not verdict.behaved
+
+
+def test_the_command_prints_a_table_and_fails_if_a_case_does(capsys, monkeypatch):
+    cases = (
+        Case("good", shell("exit 0"), status=0),
+        Case("bad", shell("echo no; exit 1"), status=0),
+        Case("skipped", shell("exit 0"), under=("no_such_program",)),
+    )
+    monkeypatch.setattr(hostile, "GROUPS", (Group("toys", (), cases),))
+    assert hostile.main(["2"]) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 behaved, 1 skipped" in out
+    assert "---- toys: bad\nno" in out
+    assert hostile.main(["toys", "good"]) == 0
+    assert hostile.main(["toys", "gone"]) == 2
+
+
+def test_the_cases_have_names_of_their_own():
+    names = collections.Counter(
+        f"{group.name}: {case.name}" for group in hostile.GROUPS for case in group.cases
+    )
+    assert len(names) > 500
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_every_knob_with_bounds_has_an_illegal_value():
+    assert set(ILLEGAL) == {field.name for field in dataclasses.fields(t.Config)} - FREE
+    for key, value in ILLEGAL.items():
+        with pytest.raises(t.InputError, match=key):
+            t.load_config([f"{key}={value}"], {})
+
+
+# A case of each group, and the sound files that it needs.
+QUICK = (
+    ("paths", "verify of a file", ("docs", "repo")),
+    ("paths", "plot --out below a file", ("docs", "repo")),
+    ("environments", "BANKSHOT_PYTHON does nothing", ()),
+    ("environments", "data verify on an ASCII console", ("data",)),
+    ("data", "verify: the manifest is deep", ("data",)),
+    ("data", "train: a shard's tokens are infinite", ("data",)),
+    ("texts", "jsonl: a key holds a line break", ("docs",)),
+    ("texts", "a million spaces", ("docs",)),
+    ("settings", "run.sh: an unknown command", ()),
+    ("settings", "seed=-1", ()),
+    ("artifacts", "run.sh eval: empty", ("data",)),
+    ("signals", "SIGTERM to data text", ("docs",)),
+    ("ranks", "WORLD_SIZE is a word", ("data",)),
+    ("disks", "data text: no room for shards", ("docs",)),
+    ("ledger", "compare: a log binary", ("repo",)),
+    ("ledger", "verify: seed_results is a list", ("repo",)),
+)
+
+
+@needs_proc
+@pytest.mark.parametrize("group, name, parts", QUICK, ids=lambda value: str(value)[:40])
+def test_a_case_of_each_group_behaves(group, name, parts, sound_files):
+    (case,) = [case for found, case in hostile.chosen([]) if (found.name, case.name) == (group, name)]
+    verdict = judge.judge(case, parts, sound_files)
+    if verdict.skipped:
+        pytest.skip(verdict.skipped)
+    assert verdict.faults == (), verdict.console
