@@ -66,7 +66,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cache, lru_cache, partial
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
@@ -510,80 +510,18 @@ def check_ranges(h: Config) -> None:
             raise InputError(f"config key {key}: {getattr(h, key)[:40]!r} is not one of {', '.join(allowed)}")
 
 
+class Rule(NamedTuple):
+    """A relation between knobs."""
+
+    holds: bool
+    text: str  # what to tell if it does not
+
+
 def check_relations(h: Config) -> None:
     """Check the relations between knobs. Raises InputError with the first rule that is broken."""
-    divides = {
-        "micro_batch_tokens": "train_batch_tokens",
-        "train_seq_len": "micro_batch_tokens",
-        "eval_seq_len": "eval_batch_tokens",
-        "num_heads": "model_dim",
-        "num_kv_heads": "num_heads",
-    }
-    windows_are_numbers = all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split())
-    loop = h.loop_layers.split()
-    first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
-    neighbours = [str(first + i) for i in range(len(loop))]
-    most_embed_clip = 2 ** (min(h.embed_bits, 8) - 1) - 1
-    rules = [
-        *(
-            (getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
-            for part, whole in divides.items()
-        ),
-        (h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len"),
-        (
-            h.ttt_lr == 0 or h.ttt_chunk_tokens % h.eval_seq_len == 0,
-            "eval_seq_len must divide ttt_chunk_tokens",
-        ),
-        (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"),
-        (
-            max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
-            "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
-        ),
-        (h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim"),
-        (h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}"),
-        (h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1"),
-        (
-            windows_are_numbers,
-            f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, "
-            "as in '512 512 0'",
-        ),
-        (h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2"),
-        (
-            loop == neighbours and first + len(loop) <= h.num_layers,
-            f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, "
-            "as in '4 5'",
-        ),
-        (h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'"),
-        (h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)"),
-        *(
-            (
-                getattr(h, key) <= MAX_TOKENS,
-                f"{key}={getattr(h, key)} must be at most {MAX_TOKENS}: its ids alone take "
-                f"{8 * getattr(h, key) / 1e9:.3g} GB",
-            )
-            for key in ("train_batch_tokens", "eval_batch_tokens")
-        ),
-        (h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive"),
-        (h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0"),
-        (h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"),
-        (6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8"),
-        (h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"),
-        (
-            h.embed_clip_sd <= most_embed_clip,
-            f"embed_clip_sd must not exceed {most_embed_clip}, a step of one root mean square",
-        ),
-        (h.gptq_batches > 0 or not h.gptq_embed, "gptq_embed needs gptq_batches of at least 1"),
-        *(
-            (
-                getattr(h, rate) * getattr(h, decay) <= 1,
-                f"{rate} * {decay}, decay of a step, must be at most 1",
-            )
-            for rate, decay in DECAYS.items()
-        ),
-    ]
-    for holds, rule in rules:
-        if not holds:
-            raise InputError(f"config: {rule}")
+    for rule in chain(rules_of_batches(h), rules_of_the_model(h), rules_of_training(h), rules_of_codes(h)):
+        if not rule.holds:
+            raise InputError(f"config: {rule.text}")
 
     parameters = sum(math.prod(shape) for shape, _ in parameter_table(h).values())
     most = CODECS[h.codec].most_weights
@@ -594,6 +532,83 @@ def check_relations(h: Config) -> None:
             f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of codec={h.codec} holds at "
             f"most {most:.3g}; make the model smaller"
         )
+
+
+def rules_of_batches(h: Config) -> Iterator[Rule]:
+    """Yield the rules of batches, sequences and score windows, and of heads, which divide each other."""
+    divides = {
+        "micro_batch_tokens": "train_batch_tokens",
+        "train_seq_len": "micro_batch_tokens",
+        "eval_seq_len": "eval_batch_tokens",
+        "num_heads": "model_dim",
+        "num_kv_heads": "num_heads",
+    }
+    for part, whole in divides.items():
+        yield Rule(getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
+    for key in ("train_batch_tokens", "eval_batch_tokens"):
+        tokens = getattr(h, key)
+        yield Rule(
+            tokens <= MAX_TOKENS,
+            f"{key}={tokens} must be at most {MAX_TOKENS}: its ids alone take {8 * tokens / 1e9:.3g} GB",
+        )
+    yield Rule(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
+    yield Rule(
+        h.ttt_lr == 0 or h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens"
+    )
+
+
+def rules_of_the_model(h: Config) -> Iterator[Rule]:
+    """Yield the rules of the model's sizes and layers."""
+    yield Rule(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
+    yield Rule(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
+    yield Rule(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
+    yield Rule(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
+    yield Rule(
+        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"
+    )
+    yield Rule(h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim")
+    yield Rule(
+        h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"
+    )
+    yield Rule(
+        max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
+        "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
+    )
+    yield Rule(
+        all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split()),
+        f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
+    )
+
+    loop = h.loop_layers.split()
+    first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
+    neighbours = [str(first + i) for i in range(len(loop))]
+    yield Rule(
+        loop == neighbours and first + len(loop) <= h.num_layers,
+        f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
+    )
+    yield Rule(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
+
+
+def rules_of_training(h: Config) -> Iterator[Rule]:
+    """Yield the rules of the optimizer and the schedules."""
+    yield Rule(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
+    yield Rule(h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0")
+    for rate, decay in DECAYS.items():
+        shrinks = getattr(h, rate) * getattr(h, decay)
+        yield Rule(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
+
+
+def rules_of_codes(h: Config) -> Iterator[Rule]:
+    """Yield the rules of the artifact's codes."""
+    yield Rule(6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8")
+    yield Rule(
+        h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"
+    )
+    largest = ENCODINGS[f"int{h.embed_bits}"].limit
+    yield Rule(
+        h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
+    )
+    yield Rule(h.gptq_batches > 0 or not h.gptq_embed, "gptq_embed needs gptq_batches of at least 1")
 
 
 # -----------------------------------------------------------------------------

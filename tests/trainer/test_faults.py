@@ -591,7 +591,9 @@ def test_torchrun_ends_with_the_reason(tmp_path):
     command += [t.__file__, "train", "preset=cpu", "data_path=/nowhere/at/all", f"out_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     cause = done.stderr.partition("Root Cause")[2]
-    assert done.returncode == 1 and "  traceback : /nowhere/at/all: no such data folder" in cause, done.stderr
+    assert done.returncode == 1 and "  traceback : data_path=/nowhere/at/all: no such data folder" in cause, (
+        done.stderr
+    )
 
 
 def kill_rank_1(rank):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -290,7 +291,11 @@ def test_a_run_trains_in_it_and_is_scored_without(tmp_path, capfd, monkeypatch):
     artifact = str(tmp_path / "1" / "run.int6.xz")
     capfd.readouterr()
     assert t.main(["eval", artifact, *data, "eval_batch_tokens=512", f"out_dir={tmp_path}"]) == 0
-    assert sliding_loss(capfd.readouterr().out) == pytest.approx(sliding_loss(logs[1]), rel=1e-6)
+    evaluated = capfd.readouterr().out
+    log = re.search(r"^log: (.*)$", evaluated, re.M)[1]
+    assert sliding_loss(Path(log).read_text(encoding="utf-8")) == pytest.approx(
+        sliding_loss(logs[1]), rel=1e-6
+    )
 
 
 # ---------------------------------------------------------------- rows of a sweep

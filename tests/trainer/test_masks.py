@@ -432,12 +432,12 @@ def test_an_artifact_carries_both_knobs():
     h = tiny(attn_windows="4 0", doc_mask=True, num_layers=2)
     tensors = dict(noisy_model(h).named_parameters())
     header, _ = t.open_artifact(t.pack_artifact(tensors, h))
-    again = t.load_config([], {}, header["config"])
+    again = t.make_config({}, header["config"])
     assert (again.attn_windows, again.doc_mask) == ("4 0", True)
     assert t.layer_table(again) == t.layer_table(h)
     header, _ = t.open_artifact(t.pack_artifact(tensors, dataclasses.replace(h, attn_windows="4 -1")))
     with pytest.raises(t.InputError, match="attn_windows='4 -1'"):
-        t.load_config([], {}, header["config"])
+        t.make_config({}, header["config"])
 
 
 # ---------------------------------------------------------------- the kernel that is bound

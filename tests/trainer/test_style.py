@@ -217,8 +217,11 @@ def looked_up(node) -> str | None:
 
 
 def test_environment_is_read_in_main_only(tree):
-    """`main` passes os.environ on, `init_machine` sets a default, and `read_ranks` looks up only ranks."""
-    readers = [f for f in functions(tree) if f.name in ("main", "init_machine")]
+    """Let `main` pass os.environ on, and others only do what is not about a run's settings.
+
+    `init_machine` sets a default, `tell_torchrun` finds torchrun's file, `read_ranks` looks up only ranks.
+    """
+    readers = [f for f in functions(tree) if f.name in ("main", "init_machine", "tell_torchrun")]
     allowed = {id(node) for f in readers for node in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"):
@@ -441,12 +444,12 @@ def attributes(tree) -> set[str]:
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
-def names_in_parameter_table(tree) -> set[str]:
-    """Return the strings of PARAM_TABLE, which names knobs."""
+def names_in_tables(tree) -> set[str]:
+    """Return the strings of the tables that name knobs."""
     names = set()
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "PARAM_TABLE" for target in targets):
+        if any(isinstance(target, ast.Name) and target.id in ("PARAM_TABLE", "DECAYS") for target in targets):
             constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
             names |= {value for value in constants if isinstance(value, str)}
     return names
@@ -461,7 +464,7 @@ def unread_fields(tree) -> list[str]:
 
     no_use = [config, *(f for f in functions(tree) if f.name in NOT_USE)]
     inside = {id(node) for part in no_use for node in ast.walk(part)}
-    read = names_in_parameter_table(tree)
+    read = names_in_tables(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in inside:
             read.add(node.attr)
