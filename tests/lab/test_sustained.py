@@ -355,7 +355,17 @@ def test_sustained_steps_without_data(capsys):
 
 
 def test_sustained_steps_that_diverge_are_no_figures(tmp_path, capsys):
-    args = ["--seconds", 0, "--sustain", 0.01, "scalar_lr=1e15", "scalar_wd=0", "embed_lr=1e15", "embed_wd=0", "grad_clip=0"]
+    args = [
+        "--seconds",
+        0,
+        "--sustain",
+        0.01,
+        "scalar_lr=1e15",
+        "scalar_wd=0",
+        "embed_lr=1e15",
+        "embed_wd=0",
+        "grad_clip=0",
+    ]
     report, out = run_bench(args, tmp_path, capsys)
     assert "sustained" not in report
     assert "skipped sustained steps: RuntimeError: step " in out
