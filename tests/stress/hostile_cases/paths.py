@@ -95,7 +95,7 @@ TRAIN = (
     ),
     Case("the log is a folder", train(), ("out/run.txt", "run_id"), setup=(folder("out/run.txt"),)),
     Case(
-        "the artifact is a folder",
+        "a folder stands where the artifact goes",
         shell('"$@"; status=$?; rm -r "$TMPDIR"/run.int6.xz.*; exit $status', *train()),
         status=1,
         lines=0,
@@ -285,8 +285,8 @@ TEXTS = (
     Case("--tokenizer is a folder", text(tokenizer="docs"), ("docs", "give a file"), status=1),
     Case("--tokenizer is empty", text(tokenizer=""), ("--tokenizer",), status=1),
     Case("verify of a missing folder", data("verify", "gone"), ("gone", "give a folder"), status=1),
-    Case("verify of a file", data("verify", "docs/val.txt"), ("docs/val.txt",), status=1),
-    Case("verify of an empty name", data("verify", ""), ("DIR", "is empty")),
+    Case("data verify of a file", data("verify", "docs/val.txt"), ("docs/val.txt",), status=1),
+    Case("data verify of an empty name", data("verify", ""), ("DIR", "is empty")),
     Case(
         "verify by a link in Unicode",
         data("verify", "\u65e5"),

@@ -38,6 +38,8 @@ ILLEGAL = {
     "loop_frac": "1.5",
     "attn_gate_dims": "-1",
     "skip_gates": "no",
+    "parallel_last_n": "-1",
+    "parallel_form": "three_streams",
     "copy_dim": "-1",
     "copy_lr": "nan",
     "attn_windows": "256 -1",
