@@ -319,9 +319,9 @@ def run(program: list[str]) -> int:
 
 
 def launch(processes: int | None, program: list[str]) -> int:
-    """Run a program on several processes with torchrun, or as plain python if None."""
+    """Run a program of the repository on several processes, or as plain python if None."""
     if processes is not None:
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
+        program = ["tools/ranks.py", str(processes), *program]
     say("running: " + " ".join([sys.executable, *program]))
     return run(program)
 
@@ -505,7 +505,8 @@ def train(request: Request) -> int:
     say(f"{gpus} NVIDIA GPU(s), preset {preset}, log {log}")
     status = launch(processes, ["train_gpt.py", "train", *chosen, *others])
     if not os.path.exists(log):
-        say(f"the trainer ended with status {status} and left no log at {log}")
+        ended = "was interrupted" if status == 128 + signal.SIGINT else f"ended with status {status}"
+        say(f"the trainer {ended} and left no log at {log}")
         return status or 1
 
     scored = count_scores(log) != earlier

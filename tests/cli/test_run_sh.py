@@ -420,13 +420,13 @@ def test_a_prepared_interpreter_installs_nothing(tree):
     "gpus, preset, launcher",
     [
         (0, "cpu", "train_gpt.py"),
-        (1, "h100x1", "-m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py"),
-        (2, "record", "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py"),
-        (3, "record", "-m torch.distributed.run --standalone --nproc_per_node=2 train_gpt.py"),
-        (4, "record", "-m torch.distributed.run --standalone --nproc_per_node=4 train_gpt.py"),
-        (7, "record", "-m torch.distributed.run --standalone --nproc_per_node=4 train_gpt.py"),
-        (8, "record", "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"),
-        (10, "record", "-m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py"),
+        (1, "h100x1", "tools/ranks.py 1 train_gpt.py"),
+        (2, "record", "tools/ranks.py 2 train_gpt.py"),
+        (3, "record", "tools/ranks.py 2 train_gpt.py"),
+        (4, "record", "tools/ranks.py 4 train_gpt.py"),
+        (7, "record", "tools/ranks.py 4 train_gpt.py"),
+        (8, "record", "tools/ranks.py 8 train_gpt.py"),
+        (10, "record", "tools/ranks.py 8 train_gpt.py"),
     ],
 )
 def test_preset_by_machine(tree, gpus, preset, launcher):
@@ -436,7 +436,7 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     settings = rf"preset={preset} data_path=made/here run_id=\d{{8}}_\d{{6}}_{preset}_seed7"
     pattern = rf"{re.escape(launcher)} train {settings}"
     assert re.fullmatch(pattern, tree.train_call()), tree.train_call()
-    processes = re.findall(r"nproc_per_node=(\d)", launcher)
+    processes = re.findall(r"ranks.py (\d)", launcher)
     shards = f" --train-shards {10 * int(processes[0])}" if processes else ""
     assert tree.calls()[0] == "data/prepare.py auto" + shards
 
@@ -446,15 +446,15 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     [
         (8, ["preset=cpu"], {}, "train_gpt.py"),
         (8, ["preset=cpu_sp8192"], {}, "train_gpt.py"),
-        (8, ["preset=h100x1"], {}, "--nproc_per_node=8 train_gpt.py"),
-        (3, ["preset=h100x1"], {}, "--nproc_per_node=2 train_gpt.py"),
-        (8, ["preset=thirds"], {}, "--nproc_per_node=2 train_gpt.py"),
-        (8, ["preset=h100x1"], {"NPROC": "1"}, "--nproc_per_node=1 train_gpt.py"),
-        (1, ["preset=record"], {}, "--nproc_per_node=1 train_gpt.py"),
-        (4, ["preset=record"], {}, "--nproc_per_node=4 train_gpt.py"),
-        (8, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
-        (0, [], {"NPROC": "2"}, "--nproc_per_node=2 train_gpt.py"),
-        (8, [], {"CUDA_VISIBLE_DEVICES": "3"}, "--nproc_per_node=1 train_gpt.py"),
+        (8, ["preset=h100x1"], {}, "ranks.py 8 train_gpt.py"),
+        (3, ["preset=h100x1"], {}, "ranks.py 2 train_gpt.py"),
+        (8, ["preset=thirds"], {}, "ranks.py 2 train_gpt.py"),
+        (8, ["preset=h100x1"], {"NPROC": "1"}, "ranks.py 1 train_gpt.py"),
+        (1, ["preset=record"], {}, "ranks.py 1 train_gpt.py"),
+        (4, ["preset=record"], {}, "ranks.py 4 train_gpt.py"),
+        (8, [], {"NPROC": "2"}, "ranks.py 2 train_gpt.py"),
+        (0, [], {"NPROC": "2"}, "ranks.py 2 train_gpt.py"),
+        (8, [], {"CUDA_VISIBLE_DEVICES": "3"}, "ranks.py 1 train_gpt.py"),
         (8, [], {"CUDA_VISIBLE_DEVICES": ""}, "train_gpt.py"),
     ],
 )
@@ -603,7 +603,7 @@ def test_paths_from_another_directory(tree, tmp_path):
     args = ("audit", "r.int6.xz", "--script", "their.py", "data_path=d")
     assert tree.run(*args, cwd=elsewhere, NPROC="2").returncode == 0
     assert tree.calls()[-1] == (
-        "-m torch.distributed.run --standalone --nproc_per_node=2 tools/audit.py "
+        "tools/ranks.py 2 tools/audit.py "
         f"{elsewhere}/r.int6.xz --script {elsewhere}/their.py preset=cpu data_path={elsewhere}/d"
     )
     assert tree.run("bench", "--candidates", "c.py", "--json", "/b.json", cwd=elsewhere).returncode == 0
@@ -612,10 +612,7 @@ def test_paths_from_another_directory(tree, tmp_path):
     call = f"-m lab.bench --candidates {elsewhere}/c.py --all --sustain 9 data_path=made/here preset=cpu"
     assert tree.calls()[-1] == call
     assert tree.run("bench", "--timeline", "t.json", cwd=elsewhere, NPROC="2").returncode == 0
-    assert tree.calls()[-1] == (
-        "-m torch.distributed.run --standalone --nproc_per_node=2 -m lab.bench "
-        f"--timeline {elsewhere}/t.json preset=cpu"
-    )
+    assert tree.calls()[-1] == (f"tools/ranks.py 2 -m lab.bench --timeline {elsewhere}/t.json preset=cpu")
     assert tree.run("record", "verify", "here", cwd=elsewhere).returncode == 0
     assert tree.calls()[-1] == f"ledger.record verify here in {elsewhere}"
     assert tree.run("data", "auto", cwd=elsewhere).returncode == 0
