@@ -231,7 +231,7 @@ class Config:
     max_wallclock_seconds: float = 600.0  # of the training clock; 0: no limit
     iterations: int = 20000
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
-    val_loss_every: int = 0  # steps; 0: none is opened between the checks at the start and the clock's end
+    val_loss_every: int = 0  # steps; 0: never, and no held-out file is read while the clock runs
     train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged, too
     val_tokens: int = 0  # score only this many targets, from the first; 0: the whole split
     # batch
@@ -772,6 +772,15 @@ class Machine:
         box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return tuple(box.tolist())
+
+    def largest(self, flag: float) -> float:
+        """Return the largest flag of all ranks, which must not be negative, on every rank."""
+        _, flag = self.agree(0.0, flag)
+        return flag
+
+    def check_ranks(self) -> None:
+        """Fail at once if another rank has exited, before a collective of the device waits for it."""
+        self.agree(0.0)
 
     def of_rank_0(self, value):
         """Return rank 0's value, any object that can be pickled, on every rank. It uses gloo."""
@@ -1472,7 +1481,7 @@ def check_train_split(h: Config, m: Machine) -> None:
         for f in files[m.rank :: m.world_size]:
             tokens = load_shard(f, h.vocab_size)
             has_start = has_start or bool((tokens == h.bos_id).any())
-    _, some_start = m.agree(0.0, has_start)
+    some_start = m.largest(has_start)
     if not some_start:
         raise InputError(
             f"{h.data_path}: no shard of the train split has a document start (bos_id={h.bos_id}); "
@@ -1617,16 +1626,17 @@ class TokenLoader:
         T = self.h.train_seq_len
         draw, batch_of_draw = divmod(index, self.draw_batches)
         per_batch = self.h.train_batch_tokens // T
-        drawn = np.arange(self.draw_batches * per_batch)
+        order = np.arange(self.draw_batches * per_batch)  # of the sequences of this draw
         if self.draw_batches > 1:
-            random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(drawn)
+            random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(order)
 
         batch = []
         for a in range(self.accum):
             sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
             first = batch_of_draw * per_batch + (a * self.m.world_size + self.m.rank) * B
-            for sequence, number in zip(sequences.numpy(), drawn[first : first + B].tolist()):
-                sequence[:] = self.read((draw * len(drawn) + number) * T, T + 1)
+            for sequence, number in zip(sequences.numpy(), order[first : first + B].tolist()):
+                start = (draw * len(order) + number) * T
+                sequence[:] = self.read(start, T + 1)
             batch.append(sequences)
         return batch
 
@@ -3833,8 +3843,8 @@ def fit_artifact(
     """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
     If it does not fit as configured, up to eight more attempts look for the int6 step that fills the room to
-    within 0.2 %, as if doubling the step saved one bit per code. The step never exceeds 1. If fit_cap is
-    off, or no attempt fits, the result may exceed the room.
+    within 0.2 %. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1.
+    If fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
@@ -4066,7 +4076,11 @@ def states_for(codes: int) -> int:
 
 
 def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarray:
-    """Return the words of the tensors' codes, each a flat int8 array coded by its model."""
+    """Return the words of the tensors' codes, each a flat int8 array coded by its model.
+
+    Interleaved rANS: code i goes to state i modulo the number of states. A state that would exceed 48 bits
+    first gives its lowest 16 to the words. Codes go in from the last to the first, as decoding is a stack.
+    """
     states = np.full(states_for(sum(map(len, tensors))), LEAST_STATE)
     step = len(states)
     words = []
@@ -4079,7 +4093,7 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
             i = index[start : start + step]
             f = frequencies[i]
             x = states[: len(i)]
-            full = x >= f << 48 - PRECISION
+            full = x >= f << (48 - PRECISION)
             words.append(x[full] & 0xFFFF)
             x[full] >>= 16
             quotient = x // f
@@ -4469,7 +4483,7 @@ def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, plan: Sc
     """Score every target of `tokens` (N,) once, with the work split over the ranks. Sums are float64."""
     started = time.perf_counter()
     nats = score_targets(nats_fn, tokens, plan, m)[0].sum()
-    m.agree(0.0)  # fails at once if a rank has exited
+    m.check_ranks()
     dist.all_reduce(nats)
     total = len(tokens) - 1
     num_bytes = int(counts.of(tokens).sum())
@@ -4512,7 +4526,7 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
                     loss = loss_fn(x, y) * (len(x) / pairs.size(1))
                 parts = torch.autograd.grad(loss, params, materialize_grads=True)
                 gradient.add_(torch.cat([g.flatten() for g in parts]))
-            m.agree(0.0)  # fails at once if a rank has exited
+            m.check_ranks()
             dist.all_reduce(gradient)
             momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
             torch._foreach_add_(weights, moves, alpha=-rate)
@@ -4995,7 +5009,7 @@ def compiled_graphs() -> int:
 
 
 class Pace(NamedTuple):
-    """Since when steps take the time that they take now."""
+    """The step and the clock at which steps began to take the time that they take now."""
 
     once: bool  # Hyper.once of these steps
     step: int = 0
@@ -5033,13 +5047,9 @@ def train(run: Run) -> Trained:
     m.signals.clear()  # from now on the first signal ends training, not the process
 
     newest = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
-    # Calibration is training time: reserve 1.5 times its rehearsal. The clock starts with the last rank.
-    held_back_ms, _ = m.agree(1.5 * run.phases.pop("calibrate", 0.0))
-    log_held_back(run, held_back_ms / 1000)
-    seconds = max(run.h.max_wallclock_seconds - held_back_ms / 1000, 0.0)
-    limit_ms = 1000 * seconds if run.h.max_wallclock_seconds else math.inf
-    h = replace(run.h, max_wallclock_seconds=seconds)
+    h = hold_back(run)  # the clock starts with the last rank
     run = replace(run, h=h)  # schedules and ETAs end when the steps do
+    limit_ms = 1000 * h.max_wallclock_seconds or math.inf
     run.phases["validate"] = 0.0
     graphs_before = compiled_graphs()
     start = time.perf_counter() - train_ms / 1000
@@ -5080,7 +5090,7 @@ def train(run: Run) -> Trained:
     log.may_move = True
     run.phases["train"] = train_ms
     late_graphs = compiled_graphs() - graphs_before
-    _, newest_diverged = m.agree(0.0, not is_sound(newest))
+    newest_diverged = m.largest(not is_sound(newest))
     if newest_diverged or stop == Stop.DIVERGED:
         good = checkpoints.last_good() if checkpoints else 0
         raise Diverged(describe_divergence(run, step, newest()[0].tolist(), good), step, train_ms)
@@ -5093,12 +5103,7 @@ def train(run: Run) -> Trained:
     if checkpoints:
         checkpoints.save(step, train_ms, last=True)
     if step < h.iterations:
-        cause = "signal" if stop == Stop.SIGNAL else "wallclock_cap"
-        reason = {"signal": "a signal", "wallclock_cap": "the time is up"}[cause]
-        log(
-            f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{h.iterations}",
-            shown=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
-        )
+        log_early_end(run, stop == Stop.SIGNAL, step, train_ms)
     return Trained(
         ema=ema,
         steps=step,
@@ -5132,11 +5137,27 @@ def check_grams(grams: Mapping[str, Tensor], step: int, train_ms: float) -> None
             )
 
 
-def log_held_back(run: Run, seconds: float) -> None:
-    """Log the time that is kept for calibration. Raises InputError if it is more than half of the budget."""
+def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None:
+    """Log that training ends before its iterations are spent: by a signal or by the clock."""
+    cause = "signal" if by_signal else "wallclock_cap"
+    reason = "a signal" if by_signal else "the time is up"
+    run.log(
+        f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{run.h.iterations}",
+        shown=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
+    )
+
+
+def hold_back(run: Run) -> Config:
+    """Return the config of the steps, whose time ends early enough for calibration; log the difference.
+
+    Calibration is training time. What is kept for it is 1.5 times what the warm-up's rehearsal took on rank
+    0. Raises InputError if that is more than half of the budget. Collective.
+    """
+    held_back_ms, _ = run.m.agree(1.5 * run.phases.pop("calibrate", 0.0))
+    seconds = held_back_ms / 1000
     budget = run.h.max_wallclock_seconds
     if budget == 0:
-        return
+        return run.h
     run.log(
         f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration",
         shown=f"{seconds:.1f} of the {budget:g} s are kept for calibration",
@@ -5147,6 +5168,7 @@ def log_held_back(run: Run, seconds: float) -> None:
             f"config key max_wallclock_seconds: {seconds:.1f} of {budget:g} s are held back for calibration, "
             f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
         )
+    return replace(run.h, max_wallclock_seconds=budget - seconds)
 
 
 def describe_divergence(run: Run, step: int, newest: list[float], good: int) -> str:
@@ -5333,7 +5355,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     over = bytes_total - h.size_cap
     if over > 0:
         log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
-    _, late = m.agree(0.0, trained.late_graphs)
+    late = m.largest(trained.late_graphs)
     if late:
         log(
             f"late compilation: {int(late)} graphs were compiled on the clock; "
@@ -5349,7 +5371,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     if m.rank == 0:
         with suppress(OSError, InputError):
             show(f"log: {log.path}\nartifact: {written}")
-    _, moved = m.agree(0.0, written != path)
+    moved = m.largest(written != path)
     return 1 if over > 0 or late or moved else 0
 
 
