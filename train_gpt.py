@@ -320,6 +320,10 @@ class Config:
         return self.num_layers + self.loop_times * len(self.loop_layers.split())
 
     @property
+    def has_loop(self) -> bool:
+        return self.num_visits > self.num_layers
+
+    @property
     def two_stream_layers(self) -> int:
         return self.parallel_last_n if self.parallel_form == "two_streams" else 0
 
@@ -1236,7 +1240,7 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     Raises InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
-        raw = Path(path).read_bytes()
+        raw = read_file(path)
 
     header = np.frombuffer(raw[:SHARD_HEADER_BYTES].ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -1984,8 +1988,22 @@ def two_streams(
     second = streams[-1]
     attended = attend(rms_norm(residual_mix(first, x0, w.resid_mix)))
     fed = feed(rms_norm(second))
-    keep = w.stream_keep.to(x0.dtype)
-    add = w.stream_add.to(x0.dtype)
+    return mix_streams(
+        first=first,
+        second=second,
+        attended=attended,
+        fed=fed,
+        keep=w.stream_keep,
+        add=w.stream_add,
+    )
+
+
+def mix_streams(
+    first: Tensor, second: Tensor, attended: Tensor, fed: Tensor, keep: Tensor, add: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add attention and MLP to both streams. keep (2,), add (2, 2), the others and the results (B, T, D)."""
+    keep = keep.to(first.dtype)
+    add = add.to(first.dtype)
     return (
         keep[0] * first + add[0, 0] * attended + add[0, 1] * fed,
         keep[1] * second + add[1, 0] * attended + add[1, 1] * fed,
@@ -3562,7 +3580,7 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
     if h.muon_momentum_warmup_frac > 0:
         ramp = min(1.0, progress / h.muon_momentum_warmup_frac)
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
-    once = h.num_visits > h.num_layers and (progress < h.loop_frac or h.loop_frac == 1)
+    once = h.has_loop and (progress < h.loop_frac or h.loop_frac == 1)
     return Hyper(progress, momentum, lr_mul, once)
 
 
@@ -3650,7 +3668,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     # Every pass calls recorded_linear in this order: qkv, o, up, down of the first visit, then of the second.
     calls = cycle(range(4 * len(run.model.layers)))
     sums: dict[int, Tensor] = {}  # by call
-    of_head = torch.zeros(run.h.model_dim, run.h.model_dim, device=run.m.device)
+    of_head = torch.zeros(run.h.model_dim, run.h.model_dim, device=run.m.device)  # only if gptq_embed
 
     def product(x: Tensor) -> Tensor:
         flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
@@ -3671,7 +3689,9 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     started = time.perf_counter()
     for i in range(run.h.gptq_batches):
         for sequences in loader.next():
-            of_head += product(recording.trunk(sequences[:, :-1]))
+            x = recording.trunk(sequences[:, :-1])
+            if run.h.gptq_embed:
+                of_head += product(x)
         run.m.sync()
         run.log.progress("calibration, batches", i + 1, run.h.gptq_batches, started)
 
@@ -3848,7 +3868,8 @@ def fit_artifact(
     """
     pack = CODECS[h.codec].pack
     codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
-    configured = max(h.int6_step, h.matrix_clip_sd / 31)  # the clip's own step is a floor as well
+    clip_step = h.matrix_clip_sd / ENCODINGS["int6"].limit
+    configured = max(h.int6_step, clip_step)  # the clip's own step is a floor as well
     step = configured
     best = None
 
@@ -4906,7 +4927,6 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
 
     torch.manual_seed(h.seed)
     model = GPT(h, m.ops, m.dtype).to(m.device)
-    has_loop = h.num_visits > h.num_layers
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     return Run(
         h=h,
@@ -4918,7 +4938,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         nats_fn=m.compile(model.nats),
         phases={"load": 1000 * (time.perf_counter() - started)},
         splits={},
-        once_loss_fn=m.compile(model.without_loop().loss) if has_loop else None,
+        once_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else None,
     )
 
 
@@ -5251,7 +5271,7 @@ def unigram_nats(h: Config, targets: np.ndarray) -> float:
 class FinalScore(NamedTuple):
     """The score of an artifact that counts."""
 
-    metric: str  # int6_lzma_chunked | int6_lzma_sliding | int6_lzma_ttt
+    metric: str  # int6_CODER_chunked | int6_CODER_sliding | int6_CODER_ttt, with the label of the codec
     score: Score
 
     @property

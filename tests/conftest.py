@@ -42,13 +42,19 @@ def attention_switches():
 
 
 @pytest.fixture
-def quick_bench(monkeypatch):
-    """Free the lab of knobs from the environment, and let it time each section only three times."""
+def clean_environment(monkeypatch):
+    """Keep every knob of the caller's environment from a test."""
     import train_gpt as t
-    from lab import timing
 
     for f in dataclasses.fields(t.Config):
         monkeypatch.delenv(f.name.upper(), raising=False)
+
+
+@pytest.fixture
+def quick_bench(clean_environment, monkeypatch):
+    """Free the lab of knobs from the environment, and let it time each section only three times."""
+    from lab import timing
+
     monkeypatch.setattr(timing, "HOST_SECONDS", 0.0)
 
 

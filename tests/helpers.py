@@ -59,6 +59,20 @@ TINY = dict(
 # ---------------------------------------------------------------- tiny models
 
 
+# Every part of the model that is off by default, and none of the optional ones that are on.
+OTHER_PARTS = dict(
+    bigram_vocab_size=0,
+    ve_last_n=0,
+    loop_layers="0 1",
+    loop_times=2,
+    skip_gates=1,
+    attn_gate_dims=8,
+    parallel_last_n=1,
+    parallel_form="two_streams",
+    copy_dim=8,
+)
+
+
 def tiny(**knobs):
     """Return a Config small enough for a test. It comes from load_config and so has passed its checks."""
     return t.load_config(as_arguments(TINY | knobs), {})

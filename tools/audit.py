@@ -28,7 +28,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the script's `guarded`, Ctrl-C shows no traceback
 
 import dataclasses
 import hashlib
@@ -36,7 +36,6 @@ import json
 import lzma
 import math
 import os
-import signal
 import struct
 import sys
 import threading
@@ -48,9 +47,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
-
-if __name__ == "__main__":  # until the script's `guarded` handles it, Ctrl-C shows no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

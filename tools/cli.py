@@ -358,6 +358,7 @@ def find_data(*options: str) -> str:
 
 
 def is_for_a_laptop(preset: str) -> bool:
+    """Return whether a preset trains on the CPU, whatever GPUs there are."""
     return preset.startswith("cpu")
 
 
@@ -818,6 +819,7 @@ def help_text() -> str:
 
 
 def show_help() -> int:
+    """Print the help and return exit status 0."""
     print(help_text(), end="", flush=True)
     return 0
 

@@ -36,6 +36,7 @@ import audit
 import train_gpt as t
 from helpers import (
     BOS,
+    OTHER_PARTS,
     ROOT,
     TINY,
     WORDS,
@@ -208,17 +209,9 @@ def test_nine_tests_pass_on_an_honest_run(honest, group):
 
 
 def test_nine_tests_pass_on_a_model_with_every_optional_part(honest):
-    parts = dict(
-        bigram_vocab_size=0,
-        ve_last_n=0,
-        loop_layers="0 1",
-        loop_times=2,
-        skip_gates=1,
-        attn_gate_dims=8,
-        parallel_last_n=1,
-        parallel_form="two_streams",
+    run, blob = trained(
+        config(honest.h.data_path, vocab_size=honest.h.vocab_size, iterations=6, **OTHER_PARTS)
     )
-    run, blob = trained(config(honest.h.data_path, vocab_size=honest.h.vocab_size, iterations=6, **parts))
     with group_of_one():
         fails, verdicts = failing(run, blob)
     assert not fails, verdicts

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
+from helpers import OTHER_PARTS
 from lab import floors, sections
 from lab.floors import Rates
 from lab.sections import Section, Work
@@ -20,16 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 # ---- work ----------------------------------------------------------------------------------------
 
 
-OPTIONAL = dict(
-    bigram_vocab_size=0,
-    ve_last_n=0,
-    loop_layers="1 2",
-    loop_times=2,
-    skip_gates=1,
-    attn_gate_dims=8,
-    parallel_last_n=2,
-    parallel_form="two_streams",
-)
+OPTIONAL = OTHER_PARTS | dict(loop_layers="1 2", parallel_last_n=2, copy_dim=0)
 
 
 @pytest.mark.parametrize("knobs", [{}, OPTIONAL, OPTIONAL | dict(parallel_form="one_stream")], ids=str)

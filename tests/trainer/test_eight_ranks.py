@@ -4,7 +4,6 @@ Two layers have at most four matrices in a bank, so that two ranks own none at a
 windows.
 """
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -33,11 +32,7 @@ SCORE = re.compile(
 )
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    """Keep every knob of the caller's environment from a test."""
-    for f in dataclasses.fields(t.Config):
-        monkeypatch.delenv(f.name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 class Ended(NamedTuple):

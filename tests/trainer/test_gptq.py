@@ -20,11 +20,7 @@ LIMIT = t.ENCODINGS["int6"].limit
 BANKS = {spec.name for spec in t.MATRICES}
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    """Keep every knob of the caller's environment from a test."""
-    for f in dataclasses.fields(t.Config):
-        monkeypatch.delenv(f.name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 class Problem(NamedTuple):

@@ -20,6 +20,7 @@ import torch
 
 import train_gpt as t
 from helpers import (
+    OTHER_PARTS,
     ROOT,
     as_arguments,
     english_args,
@@ -63,10 +64,7 @@ FINAL = re.compile(
 STEPS = 24
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    for f in dataclasses.fields(t.Config):
-        monkeypatch.delenv(f.name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def read_run(folder, status):
@@ -307,19 +305,7 @@ def test_eval_gives_the_same_score(tmp_path):
     assert loss_in(eval_again(run, tmp_path, "chunked", "eval_stride=32")) == pytest.approx(chunked, abs=2e-6)
 
 
-EXTRA = dict(
-    bigram_vocab_size=0,
-    ve_last_n=0,
-    loop_layers="0 1",
-    loop_times=2,
-    skip_gates=1,
-    attn_gate_dims=8,
-    parallel_last_n=1,
-    parallel_form="two_streams",
-)
-
-
-@pytest.mark.parametrize("knobs,preset", [({}, "cpu_sp8192"), (EXTRA, "cpu")], ids=["default", "extra"])
+@pytest.mark.parametrize("knobs,preset", [({}, "cpu_sp8192"), (OTHER_PARTS, "cpu")], ids=["default", "extra"])
 def test_eval_builds_the_artifacts_model_whatever_the_preset(tmp_path, knobs, preset):
     run = finished_with(**knobs)
     line = eval_again(run, tmp_path, "preset", f"preset={preset}", "eval_batch_tokens=512")

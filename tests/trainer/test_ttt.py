@@ -4,7 +4,6 @@ Afterwards the weights are restored. The auditor finds scores that learn otherwi
 """
 
 import copy
-import dataclasses
 import hashlib
 import json
 import os
@@ -43,11 +42,7 @@ from record_helpers import TRACK, edit, make, verdicts
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    """Remove knobs from the environment."""
-    for f in dataclasses.fields(t.Config):
-        monkeypatch.delenv(f.name.upper(), raising=False)
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def learning_run(h, model, m, **changes):

@@ -349,19 +349,13 @@ class Pieces:
     def stream_mix(self) -> Section:
         """Make the section in which a layer of two streams writes to both."""
 
-        def mix(
-            first: Tensor, second: Tensor, attended: Tensor, fed: Tensor, keep: Tensor, add: Tensor
-        ) -> list:
-            keep = keep.to(first.dtype)
-            add = add.to(first.dtype)
-            streams = enumerate((first, second))
-            return [keep[i] * x + add[i, 0] * attended + add[i, 1] * fed for i, x in streams]
-
         def inputs() -> list[Tensor]:
             return [*(self.activations() for _ in range(4)), self.vector(2), self.vector(2, 2)]
 
         count = sum(spec.form == "two_streams" for spec in self.layers)
-        return Section("stream mix", count, mix, inputs, Work(6 * self.stream), Work(10 * self.stream))
+        return Section(
+            "stream mix", count, self.t.mix_streams, inputs, Work(6 * self.stream), Work(10 * self.stream)
+        )
 
     def output_layer(self) -> Section:
         D = self.h.model_dim
