@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from ledger.board import BOARD
 from record_helpers import MARKERS, make, run
 
@@ -65,6 +67,7 @@ def test_a_ledger_without_records_says_so(repo, folder):
     assert "No records yet." in (repo / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_repositorys_own_ledger():
     assert run(ROOT, "verify", "--quiet") == 0
     page = (ROOT / "records" / "README.md").read_text()

@@ -593,6 +593,7 @@ def test_a_loop_repeats_rows_of_the_table():
     assert all(p is q for p, q in zip(model.parameters(), plain.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["one_stream", "two_streams"])
 def test_both_tables_compile_into_one_graph_each(form):
     """Compile with fullgraph and static shapes, and call both in turn, as around the loop's begin."""
