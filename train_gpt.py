@@ -2654,6 +2654,8 @@ def bind(
         exact = results_of(reference, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # or nan
+    except ModuleNotFoundError as e:
+        return Bound(reference, "torch", f"missing:{e.name}")
     except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
         return Bound(reference, "torch", type(e).__name__)
     if error < limit:
@@ -2707,7 +2709,7 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
         return Bound(attend_flash4, "flash4")
 
     rejected = ""
-    if failure != "ModuleNotFoundError":
+    if not failure.startswith("missing:flash_attn"):
         rejected = f",flash4:torch({failure})".replace(" ", "")
     for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in kinds) else []
     for name in SDPA_KERNELS:

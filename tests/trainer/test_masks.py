@@ -538,6 +538,20 @@ def test_flash4_is_bound_where_it_is_right(knobs, bound, flash4):
     assert (found.attend, found.label) == (t.attend_sdpa, fallback + ",flash4:torch(ZeroDivisionError)")
 
 
+@pytest.mark.parametrize(
+    "missing,said", [("flash_attn", False), ("flash_attn.cute", False), ("cutlass", True)]
+)
+def test_a_flash4_that_lacks_another_package_says_which(missing, said, bound, flash4):
+    """It is optional, so its own absence is no news; half an installation is."""
+
+    def forward(*args, **named):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    flash4.forward = forward
+    rejected = f",flash4:torch(missing:{missing})" if said else ""
+    assert bound().label == "flash" + rejected
+
+
 @pytest.mark.parametrize("wrong", ["windowed", "causal"])
 def test_one_wrong_form_is_enough_against_flash4(wrong, bound, flash4):
     real = flash4.weights
