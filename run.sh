@@ -57,8 +57,33 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" 
         "$root/$2" 2>/dev/null
 }
 
+# What takes long runs as a job of its own, for bash would handle a signal only when it has ended.
+ends_with_us() {    # ends_with_us PROGRAM...: SIGTERM and Ctrl-C end the program and what it started, then run.sh
+    local job status=0
+    set -m    # the job gets a process group, which Ctrl-C of the terminal does not reach
+    "$@" &
+    job=$!
+    set +m
+    trap 'end_job "$job" 143' TERM
+    trap 'end_job "$job" 130' INT
+    trap 'end_job "$job" 129' HUP
+    wait "$job" || status=$?
+    trap - TERM INT HUP
+    return "$status"
+}
+
+end_job() {    # end_job GROUP STATUS: a second to clean up for all of the group, then its end, then that of run.sh
+    trap '' TERM INT HUP
+    say "interrupted: the same command continues"
+    kill -INT -- "-$1" 2>/dev/null || :
+    local tenths=0
+    while kill -0 -- "-$1" 2>/dev/null && [ "$tenths" -lt 10 ]; do sleep 0.1; tenths=$((tenths + 1)); done
+    kill -KILL -- "-$1" 2>/dev/null || :
+    exit "$2"
+}
+
 # -qq: only errors. Progress bars and warnings about this machine's settings are hundreds of lines.
-pip_install() { "$py" -m pip install -qq --disable-pip-version-check --no-input -r "$root/$1" >&2; }
+pip_install() { ends_with_us "$py" -m pip install -qq --disable-pip-version-check --no-input -r "$root/$1" >&2; }
 
 has_packages() {    # has_packages NAMES...: whether $py is a Python that finds them, without importing them
     [ "$("$py" -c 'import importlib.util, sys
@@ -75,7 +100,7 @@ make_venv() {    # make_venv PYTHON; sets $py
                 "interpreter that has the packages"
         rm -rf "$venv"    # of a symlink, only the link
     fi
-    { mkdir "$venv" && : >"$venv/$made" && "$1" -m venv "$venv"; } >&2 ||
+    { mkdir "$venv" && : >"$venv/$made" && ends_with_us "$1" -m venv "$venv"; } >&2 ||
         die "making $venv failed (message above): it needs free disk and write permission there"
     py=$(venv_python) || die "$venv holds no interpreter: delete that folder and run again"
 }

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
@@ -31,11 +32,23 @@ def sigterm_reaches(child: subprocess.Popen) -> Iterator[None]:
         raise SystemExit(128 + came[0])
 
 
-def output_of(command: list[str]) -> subprocess.CompletedProcess:
-    """Run a program to its end and return its status and stdout, as text. SIGTERM ends both."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child, sigterm_reaches(child):
-        printed, _ = child.communicate()
-    return subprocess.CompletedProcess(command, child.returncode, printed)
+def output_of(
+    command: list[str], seconds: float | None = None, **options: Any
+) -> subprocess.CompletedProcess:
+    """Run a program to its end and return its status and stdout, as text. SIGTERM ends both.
+
+    options: of Popen. If it takes more than so many seconds, it is killed, and TimeoutExpired is raised.
+    """
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as child,
+        sigterm_reaches(child),
+    ):
+        try:
+            printed, errors = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, printed, errors)
 
 
 def unwind_on_sigterm() -> None:

@@ -1,4 +1,4 @@
-"""Functions of tools/cli.py that need no stand-ins: the machine table against the trainer, help, signals."""
+"""Functions of tools/cli.py that need no stand-ins: the machine table against the trainer, help, Ctrl-C."""
 
 import os
 import signal
@@ -113,50 +113,6 @@ def test_signals_do_not_orphan_the_program(number, status):
     assert parent.wait(timeout=20) == status
     parent.stdin.close()
     parent.stdout.close()
-
-
-# A program that says its process id on stderr and stays; argv[1] is the signal that ends it, with status 5.
-STAYS = """
-import os, signal, sys, time
-signal.signal(int(sys.argv[1]), lambda number, frame: sys.exit(5))
-print(os.getpid(), file=sys.stderr, flush=True)
-time.sleep(60)
-"""
-STARTS = {
-    "resolve": "import cli; cli.resolve([])",
-    "find_data": "import cli; cli.find_data()",
-    "draw_plot": "import cli; cli.draw_plot('log')",
-    "reproduce": "from ledger import reproduce; reproduce.run_command(['python', 'train_gpt.py'], None)",
-    "train_gpt.py": "import train_gpt; sys.exit(train_gpt.main(['bench']))",
-}
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits for its parent does not."""
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return done.stdout.strip()[:1] not in ("", "Z")
-
-
-@pytest.mark.parametrize("name", STARTS)
-def test_sigterm_ends_what_was_started(name, tmp_path):
-    """Every program that starts another: both end at once."""
-    stays = tmp_path / "stays"
-    stays.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{STAYS}' {int(signal.SIGTERM)}\n")
-    stays.chmod(0o755)
-    program = f"import sys; sys.path += [{str(ROOT)!r}]; sys.executable = {str(stays)!r}; {STARTS[name]}"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT / "tools", stderr=subprocess.PIPE, text=True
-    )
-    said = next(line for line in parent.stderr if line.strip().isdecimal())
-    try:
-        parent.send_signal(signal.SIGTERM)
-        status = parent.wait(timeout=20)
-        assert not is_alive(int(said))
-        assert status == (5 if name == "train_gpt.py" else 128 + signal.SIGTERM)
-    finally:
-        parent.stderr.close()
-        if is_alive(int(said)):
-            os.kill(int(said), signal.SIGKILL)
 
 
 def test_a_program_that_a_signal_ended_has_the_shells_status():

@@ -12,6 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from children import output_of
 from ledger.runlog import FREE_KEYS, Run
 
 CHILD = Path(__file__).resolve().parent / "probe_child.py"
@@ -33,7 +34,7 @@ def probe_script(source: str, preset: str) -> dict[str, object]:
         empty.mkdir()
         argv = [sys.executable, "-I", "-B", str(CHILD), str(script), preset]
         try:
-            done = subprocess.run(argv, cwd=empty, env={}, capture_output=True, text=True, timeout=PATIENCE)
+            done = output_of(argv, PATIENCE, cwd=empty, env={}, stderr=subprocess.PIPE)
             return json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             return {"error": f"importing it takes more than {PATIENCE} s"}
