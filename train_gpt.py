@@ -4993,10 +4993,25 @@ def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor],
     return passes
 
 
-def warmup(
-    run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader
-) -> dict[bool, Callable[[Tensor], Tensor]]:
-    """Compile, capture and run all that the training clock will see, then undo it. Returns bind_passes'."""
+def rehearse_calibration(run: Run, loader: TokenLoader) -> float:
+    """Calibrate twice and return the ms of the second time, as many as it will take on the clock."""
+    for _ in range(2):
+        run.m.sync()
+        started = time.perf_counter()
+        calibrate(run, loader)
+        run.m.sync()
+    return 1000 * (time.perf_counter() - started)
+
+
+class WarmUp(NamedTuple):
+    """What the warm-up leaves behind."""
+
+    passes: dict[bool, Callable[[Tensor], Tensor]]  # of bind_passes
+    calibrate_ms: float  # of the rehearsal on this rank; 0 if the run does not calibrate
+
+
+def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
+    """Compile, capture and run all that the training clock will see, then undo it."""
     h = run.h
     passes = bind_passes(run, optimizer)
     if optimizer.failure:
@@ -5014,15 +5029,12 @@ def warmup(
     x = torch.zeros(h.eval_batch_tokens // h.eval_seq_len, h.eval_seq_len, dtype=torch.long)
     with torch.no_grad():
         run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
-    if h.gptq_batches > 0:
-        for _ in range(2):
-            run.phases["calibrate"] = 0.0  # the second time takes as long as it will on the clock
-            run.timed("calibrate", calibrate, run, loader)
+    calibrate_ms = rehearse_calibration(run, loader) if h.gptq_batches > 0 else 0.0
 
     optimizer.restore(saved)
     ema.reset()
     loader.seek(0)
-    return passes
+    return WarmUp(passes, calibrate_ms)
 
 
 def compiled_graphs() -> int:
@@ -5062,14 +5074,14 @@ def train(run: Run) -> Trained:
     optimizer = run.timed("compile", Optimizer, run.model, run.h, m)
     ema = Ema(run.model, run.h)
     loader = TokenLoader(run.h, m)
-    passes = run.timed("compile", warmup, run, optimizer, ema, loader)
+    warm = run.timed("compile", warmup, run, optimizer, ema, loader)
     checkpoints = Checkpoints(run, optimizer, ema) if run.h.checkpoint_every or run.resumed else None
     step, train_ms = checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
     loader.seek(step)
     m.signals.clear()  # from now on the first signal ends training, not the process
 
     newest = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
-    h = hold_back(run)  # the clock starts with the last rank
+    h = hold_back(run, warm.calibrate_ms)  # the clock starts with the last rank
     run = replace(run, h=h)  # schedules and ETAs end when the steps do
     limit_ms = 1000 * h.max_wallclock_seconds or math.inf
     run.phases["validate"] = 0.0
@@ -5092,7 +5104,7 @@ def train(run: Run) -> Trained:
 
         hp = hyper_at(h, step, clock_ms)
         pace = keep_pace(run, pace, hp, step, clock_ms)
-        loss = train_step(passes[hp.once], optimizer, loader.next(), hp)
+        loss = train_step(warm.passes[hp.once], optimizer, loader.next(), hp)
         ema.update(hp.progress)
         step += 1
 
@@ -5169,13 +5181,13 @@ def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None
     )
 
 
-def hold_back(run: Run) -> Config:
+def hold_back(run: Run, calibrate_ms: float) -> Config:
     """Return the config of the steps, whose time ends early enough for calibration; log the difference.
 
-    Calibration is training time. What is kept for it is 1.5 times what the warm-up's rehearsal took on rank
-    0. Raises InputError if that is more than half of the budget. Collective.
+    Calibration is training time. What is kept for it is 1.5 times calibrate_ms, the time of the rehearsal, on
+    rank 0. Raises InputError if that is more than half of the budget. Collective.
     """
-    held_back_ms, _ = run.m.agree(1.5 * run.phases.pop("calibrate", 0.0))
+    held_back_ms, _ = run.m.agree(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
     budget = run.h.max_wallclock_seconds
     if budget == 0:

@@ -686,7 +686,8 @@ def test_warmup_leaves_no_trace(one):
         phases={},
         splits={},
     )
-    t.warmup(run, optimizer, ema, loader)
+    warm = t.warmup(run, optimizer, ema, loader)
+    assert warm.calibrate_ms > 0 and run.phases == {}  # the rehearsal counts in no phase of its own
     assert trained == [True] * 3
     assert all_equal(state, optimizer.state()) and optimizer.steps == 0
     assert all_equal(average, ema.average) and ema.progress == 0
