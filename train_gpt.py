@@ -2205,8 +2205,11 @@ class GPT(nn.Module):
         ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast late: its gradients sum in float32
         return F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
 
-    def trunk(self, tokens: Tensor) -> Tensor:
-        """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized."""
+    def trunk(self, tokens: Tensor, weights: list[LayerWeights] | None = None) -> Tensor:
+        """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized.
+
+        weights: what layer_weights returned, for a caller that must know the matrices; None: made here.
+        """
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
         positions = Positions(cos, sin, documents(tokens, h.bos_id) if h.doc_mask else None)
@@ -2215,7 +2218,7 @@ class GPT(nn.Module):
         x0 = self.embed(tokens)
         streams = (x0,)
         kept = []
-        weights = self.layer_weights()
+        weights = weights or self.layer_weights()
         for spec in self.layers:
             w = weights[spec.layer]
             if spec.skip >= 0:
@@ -3660,6 +3663,12 @@ MAX_RAW_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 16
 
 
+def gram_of(x: Tensor) -> Tensor:
+    """Return the sum of x x' over the inputs x. (..., N) -> (N, N) float32."""
+    flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
+    return flat.T @ flat
+
+
 @torch.no_grad()
 def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
@@ -3667,21 +3676,21 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     With gptq_embed also over the inputs of the output layer, (D, D), for the embedding that is tied to it.
     The inputs are those of the loader's next gptq_batches batches, on all ranks, with the live weights.
     """
-    # Every pass calls recorded_linear in this order: qkv, o, up, down of the first visit, then of the second.
-    calls = cycle(range(4 * len(run.model.layers)))
-    sums: dict[int, Tensor] = {}  # by call
-    of_head = torch.zeros(run.h.model_dim, run.h.model_dim, device=run.m.device)  # only if gptq_embed
-
-    def product(x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
-        return flat.T @ flat
+    h = run.h
+    device = run.m.device
+    weights = run.model.layer_weights()
+    sums = {}  # (layers, N, N) for each of qkv, o, up, down
+    sum_of = {}  # for each matrix, by its id: the (N, N) of its layer, to which every visit adds
+    for product in ("qkv", "o", "up", "down"):
+        matrices = [getattr(w, product) for w in weights]
+        N = matrices[0].size(1)
+        sums[product] = torch.zeros(len(matrices), N, N, device=device)
+        for W, of_layer in zip(matrices, sums[product]):
+            sum_of[id(W)] = of_layer
+    of_head = torch.zeros(h.model_dim, h.model_dim, device=device)
 
     def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
-        call = next(calls)
-        if call in sums:
-            sums[call] += product(x)
-        else:
-            sums[call] = product(x)
+        sum_of[id(W)].add_(gram_of(x))
         return F.linear(x, W)
 
     recording = copy(run.model)  # with the same parameters
@@ -3689,28 +3698,21 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
 
     started = time.perf_counter()
-    for i in range(run.h.gptq_batches):
+    for i in range(h.gptq_batches):
         for sequences in loader.next():
-            x = recording.trunk(sequences[:, :-1])
-            if run.h.gptq_embed:
-                of_head += product(x)
+            x = recording.trunk(sequences[:, :-1], weights)
+            if h.gptq_embed:
+                of_head += gram_of(x)
         run.m.sync()
-        run.log.progress("calibration, batches", i + 1, run.h.gptq_batches, started)
+        run.log.progress("calibration, batches", i + 1, h.gptq_batches, started)
 
-    layers = torch.tensor([spec.layer for spec in run.model.layers], device=run.m.device)
-
-    def by_layer(kind: int) -> Tensor:
-        by_visit = torch.stack([sums[call] for call in range(kind, len(sums), 4)])
-        return by_visit.new_zeros(run.h.num_layers, *by_visit.shape[1:]).index_add_(0, layers, by_visit)
-
-    qkv, o, up, down = (by_layer(kind) for kind in range(4))
     grams = {
-        "qo_bank": torch.cat([qkv, o]),
-        "kv_bank": qkv.repeat(2, 1, 1),
-        "mlp_up_bank": up,
-        "mlp_down_bank": down,
+        "qo_bank": torch.cat([sums["qkv"], sums["o"]]),
+        "kv_bank": sums["qkv"].repeat(2, 1, 1),
+        "mlp_up_bank": sums["up"],
+        "mlp_down_bank": sums["down"],
     }
-    if run.h.gptq_embed:
+    if h.gptq_embed:
         grams["tok_emb"] = of_head
     for gram in grams.values():
         dist.all_reduce(gram)

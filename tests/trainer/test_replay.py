@@ -348,9 +348,9 @@ def test_the_loop_begins_at_its_share_of_the_run(monkeypatch, tmp_path, frac, vi
     trunk = t.GPT.trunk
     train_step = t.train_step
 
-    def noted_trunk(self, tokens):
+    def noted_trunk(self, tokens, weights=None):
         seen.append((stage[0], len(self.layers)))
-        return trunk(self, tokens)
+        return trunk(self, tokens, weights)
 
     def noted_step(backward, optimizer, batch, hp):
         stage[0] = "step"
