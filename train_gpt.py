@@ -1206,7 +1206,7 @@ def tiktoken_counts(encoding: str) -> ByteCounts:
     import tiktoken
 
     problem = f"tokenizer {encoding!r}: tiktoken cannot load it"
-    with explained(problem, "check the name and the network", Exception):  # it raises many kinds
+    with explained(problem, "check the name and the network", Exception):  # it raises errors of many types
         enc = tiktoken.get_encoding(encoding)
 
     base = np.zeros(enc.n_vocab, np.int64)
@@ -2033,10 +2033,10 @@ class ParamSpec(NamedTuple):
 
     name: str
     shape: str  # in parameter_table's letters; the first of three is the number of matrices
-    init: str  # kind and value, in init_tensor's and parameter_table's words
+    init: str  # initialization and value, in init_tensor's and parameter_table's words
     buffer: str  # its bank: split over ranks, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
     lr: str  # knob with its rate
-    kind: str  # encoding in the artifact: row of ENCODINGS, or embed, for int{embed_bits}
+    stored_as: str  # in the artifact: a row of ENCODINGS, or embed, for int{embed_bits}
     needs: str = ""  # field of Config; if that is 0, the model has no such parameter
 
 
@@ -2102,21 +2102,21 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
     """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown initialization."""
-    kind, _, value = init.partition(" ")
+    initialization, _, value = init.partition(" ")
     value = float(value or 0)
     out = torch.zeros(shape)
     orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # the rest is normal
 
-    if kind == "constant":
+    if initialization == "constant":
         out.fill_(value)
-    elif kind == "first_of_two":
+    elif initialization == "first_of_two":
         out[:, 0] = 1
-    elif kind == "twins":
+    elif initialization == "twins":
         nn.init.orthogonal_(out[0], generator=generator)
         out[1:] = out[0]
-    elif kind in orthogonal_fraction:
+    elif initialization in orthogonal_fraction:
         matrices = out.view(-1, *shape[-2:])
-        count = int(orthogonal_fraction[kind] * len(matrices))
+        count = int(orthogonal_fraction[initialization] * len(matrices))
         for matrix in matrices[:count]:
             nn.init.orthogonal_(matrix, generator=generator)
         if value:
@@ -2687,7 +2687,7 @@ def enable_only(*kernels: str) -> None:
 
 
 def bind_attention(h: Config, device: torch.device) -> Bound:
-    """Bind FlashAttention-4 if it is correct for every kind of layer, else PyTorch's attention.
+    """Bind FlashAttention-4 if it is correct under every mask of a layer, else PyTorch's attention.
 
     Then the first of PyTorch's kernels that runs stays enabled, with the memory-efficient one where layers
     need a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
@@ -2701,9 +2701,9 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
     docs = documents(torch.arange(512, device=device).view(2, 256) % 90, 0)
 
     enable_only(*SDPA_KERNELS)
-    kinds = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
+    masks = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
     failures = []
-    for windowed, has_docs in kinds:
+    for windowed, has_docs in masks:
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
         flash4 = bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv)
         failures.append(flash4.failure)
@@ -2714,7 +2714,7 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
     rejected = ""
     if not failure.startswith("missing:flash_attn"):
         rejected = f",flash4:torch({failure})".replace(" ", "")
-    for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in kinds) else []
+    for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
     for name in SDPA_KERNELS:
         enable_only(name)
         with suppress(Exception):  # any error of a compiler or driver: try the next
@@ -3635,7 +3635,8 @@ class Ema:
 #
 #   artifact := what a row of CODECS makes of raw; its first bytes tell which row
 #   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
-#   header   := compact sorted JSON {"config": {...}, "tensors": [[name, kind, shape, offset], ...]}, by name
+#   header   := compact sorted JSON {"config": {...}, "tensors": [[name, encoding, shape, offset], ...]}
+#   payload  := the tensors in the order of their names, each by its encoding:
 #   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
 #   int7, int8 := the same with codes in [-63, 63], [-127, 127]       f16, f32 := the values
 # One byte per int6 code on purpose: xz models bytes better than packed bits (measured 6.5 % smaller).
@@ -3656,7 +3657,7 @@ ENCODINGS = {
     "f32": Encoding(np.dtype("<f4")),
 }
 MAGIC = b"GPT6"
-KINDS = {spec.name: spec.kind for spec in PARAM_TABLE}
+STORED_AS = {spec.name: spec.stored_as for spec in PARAM_TABLE}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, of the row's largest magnitude
 LEAST_SCALE = 2.0**-24  # the smallest f16
 MAX_RAW_BYTES = 1 << 28
@@ -3771,7 +3772,7 @@ def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
 
 
 def quantize(
-    W: Tensor, kind: str, least_step: float = 0.0, gram: Tensor | None = None, clip_sd: float = 0.0
+    W: Tensor, encoding: str, least_step: float = 0.0, gram: Tensor | None = None, clip_sd: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Quantize each row symmetrically. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
 
@@ -3780,7 +3781,7 @@ def quantize(
     least_step root mean squares. Codes are the nearest ones, or gptq's if a gram is given.
     """
     W = W.float()
-    limit = ENCODINGS[kind].limit
+    limit = ENCODINGS[encoding].limit
     peak = W.abs().amax(-1, keepdim=True)
     deviation = W.square().mean(-1, keepdim=True).sqrt()
     floor = (deviation * least_step).clamp_min(LEAST_SCALE)
@@ -3798,9 +3799,9 @@ def quantize(
     return codes.to(torch.int8), scale.half()
 
 
-def largest_value(kind: str) -> float:
-    """Return the largest weight that a kind can hold. The f16 scale limits those with codes."""
-    dtype, limit = ENCODINGS[kind]
+def largest_value(encoding: str) -> float:
+    """Return the largest weight that an encoding can hold. The f16 scale limits those with codes."""
+    dtype, limit = ENCODINGS[encoding]
     return limit * float(np.finfo(np.float16).max) if limit else float(np.finfo(dtype).max)
 
 
@@ -3809,32 +3810,32 @@ def raw_artifact(
 ) -> bytes:
     """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned.
 
-    Raises Fault for a tensor with values that are not finite or that its kind cannot hold.
+    Raises Fault for a tensor with values that are not finite or that its encoding cannot hold.
     """
     grams = grams or {}
-    clips_sd = {"int6": h.matrix_clip_sd, "embed": h.embed_clip_sd}  # by the kind in PARAM_TABLE
+    clips_sd = {"int6": h.matrix_clip_sd, "embed": h.embed_clip_sd}  # by ParamSpec.stored_as
     index = []
     payload = []
     offset = 0
     for name in sorted(tensors):
-        role = KINDS[name]
-        kind = f"int{h.embed_bits}" if role == "embed" else role
-        encoding = ENCODINGS[kind]
+        stored_as = STORED_AS[name]
+        encoding = f"int{h.embed_bits}" if stored_as == "embed" else stored_as
+        dtype, limit = ENCODINGS[encoding]
         W = tensors[name].detach()
-        index.append([name, kind, list(W.shape), offset])
-        if encoding.limit:
-            least_step = h.int6_step if role == "int6" else 0.0
-            codes, scales = quantize(W, kind, least_step, grams.get(name), clips_sd.get(role, 0.0))
-            stored = [codes.cpu().numpy().astype(encoding.dtype), scales.cpu().numpy().astype("<f2")]
+        index.append([name, encoding, list(W.shape), offset])
+        if limit:
+            least_step = h.int6_step if stored_as == "int6" else 0.0
+            codes, scales = quantize(W, encoding, least_step, grams.get(name), clips_sd.get(stored_as, 0.0))
+            arrays = [codes.cpu().numpy().astype(dtype), scales.cpu().numpy().astype("<f2")]
         else:
             with np.errstate(over="ignore"):  # refused below
-                stored = [W.float().cpu().numpy().astype(encoding.dtype)]
-        if not np.isfinite(stored[-1]).all():
+                arrays = [W.float().cpu().numpy().astype(dtype)]
+        if not np.isfinite(arrays[-1]).all():
             raise Fault(
-                f"artifact: tensor {name} has weights up to {W.abs().max():.3g}, and {kind} holds at most "
-                f"{largest_value(kind):.3g}; train with lower rates or more weight decay"
+                f"artifact: tensor {name} has weights up to {W.abs().max():.3g}, and {encoding} holds at "
+                f"most {largest_value(encoding):.3g}; train with lower rates or more weight decay"
             )
-        for array in stored:
+        for array in arrays:
             payload.append(array.tobytes())
             offset += array.nbytes
 
@@ -3871,7 +3872,7 @@ def fit_artifact(
     If fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
-    codes = sum(t.numel() for name, t in tensors.items() if KINDS[name] == "int6")
+    codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
     clip_step = h.matrix_clip_sd / ENCODINGS["int6"].limit
     configured = max(h.int6_step, clip_step)  # the clip's own step is a floor as well
     step = configured
@@ -3928,13 +3929,13 @@ class TensorEntry(NamedTuple):
     """A row of the header's index, and what follows from it."""
 
     name: str
-    kind: str
+    encoding: str  # row of ENCODINGS
     shape: list[int]
     offset: int
 
     @property
     def limit(self) -> int:
-        return ENCODINGS[self.kind].limit
+        return ENCODINGS[self.encoding].limit
 
     @property
     def count(self) -> int:
@@ -3956,7 +3957,7 @@ def read_entry(row: object) -> TensorEntry:
         sizes_fit = all(type(n) is int and 0 < n < 1 << 28 for n in entry.shape)
         if 0 < len(entry.shape) <= 8 and sizes_fit:
             return entry
-    raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}; expected [name, kind, shape, offset]")
+    raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}; expected [name, encoding, shape, offset]")
 
 
 # Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. All
@@ -4179,7 +4180,7 @@ def pack_rans(raw: bytes) -> bytes:
     tensors = []
     for entry in map(read_entry, header["tensors"]):
         values = entry.count
-        size = ENCODINGS[entry.kind].dtype.itemsize
+        size = ENCODINGS[entry.encoding].dtype.itemsize
         if entry.limit:
             codes = np.frombuffer(raw, np.int8, entry.count, at)
             model = model_codes(codes.reshape(-1, *entry.matrix), entry.limit)
@@ -4249,7 +4250,7 @@ def unpack_rans(blob: bytes) -> bytes:
             models.append(reader.model(entry))
             values.append(from_planes(reader.take(2 * entry.scales), 2))
         else:
-            size = ENCODINGS[entry.kind].dtype.itemsize
+            size = ENCODINGS[entry.encoding].dtype.itemsize
             values.append(from_planes(reader.take(size * entry.count), size))
     if reader.at != len(side):
         raise ValueError("artifact: bytes after the last tensor")
@@ -4300,9 +4301,9 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     expected = 0
     for row in header["tensors"]:
         entry = read_entry(row)
-        name, kind, shape, offset = entry
+        name, encoding, shape, offset = entry
         count = entry.count
-        dtype, limit = ENCODINGS[kind]
+        dtype, limit = ENCODINGS[encoding]
         end = offset + count * dtype.itemsize + 2 * entry.scales
         if offset != expected or name in out or end > len(payload):
             raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
@@ -4343,14 +4344,14 @@ def bare_code(source: str) -> str:
     starts = []  # rows of the f-strings that are open
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row, column = token.start
-        kind = tokenize.tok_name[token.type]
-        if kind == "COMMENT":
+        token_type = tokenize.tok_name[token.type]
+        if token_type == "COMMENT":
             lines[row - 1] = lines[row - 1][:column].rstrip()
-        elif kind == "STRING":
+        elif token_type == "STRING":
             inside_strings.update(range(row, token.end[0] + 1))
-        elif kind == "FSTRING_START":
+        elif token_type == "FSTRING_START":
             starts.append(row)
-        elif kind == "FSTRING_END":
+        elif token_type == "FSTRING_END":
             inside_strings.update(range(starts.pop(), row + 1))
 
     for node in ast.walk(ast.parse(source)):
@@ -4900,8 +4901,8 @@ class Trained(NamedTuple):
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
     """Write the first part of the log and build the model. started: perf_counter() before data was loaded."""
-    kinds = ("attention", "qk", "mlp", "compile", "pass", "update")
-    bound = " ".join(f"{kind}:{m.names[kind]}" for kind in kinds)
+    parts = ("attention", "qk", "mlp", "compile", "pass", "update")
+    bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
     dtype = str(m.dtype).removeprefix("torch.")
     machine = f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{dtype} {bound}"
     if log.goes_on:
@@ -5284,10 +5285,18 @@ def unigram_nats(h: Config, targets: np.ndarray) -> float:
     return -np.log(counts / counts.sum())[targets].sum()
 
 
+class Metric(NamedTuple):
+    """A way to score an artifact."""
+
+    name: str  # chunked | sliding | ttt
+    label: str  # of its own lines in the log, final_int6_LABEL
+    stride: int
+
+
 class FinalScore(NamedTuple):
     """The score of an artifact that counts."""
 
-    metric: str  # int6_CODER_chunked | int6_CODER_sliding | int6_CODER_ttt, with the label of the codec
+    metric: str  # int6_CODER_METRIC: the label of the codec and the name of the metric
     score: Score
 
     @property
@@ -5303,25 +5312,25 @@ def score_artifact(run: Run) -> FinalScore:
     h = run.h
     run.phases["eval"] = 0.0
     coder = CODECS[h.codec].label
-    kinds = [("chunked", "roundtrip", h.eval_seq_len)]
+    metrics = [Metric("chunked", "roundtrip", h.eval_seq_len)]
     if h.eval_stride < h.eval_seq_len:
-        kinds.append(("sliding", "sliding_window", h.eval_stride))
+        metrics.append(Metric("sliding", "sliding_window", h.eval_stride))
     if h.ttt_lr > 0:
-        kinds.append(("ttt", "ttt", h.eval_stride))
+        metrics.append(Metric("ttt", "ttt", h.eval_stride))
         run.model.requires_grad_(True)  # also what training left alone
 
-    for metric, name, stride in kinds:
-        label = f"final_int6_{name}"
-        score = run.score(label, stride, learns=metric == "ttt")
-        shown_stride = f"stride:{stride} " if stride < h.eval_seq_len else ""
+    for metric in metrics:
+        label = f"final_int6_{metric.label}"
+        score = run.score(label, metric.stride, learns=metric.name == "ttt")
+        shown_stride = f"stride:{metric.stride} " if metric.stride < h.eval_seq_len else ""
         run.log(
             f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {shown_stride}"
             f"eval_time:{score.ms:.0f}ms",
-            shown=f"artifact, {metric}: {score.words}",
+            shown=f"artifact, {metric.name}: {score.words}",
         )
         run.log(f"{label}_exact {score.exact}", shown="")
         run.phases["eval"] += score.ms
-        final = FinalScore(f"int6_{coder}_{metric}", score)
+        final = FinalScore(f"int6_{coder}_{metric.name}", score)
 
     if h.report_split:
         reported = run.score(h.report_split, h.eval_seq_len, h.report_split)

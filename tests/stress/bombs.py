@@ -53,13 +53,13 @@ def filled_header(start, unit, end):
     return blocks((start_of_artifact(start, size), 1), (filling.encode(), 255), (end.encode(), 1))
 
 
-def largest_tensor(kind, width):
+def largest_tensor(encoding, width):
     """Return a builder of a sound artifact as large as the format allows: one tensor of zeros."""
 
     def build(base):
-        entry = ["a", kind, [1, 250 * MIB // width], 0]
+        entry = ["a", encoding, [1, 250 * MIB // width], 0]
         text = json.dumps({"config": base.header["config"], "tensors": [entry]})
-        scale = [(bytes(2), 1)] if t.ENCODINGS[kind].limit else []
+        scale = [(bytes(2), 1)] if t.ENCODINGS[encoding].limit else []
         return blocks((start_of_artifact(text, len(text)), 1), (bytes(MIB), 250), *scale)
 
     return build

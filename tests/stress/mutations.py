@@ -51,7 +51,7 @@ ODD = [
 ]
 
 # Indices of the fields of a tensor's entry in the header.
-NAME, KIND, SHAPE, OFFSET = range(4)
+NAME, ENCODING, SHAPE, OFFSET = range(4)
 
 
 # ---------------------------------------------------------------- a sound artifact and its parts
@@ -68,9 +68,9 @@ class SmallArtifact(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a tensor is in the payload: its kind, first byte and number of values."""
+    """Where a tensor is in the payload: its encoding, first byte and number of values."""
 
-    kind: str
+    encoding: str
     start: int
     count: int
 
@@ -91,7 +91,7 @@ def small_artifact(**knobs):
 
 def spans(base):
     """Return the Span of each tensor."""
-    return [Span(kind, start, math.prod(shape)) for _, kind, shape, start in base.header["tensors"]]
+    return [Span(encoding, start, math.prod(shape)) for _, encoding, shape, start in base.header["tensors"]]
 
 
 def container(text, payload):
@@ -241,7 +241,7 @@ def edit_index(rng, base):
     entries = header["tensors"]
     i = rng.randrange(len(entries))
     j = rng.randrange(len(entries))
-    edits = ("repeat", "drop", "swap", "rename", "kind", "entry", "all", "insert")
+    edits = ("repeat", "drop", "swap", "rename", "encoding", "entry", "all", "insert")
     edit = rng.choice(edits)
     if edit == "repeat":
         entries.append(list(entries[i]))
@@ -251,8 +251,8 @@ def edit_index(rng, base):
         entries[i], entries[j] = entries[j], entries[i]
     elif edit == "rename":
         entries[i][NAME] = entries[j][NAME]
-    elif edit == "kind":
-        entries[i][KIND] = rng.choice(("int6", "int8", "f16", "f32", "int4", "f64", "INT6", ""))
+    elif edit == "encoding":
+        entries[i][ENCODING] = rng.choice(("int6", "int8", "f16", "f32", "int4", "f64", "INT6", ""))
     elif edit == "entry":
         no_entries = (
             [],
@@ -371,8 +371,8 @@ def odd_values(rng, base):
     payload = bytearray(rng.randbytes(len(base.payload)))
     if rng.random() < 0.5:
         payload = bytearray(base.payload)
-        for kind, start, count in spans(base):
-            limit = t.ENCODINGS[kind].limit
+        for encoding, start, count in spans(base):
+            limit = t.ENCODINGS[encoding].limit
             if limit:
                 codes = [rng.randint(-limit, limit) for _ in range(count)]
                 payload[start : start + count] = struct.pack(f"{count}b", *codes)

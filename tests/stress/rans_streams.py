@@ -63,7 +63,7 @@ def first_model(base, parts):
             columns = at + entry.scales  # a class and a scale for each row
             tables = columns + entry.count // entry.matrix[0]
             return Places(at, columns, tables, tables + 2 * t.CONTEXTS * (entry.limit + 1))
-        at += entry.count * t.ENCODINGS[entry.kind].dtype.itemsize
+        at += entry.count * t.ENCODINGS[entry.encoding].dtype.itemsize
     raise AssertionError("no tensor has codes")
 
 

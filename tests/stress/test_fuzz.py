@@ -17,7 +17,7 @@ import mutations
 import reader
 import train_gpt as t
 from helpers import english_dataset, stop_one_line
-from mutations import KIND, NAME, OFFSET, SHAPE
+from mutations import ENCODING, NAME, OFFSET, SHAPE
 from xz_streams import blocks, compress
 
 
@@ -122,10 +122,10 @@ REFUSED = {
     "a shape of huge numbers": set_first(SHAPE, [2**27] * 20),
     "a shape of more than int64": set_first(SHAPE, [2**70]),
     "a shape of zero": set_first(SHAPE, [0]),
-    "a kind of 5,000 letters": set_first(KIND, "x" * 5000),
-    "a kind over two lines": set_first(KIND, "a\nb"),
-    "a kind of null": set_first(KIND, None),
-    "a kind of list": set_first(KIND, ["int6"]),
+    "an encoding of 5,000 letters": set_first(ENCODING, "x" * 5000),
+    "an encoding over two lines": set_first(ENCODING, "a\nb"),
+    "an encoding of null": set_first(ENCODING, None),
+    "an encoding of list": set_first(ENCODING, ["int6"]),
     "a name of null": set_first(NAME, None),
     "a name that comes twice": lambda header: header["tensors"].append(list(header["tensors"][0])),
     "no config": lambda header: header.pop("config"),
@@ -140,16 +140,16 @@ REFUSED = {
 def test_codes_keep_their_limit(base, bits):
     """Refuse a code beyond the limit, first or last in any quantised tensor; read one at the limit."""
     base = base if bits == 8 else mutations.small_artifact(embed_bits=bits)
-    quantised = [span for span in mutations.spans(base) if t.ENCODINGS[span.kind].limit]
-    assert {span.kind for span in quantised} == {"int6", "int8", f"int{bits}"}
-    for kind, start, count in quantised:
-        limit = t.ENCODINGS[kind].limit
+    quantised = [span for span in mutations.spans(base) if t.ENCODINGS[span.encoding].limit]
+    assert {span.encoding for span in quantised} == {"int6", "int8", f"int{bits}"}
+    for encoding, start, count in quantised:
+        limit = t.ENCODINGS[encoding].limit
         for code in {limit, -limit, min(limit + 1, 127), -limit - 1, -128}:
             for position in (start, start + count - 1):
                 payload = bytearray(base.payload)
                 payload[position] = code & 255
                 verdict, reason = reader.outcome(mutations.with_header(base, base.header, bytes(payload)))
-                assert verdict == ("read" if abs(code) <= limit else "refused"), (kind, code)
+                assert verdict == ("read" if abs(code) <= limit else "refused"), (encoding, code)
                 assert verdict == "read" or f"a code beyond {limit}" in reason
 
 
@@ -221,7 +221,7 @@ FILES = {
     "a page": lambda a: b"<html>Not found</html>",
     "a config list": lambda a: edited(a, config_list),
     "an offset of 0.0": lambda a: edited(a, set_first(OFFSET, 0.0)),
-    "an unknown kind": lambda a: edited(a, set_first(KIND, "int4")),
+    "an unknown encoding": lambda a: edited(a, set_first(ENCODING, "int4")),
     "a tensor of another name": lambda a: edited(a, set_first(NAME, "another")),
     "one layer more": lambda a: edited(a, with_config(num_layers=3)),
     "a million layers": lambda a: edited(a, with_config(num_layers=10**6)),

@@ -58,11 +58,11 @@ def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind,limit", [("int6", 31), ("int8", 127)])
-def test_quantize_takes_the_clip_of_least_squared_error(kind, limit):
+@pytest.mark.parametrize("encoding,limit", [("int6", 31), ("int8", 127)])
+def test_quantize_takes_the_clip_of_least_squared_error(encoding, limit):
     """Try every clip of every row in numpy float64. The rows are long enough for clipping to pay in int6."""
     W = gaussian(6, 3000) * torch.tensor([1e-3, 0.1, 1.0, 1.0, 10.0, 100.0])[:, None]
-    codes, scales = t.quantize(W, kind)
+    codes, scales = t.quantize(W, encoding)
     assert codes.dtype == torch.int8 and codes.shape == W.shape
     assert scales.dtype == torch.float16 and scales.shape == (6, 1)
     assert codes.abs().max() <= limit
@@ -78,13 +78,13 @@ def test_quantize_takes_the_clip_of_least_squared_error(kind, limit):
         assert found <= min(errors) * (1 + 1e-4)
         if np.argmin(errors) > 0:
             clipped_rows += 1
-    assert clipped_rows > 0 or kind == "int8"
+    assert clipped_rows > 0 or encoding == "int8"
 
 
-@pytest.mark.parametrize("kind,limit", [("int6", 31), ("int8", 127)])
-def test_without_clipping_the_error_is_half_a_step(kind, limit):
+@pytest.mark.parametrize("encoding,limit", [("int6", 31), ("int8", 127)])
+def test_without_clipping_the_error_is_half_a_step(encoding, limit):
     W = gaussian(4, 200).clamp(-2, 2)  # so many values at the bounds that the full range is best
-    codes, scales = t.quantize(W, kind)
+    codes, scales = t.quantize(W, encoding)
     half_steps = W.abs().amax(-1) / limit / 2
     error = codes * scales.float() - W
     assert (error.square().sum() <= half_steps.square().sum() * 200).all()
@@ -92,8 +92,8 @@ def test_without_clipping_the_error_is_half_a_step(kind, limit):
 
 def test_rows_of_zeros_and_tiny_rows():
     W = torch.stack([torch.zeros(8), torch.full((8,), 1e-9), gaussian(8)])
-    for kind in ("int6", "int8"):
-        codes, scales = t.quantize(W, kind)
+    for encoding in ("int6", "int8"):
+        codes, scales = t.quantize(W, encoding)
         back = codes * scales.float()
         assert torch.isfinite(scales).all() and (scales > 0).all()
         assert codes[0].abs().max() == 0 and back[1].abs().max() < 1e-7
@@ -136,20 +136,20 @@ def test_round_trip_error_by_kind(tensors, blob):
     out = t.unpack_artifact(blob)
     assert shapes_of(out) == shapes_of(tensors)
     assert all(tensor.dtype == torch.float32 for tensor in out.values())
-    kinds = {name: kind for name, kind, _, _ in parse(blob).header["tensors"]}
-    assert set(kinds.values()) == {"int6", "int8", "f16", "f32"}
+    encodings = {name: encoding for name, encoding, _, _ in parse(blob).header["tensors"]}
+    assert set(encodings.values()) == {"int6", "int8", "f16", "f32"}
 
     for name, W in tensors.items():
-        kind = kinds[name]
-        if kind == "f32":
+        encoding = encodings[name]
+        if encoding == "f32":
             assert torch.equal(out[name], W), name
-        elif kind == "f16":
+        elif encoding == "f16":
             assert torch.equal(out[name], W.half().float()), name
         else:
-            codes, scales = t.quantize(W, kind)
+            codes, scales = t.quantize(W, encoding)
             assert torch.equal(out[name], codes * scales.float()), name
             error = (out[name] - W).abs()
-            limit = {"int6": 31, "int8": 127}[kind]
+            limit = {"int6": 31, "int8": 127}[encoding]
             peak = W.abs().amax(-1, keepdim=True)
             is_inside = W.abs() <= limit * scales.float()
             half_step = (peak / limit * 0.51).expand_as(W)
@@ -202,11 +202,11 @@ def test_layout_is_the_documented_one(h, tensors, blob):
     header, payload, header_text = parse(blob)
     assert header_text == json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     assert header["config"] == {key: getattr(h, key) for key in t.MODEL_FIELDS}
-    rows = {name: (kind, shape, offset) for name, kind, shape, offset in header["tensors"]}
+    rows = {name: (encoding, shape, offset) for name, encoding, shape, offset in header["tensors"]}
     assert [row[0] for row in header["tensors"]] == sorted(tensors)
 
     ends = [offset for _, _, offset in rows.values()][1:] + [len(payload)]
-    for (kind, shape, offset), end in zip(rows.values(), ends):
+    for (encoding, shape, offset), end in zip(rows.values(), ends):
         values = math.prod(shape)
         scale_bytes = 2 * math.prod(shape[:-1])
         sizes = {
@@ -215,7 +215,7 @@ def test_layout_is_the_documented_one(h, tensors, blob):
             "f16": 2 * values,
             "f32": 4 * values,
         }
-        assert end - offset == sizes[kind]
+        assert end - offset == sizes[encoding]
 
     _, shape, offset = rows["qo_bank"]
     count = math.prod(shape)
@@ -387,7 +387,7 @@ def lengthen_entry(header):
     header["tensors"][0].append(1)
 
 
-NAME, KIND, SHAPE, OFFSET = range(4)  # columns of an entry
+NAME, ENCODING, SHAPE, OFFSET = range(4)  # columns of an entry
 
 BAD_HEADERS = {
     "tensors is a number": set_top("tensors", 5),
@@ -409,9 +409,9 @@ BAD_HEADERS = {
     "name is null": set_entry(NAME, None),
     "name is a list": set_entry(NAME, ["a"]),
     "name of another tensor": repeat_name,
-    "kind is unknown": set_entry(KIND, "int4"),
-    "kind is a list": set_entry(KIND, ["int6"]),
-    "kind is an object": set_entry(KIND, {}),
+    "encoding is unknown": set_entry(ENCODING, "int4"),
+    "encoding is a list": set_entry(ENCODING, ["int6"]),
+    "encoding is an object": set_entry(ENCODING, {}),
     "shape is empty": set_entry(SHAPE, []),
     "shape is a number": set_entry(SHAPE, 5),
     "size is negative": set_entry(SHAPE, [-1, 4]),
@@ -707,7 +707,7 @@ def test_values_and_scales_that_are_not_finite_are_refused_by_name(name, bad, h,
     end = 8 + int.from_bytes(raw[4:8], "little")
     following = [row[3] for row in json.loads(raw[8:end])["tensors"] if row[0] > name]
     after = end + (min(following) if following else len(raw) - end)
-    number = struct.pack("<f" if t.KINDS[name] == "f32" else "<e", bad)
+    number = struct.pack("<f" if t.STORED_AS[name] == "f32" else "<e", bad)
     blob = t.compress(raw[: after - len(number)] + number + raw[after:])
     with pytest.raises(ValueError, match=f"tensor '{name}' has values that are not finite"):
         t.unpack_artifact(blob)

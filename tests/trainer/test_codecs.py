@@ -219,10 +219,10 @@ def test_planes_put_the_highest_bytes_first():
 
 
 def header_and_tensors(tensors, **knobs):
-    """Return the kinds of a model's tensors by name, and the tensors that come back."""
+    """Return the encodings of a model's tensors by name, and the tensors that come back."""
     blob = t.pack_artifact(tensors, tiny(**WIDE, **knobs))
     header, _ = t.open_artifact(blob)
-    return {name: kind for name, kind, _, _ in header["tensors"]}, t.unpack_artifact(blob)
+    return {name: encoding for name, encoding, _, _ in header["tensors"]}, t.unpack_artifact(blob)
 
 
 def differing(one, other):
@@ -231,12 +231,12 @@ def differing(one, other):
 
 
 def test_embed_bits_are_the_encoding_of_embeddings_only(tensors):
-    plain_kinds, plain = header_and_tensors(tensors)
+    plain_encodings, plain = header_and_tensors(tensors)
     errors = []
     for bits in (6, 7, 8):
-        kinds, back = header_and_tensors(tensors, embed_bits=bits)
-        assert {kinds[name] for name in EMBEDDINGS} == {f"int{bits}"}
-        assert {name for name in kinds if kinds[name] != plain_kinds[name]} == (
+        encodings, back = header_and_tensors(tensors, embed_bits=bits)
+        assert {encodings[name] for name in EMBEDDINGS} == {f"int{bits}"}
+        assert {name for name in encodings if encodings[name] != plain_encodings[name]} == (
             EMBEDDINGS if bits < 8 else set()
         )
         assert differing(plain, back) == (EMBEDDINGS if bits < 8 else set())
@@ -267,14 +267,14 @@ def test_the_int6_step_is_of_matrices_even_if_embeddings_have_six_bits(tensors):
 CLIPS = [("matrix_clip_sd", BANKS, "int6", 4.0), ("embed_clip_sd", EMBEDDINGS, "int7", 6.0)]
 
 
-@pytest.mark.parametrize("knob,names,kind,sd", CLIPS)
-def test_a_clip_by_deviations_sets_the_scale_of_its_tensors(knob, names, kind, sd, tensors):
+@pytest.mark.parametrize("knob,names,encoding,sd", CLIPS)
+def test_a_clip_by_deviations_sets_the_scale_of_its_tensors(knob, names, encoding, sd, tensors):
     _, plain = header_and_tensors(tensors, embed_bits=7)
     _, clipped = header_and_tensors(tensors, embed_bits=7, **{knob: sd})
     assert differing(plain, clipped) == names
     for name in names:
         W = tensors[name]
-        limit = t.ENCODINGS[kind].limit
+        limit = t.ENCODINGS[encoding].limit
         clip = sd * W.square().mean(-1, keepdim=True).sqrt()
         scale = (clip / limit).half().float()
         assert torch.equal(clipped[name], (W / scale).round().clamp(-limit, limit) * scale)

@@ -109,7 +109,7 @@ def differing(one, other):
     one = t.unpack_artifact(one)
     other = t.unpack_artifact(other)
     assert list(one) == list(other)
-    allowed = {name: 0.01 if t.KINDS[name] == "int6" else 0.0 for name in one}
+    allowed = {name: 0.01 if t.STORED_AS[name] == "int6" else 0.0 for name in one}
     return [name for name in one if (one[name] != other[name]).float().mean() > allowed[name]]
 
 

@@ -664,7 +664,7 @@ def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_pa
     change(tensors)
     path = tmp_path / "old.int6.xz"
     with monkeypatch.context() as patch:
-        patch.setitem(t.KINDS, name, t.KINDS.get(name, "f16"))
+        patch.setitem(t.STORED_AS, name, t.STORED_AS.get(name, "f16"))
         path.write_bytes(t.pack_artifact(tensors, h))
     err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capfd)
     assert str(path) in err

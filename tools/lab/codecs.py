@@ -41,7 +41,7 @@ class Codes(NamedTuple):
     """The codes of a tensor, int8 (matrices, rows, columns)."""
 
     name: str
-    kind: str
+    encoding: str
     limit: int
     values: np.ndarray
 
@@ -53,8 +53,8 @@ def codes_of(trainer: ModuleType, raw: bytes) -> list[Codes]:
     for entry in map(trainer.read_entry, header["tensors"]):
         if entry.limit:
             values = np.frombuffer(raw, np.int8, entry.count, at).reshape(-1, *entry.matrix)
-            found.append(Codes(entry.name, entry.kind, entry.limit, values))
-        at += entry.count * trainer.ENCODINGS[entry.kind].dtype.itemsize + 2 * entry.scales
+            found.append(Codes(entry.name, entry.encoding, entry.limit, values))
+        at += entry.count * trainer.ENCODINGS[entry.encoding].dtype.itemsize + 2 * entry.scales
     return found
 
 
@@ -121,7 +121,7 @@ def print_entropies(trainer: ModuleType, raw: bytes) -> None:
     """Print the entropies of the codes of every tensor and of all."""
     tensors = codes_of(trainer, raw)
     labels = " ".join(f"{label:>12}" for label in Needs._fields)
-    print(f"\n{'codes of':<14} {'kind':<5} {'codes':>11} {'rms':>6} {labels}  chosen")
+    print(f"\n{'codes of':<14} {'encoding':<8} {'codes':>11} {'rms':>6} {labels}  chosen")
     sums = np.zeros(len(Needs._fields))
     for codes in tensors:
         needs = needs_of(trainer, codes)
@@ -130,12 +130,12 @@ def print_entropies(trainer: ModuleType, raw: bytes) -> None:
         chosen = [name for name in ("rows", "columns") if np.ptp(getattr(model, name))]
         rms = float(np.sqrt(np.square(codes.values, dtype=np.float32).mean()))
         shown = " ".join(f"{bits:>12,.0f}" for bits in needs)
-        head = f"{codes.name:<14} {codes.kind:<5} {codes.values.size:>11,} {rms:>6.2f}"
+        head = f"{codes.name:<14} {codes.encoding:<8} {codes.values.size:>11,} {rms:>6.2f}"
         print(f"{head} {shown}  {' and '.join(chosen) or 'neither'}", flush=True)
 
     every = np.concatenate([codes.values.ravel() for codes in tensors])
     shown = " ".join(f"{total:>12,.0f}" for total in sums)
-    print(f"{'all':<14} {'':<5} {every.size:>11,} {'':>6} {shown}")
+    print(f"{'all':<14} {'':<8} {every.size:>11,} {'':>6} {shown}")
     print(f"one table for all codes: {entropy(every):,.0f} bytes")
 
 

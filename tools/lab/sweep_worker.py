@@ -33,7 +33,7 @@ from ledger.runlog import SEPARATOR
 from script import TRAINER, load_script
 
 NEEDS = (
-    "Diverged", "InputError", "KINDS", "Log", "bind_ops", "check_train_split", "conclude", "init_machine",
+    "Diverged", "InputError", "Log", "STORED_AS", "bind_ops", "check_train_split", "conclude", "init_machine",
     "load_config", "load_dataset", "machine_report", "quantize", "start_run", "train",
 )  # fmt: skip
 # A sweep may be started inside torchrun; its workers are groups of one all the same.
@@ -69,7 +69,7 @@ def int6_codes(trainer: ModuleType, run: Any, trained: Any) -> bytes:
     weights = trained.ema.average if trained.artifact_weights == "ema" else trained.ema.params
     codes = []
     for (name, _), p in zip(run.model.named_parameters(), weights):
-        if trainer.KINDS[name] == "int6":
+        if trainer.STORED_AS[name] == "int6":
             gram = trained.grams.get(name)
             code, *_ = trainer.quantize(p, "int6", run.h.int6_step, gram, run.h.matrix_clip_sd)
             codes.append(code.cpu().numpy().tobytes())

@@ -70,17 +70,17 @@ def entry(field: int, value: object) -> Callable[[bytes], bytes]:
     return header(change)
 
 
-def payload(kind: str, value: bytes, last: bool) -> Callable[[bytes], bytes]:
-    """Return a change of an artifact: the first bytes of a tensor of this kind, or those after its codes."""
+def payload(encoding: str, value: bytes, last: bool) -> Callable[[bytes], bytes]:
+    """Return a change of an artifact: the first bytes of a tensor so encoded, or those after its codes."""
 
     def change(blob: bytes) -> bytes:
         found, values = t.open_artifact(blob)
         for _, stored, shape, offset in found["tensors"]:
-            if stored == kind:
+            if stored == encoding:
                 at = offset + (functools.reduce(int.__mul__, shape) if last else 0)
                 values = values[:at] + value + values[at + len(value) :]
                 return container(json.dumps(found), values)
-        raise AssertionError(f"no tensor of kind {kind}")
+        raise AssertionError(f"no tensor of encoding {encoding}")
 
     return change
 
@@ -132,7 +132,7 @@ CHANGES = (
     ("a tensor twice", header(lambda found: found["tensors"].append(found["tensors"][0])), ("repeated",)),
     ("a tensor missing", header(lambda found: {**found, "tensors": found["tensors"][:-1]}), ("bytes after",)),
     ("a tensor renamed", entry(0, "other"), ("use the script that wrote it",)),
-    ("a tensor of another kind", entry(1, "f64"), ("tensor",)),
+    ("a tensor of an unknown encoding", entry(1, "f64"), ("tensor",)),
     ("a tensor of a huge shape", entry(2, [1 << 27] * 3), ("tensor",)),
     ("a tensor of a negative shape", entry(2, [-1]), ("tensor",)),
     ("a tensor elsewhere", entry(3, 1), ("out of order",)),
