@@ -53,7 +53,7 @@ def clean_environment(monkeypatch):
 @pytest.fixture
 def quick_bench(clean_environment, monkeypatch):
     """Free the lab of knobs from the environment, and let it time each section only three times."""
-    from lab import timing
+    from lab.shared import timing
 
     monkeypatch.setattr(timing, "HOST_SECONDS", 0.0)
 

@@ -381,7 +381,7 @@ def find_training_data(preset: str, knobs: Sequence[str], processes: int | None)
 
 def count_scores(log: str) -> int:
     """Count the final_score lines of a log with the ledger's reader; 0 if there is no log."""
-    from ledger import runlog
+    from ledger.read import runlog
 
     try:
         return runlog.parse_log(Path(log)).final_scores
@@ -414,7 +414,8 @@ def report_failure(log: str, artifact: str) -> None:
 
 def report(log: str, nexts: Sequence[NextCommand]) -> None:
     """Print the plot, the place on the board and commands to try. The trainer has printed the rest."""
-    from ledger import runlog, standing
+    from ledger.read import runlog
+    from ledger.show import standing
 
     print(f"plot: {draw_plot(log)}")
     compared = standing.compare_with_board(runlog.parse_log(Path(log)), ROOT / "records")
@@ -542,7 +543,7 @@ def trained_on(artifact: str) -> list[str]:
 
     Returns [] if the log or the data is elsewhere.
     """
-    from ledger import runlog
+    from ledger.read import runlog
 
     log = re.sub(r"\.int6\.\w+$", ".txt", artifact)
     try:
@@ -714,7 +715,7 @@ COMMANDS = {
             Form(
                 "--candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]",
                 "Time replacements against the reference.",
-                "bench --candidates tools/lab/plain_paths.py",
+                "bench --candidates tools/lab/model/plain_paths.py",
             ),
             Form(
                 "--timeline FILE.json [--steps N] [--json FILE] [key=value...]",

@@ -15,7 +15,11 @@ from ledger import record
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/README.md", ROOT / "records/README.md"]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *(ROOT / x / "README.md" for x in ("data", "records", "tools")),
+    ]
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
@@ -133,6 +137,25 @@ def test_programs_are_called_where_they_are(name):
     """A shell that has not activated .venv finds none of its programs, nor a Python with the packages."""
     found = programs((ROOT / name).read_text(encoding="utf-8"))
     assert found & {"torchrun", "pip", "python", "pytest", "ruff"} == set()
+
+
+def tools_listed(text):
+    """Return the modules in the tables of tools/README.md. A row without a room belongs to the one above."""
+    listed = []
+    room = ""
+    for first, second in re.findall(r"^\| (.*?) ?\| (.*?) \|", text, re.M):
+        if first.endswith("/`"):
+            room = first.strip("`")
+        listed += re.findall(r"`([\w/]+\.py)`", first)
+        if not first or first.endswith("/`"):
+            listed += [room + name for name in re.findall(r"`(\w+\.py)`", second)]
+    return listed
+
+
+def test_the_page_of_the_tools_lists_every_module():
+    tools = ROOT / "tools"
+    modules = [path.relative_to(tools).as_posix() for path in tools.rglob("*.py") if path.stem != "__init__"]
+    assert sorted(tools_listed((tools / "README.md").read_text(encoding="utf-8"))) == sorted(modules)
 
 
 def test_the_trainers_docstring_names_commands_that_run():

@@ -24,7 +24,7 @@ STARTS = {
     "resolve": "import cli; cli.resolve([])",
     "find_data": "import cli; cli.find_data()",
     "draw_plot": "import cli; cli.draw_plot('log')",
-    "reproduce": "from ledger import reproduce; reproduce.run_command(['python', 'train_gpt.py'], None)",
+    "reproduce": "from ledger.show import reproduce; reproduce.run_command(['python', 'train_gpt.py'], None)",
     "train_gpt.py": "import train_gpt; sys.exit(train_gpt.main(['bench']))",
 }
 
@@ -82,7 +82,7 @@ def test_sigterm_ends_what_was_started(name, tmp_path):
 def test_sigterm_to_the_ledger_ends_the_script_that_it_asks(tmp_path):
     file = tmp_path / "child"
     script = f"import os, time; open({str(file)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
-    parent = start(f"from ledger import probe; probe.probe_script({script!r}, 'cpu')")
+    parent = start(f"from ledger.read import probe; probe.probe_script({script!r}, 'cpu')")
     while not (file.exists() and file.read_text().endswith("\n")):
         assert parent.poll() is None
         time.sleep(0.02)

@@ -8,8 +8,9 @@ import torch
 
 import train_gpt as t
 from helpers import english_args, machine, tiny
-from lab import bench, sections
-from lab.trainer import Session
+from lab import bench
+from lab.model import sections
+from lab.shared.trainer import Session
 
 SECTIONS = [
     "embedding + bigram + smear", "value embedding", "residual mix + norm", "QKV product",

@@ -18,7 +18,9 @@ import pytest
 
 import train_gpt as t
 from helpers import english_args, refused_by, stop_one_line
-from lab import bench, steps, timing
+from lab import bench
+from lab.shared import timing
+from lab.step import parts
 from lab_helpers import SECTIONS, WHOLE, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +57,7 @@ def test_the_command_measures_everything(tmp_path, capfd):
 @pytest.mark.parametrize("times, noisy", [([1.0, 2.9, 9.0], False), ([1.0, 3.0, 3.1], True)])
 def test_a_noisy_machine_is_said_in_one_line(times, noisy, tmp_path, capsys, monkeypatch):
     """A median of three times the least. The line names the timings; the report has all of them."""
-    monkeypatch.setattr(steps, "wall_times", lambda s, fn, before=None: times)
+    monkeypatch.setattr(parts, "wall_times", lambda s, fn, before=None: times)
     monkeypatch.setattr(timing, "host_times", lambda calls: [1.0, 1.0, 1.0])
     report, out = run_bench([], tmp_path, capsys)
     said = [line for line in out.splitlines() if "noisy machine" in line]
@@ -67,7 +69,7 @@ def test_a_noisy_machine_is_said_in_one_line(times, noisy, tmp_path, capsys, mon
 
 
 def test_a_noisy_section_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(steps, "wall_times", lambda s, fn, before=None: [1.0])
+    monkeypatch.setattr(parts, "wall_times", lambda s, fn, before=None: [1.0])
     monkeypatch.setattr(timing, "host_times", lambda calls: [1.0, 5.0, 5.0])
     report, _ = run_bench([], tmp_path, capsys)
     assert report["noisy"][0] == "copy" and report["noisy"][1].startswith("product ")
@@ -122,27 +124,31 @@ def test_it_runs_as_a_module():
     assert done.stderr.startswith("bench.py: --all needs --candidates FILE.py"), done.stderr
 
 
-def imports_of(name):
-    """Return the modules of the lab that a module of the lab imports, anywhere in its text."""
-    tree = ast.parse((LAB / f"{name}.py").read_text(encoding="utf-8"))
+def lab_modules():
+    """Return {dotted name: path} of the lab's modules, those in its rooms included."""
+    paths = {path: path.relative_to(LAB.parent).with_suffix("").parts for path in sorted(LAB.rglob("*.py"))}
+    return {".".join(parts): path for path, parts in paths.items() if parts[-1] != "__init__"}
+
+
+def imports_of(path):
+    """Return the dotted names that a module of the lab imports, anywhere in its text."""
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "lab":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab."):
-            found.add(node.module.removeprefix("lab."))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("lab.")]
-            found |= {name.removeprefix("lab.") for name in names}
+            found |= {alias.name for alias in node.names}
     return found
 
 
-def test_the_parts_import_in_a_line_and_never_the_command():
-    names = sorted(path.stem for path in LAB.glob("*.py") if path.stem != "__init__")
-    imports = {name: imports_of(name) for name in names}
+def test_the_parts_import_in_a_line_and_never_a_command():
+    modules = lab_modules()
+    imports = {name: imports_of(path) & set(modules) for name, path in modules.items()}
     list(TopologicalSorter(imports).static_order())  # CycleError names a circle
-    assert imports["bench"] >= {"attention", "candidates", "floors", "steps", "sustained", "timeline"}
-    assert not [name for name in names if "bench" in imports[name]]
+    assert imports["lab.bench"] >= {"lab.model.attention", "lab.step.sustained", "lab.step.timeline"}
+    commands = {name for name in modules if name.count(".") == 1}
+    assert commands == {f"lab.{name}" for name in ("bench", "codecs", "directions", "sweep", "wire")}
+    assert not [name for name in modules if imports[name] & commands]
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ import torch
 
 import train_gpt as t
 from helpers import english_args
-from lab import bench, candidates, exact, floors, sections, trainer
+from lab import bench
+from lab.model import candidates, floors, sections
+from lab.shared import exact, trainer
 from lab_helpers import WHOLE, a_session, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +60,7 @@ def write(tmp_path, text):
 
 def test_the_fused_paths_as_candidates(tmp_path, capsys):
     """On a CPU, where nothing is fused: each is the same model."""
-    file = ROOT / "tools" / "lab" / "plain_paths.py"
+    file = ROOT / "tools" / "lab" / "model" / "plain_paths.py"
     report, out = run_bench(["--candidates", file], tmp_path, capsys)
     skipped = [x for x in report["skipped"] if x["what"].startswith("candidate")]
     assert not skipped, report["skipped"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lab import kernels
+from lab.model import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 

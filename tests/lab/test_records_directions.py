@@ -18,8 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as t
 from helpers import english_dataset, machine, tiny
-from lab import direction_cases, direction_quality, direction_times, directions
-from ledger import direction_claims, direction_log, direction_tables, folders, record
+from lab import directions
+from lab.update import cases, quality, times
+from ledger import folders, record
+from ledger.make import direction_tables
+from ledger.prove import direction_claims
+from ledger.read import direction_log
 from script import TRAINER, BadInput
 
 MARKERS = """# R
@@ -32,7 +36,7 @@ old
 <!-- directions:end -->
 end
 """
-SETUP = direction_cases.Setup(t, tiny(), machine(), print, True)
+SETUP = cases.Setup(t, tiny(), machine(), print, True)
 
 
 def draw(*shape, seed=0):
@@ -45,8 +49,8 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)], ids=str)
 def test_the_exact_factor_has_no_error(shape):
     u = draw(*shape)
-    f = direction_quality.factor_of(u)
-    got = direction_quality.figures_of(f.U @ f.Vh, f)
+    f = quality.factor_of(u)
+    got = quality.figures_of(f.U @ f.Vh, f)
     assert got.polar < 1e-12 and got.orth < 1e-12
     assert math.isclose(got.cosine, 1, abs_tol=1e-12)
     assert math.isclose(got.efficiency, 1, abs_tol=1e-12)
@@ -57,8 +61,8 @@ def test_the_exact_factor_has_no_error(shape):
 def test_a_factor_with_known_singular_values(shape):
     u = draw(*shape)
     s = torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
-    f = direction_quality.factor_of(u)
-    got = direction_quality.figures_of(f.U @ s.diag() @ f.Vh, f)
+    f = quality.factor_of(u)
+    got = quality.figures_of(f.U @ s.diag() @ f.Vh, f)
     torch.testing.assert_close(got.band, s)
     by_hand = dict(
         polar=((s - 1).square().sum() / 20).sqrt(), orth=((s.square() - 1).square().sum() / 20).sqrt(),
@@ -69,115 +73,108 @@ def test_a_factor_with_known_singular_values(shape):
 
 
 def test_the_factor_of_another_matrix_is_seen():
-    f = direction_quality.factor_of(draw(30, 30))
-    other = direction_quality.factor_of(draw(30, 30, seed=1))
-    got = direction_quality.figures_of(other.U @ other.Vh, f)
+    f = quality.factor_of(draw(30, 30))
+    other = quality.factor_of(draw(30, 30, seed=1))
+    got = quality.figures_of(other.U @ other.Vh, f)
     assert got.orth < 1e-12
     assert abs(got.cosine) < 0.2
     assert got.polar > 1.2
 
 
 def test_a_line_pools_matrices_and_refuses_nan():
-    f = direction_quality.factor_of(draw(8, 8))
-    line = direction_quality.quality_line(
-        [direction_quality.figures_of(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)]
-    )
+    f = quality.factor_of(draw(8, 8))
+    line = quality.quality_line([quality.figures_of(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)])
     pairs = dict(direction_log.PAIR.findall(line))
     assert pairs["smin"] == "0.500000"
     assert pairs["smax"] == "2.000000"
     assert pairs["s50"] == "1.250000"
     assert pairs["polar"] == "0.750000" and pairs["matrices"] == "2"
-    figures = direction_quality.figures_of(f.U @ f.Vh, f)._replace(polar=math.nan)
+    figures = quality.figures_of(f.U @ f.Vh, f)._replace(polar=math.nan)
     with pytest.raises(ArithmeticError):
-        direction_quality.quality_line([figures])
+        quality.quality_line([figures])
 
 
 def test_families_are_what_they_are_called():
     generator = torch.Generator().manual_seed(0)
 
     def spectrum(name):
-        return torch.linalg.svdvals(direction_quality.FAMILIES[name]((20, 30), generator))
+        return torch.linalg.svdvals(quality.FAMILIES[name]((20, 30), generator))
 
     torch.testing.assert_close(spectrum("log1e3").log10(), torch.linspace(0, -3, 20, dtype=torch.float64))
     torch.testing.assert_close(1 / spectrum("harmonic"), torch.arange(1, 21, dtype=torch.float64))
-    rows = direction_quality.FAMILIES["heavy_rows"]((400, 30), generator).norm(dim=1)
+    rows = quality.FAMILIES["heavy_rows"]((400, 30), generator).norm(dim=1)
     assert rows.max() / rows.median() > 5
-    seen = [(family, tuple(u.shape)) for family, u in direction_quality.synthetic(SETUP)]
+    seen = [(family, tuple(u.shape)) for family, u in quality.synthetic(SETUP)]
     h = SETUP.h
     assert ("gaussian", (2, h.mlp_dim, h.model_dim)) in seen and len(seen) == 13
 
 
 def test_flops_by_hand():
-    bank = direction_cases.Bank("x", 3, 8, 20)
+    bank = cases.Bank("x", 3, 8, 20)
     step = 3 * (2 * 8 * 8 * 20 * 2 + 2 * 8**3)
-    assert direction_cases.direction_flops(t, "ns5", bank.shape) == 5 * step
-    assert direction_cases.direction_flops(t, "polar_express4", bank.shape) == 4 * step
-    assert direction_cases.direction_flops(t, "ns5", bank._replace(rows=20, columns=8).shape) == 5 * step
-    assert direction_cases.direction_flops(t, "mud", bank.shape) == 3 * (2 * 8 * 8 * 20 + 8 * 8 * 20)
+    assert cases.direction_flops(t, "ns5", bank.shape) == 5 * step
+    assert cases.direction_flops(t, "polar_express4", bank.shape) == 4 * step
+    assert cases.direction_flops(t, "ns5", bank._replace(rows=20, columns=8).shape) == 5 * step
+    assert cases.direction_flops(t, "mud", bank.shape) == 3 * (2 * 8 * 8 * 20 + 8 * 8 * 20)
 
 
 def test_an_eighth_is_the_largest_share():
     h = t.load_config([], {})
     setup = SETUP._replace(h=h)
-    assert {x.name: x.count for x in direction_cases.banks_of(setup, "eighth")} == {
+    assert {x.name: x.count for x in cases.banks_of(setup, "eighth")} == {
         "mlp_up_bank": 3, "qo_bank": 3, "kv_bank": 3}  # fmt: skip
-    assert {x[1:] for x in direction_cases.banks_of(setup, "all")} == {
+    assert {x[1:] for x in cases.banks_of(setup, "all")} == {
         (11, 1536, 512), (11, 512, 1536), (22, 512, 512), (22, 256, 512)}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 def test_the_timed_call_is_the_trainers_update(rule):
-    sets = direction_cases.input_sets(SETUP, "all")
+    sets = cases.input_sets(SETUP, "all")
     assert len(sets) >= 4
     assert len({x["W"].data_ptr() for one in sets for x in one}) == 4 * len(sets)
-    case = direction_cases.TimedCase("update", "all", "turbo", rule)
+    case = cases.TimedCase("update", "all", "turbo", rule)
     before = [x["W"].clone() for x in sets[0]]
     with torch.no_grad():
-        for call in direction_cases.calls_of(SETUP, case, sets, direction_cases.uncompiled)[0]:
+        for call in cases.calls_of(SETUP, case, sets, cases.uncompiled)[0]:
             call()
     for x, old in zip(sets[0], before):
         assert not torch.equal(x["W"], old) and torch.isfinite(x["W"]).all()
     assert [
-        call()
-        for call in direction_cases.calls_of(
-            SETUP, case._replace(part="direction"), sets, direction_cases.uncompiled
-        )[0]
+        call() for call in cases.calls_of(SETUP, case._replace(part="direction"), sets, cases.uncompiled)[0]
     ]
 
 
 def test_each_case_is_its_own():
     weights = {}
     for change in ({}, {"cautious": 1}, {"row": "ns5"}, {"rule": "normuon"}):
-        sets = direction_cases.input_sets(SETUP, "all")  # seeded: the same numbers each time
-        case = direction_cases.TimedCase("update", "all", "turbo")._replace(**change)
+        sets = cases.input_sets(SETUP, "all")  # seeded: the same numbers each time
+        case = cases.TimedCase("update", "all", "turbo")._replace(**change)
         with torch.no_grad():
-            direction_cases.calls_of(SETUP, case, sets, direction_cases.uncompiled)[0][0]()
+            cases.calls_of(SETUP, case, sets, cases.uncompiled)[0][0]()
         weights[case] = sets[0][0]["W"]
-    cases = list(weights)
-    assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(cases) for b in cases[:i])
+    changed = list(weights)
+    assert not any(torch.equal(weights[a], weights[b]) for i, a in enumerate(changed) for b in changed[:i])
 
 
 @pytest.mark.parametrize("part", ["direction", "update"])
 def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
     """A CUDA graph needs all of it in one piece, and nothing left to compile for the other sets."""
     compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="eager")
-    sets = direction_cases.input_sets(SETUP, "eighth")
+    sets = cases.input_sets(SETUP, "eighth")
     torch._dynamo.reset()
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     with torch.no_grad():
-        for calls in direction_cases.calls_of(
-            SETUP, direction_cases.TimedCase(part, "eighth", "ns5", "normuon"), sets, compiler
-        ):
+        for calls in cases.calls_of(SETUP, cases.TimedCase(part, "eighth", "ns5", "normuon"), sets, compiler):
             [call() for call in calls]
     assert stats["unique_graphs"] - before == 3  # of an eighth: MLP-up stands for both
     torch._dynamo.reset()
 
 
 def test_children_share_out_every_case():
-    cases = direction_cases.all_cases(SETUP)
-    shared = direction_cases.case_groups(cases)
-    assert sorted(sum(shared, [])) == sorted(cases) and len(set(cases)) == len(cases)
+    every = cases.all_cases(SETUP)
+    shared = cases.case_groups(every)
+    assert sorted(sum(shared, [])) == sorted(every) and len(set(every)) == len(every)
     assert len(shared) == len(t.ORTHO) + len(t.STEP_RULES)
 
 
@@ -185,14 +182,14 @@ def test_an_unknown_field_is_named(monkeypatch):
     fields = {name: torch.Tensor for name in (*t.StepScalars._fields, "novelty")}
     monkeypatch.setattr(t, "StepScalars", typing.NamedTuple("StepScalars", fields.items()))
     with pytest.raises(BadInput, match="StepScalars.novelty"):
-        direction_cases.step_scalars(SETUP)
+        cases.step_scalars(SETUP)
     monkeypatch.setattr(t, "matrix_update", lambda W, novelty: None)
     with pytest.raises(BadInput, match=r"matrix_update\(novelty\)"):
-        direction_cases.update_arguments(SETUP, {"W": 1})
+        cases.update_arguments(SETUP, {"W": 1})
 
 
 def test_the_clock_keeps_the_order():
-    said = dict(direction_log.PAIR.findall(direction_times.quartiles([4.0, 1.0, 3.0, 2.0, 5.0])))
+    said = dict(direction_log.PAIR.findall(times.quartiles([4.0, 1.0, 3.0, 2.0, 5.0])))
     assert said == {
         "median_ms": "3.00000",
         "min_ms": "1.00000",
@@ -201,7 +198,7 @@ def test_the_clock_keeps_the_order():
         "n": "5",
     }
     turns = []
-    assert len(direction_times.measure([lambda: turns.append(0), lambda: turns.append(1)], False)) >= 30
+    assert len(times.measure([lambda: turns.append(0), lambda: turns.append(1)], False)) >= 30
     assert turns[:6] == [0, 1] * 3
 
 
@@ -218,7 +215,7 @@ def measured(tmp_path_factory) -> Path:
     data = english_dataset()
     knobs = [f"data_path={data.path}", f"vocab_size={data.vocab_size}"]
     patch = pytest.MonkeyPatch()
-    patch.setattr(direction_times, "REPLAYS", 3)
+    patch.setattr(times, "REPLAYS", 3)
     patch.setattr(directions, "load_measured", broken_script)
     try:
         assert directions.main(["--root", str(root), "--tiny", "--steps", "3", *knobs]) == 0
@@ -291,18 +288,18 @@ def test_every_direction_and_rule_is_timed(repo):
 def test_every_direction_has_its_quality_on_every_input(repo):
     log = log_of(repo)
     inputs = {(q["family"], q["shape"]) for q in log["quality"]}
-    assert {family for family, _ in inputs} == {*direction_quality.FAMILIES, "momentum"}
+    assert {family for family, _ in inputs} == {*quality.FAMILIES, "momentum"}
     assert len(inputs) == 17
     assert len(log["quality"]) == len(inputs) * len(t.ORTHO)
     assert log["real"][0]["steps"] == 3
     assert log["real"][0]["loss"] < 7
 
-    quality = {(q["row"], q["family"], q["shape"]): q for q in log["quality"]}
-    ns5 = quality["ns5", "gaussian", "32x96"]
+    found = {(q["row"], q["family"], q["shape"]): q for q in log["quality"]}
+    ns5 = found["ns5", "gaussian", "32x96"]
     assert 0.65 < ns5["smin"] < ns5["smax"] < 1.22
     assert ns5["cosine"] > 0.98
-    assert quality["polar_express", "gaussian", "32x96"]["polar"] < 0.15
-    assert quality["mud", "log1e3", "32x32"]["polar"] > 0.15
+    assert found["polar_express", "gaussian", "32x96"]["polar"] < 0.15
+    assert found["mud", "log1e3", "32x32"]["polar"] > 0.15
 
     curve = next(curve for curve in log["curve"] if curve["row"] == "polar_express")
     assert curve["input"][0] == 1
@@ -348,25 +345,23 @@ def test_derived_figures_by_hand(repo):
 @pytest.mark.parametrize("cuda", [False, True])
 def test_products_are_timed_together_on_fresh_inputs(monkeypatch, cuda):
     """Launches hide small products: on a GPU one graph holds all calls, each on its own input."""
-    bank = direction_cases.Bank("b", 3, 8, 4)
+    bank = cases.Bank("b", 3, 8, 4)
     seen = []
     graphs = []
     setup = SimpleNamespace(cuda=cuda, m=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32))
     real = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y: seen.append((x, y)) or real(x, y))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(direction_times, "cache_bytes", lambda b: 50 * 96 * 4 if b.cuda else 0)
+    monkeypatch.setattr(times, "cache_bytes", lambda b: 50 * 96 * 4 if b.cuda else 0)
 
     def graphs_of(sets, fork):
         graphs.append(sets)
-        return [SimpleNamespace(replay=direction_times.one_by_one(one)) for one in sets]
+        return [SimpleNamespace(replay=times.one_by_one(one)) for one in sets]
 
-    monkeypatch.setattr(direction_times, "graphs_of", graphs_of)
-    monkeypatch.setattr(
-        direction_times, "measure", lambda calls, on: [call() for call in calls] and [9.0, 1.0, 5.0]
-    )
-    rounds = 100 if cuda else direction_times.PRODUCTS  # twice the cache, 20 calls at least
-    assert direction_times.products_ms(setup, bank) == 5.0 / rounds
+    monkeypatch.setattr(times, "graphs_of", graphs_of)
+    monkeypatch.setattr(times, "measure", lambda calls, on: [call() for call in calls] and [9.0, 1.0, 5.0])
+    rounds = 100 if cuda else times.PRODUCTS  # twice the cache, 20 calls at least
+    assert times.products_ms(setup, bank) == 5.0 / rounds
     assert [len(one) for sets in graphs for one in sets] == [rounds] * cuda
     assert len({y.data_ptr() for _, y in seen[1::2]}) == rounds == len(seen) / 2
     assert all(y.shape == (3, 4, 8) for _, y in seen[1::2])
@@ -460,6 +455,6 @@ def test_graphs_on_a_gpu(tmp_path):
 
 def test_names_of_devices_and_reasons():
     assert direction_log.device_slug("NVIDIA H100 80GB HBM3") == "H100-80GB-HBM3"
-    text = direction_cases.reason(OSError("cannot open /a/b-1/c.so: gone\nmore"))
+    text = cases.reason(OSError("cannot open /a/b-1/c.so: gone\nmore"))
     assert text == "OSError: cannot open c.so: gone"
     assert json.loads(direction_tables.result_text({"time": []})) == {"schema": 1, "time": []}

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
 from helpers import OTHER_PARTS
-from lab import floors, sections
-from lab.floors import Rates
-from lab.sections import Section, Work
+from lab.model import floors, sections
+from lab.model.floors import Rates
+from lab.model.sections import Section, Work
 from lab_helpers import SECTIONS, a_session, sections_by_name
 
 pytestmark = pytest.mark.usefixtures("quick_bench")

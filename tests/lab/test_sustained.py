@@ -18,7 +18,9 @@ import torch
 
 import train_gpt as t
 from helpers import english_args, group_of_one, tiny
-from lab import bench, smi, steps, sustained, trainer
+from lab import bench
+from lab.shared import trainer
+from lab.step import parts, smi, sustained
 from lab_helpers import a_session, run_bench, session_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,7 +266,7 @@ def test_an_nvidia_smi_that_never_ends_is_ended(planted_smi, monkeypatch, how):
 
 def test_nvidia_smi_ends_with_a_killed_bench(planted_smi):
     alive = planted_smi(READINGS)
-    code = "import time; from lab import smi\nwith smi.Sampler('GPU-a'): time.sleep(1000)"
+    code = "import time; from lab.step import smi\nwith smi.Sampler('GPU-a'): time.sleep(1000)"
     env = os.environ | dict(PYTHONPATH=str(ROOT / "tools"))
     process = subprocess.Popen([sys.executable, "-c", code], env=env)
     try:
@@ -343,7 +345,7 @@ def test_sustained_steps_without_data(capsys):
     h = tiny()
     with group_of_one() as m:
         s = session_of(h, m)
-        assert steps.time_loader(s) is None
+        assert parts.time_loader(s) is None
         assert s.report["skipped"][0]["what"] == "loader"
         sustained.measure_sustained(s, trainer.build_trained(s), None, 0.01)
     out = capsys.readouterr().out

@@ -20,8 +20,13 @@ import torch
 
 import train_gpt as t
 from helpers import english_args, english_dataset
-from lab import sweep, sweep_plan, sweep_worker
-from ledger import record, runlog, sweep_claims, sweep_table
+from lab import sweep
+from lab.training import planning
+from lab.training.worker import Worker, entropy_bytes, weights_sha256
+from ledger import record
+from ledger.make import sweep_table
+from ledger.prove import sweep_claims
+from ledger.read import runlog
 from script import ROOT, TRAINER
 
 STEPS = 14
@@ -51,7 +56,7 @@ def raw_plan(**change):
 
 def tiny_plan(**change):
     """Return `raw_plan` as a Plan."""
-    return sweep_plan.make_plan(t, raw_plan(**change), "plan")
+    return planning.make_plan(t, raw_plan(**change), "plan")
 
 
 def final(log):
@@ -79,7 +84,7 @@ def no_sweep_starts(monkeypatch):
 def worker():
     """Make a worker in this process."""
     h = t.load_config(list(tiny_plan().configuration("ns5", "0.02", 1).argv), {})
-    yield sweep_worker.Worker(t, h, {})
+    yield Worker(t, h, {})
     torch.distributed.destroy_process_group()
 
 
@@ -121,7 +126,7 @@ def test_a_sweep_trains_what_train_trains(worker, tmp_path):
         assert len(step_lines(alone)) > STEPS
         assert step_lines(alone) == step_lines(log)
         h = t.load_config(list(configuration.argv), {})
-        assert start(configuration) == sweep_worker.weights_sha256(t.GPT(h))
+        assert start(configuration) == weights_sha256(t.GPT(h))
 
     assert start(configurations[0]) == start(configurations[2]) != start(configurations[1])
     worker.m = t.init_machine(t.load_config(list(configurations[0].argv), {}), {})
@@ -145,10 +150,10 @@ def test_one_model_holds_all_configurations(worker, tmp_path):
 
 
 def test_entropy_bytes():
-    assert sweep_worker.entropy_bytes(b"a" * 100) == 0.0
-    assert sweep_worker.entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
+    assert entropy_bytes(b"a" * 100) == 0.0
+    assert entropy_bytes(bytes(range(256)) * 4) == pytest.approx(1024.0)
     bits = 0.25 * 2 + 0.75 * math.log2(4 / 3)  # per letter of aaab
-    assert sweep_worker.entropy_bytes(b"aaab" * 10) == pytest.approx(40 * bits / 8)
+    assert entropy_bytes(b"aaab" * 10) == pytest.approx(40 * bits / 8)
 
 
 def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatch):
@@ -164,7 +169,7 @@ def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatc
     run = runlog.parse_log(folder / "logs" / f"{configuration.name}.txt")
     assert run.count("sweep_codes", "int6_weights") == len(codes)
     assert run.number("sweep_codes", "entropy") == pytest.approx(
-        8 * sweep_worker.entropy_bytes(codes) / len(codes), abs=1e-6
+        8 * entropy_bytes(codes) / len(codes), abs=1e-6
     )
 
 
@@ -336,7 +341,7 @@ def three_rates(**change):
 
 
 def test_the_second_stage_takes_the_best_rate_of_each_row():
-    queue = sweep_plan.Queue(three_rates(), {})
+    queue = planning.Queue(three_rates(), {})
     order = []
     while (configuration := queue.take()) is not None:
         order.append(configuration)
@@ -354,7 +359,7 @@ def test_the_second_stage_takes_the_best_rate_of_each_row():
 
 
 def test_a_second_stage_waits_for_its_own_row_only():
-    queue = sweep_plan.Queue(three_rates(), {})
+    queue = planning.Queue(three_rates(), {})
     taken = [queue.take() for _ in range(6)]
     assert queue.take() is None and not queue.over
     for configuration in taken:
@@ -364,7 +369,7 @@ def test_a_second_stage_waits_for_its_own_row_only():
 
 
 def test_a_worker_keeps_its_row_while_the_seed_has_it():
-    queue = sweep_plan.Queue(three_rates(), {})
+    queue = planning.Queue(three_rates(), {})
     while len(queue.outcomes) < 6:
         first = queue.take("turbo")
         # no seed before the one whose turn it is
@@ -376,7 +381,7 @@ def test_a_worker_keeps_its_row_while_the_seed_has_it():
 
 
 def test_a_dead_worker_costs_one_more_try_then_the_configuration():
-    queue = sweep_plan.Queue(three_rates(), {})
+    queue = planning.Queue(three_rates(), {})
     configuration = queue.take()
     assert queue.died(configuration) and queue.take() == configuration
     assert not queue.died(configuration)
@@ -390,7 +395,7 @@ def test_a_dead_worker_costs_one_more_try_then_the_configuration():
 
 
 def test_a_row_that_diverges_everywhere_has_no_second_stage():
-    queue = sweep_plan.Queue(three_rates(), {})
+    queue = planning.Queue(three_rates(), {})
     while (configuration := queue.take()) is not None:
         queue.finish(configuration, None if configuration.row == "turbo" else outcome(configuration))
     assert queue.over and queue.left == 0
@@ -442,7 +447,7 @@ def test_sigterm_to_the_command_ends_sweep_and_worker(tmp_path):
     deadline = time.monotonic() + 90
     while not (console.exists() and "step:1/" in console.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    found = subprocess.run(["pgrep", "-f", f"lab.sweep_worker {tmp_path}"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-f", f"lab.training.worker {tmp_path}"], capture_output=True, text=True)
     (worker,) = map(int, found.stdout.split())
     try:
         parent.send_signal(signal.SIGTERM)
@@ -494,7 +499,7 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
     rows = {"ns5": {}, "slow": {"matrix_lr": 0.1}, "own": {"rates": [0.3], "rate_key": "embed_lr"}}
     raw = raw_plan(rows=rows, multipliers=[0.5, 2])
     del raw["rates"]
-    plan = sweep_plan.make_plan(t, raw, "plan")
+    plan = planning.make_plan(t, raw, "plan")
     default = t.Config().matrix_lr
     assert plan.rows["ns5"].rates == (f"{default / 2:g}", f"{default * 2:g}")
     assert plan.rows["slow"].rates == ("0.05", "0.2")
@@ -502,8 +507,8 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
     h = t.load_config(list(plan.configuration("slow", "0.2", 2).argv), {})
     assert (h.matrix_lr, h.seed, h.eval_stride, h.fit_cap) == (0.2, 2, h.eval_seq_len, False)
     with pytest.raises(runlog.BadInput, match="--sliding"):
-        sweep_plan.make_plan(t, raw | dict(base=base(eval_stride=8)), "plan")
-    sliding = sweep_plan.make_plan(t, raw | dict(base=base(eval_stride=8)), "plan", sliding=True)
+        planning.make_plan(t, raw | dict(base=base(eval_stride=8)), "plan")
+    sliding = planning.make_plan(t, raw | dict(base=base(eval_stride=8)), "plan", sliding=True)
     assert t.load_config(list(sliding.configuration("ns5", "0.05", 1).argv), {}).eval_stride == 8
 
 
@@ -511,7 +516,7 @@ def test_the_command_line_can_be_the_plan():
     words = [f"{k}={v}" for k, v in base().items()]
     options = "--row ns5 --row b:ortho=turbo,step_rule=normuon --rates 0.1,0.2 --seeds 5".split()
     args = sweep.argument_parser().parse_args([*words, *options])
-    plan = sweep_plan.read_plan(t, args)
+    plan = planning.read_plan(t, args)
     assert plan.size == 4
     assert plan.seeds == (5,)
     assert plan.baseline == "ns5"
@@ -550,7 +555,7 @@ def test_shipped_plans(path):
     assert raw["name"] == path.stem
     assert [*raw["rows"].values()][0] == {}
     assert raw["seeds"] == [1337, 42, 2025]
-    plan = sweep_plan.make_plan(t, raw, path.name)
+    plan = planning.make_plan(t, raw, path.name)
     count = len(raw["multipliers"])
     assert count in (1, 3) and all(len(row.rates) == count for row in plan.rows.values())
     assert len(set(map(repr, plan.rows.values()))) == len(plan.rows)
@@ -694,7 +699,7 @@ def test_rows_start_from_the_same_weights(done):
     assert by_seed["1"] != by_seed["2"]
     for run in runs:
         h = t.load_config([f"{k}={v}" for k, v in run.config.items()], {})
-        assert run.text("sweep", "init_sha256") == sweep_worker.weights_sha256(t.GPT(h))
+        assert run.text("sweep", "init_sha256") == weights_sha256(t.GPT(h))
 
 
 def test_a_rerun_trains_nothing(folder, monkeypatch, capsys):

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import TINY, refused_by
-from lab import bench, timeline
-from lab.collectives import Collective, Recorder
-from lab.timeline import Lanes, Span, account, clipped, length, matched, merged, minus
+from lab import bench
+from lab.shared.collectives import Collective, Recorder
+from lab.step import timeline
+from lab.step.timeline import Lanes, Span, account, clipped, length, matched, merged, minus
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]

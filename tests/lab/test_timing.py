@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from helpers import english_dataset, group_of_one, tiny
-from lab import steps, sustained, timing, trainer
+from lab.shared import timing, trainer
+from lab.step import parts, sustained
 from lab_helpers import a_session, on_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_bench")
@@ -80,7 +81,7 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
         s = a_session()._replace(h=h, m=dataclasses.replace(m, graph_capture=record))
         run = trainer.build_trained(s)
         launched = []
-        wall_times = steps.wall_times
+        wall_times = parts.wall_times
 
         def watched(*args):
             times = wall_times(*args)
@@ -88,8 +89,8 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
             launches.clear()
             return times
 
-        monkeypatch.setattr(steps, "wall_times", watched)
-        steps.time_step(s, run)
+        monkeypatch.setattr(parts, "wall_times", watched)
+        parts.time_step(s, run)
         sustained.measure_sustained(s, run, None, 0.01)
 
     counts = {

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 import train_gpt as t
 from helpers import TINY, machine, run_ranks, tiny
-from lab import collectives, wire, wire_predict, wire_steps
-from lab.collectives import Collective, MatrixBatch, Wait
-from lab.wire_predict import StepTimes
+from lab import wire
+from lab.network import one_step, predict
+from lab.network.predict import StepTimes
+from lab.shared import collectives
+from lab.shared.collectives import Collective, MatrixBatch, Wait
 from script import TRAINER, BadInput
 
 KNOBS = tuple(f"{k}={v}" for k, v in TINY.items())
@@ -109,9 +111,9 @@ def test_the_scope_of_a_group():
 
 def steps_of(world, node_ranks=None, script=TRAINER, knobs=KNOBS):
     """Take a real step on `world` ranks and return their results. node_ranks: ranks of a node (all)."""
-    port = wire_steps.free_port()
-    task = wire_steps.RankTask(script, knobs, world, node_ranks or world, 0, port)
-    return wire_steps.in_processes(wire_steps.real_step, [task._replace(rank=rank) for rank in range(world)])
+    port = one_step.free_port()
+    task = one_step.RankTask(script, knobs, world, node_ranks or world, 0, port)
+    return one_step.in_processes(one_step.real_step, [task._replace(rank=rank) for rank in range(world)])
 
 
 @pytest.fixture(scope="module")
@@ -224,15 +226,15 @@ def test_groups_of_nodes(tmp_path):
     plain = collectives.totals(ranks[3].events[4:], 2).wire
     assert found["intra"] - plain["intra"] == 40
     assert found["inter"] - plain["inter"] == 400
-    dry = wire_steps.in_processes(wire_steps.dry_steps, [(wire_steps.RankTask(script, KNOBS, 4, 2),)])[0]
+    dry = one_step.in_processes(one_step.dry_steps, [(one_step.RankTask(script, KNOBS, 4, 2),)])[0]
     for events, r in zip(dry.steps[0], ranks):
         assert [bare(e) for e in events] == [bare(e) for e in r.events]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_without_data_is_the_real_one(real, world):
-    asked = (wire_steps.RankTask(TRAINER, KNOBS, world, world), wire_steps.RankTask(TRAINER, KNOBS, 1, 1))
-    dry = wire_steps.in_processes(wire_steps.dry_steps, [asked])[0]
+    asked = (one_step.RankTask(TRAINER, KNOBS, world, world), one_step.RankTask(TRAINER, KNOBS, 1, 1))
+    dry = one_step.in_processes(one_step.dry_steps, [asked])[0]
     assert len(dry.steps[0]) == world and len(dry.steps[1]) == 1
     for events, r in zip(dry.steps[0], real[world]):
         assert [bare(e) for e in events] == [bare(e) for e in r.events]
@@ -248,7 +250,7 @@ def test_a_step_without_data_is_the_real_one(real, world):
 
 def test_the_published_schedule_on_the_record_shapes():
     shapes = {name: tuple(shape) for name, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
-    events = wire_predict.published_schedule(shapes, 8)
+    events = predict.published_schedule(shapes, 8)
     found = collectives.totals(events, 8)
     small = [name for name in shapes if not name.endswith("_bank")]
     assert found.counts == {"reduce-scatter": 4, "all-gather": 4, "all-reduce": len(small)}
@@ -260,7 +262,7 @@ def test_the_published_schedule_on_the_record_shapes():
     given = banks + banks / 8 + small_bytes
     assert collectives.padding([events]) == pytest.approx((padded + padded / 8) / given)
     assert [w.slots for w in collectives.batches_of(events)] == [2, 2, 3, 3]  # largest bank first
-    matrices = [wire_predict.published_batches(shapes, 8, rank) for rank in range(8)]
+    matrices = [predict.published_batches(shapes, 8, rank) for rank in range(8)]
     assert sum(w.real for rank in matrices for w in rank) == 66
     assert [sum(w.real for w in rank) for rank in matrices] == [10, 10, 10, 10, 10, 8, 6, 2]
     gather = [i for i, e in enumerate(events) if isinstance(e, Collective) and e.kind == "all-gather"]
@@ -287,38 +289,38 @@ def test_a_walk_by_hand():
         Wait(1),
     ]
     lanes = dict.fromkeys((0, 1, 4, 6), "intra")
-    got = wire_predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes, {3: 10.0, 5: 2.0})
+    got = predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes, {3: 10.0, 5: 2.0})
     # arrivals end at 2 and 5; directions 2-12, 12-14; gathers 12-16, 16-17
     assert got == StepTimes(end=17.0, before=2.0, update=12.0, exposed=5.0, communication=10.0)
-    got = wire_predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: "inter"}, {3: 10.0, 5: 2.0})
+    got = predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: "inter"}, {3: 10.0, 5: 2.0})
     assert got.end == 16.0  # the second gather on a link of its own: 14-15
-    assert wire_predict.walk([a, Wait(0)], {0: 2.0}, {0: "intra"}, {}).before == 2.0
-    assert wire_predict.walk([], {}, {}, {}) == StepTimes(
+    assert predict.walk([a, Wait(0)], {0: 2.0}, {0: "intra"}, {}).before == 2.0
+    assert predict.walk([], {}, {}, {}) == StepTimes(
         end=0.0, before=0.0, update=0.0, exposed=0.0, communication=0
     )
 
 
 def test_the_cost_of_a_collective():
-    a = wire_predict.Assumptions(nvlink_gbps=100.0, nvlink_latency_ms=0.5, nic_gbps=10.0, nic_latency_ms=2.0)
+    a = predict.Assumptions(nvlink_gbps=100.0, nvlink_latency_ms=0.5, nic_gbps=10.0, nic_latency_ms=2.0)
 
     def call(*ranks):
         return Collective("broadcast", 1_000_000_000, ranks, "float32")
 
-    ms = [wire_predict.collective_ms(c, 8, a) for c in (call(0), call(*EIGHT), call(0, 8), call(0, 1, 8, 9))]
+    ms = [predict.collective_ms(c, 8, a) for c in (call(0), call(*EIGHT), call(0, 8), call(0, 1, 8, 9))]
     assert ms == [0.0, 10.5, 102.0, 52.0]
-    assert wire_predict.collective_ms(call(*range(32)), 8, a) == 2.0 + 1000 / 80  # eight adapters of a node
-    assert wire_predict.collective_ms(call(*range(32)), 16, a) == 2.0 + 1000 / 100  # no faster than NVLink
+    assert predict.collective_ms(call(*range(32)), 8, a) == 2.0 + 1000 / 80  # eight adapters of a node
+    assert predict.collective_ms(call(*range(32)), 16, a) == 2.0 + 1000 / 100  # no faster than NVLink
 
 
 def test_the_update_runs_through_the_measured_points():
-    a = wire_predict.Assumptions()
-    assert wire_predict.update_ms(1.0, 0.166, a) == a.update_ms
-    assert wire_predict.update_ms(0.166, 0.166, a) == pytest.approx(a.eighth_ms)
-    assert wire_predict.update_ms(0.583, 0.166, a) == pytest.approx((a.update_ms + a.eighth_ms) / 2)
+    a = predict.Assumptions()
+    assert predict.update_ms(1.0, 0.166, a) == a.update_ms
+    assert predict.update_ms(0.166, 0.166, a) == pytest.approx(a.eighth_ms)
+    assert predict.update_ms(0.583, 0.166, a) == pytest.approx((a.update_ms + a.eighth_ms) / 2)
 
 
 def test_every_assumption_has_a_source():
-    assert set(wire_predict.SOURCES) == set(wire_predict.Assumptions.__dataclass_fields__)
+    assert set(predict.SOURCES) == set(predict.Assumptions.__dataclass_fields__)
 
 
 # ---------------------------------------------------------------- the command

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fixtures_records as fx
-from ledger import record, record_claims, record_folder, runlog
+from ledger import record
+from ledger.make import record_folder
+from ledger.prove import record_claims
+from ledger.read import runlog
 
 TRACK = "track_h100x1_5min"
 SEEDS = (42, 1337, 2025)

@@ -122,7 +122,7 @@ def test_the_checker_reads_the_modules_that_matter():
     files = python_files(ROOT)
     assert {"script", "audit", "ledger.record", "lab.sweep", "train_gpt"} <= set(files)
     graph = local_imports(files)
-    assert {"ledger.sweep_table", "script"} <= graph["lab.sweep"] | {"script"}
+    assert {"ledger.make.sweep_table", "script"} <= graph["lab.sweep"] | {"script"}
     assert "ledger.files" in graph["ledger.record"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.board import BOARD
+from ledger.show.board import BOARD
 from record_helpers import MARKERS, make, run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ledger import record, runlog
-from ledger.challenge_claims import ChallengeCase, is_challenge_folder
-from ledger.dialects import parse_published_log
-from ledger.record_claims import CLAIMS
-from ledger.schema import schema_errors, submission_schema
+from ledger import record
+from ledger.prove.challenge_claims import ChallengeCase, is_challenge_folder
+from ledger.prove.record_claims import CLAIMS
+from ledger.read import runlog
+from ledger.read.dialects import parse_published_log
+from ledger.read.schema import schema_errors, submission_schema
 from ledger.tracks import CAP_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]

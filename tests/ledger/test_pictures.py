@@ -8,7 +8,7 @@ from datetime import date, timedelta
 import pytest
 
 import fixtures_records as fx
-from ledger import pictures
+from ledger.make import pictures
 
 
 @pytest.fixture

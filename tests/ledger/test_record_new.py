@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fixtures_records as fx
-from ledger import record_folder
+from ledger.make import record_folder
 from record_helpers import NAME, SEEDS, TRACK, failed_claims, make, refuse, run, verdicts, write_logs
 
 ROOT = Path(__file__).resolve().parents[2]

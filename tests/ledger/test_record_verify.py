@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import fixtures_records as fx
-from ledger import record_claims
-from ledger.schema import schema_errors, submission_schema
+from ledger.prove import record_claims
+from ledger.read.schema import schema_errors, submission_schema
 from record_helpers import (
     NAME,
     TRACK,

@@ -12,7 +12,9 @@ import sys
 import pytest
 
 import fixtures_records as fx
-from ledger import diff, reproduce, runlog, standing, stats
+from ledger import stats
+from ledger.read import runlog
+from ledger.show import diff, reproduce, standing
 from record_helpers import NAME, TRACK, edit, edit_json, log42, make, run
 from script import ROOT, BadInput
 

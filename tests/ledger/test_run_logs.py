@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fixtures_records as fx
-from ledger import runlog
+from ledger.read import runlog
 from record_helpers import NAME, TRACK, edit_log, run, write_logs
 
 

@@ -38,7 +38,9 @@ from helpers import (
     tiny,
     write_shard,
 )
-from ledger import claims, log_claims, record_claims, runlog, tracks
+from ledger import tracks
+from ledger.prove import claims, log_claims, record_claims
+from ledger.read import runlog
 
 STEPS = 12
 KNOB_VARIABLES = {f.name.upper() for f in dataclasses.fields(t.Config)}

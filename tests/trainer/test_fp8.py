@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 import train_gpt as t
 from helpers import emulate_fp8, english_args, noisy_model, random_tokens, tiny
-from lab import sweep_plan, sweep_worker
-from ledger import runlog, sweep_table
+from lab.training import planning
+from lab.training.worker import Worker
+from ledger.make import sweep_table
+from ledger.read import runlog
 from script import TRAINER
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -313,7 +315,7 @@ def sweep(tmp_path):
         "rows": {"bf16": {"fp8": False}, "fp8": {}},
         "seeds": [1, 2],
     }
-    plan = sweep_plan.make_plan(t, raw, "plan")
+    plan = planning.make_plan(t, raw, "plan")
     configurations = {}
     for name, row in plan.rows.items():
         for seed in plan.seeds:
@@ -357,9 +359,9 @@ def artifact_sha256(path):
 def test_rows_of_a_sweep_bind_and_compile_their_own(sweep, monkeypatch):
     """Each row binds and compiles its own MLP, and a new seed neither; train trains the same."""
     emulate_fp8(monkeypatch, machine=True)
-    monkeypatch.setattr(sweep_worker.Worker, "machine_for", machine_like_a_gpus)
+    monkeypatch.setattr(Worker, "machine_for", machine_like_a_gpus)
     argv = list(sweep.configurations["bf16", 1].argv)
-    worker = sweep_worker.Worker(t, t.load_config(argv, {}), {})
+    worker = Worker(t, t.load_config(argv, {}), {})
     graphs = []
 
     def compile_and_note(function):

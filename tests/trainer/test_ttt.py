@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_audit import audit_args, by_auditor, changed_script, honest  # noqa: F401
 from test_windows import ONE_BYTE, SILENT
 
 import fixtures_records as fx
 import train_gpt as t
+from test_audit import audit_args, by_auditor, changed_script, honest  # noqa: F401
 from helpers import (
     ROOT,
     as_arguments,
@@ -36,7 +36,8 @@ from helpers import (
     temporary_folder,
     tiny,
 )
-from ledger import dialects, record, runlog, scores, tracks
+from ledger import record, tracks
+from ledger.read import dialects, runlog, scores
 from record_helpers import TRACK, edit, make, verdicts
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)

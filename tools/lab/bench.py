@@ -59,14 +59,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lab import attention, timeline
-from lab.candidates import chosen_names, compare
-from lab.floors import measure_sections
-from lab.kernels import profile
-from lab.steps import time_loader, time_step
-from lab.sustained import SUSTAIN, measure_sustained
-from lab.timing import say_noise
-from lab.trainer import Session, Trained, build_trained, input_errors_of, load_trainer, open_session
+from lab.model import attention
+from lab.model.candidates import chosen_names, compare
+from lab.model.floors import measure_sections
+from lab.model.kernels import profile
+from lab.shared.timing import say_noise
+from lab.shared.trainer import Session, Trained, build_trained, input_errors_of, load_trainer, open_session
+from lab.step import timeline
+from lab.step.parts import time_loader, time_step
+from lab.step.sustained import SUSTAIN, measure_sustained
 from script import TRAINER, BadInput, guard_console
 
 # ---- options -------------------------------------------------------------------------------------

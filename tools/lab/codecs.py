@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab import verbs
+from lab.shared import verbs
 from ledger.status import finish
 from script import TRAINER, BadInput, load_script
 

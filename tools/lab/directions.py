@@ -33,8 +33,9 @@ from types import ModuleType
 import torch
 
 from children import unwind_on_sigterm
-from lab import verbs
-from lab.direction_cases import (
+from lab.shared import verbs
+from lab.shared.timing import is_noisy, noise_warning
+from lab.update.cases import (
     Setup,
     TimedCase,
     all_cases,
@@ -44,12 +45,12 @@ from lab.direction_cases import (
     reason,
     uncompiled,
 )
-from lab.direction_quality import Inputs, log_quality, train_momentum
-from lab.direction_times import log_floors, log_work, time_cases
-from lab.timing import is_noisy, noise_warning
-from ledger import direction_log, direction_tables
+from lab.update.quality import Inputs, log_quality, train_momentum
+from lab.update.times import log_floors, log_work, time_cases
 from ledger.files import read_text
-from ledger.runlog import SEPARATOR
+from ledger.make import direction_tables
+from ledger.read import direction_log
+from ledger.read.runlog import SEPARATOR
 from ledger.status import finish
 from script import ROOT, TRAINER, BadInput, load_script
 

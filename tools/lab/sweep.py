@@ -32,11 +32,12 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from lab import sweep_plan, verbs
-from lab.sweep_plan import Configuration, Plan, Queue
-from ledger import pictures, sweep_table
+from lab.shared import verbs
+from lab.training import planning
+from lab.training.planning import Configuration, Plan, Queue
 from ledger.files import read_text
-from ledger.runlog import Run
+from ledger.make import pictures, sweep_table
+from ledger.read.runlog import Run
 from ledger.status import finish
 from script import TRAINER, BadInput, load_script
 
@@ -146,7 +147,7 @@ class Sweep:
             env.setdefault("OMP_NUM_THREADS", str(threads))
         with open(self.console_file(index), "a") as console:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lab.sweep_worker", str(self.folder)],
+                [sys.executable, "-m", "lab.training.worker", str(self.folder)],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -158,7 +159,7 @@ class Sweep:
         return process
 
     def ask(self, process: subprocess.Popen, request: dict) -> dict | None:
-        """Return the worker's answer to a request of sweep_worker.py; None: it died instead."""
+        """Return the worker's answer to a request of worker.py; None: it died instead."""
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
@@ -394,7 +395,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def command(args: argparse.Namespace) -> int:
     """Train a plan, or write the tables of a folder again. Raises BadInput if asked for neither."""
-    given = sweep_plan.named_file(args.words)
+    given = planning.named_file(args.words)
     if given and given.is_dir():
         if not (given / "logs").is_dir():
             raise BadInput(f"{given}: no folder of a sweep, which has logs/; give a plan or such a folder")
@@ -404,8 +405,8 @@ def command(args: argparse.Namespace) -> int:
         raise BadInput("--workers must be 1 or more, and --budget a number of seconds")
     pictures.pyplot()  # without matplotlib, fail now and not after hours
 
-    trainer = load_script(TRAINER, "swept_trainer", sweep_plan.NEEDS, "sweep")
-    plan = sweep_plan.read_plan(trainer, args)
+    trainer = load_script(TRAINER, "swept_trainer", planning.NEEDS, "sweep")
+    plan = planning.read_plan(trainer, args)
     folder = Path(args.out) if args.out else Path("logs", "sweeps", plan.name)
     return Sweep(plan, folder, args.workers, args.budget).run()
 

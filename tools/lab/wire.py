@@ -3,12 +3,12 @@
     ./run.sh record wire                                  the record preset on 8 ranks of one node
     ./run.sh record wire --ranks 8 --nodes 2 ortho=mud --out wire.md
 
-Counted: N processes over gloo take one step with data (wire_steps.py). Wrappers of torch.distributed's
+Counted: N processes over gloo take one step with data (network/one_step.py). Wrappers of torch.distributed's
 functions see every collective. Bytes that are exactly zero are padding, and a rank's work is the matrices
 that it gives to `orthogonalize`. After the step, parameters must be bit-equal on all ranks.
 
-Predicted (wire_predict.py): the same step without data, as every rank of one node of 8 and of 4 nodes of 8.
-The output lists the figures that this rests on; --assume NAME=VALUE changes one.
+Predicted (network/predict.py): the same step without data, as every rank of one node of 8 and of four such
+nodes. The output lists the figures that this rests on; --assume NAME=VALUE changes one.
 
 A group whose ranks lie on one node (rank // ranks per node) is intra, any other inter. Bytes per link are
 those of ring algorithms: (n-1)/n of the whole buffer for a reduce-scatter or an all-gather, twice that for
@@ -33,9 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from children import unwind_on_sigterm
-from lab import verbs
-from lab.collectives import Event, Totals, batches_of, collectives_of, padding, padding_share, scope, totals
-from lab.wire_predict import (
+from lab.network.one_step import DrySteps, RankTask, dry_steps, free_port, in_processes, real_step
+from lab.network.predict import (
     FORMULA,
     SOURCES,
     Assumptions,
@@ -47,7 +46,17 @@ from lab.wire_predict import (
     published_schedule,
     work_of,
 )
-from lab.wire_steps import DrySteps, RankTask, dry_steps, free_port, in_processes, real_step
+from lab.shared import verbs
+from lab.shared.collectives import (
+    Event,
+    Totals,
+    batches_of,
+    collectives_of,
+    padding,
+    padding_share,
+    scope,
+    totals,
+)
 from ledger.files import write_atomic
 from ledger.status import finish
 from script import ROOT, BadInput

@@ -24,12 +24,6 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from ledger import diff, pictures, record_folder
-from ledger.board import read_submission, rewrite_board
-from ledger.challenge_claims import examine_challenge_folder, is_challenge_folder
-from ledger.claims import Finding, Verdict
-from ledger.compare import print_comparison, read_samples
-from ledger.direction_claims import examine_measurement
 from ledger.files import read_text, write_atomic
 from ledger.folders import (
     find_folder,
@@ -42,11 +36,18 @@ from ledger.folders import (
     shown,
     sweep_folders,
 )
-from ledger.record_claims import examine_record
-from ledger.reproduce import reproduce
-from ledger.runlog import parse_log
+from ledger.make import pictures, record_folder
+from ledger.prove.challenge_claims import examine_challenge_folder, is_challenge_folder
+from ledger.prove.claims import Finding, Verdict
+from ledger.prove.direction_claims import examine_measurement
+from ledger.prove.record_claims import examine_record
+from ledger.prove.sweep_claims import examine_sweep
+from ledger.read.runlog import parse_log
+from ledger.show import diff
+from ledger.show.board import read_submission, rewrite_board
+from ledger.show.compare import print_comparison, read_samples
+from ledger.show.reproduce import reproduce
 from ledger.status import finish
-from ledger.sweep_claims import examine_sweep
 from ledger.tracks import TRACKS
 from script import ROOT, BadInput
 

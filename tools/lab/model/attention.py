@@ -1,0 +1,594 @@
+"""Times every attention of this machine, forward and backward, on the masks and head sizes a model may want.
+
+    ./run.sh bench --attention [--paths flash,flex] [--json FILE] [key=value ...]
+    ./run.sh bench --attention preset=h100x1 train_batch_tokens=98304 micro_batch_tokens=98304
+
+Tensors are those of one layer and one micro-batch: q (B, T, H, Dh), k and v (B, T, Hkv, Dh), contiguous,
+random. Two layouts: the config's heads, and half as many of twice the size. Masks, all causal: `causal`;
+`documents` (a token sees its own document; lengths are seeded and exponential with mean 1,000, or T / 2 if
+that is less; every sequence begins a document and its end cuts the last one); `window W` (a token sees itself
+and the W - 1 tokens before it; 512 and 256, at most T / 2 and T / 4); documents and window together.
+
+Paths. cudnn, flash, efficient, math: the trainer's attend_sdpa with that backend of PyTorch, on `causal` only
+except for efficient, which accepts a mask; a GPU runs math only when --paths names it. varlen:
+torch.nn.attention.varlen. flex: flex_attention, compiled, with a block mask that is made off the clock.
+flash4: the trainer's attend_flash4, compiled as there (FlashAttention-4, package flash-attn-4). Where a
+kernel needs a mask, or as many k and v heads as q heads, its time includes making them; the row says so.
+
+Before a path is timed, its output, dq, dk and dv in the first and the last sequence are compared with the
+reference in float64: |x - x64| / |x64|. A path with an error over 2 % is wrong and is not timed. A path that
+raises is skipped with its reason, and the others go on. us: median of a layer by the device's clock; a matrix
+product is queued before each call so that launches by the host do not count. Backward is forward + backward
+less forward. TFLOP/s counts products of visible pairs only: 4 Dh for each pair and head forward, 2.5 times
+that backward. On a CPU flex has no backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import inspect
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lab.shared.exact import attend_exact, relative
+from lab.shared.timing import call_ms, device_times, fixed_width, say_noise, typical
+from lab.shared.trainer import Session, first_line, input_errors_of, load_trainer, open_session
+from ledger.files import write_atomic
+from script import BadInput
+
+MEAN_DOCUMENT = 1000  # tokens, before the end of a sequence cuts its last document
+WINDOWS = (512, 256)
+WRONG = 0.02  # relative error above which a path is not timed; bfloat16 makes 0.004
+WARM = 3  # calls before the timed ones
+CALLS = 15  # timed calls
+FILLER = 8192  # side of the product before a timed call: 1.7 ms on an H100
+BACKWARD = 2.5  # products of a backward over those of a forward: five for two
+PACKAGES = ("triton", "flash-attn-4")
+COLUMNS = {  # width of each column; a negative width aligns it to the left
+    "path": -10, "forward us": 12, "backward us": 13, "both us": 11, "TF/s fwd": 10, "TF/s bwd": 10,
+    "err out": 9, "err dq": 9, "err dk": 9, "err dv": 9,
+}  # fmt: skip
+ERRORS = ("out", "dq", "dk", "dv")
+
+
+class Unfit(Exception):
+    """The reason, in one line, why a path cannot run on this machine or mask."""
+
+
+# ---- shapes and masks ----------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """The heads of a layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.heads} head(s) of {self.head_dim}, {self.kv_heads} KV"
+
+
+class Mask(NamedTuple):
+    """Which keys a token sees. window: their number, itself included; 0: all before it.
+
+    bounds: where documents, or else sequences, begin in the flat batch, and its end.
+    """
+
+    name: str
+    window: int
+    documents: bool
+    bounds: list[int]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.bounds)]
+
+    @property
+    def pairs(self) -> int:
+        """Count the visible (query, key) pairs of the batch for one head."""
+        total = 0
+        for length in self.lengths:
+            seen = min(length, self.window or length)
+            total += seen * (seen + 1) // 2 + (length - seen) * seen
+        return total
+
+
+def layouts_of(h: Any) -> list[Layout]:
+    """Return the config's heads and, if their number is even, half as many of twice the size."""
+    layouts = [Layout(h.num_heads, h.num_kv_heads, h.head_dim)]
+    if h.num_heads % 2 == 0:
+        kv_heads = 1 if h.num_kv_heads % 2 else h.num_kv_heads // 2
+        layouts.append(Layout(h.num_heads // 2, kv_heads, 2 * h.head_dim))
+    return layouts
+
+
+def document_bounds(rows: int, T: int, seed: int = 0) -> list[int]:
+    """Draw the bounds of documents packed into sequences of T tokens, whose ends cut the last document."""
+    rng = random.Random(seed)
+    mean = max(min(MEAN_DOCUMENT, T // 2), 1)
+    bounds = [0]
+    for row in range(rows):
+        end = (row + 1) * T
+        while bounds[-1] < end:
+            length = 1 + int(rng.expovariate(1 / mean))
+            bounds.append(min(bounds[-1] + length, end))
+    return bounds
+
+
+def masks_of(rows: int, T: int) -> list[Mask]:
+    """Return the masks to time. In a short sequence, windows are a half and a quarter of it, not WINDOWS."""
+    whole = [*range(0, rows * T + 1, T)]
+    cut = document_bounds(rows, T)
+    wide = max(min(WINDOWS[0], T // 2), 1)
+    narrow = max(min(WINDOWS[1], T // 4), 1)
+    return [
+        Mask("causal", 0, False, whole),
+        Mask("documents", 0, True, cut),
+        Mask(f"window {wide}", wide, False, whole),
+        Mask(f"window {narrow}", narrow, False, whole),
+        Mask(f"documents, window {wide}", wide, True, cut),
+    ]
+
+
+class MaskedLayer(NamedTuple):
+    """A layer's tensors and a mask. ids (B, T) int32: the number of a token's document or sequence."""
+
+    s: Session
+    layout: Layout
+    mask: Mask
+    tensors: tuple[Tensor, Tensor, Tensor]
+    dout: Tensor
+    bounds: Tensor
+    ids: Tensor
+
+    @property
+    def trainer_arguments(self) -> dict:
+        """The window and docs of the trainer's attend_ functions."""
+        docs = self.ids - self.ids[:, :1] if self.mask.documents else None
+        return dict(window=self.mask.window, docs=docs)
+
+
+def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
+    """Draw the tensors of a layer."""
+    B = s.rows
+    T = s.h.train_seq_len
+    device = s.m.device
+    torch.manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(B, T, heads, layout.head_dim, device=device, dtype=s.m.dtype)
+
+    tensors = tuple(draw(n).requires_grad_() for n in (layout.heads, layout.kv_heads, layout.kv_heads))
+    numbers = torch.arange(len(mask.lengths), dtype=torch.int32)
+    ids = numbers.repeat_interleave(torch.tensor(mask.lengths)).view(B, T).to(device)
+    bounds = torch.tensor(mask.bounds, dtype=torch.int32, device=device)
+    return MaskedLayer(s, layout, mask, tensors, draw(layout.heads), bounds, ids)
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+
+class BoundPath(NamedTuple):
+    """A path on one layer. attend: (q, k, v) -> (B, T, H, Dh); note: what else its time includes."""
+
+    attend: Callable
+    note: str = ""
+    backward: bool = True
+
+
+class AttentionPath(NamedTuple):
+    """A row of PATHS.
+
+    bind: makes the path for a layer; whatever it raises skips the row. causal_only: other masks are not
+    tried.
+    """
+
+    bind: Callable[[MaskedLayer], BoundPath]
+    causal_only: bool = False
+
+
+REPEATS = "k, v heads repeated"
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy k and v heads until there are as many as q heads."""
+    group = q.size(2) // k.size(2)
+    return q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+
+
+def sdpa(backend: SDPBackend) -> AttentionPath:
+    """Return the trainer's attend_sdpa with one backend, which groups heads itself."""
+
+    def bind(c: MaskedLayer) -> BoundPath:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return c.s.t.attend_sdpa(q, k, v, **c.trainer_arguments)
+
+        return BoundPath(attend)
+
+    return AttentionPath(bind, causal_only=True)
+
+
+def efficient(c: MaskedLayer) -> BoundPath:
+    """Bind the backend that accepts a mask but does not group heads.
+
+    With a mask attend_sdpa repeats k and v; without one it has no form for this backend.
+    """
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = (x.transpose(1, 2) for x in repeated(q, k, v))
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return c.s.t.attend_sdpa(q, k, v, **arguments)
+
+    arguments = c.trainer_arguments
+    if c.mask.documents or c.mask.window > 0:
+        return BoundPath(masked, f"{REPEATS}, mask made")
+    return BoundPath(causal, REPEATS)
+
+
+def varlen(c: MaskedLayer) -> BoundPath:
+    """Bind torch.nn.attention.varlen by its signature: 2.10 has no window, 2.11 does not group heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    window = c.mask.window
+    longest = max(c.mask.lengths)
+    if "window_size" in known:
+        options: dict[str, Any] = dict(window_size=(window - 1 if window else -1, 0))
+    elif window:
+        raise Unfit(f"varlen_attn of torch {torch.__version__} has no window_size")
+    else:
+        options = dict(is_causal=True)
+
+    grouped = "enable_gqa" in known
+    if grouped:
+        options["enable_gqa"] = True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = (q, k, v) if grouped else repeated(q, k, v)
+        flat = (x.flatten(0, 1) for x in heads)
+        return varlen_attn(*flat, c.bounds, c.bounds, longest, longest, **options).view(q.shape)
+
+    return BoundPath(attend, "" if grouped else REPEATS)
+
+
+def mask_function(c: MaskedLayer) -> Callable:
+    """Return flex_attention's mask function: whether query i of sequence b sees key j."""
+    ids = c.ids
+    window = c.mask.window
+
+    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < window)
+
+    def documents(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (ids[b, i] == ids[b, j])
+
+    def windowed_documents(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < window) & (ids[b, i] == ids[b, j])
+
+    if c.mask.documents:
+        return windowed_documents if window else documents
+    return windowed if window else causal
+
+
+def flex(c: MaskedLayer) -> BoundPath:
+    """Bind flex_attention, compiled for this mask alone: one function may be recompiled only a few times."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, T = c.ids.shape
+    batch = B if c.mask.documents else None  # None: one mask for all sequences
+    blocks = create_block_mask(mask_function(c), batch, None, T, T, device=c.ids.device)
+    torch.compiler.reset()
+    compiled = c.s.m.compile(flex_attention)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+
+    if c.s.cuda:
+        return BoundPath(attend)
+    return BoundPath(attend, "no backward on a CPU", backward=False)
+
+
+def flash4(c: MaskedLayer) -> BoundPath:
+    """Bind the trainer's attend_flash4, compiled as in its model. Its time includes the documents' bounds."""
+    import flash_attn.cute.interface  # noqa: F401  # where it is missing nothing is compiled
+
+    arguments = c.trainer_arguments
+    most = c.s.t.DOCUMENTS
+    if c.mask.documents:
+        count = int(arguments["docs"].max()) + 1
+        if count > most:
+            raise Unfit(f"{count} documents in a row: attend_flash4 keeps {most} apart")
+
+    torch.compiler.reset()  # one function may be recompiled only a few times
+    compiled = c.s.m.compile(c.s.t.attend_flash4)
+    return BoundPath(lambda q, k, v: compiled(q, k, v, **arguments))
+
+
+PATHS = {
+    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "efficient": AttentionPath(efficient),
+    "math": sdpa(SDPBackend.MATH),
+    "varlen": AttentionPath(varlen),
+    "flex": AttentionPath(flex),
+    "flash4": AttentionPath(flash4),
+}
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def exact_row(c: MaskedLayer, row: int) -> list[Tensor]:
+    """Compute output, dq, dk and dv of one sequence in float64, each (1, T, heads, Dh)."""
+    one = slice(row, row + 1)
+    leaves = [x[one].detach().double().requires_grad_() for x in c.tensors]
+    out = attend_exact(*leaves, c.mask.window, c.ids[one])
+    return [out.detach(), *torch.autograd.grad(out, leaves, c.dout[one].double())]
+
+
+def exact_rows(c: MaskedLayer) -> dict[int, list[Tensor]]:
+    """Compute exact_row of the sequences that are compared: the first and the last."""
+    return {row: exact_row(c, row) for row in sorted({0, c.s.rows - 1})}
+
+
+def errors_of(found: list[Tensor], exact: dict[int, list[Tensor]]) -> dict[str, float]:
+    """Return the errors of output, dq, dk and dv, or of as many as were found."""
+    rows = list(exact)
+    return {
+        name: relative(x.detach()[rows], torch.cat([exact[row][i] for row in rows]))
+        for i, (name, x) in enumerate(zip(ERRORS, found))
+    }
+
+
+# ---- clocks --------------------------------------------------------------------------------------
+
+
+def micros(s: Session, what: str, fn: Callable, fill: Callable) -> float:
+    """Return the median us of fn(), named `what` if it is noisy.
+
+    fill: queues work that keeps the device busy until fn is launched.
+    """
+    if not s.cuda:
+        return 1000 * call_ms(s, what, [fn])
+    for _ in range(WARM):
+        fn()
+    return 1000 * typical(s, what, device_times(s, fn, CALLS, before=fill))
+
+
+def filler(s: Session) -> Callable:
+    """Return a function that queues one large matrix product, or nothing on a CPU."""
+    if not s.cuda:
+        return lambda: None
+    x = torch.randn(FILLER, FILLER, device=s.m.device, dtype=s.m.dtype)
+    y = torch.empty_like(x)
+    return lambda: torch.mm(x, x, out=y)
+
+
+def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict:
+    """Return the errors of a path and, if these are small, its times."""
+    bound = PATHS[name].bind(c)
+    tensors = c.tensors if bound.backward else [x.detach() for x in c.tensors]
+
+    def forward() -> Tensor:  # as in training, it keeps what a backward needs
+        return bound.attend(*tensors)
+
+    def both() -> list[Tensor]:
+        out = forward()
+        grads = torch.autograd.grad(out, tensors, c.dout) if bound.backward else ()
+        return [out, *grads]
+
+    errors = errors_of(both(), exact)
+    finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    row: dict[str, Any] = dict(note=bound.note, errors=finite)
+    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= WRONG]  # nan is wrong
+    if wrong:
+        return row | dict(status="wrong", why="error of " + ", ".join(wrong))
+
+    flops = 4.0 * c.layout.head_dim * c.layout.heads * c.mask.pairs
+    what = f"{name} on {c.mask.name}, {c.layout}"
+    forward_us = micros(c.s, f"{what}, forward", forward, fill)
+    row |= dict(status="measured", forward_us=forward_us, forward_tflops=flops / forward_us / 1e6)
+    if bound.backward:
+        both_us = micros(c.s, f"{what}, forward + backward", both, fill)
+        backward_us = max(both_us - forward_us, 1e-3)  # of two medians: noise may make it negative
+        backward_tflops = BACKWARD * flops / backward_us / 1e6
+        row |= dict(both_us=both_us, backward_us=backward_us, backward_tflops=backward_tflops)
+    return row
+
+
+def attempt_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict:
+    """Return a row of the report, whatever the path raises."""
+    row = dict(layout=c.layout._asdict(), mask=c.mask.name, path=name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why a backend is not chosen, that flex is not compiled
+            return row | measure_path(c, name, exact, fill)
+    except Unfit as error:
+        return row | dict(status="skipped", why=first_line(error))
+    except Exception as error:  # whatever a kernel, a compiler or an import raises
+        return row | dict(status="skipped", why=f"{type(error).__name__}: {first_line(error)}")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def path_line(values: list[str]) -> str:
+    """Format the first columns of a line of the table."""
+    return fixed_width(values, tuple(COLUMNS.values()))
+
+
+def row_line(row: dict) -> str:
+    """Format a row of the report; '-' stands for a backward it does not have."""
+    if row["status"] != "measured":
+        return path_line([row["path"]]) + f"{row['status']}: {row['why'][:120]}"
+
+    us = [f"{row[key]:,.1f}" if key in row else "-" for key in ("forward_us", "backward_us", "both_us")]
+    rates = [f"{row[key]:.4g}" if key in row else "-" for key in ("forward_tflops", "backward_tflops")]
+    errors = [f"{row['errors'][key]:.1e}" if key in row["errors"] else "-" for key in ERRORS]
+    return f"{path_line([row['path'], *us, *rates, *errors])}  {row['note']}".rstrip()
+
+
+def fastest(rows: list[dict]) -> dict[str, dict]:
+    """Return the rows of least time for forward, backward and both; no key where nothing was measured."""
+    found = {}
+    for key in ("forward", "backward", "both"):
+        timed = [row for row in rows if f"{key}_us" in row]
+        if timed:
+            found[key] = min(timed, key=lambda row: row[f"{key}_us"])
+    return found
+
+
+def time_paths(c: MaskedLayer, names: list[str], fill: Callable) -> list[dict]:
+    """Time all paths on one layer and print each row when it is known."""
+    say = c.s.say
+    count = len(c.mask.lengths)
+    tokens = sum(c.mask.lengths)
+    about = f", {count:,} of {tokens / count:,.0f} tokens on average" if c.mask.documents else ""
+    say(f"\n{c.layout}; {c.mask.name}{about}: {c.mask.pairs / tokens:,.0f} visible keys a query")
+    say(path_line(list(COLUMNS)))
+
+    exact = exact_rows(c)
+    rows = []
+    for name in names:
+        if PATHS[name].causal_only and c.mask.name != "causal":
+            continue
+        started = time.perf_counter()
+        row = attempt_path(c, name, exact, fill)
+        row["seconds"] = time.perf_counter() - started  # compilation included
+        rows.append(row)
+        say(row_line(row))
+
+    best = ", ".join(f"{key} {row['path']}" for key, row in fastest(rows).items())
+    say(f"fastest: {best or 'none ran'}")
+    return rows
+
+
+def fastest_table(rows: list[dict]) -> str:
+    """Format the fastest path of every layout and mask, by forward + backward or, without one, by forward."""
+    groups: dict[tuple[Layout, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((Layout(**row["layout"]), row["mask"]), []).append(row)
+
+    lines = [f"{'heads':<26}{'mask':<26}{'fastest':<10}{'us a layer':>12}{'of causal':>11}"]
+    for (layout, mask), mine in groups.items():
+        best = fastest(mine)
+        key = "both" if "both" in best else "forward"
+        if key not in best:
+            lines.append(f"{layout!s:<26}{mask:<26}none")
+            continue
+        us = best[key][f"{key}_us"]
+        causal = fastest(groups[layout, "causal"])
+        share = f"{us / causal[key][f'{key}_us']:.3f}" if key in causal else "-"
+        note = "" if key == "both" else "  forward only"
+        lines.append(f"{layout!s:<26}{mask:<26}{best[key]['path']:<10}{us:12,.1f}{share:>11}{note}")
+    return "\n".join(lines)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def check_paths(args: argparse.Namespace) -> list[str] | None:
+    """Return the paths asked for; None: all. Raises BadInput before anything runs."""
+    if args.timeline or args.candidates:
+        other = "--timeline" if args.timeline else "--candidates"
+        raise BadInput(f"--attention and {other} measure different things: give one of them")
+    if args.paths is None:
+        return None
+
+    names = args.paths.split(",")
+    for name in names:
+        if name not in PATHS:
+            raise BadInput(f"--paths {name or '(empty)'}: not one of {', '.join(PATHS)}")
+    return list(dict.fromkeys(names))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of torch, its libraries and the installed packages with kernels."""
+    libraries = dict(torch=torch.__version__, CUDA=torch.version.cuda, cuDNN=torch.backends.cudnn.version())
+    found = {name: str(version) for name, version in libraries.items() if version is not None}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(s: Session, masks: list[Mask]) -> None:
+    """Add to the report what is about to be measured, and print it."""
+    layouts = layouts_of(s.h)
+    s.report.update(
+        versions=versions(),
+        layouts=[layout._asdict() for layout in layouts],
+        masks=[
+            dict(
+                name=mask.name,
+                window=mask.window,
+                documents=mask.documents,
+                sequences=len(mask.lengths),
+                pairs=mask.pairs,
+            )
+            for mask in masks
+        ],
+        table=[],
+    )
+    software = ", ".join([s.report["device"], *(f"{k} {v}" for k, v in s.report["versions"].items())])
+    size = f"{s.rows} x {s.h.train_seq_len} tokens"
+    s.say(f"attention of a layer: {size}, {s.report['dtype']}, device {software}")
+    if len(layouts) == 1:
+        s.skip("the second layout", f"num_heads={s.h.num_heads} is odd: it cannot be halved")
+
+
+def write_report(s: Session, path: Path) -> None:
+    """Write the JSON report, all of it or nothing. Raises BadInput."""
+    write_atomic(path, json.dumps(s.report, indent=1, sort_keys=True) + "\n")
+    s.say(f"json: {path}")
+
+
+def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+    """Run `bench --attention` and return its exit status. Raises BadInput."""
+    started = time.perf_counter()
+    names = check_paths(args)
+    t = load_trainer(args.script)
+    with input_errors_of(t):
+        s = open_session(t, args.knobs, env)
+    if names is None:
+        names = [name for name in PATHS if name != "math" or not s.cuda]
+
+    masks = masks_of(s.rows, s.h.train_seq_len)
+    describe(s, masks)
+    fill = filler(s)
+    for layout in layouts_of(s.h):
+        for mask in masks:
+            s.report["table"] += time_paths(make_layer(s, layout, mask), names, fill)
+
+    s.say("\nforward + backward, the fastest path of each\n" + fastest_table(s.report["table"]))
+    s.report["seconds"] = time.perf_counter() - started
+    say_noise(s)
+    s.say(f"\n{s.report['seconds']:.0f} s")
+    if args.json and s.m.rank == 0:
+        write_report(s, args.json)
+    return 0

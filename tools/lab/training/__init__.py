@@ -1,0 +1,1 @@
+"""The training of a sweep: what is trained next, and the process that trains it."""

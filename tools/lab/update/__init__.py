@@ -1,0 +1,1 @@
+"""The update of the matrices: directions and step rules, their cases, their quality, their times."""

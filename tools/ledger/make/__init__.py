@@ -1,0 +1,1 @@
+"""Makes the files of records, sweeps and measurements from their logs: JSON, tables, pages, pictures."""

@@ -1,0 +1,1 @@
+"""Proves what the files of a folder claim, from its logs and its script."""

@@ -1,0 +1,1 @@
+"""Shows and compares what was proved: boards, differences, tests of significance, reproductions."""

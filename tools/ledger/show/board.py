@@ -1,0 +1,121 @@
+"""Rewrites the tables of README.md and records/README.md, and the picture of records over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ledger.files import read_json, read_text, write_atomic
+from ledger.folders import record_folders, sweep_folders
+from ledger.make import direction_tables, markdown, pictures, sweep_table
+from ledger.read.schema import schema_errors, submission_schema
+from ledger.tracks import TRACKS
+from script import BadInput
+
+BOARD = markdown.block("board")
+SWEEPS = markdown.block("sweeps")
+HEAD = ["#", "val_bpb", "std", "val_loss", "seeds", "bytes", "what", "date", "by"]
+ALIGN = "rrrrrrlll"
+BEST = 10  # records of a track on the front page
+
+
+def read_submission(folder: Path) -> dict:
+    """Return the submission.json of a record folder. Raises BadInput if it breaks the schema."""
+    path = folder / "submission.json"
+    sub = read_json(path)
+    if errors := schema_errors(sub, submission_schema()):
+        raise BadInput(f"{path}: {errors[0]}; ./run.sh record verify {folder.name} says more")
+    return sub
+
+
+def best_first(subs: list[dict]) -> list[dict]:
+    """Return the submissions by bpb; of equal ones the oldest comes first."""
+    return sorted(subs, key=lambda sub: (sub["val_bpb"], sub["date"], sub["name"]))
+
+
+def board_table(subs: list[dict], link: str) -> list[str]:
+    """Return the table of these submissions, in order; `link` is the path from the page to records/."""
+    rows = [[str(rank), *board_cells(sub, link)] for rank, sub in enumerate(subs, 1)]
+    return markdown.table(HEAD, rows, ALIGN)
+
+
+def board_cells(sub: dict, link: str) -> list[str]:
+    """Return the cells of one submission after its rank."""
+    folder = f"{link}{sub['track']}/{sub['date']}_{sub['name']}"
+    what = f"[{sub['name']}]({folder}/)"
+    if sub["blurb"]:
+        what += f": {markdown.cell(sub['blurb'])}"
+    return [
+        f"{sub['val_bpb']:.4f}",
+        "-" if sub["val_bpb_std"] is None else f"{sub['val_bpb_std']:.5f}",
+        f"{sub['val_loss']:.4f}",
+        str(len(sub["seeds"])),
+        f"{sub['bytes_total']:,}",
+        what,
+        sub["date"],
+        markdown.cell(sub["author"]),
+    ]
+
+
+def front_page_text(subs: list[dict]) -> str:
+    """Return the board of README.md: the best records of every track."""
+    lines: list[str] = []
+    for track, records in records_by_track(subs).items():
+        lines += [heading(track), "", *board_table(best_first(records)[:BEST], "records/"), ""]
+    return "\n".join(lines or ["No records yet.", ""])
+
+
+def ledger_page_text(subs: list[dict]) -> str:
+    """Return the board of records/README.md: all records and non-records of every track."""
+    lines: list[str] = []
+    for track in TRACKS:
+        records = [sub for sub in subs if sub["track"] == track and sub["record"]]
+        others = [sub for sub in subs if sub["track"] == track and not sub["record"]]
+        if records or others:
+            lines += [heading(track), ""]
+        if records:
+            lines += [*board_table(best_first(records), ""), ""]
+        if others:
+            lines += ["Non-records:", "", *board_table(best_first(others), ""), ""]
+
+    if any(sub["record"] for sub in subs):
+        lines += ["![records over time](history.png)", ""]
+    return "\n".join(lines or ["No records yet.", ""])
+
+
+def heading(track: str) -> str:
+    """Return the heading of a track's tables."""
+    return f"**{track}** ({TRACKS[track].title})"
+
+
+def records_by_track(subs: list[dict]) -> dict[str, list[dict]]:
+    """Return the records of every track that has some."""
+    records = {track: [sub for sub in subs if sub["track"] == track and sub["record"]] for track in TRACKS}
+    return {track: found for track, found in records.items() if found}
+
+
+def rewrite_board(root: Path) -> int:
+    """Rewrite both pages and the history picture. All pages are read before one is written."""
+    records = root / "records"
+    front_page = root / "README.md"
+    ledger_page = records / "README.md"
+    subs = [read_submission(folder) for folder in record_folders(records)]
+    sweeps = sweep_folders(records)
+
+    front = BOARD.replaced(read_text(front_page), front_page_text(subs), front_page)
+    ledger = BOARD.replaced(read_text(ledger_page), ledger_page_text(subs), ledger_page)
+    ledger = direction_tables.with_block(ledger, records)
+    if sweeps or SWEEPS.begins_in(ledger):
+        ledger = SWEEPS.replaced(ledger, sweep_table.board(records), ledger_page)
+
+    by_track = records_by_track(subs)
+    if by_track:
+        pictures.plot_history(by_track, records / "history.png")
+    write_atomic(front_page, front)
+    write_atomic(ledger_page, ledger)
+
+    count = sum(len(found) for found in by_track.values())
+    print(
+        f"{len(subs)} folders, {count} records, {len(sweeps)} sweeps: README.md and "
+        "records/README.md rewritten"
+    )
+    return 0

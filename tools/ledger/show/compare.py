@@ -1,0 +1,90 @@
+"""Compares two sets of seeds by t-tests, and holds the second to the challenge's bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ledger import stats
+from ledger.folders import logs_of
+from ledger.read.runlog import parse_log
+from script import BadInput
+
+BAR_NATS = 0.005  # the challenge asks for a gain of at least this many nats per token,
+BAR_P = 0.01  # shown at a p below this
+UNITS = {"val_bpb": "bpb", "val_loss": "nats", "step_avg": "ms"}
+
+
+class Samples(NamedTuple):
+    """One side of the comparison: as the user named it, and by seed its figures (keys of UNITS)."""
+
+    name: str
+    by_seed: dict[int, dict[str, float]]
+
+    def column(self, key: str, seeds: list[int] | None = None) -> list[float]:
+        """Return a figure of these seeds, or of all in order."""
+        chosen = sorted(self.by_seed) if seeds is None else seeds
+        return [self.by_seed[seed][key] for seed in chosen]
+
+
+def read_samples(name: str, target: Path) -> Samples:
+    """Return the figures of the finished logs of a folder. Raises BadInput if two logs share a seed."""
+    by_seed: dict[int, dict[str, float]] = {}
+    for log in logs_of(target):
+        run = parse_log(log)
+        if run.seed in by_seed:
+            raise BadInput(f"{log}: seed {run.seed} is in two logs of {target}")
+        train_ms = run.number("final_score", "train_time")
+        by_seed[run.seed] = {
+            "val_bpb": run.number("final_score", "val_bpb"),
+            "val_loss": run.number("final_score", "val_loss"),
+            "step_avg": train_ms / max(run.number("final_score", "steps"), 1),
+        }
+    return Samples(name, by_seed)
+
+
+def summary_text(values: list[float]) -> str:
+    """Return mean and sample std as two columns."""
+    spread = stats.std(values)
+    spread_text = "-" if spread is None else f"{spread:.4f}"
+    return f" {stats.mean(values):>10.4f} {spread_text:>8}"
+
+
+def test_text(name: str, test: stats.Difference | None, unit: str) -> str:
+    """Return the columns of one test, or the reason why it needs more seeds."""
+    if test is None:
+        lacking = "shared seeds" if name == "paired" else "seeds on each side"
+        return f"{name:<7} needs two {lacking}"
+    low, high = test.interval()
+    span = f"[{low:+.4f}, {high:+.4f}]"
+    return f"{name:<7} {test.diff:>+9.4f} {span:>20} {test.p_two_sided():>8.2g} {unit}"
+
+
+def bar_text(a: Samples, b: Samples) -> str:
+    """Return whether B beats A by the challenge's bar."""
+    test = stats.welch(a.column("val_loss"), b.column("val_loss"))
+    if test is None:
+        return "bar: not checkable, Welch's test needs two seeds on each side"
+    p = test.p_less(-BAR_NATS)
+    met = "yes" if p < BAR_P else "no"
+    return (
+        f"bar (B better by >= {BAR_NATS} nats at p < {BAR_P}, one-sided Welch): {met}, "
+        f"{-test.diff:+.4f} nats better, p {p:.2g}; for any gain at all p {test.p_less():.2g}"
+    )
+
+
+def print_comparison(a: Samples, b: Samples) -> None:
+    """Print both tests on three figures, then the challenge's bar on val_loss."""
+    shared = sorted(set(a.by_seed) & set(b.by_seed))
+    print(f"A {a.name}: {len(a.by_seed)} seeds\nB {b.name}: {len(b.by_seed)} seeds, {len(shared)} shared\n")
+    print(
+        f"{'':<10} {'A mean':>10} {'std':>8} {'B mean':>10} {'std':>8}   {'test':<7} {'B - A':>9} "
+        f"{'95 % interval':>20} {'p':>8}"
+    )
+    for key, unit in UNITS.items():
+        head = f"{key:<10}{summary_text(a.column(key))}{summary_text(b.column(key))}"
+        welch = stats.welch(a.column(key), b.column(key))
+        paired = stats.paired(a.column(key, shared), b.column(key, shared))
+        print(f"{head}   {test_text('welch', welch, unit)}")
+        print(f"{' ' * len(head)}   {test_text('paired', paired, unit)}")
+    print(f"\n{bar_text(a, b)}")

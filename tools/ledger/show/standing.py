@@ -1,0 +1,49 @@
+"""Says how a run's score compares with the best record of its track."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ledger.folders import record_folders
+from ledger.read.runlog import Run
+from ledger.show.board import best_first, read_submission
+from ledger.tracks import TRACKS
+from script import BadInput
+
+
+def compare_with_board(run: Run, records: Path) -> str:
+    """Return how the score of a finished run compares with its preset's track, "" if that has no record.
+
+    Scores compare only on the same text: the same manifest, and as many of its tokens.
+    """
+    track = next((name for name, about in TRACKS.items() if about.preset == run.preset), "")
+    try:
+        subs = [read_submission(folder) for folder in record_folders(records) if folder.parent.name == track]
+    except BadInput:
+        return ""
+    subs = best_first([sub for sub in subs if sub["record"]])
+    if not subs:
+        return ""
+
+    same = [sub for sub in subs if is_same_text(run, sub)]
+    if not same:
+        best = subs[0]
+        return (
+            f"the best of {track} is {best['val_bpb']:.4f} ({best['name']}), scored on other text: "
+            "the two do not compare"
+        )
+
+    best = same[0]
+    gap = run.number("final_score", "val_bpb") - best["val_bpb"]
+    side = "above" if gap > 0 else "below"
+    return (
+        f"{abs(gap):.4f} {side} the best of {track} on this text, {best['val_bpb']:.4f} ({best['name']}); "
+        "lower is better"
+    )
+
+
+def is_same_text(run: Run, sub: dict) -> bool:
+    """Return whether a run was scored on the text of a submission."""
+    data = run.facts.get("data", {})
+    recorded = (sub["data_manifest_sha256"], sub["val_tokens"])
+    return recorded == (data.get("manifest_sha256"), int(data.get("val_tokens", -1)))
