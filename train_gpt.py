@@ -1067,8 +1067,10 @@ def tell_torchrun(reason: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": reason, "extraInfo": extra}}))
 
 
-def memory_fault(error: Exception) -> Fault | None:
-    """Return the line about an error that says that there is no more memory, None for another error."""
+def known_fault(error: Exception) -> InputError | None:
+    """Return what one line can report: an InputError itself, a Fault if memory ran out. None: neither."""
+    if isinstance(error, InputError):
+        return error
     said = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError) or any(words in str(error) for words in said):
         return Fault(
@@ -1078,21 +1080,46 @@ def memory_fault(error: Exception) -> Fault | None:
     return None
 
 
+def report_failure(m: Machine, log: Log, error: Exception) -> None:
+    """Append the reason this rank fails to the log that all ranks share. With several ranks, then exit.
+
+    The exit skips the proper shutdown, which would wait for the other ranks.
+    """
+    known = known_fault(error)
+    reason = f"rank {m.rank}: {known or traceback.format_exc()}"
+    lost = m.world_size > 1 and lost_another_rank(error)
+    lines = [reason]
+    if lost:
+        lines.append(f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}")
+    with suppress(OSError):  # if there is no log any more, as after `discard`, it makes none
+        file = os.open(log.path, os.O_WRONLY | os.O_APPEND)
+        with open(file, "w", encoding="utf-8", errors="backslashreplace") as f:
+            f.write("\n".join(lines) + "\n")
+    if m.world_size == 1:
+        return
+
+    print(f"train_gpt.py: {lines[-1]}", file=sys.stderr, flush=True)
+    if lost:
+        time.sleep(LINGER)
+    else:
+        tell_torchrun(reason.rstrip())
+    os._exit(known.status if known else 1)
+
+
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT, and append the reason a rank fails to the log that all ranks share.
+    """Handle SIGTERM and SIGINT in the block, report its failure, and close the log after it.
 
     A signal before training exits at once. The first one after that ends training after the current step, or
-    does nothing if it has ended; another one more than ECHO seconds later exits at once. If there are several
-    ranks, one that fails skips the proper shutdown, which would wait for the others.
+    does nothing if it has ended; another one more than ECHO seconds later exits at once.
     """
 
     def handle(number: int, frame) -> None:
         m.signals.append(time.monotonic())
         if m.signals[-1] > m.signals[0] + ECHO:
             os._exit(128 + number)
-        from_terminal = number == signal.SIGINT  # torchrun sends SIGTERM when another rank is gone
-        if m.rank == 0 and from_terminal and len(m.signals) == 1:
+        # Only a person sends SIGINT: torchrun sends SIGTERM when another rank is gone.
+        if m.rank == 0 and number == signal.SIGINT and len(m.signals) == 1:
             text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
             with suppress(OSError):
                 os.write(2, text.encode())  # not print: the signal may have interrupted one
@@ -1101,24 +1128,7 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        known = memory_fault(e) or e
-        reason = f"rank {m.rank}: " + (
-            str(known) if isinstance(known, InputError) else traceback.format_exc()
-        )
-        lost = m.world_size > 1 and lost_another_rank(e)
-        shown = f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}"
-        text = f"{reason}\n{shown}\n" if lost else f"{reason}\n"
-        with suppress(OSError):  # if there is no log any more, as after `discard`, it makes none
-            file = os.open(log.path, os.O_WRONLY | os.O_APPEND)
-            with open(file, "w", encoding="utf-8", errors="backslashreplace") as f:
-                f.write(text)
-        if m.world_size > 1:
-            print(f"train_gpt.py: {shown if lost else reason}", file=sys.stderr, flush=True)
-            if lost:
-                time.sleep(LINGER)
-            else:
-                tell_torchrun(reason.rstrip())
-            os._exit(getattr(known, "status", 1))
+        report_failure(m, log, e)
         raise
     finally:
         log.close()
@@ -5562,12 +5572,8 @@ def main(argv: list[str]) -> int:
         return run_command(command, rest, os.environ)
     except BrokenPipeError:
         return 1
-    except InputError as e:
-        print(f"train_gpt.py: {e}", file=sys.stderr, flush=True)
-        tell_torchrun(str(e))
-        return e.status
-    except (RuntimeError, MemoryError) as e:
-        if fault := memory_fault(e):
+    except (InputError, RuntimeError, MemoryError) as e:
+        if fault := known_fault(e):
             print(f"train_gpt.py: {fault}", file=sys.stderr, flush=True)
             tell_torchrun(str(fault))
             return fault.status
