@@ -4586,6 +4586,24 @@ CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\
 DIGEST_BYTES = 32
 
 
+class CheckpointSet(NamedTuple):
+    """The name of a checkpoint set. Sets sort by step."""
+
+    step: int
+    world: int  # number of files
+    base: str  # OUT_DIR/RUN_ID
+
+    def file(self, share: int) -> str:
+        """Return the path of the file that holds a share."""
+        return f"{self.base}.step{self.step}.{share}of{self.world}.ckpt"
+
+
+def set_of(path: str) -> CheckpointSet | None:
+    """Return the set that a file belongs to by its name, None if it is not named like a checkpoint."""
+    name = CHECKPOINT_NAME.fullmatch(path)
+    return CheckpointSet(int(name["step"]), int(name["world"]), name["base"]) if name else None
+
+
 class SavedState(NamedTuple):
     """A checkpoint set that was read; step 0 if there is none."""
 
@@ -4603,7 +4621,7 @@ def origin(h: Config, dataset: Dataset) -> dict:
 
 def checkpoint_files(base: str) -> list[str]:
     """List the checkpoint files of a run, including partial ones that a killed run left."""
-    return [f for f in glob.glob(glob.escape(base) + ".step*") if CHECKPOINT_NAME.fullmatch(f)]
+    return [f for f in glob.glob(glob.escape(base) + ".step*") if set_of(f)]
 
 
 def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
@@ -4619,20 +4637,18 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 def check_resume(h: Config) -> None:
-    """Check that the files exist which resume= names. Raises InputError."""
+    """Check that the files of the set that resume= names exist. Raises InputError."""
     if h.resume in ("", "auto"):
         return
-    name = CHECKPOINT_NAME.fullmatch(h.resume)
-    if not name:
+    wanted = set_of(h.resume)
+    if not wanted:
         raise InputError(
             f"config key resume: {h.resume} is not named like a checkpoint, RUN_ID.stepN.RofW.ckpt; "
             "resume=auto takes the newest"
         )
-    world = int(name["world"])
-    parts = [f"{name['base']}.step{name['step']}.{r}of{world}.ckpt" for r in range(world)]
-    for part in [h.resume, *parts]:
-        if not os.path.isfile(part):
-            raise InputError(f"config key resume: no checkpoint file {part}; resume=auto takes the newest")
+    for file in [h.resume, *map(wanted.file, range(wanted.world))]:
+        if not os.path.isfile(file):
+            raise InputError(f"config key resume: no checkpoint file {file}; resume=auto takes the newest")
 
 
 def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState:
@@ -4644,20 +4660,19 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
     with m.together():
         check_resume(h)
     files = checkpoint_files(base) if h.resume == "auto" else [h.resume]
-    names = [match for f in files if (match := CHECKPOINT_NAME.fullmatch(f))]
-    sets = {(int(name["step"]), int(name["world"]), name["base"]) for name in names}
     skipped = []
-    for step, world, of in sorted(sets, reverse=True):
+    for found in sorted(set(map(set_of, files)), reverse=True):  # newest first
+        step = found.step
         parts = []
         reason = ""
         try:
-            parts = [read_checkpoint(f"{of}.step{step}.{r}of{world}.ckpt") for r in range(world)]
+            parts = [read_checkpoint(found.file(share)) for share in range(found.world)]
         except (OSError, ValueError) as e:
             reason = str(e)
         reasons = [""] * m.world_size
         dist.all_gather_object(reasons, reason)
         if not any(reasons):
-            state = SavedState(step, f"{of}.step{step}.*", parts, skipped)
+            state = SavedState(step, f"{found.base}.step{step}.*", parts, skipped)
             with m.together():
                 check_origin(state, origin(h, dataset))
             return state
@@ -4740,9 +4755,8 @@ class Checkpoints:
         digest = hashlib.sha256()
         for chunk in chunks:  # hashing and writing release the GIL
             digest.update(chunk)
-        write_atomic(
-            f"{self.base}.step{step}.{self.m.own_share}of{self.m.world_size}.ckpt", *chunks, digest.digest()
-        )
+        path = CheckpointSet(step, self.m.world_size, self.base).file(self.m.own_share)
+        write_atomic(path, *chunks, digest.digest())
 
     def settled(self, wait: bool) -> bool:
         """Return whether no rank is writing. If a set has ended, log that and remove all but the newest two.
@@ -4769,7 +4783,7 @@ class Checkpoints:
         self.run.log(f"checkpoint step:{step}")
         if self.m.rank == 0:
             for path in checkpoint_files(self.base):
-                found = int(CHECKPOINT_NAME.fullmatch(path)["step"])
+                found = set_of(path).step
                 if found < step and found != self.good:
                     os.remove(path)
         self.good = step
