@@ -1851,11 +1851,12 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def blocks(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, window)).flatten(0, 1)
 
-    k_pairs = torch.cat([blocks(k[:, window:-window]), blocks(k[:, 2 * window :])], 1)
-    v_pairs = torch.cat([blocks(v[:, window:-window]), blocks(v[:, 2 * window :])], 1)
+    def pairs(x: Tensor) -> Tensor:
+        return torch.cat([blocks(x[:, window:-window]), blocks(x[:, two:])], 1)
+
     two = 2 * window
     first_two = attend_masked(q[:, :two], k[:, :two], v[:, :two], window, None)
-    others = attend_masked(blocks(q[:, two:]), k_pairs, v_pairs, window, None)
+    others = attend_masked(blocks(q[:, two:]), pairs(k), pairs(v), window, None)
     return torch.cat([first_two, others.unflatten(0, (len(q), -1)).flatten(1, 2)], 1)
 
 
@@ -4444,14 +4445,14 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
 
 
-def window_groups(total: int, plan: ScoreRun) -> list[WindowGroup]:
+def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
     """Cut the score windows of `total` targets into groups, where the chunk or the shape changes."""
-    windows = score_windows(total, plan.seq_len, plan.stride)
+    windows = score_windows(total, scoring.seq_len, scoring.stride)
     start, end, score_from = windows.T
     # The first window scores more than `stride` targets and a short one is padded: both need every position.
-    regular = (score_from - start >= plan.seq_len - plan.stride) & (end - start == plan.seq_len)
-    lasts = np.where(regular, plan.stride, plan.seq_len)
-    chunks = score_from // (plan.chunk or total)
+    regular = (score_from - start >= scoring.seq_len - scoring.stride) & (end - start == scoring.seq_len)
+    lasts = np.where(regular, scoring.stride, scoring.seq_len)
+    chunks = score_from // (scoring.chunk or total)
 
     changes = (np.diff(chunks) != 0) | (np.diff(lasts) != 0)
     cuts = np.append(0, np.flatnonzero(changes) + 1)
@@ -4462,17 +4463,17 @@ def window_groups(total: int, plan: ScoreRun) -> list[WindowGroup]:
 
 
 def score_batch(
-    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, plan: ScoreRun
+    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreRun
 ) -> tuple[Tensor, Tensor]:
-    """Score at most B = plan.batch windows (n, 3); windows that score nothing fill the compiled shape.
+    """Score at most B = scoring.batch windows (n, 3); windows that score nothing fill the compiled shape.
 
     Returns the target of each position, (B * last,), and (2, B * last) float64: its nats and 1, or zeros if
     its window does not score it.
     """
     total = len(tokens) - 1
-    padded = F.pad(windows, (0, 0, 0, plan.batch - len(windows))).to(tokens.device)
+    padded = F.pad(windows, (0, 0, 0, scoring.batch - len(windows))).to(tokens.device)
     start, end, score_from = padded.unsqueeze(-1).unbind(1)  # (B, 1) each
-    column = torch.arange(plan.seq_len, device=tokens.device)
+    column = torch.arange(scoring.seq_len, device=tokens.device)
     index = (start + column).clamp_max(total - 1)  # a short window is padded at its end
 
     nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
@@ -4483,21 +4484,21 @@ def score_batch(
 
 
 @torch.no_grad()
-def score_targets(nats_fn: Callable, tokens: np.ndarray, plan: ScoreRun, m: Machine) -> Tensor:
+def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: Machine) -> Tensor:
     """Return the nats of every target of `tokens` (N,), and how often it was scored: (2, N - 1) float64.
 
     Targets that other ranks score are zero. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
-    chunk = plan.chunk or total
+    chunk = scoring.chunk or total
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    groups = window_groups(total, plan)
+    groups = window_groups(total, scoring)
     all_windows = sum(len(group.windows) for group in groups)
     out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
     done = 0
     learnt = 0  # chunks
-    with plan.learner() as learn:
+    with scoring.learner() as learn:
         for group in groups:
             if group.chunk > learnt:  # every target of the chunks before is scored
                 first = learnt * chunk
@@ -4505,20 +4506,22 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, plan: ScoreRun, m: Mach
                 learnt = group.chunk
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
-            for i, windows in enumerate(mine.split(plan.batch)):
-                positions, values = score_batch(nats_fn, tokens, windows, group.last, plan)
+            for i, windows in enumerate(mine.split(scoring.batch)):
+                positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
                 out.index_add_(1, positions, values)
-                done = min(done + plan.batch * m.world_size, all_windows)
+                done = min(done + scoring.batch * m.world_size, all_windows)
                 if i % 16 == 0 or not m.pin:  # on a GPU, the host waits for the device to tell
                     m.sync()
-                    plan.log.progress(f"scoring {plan.label}, windows", done, all_windows, started)
+                    scoring.log.progress(f"scoring {scoring.label}, windows", done, all_windows, started)
     return out
 
 
-def evaluate(nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, plan: ScoreRun, m: Machine) -> Score:
+def evaluate(
+    nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, scoring: ScoreRun, m: Machine
+) -> Score:
     """Score every target of `tokens` (N,) once, with the work split over the ranks. Sums are float64."""
     started = time.perf_counter()
-    nats = score_targets(nats_fn, tokens, plan, m)[0].sum()
+    nats = score_targets(nats_fn, tokens, scoring, m)[0].sum()
     m.check_ranks()
     dist.all_reduce(nats)
     total = len(tokens) - 1
@@ -4897,14 +4900,14 @@ class Run:
         """Score the weights on a split. learns: train on scored chunks, if the split has more than one."""
         h = self.h
         tokens = self.held_out(split)
-        plan = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
+        scoring = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
         if learns and len(tokens) - 1 > h.ttt_chunk_tokens:
             learner = partial(learning, self.model, self.loss_fn, h, self.m)
-            plan = plan._replace(chunk=h.ttt_chunk_tokens, learner=learner)
+            scoring = scoring._replace(chunk=h.ttt_chunk_tokens, learner=learner)
             with learner() as learn:  # compiles it before the score's clock starts, on no token of the split
-                zeros = torch.zeros(plan.chunk + 1, device=self.m.device)
+                zeros = torch.zeros(scoring.chunk + 1, device=self.m.device)
                 self.timed("compile", learn, zeros, 0.0)
-        score = evaluate(self.nats_fn, tokens, self.dataset.counts, plan, self.m)
+        score = evaluate(self.nats_fn, tokens, self.dataset.counts, scoring, self.m)
         if not math.isfinite(score.bpb):
             raise Fault(
                 f"{label}: the score of {split} is {score.bpb}; the weights or the rates are at fault"
@@ -5377,6 +5380,26 @@ def describe_phases(phases: Mapping[str, float]) -> str:
     return ", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items() if time >= 0.05)
 
 
+def score_trained(run: Run, trained: Trained) -> float:
+    """Score the live weights, then the averaged ones, and log both. The model keeps the averaged ones.
+
+    Returns the bpb of the token frequencies alone, which is logged, too.
+    """
+    h = run.h
+    live = validate(run, trained.steps, trained.train_ms)
+    torch._foreach_copy_(trained.ema.params, trained.ema.average)
+    averaged = run.score("ema", h.eval_seq_len)
+    run.log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", shown="")
+    run.log(
+        f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms",
+        shown=f"averaged weights: {averaged.words}",
+    )
+    nats = unigram_nats(h, run.held_out("val")[1:])
+    unigram = bpb(nats, live.bytes)
+    run.log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", shown="")
+    return unigram
+
+
 def conclude(run: Run, trained: Trained, path: str) -> int:
     """Write the artifact to `path`, read it back, score it, and log the results. Returns the exit status.
 
@@ -5397,17 +5420,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     if m.rank == 0:  # the artifact first: it is there whatever fails later
         written = export(run, trained, path, h.size_cap - code_bytes)
 
-    live = validate(run, trained.steps, trained.train_ms)
-    torch._foreach_copy_(trained.ema.params, trained.ema.average)
-    averaged = run.score("ema", h.eval_seq_len)
-    log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", shown="")
-    log(
-        f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms",
-        shown=f"averaged weights: {averaged.words}",
-    )
-    nats = unigram_nats(h, run.held_out("val")[1:])
-    unigram = bpb(nats, live.bytes)
-    log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", shown="")
+    unigram = score_trained(run, trained)
 
     blob = m.of_rank_0(Path(written).read_bytes() if m.rank == 0 else b"")
     bytes_total = len(blob) + code_bytes
