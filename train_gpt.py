@@ -159,10 +159,10 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
 
 
 def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
-    """Write a file that must not be lost; returns where it is.
+    """Write a file that must not be lost, and return its path.
 
-    That is `path`, or else a new folder in the temporary folder, or else one in the working folder.
-    Raises InputError if all refuse.
+    Tries `path` first, then a new folder in the temporary folder, then a new one in the working folder.
+    Raises InputError if none of them can be written.
     """
     try:
         write_atomic(path, *chunks)
@@ -518,7 +518,7 @@ class Rule(NamedTuple):
     """A relation between knobs."""
 
     holds: bool
-    text: str  # what to tell if it does not
+    text: str  # the complaint if it does not
 
 
 def check_relations(h: Config) -> None:
@@ -619,7 +619,7 @@ def rules_of_codes(h: Config) -> Iterator[Rule]:
 # 3. Machine: the differences between a laptop and eight GPUs, bound once. There is always a process group.
 
 PATIENCE = 60  # seconds that a step on the device or a batch from the disk may take
-LINGER = 1  # seconds that a rank outlives the one that is gone, so that torchrun names that one as the cause
+LINGER = 1  # seconds that a rank waits before it follows one that failed: torchrun blames the first to exit
 PROGRESS = 15  # seconds between two lines about the progress of long work, where no terminal shows it
 ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
 
@@ -778,7 +778,7 @@ class Machine:
         return tuple(box.tolist())
 
     def largest(self, flag: float) -> float:
-        """Return the largest flag of all ranks, which must not be negative, on every rank."""
+        """Return the largest of all ranks' flags, none of which may be negative, on every rank."""
         _, flag = self.agree(0.0, flag)
         return flag
 
@@ -1020,7 +1020,7 @@ class Log:
                 show(("\r\033[K" if self.live else "") + text)
 
     def move(self, line: str, reason: str) -> None:
-        """Go on with `line` in a copy of the log elsewhere, and say where on stderr. InputError: nowhere."""
+        """Go on with `line` in a copy of the log elsewhere, and say where on stderr. Raises InputError."""
         old = Path(self.path).read_bytes()
         whole = old[: old.rfind(b"\n") + 1]  # without a line that was cut
         with suppress(OSError):
@@ -1164,7 +1164,7 @@ class ByteCounts:
         """Count the bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
         previous = tokens[:-1]
         target = tokens[1:]
-        in_text = ~self.boundary[previous] | self.keeps_first  # a space here is
+        in_text = ~self.boundary[previous] | self.keeps_first  # whether the text has a space that begins here
         counts = self.base[target] + (self.space[target] & in_text)
         if self.spelled is not None:
             e2, b96, b81 = self.spelled
@@ -1246,7 +1246,7 @@ def reading_shard(path: str):
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """Read a shard's tokens, (num_tokens,) uint16, and check them.
 
-    No shard is mapped into memory: one that is cut while it is mapped ends the process without a word.
+    The file is read, not mapped: if a mapped file is cut, the process dies without a message.
     Raises InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
@@ -1484,7 +1484,7 @@ def check_train_length(h: Config, tokens: int) -> None:
 
 
 def check_train_split(h: Config, m: Machine) -> None:
-    """Read the train split once, each rank its part of the shards: now, not in the middle of the run.
+    """Read the whole train split, each rank its part of the shards, to find faults before the run begins.
 
     Raises InputError on every rank when a shard is damaged, the split is too short or has no document start.
     """
@@ -1601,9 +1601,8 @@ class TokenLoader:
             visit = int(np.searchsorted(order.ends, offset, side="right"))
             shard = int(order.shards[visit])
             self.reading = self.files[shard]
-            filled += self.read_shard(
-                epoch, shard, offset - int(order.ends[visit] - self.sizes[shard]), out[filled:]
-            )
+            begin = int(order.ends[visit] - self.sizes[shard])
+            filled += self.read_shard(epoch, shard, offset - begin, out[filled:])
         return out.astype(np.int64)
 
     def read_shard(self, epoch: int, shard: int, offset: int, out: np.ndarray) -> int:
@@ -1889,8 +1888,8 @@ class Copies(NamedTuple):
     gate: Tensor  # (B, last) float32: the logit of the next token being a copy at all
 
     def mix(self, log_softmax: Tensor, log_copied: Tensor) -> Tensor:
-        """Return the logarithm of (1 - gate) softmax + gate copied."""
-        gate = self.gate.view(*self.gate.shape, *[1] * (log_softmax.dim() - 2))
+        """Return log((1 - gate) softmax + gate copied), given both logarithms: (B, last) or (B, last, V)."""
+        gate = self.gate if log_softmax.dim() == 2 else self.gate[..., None]
         return torch.logaddexp(F.logsigmoid(-gate) + log_softmax, F.logsigmoid(gate) + log_copied)
 
     def nats(self, nats: Tensor, targets: Tensor) -> Tensor:
@@ -2180,10 +2179,11 @@ class GPT(nn.Module):
             stream_keep=self.stream_keep if h.two_stream_layers else None,
             stream_add=self.stream_add if h.two_stream_layers else None,
         )
-        columns = []
+        columns = []  # one for each field of LayerWeights, with a row for each layer
         for tensor in stacked:
             rows = () if tensor is None else tensor.unbind(0)
-            columns.append([None] * (L - len(rows)) + [*rows])  # some belong to the last layers only
+            missing = [None] * (L - len(rows))  # the first layers lack what only the last ones have
+            columns.append([*missing, *rows])
         return [LayerWeights(*layer) for layer in zip(*columns)]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -2683,9 +2683,11 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     y = fn(*leaves)
     if isinstance(y, tuple):
         y = torch.cat(y, 2)
+    # Any gradient will do. It is not contiguous, as gradients in the model need not be.
     dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
     y.backward(dy.to(y.dtype))
-    return [t.detach().float() for t in (y, *(x.grad for x in leaves if x.requires_grad))]
+    gradients = [x.grad for x in leaves if x.requires_grad]
+    return [t.detach().float() for t in (y, *gradients)]
 
 
 SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # of PyTorch, fastest first
@@ -2751,7 +2753,8 @@ def bind_mlp(h: Config, device: torch.device) -> Bound:
         return Bound(fused.function, fused.label + rejected)
 
     def fp8_with_gradients(*args: Tensor) -> Tensor:
-        return (fp8.function if torch.is_grad_enabled() else fused.function)(*args)
+        function = fp8.function if torch.is_grad_enabled() else fused.function
+        return function(*args)
 
     return Bound(fp8_with_gradients, f"{fused.label}+fp8")
 
@@ -4042,7 +4045,7 @@ class CodeModel(NamedTuple):
 
 
 def classes_of(sums: np.ndarray) -> np.ndarray:
-    """Class sums of magnitudes, int64, by their ratio to the mean: uint8 of the same shape."""
+    """Return the class of each sum of magnitudes, by its ratio to their mean. int64 -> uint8, same shape."""
     mean = max(int(sums.sum()) // sums.size, 1)
     return np.searchsorted(CLASS_EDGES, 4096 * sums // mean, side="right").astype(np.uint8)
 
@@ -4059,7 +4062,7 @@ def count_magnitudes(contexts: np.ndarray, magnitudes: np.ndarray, limit: int) -
 
 
 def tables_for(counts: np.ndarray) -> np.ndarray:
-    """Return the tables of a CodeModel by the counts of magnitudes; none is 0 that occurs."""
+    """Return the tables of a CodeModel for counts of magnitudes. One that occurs never gets frequency 0."""
     whole = 1 << PRECISION - 1
     tables = np.diff(counts.cumsum(1) * whole // np.maximum(counts.sum(1), 1)[:, None], prepend=0)
     tables[(tables == 0) & (counts > 0)] = 1
@@ -4069,7 +4072,7 @@ def tables_for(counts: np.ndarray) -> np.ndarray:
 
 
 def code_bits(counts: np.ndarray, tables: np.ndarray) -> int:
-    """Return what codes and tables need, in 65,536ths of a bit; an entry of a table needs some ten bits."""
+    """Return the size of codes and tables in 65,536ths of a bit, with ten bits for an entry of a table."""
     of_codes = counts * ((PRECISION << 16) - log2_of(tables))
     return int(of_codes.sum()) + (10 << 16) * np.count_nonzero(counts)
 
@@ -4081,17 +4084,20 @@ def class_bits(classes: np.ndarray) -> int:
 
 
 def row_classes(magnitudes: np.ndarray) -> np.ndarray:
-    """Class rows by the mean magnitude of their codes. (m, R, N) -> uint8 (m, R)."""
+    """Return the class of each row by the mean magnitude of its codes. (m, R, N) -> uint8 (m, R)."""
     return classes_of(magnitudes.sum(2, dtype=np.int64))
 
 
 def column_classes(magnitudes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Class columns likewise, with each row brought to the mean by its class. (m, R, N) -> uint8 (m, N)."""
+    """Return the class of each column, after rows are scaled to the mean by theirs. -> uint8 (m, N)."""
     return classes_of(np.stack([CLASS_WEIGHTS[row] @ matrix for row, matrix in zip(rows, magnitudes)]))
 
 
 def model_codes(codes: np.ndarray, limit: int) -> CodeModel:
-    """Choose the CodeModel of codes (m, R, N): rows, columns, both or neither classed, the fewest bits."""
+    """Return the CodeModel of codes (m, R, N) that needs the fewest bits.
+
+    It has classes for rows, columns, both or neither; without classes all are of class 8.
+    """
     magnitudes = np.abs(codes.astype(np.int16))
     rows = row_classes(magnitudes)
     columns = column_classes(magnitudes, rows)
@@ -4234,14 +4240,14 @@ class SideReader:
         planes = self.take(2 * CONTEXTS * (entry.limit + 1))
         tables = np.frombuffer(from_planes(planes, 2), "<u2").reshape(CONTEXTS, -1).astype(np.int64)
         if (tables.sum(1) != 1 << PRECISION - 1).any():
-            raise ValueError(f"artifact: tensor {entry.name[:40]!r} has a table of another sum")
+            raise ValueError(f"artifact: tensor {entry.name[:40]!r} has a table with a wrong sum")
         return CodeModel(of_rows, of_columns, tables)
 
 
 def unpack_rans(blob: bytes) -> bytes:
     """Return the raw artifact in what pack_rans wrote. Raises ValueError for anything else."""
     if zlib.crc32(blob[12:]) != int.from_bytes(blob[8:12], "little"):
-        raise ValueError("artifact: damaged, its checksum is another")
+        raise ValueError("artifact: damaged (its checksum does not match)")
     end = 16 + int.from_bytes(blob[12:16], "little")
     side = decompress(blob[16:end])
     header, at = read_header(side)
@@ -4296,7 +4302,7 @@ def codec_of(blob: bytes) -> str:
     for name, codec in CODECS.items():
         if blob.startswith(codec.magic):
             return name
-    raise ValueError(f"artifact: it begins like no codec of {', '.join(CODECS)}")
+    raise ValueError(f"artifact: none of the codecs {', '.join(CODECS)} wrote it")
 
 
 def open_artifact(blob: bytes) -> tuple[dict, bytes]:
@@ -4582,7 +4588,8 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
 # The W files of step N together are a checkpoint set. File R holds the share of all state that belongs to the
 # rank with share R of the banks; a tensor is the concatenation of its shares. The header holds the step, the
 # training clock in ms, the progress of the average, the config, script and data that wrote it, and a list of
-# tensors as in an artifact. Steps draw no random numbers and batch n depends only on n: that is all state.
+# tensors as in an artifact. There is no other state: steps draw no random numbers, and batch n depends only
+# on n.
 
 FREE_KNOBS = ("run_id", "out_dir", "data_path", "tokenizer_path", "checkpoint_every", "resume")  # may change
 CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\d+)\.ckpt(?:\.tmp)?")
@@ -4725,7 +4732,8 @@ class Checkpoints:
     def share(self, whole: Tensor) -> Tensor:
         """Return this rank's share of a tensor that every rank holds whole: a view, maybe of no rows."""
         rows = -(-len(whole) // self.m.world_size)
-        return whole[rows * self.m.own_share :][:rows]
+        first = rows * self.m.own_share
+        return whole[first : first + rows]
 
     def save(self, step: int, train_ms: float, last: bool = False) -> None:
         """Start writing the state after `step` if due and if no rank is writing; last: in any case, and wait.
@@ -4770,9 +4778,9 @@ class Checkpoints:
         if self.pending is None:
             return True
         step, future = self.pending
-        reason = None  # still writing; "": written
+        reason = None  # this rank is still writing
         if wait or future.done():
-            reason = str(future.exception() or "")
+            reason = str(future.exception() or "")  # why it failed, or "" if it did not
         reasons = [None] * self.m.world_size
         dist.all_gather_object(reasons, reason)
         if None in reasons:
@@ -4793,7 +4801,7 @@ class Checkpoints:
         return True
 
     def last_good(self) -> int:
-        """Wait until no rank is writing and return the step of the newest complete set, or 0."""
+        """Wait until no rank is writing. Returns the step of the newest complete set, or 0."""
         self.settled(wait=True)
         return self.good
 
@@ -4873,7 +4881,7 @@ class Run:
     resumed: SavedState | None = None  # where training begins if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
-        """Call fn(*args) and add its time to a phase."""
+        """Call fn(*args), add its time to a phase, and return what it returns."""
         self.m.sync()
         started = time.perf_counter()
         out = fn(*args)
