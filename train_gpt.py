@@ -4852,14 +4852,9 @@ class Stop(IntEnum):
     DIVERGED = 2
 
 
-def is_sound(fetched: Callable[[], list[Tensor]]) -> bool:
-    """Wait for a step's loss and gradient norm, and return whether both are numbers below DIVERGED."""
-    return all(abs(x) < DIVERGED for x in fetched()[0].tolist())
-
-
-def reason_to_stop(m: Machine, fetched: Callable[[], list[Tensor]]) -> Stop:
-    """Return this rank's reason: a step's loss and gradient norm, which are waited for, or a signal."""
-    if not is_sound(fetched):
+def reason_to_stop(m: Machine, loss_and_norm: list[float]) -> Stop:
+    """Return this rank's reason: a step's loss or gradient norm is no number below DIVERGED, or a signal."""
+    if not all(abs(x) < DIVERGED for x in loss_and_norm):
         return Stop.DIVERGED
     return Stop.SIGNAL if m.signals else Stop.NO
 
@@ -5031,21 +5026,11 @@ def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor],
     return passes
 
 
-def rehearse_calibration(run: Run, loader: TokenLoader) -> float:
-    """Calibrate twice and return the ms of the second time, as many as it will take on the clock."""
-    for _ in range(2):
-        run.m.sync()
-        started = time.perf_counter()
-        calibrate(run, loader)
-        run.m.sync()
-    return 1000 * (time.perf_counter() - started)
-
-
 class WarmUp(NamedTuple):
     """What the warm-up leaves behind."""
 
     passes: dict[bool, Callable[[Tensor], Tensor]]  # of bind_passes
-    calibrate_ms: float  # of the rehearsal on this rank; 0 if the run does not calibrate
+    calibrate_ms: float  # what the rehearsal of calibration took on this rank; 0 if there is none
 
 
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
@@ -5067,7 +5052,14 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
     x = torch.zeros(h.eval_batch_tokens // h.eval_seq_len, h.eval_seq_len, dtype=torch.long)
     with torch.no_grad():
         run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
-    calibrate_ms = rehearse_calibration(run, loader) if h.gptq_batches > 0 else 0.0
+    calibrate_ms = 0.0
+    if h.gptq_batches > 0:
+        for _ in range(2):  # the second time takes as long as it will on the clock
+            run.m.sync()
+            started = time.perf_counter()
+            calibrate(run, loader)
+            run.m.sync()
+        calibrate_ms = 1000 * (time.perf_counter() - started)
 
     optimizer.restore(saved)
     ema.reset()
@@ -5091,6 +5083,11 @@ class Pace(NamedTuple):
         """Return the mean time of the steps since then."""
         return (clock_ms - self.clock_ms) / max(step - self.step, 1)
 
+    def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
+        """Return whether the step in flight and another one should both end in time."""
+        limit_ms = 1000 * h.max_wallclock_seconds or math.inf
+        return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
+
 
 def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pace:
     """Return the pace of a step: a new one, which is logged, where the loop begins."""
@@ -5100,84 +5097,112 @@ def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pa
     return Pace(hp.once, step, clock_ms)
 
 
+class Ready(NamedTuple):
+    """What training works with, compiled and captured."""
+
+    optimizer: Optimizer
+    ema: Ema
+    loader: TokenLoader
+    warm: WarmUp
+    checkpoints: Checkpoints
+
+
+def get_ready(run: Run) -> Ready:
+    """Build what training works with and warm it up, after which all of it is as at step 0."""
+    optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
+    ema = Ema(run.model, run.h)
+    loader = TokenLoader(run.h, run.m)
+    warm = run.timed("compile", warmup, run, optimizer, ema, loader)
+    return Ready(optimizer, ema, loader, warm, Checkpoints(run, optimizer, ema))
+
+
+class Ended(NamedTuple):
+    """How the steps of training ended."""
+
+    step: int
+    train_ms: float
+    stop: Stop  # on all ranks
+    loss_and_norm: list[float]  # of the last step
+    late_graphs: int
+
+
 def train(run: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
-    The clock is rank 0's and pauses during validation. The host is at most one step ahead of the device, so a
-    divergence is noticed a step late. A step starts only if it and the step in flight should both finish in
-    time.
+    The clock that counts is rank 0's; it stands during validation. The host is at most one step ahead of the
+    device, so a divergence is noticed a step late.
     """
     m = run.m
-    log = run.log
-    optimizer = run.timed("compile", Optimizer, run.model, run.h, m)
-    ema = Ema(run.model, run.h)
-    loader = TokenLoader(run.h, m)
-    warm = run.timed("compile", warmup, run, optimizer, ema, loader)
-    checkpoints = Checkpoints(run, optimizer, ema) if run.h.checkpoint_every or run.resumed else None
-    step, train_ms = checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
-    loader.seek(step)
+    ready = get_ready(run)
+    step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
+    ready.loader.seek(step)
     m.signals.clear()  # from now on the first signal ends training, not the process
+    newest = m.fetch(torch.zeros(2, device=m.device))  # loss and gradient norm of the newest step
 
-    newest = m.fetch(torch.zeros(2, device=m.device))  # loss and norm of the newest step
-    h = hold_back(run, warm.calibrate_ms)  # the clock starts with the last rank
+    h = hold_back(run, ready.warm.calibrate_ms)  # the clock starts with the last rank
     run = replace(run, h=h)  # schedules and ETAs end when the steps do
-    limit_ms = 1000 * h.max_wallclock_seconds or math.inf
-    run.phases["validate"] = 0.0
     graphs_before = compiled_graphs()
-    start = time.perf_counter() - train_ms / 1000
+    start = time.perf_counter() - clock_ms / 1000
 
     def clock() -> float:
-        return 1000 * (time.perf_counter() - start) - run.phases["validate"]
+        return 1000 * (time.perf_counter() - start)
 
-    clock_ms = train_ms
-    shown_loss = math.nan
     pace = Pace(hyper_at(h, step, clock_ms).once)
+    shown_loss = math.nan
     stop = Stop.NO  # on all ranks
-    while step < h.iterations and stop == Stop.NO:
-        if clock_ms + 2 * pace.step_ms(step, clock_ms) > limit_ms:
-            break
+    while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
         if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
-            run.timed("validate", validate, run, step, clock())
+            validated_at = time.perf_counter()
+            validate(run, step, clock())
+            start += time.perf_counter() - validated_at  # the clock stands meanwhile
 
         hp = hyper_at(h, step, clock_ms)
         pace = keep_pace(run, pace, hp, step, clock_ms)
-        loss = train_step(warm.passes[hp.once], optimizer, loader.next(), hp)
-        ema.update(hp.progress)
+        loss = train_step(ready.warm.passes[hp.once], ready.optimizer, ready.loader.next(), hp)
+        ready.ema.update(hp.progress)
         step += 1
 
         step_before = newest
-        newest = m.fetch(torch.stack([loss.double(), optimizer.norm]))
-        own_reason = reason_to_stop(m, step_before)  # the device is still busy with the newest step
-        clock_ms, stop = m.agree(clock(), own_reason)
+        newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
+        loss_and_norm = step_before()[0].tolist()  # waits; the device is still busy with the newest step
+        clock_ms, highest = m.agree(clock(), reason_to_stop(m, loss_and_norm))
+        stop = Stop(highest)
 
         if step % h.train_log_every == 0 or step.bit_count() == 1:  # at powers of two: it falls fast at first
             shown_loss = log_step(run, step, loss, clock_ms)
-        if checkpoints:
-            checkpoints.save(step, clock_ms)
-        log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
+        ready.checkpoints.save(step, clock_ms)
+        run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
 
     m.sync()
     train_ms = clock()
-    log.may_move = True
-    run.phases["train"] = train_ms
     late_graphs = compiled_graphs() - graphs_before
-    newest_diverged = m.largest(not is_sound(newest))
-    if newest_diverged or stop == Stop.DIVERGED:
-        good = checkpoints.last_good() if checkpoints else 0
-        raise Diverged(describe_divergence(run, step, newest()[0].tolist(), good), step, train_ms)
+    return finish_training(run, ready, Ended(step, train_ms, stop, newest()[0].tolist(), late_graphs))
 
-    grams = run.timed("calibrate", calibrate, run, loader) if h.gptq_batches else {}
+
+def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
+    """Calibrate, choose the weights for the artifact, and write the last checkpoint.
+
+    Logs an end before all iterations. Raises Diverged if a rank's last step or its calibration has diverged.
+    """
+    step, train_ms, stop, loss_and_norm, late_graphs = ended
+    run.log.may_move = True
+    run.phases["train"] = train_ms
+    last_diverged = run.m.largest(reason_to_stop(run.m, loss_and_norm) == Stop.DIVERGED)
+    if last_diverged or stop == Stop.DIVERGED:
+        good = ready.checkpoints.last_good()
+        raise Diverged(describe_divergence(run, step, loss_and_norm, good), step, train_ms)
+
+    grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.gptq_batches else {}
     check_grams(grams, step, train_ms)
-    artifact_weights = h.artifact_weights
-    if artifact_weights == "ema" and (stop == Stop.SIGNAL or ema.is_young):
-        artifact_weights = run.timed("calibrate", choose_weights, run, loader, ema)
-    if checkpoints:
-        checkpoints.save(step, train_ms, last=True)
-    if step < h.iterations:
+    artifact_weights = run.h.artifact_weights
+    if artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
+        artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
+    ready.checkpoints.save(step, train_ms, last=True)
+    if step < run.h.iterations:
         log_early_end(run, stop == Stop.SIGNAL, step, train_ms)
     return Trained(
-        ema=ema,
+        ema=ready.ema,
         steps=step,
         train_ms=train_ms,
         late_graphs=late_graphs,
