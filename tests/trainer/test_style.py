@@ -24,8 +24,7 @@ MAX_COLUMNS = 110
 MAX_PARAMETERS = 6
 MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
 VARIADIC = ("_op", ".timed", ".save_for_backward", "ParamSpec")  # operators; rows of a table
-MAX_FUNCTION = 80  # lines
-MAX_TRAIN = 120  # lines of `train`; Triton kernels have no limit
+MAX_FUNCTION = 60  # lines; Triton kernels have no limit
 # Functions that may return three or more values without names, since the field knows them: q, k, v; the
 # coefficients a, b, c; a shape.
 THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape"}
@@ -305,8 +304,7 @@ def test_function_lengths(tree):
     long = []
     for f in functions(tree):
         lines = f.end_lineno - f.lineno + 1
-        limit = MAX_TRAIN if f.name == "train" else MAX_FUNCTION
-        if not is_kernel(f) and lines > limit:
+        if not is_kernel(f) and lines > MAX_FUNCTION:
             long.append((f.name, lines))
     assert not long, f"(function, lines) too long: {long}"
 
