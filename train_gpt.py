@@ -430,7 +430,7 @@ PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the
 
 
 def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
-    """Return the values of the knobs given: environment (KEY) < `key=value`.
+    """Return the values of the knobs given, as KEY in the environment or as `key=value`, which wins.
 
     Raises InputError for an unknown key in argv, or a value of another type.
     """
@@ -794,7 +794,7 @@ class Machine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise an InputError that the block raises on one rank on all of them. It uses gloo.
+        """If the block raises an InputError on one rank, raise it on all of them. It uses gloo.
 
         Otherwise the others would wait for that rank, or go on and begin a log. The block must not
         communicate.
@@ -951,7 +951,7 @@ class Log:
         self.live = False
         self.goes_on = False
         self.told = 0.0  # perf_counter() of the last line of `progress`
-        self.may_move = False  # set once there are trained weights, which a full disk must not cost
+        self.may_move = False  # set once there are trained weights, which must survive a full disk
 
         if machine is None:
             return
@@ -1514,7 +1514,7 @@ class Draw(IntEnum):
 def random_stream(seed: int, use: Draw, *numbers: int) -> np.random.Generator:
     """Return the random stream of a use. Streams of different uses or numbers are independent.
 
-    The spawn key does that. Plain lists of numbers are padded with zeros: [seed, 3] and [seed, 3, 0] are one.
+    That takes the spawn key: plain lists are padded with zeros, so [seed, 3] and [seed, 3, 0] would be alike.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(use, *numbers)))
 
@@ -1883,9 +1883,9 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Ten
 class Copies(NamedTuple):
     """The copy output: for each of the last positions, a distribution over the tokens before it."""
 
-    weights: Tensor  # (B, last, T) float32: that the next token is the one that followed position s
+    weights: Tensor  # (B, last, T) float32: the probability of copying the token that followed position s
     followers: Tensor  # (B, T): the token that followed each position
-    gate: Tensor  # (B, last) float32: the logit of the next token being a copy at all
+    gate: Tensor  # (B, last) float32: the logit of the probability that the next token is a copy at all
 
     def mix(self, log_softmax: Tensor, log_copied: Tensor) -> Tensor:
         """Return log((1 - gate) softmax + gate copied), given both logarithms: (B, last) or (B, last, V)."""
@@ -1893,13 +1893,13 @@ class Copies(NamedTuple):
         return torch.logaddexp(F.logsigmoid(-gate) + log_softmax, F.logsigmoid(gate) + log_copied)
 
     def nats(self, nats: Tensor, targets: Tensor) -> Tensor:
-        """Mix the nats of targets under the softmax with those of their being copied. All (B, last)."""
+        """Return the nats of targets, given those under the softmax alone. All (B, last)."""
         hits = self.followers[:, None] == targets[..., None]
         copied = (self.weights * hits).sum(-1)
         return -self.mix(-nats, copied.clamp_min(LEAST_COPIED).log())
 
     def logits(self, logits: Tensor) -> Tensor:
-        """Return the log-probabilities of all tokens, mixed likewise. (B, T, V) -> (B, T, V)."""
+        """Return the log-probabilities of all tokens, given the logits alone. (B, T, V) -> (B, T, V)."""
         followers = self.followers[:, None].expand(self.weights.shape)
         copied = self.weights.new_zeros(logits.shape).scatter_add(2, followers, self.weights)
         return self.mix(logits.log_softmax(-1), copied.clamp_min(LEAST_COPIED).log())
@@ -2252,7 +2252,7 @@ class GPT(nn.Module):
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
     def copies(self, x: Tensor, tokens: Tensor, last: int) -> Copies:
-        """Predict the next token to be one of those before it, for the last `last` positions.
+        """Predict which earlier token the next one copies, for the last `last` positions.
 
         x (B, T, D): the trunk's output; tokens (B, T). Where the text looks as it did at an earlier position,
         what followed there may follow here. A pointer network: Merity et al., arXiv:1609.07843; at the output
@@ -3623,7 +3623,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Move towards the current weights by the progress made since the last call; copy them at first."""
+        """Move towards the current weights by the progress since the last call; at first, copy them."""
         progress = max(progress, self.progress)  # a resumed run may hold back less time than before
         weight = 1.0
         if self.progress > 0:
@@ -4146,7 +4146,7 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
 
 
 def rans_decode(words: np.ndarray, models: list[CodeModel], counts: list[int]) -> list[np.ndarray]:
-    """Return each tensor's codes, flat int8. Raises ValueError unless the words are those of rans_encode."""
+    """Return each tensor's codes, flat int8. Raises ValueError unless rans_encode wrote the words."""
     step = states_for(sum(counts))
     taken = 3 * step
     if len(words) < taken:
@@ -5245,7 +5245,7 @@ def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None
 
 
 def hold_back(run: Run, calibrate_ms: float) -> Config:
-    """Return the config of the steps, whose time ends early enough for calibration; log the difference.
+    """Return a config whose time limit leaves enough for calibration, and log how much is held back.
 
     Calibration is training time. What is kept for it is 1.5 times calibrate_ms, the time of the rehearsal, on
     rank 0. Raises InputError if that is more than half of the budget. Collective.
@@ -5572,9 +5572,10 @@ TOOLS = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}
 
 
 def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """Run a tool of the repository on this script in a subprocess, which gets SIGTERM. Returns its status.
+    """Run a tool of the repository on this script in a subprocess, and return its exit status.
 
-    The tools live outside this file because they judge it. Raises InputError outside the repository.
+    SIGTERM is passed on to it. The tools live outside this file because they judge it. Raises InputError
+    outside the repository.
     """
     script = Path(__file__).resolve()
     root = next((folder for folder in script.parents if (folder / TOOLS[name]).is_file()), None)
