@@ -4986,13 +4986,13 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
     h = optimizer.h
     m = optimizer.m
     accum, B = cut_batch(h, m.world_size)
-    share = torch.zeros((), device=m.device)
+    result = torch.zeros((), device=m.device)
     tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
 
     def both_ways() -> None:
         loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / accum
         loss.backward()
-        share.copy_(loss.detach())
+        result.copy_(loss.detach())
 
     launch, failure = m.captured(both_ways)
     optimizer.clear_gradients()  # captured ran the pass
@@ -5000,7 +5000,7 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
     def backward(sequences: Tensor) -> Tensor:
         tokens.copy_(sequences)
         launch()
-        return share
+        return result
 
     return backward, failure
 
