@@ -554,10 +554,15 @@ def test_rounded_figures_follow_from_the_logs(published, capsys):
         ("track_10min_16mb", True),
         ("canonical_16mb", True),
         ("anon-record_16mb", True),
+        ("non_recorded_16mb", True),
+        ("NonRecorded", True),
         ("non_record_16mb", False),
         ("track_non_record_16mb", False),
         ("non-record-unlimited-compute-16mb", False),
         ("NonRecord", False),
+        ("trackNonRecord16mb", False),
+        ("NON-RECORD", False),
+        ("nonrecord_16mb", False),
     ],
 )
 def test_the_name_of_a_track_says_whether_it_has_records(track, is_record, published, capsys):

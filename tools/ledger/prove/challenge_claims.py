@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ FILES = ("README.md", "submission.json", "train_gpt.py")
 SPLIT_BYTES = (151_060_000, 151_090_000)  # the validation split, whatever the tokenizer
 BYTES_PER_TOKEN = (0.9, 10.0)  # of any tokenizer: bytes have 1, 8192 pieces 3.7
 ROUNDING = 5e-5  # half of the last of the four digits that scores are rounded to at most
-NON_RECORD = re.compile(r"(?<![a-z])non[-_ ]?record", re.IGNORECASE)  # in the name of a track
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+[a-z]*")  # of a track's name: 10min_16mb, NonRecord
 PROCESS_KEYS = ("logfile", "rank", "local_rank")  # settings that differ between logs of one script
 MAX_EVIDENCE = 600  # characters
 
@@ -65,6 +66,12 @@ def is_challenge_folder(folder: Path) -> bool:
 # ---- the folder ----------------------------------------------------------------------------------
 
 
+def holds_non_records(track: str) -> bool:
+    """Return whether the words of a track's name say so: non and record side by side, or in one word."""
+    words = [word.lower() for word in WORD.findall(track)]
+    return "nonrecord" in words or ("non", "record") in pairwise(words)
+
+
 @dataclass
 class ChallengeCase(LogFolder):
     """A folder of the published layout under examination."""
@@ -93,9 +100,9 @@ class ChallengeCase(LogFolder):
 
     @property
     def is_record(self) -> bool:
-        """Whether it claims to be a record: no non-record track in its path or its submission.json."""
+        """Whether it claims to be a record: its folder and submission.json name no track of non-records."""
         tracks = (self.folder.parent.name, str(self.get("track", "")))
-        return not any(NON_RECORD.search(track) for track in tracks)
+        return not any(holds_non_records(track) for track in tracks)
 
     @cached_property
     def tree(self) -> ast.Module | None:
