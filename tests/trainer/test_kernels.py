@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from direction_cases import DIRECTIONS
 from helpers import noisy_model
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
@@ -465,12 +466,7 @@ def test_a_direction_in_kernels_is_the_reference(method, shape, monkeypatch):
     reference = t.orthogonalize(G, method)
     calls = in_kernels(monkeypatch)
     torch.testing.assert_close(t.orthogonalize(G, method), reference, atol=3e-5, rtol=0)
-    steps = {"ns5": 5, "polar_express": 5, "polar_express4": 4, "turbo": 4}
-    if method in steps:
-        expected = ["symmetric_op", "symmetric_op"] * steps[method]
-    else:
-        expected = ["symmetric_op", "solve_op"] * (2 if method == "mud2" else 1)
-    assert calls == expected
+    assert calls == DIRECTIONS[method].products
     assert not t.orthogonalize(G[:1] * 0, method).any()
 
 

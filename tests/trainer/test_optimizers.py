@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
+from direction_cases import DIRECTIONS, FIVE, polar_by_hand, poly
 from helpers import (
     english_args,
     group_of_one,
@@ -28,8 +29,7 @@ POLAR = ("ns5", "polar_express", "polar_express4")  # singular vectors stay; the
 RULES = tuple(t.STEP_RULES)
 PAIRS = list(itertools.product(t.ORTHO, t.STEP_RULES))
 
-# Polar Express, the paper's list (arXiv:2505.16932; l = 1e-3, no safety factor), and the list of
-# modded-nanogpt, nanochat and dion (l = 1e-3, safety = cushion = 2e-2), to the digits that they print.
+# Polar Express as the paper prints it (arXiv:2505.16932; l = 1e-3, no safety factor).
 PAPER = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -39,13 +39,6 @@ PAPER = [
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
-]
-FIVE = [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
 
 
@@ -67,13 +60,6 @@ def second_moment(rule, shape):
 def frobenius(x):
     """Return the Frobenius norms of matrices, (..., 1, 1)."""
     return x.square().sum((-2, -1), keepdim=True).sqrt()
-
-
-def poly(x, coefficients):
-    """Iterate the odd quintic of each row of coefficients."""
-    for a, b, c in coefficients:
-        x = a * x + b * x**3 + c * x**5
-    return x
 
 
 # ---------------------------------------------------------------- coefficients
@@ -124,74 +110,22 @@ def test_images_of_the_designed_intervals():
     assert slopes == pytest.approx([989, 283, 147], rel=5e-3)
 
 
-def unit_rows(x):
-    """Scale the rows of a matrix to length 1."""
-    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
-
-
 # ---------------------------------------------------------------- directions against float64
 
 
-def mud_by_hand(G, passes):
-    """Decorrelate rows by forward substitution, row by row, in float64."""
-    x = G.T if G.shape[0] > G.shape[1] else G
-    x = x / np.linalg.norm(x)
-    for _ in range(passes):
-        q = unit_rows(x)
-        gram = q @ q.T
-        y = np.zeros_like(q)
-        for i in range(len(q)):
-            y[i] = (q[i] - sum(gram[i, j] * y[j] for j in range(i))) / gram[i, i]
-        x = unit_rows(y)
-    return x.T if G.shape[0] > G.shape[1] else x
+def test_every_direction_is_described_once():
+    assert list(DIRECTIONS) == list(t.ORTHO), "give each row of ORTHO one in DIRECTIONS of direction_cases.py"
 
 
-def turbo_by_hand(G):
-    """Scale rows as AOL does, then take Turbo-Muon's four steps, in float64."""
-    x = G.T if G.shape[0] > G.shape[1] else G
-    x = x / np.linalg.norm(x)
-    x = x / np.sqrt(np.abs(x @ x.T).sum(1, keepdims=True))
-    assert np.linalg.norm(x, 2) <= 1 + 1e-12  # the bound that AOL promises
-    for a, b, c in t.TURBO:
-        gram = x @ x.T  # computed again: ortho_turbo reuses and scales the first
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if G.shape[0] > G.shape[1] else x
-
-
-def polar_by_hand(G, rows):
-    """Apply Polar Express to the singular values of a matrix, in float64."""
-    U, S, Vh = np.linalg.svd(G, full_matrices=False)
-    return (U * poly(S / (1.02 * (S**4).sum() ** 0.25), rows)) @ Vh
-
-
-REFERENCE = {
-    "polar_express": lambda G: polar_by_hand(G, FIVE),
-    "polar_express4": lambda G: polar_by_hand(G, t.polar_express(3e-3, 4, 2e-2, 2e-2)),
-    "turbo": turbo_by_hand,
-    "mud": lambda G: mud_by_hand(G, 1),
-    "mud2": lambda G: mud_by_hand(G, 2),
-}
-
-
-@pytest.mark.parametrize("method", REFERENCE)
+@pytest.mark.parametrize("method", t.ORTHO)
 @pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (2, 32, 32), (2, 1, 7), (2, 7, 1)], ids=str)
 def test_a_direction_is_its_formula(method, shape):
     G = gaussian(*shape, seed=4) * torch.logspace(0, -2, shape[-2])[:, None]  # rows of unequal size
     out = t.orthogonalize(G, method).double().numpy()
     for g, u in zip(G.double().numpy(), out):
-        np.testing.assert_allclose(u, REFERENCE[method](g), atol=5e-5)
+        np.testing.assert_allclose(u, DIRECTIONS[method].formula(g), atol=5e-5)
 
 
-# Singular values of the result for Gaussian matrices, measured over ten seeds, and some margin: the lowest
-# tenth lies above, all lie below. (A square Gaussian has a few tiny singular values that no row lifts.)
-BANDS = {
-    "ns5": dict(wide=(0.66, 1.16), square=(0.66, 1.22)),
-    "polar_express": dict(wide=(0.85, 1.15), square=(0.85, 1.15)),
-    "polar_express4": dict(wide=(0.77, 1.23), square=(0.77, 1.23)),
-    "turbo": dict(wide=(0.93, 1.07), square=(0.93, 1.07)),
-    "mud": dict(wide=(0.78, 1.20), square=(0.22, 1.55)),
-    "mud2": dict(wide=(0.95, 1.06), square=(0.50, 1.45)),
-}
 SHAPES = dict(wide=(64, 192), square=(128, 128))
 
 
@@ -200,7 +134,7 @@ SHAPES = dict(wide=(64, 192), square=(128, 128))
 def test_singular_value_bands_on_gaussians(method, name):
     for seed in range(3):
         S = torch.linalg.svdvals(t.orthogonalize(gaussian(*SHAPES[name], seed=seed), method).double())
-        low, high = BANDS[method][name]
+        low, high = getattr(DIRECTIONS[method], name)
         assert low < S.quantile(0.1) and S.max() < high, (S.quantile(0.1), S.max())
 
 
