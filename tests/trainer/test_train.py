@@ -1,18 +1,14 @@
-"""Whole runs through main: training, the log, the score of the artifact's file, the cap, files in the way."""
+"""Whole runs through main: training, the log, the score of the artifact's file, two ranks, other ways in."""
 
 import dataclasses
 import hashlib
 import io
-import json
 import math
 import os
 import re
 import subprocess
 import sys
-import time
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,87 +24,22 @@ from helpers import (
     group_of_one,
     run_ranks,
     stop_one_line,
-    temporary_folder,
 )
-
-# The exact formats that parsers of modded-nanogpt and parameter-golf logs take.
-TRAIN_LINE = re.compile(
-    r"^step:(\d+)/(\d+) train_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
+from train_cases import (
+    COMMUNITY,
+    SCORE_LINES,
+    STEPS,
+    TRAIN_LINE,
+    VAL_LINE,
+    finished_with,
+    loss_in,
+    matches,
+    read_run,
+    starting,
+    value,
 )
-VAL_LINE = re.compile(
-    r"^step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) val_bpb:(\d+\.\d{4}) "
-    r"train_time:(\d+)ms step_avg:(\d+\.\d{2})ms$"
-)
-COMMUNITY = [
-    re.compile(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+)"),
-    re.compile(r"step:(\d+)/\d+ val_loss:([\d.]+)"),
-]
-SCORE_LINES = [
-    r"^final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms$",
-    r"^final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-    r"^final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:8 eval_time:\d+ms$",
-    r"^final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
-    r"^Serialized model int6\+lzma: \d+ bytes$",
-    r"^Code size: \d+ bytes$",
-    r"^Total submission size int6\+lzma: \d+ bytes$",
-    r"^warmup_step:1/2$",
-    r"^warmup_step:2/2$",
-]
-FINAL = re.compile(
-    r"^final_score metric:int6_lzma_sliding "
-    r"val_loss:(?P<val_loss>\d+\.\d{8}) val_bpb:(?P<val_bpb>\d+\.\d{8}) "
-    r"bytes_total:(?P<bytes_total>\d+) bytes_code:(?P<bytes_code>\d+) steps:(?P<steps>\d+) "
-    r"train_time:(?P<train_time>\d+)ms eval_time:(?P<eval_time>\d+)ms seed:(?P<seed>\d+) "
-    r"sha256:(?P<sha256>[0-9a-f]{64})$"
-)
-STEPS = 24
-
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
-
-
-def read_run(folder, status):
-    """Read what a run left in its folder: log, lines, blob of the artifact, match of the final score."""
-    log = (folder / "run.txt").read_text(encoding="utf-8")
-    lines = log.splitlines()
-    return SimpleNamespace(
-        folder=folder,
-        status=status,
-        log=log,
-        lines=lines,
-        blob=(folder / "run.int6.xz").read_bytes(),
-        final=FINAL.match(lines[-1]),
-    )
-
-
-@cache
-def finished(**knobs):
-    """Train in this process and read the run. The same knobs, in the same order, train once."""
-    folder = temporary_folder() / "out"
-    argv = english_args(**({"iterations": STEPS, "out_dir": folder} | knobs))
-    return read_run(folder, t.main(argv))
-
-
-def finished_with(**knobs):
-    """Train in this process and read the run. The same knobs train once."""
-    return finished(**dict(sorted(knobs.items())))
-
-
-def value(run, pattern):
-    """Return the first group of the pattern in the only line of the log that matches it."""
-    found = [match for match in (re.match(pattern, line) for line in run.lines) if match]
-    assert len(found) == 1, (pattern, len(found))
-    return found[0].group(1)
-
-
-def starting(run, start):
-    """Return the lines of the log that start so."""
-    return [line for line in run.lines if line.startswith(start)]
-
-
-def matches(run, pattern):
-    """Return the matches of a compiled pattern, line by line."""
-    return [match for match in map(pattern.match, run.lines) if match]
 
 
 # ---------------------------------------------------------------- one run
@@ -290,10 +221,6 @@ def eval_again(run, folder, name, *args):
     return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()[-1]
 
 
-def loss_in(line):
-    return float(re.search(r"val_loss:([\d.]+)", line)[1])
-
-
 def test_eval_gives_the_same_score(tmp_path):
     run = finished_with()
     line = eval_again(run, tmp_path, "again")
@@ -361,344 +288,6 @@ def test_eval_of_something_else_is_one_line(tmp_path, capsys):
         assert str(tmp_path / name) in err
     assert not (tmp_path / "x").exists()
     stop_one_line(["eval", str(tmp_path), data], capsys)  # a folder
-
-
-# ---------------------------------------------------------------- what runs depend on
-
-
-def test_the_seed_decides_every_bit():
-    first = finished_with()
-    again = finished_with(run_id="run", train_log_every=2)
-    other = finished_with(seed=7)
-    assert again.folder != first.folder
-    assert first.final["sha256"] == again.final["sha256"] and first.blob == again.blob
-    assert first.final["val_loss"] == again.final["val_loss"]
-    assert other.final["sha256"] != first.final["sha256"] and other.final["seed"] == "7"
-
-
-def test_deterministic_mode_is_torchs(monkeypatch):
-    """It is on while the run lasts and off in the next; two runs with it give the same bytes."""
-    seen = []
-    real = t.train_step
-
-    def watched(*args):
-        seen.append(torch.are_deterministic_algorithms_enabled())
-        return real(*args)
-
-    monkeypatch.setattr(t, "train_step", watched)
-    first = finished_with(deterministic=True)
-    again = finished_with(deterministic=True, train_log_every=3)
-    assert all(seen)
-    assert seen
-    assert first.blob == again.blob
-    seen.clear()
-    finished_with(train_log_every=4)
-    assert seen
-    assert not any(seen)
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-
-
-def chosen_weights(run):
-    """Return the weights that a run which ended early exported, and its loss with each kind of weights."""
-    line = starting(run, "ended_early: ")
-    assert len(line) == 1, run.lines[-20:]
-    losses = re.search(r" train_loss live:([\d.]+) ema:([\d.]+) ", line[0])
-    chosen = value(run, r"artifact weights:(\w+) ")
-    assert line[0].endswith(f"the artifact takes {chosen}")
-    return chosen, float(losses[1]), float(losses[2])
-
-
-def calibrates_for(seconds, monkeypatch):
-    """Make calibration take at least so long."""
-    real = t.calibrate
-
-    def slow(*args):
-        time.sleep(seconds)
-        return real(*args)
-
-    monkeypatch.setattr(t, "calibrate", slow)
-
-
-def test_the_time_held_back_for_calibration_is_logged(tmp_path, monkeypatch):
-    calibrates_for(0.2, monkeypatch)
-    argv = english_args(out_dir=tmp_path, iterations=3, max_wallclock_seconds=60)
-    run = read_run(tmp_path, t.main(argv))
-    seconds = float(value(run, r"held_back:([\d.]+)s of max_wallclock_seconds:60 for calibration"))
-    assert 0.3 <= seconds < 5
-    assert not starting(finished_with(), "held_back:")  # no limit, nothing to hold back from
-
-
-def test_more_than_half_of_the_budget_held_back_is_refused(tmp_path, monkeypatch, capsys):
-    calibrates_for(0.4, monkeypatch)
-    err = stop_one_line(english_args(out_dir=tmp_path, max_wallclock_seconds=1), capsys)
-    assert re.search(r"max_wallclock_seconds: 0\.\d of 1 s are held back.*gptq_batches=1", err), err
-    assert not (tmp_path / "run.txt").exists()  # its run_id stays free
-
-
-def test_one_step_ships_trained_weights():
-    """With iterations=1 the artifact scores like the live weights, not like the untrained ones."""
-    run = finished_with(iterations=1, matrix_lr=0.02)
-    live = float(value(run, r"final_live val_loss:([\d.]+)"))
-    averaged = float(value(run, r"final_ema val_loss:([\d.]+)"))
-    assert averaged == live
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.02)
-    chosen, of_live, of_average = chosen_weights(run)
-    assert chosen == "ema" and of_live == of_average  # equal weights: the knob's
-
-
-def test_an_average_younger_than_its_horizon_ships_the_better_weights():
-    run = finished_with(ema_frac=2.0)
-    chosen, of_live, of_average = chosen_weights(run)
-    assert chosen == "live" and of_live < of_average - 0.1
-    live = float(value(run, r"final_live val_loss:([\d.]+)"))
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.1)
-    assert not starting(finished_with(), "ended_early: ")  # a run that ends as planned does not choose
-    named = finished_with(ema_frac=2.0, artifact_weights="live")
-    assert not starting(named, "ended_early: ") and named.blob == run.blob
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_choice_follows_the_loss_on_all_ranks(world):
-    """Live weights and averages are swapped in turn: both are chosen once, and the weights stay."""
-    path = english_dataset().path
-    for results in run_ranks(choose, world, path):
-        assert results == ["live", "ema", "live"]
-
-
-def choose(rank, path):
-    """Return the choices for a bad average, bad live weights, and an average that is not a number."""
-    h = t.load_config(english_args(data_path=path), {})
-    m = t.init_machine(h, os.environ)
-    model = t.GPT(h, m.ops, m.dtype)
-    run = SimpleNamespace(h=h, m=m, model=model, log=lambda line: None)
-    loader = t.TokenLoader(h, m)
-    choices = []
-    for live, average in ((0.0, 1.0), (1.0, 0.0), (0.0, math.nan)):
-        ema = t.Ema(model, h)
-        with torch.no_grad():
-            for p, a in zip(ema.params, ema.average):
-                a.copy_(p + average * torch.linspace(-1, 1, p.numel()).view_as(p))
-                p.add_(live * torch.linspace(-1, 1, p.numel()).view_as(p))
-        before = [p.clone() for p in ema.params]
-        choices.append(t.choose_weights(run, loader, ema))
-        assert all(torch.equal(p, q) for p, q in zip(ema.params, before))
-        model = run.model = t.GPT(h, m.ops, m.dtype)
-    return choices
-
-
-def test_ema_and_live_weights_are_different_artifacts():
-    ema = finished_with()
-    live = finished_with(artifact_weights="live")
-    assert ema.blob != live.blob
-    assert "artifact weights:ema int6_step:0.0" in ema.lines
-    assert "artifact weights:live int6_step:0.0" in live.lines
-    for name in ("final_live", "final_ema"):  # the training was the same
-        assert value(ema, rf"{name} val_loss:([\d.]+)") == value(live, rf"{name} val_loss:([\d.]+)")
-    for run, name in ((ema, "ema"), (live, "live")):  # the artifact is near the weights that it names
-        exact = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
-        gaps = {n: abs(exact - float(value(run, rf"final_{n} val_loss:([\d.]+)"))) for n in ("live", "ema")}
-        assert gaps[name] == min(gaps.values()) and gaps[name] < 0.05, gaps
-
-
-def test_validation_during_training_changes_nothing():
-    watched = finished_with(val_loss_every=10)
-    assert finished_with().blob == watched.blob
-    scores = matches(watched, VAL_LINE)
-    assert [int(m[1]) for m in scores] == [0, 10, 20, STEPS]
-    assert float(scores[0][3]) > float(scores[-1][3])
-
-
-def test_no_validation_token_before_the_clock_stops():
-    run = finished_with()
-    opens = next(i for i, line in enumerate(run.lines) if line.startswith("data split:val "))
-    last_step = max(i for i, line in enumerate(run.lines) if TRAIN_LINE.match(line))
-    assert opens > last_step
-    line = run.lines[opens]
-    data = english_dataset()
-    assert f"val_tokens:{len(data.val) - 1} val_bytes:{data.val_bytes}" in line
-
-
-def test_the_wall_clock_stops_a_run():
-    run = finished_with(iterations=100_000, max_wallclock_seconds=1.0, train_log_every=50)
-    stop = starting(run, "stopping_early")
-    assert len(stop) == 1
-    found = re.match(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", stop[0])
-    assert found
-    assert found[2] == run.final["steps"]
-    assert found[1] == run.final["train_time"]
-    assert 300 < int(found[1]) <= 2000  # slack for a busy machine; alone it ends below 1000
-    assert 1 < int(run.final["steps"]) < 100_000 and run.status == 0
-
-
-def slow(fn, seconds):
-    """Return fn with a pause before each call."""
-
-    def slowed(*args):
-        time.sleep(seconds)
-        return fn(*args)
-
-    return slowed
-
-
-def test_no_step_begins_that_would_end_after_the_limit(monkeypatch):
-    """Steps take 0.3 s: none is begun when it and the one in flight would end after 2 s."""
-    monkeypatch.setattr(t, "train_step", slow(t.train_step, 0.3))
-    run = finished_with(iterations=1000, max_wallclock_seconds=2.0, warmup_steps=1, seed=11)
-    assert 1000 < int(run.final["train_time"]) < 2000
-
-
-def test_the_clock_stands_while_it_validates(monkeypatch):
-    monkeypatch.setattr(t, "validate", slow(t.validate, 1.0))
-    run = finished_with(iterations=4, val_loss_every=1, seed=11)
-    assert int(run.final["train_time"]) < 2500
-
-
-def test_val_tokens_cuts_the_split():
-    run = finished_with(val_tokens=1000)
-    assert any(x.startswith("data split:val val_tokens:1000 ") for x in run.lines)
-
-
-def test_a_stride_of_a_score_window_is_the_chunked_score():
-    run = finished_with(eval_stride=32)
-    assert run.lines[-1].startswith("final_score metric:int6_lzma_chunked ")
-    assert "sliding" not in run.lines[-1]
-    assert not starting(run, "final_int6_sliding")
-    exact = starting(run, "final_int6_roundtrip_exact ")
-    assert len(exact) == 1 and loss_in(exact[0]) == loss_in(run.lines[-1])
-    chunked = float(value(finished_with(), r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
-    assert loss_in(exact[0]) == chunked
-
-
-def test_a_report_split_is_scored_apart():
-    run = finished_with(report_split="other")
-    assert run.blob == finished_with().blob
-    assert run.final["val_loss"] == finished_with().final["val_loss"]
-    lines = starting(run, "report split:other ")
-    assert len(lines) == 1 and run.final["val_loss"] not in lines[0]
-
-
-# ---------------------------------------------------------------- the cap
-
-
-def test_over_the_cap_is_status_1_and_the_file_is_kept():
-    run = finished_with(size_cap=1000)
-    assert run.status == 1
-    total = int(run.final["bytes_total"])
-    assert len(run.blob) > 0 and total > 1000  # still the last line, still scored
-    assert f"artifact over the cap: {total} bytes, {total - 1000} over size_cap=1000; file kept" in run.lines
-
-
-def test_a_cap_in_reach_is_met_by_a_coarser_step():
-    plain = finished_with()
-    cap = int(plain.final["bytes_total"]) - len(plain.blob) // 20
-    run = finished_with(size_cap=cap)
-    assert run.status == 0 and int(run.final["bytes_total"]) <= cap
-    step = float(value(run, r"artifact weights:ema int6_step:([\d.]+)"))
-    assert step > 0
-    refused = finished_with(size_cap=cap, fit_cap="false")
-    assert refused.status == 1 and refused.blob == plain.blob
-
-
-# ---------------------------------------------------------------- files in the way
-
-
-def test_a_log_that_exists_is_refused(capsys):
-    run = finished_with()
-    err = stop_one_line(english_args(iterations=1, out_dir=run.folder), capsys)
-    assert "run.txt" in err and "run_id" in err
-    assert (run.folder / "run.txt").read_text(encoding="utf-8") == run.log
-    assert (run.folder / "run.int6.xz").read_bytes() == run.blob
-
-
-@pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "/tmp/x", " ", "a\nb", "x" * 201, "-x"])
-def test_a_run_id_that_cannot_name_a_file_is_one_line(name, tmp_path, capsys):
-    out_dir = tmp_path / "below" / "out"
-    err = stop_one_line(english_args(iterations=1, run_id=name, out_dir=out_dir), capsys)
-    assert "config key run_id" in err
-    assert ("has control characters" if "\n" in name else "cannot name a file") in err
-    assert repr(name)[:40] in err
-    assert os.listdir(tmp_path) == []
-
-    blob = finished_with().folder / "run.int6.xz"
-    argv = [f"data_path={english_dataset().path}", f"out_dir={out_dir}", f"run_id={name}"]
-    assert "config key run_id" in stop_one_line(["eval", str(blob), *argv], capsys)
-    assert os.listdir(tmp_path) == []
-
-
-def test_an_out_dir_below_a_file_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    err = stop_one_line(english_args(iterations=1, out_dir=tmp_path / "file" / "below"), capsys)
-    assert str(tmp_path / "file" / "below") in err and "out_dir" in err
-
-
-def test_a_disk_that_fills_up_at_export_is_one_line(tmp_path, capsys, monkeypatch):
-    def full(path, blob):
-        raise t.InputError(f"{path}: cannot write the artifact (No space left on device); free space")
-
-    monkeypatch.setattr(t, "write_atomic", full)
-    err = stop_one_line(english_args(iterations=1, warmup_steps=0, out_dir=tmp_path), capsys)
-    assert "run.int6.xz" in err and "No space" in err
-
-
-def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
-    assert t.main(english_args(iterations=1, warmup_steps=0, run_id="", out_dir=tmp_path, seed=4)) == 0
-    names = sorted(os.listdir(tmp_path))
-    assert len(names) == 2
-    assert all(re.match(r"^\d{8}_\d{6}_record_seed4\.(txt|int6\.xz)$", n) for n in names)
-
-
-# How the tensors of another script's artifact differ, and the one that the error names.
-OTHER_TENSORS = [
-    (lambda tensors: tensors.pop("smear_gate"), "smear_gate"),  # it had none
-    (lambda tensors: tensors.update(attn_gain=tensors["attn_scale"]), "attn_gain"),  # it had one more
-    (lambda tensors: tensors.update(q_gain=tensors["q_gain"][:1]), "q_gain"),  # of another shape
-]
-
-
-@pytest.mark.parametrize("command", ["eval", "audit"])
-@pytest.mark.parametrize("change,name", OTHER_TENSORS)
-def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_path, capfd, monkeypatch):
-    """The header has this script's config, but the tensors differ: the line names file, tensor and remedy."""
-    h = t.load_config(english_args(), {})
-    tensors = {k: p.detach() for k, p in t.GPT(h).named_parameters()}
-    change(tensors)
-    path = tmp_path / "old.int6.xz"
-    with monkeypatch.context() as patch:
-        patch.setitem(t.STORED_AS, name, t.STORED_AS.get(name, "f16"))
-        path.write_bytes(t.pack_artifact(tensors, h))
-    err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capfd)
-    assert str(path) in err
-    assert f"{name!r} does not fit" in err
-    assert "the script that wrote it" in err
-
-
-@pytest.mark.parametrize("command", ["eval", "audit"])
-@pytest.mark.parametrize(
-    "changes,words",
-    [
-        (dict(num_layers=0), "config key num_layers: 0 must be at least 1"),
-        (dict(num_heads=3), "config: num_heads must divide model_dim"),
-        (dict(logit_softcap=0.0), "config: logit_softcap must be positive, rope_base at least 1"),
-        (dict(model_dim=1 << 40), "parameters"),
-    ],
-    ids=str,
-)
-def test_a_header_that_makes_no_config_names_the_file(command, changes, words, tmp_path, capfd):
-    header, payload = t.open_artifact(finished_with().blob)
-    header["config"] |= changes
-    text = json.dumps(header).encode()
-    path = tmp_path / "odd.int6.xz"
-    path.write_bytes(t.compress(b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload])))
-    knobs = [f"data_path={english_dataset().path}", f"out_dir={tmp_path}/out"]
-    err = stop_one_line([command, str(path), *knobs], capfd)
-    assert f"{path} with the knobs given: config" in err and words in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_knob_that_eval_refuses_is_not_blamed_on_the_artifact(capsys):
-    artifact = str(finished_with().folder / "run.int6.xz")
-    for knob in ("ttt_passes=many", "warp=9", "seed"):
-        assert artifact not in stop_one_line(["eval", artifact, knob], capsys)
 
 
 # ---------------------------------------------------------------- more processes, other ways in

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_audit import audit_args, by_auditor, changed_script, honest  # noqa: F401
 from test_windows import ONE_BYTE, SILENT
 
 import fixtures_records as fx
 import train_gpt as t
+from audit_cases import audit_args, by_auditor, changed_script, honest  # noqa: F401
 from helpers import (
     ROOT,
     as_arguments,

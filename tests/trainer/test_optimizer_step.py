@@ -1,0 +1,299 @@
+"""A step in one process: against float64, snapshot, warm-up, clipping, rates, frozen parameters."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from helpers import (
+    group_of_one,
+    noisy_model,
+    random_tokens,
+    tiny,
+)
+from schedule_cases import all_equal, data_folder, parameters, setup
+
+# ---------------------------------------------------------------- one process
+
+
+@pytest.fixture
+def one():
+    """Yield the Machine of a process group of one."""
+    with group_of_one() as m:
+        yield m
+
+
+def gradients_in_float64(h, params, batch):
+    """Return the gradients of the mean loss of a batch, by name, for float64 arrays of parameters."""
+    model = noisy_model(h, dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(params[name]))
+    sequences = torch.cat(batch)
+    model.loss(sequences[:, :-1], sequences[:, 1:]).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def muon_by_hand(matrix, momentum, gradient, lr, wd):
+    """Return a matrix after a step of rule muon along the singular vectors of its Nesterov momentum."""
+    U, S, Vh = np.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+    S = S / np.linalg.norm(S)
+    for _ in range(5):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    scale = math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
+    return matrix * (1 - lr * wd) - lr * scale * (U * S) @ Vh
+
+
+def test_a_step_is_the_float64_step(one):
+    """Compare three steps with AdamW by hand and with Newton-Schulz on singular values, in float64."""
+    model, optimizer, _, loader = setup(one, step_rule="muon", muon_wd=0.3, embed_wd=0.2, scalar_wd=0.1)
+    h = optimizer.h
+    params = {name: p.double().numpy() for name, p in parameters(model).items()}
+    first = {name: np.zeros_like(p) for name, p in params.items()}
+    second = {name: np.zeros_like(p) for name, p in params.items()}
+    specs = {spec.name: spec for spec in t.PARAM_TABLE}
+    backward, _ = t.bind_pass(model.loss, optimizer)
+    for step in range(1, 4):
+        batch = loader.next()
+        hp = t.Hyper(0.0, 0.9, 0.8 / step)
+        grads = gradients_in_float64(h, params, batch)
+        clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
+        for name, unclipped in grads.items():
+            g = clip * unclipped
+            lr = getattr(h, specs[name].lr) * hp.lr_mul
+            if specs[name].buffer == "flat":
+                first[name] = h.adam_beta1 * first[name] + (1 - h.adam_beta1) * g
+                second[name] = h.adam_beta2 * second[name] + (1 - h.adam_beta2) * g * g
+                mean = first[name] / (1 - h.adam_beta1**step)
+                root = np.sqrt(second[name] / (1 - h.adam_beta2**step))
+                wd = {"embed_lr": h.embed_wd, "scalar_lr": h.scalar_wd}[specs[name].lr]
+                params[name] = params[name] * (1 - lr * wd) - lr * mean / (root + h.adam_eps)
+                continue
+            first[name] = 0.9 * first[name] + 0.1 * g
+            for i in range(len(g)):
+                params[name][i] = muon_by_hand(params[name][i], first[name][i], g[i], lr, h.muon_wd)
+
+        t.train_step(backward, optimizer, batch, hp)
+        for name, p in model.named_parameters():
+            got = p.detach().double().numpy()
+            expected = params[name]
+            # Adam divides by sqrt(v): where a gradient is near zero its rounding decides the sign.
+            bad = np.abs(got - expected) > 1e-4 + 1e-3 * np.abs(expected)
+            assert bad.mean() <= 0.002, (step, name, np.abs(got - expected).max())
+
+
+def test_gradients_accumulate_over_micro_batches_and_are_cleared(one):
+    losses = []
+    ends = []
+    for micro in (16, 128):
+        model, optimizer, _, loader = setup(one, micro_batch_tokens=micro)
+        batch = loader.next()
+        assert len(batch) == 128 // micro
+        backward, _ = t.bind_pass(model.loss, optimizer)
+        loss = t.train_step(backward, optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0))
+        losses.append(loss.item())
+        ends.append(optimizer.flat.clone())
+        assert all(p.grad.abs().max() == 0 for p in model.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(ends[0], ends[1], atol=2e-3, rtol=0)
+
+
+def test_parameters_live_in_the_optimizers_buffers(one):
+    model, optimizer, _, _ = setup(one)
+    names = {spec.name: spec.buffer for spec in t.PARAM_TABLE if hasattr(model, spec.name)}
+    for name, p in model.named_parameters():
+        buffer = optimizer.bank.get(names[name], optimizer.flat)
+        gradients = optimizer.bank_grad.get(names[name], optimizer.flat_grad)
+        assert p.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr(), name
+        assert p.grad.untyped_storage().data_ptr() == gradients.untyped_storage().data_ptr(), name
+        assert p.data_ptr() % 64 == 0
+        assert p.is_contiguous()
+        assert p.grad.is_contiguous()
+    assert names.keys() == dict(model.named_parameters()).keys()
+    torch.manual_seed(0)
+    before = parameters(noisy_model(optimizer.h, seed=3))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # contents are kept
+
+
+def test_a_bank_holds_at_most_two_parameters(one):
+    _, optimizer, _, _ = setup(one)
+    three = {name: torch.nn.Parameter(torch.zeros(2, 4, 4)) for name in ("a", "b", "c")}
+    with pytest.raises(ValueError, match="bank 'abc' has 3 parameters"):
+        optimizer.make_bank("abc", three)
+
+
+def test_snapshot_is_exact_and_a_copy(one):
+    model, optimizer, _, loader = setup(one)
+    backward, _ = t.bind_pass(model.loss, optimizer)
+    for step in range(2):
+        t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
+    saved = optimizer.snapshot()
+    frozen = [x.clone() for x in saved[1]]
+    t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, 2, 0.0))
+    assert optimizer.steps == 3 and not all_equal(saved[1], optimizer.state())
+    assert all_equal(saved[1], frozen)  # a copy, not a view
+
+    tokens = random_tokens(optimizer.h, (2, 16), 1)
+    targets = random_tokens(optimizer.h, (2, 16), 2)
+    model.loss(tokens, targets).backward()  # half a step's gradients
+    optimizer.restore(saved)
+    assert optimizer.steps == 2 and all_equal(frozen, optimizer.state())
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
+
+    # Nothing that a step changes is left out.
+    assert optimizer.second
+    kept = [
+        optimizer.flat,
+        optimizer.flat_m,
+        optimizer.flat_v,
+        *optimizer.bank.values(),
+        *optimizer.momentum.values(),
+        *optimizer.second.values(),
+    ]
+    assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in optimizer.state()}
+
+
+class Lines(list):
+    """A log in memory."""
+
+    def __call__(self, line, shown=None):
+        self.append(line)
+
+    def progress(self, what, done, total, started):
+        """Keep nothing: it is for people."""
+
+
+def test_warmup_leaves_no_trace(one):
+    model, optimizer, ema, loader = setup(one, warmup_steps=3)
+    lines = Lines()
+    scored = []
+    trained = []
+    state = [x.clone() for x in optimizer.state()]
+    average = [x.clone() for x in ema.average]
+    first_batch = [x.clone() for x in loader.build(0)]
+    step = optimizer.step
+
+    def nats(tokens, targets, last):
+        scored.append(tuple(tokens.shape))
+        return model.nats(tokens, targets, last)
+
+    def noted_step(hp):
+        step(hp)
+        trained.append(not all_equal(state, optimizer.state()))
+
+    optimizer.step = noted_step
+    run = t.Run(
+        h=optimizer.h,
+        m=one,
+        log=lines,
+        dataset=None,
+        model=model,
+        loss_fn=model.loss,
+        nats_fn=nats,
+        phases={},
+        splits={},
+    )
+    warm = t.warmup(run, optimizer, ema, loader)
+    assert warm.calibrate_ms > 0 and run.phases == {}  # the rehearsal counts in no phase of its own
+    assert trained == [True] * 3
+    assert all_equal(state, optimizer.state()) and optimizer.steps == 0
+    assert all_equal(average, ema.average) and ema.progress == 0
+    assert all(p.grad.abs().max() == 0 for p in model.parameters())
+    assert loader.index == 0 and all_equal(first_batch, loader.next())
+    assert scored and scored[0] == (4, 16)  # the scoring forward is warm, too
+    assert "warmup_step:3/3" in lines
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+@pytest.mark.parametrize("knobs", [{}, dict(bigram_vocab_size=600_000)], ids=["tiny", "5 million"])
+def test_clip_factor(one, clip, knobs):
+    """Compare with float64: a float32 sum over millions would be short by more than the tolerance."""
+    model, optimizer, _, _ = setup(one, grad_clip=clip, **knobs)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad.copy_(torch.randn(p.shape, generator=generator))
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert optimizer.clip_factor().item() == pytest.approx(min(1.0, clip / norm), rel=1e-5)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_hyper_at_is_pure_and_falls_to_the_floor():
+    h = tiny(
+        iterations=200,
+        warmdown_frac=0.4,
+        min_lr_frac=0.1,
+        muon_momentum_warmup_frac=0.2,
+        muon_momentum_start=0.8,
+        muon_momentum=0.95,
+    )
+    points = [t.hyper_at(h, i, 0.0) for i in range(201)]
+    assert points == [t.hyper_at(h, i, 0.0) for i in range(201)]
+
+    lr = [p.lr_mul for p in points]
+    assert lr[:121] == [1.0] * 121 and lr[200] == 0.1
+    assert all(a > b or b == 0.1 for a, b in zip(lr[120:], lr[121:]))
+    assert lr[160] == pytest.approx(0.5) and lr[140] == pytest.approx(0.75)  # linear
+
+    momentum = [p.momentum for p in points]
+    assert momentum[0] == 0.8 and momentum[20] == pytest.approx(0.875)
+    assert momentum[40:] == pytest.approx([0.95] * 161)
+    assert all(a < b for a, b in zip(momentum[:40], momentum[1:41]))
+
+    assert t.hyper_at(h, 500, 0.0).progress == 1.0
+    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).lr_mul == 0.0
+    assert t.hyper_at(dataclasses.replace(h, muon_momentum_warmup_frac=0.0), 0, 0.0).momentum == 0.95
+
+
+def test_the_multiplier_drives_every_parameter(one):
+    for lr_mul in (0.0, 1.0):
+        model, optimizer, _, loader = setup(one)
+        before = parameters(model)
+        backward, _ = t.bind_pass(model.loss, optimizer)
+        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, lr_mul))
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == (before.keys() if lr_mul else set())
+
+
+# ---------------------------------------------------------------- rates of zero
+
+
+def steps_of(one, count, **knobs):
+    """Train `count` steps at full rate. Returns the model and its parameters before and after each step."""
+    h = tiny(data_path=data_folder(), **knobs)
+    model = t.GPT(h)
+    optimizer = t.Optimizer(model, h, one)
+    loader = t.TokenLoader(h, one)
+    backward, _ = t.bind_pass(model.loss, optimizer)
+    states = [parameters(model)]
+    for _ in range(count):
+        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0))
+        states.append(parameters(model))
+    return model, states
+
+
+@pytest.mark.parametrize("rate", ["embed_lr", "scalar_lr"])
+def test_parameters_with_a_rate_of_zero_are_frozen(one, rate):
+    """Make no gradient for them and do not decay them, while the others train."""
+    model, states = steps_of(one, 4, **{rate: 0.0}, embed_wd=0.5, scalar_wd=0.5, proj_init_std=0.1)
+    frozen = {spec.name for spec in t.SMALL if spec.lr == rate and hasattr(model, spec.name)}
+    for name in frozen:
+        p = getattr(model, name)
+        assert not p.requires_grad and p.grad.abs().max() == 0
+        assert torch.equal(states[0][name], states[-1][name])
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert frozen and learning == states[0].keys() - frozen
+    assert all(not torch.equal(states[0][name], states[-1][name]) for name in learning)
+
+
+def test_the_tighter_budget_drives():
+    h = tiny(iterations=100, max_wallclock_seconds=10.0)
+    assert t.hyper_at(h, 10, 5000.0).progress == 0.5  # time is shorter
+    assert t.hyper_at(h, 80, 5000.0).progress == 0.8  # iterations are
+    assert t.hyper_at(h, 0, 99_000.0) == t.hyper_at(h, 100, 0.0)  # both end at 1
+    unlimited = tiny(iterations=100, max_wallclock_seconds=0.0)
+    assert t.hyper_at(unlimited, 10, 1e9).progress == 0.1
