@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -282,7 +282,7 @@ def check_names(name: str, splits: Iterable[str]) -> None:
                 )
 
 
-def describe_inputs(splits: Splits) -> list[dict]:
+def describe_inputs(splits: Splits) -> list[dict[str, str | int]]:
     """Return the manifest's list of input files. Raises DataError on a missing, empty or unknown file."""
     inputs = []
     for split, files in splits.items():
@@ -301,7 +301,7 @@ def describe_inputs(splits: Splits) -> list[dict]:
     return inputs
 
 
-def text_source(splits: Splits, options: BuildOptions) -> dict:
+def text_source(splits: Splits, options: BuildOptions) -> dict[str, Any]:
     """Return the manifest's `source` of a dataset made from text files."""
     return {
         "kind": "text",
@@ -310,7 +310,7 @@ def text_source(splits: Splits, options: BuildOptions) -> dict:
     }
 
 
-def reusable_manifest(out: str | Path, head: dict, replace: bool) -> dict | None:
+def reusable_manifest(out: str | Path, head: dict[str, Any], replace: bool) -> shards.Manifest | None:
     """Return the manifest in `out` if it describes this very dataset and the files are whole, else None.
 
     head: the manifest to be written, without its splits. Raises DataError if `out` holds something else and
@@ -398,7 +398,7 @@ def write_split(
     key: str,
     workers: Workers,
     leaks: LeakCheck,
-) -> dict:
+) -> shards.SplitEntry:
     """Tokenize the files of one split into a ShardWriter and return the manifest's entry for the split.
 
     workers: processes that have run `start_coder`. key: the text field of .jsonl. leaks: it can refuse only
@@ -456,10 +456,23 @@ def add_to_totals(totals: dict[str, int], document: Encoded) -> None:
     totals["decoded_bytes"] += document.decoded_bytes
 
 
+class Built(NamedTuple):
+    """A dataset that is there. is_new: whether it was written just now."""
+
+    manifest: shards.Manifest
+    is_new: bool
+
+
 def build_dataset(
-    out: str | Path, name: str, tokenizer: Tokenizer, *, splits: Splits, source: dict, options: BuildOptions
-) -> tuple[dict, bool]:
-    """Write the dataset `name` into the folder `out` and return (manifest, whether it was built just now).
+    out: str | Path,
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    splits: Splits,
+    source: dict[str, Any],
+    options: BuildOptions,
+) -> Built:
+    """Write the dataset `name` into the folder `out`.
 
     splits: {split name: [input files]} with "train" and at least one other. source: the manifest's `source`.
     Does nothing if `out` holds this dataset already. Raises DataError on a held-out document that also occurs
@@ -475,7 +488,7 @@ def build_dataset(
     }
     found = reusable_manifest(out, head, options.replace)
     if found:
-        return found, False
+        return Built(found, is_new=False)
 
     leaks = LeakCheck()
     entries = {}
@@ -488,7 +501,7 @@ def build_dataset(
             entries[split] = write_split(writer, split, splits[split], options.key, workers, leaks)
         manifest = {**head, "splits": entries}
         staging.commit(manifest)
-    return manifest, True
+    return Built(manifest, is_new=True)
 
 
 def write_tokenizer(staging: shards.Staging, blob: bytes) -> None:

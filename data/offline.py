@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import build
 import shards
@@ -69,8 +70,15 @@ COMMON_WORDS = frozenset(
 # -----------------------------------------------------------------------------
 
 
-def installed() -> tuple[dict[str, str], list[Path]]:
-    """Return ({package: version}, [files]), the sources of the corpus in a fixed order.
+class Sources(NamedTuple):
+    """What a corpus is made of, in a fixed order."""
+
+    versions: dict[str, str]  # by package
+    files: list[Path]
+
+
+def installed() -> Sources:
+    """Return the sources that this Python has.
 
     The files are .py of the standard library, and .py, .rst, .md and .txt of all distributions on sys.path.
     """
@@ -87,7 +95,7 @@ def installed() -> tuple[dict[str, str], list[Path]]:
             is_skipped = SKIPPED_FOLDERS & set(file.parts[:-1])
             if file.suffix in (".py", *DOC_SUFFIXES) and not is_skipped:
                 files.append(Path(distribution.locate_file(file)))
-    return versions, [file for file in files if not file.name.lower().startswith(SKIPPED_PREFIXES)]
+    return Sources(versions, [file for file in files if not file.name.lower().startswith(SKIPPED_PREFIXES)])
 
 
 def installed_distributions() -> dict[str, importlib.metadata.Distribution]:
@@ -315,7 +323,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     return model.getvalue()
 
 
-def identity(versions: dict[str, str], vocab: int) -> dict:
+def identity(versions: dict[str, str], vocab: int) -> dict[str, Any]:
     """Return the manifest's `source`: if it is equal, the corpus is equal."""
     mark = hashlib.sha256(json.dumps([RECIPE, vocab, versions], sort_keys=True).encode()).hexdigest()
     return {"kind": "offline", "recipe": RECIPE, "fingerprint": mark, "versions": versions}
@@ -329,12 +337,12 @@ def write_documents(path: Path, documents: list[str]) -> None:
 def build_corpus(
     out: Path,
     workers: int,
-    sources: tuple[dict[str, str], list[Path]] | None = None,
+    sources: Sources | None = None,
     vocab: int = 1024,
-) -> tuple[dict, bool]:
-    """Build the corpus into `out` and return (manifest, whether it was built just now).
+) -> build.Built:
+    """Build the corpus into `out`.
 
-    sources: (versions, files), instead of `installed()`. Returns at once if `out` was built from the same
+    sources: instead of `installed()`. Returns at once if `out` was built from the same
     versions.
     """
     versions, files = sources or installed()
@@ -342,7 +350,7 @@ def build_corpus(
     try:
         manifest = shards.load_manifest(out)
         if manifest["source"] == source and not shards.check_dataset(out, deep=False):
-            return manifest, False
+            return build.Built(manifest, is_new=False)
     except DataError:
         pass  # no dataset to reuse; build_dataset refuses a folder that is not ours
 

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import build
@@ -44,9 +45,9 @@ def shown(path: str | Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def report(folder: Path, manifest: dict, fresh: bool) -> None:
-    """Say what a dataset folder holds. fresh: whether it was written just now."""
-    say(f"{shown(folder)}: {'written' if fresh else 'already there'}")
+def report(folder: Path, manifest: shards.Manifest, is_new: bool) -> None:
+    """Say what a dataset folder holds. is_new: whether it was written just now."""
+    say(f"{shown(folder)}: {'written' if is_new else 'already there'}")
     for split, about in sorted(manifest["splits"].items()):
         documents = "" if about["documents"] is None else f"{about['documents']:,} documents, "
         say(f"  {split}: {documents}{about['tokens']:,} tokens in {len(about['shards'])} shards")
@@ -66,7 +67,7 @@ def run_download(args: argparse.Namespace) -> None:
     """Fetch published shards."""
     out = Path(args.out) if args.out else variant_folder(args.variant)
     download.download_dataset(args.variant, args.train_shards, out)
-    report(out, shards.load_manifest(out), fresh=True)
+    report(out, shards.load_manifest(out), is_new=True)
 
 
 def run_text(args: argparse.Namespace) -> None:
@@ -88,15 +89,15 @@ def run_text(args: argparse.Namespace) -> None:
     build.check_names(name, splits)
     tokenizer = open_tokenizer(args.tokenizer)
     source = build.text_source(splits, options)
-    manifest, fresh = build.build_dataset(out, name, tokenizer, splits=splits, source=source, options=options)
-    report(out, manifest, fresh)
+    built = build.build_dataset(out, name, tokenizer, splits=splits, source=source, options=options)
+    report(out, *built)
 
 
 def run_offline(args: argparse.Namespace) -> None:
     """Build the offline corpus."""
     out = Path(args.out) if args.out else offline_folder(args.variant)
-    manifest, fresh = offline.build_corpus(out, args.workers, vocab=offline.VOCABULARIES[args.variant])
-    report(out, manifest, fresh)
+    built = offline.build_corpus(out, args.workers, vocab=offline.VOCABULARIES[args.variant])
+    report(out, *built)
 
 
 def run_auto(args: argparse.Namespace) -> None:
@@ -129,18 +130,18 @@ def run_auto(args: argparse.Namespace) -> None:
 def use_offline(args: argparse.Namespace, reasons: list[str], never_there: bool) -> Path:
     """Build the offline corpus if it is not there yet, and return its folder.
 
-    reasons: why it is not FineWeb. They are news at the first time, and whenever there is a damaged FineWeb.
+    reasons: why it is not FineWeb. They are shown the first time, and whenever FineWeb is there but damaged.
     """
     variant = args.variant if args.variant in offline.VOCABULARIES else "sp1024"
     folder = offline_folder(variant)
-    known = never_there and (folder / shards.MANIFEST).exists()
-    if not known:
+    is_known = never_there and (folder / shards.MANIFEST).exists()
+    if not is_known:
         for reason in reasons:
             say(reason)
         say(f"using the offline corpus in {shown(folder)} instead")
-    manifest, fresh = offline.build_corpus(folder, args.workers, vocab=offline.VOCABULARIES[variant])
-    if fresh or not known:
-        report(folder, manifest, fresh)
+    built = offline.build_corpus(folder, args.workers, vocab=offline.VOCABULARIES[variant])
+    if built.is_new or not is_known:
+        report(folder, *built)
     else:
         say(f"{shown(folder)}: the offline corpus again; FineWeb: ./run.sh data download")
     return folder
@@ -343,7 +344,7 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def interrupt(number, frame):
+def interrupt(number: int, frame: FrameType | None) -> None:
     """Handle SIGTERM as Ctrl-C, so that workers end and temporary files go."""
     raise KeyboardInterrupt(number)
 

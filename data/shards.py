@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 
@@ -39,6 +39,46 @@ MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "tokenizer.model"
 TEMP = ".tmp."
+
+
+class ShardEntry(TypedDict):
+    """A shard in the manifest."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class SplitEntry(TypedDict):
+    """A split in the manifest. None: a download does not know it."""
+
+    documents: int | None
+    tokens: int
+    text_bytes: int | None  # UTF-8, of the source documents
+    decoded_bytes: int | None  # UTF-8, of the documents decoded from their tokens
+    shards: list[ShardEntry]
+
+
+class TokenizerEntry(TypedDict):
+    """The tokenizer in the manifest. file: of SentencePiece; encoding: of tiktoken."""
+
+    kind: str
+    file: str | None
+    encoding: str | None
+    sha256: str
+    vocab_size: int
+
+
+class Manifest(TypedDict):
+    """The contents of manifest.json. source: where the text came from; its keys depend on the command."""
+
+    format: int
+    name: str
+    bos_id: int
+    tokenizer: TokenizerEntry
+    splits: dict[str, SplitEntry]
+    source: dict[str, Any]
+
 
 Kinds = type | tuple[type, ...]  # of a value in the manifest
 
@@ -139,7 +179,7 @@ class ShardWriter:
         self.limit = limit
         self.file: BinaryIO | None = None
         self.tokens = 0
-        self.shards: list[dict] = []
+        self.shards: list[ShardEntry] = []
 
     def add(self, ids: np.ndarray) -> None:
         """Append one document. ids: uint16 (n,), beginning with BOS."""
@@ -238,7 +278,7 @@ class Staging:
         """Let `commit` move a finished file from elsewhere into the folder, under its own name."""
         self.pending[Path(path).name] = Path(path)
 
-    def commit(self, manifest: dict) -> None:
+    def commit(self, manifest: Manifest) -> None:
         """Give every file its final name, remove shards that the manifest does not list, write the manifest.
 
         Interrupted halfway, this leaves a folder without a manifest, which is better than a wrong dataset.
@@ -280,12 +320,12 @@ class Staging:
 # -----------------------------------------------------------------------------
 
 
-def manifest_bytes(manifest: dict) -> bytes:
+def manifest_bytes(manifest: Manifest) -> bytes:
     """Return the canonical bytes of a manifest: equal datasets have equal manifests."""
     return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
 
-def load_manifest(folder: str | Path) -> dict:
+def load_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a dataset folder. Raises DataError if it is absent or not sound."""
     path = Path(folder) / MANIFEST
     require_file(path)
@@ -307,7 +347,7 @@ def load_manifest(folder: str | Path) -> dict:
     return manifest
 
 
-def require_manifest(manifest: dict) -> None:
+def require_manifest(manifest: dict[str, Any]) -> None:
     """Raise ValueError at the first key of a manifest that is missing or has a value of another kind."""
     require_value(manifest, "name", str)
     require_value(manifest, "bos_id", int)
@@ -333,7 +373,7 @@ def require_manifest(manifest: dict) -> None:
         require_split(splits[split], split)
 
 
-def require_split(about: dict, split: str) -> None:
+def require_split(about: dict[str, Any], split: str) -> None:
     """Raise ValueError as `require_manifest` does, for the manifest's entry of one split."""
     prefix = f"splits.{split}."
     require_value(about, "tokens", int, prefix)
@@ -354,7 +394,7 @@ def require_split(about: dict, split: str) -> None:
         raise ValueError(f"key {prefix}shards is empty")
 
 
-def require_value(mapping: dict, key: str, kinds: Kinds, prefix: str = "") -> Any:
+def require_value(mapping: dict[str, Any], key: str, kinds: Kinds, prefix: str = "") -> Any:
     """Return mapping[key]. Raises ValueError if it is missing or `require_kind` refuses it.
 
     prefix: the keys that lead to `mapping`, for the message.
@@ -404,7 +444,7 @@ def check_dataset(folder: str | Path, deep: bool) -> list[str]:
     return problems
 
 
-def check_tokenizer(folder: Path, manifest: dict) -> list[str]:
+def check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
     """Return what is wrong with the tokenizer file of a dataset folder, if it has one."""
     entry = manifest["tokenizer"]
     if not entry["file"]:
@@ -417,7 +457,7 @@ def check_tokenizer(folder: Path, manifest: dict) -> list[str]:
     return []
 
 
-def check_split(folder: Path, manifest: dict, split: str, deep: bool) -> list[str]:
+def check_split(folder: Path, manifest: Manifest, split: str, deep: bool) -> list[str]:
     """Return what is wrong with the shards of one split; see `check_dataset`."""
     about = manifest["splits"][split]
     bos = manifest["bos_id"]
@@ -457,7 +497,7 @@ def check_split(folder: Path, manifest: dict, split: str, deep: bool) -> list[st
     return problems
 
 
-def load_listed_shard(path: Path, entry: dict, deep: bool) -> np.ndarray:
+def load_listed_shard(path: Path, entry: ShardEntry, deep: bool) -> np.ndarray:
     """Read the ids of a shard that must match its manifest entry; deep=False: the first id.
 
     Raises DataError if it does not match.

@@ -41,7 +41,7 @@ class Tokenizer:
     bos_id: int
     blob: bytes = field(default=b"", repr=False)
 
-    def entry(self) -> dict[str, str | int | None]:
+    def entry(self) -> shards.TokenizerEntry:
         """Return the manifest's `tokenizer` object."""
         return {
             "kind": self.kind,
@@ -292,7 +292,7 @@ def find_unknown(paths: list[Path], unknown: int) -> str:
     return ""
 
 
-def check_held_out(folder: str | Path, manifest: dict) -> list[str]:
+def check_held_out(folder: str | Path, manifest: shards.Manifest) -> list[str]:
     """Return a line for every held-out split of a sound dataset folder in which some text is not known."""
     entry = manifest["tokenizer"]
     if not entry["file"]:
