@@ -14,12 +14,9 @@ import prepare
 from ledger import record
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("data", "records", "tests", "tools")  # with a page of their own
 DOCUMENTS = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
-        *(ROOT / x / "README.md" for x in ("data", "records", "tools")),
-    ]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / room / "README.md" for room in ROOMS)]
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
