@@ -58,13 +58,17 @@ from script import (
     TRAINER,
     BadInput,
     guard_console,
+    known_fault,
+    leave_if_lost,
     load_script,
     missing_names,
     one_layer,
+    refuse,
     require_names,
 )
 
 USAGE = "usage: audit.py ARTIFACT [--script PATH] [key=value ...]"
+TOOL = "audit.py"  # begins its errors
 MODULE = "audited_script"  # the script's name in sys.modules
 
 # The names of the script that the tests use; CLASS.NAME is a method or field of its objects. The scripts of
@@ -854,12 +858,6 @@ def parse(argv: list[str]) -> Arguments:
     return Arguments(artifact, script or default_script(artifact), knobs)
 
 
-def refuse(error: Exception) -> int:
-    """Print an error as one line. Returns the exit status."""
-    print(f"audit.py: {error}", file=sys.stderr, flush=True)
-    return getattr(error, "status", 2)
-
-
 def main(argv: list[str]) -> int:
     """Audit an artifact and return the exit status. An error that the user can fix is one line."""
     guard_console()
@@ -870,18 +868,15 @@ def main(argv: list[str]) -> int:
         arguments = parse(argv)
         script = load_audited(arguments.script)
     except BadInput as error:
-        return refuse(error)
+        return refuse(TOOL, error)
 
     try:
         return run_audit(script, arguments.artifact, arguments.knobs)
-    except script.InputError as error:
-        return refuse(error)
-    except RuntimeError as error:
-        lost_another_rank = getattr(script, "lost_another_rank", None)
-        if lost_another_rank is None or not lost_another_rank(error):
-            raise
-        print("audit.py: another rank is gone before the audit began", file=sys.stderr, flush=True)
-        os._exit(1)  # a proper shutdown would wait for that rank
+    except Exception as error:
+        if fault := known_fault(script, error):
+            return refuse(TOOL, fault)
+        leave_if_lost(TOOL, script, error, "before the audit began")
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from io import TextIOWrapper
@@ -68,6 +70,40 @@ def describe(error: OSError) -> str:
     """Return one line about an error of a file, or of stdout, which has no name."""
     place = error.filename or "standard output"
     return str(BadInput(f"{place}: {error.strerror}; check the path, its permissions and the free space"))
+
+
+# ---- errors of a rank ----------------------------------------------------------------------------
+
+
+def refuse(tool: str, error: Exception) -> int:
+    """Print an error as one line, and leave it where torchrun finds it. Returns the exit status."""
+    print(f"{tool}: {error}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+    return getattr(error, "status", 2)
+
+
+def known_fault(script: ModuleType, error: Exception) -> Exception | None:
+    """Return the one line that a trainer's script has for an error, None if it has none.
+
+    The scripts of the first records know only bad input.
+    """
+    if isinstance(error, script.InputError):
+        return error
+    memory_fault = getattr(script, "memory_fault", None)
+    return memory_fault(error) if memory_fault else None
+
+
+def leave_if_lost(tool: str, script: ModuleType, error: Exception, when: str) -> None:
+    """End the process if the error only says that another rank is gone, for which a shutdown would wait."""
+    lost_another_rank = getattr(script, "lost_another_rank", None)
+    if lost_another_rank is None or not lost_another_rank(error):
+        return
+    print(f"{tool}: another rank is gone {when}", file=sys.stderr, flush=True)
+    time.sleep(getattr(script, "LINGER", 0))  # so that torchrun names that rank as the cause
+    os._exit(1)
 
 
 # ---- scripts -------------------------------------------------------------------------------------

@@ -64,11 +64,19 @@ from lab.model.candidates import chosen_names, compare
 from lab.model.floors import measure_sections
 from lab.model.kernels import profile
 from lab.shared.timing import say_noise
-from lab.shared.trainer import Session, Trained, build_trained, input_errors_of, load_trainer, open_session
+from lab.shared.trainer import (
+    TOOL,
+    Session,
+    Trained,
+    build_trained,
+    known_errors_of,
+    load_trainer,
+    open_session,
+)
 from lab.step import timeline
 from lab.step.parts import time_loader, time_step
 from lab.step.sustained import SUSTAIN, measure_sustained
-from script import TRAINER, BadInput, guard_console
+from script import TRAINER, BadInput, guard_console, refuse
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -164,7 +172,7 @@ def run_bench(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     started = time.perf_counter()
     t = load_trainer(args.script)
     names = chosen_names(args.candidates, args.only, t) if args.candidates else []
-    with input_errors_of(t):
+    with known_errors_of(t):
         s = open_session(t, args.knobs, env)._replace(deadline=started + args.seconds)
         s.report.update(
             torch=torch.__version__,
@@ -214,8 +222,7 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
             return timeline.run(args, env)
         return run_bench(args, env)
     except BadInput as error:
-        print(f"bench.py: {error}", file=sys.stderr, flush=True)
-        return 2
+        return refuse(TOOL, error)
     finally:
         leave_process_group()
 

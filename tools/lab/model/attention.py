@@ -45,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lab.shared.exact import attend_exact, relative
 from lab.shared.timing import call_ms, device_times, fixed_width, say_noise, typical
-from lab.shared.trainer import Session, first_line, input_errors_of, load_trainer, open_session
+from lab.shared.trainer import Session, first_line, known_errors_of, load_trainer, open_session
 from ledger.files import write_atomic
 from script import BadInput
 
@@ -573,7 +573,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     started = time.perf_counter()
     names = check_paths(args)
     t = load_trainer(args.script)
-    with input_errors_of(t):
+    with known_errors_of(t):
         s = open_session(t, args.knobs, env)
     if names is None:
         names = [name for name in PATHS if name != "math" or not s.cuda]

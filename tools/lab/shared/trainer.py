@@ -29,6 +29,7 @@ NEEDS = (
     "InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "bind_pass", "train_step", "log_step",
     "hyper_at", "Machine.fetch",
 )  # fmt: skip
+TOOL = "bench.py"  # begins its errors
 MODULE = "benched_script"  # its name in sys.modules; a copy with a candidate gets a suffix
 DOCUMENTS_PER_SEQUENCE = 4  # where the config keeps documents apart
 TRAINING_BATCHES = 4  # of random tokens, from which a pass draws one
@@ -85,12 +86,15 @@ def load_trainer(path: Path, name: str = MODULE) -> ModuleType:
 
 
 @contextlib.contextmanager
-def input_errors_of(t: ModuleType) -> Iterator[None]:
-    """Turn the script's InputError into BadInput, which the command reports in one line."""
+def known_errors_of(t: ModuleType) -> Iterator[None]:
+    """Turn an error that the script knows into BadInput, which the command reports in one line."""
     try:
         yield
-    except t.InputError as error:
-        raise BadInput(str(error)) from None
+    except Exception as error:
+        if fault := script.known_fault(t, error):
+            raise BadInput(str(fault)) from None
+        script.leave_if_lost(TOOL, t, error, "while measuring")
+        raise
 
 
 def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Session:

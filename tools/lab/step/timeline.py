@@ -46,7 +46,7 @@ from lab.shared.trainer import (
     Session,
     bind_backward,
     build_trained,
-    input_errors_of,
+    known_errors_of,
     load_trainer,
     open_session,
 )
@@ -658,7 +658,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         t = load_trainer(args.script)
         if not hasattr(t.Optimizer, "schedule"):
             raise BadInput(f"{args.script}: its Optimizer has no schedule(), which --timeline watches")
-        with input_errors_of(t):
+        with known_errors_of(t):
             s = open_session(t, args.knobs, env)
             mine = measure_rank(s, args.steps, recorder)
         ranks: list = [None] * s.m.world_size
