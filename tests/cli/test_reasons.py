@@ -67,7 +67,8 @@ def test_a_bench_without_memory_is_bad_input():
 def test_a_bench_that_lost_a_rank_ends_with_a_line():
     error = "RuntimeError('[gloo/transport/tcp/pair.cc:534] Connection closed by peer')"
     program = (
-        f"import train_gpt as t; from lab.shared import trainer\nwith trainer.known_errors_of(t): raise {error}"
+        "import train_gpt as t; from lab.shared import trainer\n"
+        f"with trainer.known_errors_of(t): raise {error}"
     )
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}"}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
