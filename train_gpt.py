@@ -386,6 +386,16 @@ SP8192 = dict(  # parameter-golf #1394, with heads of 128 and attention windows 
     warmdown_frac=0.667,
     ema_frac=0.067,
 )
+SHORT_SP8192 = (
+    dict(  # records/track_h100x1_5min/2026-11-27_Sp8192NoLoop: the loop costs more steps than it gains
+        loop_layers="",
+        loop_times=0,
+        train_batch_tokens=131_072,
+        codec="rans",
+        gptq_embed=True,
+        embed_bits=6,
+    )
+)
 PRESETS: dict[str, dict] = {
     "record": {},
     "h100x1": FEW_STEPS | ONE_GPU,
@@ -393,7 +403,7 @@ PRESETS: dict[str, dict] = {
     | LAPTOP
     | dict(xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
     "sp8192": SP8192,
-    "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | dict(micro_batch_tokens=65_536),
+    "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192,
     "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
 }
 

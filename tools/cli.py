@@ -613,7 +613,7 @@ def data(request: Request) -> int:
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 
-MEASURED = ("codecs", "directions", "sweep", "wire")
+MEASURED = ("codecs", "directions", "encodings", "sweep", "wire")
 
 
 def record(request: Request) -> int:

@@ -154,6 +154,7 @@ STARTING = (
     ("numpy", [sys.executable, str(ROOT / "tools/audit.py"), "gone"]),
     ("numpy", [sys.executable, "-m", "lab.bench"]),
     ("numpy", [sys.executable, "-m", "lab.codecs"]),
+    ("argparse", [sys.executable, "-m", "lab.encodings"]),
     ("numpy", [sys.executable, "-m", "lab.directions"]),
     ("argparse", [sys.executable, "-m", "lab.sweep"]),
     ("argparse", [sys.executable, "-m", "lab.wire"]),

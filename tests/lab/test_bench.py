@@ -147,7 +147,9 @@ def test_the_parts_import_in_a_line_and_never_a_command():
     list(TopologicalSorter(imports).static_order())  # CycleError names a circle
     assert imports["lab.bench"] >= {"lab.model.attention", "lab.step.sustained", "lab.step.timeline"}
     commands = {name for name in modules if name.count(".") == 1}
-    assert commands == {f"lab.{name}" for name in ("bench", "codecs", "directions", "sweep", "wire")}
+    assert commands == {
+        f"lab.{name}" for name in ("bench", "codecs", "directions", "encodings", "sweep", "wire")
+    }
     assert not [name for name in modules if imports[name] & commands]
 
 

@@ -55,6 +55,7 @@ LONGEST_NAME = 100  # characters
 EPILOG = """verbs that measure on this machine (tools/lab; VERB --help has their options):
     directions          time and quality of the directions and step rules of train_gpt.py
     codecs              bytes and seconds of an artifact by every codec, and the entropy of its codes
+    encodings           artifacts of one checkpoint with several settings of the codes, each scored
     wire                count the bytes that an optimizer step communicates, and predict their time
     sweep               train rows of settings at several rates and seeds, and tabulate them
 """
