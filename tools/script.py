@@ -90,10 +90,10 @@ def known_fault(script: ModuleType, error: Exception) -> Exception | None:
 
     The scripts of the first records know only bad input.
     """
-    if isinstance(error, script.InputError):
-        return error
-    memory_fault = getattr(script, "memory_fault", None)
-    return memory_fault(error) if memory_fault else None
+    of_script = getattr(script, "known_fault", None)
+    if of_script is not None:
+        return of_script(error)
+    return error if isinstance(error, script.InputError) else None
 
 
 def leave_if_lost(tool: str, script: ModuleType, error: Exception, when: str) -> None:
