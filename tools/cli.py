@@ -6,6 +6,7 @@ that `./run.sh config > file` stays clean.
 
 This process never imports torch, so that help and every refusal are quick. A child process,
 `cli.py --resolve`, asks the trainer for what only it knows: its default seed, and whether its batch divides.
+For an artifact without a log another, `cli.py --vocabulary`, asks it for the size of the vocabulary.
 Importing the trainer takes 2 to 4 seconds either way, but a child returns its 300 MB before training starts.
 
 The exit status is the program's own (128 + N after signal N), or 2 for bad input, with one line on stderr.
@@ -47,6 +48,8 @@ from script import (
 STARTED = time.monotonic() - int(os.environ.pop("RUN_SH_SECONDS", "0"))  # of run.sh, for the notes
 TOOLS = ROOT / "tools"
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
+DATASETS = ROOT / "data/datasets"  # where data/prepare.py puts data, unless told otherwise
+VARIANTS = {1024: [], 8192: ["--variant", "sp8192"]}  # its options for data in a vocabulary of that size
 SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
 
 
@@ -366,7 +369,7 @@ def variant_options(preset: str, knobs: Sequence[str]) -> list[str]:
     """Return the options of data/prepare.py for the vocabulary that the knobs set, else for the preset's."""
     vocab_size = knob_value("vocab_size", tuple(knobs))
     if vocab_size == "8192" or (not vocab_size and preset.endswith("sp8192")):
-        return ["--variant", "sp8192"]
+        return VARIANTS[8192]
     return []
 
 
@@ -556,6 +559,47 @@ def trained_on(artifact: str) -> list[str]:
     return [f"{key}={config[key]}" for key in ("data_path", "tokenizer_path") if config.get(key)]
 
 
+def vocabulary_of(artifact: str) -> int:
+    """Ask the trainer in a child process how many tokens an artifact knows. Exits if it is damaged."""
+    answer = output_of([sys.executable, str(TOOLS / "cli.py"), "--vocabulary", artifact])
+    if answer.returncode != 0:
+        raise SystemExit(answer.returncode)  # its one line is on the terminal
+    return int(answer.stdout)
+
+
+def print_vocabulary(artifact: str) -> int:
+    """Print the size of an artifact's vocabulary: the child's side of `vocabulary_of`."""
+    trainer = load_script(TRAINER, "trainer", ("open_artifact",), "score")
+    try:
+        header, _ = trainer.open_artifact(Path(artifact).read_bytes())
+    except ValueError as error:
+        raise BadInput(f"{artifact}: {error}") from None
+    print(header["config"].get("vocab_size"))
+    return 0
+
+
+def data_in_vocabulary(vocab_size: int) -> str:
+    """Return a folder of data in a vocabulary of that size, found or made. Raises BadInput if there is none.
+
+    FineWeb and the offline text have one of the sizes of VARIANTS. Any other is looked for in data/datasets.
+    """
+    if vocab_size in VARIANTS:
+        return find_data(*VARIANTS[vocab_size])
+    for manifest in sorted(DATASETS.glob("*/manifest.json")):
+        try:
+            found = json.loads(manifest.read_bytes())["tokenizer"]["vocab_size"]
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):
+            continue  # `data verify` says what is wrong with it
+        if found == vocab_size:
+            folder = str(manifest.parent.relative_to(ROOT))
+            say(f"data_path={folder}, which has the vocabulary of the artifact")
+            return folder
+    raise BadInput(
+        f"no data in {DATASETS.relative_to(ROOT)} has the artifact's vocabulary of {vocab_size} tokens: give "
+        "data_path=DIR, or make such data with ./run.sh data text --tokenizer FILE"
+    )
+
+
 def score(program: list[str], request: Request) -> int:
     """Run eval or audit on the data that is given or found, with a process on each of 1, 2, 4 or 8 GPUs."""
     enter_repository()
@@ -564,8 +608,7 @@ def score(program: list[str], request: Request) -> int:
     if not knob_value("data_path", request.knobs):
         found = trained_on(request.artifact)
         if not found:
-            variant = variant_options(knob_value("preset", tuple(knobs)), knobs)
-            found = [f"data_path={find_data(*variant)}"]
+            found = [f"data_path={data_in_vocabulary(vocabulary_of(request.artifact))}"]
         knobs = [*found, *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])
@@ -787,7 +830,8 @@ Unless told otherwise, the number of NVIDIA GPUs chooses preset and processes:
 A preset fixes tokens a step and seconds; fewer processes accumulate more micro-batches for the same step.
 With preset= given, train takes the largest of 8, 4, 2 and 1 processes that have a GPU each and divide its
 batch. eval and audit take as many as have a GPU each, bench takes one. NPROC overrides.
-  data_path=   else what `data/prepare.py auto` finds or makes (eval, audit: first the data of the log)
+  data_path=   else what `data/prepare.py auto` finds or makes; eval, audit: first the data of the log beside
+               the artifact, then data in its vocabulary
   run_id=      else time, preset and seed; names the log and the artifact in out_dir= (logs)
 Any key=value may also be an environment variable in capitals: SEED=42 ./run.sh
 
@@ -859,6 +903,8 @@ def main(argv: list[str]) -> int:
         check_folder()
         if argv[:1] == ["--resolve"]:
             return print_resolved(argv[1:])
+        if argv[:1] == ["--vocabulary"]:
+            return print_vocabulary(argv[1])
         name, words = split_command(argv)
         command = COMMANDS[name]
         if command.reads_knobs and {"-h", "--help"} & set(words):

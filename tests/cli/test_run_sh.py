@@ -139,6 +139,36 @@ def test_an_artifact_is_scored_on_the_data_of_its_log(tree):
     assert tree.calls()[calls:] == ["train_gpt.py eval logs/r.int6.xz preset=cpu data_path=d"]
 
 
+@pytest.mark.parametrize(
+    "vocab_size, call",
+    [("1024", "data/prepare.py auto"), ("8192", "data/prepare.py auto --variant sp8192"), ("320", None)],
+)
+@pytest.mark.parametrize("command", ["eval", "audit"])
+def test_an_artifact_without_a_log_is_scored_on_data_in_its_vocabulary(tree, command, vocab_size, call):
+    (tree.root / "x.int6.xz").write_text(vocab_size)
+    datasets = tree.root / "data/datasets"
+    manifests = {"a": "[", "b": "[]", "c": '{"tokenizer": {"vocab_size": 512}}', "e": "{}"}
+    for name, text in (manifests | {"d": '{"tokenizer": {"vocab_size": 320}}'}).items():
+        (datasets / name).mkdir(parents=True)
+        (datasets / name / "manifest.json").write_text(text)
+    done = tree.run(command, "x.int6.xz")
+    assert done.returncode == 0
+    assert f"x.int6.xz data_path={'made/here' if call else 'data/datasets/d'} preset=cpu" in tree.calls()[-1]
+    if call:
+        assert tree.calls()[0] == call
+    else:
+        assert "data_path=data/datasets/d, which has the vocabulary of the artifact" in done.stderr
+
+
+def test_data_in_the_vocabulary_of_an_artifact_that_nobody_has_is_one_line(tree):
+    (tree.root / "x.int6.xz").write_text("77")
+    refused(
+        tree.run("eval", "x.int6.xz"), "data/datasets", "77 tokens", "data_path=DIR", "./run.sh data text"
+    )
+    (tree.root / "x.int6.xz").write_text("damaged")
+    refused(tree.run("eval", "x.int6.xz"), "x.int6.xz: artifact: damaged")
+
+
 def test_ci_keeps_the_exit_status(tree):
     assert tree.run(script=".ci/run", cwd=Path("/")).returncode == 0
     assert tree.run(script=".ci/run", PYTEST_STATUS="3").returncode == 3

@@ -67,13 +67,13 @@ def test_process_count(tree, gpus, args, env, launcher):
         (["preset=sp8192"], " --variant sp8192 --train-shards 80"),
         (["preset=h100x1_sp8192"], " --variant sp8192 --train-shards 80"),
         (["preset=cpu", "vocab_size=8192"], " --variant sp8192"),
-        (["eval", "x.int6.xz", "preset=cpu_sp8192"], " --variant sp8192"),
+        (["eval", "x.int6.xz"], " --variant sp8192"),
         (["bench", "preset=cpu_sp8192"], " --variant sp8192"),
     ],
     ids=" ".join,
 )
 def test_data_has_the_vocabulary_of_the_run(tree, args, options):
-    (tree.root / "x.int6.xz").touch()
+    (tree.root / "x.int6.xz").write_text("8192")
     tree.gpus(8)
     assert tree.run(*args).returncode == 0
     assert tree.calls()[0] == "data/prepare.py auto" + options
