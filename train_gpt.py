@@ -237,6 +237,8 @@ class Config:
     # batch
     train_batch_tokens: int = 786_432  # of an optimizer step, over all ranks
     micro_batch_tokens: int = 98_304  # of one forward pass on one rank, at most
+    start_batch_tokens: int = 0  # of the first optimizer steps; 0: all have train_batch_tokens
+    batch_growth_frac: float = 0.5  # of the run, after which a batch has train_batch_tokens
     train_seq_len: int = 2048
     mix_tokens: int = 16_777_216  # of text from which a batch draws its sequences; 0: take them in order
     eval_seq_len: int = 2048
@@ -490,12 +492,15 @@ def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
 MAY_BE_ZERO = (
     *("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims", "mix_tokens"),
     *("xsa_last_n", "ve_last_n", "bigram_vocab_size", "size_cap", "gptq_batches", "loop_times"),
-    *("attn_gate_dims", "parallel_last_n", "copy_dim"),
+    *("attn_gate_dims", "parallel_last_n", "copy_dim", "start_batch_tokens"),
 )
 
 # Knobs that must stay below 1, and those that may also be 1.
 BELOW_ONE = ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2", "normuon_beta2")
-UP_TO_ONE = ("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step", "loop_frac")
+UP_TO_ONE = (
+    *("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step", "loop_frac"),
+    "batch_growth_frac",
+)
 
 
 def check_ranges(h: Config) -> None:
@@ -567,6 +572,9 @@ def rules_of_batches(h: Config) -> Iterator[Rule]:
         )
     yield Rule(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
     yield Rule(
+        h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
+    )
+    yield Rule(
         h.ttt_lr == 0 or h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens"
     )
 
@@ -637,12 +645,17 @@ ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the
 class BatchShape(NamedTuple):
     """The shape of a rank's share of a global batch."""
 
-    accum: int  # micro-batches per step
+    accum: int  # micro-batches of a step, once the batch has grown
     sequences: int  # per micro-batch
+    first: int  # micro-batches of the first steps
+
+    def count(self, growth: float) -> int:
+        """Return the micro-batches of a step. growth: Hyper.growth; they grow one by one, in equal stages."""
+        return self.first + int(growth * (self.accum - self.first))
 
 
 def cut_batch(h: Config, world_size: int) -> BatchShape:
-    """Cut the global batch into equal micro-batches, alike on all ranks. Raises InputError if it cannot."""
+    """Cut global batches into equal micro-batches, alike on all ranks. Raises InputError if it cannot."""
     sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
     accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
     if left or sequences == 0 or sequences % accum:
@@ -651,7 +664,15 @@ def cut_batch(h: Config, world_size: int) -> BatchShape:
             f"(micro_batch_tokens={h.micro_batch_tokens}, train_seq_len={h.train_seq_len}); "
             "change one of them or the number of processes"
         )
-    return BatchShape(accum, sequences // accum)
+    micro_batch = h.train_batch_tokens // accum  # over all ranks
+    first, left = divmod(h.start_batch_tokens or h.train_batch_tokens, micro_batch)
+    if left or first > accum:
+        raise InputError(
+            f"config key start_batch_tokens: {h.start_batch_tokens} must be a multiple of {micro_batch}, the "
+            f"tokens of a micro-batch on {world_size} ranks, and at most train_batch_tokens; lower "
+            "micro_batch_tokens for smaller steps"
+        )
+    return BatchShape(accum, sequences // accum, first)
 
 
 class Level(NamedTuple):
@@ -1544,7 +1565,7 @@ class ShuffledShard(NamedTuple):
 
 
 class TokenLoader:
-    """An endless stream of shuffled documents, cut into global batches. Its only state is the batch index.
+    """An endless stream of shuffled documents, cut into micro-batches. Its state is the next one's index.
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
     is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of the
@@ -1554,12 +1575,12 @@ class TokenLoader:
     that began in another shard. It counts as a document of its own. The stream puts the BOS that the file
     lacks before it, so that it has no connection with the random document it follows, under doc_mask or not.
 
-    Global batch n is the same for every world size: micro-batch a of rank r holds its sequences
-    [(a * world + r) * B, ...). A thread builds the next batch while the device works on this one.
+    Micro-batch n of rank r holds the stream's sequences [(n * world + r) * B, ...), so that a global batch is
+    the same for every world size. A thread builds the next batch while the device works on this one.
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
-        """Start on batch 0. Raises InputError when the train split is missing or shorter than a sequence."""
+        """Start at the beginning. Raises InputError when the train split is missing or too short."""
         self.h = h
         self.m = m
 
@@ -1569,11 +1590,12 @@ class TokenLoader:
         self.total = int(self.sizes.sum())
         check_train_length(h, self.total)
 
-        self.accum, self.sequences = cut_batch(h, m.world_size)
+        self.accum, self.sequences, _ = cut_batch(h, m.world_size)
         self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
         self.open_file = lru_cache(maxsize=OPEN_SHARDS)(self.open_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
+        self.sequence_order = lru_cache(maxsize=2)(self.shuffle_sequences)
 
         self.lock = Lock()  # of the files' positions: `seek` may leave a thread reading
         self.reading = ""  # the file being read, for messages
@@ -1643,49 +1665,66 @@ class TokenLoader:
         check_tokens(path, out[:filled], self.h.vocab_size)
         return filled
 
-    def build(self, index: int) -> list[Tensor]:
-        """Build this rank's micro-batches of global batch `index`: `accum` host tensors (B, T + 1), int64."""
-        B = self.sequences
-        T = self.h.train_seq_len
-        draw, batch_of_draw = divmod(index, self.draw_batches)
-        per_batch = self.h.train_batch_tokens // T
-        order = np.arange(self.draw_batches * per_batch)  # of the sequences of this draw
+    def shuffle_sequences(self, draw: int) -> np.ndarray:
+        """Draw the order of the sequences that are shuffled together, as numbers within their draw."""
+        order = np.arange(self.draw_batches * self.h.train_batch_tokens // self.h.train_seq_len)
         if self.draw_batches > 1:
             random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(order)
+        return order
 
-        batch = []
-        for a in range(self.accum):
-            sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
-            first = batch_of_draw * per_batch + (a * self.m.world_size + self.m.rank) * B
-            for sequence, number in zip(sequences.numpy(), order[first : first + B].tolist()):
-                start = (draw * len(order) + number) * T
-                sequence[:] = self.read(start, T + 1)
-            batch.append(sequences)
-        return batch
+    def build(self, index: int) -> Tensor:
+        """Build this rank's micro-batch `index`: a host tensor (B, T + 1), int64."""
+        B = self.sequences
+        T = self.h.train_seq_len
+        draw, index_in_draw = divmod(index, self.draw_batches * self.accum)
+        order = self.sequence_order(draw)
+        first = (index_in_draw * self.m.world_size + self.m.rank) * B
+        sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
+        for sequence, number in zip(sequences.numpy(), order[first : first + B].tolist()):
+            start = (draw * len(order) + number) * T
+            sequence[:] = self.read(start, T + 1)
+        return sequences
 
-    def seek(self, index: int) -> None:
-        """Make global batch `index` the next one, and start a thread that builds it."""
+    def seek(self, index: int, count: int = 0) -> None:
+        """Make micro-batch `index` the next one, and start a thread that builds it and those after it.
+
+        count: how many; 0: as many as a batch has when it has grown.
+        """
         self.index = index
+        self.count = count or self.accum
         self.pending = Future()
-        Thread(target=self.fill, args=(self.pending, index), daemon=True).start()
+        Thread(target=self.fill, args=(self.pending, index, self.count), daemon=True).start()
 
-    def fill(self, pending: Future, index: int) -> None:
+    def fill(self, pending: Future, index: int, count: int) -> None:
         """In the thread: build a batch, and hand it or its error over."""
         try:
-            pending.set_result(self.build(index))
+            pending.set_result([self.build(index + i) for i in range(count)])
         except Exception as e:
             pending.set_exception(e)
 
-    def next(self) -> list[Tensor]:
-        """Return this rank's micro-batches of the next global batch, on the device; start building the next.
+    def next(self, count: int = 0) -> list[Tensor]:
+        """Return this rank's next `count` micro-batches, on the device; start building as many again.
 
-        Raises Fault when the batch takes longer than PATIENCE seconds, or whatever building it raised.
+        count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE seconds, or whatever
+        building it raised.
         """
+        count = count or self.accum
+        if count != self.count:
+            self.seek(self.index, count)
         if wait([self.pending], PATIENCE).not_done:
             raise Fault(f"{self.reading}: not read within {PATIENCE} s; is the disk there?")
         batch = [t.to(self.m.device, non_blocking=True) for t in self.pending.result()]
-        self.seek(self.index + 1)  # after the copies: both need the GIL
+        self.seek(self.index + count, count)  # after the copies: both need the GIL
         return batch
+
+    @property
+    def position(self) -> int:
+        """The sequences that all ranks have taken from the stream."""
+        return self.index * self.m.world_size * self.sequences
+
+    @position.setter
+    def position(self, sequences: int) -> None:
+        self.seek(sequences // (self.m.world_size * self.sequences))
 
 
 # -----------------------------------------------------------------------------
@@ -3597,10 +3636,11 @@ class Hyper(NamedTuple):
     momentum: float
     lr_mul: float  # factor on every rate
     once: bool = False  # whether the step visits every layer once although the model has a loop
+    growth: float = 1.0  # how far the batch has grown from start_batch_tokens to train_batch_tokens
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """Return a step's schedule: rates are constant, then fall linearly; momentum rises at first."""
+    """Return a step's schedule: rates are constant, then fall linearly; momentum and batch grow at first."""
     time_used = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
     progress = min(1.0, max(time_used, step / h.iterations))
 
@@ -3610,7 +3650,8 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
         ramp = min(1.0, progress / h.muon_momentum_warmup_frac)
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
     once = h.has_loop and (progress < h.loop_frac or h.loop_frac == 1)
-    return Hyper(progress, momentum, lr_mul, once)
+    growth = min(1.0, progress / h.batch_growth_frac)
+    return Hyper(progress, momentum, lr_mul, once, growth)
 
 
 class Ema:
@@ -4597,9 +4638,9 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
 #
 # The W files of step N together are a checkpoint set. File R holds the share of all state that belongs to the
 # rank with share R of the banks; a tensor is the concatenation of its shares. The header holds the step, the
-# training clock in ms, the progress of the average, the config, script and data that wrote it, and a list of
-# tensors as in an artifact. There is no other state: steps draw no random numbers, and batch n depends only
-# on n.
+# training clock in ms, the progress of the average, the position in the text, the config, script and data
+# that wrote it, and a list of tensors as in an artifact. There is no other state: steps draw no random
+# numbers, and the text depends only on the position.
 
 FREE_KNOBS = ("run_id", "out_dir", "data_path", "tokenizer_path", "checkpoint_every", "resume")  # may change
 CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\d+)\.ckpt(?:\.tmp)?")
@@ -4651,7 +4692,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path}: checksum mismatch")
     end = 4 + int.from_bytes(blob[:4], "little")
     header = json.loads(blob[4:end])
-    if types_of(header) != dict(made_by=dict, step=int, train_ms=float, progress=float, tensors=list):
+    wanted = dict(made_by=dict, step=int, train_ms=float, progress=float, position=int, tensors=list)
+    if types_of(header) != wanted:
         raise ValueError(f"{path}: its header is not that of a checkpoint")
     return header, read_tensors(header, blob[end:-DIGEST_BYTES])
 
@@ -4717,11 +4759,12 @@ def check_origin(state: SavedState, wanted: dict) -> None:
 class Checkpoints:
     """A run's checkpoints: restore before the first step, save after each, last_good on divergence."""
 
-    def __init__(self, run: Run, optimizer: Optimizer, ema: Ema) -> None:
+    def __init__(self, run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> None:
         self.run = run
         self.m = run.m
         self.optimizer = optimizer
         self.ema = ema
+        self.loader = loader
         self.base = run.log.path.removesuffix(".txt")
         self.good = 0  # step of the newest complete set
         self.saved_ms = 0.0
@@ -4753,7 +4796,13 @@ class Checkpoints:
         every_ms = 1000 * self.run.h.checkpoint_every
         due = every_ms > 0 and (last or train_ms >= self.saved_ms + every_ms)
         if due and self.settled(wait=last) and self.good != step:
-            header = dict(made_by=self.made_by, step=step, train_ms=train_ms, progress=self.ema.progress)
+            header = dict(
+                made_by=self.made_by,
+                step=step,
+                train_ms=train_ms,
+                progress=self.ema.progress,
+                position=self.loader.position,
+            )
             fetched = self.m.fetch(*self.shares.values())
             self.pending = (step, self.pool.submit(self.write, step, header, fetched))
             self.saved_ms = train_ms
@@ -4839,6 +4888,7 @@ class Checkpoints:
         self.optimizer.steps = state.step
         self.good = state.step
         self.ema.progress = header["progress"]
+        self.loader.position = header["position"]
         self.saved_ms = header["train_ms"]
         self.run.log(
             f"resumed step:{state.step} from {state.pattern} train_time:{self.saved_ms:.0f}ms "
@@ -4987,28 +5037,30 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     )
 
 
-def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor], Tensor], str]:
+def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
     """Return `backward`, and why it is not a CUDA graph, or "" if it is one or the machine has none.
 
-    backward(sequences (B, T + 1)) adds the gradients of one micro-batch and returns its loss / accum, (),
-    which the next call overwrites. One stream keeps copy, pass and readers in order.
+    backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
+    loss / count, (), which the next call overwrites. One stream keeps copy, pass and readers in order.
     """
     h = optimizer.h
     m = optimizer.m
-    accum, B = cut_batch(h, m.world_size)
+    B = cut_batch(h, m.world_size).sequences
     result = torch.zeros((), device=m.device)
+    divisor = torch.ones((), device=m.device)
     tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
 
     def both_ways() -> None:
-        loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / accum
+        loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / divisor
         loss.backward()
         result.copy_(loss.detach())
 
     launch, failure = m.captured(both_ways)
     optimizer.clear_gradients()  # captured ran the pass
 
-    def backward(sequences: Tensor) -> Tensor:
+    def backward(sequences: Tensor, count: int) -> Tensor:
         tokens.copy_(sequences)
+        divisor.fill_(count)
         launch()
         return result
 
@@ -5019,12 +5071,12 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
     """Accumulate the gradients of every micro-batch, then update. Returns this rank's mean loss, ()."""
     loss = 0.0
     for sequences in batch:
-        loss = loss + backward(sequences)  # out of place: the next call overwrites its result
+        loss = loss + backward(sequences, len(batch))  # out of place: the next call overwrites its result
     optimizer.step(hp)
     return loss
 
 
-def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor], Tensor]]:
+def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor, int], Tensor]]:
     """Bind a pass for each value of Hyper.once that the run will see, with the loop first. Logs failures."""
     h = run.h
     passes = {}
@@ -5039,7 +5091,7 @@ def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor],
 class WarmUp(NamedTuple):
     """What the warm-up leaves behind."""
 
-    passes: dict[bool, Callable[[Tensor], Tensor]]  # of bind_passes
+    passes: dict[bool, Callable[[Tensor, int], Tensor]]  # of bind_passes
     calibrate_ms: float  # what the rehearsal of calibration took on this rank; 0 if there is none
 
 
@@ -5086,6 +5138,7 @@ class Pace(NamedTuple):
     """The step and the clock at which steps began to take the time that they take now."""
 
     once: bool  # Hyper.once of these steps
+    count: int  # their micro-batches
     step: int = 0
     clock_ms: float = 0.0
 
@@ -5100,11 +5153,18 @@ class Pace(NamedTuple):
 
 
 def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pace:
-    """Return the pace of a step: a new one, which is logged, where the loop begins."""
-    if hp.once == pace.once:
+    """Return the pace of a step: a new one, which is logged, where the loop begins or the batch grows."""
+    shape = cut_batch(run.h, run.m.world_size)
+    count = shape.count(hp.growth)
+    if (hp.once, count) == (pace.once, pace.count):
         return pace
-    run.log(f"loop_begins step:{step} progress:{hp.progress:.3f} visits:{run.h.num_visits}")
-    return Pace(hp.once, step, clock_ms)
+
+    at = f"step:{step} progress:{hp.progress:.3f}"
+    if hp.once != pace.once:
+        run.log(f"loop_begins {at} visits:{run.h.num_visits}")
+    if count != pace.count:
+        run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * count // shape.accum}")
+    return Pace(hp.once, count, step, clock_ms)
 
 
 class Ready(NamedTuple):
@@ -5123,7 +5183,7 @@ def get_ready(run: Run) -> Ready:
     ema = Ema(run.model, run.h)
     loader = TokenLoader(run.h, run.m)
     warm = run.timed("compile", warmup, run, optimizer, ema, loader)
-    return Ready(optimizer, ema, loader, warm, Checkpoints(run, optimizer, ema))
+    return Ready(optimizer, ema, loader, warm, Checkpoints(run, optimizer, ema, loader))
 
 
 class Ended(NamedTuple):
@@ -5145,7 +5205,6 @@ def train(run: Run) -> Trained:
     m = run.m
     ready = get_ready(run)
     step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
-    ready.loader.seek(step)
     m.signals.clear()  # from now on the first signal ends training, not the process
     newest = m.fetch(torch.zeros(2, device=m.device))  # loss and gradient norm of the newest step
 
@@ -5157,7 +5216,8 @@ def train(run: Run) -> Trained:
     def clock() -> float:
         return 1000 * (time.perf_counter() - start)
 
-    pace = Pace(hyper_at(h, step, clock_ms).once)
+    hp = hyper_at(h, step, clock_ms)
+    pace = Pace(hp.once, cut_batch(h, m.world_size).count(hp.growth))
     shown_loss = math.nan
     stop = Stop.NO  # on all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
@@ -5169,7 +5229,8 @@ def train(run: Run) -> Trained:
 
         hp = hyper_at(h, step, clock_ms)
         pace = keep_pace(run, pace, hp, step, clock_ms)
-        loss = train_step(ready.warm.passes[hp.once], ready.optimizer, ready.loader.next(), hp)
+        batch = ready.loader.next(pace.count)
+        loss = train_step(ready.warm.passes[hp.once], ready.optimizer, batch, hp)
         ready.ema.update(hp.progress)
         step += 1
 
@@ -5203,11 +5264,13 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
         good = ready.checkpoints.last_good()
         raise Diverged(describe_divergence(run, step, loss_and_norm, good), step, train_ms)
 
+    position = ready.loader.position
     grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.gptq_batches else {}
     check_grams(grams, step, train_ms)
     artifact_weights = run.h.artifact_weights
     if artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
+    ready.loader.position = position  # from which a resumed run would calibrate
     ready.checkpoints.save(step, train_ms, last=True)
     if step < run.h.iterations:
         log_early_end(run, stop == Stop.SIGNAL, step, train_ms)

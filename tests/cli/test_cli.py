@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("machine", cli.MACHINES, ids=lambda machine: f"{machine.gpus} GPUs")
 def test_every_row_of_the_machine_table_can_be_trained(machine):
     h = t.load_config([f"preset={machine.preset}"], {})
-    accum, sequences = t.cut_batch(h, machine.processes)
+    accum, sequences, _ = t.cut_batch(h, machine.processes)
     tokens = accum * sequences * h.train_seq_len * machine.processes
     assert tokens == h.train_batch_tokens and machine.processes <= max(1, machine.gpus)
 
@@ -35,7 +35,7 @@ def test_presets_for_gpus_are_shared_by_any_count(preset):
     """So preset= on several GPUs uses 8, 4 or 2 of them, at the same tokens a step."""
     h = t.load_config([f"preset={preset}"], {})
     for count in cli.PROCESS_COUNTS:
-        accum, sequences = t.cut_batch(h, count)
+        accum, sequences, _ = t.cut_batch(h, count)
         assert accum * sequences * h.train_seq_len * count == h.train_batch_tokens
 
 

@@ -35,8 +35,7 @@ def a_session(rows=2, **knobs):
 
 def session_of(h, m):
     """Return a session of this config and machine."""
-    _, rows = t.cut_batch(h, 1)
-    return Session(t, h, m, rows, an_empty_report(), math.inf)
+    return Session(t, h, m, t.cut_batch(h, 1).sequences, an_empty_report(), math.inf)
 
 
 def sections_by_name(s, dtype=torch.float32):

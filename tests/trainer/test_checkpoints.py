@@ -160,7 +160,8 @@ def checkpoints_of(folder, name, model_seed):
         phases={},
         splits={},
     )
-    return t.Checkpoints(run, t.Optimizer(model, h, m), t.Ema(model, h))
+    loader = SimpleNamespace(position=0)
+    return t.Checkpoints(run, t.Optimizer(model, h, m), t.Ema(model, h), loader)
 
 
 def train_and_save(rank, folder, steps):
@@ -174,6 +175,7 @@ def train_and_save(rank, folder, steps):
         model.loss(tokens, targets).backward()
         optimizer.step(t.hyper_at(optimizer.h, step, 0.0))
     checkpoints.ema.update(0.25)
+    checkpoints.loader.position = 36
     checkpoints.save(steps, 123.0, last=True)
 
 
@@ -184,6 +186,7 @@ def resume_and_save(rank, folder, steps, name):
     state = t.read_state(run.h, run.m, checkpoints.base, run.dataset)
     assert checkpoints.restore(state) == (steps, 123.0) and state.parts == []
     assert checkpoints.optimizer.steps == steps and checkpoints.ema.progress == 0.25
+    assert checkpoints.loader.position == 36
     checkpoints.base = f"{folder}/{name}"
     checkpoints.good = 0
     checkpoints.save(steps, 123.0, last=True)

@@ -173,7 +173,7 @@ def test_warmup_leaves_no_trace(one):
     trained = []
     state = [x.clone() for x in optimizer.state()]
     average = [x.clone() for x in ema.average]
-    first_batch = [x.clone() for x in loader.build(0)]
+    first_batch = [loader.build(a).clone() for a in range(loader.accum)]
     step = optimizer.step
 
     def nats(tokens, targets, last):

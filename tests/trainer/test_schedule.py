@@ -59,7 +59,7 @@ def train_rank(rank, folder, knobs, per_node=0):
     state = [x.clone() for x in optimizer.state()]
 
     optimizer.restore(saved)
-    loader.seek(2)
+    loader.seek(2 * loader.accum)
     for step in range(2, STEPS):
         t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
     again = all_equal(state, optimizer.state())

@@ -565,10 +565,10 @@ def test_the_batch_must_cut_into_micro_batches(shards):
 def test_seek_is_exact(shards):
     data = loader(shards[0])
     first = [global_batch([data.next()]) for _ in range(12)]
-    assert data.index == 12
+    assert data.index == 12 * data.accum
     for n in (0, 11, 5, 5):
-        data.seek(n)
-        assert torch.equal(global_batch([data.next()]), first[n]) and data.index == n + 1
+        data.seek(n * data.accum)
+        assert torch.equal(global_batch([data.next()]), first[n]) and data.index == (n + 1) * data.accum
     assert torch.equal(global_batch([data.next()]), first[6])
 
 

@@ -48,11 +48,11 @@ INPUTS = ("data_path", "tokenizer_path", "val_tokens", "eval_batch_tokens")  # w
 
 
 class Weights(NamedTuple):
-    """The weights of a checkpoint by parameter name, and the step after which they were written."""
+    """The weights of a checkpoint by parameter name, and where in the text training had arrived."""
 
     live: dict[str, Tensor]
     average: dict[str, Tensor]
-    step: int
+    position: int
 
     def chosen(self, artifact_weights: str) -> dict[str, Tensor]:
         """Return those that the knob artifact_weights names."""
@@ -113,7 +113,7 @@ def read_weights(t: ModuleType, run: Any, checkpoint: Path) -> Weights:
     return Weights(
         live={name: whole(name) for name in names},
         average={name: whole(f"average.{name}") for name in names},
-        step=state.step,
+        position=state.parts[0][0]["position"],
     )
 
 
@@ -130,7 +130,7 @@ def grams_of(t: ModuleType, run: Any, weights: Weights, h: Any) -> dict[str, Ten
         return {}
     load_weights(run, weights.live)
     loader = t.TokenLoader(h, run.m)
-    loader.seek(weights.step)
+    loader.position = weights.position
     return t.calibrate(dataclasses.replace(run, h=h), loader)
 
 

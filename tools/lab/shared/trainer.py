@@ -56,7 +56,7 @@ class Session(NamedTuple):
     @property
     def accum(self) -> int:
         """Micro-batches of a step on this rank."""
-        return self.t.cut_batch(self.h, self.m.world_size)[0]
+        return self.t.cut_batch(self.h, self.m.world_size).accum
 
     @property
     def late(self) -> bool:
@@ -101,7 +101,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
     """Resolve the config, bind the machine and begin a report that describes both."""
     h = t.load_config(knobs, env)
     m = t.init_machine(h, env)
-    _, rows = t.cut_batch(h, m.world_size)
+    rows = t.cut_batch(h, m.world_size).sequences
     report = dict(
         schema=1,
         device=m.names["device"],

@@ -46,7 +46,7 @@ def time_step(s: Session, run: Trained) -> None:
         s.skip("a CUDA graph of forward+backward: launched one by one", failure)
 
     parts = {
-        "forward+backward": lambda: backward(run.fresh()),
+        "forward+backward": lambda: backward(run.fresh(), s.accum),
         "optimizer": lambda: run.optimizer.step(hp),
         "ema": lambda: run.ema.update(0.0),
         "zero gradients": lambda: torch._foreach_zero_(buffers),
@@ -63,7 +63,7 @@ def time_step(s: Session, run: Trained) -> None:
             f"{s.report['peak_mib']} MiB"
         )
 
-    loss = backward(run.fresh())
+    loss = backward(run.fresh(), s.accum)
     with quiet_run(s) as logged:
         times = wall_times(s, lambda: t.log_step(logged, 1, loss, 1.0))
     report_times(s, "log line", times)
