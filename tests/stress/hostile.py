@@ -10,6 +10,7 @@ the end of the console. Exit status 1 if there are any.
 """
 
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -145,6 +146,8 @@ def main(argv):
         print(f"hostile.py: no case holds {' '.join(argv)!r}; without words, all run", file=sys.stderr)
         return 2
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: cases send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
     rows = run_cases(cases, workers, Progress(len(cases)))
     print_table(rows)

@@ -62,6 +62,53 @@ def test_the_judge_sees_each_fault(name, sound_files, monkeypatch):
     assert "; ".join(judge.judge(case, (), sound_files).faults) == faults
 
 
+# A program that does much that a judge sees, and may be run in a fork.
+PROGRAM = """
+import atexit, multiprocessing, os, subprocess, sys, tempfile, time
+if __name__ == "__main__":
+    atexit.register(print, "last")
+    print(os.getcwd() == os.environ["HERE"], tempfile.gettempdir() == os.environ["TMPDIR"])
+    print(sys.argv[1:], sys.stdin.read() == "", os.getsid(0) == os.getpid(), os.path.basename(__file__))
+    subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
+    open("new", "w").close()
+    print("file: a remedy", file=sys.stderr)
+    os._exit(3) if sys.argv[1] == "at once" else sys.exit(3)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("word", ["at once", "in order"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_fork_is_judged_like_a_program(word, fresh, sound_files, monkeypatch):
+    monkeypatch.setattr(judge, "GRACE", 0.3)
+    case = Case("x", (sys.executable, "p.py", word), NAMED, setup=(written("p.py", PROGRAM),), fresh=fresh)
+    assert judge.can_fork(case) is not fresh
+    place = temporary_folder()
+    here = place / "here"
+    for folder in (here, place / "tmp"):
+        folder.mkdir()
+    case.setup[0](here)
+    case = case._replace(env={"HERE": str(here)})
+    faults, console = judge.run_case(case, place, here)
+    left = 2 if word == "at once" else 1  # multiprocessing ends its own at a proper end
+    assert faults == [f"{left} processes left", "status 3", "left new"]
+    if word == "in order":
+        assert console.splitlines()[:3] == ["True True", "['in order'] True True p.py", "last"]
+
+
+def test_a_fork_that_a_signal_ends_has_a_program_s_status(sound_files):
+    script = "import os; os.kill(os.getpid(), 9)"
+    case = Case("x", (sys.executable, "p.py"), status=-9, setup=(written("p.py", script),))
+    assert judge.can_fork(case) and judge.judge(case, (), sound_files).behaved
+
+
+def test_a_fork_that_does_not_end_is_killed(sound_files):
+    script = "import time; time.sleep(60)"
+    case = Case("x", (sys.executable, "p.py"), seconds=0.5, setup=(written("p.py", script),), lines=0)
+    assert judge.judge(case, (), sound_files).faults == ("did not end within 0.5 s", "status -9")
+
+
 def test_what_a_case_leaves_may_be_there_but_not_half_of_it(sound_files):
     script = "mkdir out; touch out/log out/log.tmp"
     case = Case("leaves", shell(script), status=0, leaves=("out", "out/*"))

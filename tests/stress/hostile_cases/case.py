@@ -39,6 +39,7 @@ class Case(NamedTuple):
     lines: int = 1  # most lines of a refusal, notes of run.sh aside; 0: any number
     seconds: float = 90.0
     holds: Callable[[Path], str] | None = None  # returns what else is wrong, "" for nothing
+    fresh: bool = False  # whether an interpreter of its own must start, because that is the subject
 
     @property
     def expectation(self) -> str:

@@ -85,7 +85,7 @@ CASES = (
     Case(
         "no room for checkpoints",
         train("checkpoint_every=1e-6"),
-        ("checkpoint step:", "failed:", FULL, "final_score"),
+        ("checkpoint step:", "failed:", FULL, "score: val_bpb"),
         0,
         under=small_disk("out", HEAD + 80),
         leaves=("out",),

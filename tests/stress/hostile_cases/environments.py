@@ -293,4 +293,6 @@ CASES = (
     ),
 )
 
-GROUP = Group("environments", ("docs", "data", "run", "repo"), CASES)
+GROUP = Group(
+    "environments", ("docs", "data", "run", "repo"), tuple(case._replace(fresh=True) for case in CASES)
+)

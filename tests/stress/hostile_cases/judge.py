@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -67,15 +69,92 @@ def environment(case, place, mark):
     return {key: value for key, value in env.items() if case.env.get(key, "") is not None}
 
 
-def marked_processes(mark):
-    """Return {process id: its environment as text} of the living processes of a case, where /proc tells."""
+class Forked:
+    """A Python program that forked_program.py becomes. Has what this module uses of subprocess.Popen."""
+
+    workers = threading.local()  # a forked_program.py for each thread
+
+    def __init__(self, argv, here, env, consoles):
+        self.worker = getattr(self.workers, "process", None) or self.start_worker()
+        names = ("stdout", "stderr")
+        files = {name: str(console) for name, console in zip(names, consoles, strict=True)}
+        program = {"cwd": str(here), "env": env, "argv": argv, **files}
+        self.worker.stdin.write(json.dumps(program) + "\n")
+        self.worker.stdin.flush()
+        self.pid = int(self.worker.stdout.readline())
+        self.returncode = None
+        self.reader = threading.Thread(target=self.read_status, daemon=True)
+        self.reader.start()
+
+    def start_worker(self):
+        """Start this thread's forked_program.py."""
+        self.workers.process = subprocess.Popen(
+            [PYTHON, str(Path(__file__).with_name("forked_program.py"))],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self.workers.process
+
+    def read_status(self):
+        """In a thread: wait for the program's end."""
+        self.returncode = int(self.worker.stdout.readline())
+
+    def poll(self):
+        """Return the exit status, None before the end."""
+        return self.returncode
+
+    def wait(self, timeout=None):
+        """Wait for the end. Raises subprocess.TimeoutExpired."""
+        self.reader.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("forked_program.py", timeout)
+
+    def send_signal(self, number):
+        """Send a signal, unless the program has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+
+def can_fork(case):
+    """Return whether a case may run in a fork: a program in Python whose start is not its subject."""
+    starts = any(key.startswith(("PYTHON", "LANG", "LC_")) for key in case.env)
+    early = any(not wanted.after for wanted in case.signals)
+    is_program = case.command[0] == PYTHON and case.command[1].endswith(".py")
+    return is_program and not (case.fresh or case.under or starts or early)
+
+
+def start(case, here, env, consoles):
+    """Start the program of a case: a Popen, or a Forked."""
+    if can_fork(case):
+        for console in consoles:
+            console.touch()
+        return Forked(list(case.command[1:]), here, env, consoles)
+    with open(consoles[0], "wb") as out, open(consoles[1], "wb") as err:
+        return subprocess.Popen(
+            [*case.under, *case.command],
+            cwd=here,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+
+
+def marked_processes(mark, session):
+    """Return {process id: its environment as text} of the living processes of a case, where /proc tells.
+
+    They have its mark, or, as forks of another program, its session.
+    """
     wanted = f"{MARK}={mark}\0"
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             text = (entry / "environ").read_bytes().decode(errors="replace") + "\0"
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            if wanted in text and state != "Z":
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if (wanted in text or int(fields[3]) == session) and fields[0] != "Z":
                 found[int(entry.name)] = text
     return found
 
@@ -85,12 +164,12 @@ def send(wanted, process, mark):
     if wanted.to == "program":
         process.send_signal(wanted.number)
     elif wanted.to == "terminal":
-        for pid in marked_processes(mark):
+        for pid in marked_processes(mark, process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, wanted.number)
     else:
         rank = wanted.to.removeprefix("rank ")
-        for pid, text in marked_processes(mark).items():
+        for pid, text in marked_processes(mark, process.pid).items():
             if f"\0RANK={rank}\0" in text:
                 os.kill(pid, wanted.number)
 
@@ -122,10 +201,10 @@ def wait(process, case, consoles, here, mark):
     return ""
 
 
-def stop_all(mark, seconds):
+def stop_all(mark, session, seconds):
     """Wait until no process of a case is left, then kill those that are. Returns how many that were."""
     deadline = time.monotonic() + seconds
-    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+    while (left := marked_processes(mark, session)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
@@ -232,18 +311,9 @@ def run_case(case, place, here):
     mark = place.name
     before = snapshot(here)
     consoles = [place / "stdout", place / "stderr"]
-    with open(consoles[0], "wb") as out, open(consoles[1], "wb") as err:
-        process = subprocess.Popen(
-            [*case.under, *case.command],
-            cwd=here,
-            env=environment(case, place, mark),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
+    process = start(case, here, environment(case, place, mark), consoles)
     hung = wait(process, case, consoles, here, mark)
-    left = stop_all(mark, 0.0 if hung else GRACE)
+    left = stop_all(mark, process.pid, 0.0 if hung else GRACE)
     process.wait()
 
     out, err = (read_text(path) for path in consoles)

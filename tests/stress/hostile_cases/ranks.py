@@ -211,7 +211,7 @@ CASES = (
         "SIGTERM to run.sh with two ranks",
         run_of_two(*LONG, "checkpoint_every=1e-6"),
         ("stopping_early: signal", "final_score"),
-        1,
+        143,
         lines=0,
         env=TWO,
         signals=(Signal(signal.SIGTERM, "^step:3/", 0.2),),

@@ -1,6 +1,6 @@
 """Settings: every knob beyond its bounds, knobs that contradict, odd spellings, huge sizes."""
 
-from hostile_cases.case import Case, Group, config, lab, run_sh, train
+from hostile_cases.case import Case, Group, config, lab, run_sh, shell, train
 from hostile_cases.paths import OUTPUT
 
 # A value for every knob that is a number, a choice or a switch, that is beyond its bounds or of another type.
@@ -108,7 +108,7 @@ CONTRADICTIONS = (
     (("ema_frac=0",), ("ema_frac", "must be positive")),
     (("adam_eps=0",), ("adam_eps must be at least",)),
     (("logit_softcap=0",), ("logit_softcap", "must be positive")),
-    (("max_wallclock_seconds=0.001", "gptq_batches=50"), ("max_wallclock_seconds", "raise it")),
+    (("max_wallclock_seconds=0.001", "gptq_batches=50"), ("max_wallclock_seconds", "held back", "raise it")),
 )
 
 # Words that are no settings, or of odd spelling, and what the error names.
@@ -140,21 +140,20 @@ HUGE = (
     (("bigram_vocab_size=1099511627776",), ("make the model smaller",)),
     (("ve_dim=1099511627776",), ("make the model smaller",)),
     (("attn_windows=9999999999",), ("attn_windows", "999999999")),
+    (("train_batch_tokens=1125899906842624",), ("train_batch_tokens=1125899906842624", "at most")),
+    (("eval_batch_tokens=1125899906842624",), ("eval_batch_tokens=1125899906842624", "at most")),
     (
-        (
-            "train_seq_len=1125899906842624",
-            "train_batch_tokens=1125899906842624",
-            "micro_batch_tokens=1125899906842624",
-        ),
+        ("train_seq_len=1073741824", "train_batch_tokens=1073741824", "micro_batch_tokens=1073741824"),
         ("train split has",),
     ),
-    (("eval_seq_len=1125899906842624", "eval_batch_tokens=1125899906842624"), ("eval_seq_len",)),
+    (("eval_seq_len=1073741824", "eval_batch_tokens=1073741824"), ("eval_seq_len",)),
+    (("matrix_lr=1e15",), ("matrix_lr * muon_wd", "at most 1")),
+    (("embed_lr=1e15",), ("embed_lr * embed_wd", "at most 1")),
 )
 
 # Values within their bounds with which training cannot go well: status 1 and one line.
 DIVERGING = (
-    ("matrix_lr=1e15", "diverged"),
-    ("embed_lr=1e15", "diverged"),
+    ("matrix_lr=1e15 muon_wd=0", "diverged"),
     ("qk_gain_init=1e15", "iverged"),
     ("tied_embed_init_std=1e15", "train with lower rates"),
     ("logit_softcap=1e-300", "iverged"),
@@ -169,7 +168,7 @@ def cases() -> tuple[Case, ...]:
         *(Case(f"spelling {words[0][:30]!r}", train(*words), says) for words, says in SPELLINGS),
         *(Case(" ".join(given)[:60], train(*given), says) for given, says in HUGE),
         *(
-            Case(given, train(given, "iterations=8"), (says,), 1, leaves=("out", "out/run.txt"))
+            Case(given, train(*given.split(), "iterations=8"), (says,), 1, leaves=("out", "out/run.txt"))
             for given, says in DIVERGING
         ),
     )
@@ -223,7 +222,10 @@ OTHERS = (
     Case("a split of one target", train("val_tokens=1"), ("2 tokens of val", "eval_seq_len=32")),
     Case(
         "a batch that no memory holds",
-        train("train_batch_tokens=1125899906842624", "micro_batch_tokens=1125899906842624"),
+        shell(
+            'ulimit -v 3000000; exec "$@"',
+            *train("train_batch_tokens=268435456", "micro_batch_tokens=268435456"),
+        ),
         ("no memory left", "lower micro_batch_tokens"),
         1,
         leaves=("out", "out/run.txt"),

@@ -93,7 +93,7 @@ def cases_of(number: int, name: str, at_once: int) -> tuple[Case, ...]:
         Case(
             f"{name} to eval",
             evaluate("run/run.int6.xz", "eval_stride=1", "eval_batch_tokens=32"),
-            status=-number,
+            status=at_once,
             lines=0,
             signals=(Signal(number, "^final_int6_roundtrip_exact"),),
             leaves=("out", "out/scored.txt"),
