@@ -3,6 +3,7 @@
 # `./run.sh --help` lists what it does.
 # Written for bash 3.2 (macOS) and later. Notes go to stderr, so `./run.sh config > file` stays clean.
 set -euo pipefail
+unset PYTHONSAFEPATH    # with it, a program would not find the modules beside it
 
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do    # a symlink to this file; macOS has no readlink -f

@@ -639,12 +639,12 @@ def bench_reads_data(options: Sequence[str]) -> bool:
 def bench(request: Request) -> int:
     """Time this machine with one process, or with NPROC of them, on the data that train would take."""
     enter_repository()
-    add_tools_to_path()
     knobs = with_preset(request.knobs, count_gpus())
     processes = int(os.environ.get("NPROC") or 1)
     if bench_reads_data(request.options) and not knob_value("data_path", request.knobs):
         preset = knob_value("preset", tuple(knobs))
         knobs = [f"data_path={find_training_data(preset, knobs, processes)}", *knobs]
+    add_tools_to_path()  # only now: data/prepare.py finds its own modules where PYTHONSAFEPATH is not set
     program = ["-m", "lab.bench", *request.options, *knobs]
     if processes == 1:
         return run(program)

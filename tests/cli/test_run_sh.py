@@ -118,6 +118,10 @@ def test_bench_takes_the_data_that_train_takes(tree):
         tree.calls_file.unlink()
 
 
+def test_a_safe_path_of_the_callers_does_not_hide_our_modules(tree):
+    assert tree.run("bench", PYTHONSAFEPATH="1").returncode == 0
+
+
 def test_an_artifact_is_scored_on_the_data_of_its_log(tree):
     """Not on what can be had today, which may be another text, nor after asking the hub for it."""
     (tree.root / "logs").mkdir()
