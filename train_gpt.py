@@ -1724,6 +1724,7 @@ class TokenLoader:
 
     @position.setter
     def position(self, sequences: int) -> None:
+        """Go on after so many sequences, rounded down to whole micro-batches."""
         self.seek(sequences // (self.m.world_size * self.sequences))
 
 
