@@ -1102,11 +1102,11 @@ def known_fault(error: Exception) -> InputError | None:
     """Return what one line can report: an InputError itself, a Fault if memory ran out. None: neither."""
     if isinstance(error, InputError):
         return error
-    said = ("out of memory", "can't allocate memory", "not enough memory")
+    said = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "start new thread")
     if isinstance(error, MemoryError) or any(words in str(error) for words in said):
         return Fault(
-            f"no memory left ({str(error)[:200]}); lower micro_batch_tokens or eval_batch_tokens, or make "
-            "the model smaller"
+            f"no memory left ({str(error)[:200] or 'MemoryError'}); lower micro_batch_tokens, "
+            "train_batch_tokens or eval_batch_tokens, or make the model smaller"
         )
     return None
 
@@ -5707,7 +5707,7 @@ def main(argv: list[str]) -> int:
         return run_command(command, rest, os.environ)
     except BrokenPipeError:
         return 1
-    except (InputError, RuntimeError, MemoryError) as e:
+    except Exception as e:
         if fault := known_fault(e):
             print(f"train_gpt.py: {fault}", file=sys.stderr, flush=True)
             tell_torchrun(str(fault))
