@@ -108,7 +108,6 @@ CONTRADICTIONS = (
     (("ema_frac=0",), ("ema_frac", "must be positive")),
     (("adam_eps=0",), ("adam_eps must be at least",)),
     (("logit_softcap=0",), ("logit_softcap", "must be positive")),
-    (("max_wallclock_seconds=0.001", "gptq_batches=50"), ("max_wallclock_seconds", "held back", "raise it")),
 )
 
 # Words that are no settings, or of odd spelling, and what the error names.
@@ -187,7 +186,11 @@ OTHERS = (
     Case(
         "run.sh: run_id escapes", run_sh("train", "data_path=data", "run_id=../x"), ("run_id", "begin with")
     ),
-    Case("run.sh: a bench of a word of seconds", run_sh("bench", "--seconds", "x"), ("--seconds",)),
+    Case(
+        "run.sh: a bench of a word of seconds",
+        run_sh("bench", "--seconds", "x", "data_path=data"),
+        ("--seconds",),
+    ),
     Case("run.sh: an option without a value", run_sh("bench", "--json"), ("--json", "needs a value")),
     Case("an unknown command", (*config()[:2], "fly"), ("'fly'", "usage")),
     Case("eval without an artifact", (*config()[:2], "eval"), ("'eval'", "usage")),
@@ -218,6 +221,12 @@ OTHERS = (
         status=1,
         lines=0,
         leaves=OUTPUT,
+    ),
+    Case(
+        "a clock that calibration alone exceeds",
+        train("max_wallclock_seconds=0.001", "gptq_batches=50"),
+        ("max_wallclock_seconds", "held back", "raise it"),
+        leaves=("out", "out/run.txt"),
     ),
     Case("a split of one target", train("val_tokens=1"), ("2 tokens of val", "eval_seq_len=32")),
     Case(
