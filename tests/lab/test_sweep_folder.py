@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -297,3 +299,14 @@ def test_an_out_that_cannot_be_a_folder_is_one_line(tmp_path, capsys):
 def test_a_folder_without_logs_is_no_sweep(tmp_path, capsys):
     assert sweep.main([str(tmp_path)]) == 2
     assert f"{tmp_path}: no folder of a sweep" in capsys.readouterr().err
+
+
+def test_tables_need_no_torch(folder):
+    """`record sweep FOLDER` in a process of its own, from another folder."""
+    code = (
+        "import sys\nfrom lab import sweep\n"
+        f"assert sweep.main([{str(folder)!r}]) == 0\nassert 'torch' not in sys.modules"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "| ns5 |" in done.stdout, done.stderr

@@ -266,14 +266,3 @@ def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set
     model = set(sweep_table.MODEL)
     assert {*t.MODEL_FIELDS, *t.EXTRA_FIELDS} <= fixed | model <= knobs
     assert set(sweep_table.NAMES) <= knobs and not fixed & model
-
-
-def test_tables_need_no_torch(folder):
-    """`record sweep FOLDER` in a process of its own, from another folder."""
-    code = (
-        "import sys\nfrom lab import sweep\n"
-        f"assert sweep.main([{str(folder)!r}]) == 0\nassert 'torch' not in sys.modules"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "| ns5 |" in done.stdout, done.stderr
