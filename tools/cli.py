@@ -27,9 +27,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from children import output_of, sigterm_reaches
@@ -114,7 +115,7 @@ class Command(NamedTuple):
     files: tuple[str, ...] = ()  # that it needs
     reads_knobs: bool = True  # if not, its words go to another program as they are
     needs_artifact: bool = False
-    options: dict[str, Takes] = {}
+    options: Mapping[str, Takes] = MappingProxyType({})
 
 
 def from_caller(path: str) -> str:
@@ -263,6 +264,7 @@ class Resolved(NamedTuple):
     run_id: str
     resume: str
     codec: str  # ends the artifact's name
+    matrix_lr: float
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
 
 
@@ -439,10 +441,9 @@ class NextCommand(NamedTuple):
 
 
 TRY_SEEDS = (1337, 42)
-TRY_KNOB = "matrix_lr=0.1"  # twice the default
 
 
-def next_commands(knobs: Sequence[str], seed: int, artifact: str, run_sh: str) -> list[NextCommand]:
+def next_commands(knobs: Sequence[str], resolved: Resolved, artifact: str, run_sh: str) -> list[NextCommand]:
     """Return what to try after a run with these knobs, preset and data_path among them."""
     nproc = os.environ.get("NPROC")
     prefix = f"NPROC={nproc} " if nproc else ""
@@ -455,11 +456,11 @@ def next_commands(knobs: Sequence[str], seed: int, artifact: str, run_sh: str) -
         return typed("train", *[given for given in knobs if not given.startswith(replaced)], word)
 
     scoring = [word for word in knobs if word.startswith(("preset=", "data_path=", "tokenizer_path="))]
-    other_seed = next(number for number in TRY_SEEDS if number != seed)
+    other_seed = next(number for number in TRY_SEEDS if number != resolved.seed)
     return [
         NextCommand("is the score legal?", typed("audit", artifact, *scoring)),
         NextCommand("how much is chance?", train_with(f"seed={other_seed}")),
-        NextCommand("what does a knob change?", train_with(TRY_KNOB)),
+        NextCommand("what does a knob change?", train_with(f"matrix_lr={2 * resolved.matrix_lr:g}")),
     ]
 
 
@@ -519,7 +520,7 @@ def train(request: Request) -> int:
         folder = "" if caller == str(ROOT) else str(ROOT)  # what paths of the repository need in front
         knobs = [f"preset={preset}", f"data_path={os.path.join(folder, data_path)}", *others]
         run_sh = os.path.join(folder or ".", "run.sh")
-        nexts = next_commands(knobs, resolved.seed, os.path.join(folder, artifact), run_sh)
+        nexts = next_commands(knobs, resolved, os.path.join(folder, artifact), run_sh)
         with console_may_be_gone():
             report(log, [] if status else nexts)
     else:

@@ -69,9 +69,11 @@ class InputError(Exception):
 
 def load_config(argv, env):
     values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
+    values["matrix_lr"] = 0.05
     values |= {key: env[key.upper()] for key in values if env.get(key.upper())}
     values |= dict(word.split("=", 1) for word in argv)
     values["seed"] = int(values["seed"])
+    values["matrix_lr"] = float(values["matrix_lr"])
     if values["preset"] == "wrong":
         raise InputError("config key preset: 'wrong' is not one of record")
     return SimpleNamespace(**values)

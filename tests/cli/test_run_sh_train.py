@@ -169,7 +169,7 @@ def test_the_commands_to_try_next_can_be_typed_where_the_run_was_started(tree, t
     audit, seed, knob = next_commands_of(done)
     assert audit == [*prefix, "audit", f"{tree.root}/logs/s.int6.xz", "preset=cpu", found]
     assert seed == [*prefix, "train", "preset=cpu", found, "matrix_lr=0.02", "seed=1337"]
-    assert knob == [*prefix, "train", "preset=cpu", found, "seed=42", "matrix_lr=0.1"]
+    assert knob == [*prefix, "train", "preset=cpu", found, "seed=42", "matrix_lr=0.04"]  # twice the run's
     for command in (seed, knob, audit):
         argv = ["bash", *command[1:]]
         again = subprocess.run(argv, cwd=away, env=tree.env(NPROC="2"), capture_output=True, text=True)

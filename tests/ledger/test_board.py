@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.show.board import BOARD
+from ledger.show.board import BOARD, best_first
 from record_helpers import MARKERS, make, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,16 @@ def test_the_front_page_shows_records_best_first(repo):
     assert page.startswith("# Title\n")
     assert "old" not in page  # what stood between the markers
     assert page.endswith("last line\n")
+
+
+def test_a_score_in_disjoint_windows_comes_after_all_sliding_ones():
+    """It is higher for the same artifact, so the two cannot be compared."""
+    scores = {"b": ("int6_xz_sliding", 1.2), "a": ("int6_rans_chunked", 1.1), "c": ("int6_xz_ttt", 1.15)}
+    subs = [
+        {"name": name, "date": "2026-11-22", "metric": metric, "val_bpb": val_bpb}
+        for name, (metric, val_bpb) in scores.items()
+    ]
+    assert [sub["name"] for sub in best_first(subs)] == ["c", "b", "a"]
 
 
 def test_the_ledgers_page_shows_non_records_and_the_picture(repo):

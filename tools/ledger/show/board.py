@@ -13,8 +13,8 @@ from script import BadInput
 
 BOARD = markdown.block("board")
 SWEEPS = markdown.block("sweeps")
-HEAD = ["#", "val_bpb", "std", "val_loss", "seeds", "bytes", "what", "date", "by"]
-ALIGN = "rrrrrrlll"
+HEAD = ["#", "val_bpb", "std", "score", "val_loss", "seeds", "bytes", "what", "date", "by"]
+ALIGN = "rrrlrrrlll"
 BEST = 10  # records of a track on the front page
 
 
@@ -27,9 +27,21 @@ def read_submission(folder: Path) -> dict:
     return sub
 
 
+def score_of(sub: dict) -> str:
+    """Return how the text was scored: sliding, ttt or chunked, the last word of the metric."""
+    return sub["metric"].rpartition("_")[2]
+
+
 def best_first(subs: list[dict]) -> list[dict]:
-    """Return the submissions by bpb; of equal ones the oldest comes first."""
-    return sorted(subs, key=lambda sub: (sub["val_bpb"], sub["date"], sub["name"]))
+    """Return the submissions by bpb; of equal ones the oldest comes first.
+
+    Those that were only scored in disjoint windows come last: the same artifact has a higher bpb there.
+    """
+
+    def key(sub: dict) -> tuple:
+        return score_of(sub) == "chunked", sub["val_bpb"], sub["date"], sub["name"]
+
+    return sorted(subs, key=key)
 
 
 def board_table(subs: list[dict], link: str) -> list[str]:
@@ -47,6 +59,7 @@ def board_cells(sub: dict, link: str) -> list[str]:
     return [
         f"{sub['val_bpb']:.4f}",
         "-" if sub["val_bpb_std"] is None else f"{sub['val_bpb_std']:.5f}",
+        score_of(sub),
         f"{sub['val_loss']:.4f}",
         str(len(sub["seeds"])),
         f"{sub['bytes_total']:,}",
