@@ -570,6 +570,9 @@ def rules_of_batches(h: Config) -> Iterator[Rule]:
             tokens <= MAX_TOKENS,
             f"{key}={tokens} must be at most {MAX_TOKENS}: its ids alone take {8 * tokens / 1e9:.3g} GB",
         )
+    yield Rule(
+        h.start_batch_tokens <= h.train_batch_tokens, "start_batch_tokens must not exceed train_batch_tokens"
+    )
     yield Rule(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
     yield Rule(
         h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
@@ -666,11 +669,10 @@ def cut_batch(h: Config, world_size: int) -> BatchShape:
         )
     micro_batch = h.train_batch_tokens // accum  # over all ranks
     first, left = divmod(h.start_batch_tokens or h.train_batch_tokens, micro_batch)
-    if left or first > accum:
+    if left or first == 0:
         raise InputError(
             f"config key start_batch_tokens: {h.start_batch_tokens} must be a multiple of {micro_batch}, the "
-            f"tokens of a micro-batch on {world_size} ranks, and at most train_batch_tokens; lower "
-            "micro_batch_tokens for smaller steps"
+            f"tokens of a micro-batch on {world_size} ranks; lower micro_batch_tokens for smaller steps"
         )
     return BatchShape(accum, sequences // accum, first)
 
@@ -5693,6 +5695,20 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
     raise InputError(f"{' '.join([command, *rest][:2])!r} is not a command. {USAGE}")
 
 
+def end_with(error: Exception) -> int:
+    """Print a known error as one line and return its exit status; raise any other again."""
+    fault = known_fault(error)
+    if fault:
+        print(f"train_gpt.py: {fault}", file=sys.stderr, flush=True)
+        tell_torchrun(str(fault))
+        return fault.status
+    if not lost_another_rank(error):
+        raise error
+    print("train_gpt.py: another rank is gone before the run began", file=sys.stderr, flush=True)
+    time.sleep(LINGER)
+    os._exit(Fault.status)  # a proper shutdown would wait for that rank
+
+
 def main(argv: list[str]) -> int:
     """Run a command and return its exit status. Prints an InputError as one line."""
     command = "train"
@@ -5708,15 +5724,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as e:
-        if fault := known_fault(e):
-            print(f"train_gpt.py: {fault}", file=sys.stderr, flush=True)
-            tell_torchrun(str(fault))
-            return fault.status
-        if not lost_another_rank(e):
-            raise
-        print("train_gpt.py: another rank is gone before the run began", file=sys.stderr, flush=True)
-        time.sleep(LINGER)
-        os._exit(Fault.status)  # a proper shutdown would wait for that rank
+        return end_with(e)  # which keeps no reference to the error, whose frames hold graphs
     finally:
         if dist.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])  # drop graphs, or NCCL's shutdown waits for them

@@ -199,9 +199,9 @@ def train_passes(rank, folder, captures, bad=None):
     clean &= all(not p.grad.any() for p in model.parameters())  # the passes before the capture left nothing
 
     losses = [t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0)) for step in range(3)]
-    share = backward(loader.next()[0])
+    share = backward(loader.next()[0], 1)
     clean &= share.grad_fn is None  # no activation is kept
-    clean &= share is backward(loader.next()[0])  # one tensor for all losses
+    clean &= share is backward(loader.next()[0], 1)  # one tensor for all losses
     state = [x.clone() for x in optimizer.state()]
     return types.SimpleNamespace(
         bound=bound, events=events[len(bound) :], failure=failure, clean=clean, losses=losses, state=state
@@ -258,7 +258,7 @@ def test_the_loss_is_the_mean_and_gradients_are_its_gradients(one, shards):
     batch = t.TokenLoader(h, one).next()
     backward, _ = t.bind_pass(model.loss, optimizer)
     assert len(batch) == 4
-    loss = sum(backward(sequences).item() for sequences in batch)
+    loss = sum(backward(sequences, len(batch)).item() for sequences in batch)
     whole = torch.cat(batch)
     mean = reference.loss(whole[:, :-1], whole[:, 1:])
     mean.backward()
@@ -394,7 +394,7 @@ def test_tensors_of_a_graph_keep_their_addresses(monkeypatch, tmp_path):
 
     def capture(fn):
         own = tensors_in(fn)
-        assert len(own) == (0 if "schedule" in fn.__name__ else 2)
+        assert len(own) == (0 if "schedule" in fn.__name__ else 3)  # tokens, their number of parts, the loss
         at_capture = addresses()
         captured.append(at_capture)
 
