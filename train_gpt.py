@@ -101,20 +101,24 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # 1. Errors and files: errors of one line, and files that are written whole or not at all.
 
 
-class InputError(Exception):
-    """An error reported as one line without a traceback: it names the file, key or value, and the remedy."""
+class OneLineError(Exception):
+    """An error reported as one line without a traceback. status: the exit status of the process."""
 
-    status = 2  # exit status of the process
+    status = 1
 
     def __str__(self) -> str:
         """Return the line. A name in it that holds line breaks shows them as \\n."""
         return "\\n".join(super().__str__().splitlines())
 
 
-class Fault(InputError):
-    """A failure during a run, not a bad input: one line that says where and when."""
+class InputError(OneLineError):
+    """Bad input. The line names the file, key or value, and the remedy."""
 
-    status = 1
+    status = 2
+
+
+class Fault(OneLineError):
+    """A failure during a run that no input explains. The line says where and when it happened."""
 
 
 class Diverged(Fault):
@@ -827,7 +831,7 @@ class Machine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """If the block raises an InputError on one rank, raise it on all of them. It uses gloo.
+        """If the block raises a OneLineError on one rank, raise it on all of them. It uses gloo.
 
         Otherwise the others would wait for that rank, or go on and begin a log. The block must not
         communicate.
@@ -835,7 +839,7 @@ class Machine:
         fault = None
         try:
             yield
-        except InputError as e:
+        except OneLineError as e:
             fault = e
         faults = [fault] * self.world_size
         dist.all_gather_object(faults, fault)
@@ -1100,9 +1104,9 @@ def tell_torchrun(reason: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": reason, "extraInfo": extra}}))
 
 
-def known_fault(error: Exception) -> InputError | None:
-    """Return what one line can report: an InputError itself, a Fault if memory ran out. None: neither."""
-    if isinstance(error, InputError):
+def known_fault(error: Exception) -> OneLineError | None:
+    """Return what one line can report: a OneLineError itself, a Fault if memory ran out. None: neither."""
+    if isinstance(error, OneLineError):
         return error
     said = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "start new thread")
     if isinstance(error, MemoryError) or any(words in str(error) for words in said):
@@ -5710,7 +5714,7 @@ def end_with(error: Exception) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run a command and return its exit status. Prints an InputError as one line."""
+    """Run a command and return its exit status. Prints a OneLineError as its line."""
     command = "train"
     rest = argv
     if argv and "=" not in argv[0]:

@@ -1,6 +1,8 @@
 """The worker of a sweep: it trains what train trains, on one device, and compiles a model once."""
 
 import dataclasses
+import io
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 
 import train_gpt as t
 from helpers import english_args
+from lab.training import worker as sweep_worker
 from lab.training.worker import Worker, entropy_bytes, weights_sha256
 from ledger.make import sweep_table
 from ledger.prove import sweep_claims
@@ -218,6 +221,18 @@ def test_a_model_that_cannot_be_bound_is_refused_each_time(worker, tmp_path, mon
     for _ in range(2):
         with pytest.raises(t.InputError, match="no attention kernel"):
             worker.prepare(h, t.Log(str(tmp_path / "log.txt"), None))
+
+
+def test_a_fault_of_a_run_is_an_answer_as_bad_input_is(tmp_path, monkeypatch, capfd):
+    def broken(*_):
+        raise t.Fault("the device is gone")
+
+    monkeypatch.setattr(sweep_worker.os, "dup2", lambda *_: None)  # prints stay where capfd reads them
+    monkeypatch.setattr(sweep_worker, "load_script", lambda *_: t)
+    monkeypatch.setattr(sweep_worker, "Worker", broken)
+    monkeypatch.setattr(sweep_worker.sys, "stdin", io.StringIO('{"argv": []}\n'))
+    assert sweep_worker.serve(tmp_path) == 0
+    assert json.loads(capfd.readouterr().out) == {"refused": "the device is gone"}
 
 
 def test_weights_that_are_no_numbers_are_a_result(worker, tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ from ledger.read.runlog import SEPARATOR
 from script import TRAINER, load_script
 
 NEEDS = (
-    "Diverged", "InputError", "Log", "STORED_AS", "bind_ops", "check_train_split", "conclude", "init_machine",
-    "load_config", "load_dataset", "machine_report", "quantize", "start_run", "train",
+    "Diverged", "InputError", "Log", "OneLineError", "STORED_AS", "bind_ops", "check_train_split", "conclude",
+    "init_machine", "load_config", "load_dataset", "machine_report", "quantize", "start_run", "train",
 )  # fmt: skip
 # A sweep may be started inside torchrun; its workers are groups of one all the same.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -220,7 +220,7 @@ def serve(folder: Path) -> int:
             else:
                 worker.train(request, folder)
                 answer = {"done": True}
-        except trainer.InputError as error:
+        except trainer.OneLineError as error:
             answer = {"refused": str(error)}
         print(json.dumps(answer), file=answers, flush=True)
     return 0
