@@ -707,6 +707,14 @@ class Captured(NamedTuple):
     failure: str  # "" for a graph, and where there are no graphs
 
 
+@dataclass
+class Signals:
+    """The signals that `guarded` has received in this process."""
+
+    times: list[float] = field(default_factory=list)  # time.monotonic() of each SIGTERM and SIGINT
+    may_finish: bool = False  # whether the first one ends training and not the process; set by `train`
+
+
 @dataclass(frozen=True)
 class Machine:
     """This process's rank, and what is bound for its device so that other code rarely asks which it is."""
@@ -722,8 +730,7 @@ class Machine:
     names: dict[str, str]  # for the log: device, attention, qk, mlp, compile, pass, update
     streams: tuple = ()  # GPU only: streams[0] captures graphs and copies to the host; all can be lanes
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
-    # Times of SIGTERM and SIGINT. The first entry makes every signal exit at once, until `train` clears it.
-    signals: list[float] = field(default_factory=lambda: [-math.inf])
+    signals: Signals = field(default_factory=Signals)
 
     @property
     def own_share(self) -> int:
@@ -1152,11 +1159,12 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
     """
 
     def handle(number: int, frame) -> None:
-        m.signals.append(time.monotonic())
-        if m.signals[-1] > m.signals[0] + ECHO:
+        times = m.signals.times
+        times.append(time.monotonic())
+        if not m.signals.may_finish or times[-1] > times[0] + ECHO:
             os._exit(128 + number)
         # Only a person sends SIGINT: torchrun sends SIGTERM when another rank is gone.
-        if m.rank == 0 and number == signal.SIGINT and len(m.signals) == 1:
+        if m.rank == 0 and number == signal.SIGINT and len(times) == 1:
             text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
             with suppress(OSError):
                 os.write(2, text.encode())  # not print: the signal may have interrupted one
@@ -4923,7 +4931,7 @@ def reason_to_stop(m: Machine, loss_and_norm: list[float]) -> Stop:
     """Return this rank's reason: a step's loss or gradient norm is no number below DIVERGED, or a signal."""
     if not all(abs(x) < DIVERGED for x in loss_and_norm):
         return Stop.DIVERGED
-    return Stop.SIGNAL if m.signals else Stop.NO
+    return Stop.SIGNAL if m.signals.times else Stop.NO
 
 
 @dataclass
@@ -5212,7 +5220,7 @@ def train(run: Run) -> Trained:
     m = run.m
     ready = get_ready(run)
     step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
-    m.signals.clear()  # from now on the first signal ends training, not the process
+    m.signals.may_finish = True
     newest = m.fetch(torch.zeros(2, device=m.device))  # loss and gradient norm of the newest step
 
     h = hold_back(run, ready.warm.calibrate_ms)  # the clock starts with the last rank

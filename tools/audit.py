@@ -747,7 +747,7 @@ def audit_files(audit: Audit) -> Verdict:
     small = script.GPT(h, run.m.ops, run.m.dtype).to(run.m.device)
     m = run.m
     if hasattr(m, "signals"):  # for `train`, a first signal ends training; for the audit, it leaves at once
-        m = dataclasses.replace(m, signals=[])
+        m = dataclasses.replace(m, signals=type(m.signals)())  # in old scripts they are a list
     small_run = dataclasses.replace(
         run,
         h=h,

@@ -1,5 +1,7 @@
 """The auditor passes an honest run."""
 
+import dataclasses
+
 import numpy as np
 
 import train_gpt as t
@@ -18,7 +20,9 @@ def test_the_run_has_learnt(honest, group):
 
 
 def test_nine_tests_pass_on_an_honest_run(honest, group):
-    fails, verdicts = failing(fresh(honest.run), honest.blob)
+    m = dataclasses.replace(honest.run.m, signals=t.Signals())
+    fails, verdicts = failing(dataclasses.replace(fresh(honest.run), m=m), honest.blob)
+    assert m.signals == t.Signals()  # a signal during the auditor's own training leaves at once
     assert not fails, verdicts
     assert [v.test[:2] for v in verdicts] == [f"T{i}" for i in range(1, 10)]
     assert all(v.evidence for v in verdicts)
