@@ -546,7 +546,7 @@ def check_relations(h: Config) -> None:
         if not rule.holds:
             raise InputError(f"config: {rule.text}")
 
-    parameters = sum(math.prod(shape) for shape, _ in parameter_table(h).values())
+    parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
     most = CODECS[h.codec].most_weights
     if parameters > most:
         sizes = " ".join(f"{key}={getattr(h, key)}" for key in SIZES)
@@ -2102,12 +2102,19 @@ def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> T
 # 7. GPT: one table of all parameters, and one forward pass for loss, logits and scoring.
 
 
+class Init(NamedTuple):
+    """How init_tensor fills a parameter, and the value it needs: a number, or a word of parameter_table."""
+
+    kind: str
+    value: float | str = 0.0
+
+
 class ParamSpec(NamedTuple):
     """A parameter. The order of the table is that of initialization and of reduction: biggest bank first."""
 
     name: str
     shape: str  # in parameter_table's letters; the first of three is the number of matrices
-    init: str  # initialization and value, in init_tensor's and parameter_table's words
+    init: Init
     buffer: str  # its bank: split over ranks, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
     lr: str  # knob with its rate
     stored_as: str  # in the artifact: a row of ENCODINGS, or embed, for int{embed_bits}
@@ -2115,39 +2122,50 @@ class ParamSpec(NamedTuple):
 
 
 PARAM_TABLE = (
-    ParamSpec("mlp_up_bank", "L F D", "orthogonal", "mlp", "matrix_lr", "int6"),
-    ParamSpec("mlp_down_bank", "L D F", "normal OUT", "mlp", "matrix_lr", "int6"),
-    ParamSpec("qo_bank", "2L D D", "half_orthogonal OUT", "qo", "matrix_lr", "int6"),  # Q at i, O at L + i
-    ParamSpec("kv_bank", "2L KV D", "orthogonal", "kv", "matrix_lr", "int6"),  # K at i, V at L + i
-    ParamSpec("tok_emb", "V D", "normal EMBED", "flat", "embed_lr", "embed"),  # also the output layer
-    ParamSpec("bigram_emb", "BV BD", "constant 0", "flat", "embed_lr", "embed", "bigram_vocab_size"),
+    ParamSpec("mlp_up_bank", "L F D", Init("orthogonal"), "mlp", "matrix_lr", "int6"),
+    ParamSpec("mlp_down_bank", "L D F", Init("normal", "OUT"), "mlp", "matrix_lr", "int6"),
+    # Q of layer i is at i, O at L + i.
+    ParamSpec("qo_bank", "2L D D", Init("half_orthogonal", "OUT"), "qo", "matrix_lr", "int6"),
+    # K is at i, V at L + i.
+    ParamSpec("kv_bank", "2L KV D", Init("orthogonal"), "kv", "matrix_lr", "int6"),
+    # Also the output layer.
+    ParamSpec("tok_emb", "V D", Init("normal", "EMBED"), "flat", "embed_lr", "embed"),
+    ParamSpec("bigram_emb", "BV BD", Init("constant", 0), "flat", "embed_lr", "embed", "bigram_vocab_size"),
     # Not zeros, as bigram_emb is: two zeros would never move.
-    ParamSpec("bigram_proj", "D BD", "orthogonal", "flat", "scalar_lr", "int8", "bigram_vocab_size"),
-    ParamSpec("bigram_scale", "1", "constant 0.05", "flat", "scalar_lr", "f32", "bigram_vocab_size"),
-    ParamSpec("ve_emb", "V VD", "normal 0.01", "flat", "embed_lr", "embed", "ve_last_n"),
-    ParamSpec("ve_proj", "KV VD", "orthogonal", "flat", "scalar_lr", "int8", "ve_last_n"),
-    ParamSpec("ve_scale", "1", "constant 0.1", "flat", "scalar_lr", "f32", "ve_last_n"),
-    ParamSpec("ve_layer_scale", "VL", "constant 1", "flat", "scalar_lr", "f32", "ve_last_n"),
-    ParamSpec("smear_gate", "D", "constant 0", "flat", "scalar_lr", "f16"),
-    ParamSpec("skip_weights", "S D", "constant 1", "flat", "scalar_lr", "f16"),
-    ParamSpec("skip_gate", "S D", "constant 0", "flat", "scalar_lr", "f16", "skip_gates"),
-    ParamSpec("attn_gate", "L H GD", "constant 0", "flat", "scalar_lr", "f16", "attn_gate_dims"),
-    ParamSpec("resid_mix", "L 2 D", "first_of_two", "flat", "scalar_lr", "f16"),
-    ParamSpec("attn_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
-    ParamSpec("mlp_scale", "L D", "constant 1", "flat", "scalar_lr", "f16"),
-    ParamSpec("stream_keep", "TL 2", "constant 1.1", "flat", "scalar_lr", "f32", "two_stream_layers"),
-    ParamSpec("stream_add", "TL 2 2", "constant 1", "flat", "scalar_lr", "f32", "two_stream_layers"),
-    ParamSpec("q_gain", "L H", "constant GAIN", "flat", "scalar_lr", "f32"),
-    ParamSpec("copy_proj", "2 C D", "twins", "flat", "copy_lr", "int8", "copy_dim"),  # of queries, of keys
-    ParamSpec("copy_gate", "C", "constant 0", "flat", "copy_lr", "f32", "copy_dim"),
-    ParamSpec("copy_bias", "1", "constant -3", "flat", "scalar_lr", "f32", "copy_dim"),
+    ParamSpec("bigram_proj", "D BD", Init("orthogonal"), "flat", "scalar_lr", "int8", "bigram_vocab_size"),
+    ParamSpec("bigram_scale", "1", Init("constant", 0.05), "flat", "scalar_lr", "f32", "bigram_vocab_size"),
+    ParamSpec("ve_emb", "V VD", Init("normal", 0.01), "flat", "embed_lr", "embed", "ve_last_n"),
+    ParamSpec("ve_proj", "KV VD", Init("orthogonal"), "flat", "scalar_lr", "int8", "ve_last_n"),
+    ParamSpec("ve_scale", "1", Init("constant", 0.1), "flat", "scalar_lr", "f32", "ve_last_n"),
+    ParamSpec("ve_layer_scale", "VL", Init("constant", 1), "flat", "scalar_lr", "f32", "ve_last_n"),
+    ParamSpec("smear_gate", "D", Init("constant", 0), "flat", "scalar_lr", "f16"),
+    ParamSpec("skip_weights", "S D", Init("constant", 1), "flat", "scalar_lr", "f16"),
+    ParamSpec("skip_gate", "S D", Init("constant", 0), "flat", "scalar_lr", "f16", "skip_gates"),
+    ParamSpec("attn_gate", "L H GD", Init("constant", 0), "flat", "scalar_lr", "f16", "attn_gate_dims"),
+    ParamSpec("resid_mix", "L 2 D", Init("first_of_two"), "flat", "scalar_lr", "f16"),
+    ParamSpec("attn_scale", "L D", Init("constant", 1), "flat", "scalar_lr", "f16"),
+    ParamSpec("mlp_scale", "L D", Init("constant", 1), "flat", "scalar_lr", "f16"),
+    ParamSpec("stream_keep", "TL 2", Init("constant", 1.1), "flat", "scalar_lr", "f32", "two_stream_layers"),
+    ParamSpec("stream_add", "TL 2 2", Init("constant", 1), "flat", "scalar_lr", "f32", "two_stream_layers"),
+    ParamSpec("q_gain", "L H", Init("constant", "GAIN"), "flat", "scalar_lr", "f32"),
+    # First the projection of queries, then that of keys.
+    ParamSpec("copy_proj", "2 C D", Init("twins"), "flat", "copy_lr", "int8", "copy_dim"),
+    ParamSpec("copy_gate", "C", Init("constant", 0), "flat", "copy_lr", "f32", "copy_dim"),
+    ParamSpec("copy_bias", "1", Init("constant", -3), "flat", "scalar_lr", "f32", "copy_dim"),
 )
 MATRICES = tuple(spec for spec in PARAM_TABLE if spec.buffer != "flat")
 SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
 
 
-def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Resolve PARAM_TABLE for a Config: name -> (shape, initialization for init_tensor), of those it has.
+class Parameter(NamedTuple):
+    """A row of PARAM_TABLE in numbers."""
+
+    shape: tuple[int, ...]
+    init: Init
+
+
+def parameter_table(h: Config) -> dict[str, Parameter]:
+    """Return the shape and the initialization of every parameter that the model of a Config has, by name.
 
     OUT, the deviation of matrices that write into the residual stream, is proj_init_std. If that is 0, rules
     that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at 768).
@@ -2169,34 +2187,32 @@ def parameter_table(h: Config) -> dict[str, tuple[tuple[int, ...], str]]:
         if spec.needs and not getattr(h, spec.needs):
             continue
         shape = tuple(sizes[letter] for letter in spec.shape.split())
-        init = " ".join(str(words.get(word, word)) for word in spec.init.split())
-        table[spec.name] = (shape, init)
+        value = words.get(spec.init.value, spec.init.value)
+        table[spec.name] = Parameter(shape, Init(spec.init.kind, value))
     return table
 
 
-def init_tensor(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
-    """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown initialization."""
-    initialization, _, value = init.partition(" ")
-    value = float(value or 0)
+def init_tensor(shape: tuple[int, ...], init: Init, generator: torch.Generator) -> Tensor:
+    """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown kind."""
     out = torch.zeros(shape)
     orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # the rest is normal
 
-    if initialization == "constant":
-        out.fill_(value)
-    elif initialization == "first_of_two":
+    if init.kind == "constant":
+        out.fill_(init.value)
+    elif init.kind == "first_of_two":
         out[:, 0] = 1
-    elif initialization == "twins":
+    elif init.kind == "twins":
         nn.init.orthogonal_(out[0], generator=generator)
         out[1:] = out[0]
-    elif initialization in orthogonal_fraction:
+    elif init.kind in orthogonal_fraction:
         matrices = out.view(-1, *shape[-2:])
-        count = int(orthogonal_fraction[initialization] * len(matrices))
+        count = int(orthogonal_fraction[init.kind] * len(matrices))
         for matrix in matrices[:count]:
             nn.init.orthogonal_(matrix, generator=generator)
-        if value:
-            matrices[count:].normal_(0, value, generator=generator)
+        if init.value:
+            matrices[count:].normal_(0, init.value, generator=generator)
     else:
-        raise ValueError(f"unknown initialization {init!r}")
+        raise ValueError(f"unknown initialization {init.kind!r}")
     return out
 
 
@@ -2210,8 +2226,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.layers = layer_table(h)
         generator = torch.Generator().manual_seed(h.seed)
-        for name, (shape, init) in parameter_table(h).items():
-            self.register_parameter(name, nn.Parameter(init_tensor(shape, init, generator)))
+        for name, parameter in parameter_table(h).items():
+            tensor = init_tensor(parameter.shape, parameter.init, generator)
+            self.register_parameter(name, nn.Parameter(tensor))
 
     def without_loop(self) -> GPT:
         """Return this model, with the same parameters, under the table that visits every layer once."""
@@ -5624,7 +5641,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         known = {key: getattr(Config, key) for key in EXTRA_FIELDS} | header["config"]
         h = make_config(knobs, known | {"codec": codec_of(blob)})
         stored = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
-        wanted = {name: shape for name, (shape, _) in parameter_table(h).items()}
+        wanted = {name: parameter.shape for name, parameter in parameter_table(h).items()}
         if different := stored.items() ^ wanted.items():
             name, _ = min(different)
             raise ValueError(f"artifact: {name[:40]!r} does not fit; use the script that wrote it")

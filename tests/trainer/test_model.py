@@ -696,4 +696,4 @@ def test_queries_and_keys_of_copies_start_alike():
 
 def test_an_unknown_init_is_an_error():
     with pytest.raises(ValueError, match="uniform"):
-        t.init_tensor((2, 2), "uniform 1", torch.Generator())
+        t.init_tensor((2, 2), t.Init("uniform", 1.0), torch.Generator())

@@ -114,7 +114,7 @@ def fill(model: Any, rank: int) -> None:
         p.grad.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(SEED + 1000 * (rank + 1) + i))
 
 
-def zero_init(shape: tuple[int, ...], init: str, generator: torch.Generator) -> Tensor:
+def zero_init(shape: tuple[int, ...], init: Any, generator: torch.Generator) -> Tensor:
     """Stand in for the script's init_tensor, whose orthogonal matrices take seconds."""
     return torch.zeros(shape)
 

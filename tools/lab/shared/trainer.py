@@ -123,15 +123,15 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
 def zero_model(s: Session, t: ModuleType, h: Any, ops: Any, dtype: torch.dtype) -> Any:
     """Build t's GPT with zeros for weights, which the caller fills: initialization would take seconds."""
 
-    def zeros(shape: tuple, kind: str, generator: torch.Generator) -> Tensor:
+    def zeros(shape: tuple, init: Any, generator: torch.Generator) -> Tensor:
         return torch.zeros(shape)
 
-    initial = t.init_tensor
+    own = t.init_tensor
     t.init_tensor = zeros
     try:
         return t.GPT(h, ops, dtype).to(s.m.device)
     finally:
-        t.init_tensor = initial
+        t.init_tensor = own
 
 
 @torch.no_grad()
