@@ -3667,7 +3667,7 @@ class Hyper(NamedTuple):
     progress: float  # in [0, 1]: the fraction used of the time or the iterations, whichever is larger
     momentum: float
     lr_mul: float  # factor on every rate
-    once: bool = False  # whether the step visits every layer once although the model has a loop
+    loops: bool = False  # whether the step visits the layers of the loop again
     growth: float = 1.0  # how far the batch has grown from start_batch_tokens to train_batch_tokens
 
 
@@ -3681,9 +3681,9 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
     if h.muon_momentum_warmup_frac > 0:
         ramp = min(1.0, progress / h.muon_momentum_warmup_frac)
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
-    once = h.has_loop and (progress < h.loop_frac or h.loop_frac == 1)
+    loops = h.has_loop and h.loop_frac < 1 and progress >= h.loop_frac
     growth = min(1.0, progress / h.batch_growth_frac)
-    return Hyper(progress, momentum, lr_mul, once, growth)
+    return Hyper(progress, momentum, lr_mul, loops, growth)
 
 
 class Ema:
@@ -4945,7 +4945,10 @@ class Stop(IntEnum):
 
 
 def reason_to_stop(m: Machine, loss_and_norm: list[float]) -> Stop:
-    """Return this rank's reason: a step's loss or gradient norm is no number below DIVERGED, or a signal."""
+    """Return why this rank should stop.
+
+    DIVERGED if loss or gradient norm is not finite or not below the limit, SIGNAL after a signal, else NO.
+    """
     if not all(abs(x) < DIVERGED for x in loss_and_norm):
         return Stop.DIVERGED
     return Stop.SIGNAL if m.signals.times else Stop.NO
@@ -4964,7 +4967,7 @@ class Run:
     nats_fn: Callable
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens, read when first scored
-    once_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has none
+    plain_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has no loop
     resumed: SavedState | None = None  # where training begins if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
@@ -5065,7 +5068,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         nats_fn=m.compile(model.nats),
         phases={"load": 1000 * (time.perf_counter() - started)},
         splits={},
-        once_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else None,
+        plain_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else None,
     )
 
 
@@ -5108,22 +5111,37 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
     return loss
 
 
-def bind_passes(run: Run, optimizer: Optimizer) -> dict[bool, Callable[[Tensor, int], Tensor]]:
-    """Bind a pass for each value of Hyper.once that the run will see, with the loop first. Logs failures."""
-    h = run.h
-    passes = {}
-    for once in sorted({hyper_at(h, step, 0.0).once for step in (0, h.iterations)}):
-        loss_fn = run.once_loss_fn if once else run.loss_fn
-        passes[once], failure = bind_pass(loss_fn, optimizer)
+class Passes(NamedTuple):
+    """The passes of a run, each as bind_pass returns it. None: no step of the run takes it."""
+
+    looped: Callable[[Tensor, int], Tensor] | None
+    plain: Callable[[Tensor, int], Tensor] | None  # visits every layer once
+
+    def of(self, hp: Hyper) -> Callable[[Tensor, int], Tensor]:
+        """Return the pass of a step."""
+        return self.looped if hp.loops else self.plain
+
+
+def bind_passes(run: Run, optimizer: Optimizer) -> Passes:
+    """Bind the passes that the steps of a run take. Logs failures."""
+
+    def bound(loss_fn: Callable) -> Callable:
+        backward, failure = bind_pass(loss_fn, optimizer)
         if failure:
             run.log(f"pass:eager, no graph ({failure})")
-    return passes
+        return backward
+
+    h = run.h
+    plain_loss_fn = run.plain_loss_fn if h.has_loop else run.loss_fn
+    looped = bound(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
+    plain = None if hyper_at(h, 0, 0.0).loops else bound(plain_loss_fn)
+    return Passes(looped, plain)
 
 
 class WarmUp(NamedTuple):
     """What the warm-up leaves behind."""
 
-    passes: dict[bool, Callable[[Tensor, int], Tensor]]  # of bind_passes
+    passes: Passes
     calibrate_ms: float  # what the rehearsal of calibration took on this rank; 0 if there is none
 
 
@@ -5136,7 +5154,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
 
     saved = optimizer.snapshot()
     for i in range(h.warmup_steps):
-        for backward in passes.values():
+        for backward in filter(None, passes):
             train_step(backward, optimizer, loader.next(), hyper_at(h, 0, 0.0))
             ema.update(0.0)
         if i + 1 == h.warmup_steps or i < 2:
@@ -5167,15 +5185,18 @@ def compiled_graphs() -> int:
 
 
 class Pace(NamedTuple):
-    """The step and the clock at which steps began to take the time that they take now."""
+    """Since when steps have had their present cost.
 
-    once: bool  # Hyper.once of these steps
+    It changes when the loop begins and when the batch grows.
+    """
+
+    loops: bool  # Hyper.loops of these steps
     count: int  # their micro-batches
     step: int = 0
     clock_ms: float = 0.0
 
     def step_ms(self, step: int, clock_ms: float) -> float:
-        """Return the mean time of the steps since then."""
+        """Return the mean time of a step since then."""
         return (clock_ms - self.clock_ms) / max(step - self.step, 1)
 
     def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
@@ -5185,18 +5206,18 @@ class Pace(NamedTuple):
 
 
 def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pace:
-    """Return the pace of a step: a new one, which is logged, where the loop begins or the batch grows."""
+    """Return the pace of a step. A new one begins, and is logged, when the loop begins or the batch grows."""
     shape = cut_batch(run.h, run.m.world_size)
     count = shape.count(hp.growth)
-    if (hp.once, count) == (pace.once, pace.count):
+    if (hp.loops, count) == (pace.loops, pace.count):
         return pace
 
     at = f"step:{step} progress:{hp.progress:.3f}"
-    if hp.once != pace.once:
+    if hp.loops != pace.loops:
         run.log(f"loop_begins {at} visits:{run.h.num_visits}")
     if count != pace.count:
         run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * count // shape.accum}")
-    return Pace(hp.once, count, step, clock_ms)
+    return Pace(hp.loops, count, step, clock_ms)
 
 
 class Ready(NamedTuple):
@@ -5231,17 +5252,19 @@ class Ended(NamedTuple):
 def train(run: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
-    The clock that counts is rank 0's; it stands during validation. The host is at most one step ahead of the
-    device, so a divergence is noticed a step late.
+    The clock that counts is rank 0's; it stands during validation. The host stays at most one step ahead of
+    the device: it reads loss and gradient norm with a lag of one step, so it sees a divergence one step late.
     """
     m = run.m
     ready = get_ready(run)
     step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
     m.signals.may_finish = True
-    newest = m.fetch(torch.zeros(2, device=m.device))  # loss and gradient norm of the newest step
+    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # returns loss and gradient norm of that step
 
-    h = hold_back(run, ready.warm.calibrate_ms)  # the clock starts with the last rank
-    run = replace(run, h=h)  # schedules and ETAs end when the steps do
+    h = hold_back(run, ready.warm.calibrate_ms)  # collective, so all ranks start their clocks together
+    # Schedules and ETAs end when the steps do. Checkpoints keep the h that was given: a resumed run is
+    # compared with that one.
+    run = replace(run, h=h)
     graphs_before = compiled_graphs()
     start = time.perf_counter() - clock_ms / 1000
 
@@ -5249,7 +5272,7 @@ def train(run: Run) -> Trained:
         return 1000 * (time.perf_counter() - start)
 
     hp = hyper_at(h, step, clock_ms)
-    pace = Pace(hp.once, cut_batch(h, m.world_size).count(hp.growth))
+    pace = Pace(hp.loops, cut_batch(h, m.world_size).count(hp.growth))
     shown_loss = math.nan
     stop = Stop.NO  # on all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
@@ -5262,14 +5285,14 @@ def train(run: Run) -> Trained:
         hp = hyper_at(h, step, clock_ms)
         pace = keep_pace(run, pace, hp, step, clock_ms)
         batch = ready.loader.next(pace.count)
-        loss = train_step(ready.warm.passes[hp.once], ready.optimizer, batch, hp)
+        loss = train_step(ready.warm.passes.of(hp), ready.optimizer, batch, hp)
         ready.ema.update(hp.progress)
         step += 1
 
-        step_before = newest
-        newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
-        loss_and_norm = step_before()[0].tolist()  # waits; the device is still busy with the newest step
-        clock_ms, highest = m.agree(clock(), reason_to_stop(m, loss_and_norm))
+        fetch_previous = fetch_newest
+        fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
+        lagging = fetch_previous()[0].tolist()  # one step late, while the device is busy with the newest step
+        clock_ms, highest = m.agree(clock(), reason_to_stop(m, lagging))
         stop = Stop(highest)
 
         if step % h.train_log_every == 0 or step.bit_count() == 1:  # at powers of two: it falls fast at first
@@ -5280,7 +5303,7 @@ def train(run: Run) -> Trained:
     m.sync()
     train_ms = clock()
     late_graphs = compiled_graphs() - graphs_before
-    return finish_training(run, ready, Ended(step, train_ms, stop, newest()[0].tolist(), late_graphs))
+    return finish_training(run, ready, Ended(step, train_ms, stop, fetch_newest()[0].tolist(), late_graphs))
 
 
 def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:

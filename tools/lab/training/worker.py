@@ -132,7 +132,7 @@ class Worker:
 
         model = self.kept.model
         copy_model(run.model, model)
-        compiled = {name: getattr(self.kept, name) for name in ("loss_fn", "nats_fn", "once_loss_fn")}
+        compiled = {name: getattr(self.kept, name) for name in ("loss_fn", "nats_fn", "plain_loss_fn")}
         return dataclasses.replace(run, model=model, **compiled)
 
     def change_model(self, h: Any) -> None:
