@@ -1733,13 +1733,12 @@ class TokenLoader:
 
     @property
     def position(self) -> int:
-        """The sequences that all ranks have taken from the stream."""
+        """The number of sequences that all ranks together have taken."""
         return self.index * self.m.world_size * self.sequences
 
-    @position.setter
-    def position(self, sequences: int) -> None:
-        """Go on after so many sequences, rounded down to whole micro-batches."""
-        self.seek(sequences // (self.m.world_size * self.sequences))
+    def seek_sequence(self, taken: int) -> None:
+        """Go on after `taken` sequences of all ranks together, rounded down to whole micro-batches."""
+        self.seek(taken // (self.m.world_size * self.sequences))
 
 
 # -----------------------------------------------------------------------------
@@ -1962,8 +1961,8 @@ class Copies(NamedTuple):
         copied = (self.weights * hits).sum(-1)
         return -self.mix(-nats, copied.clamp_min(LEAST_COPIED).log())
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """Return the log-probabilities of all tokens, given the logits alone. (B, T, V) -> (B, T, V)."""
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Return the mixture's log-probabilities, given the output layer's logits. Both (B, T, V)."""
         followers = self.followers[:, None].expand(self.weights.shape)
         copied = self.weights.new_zeros(logits.shape).scatter_add(2, followers, self.weights)
         return self.mix(logits.log_softmax(-1), copied.clamp_min(LEAST_COPIED).log())
@@ -2348,14 +2347,14 @@ class GPT(nn.Module):
         return Copies(weights, F.pad(tokens[:, 1:], (0, 1)), gate.masked_fill(nothing_earlier, -math.inf))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits of every next token. (B, T) -> (B, T, V) float32.
+        """Return logits of every next token, whose softmax is the model's distribution. (B, T) -> (B, T, V).
 
-        With a copy output they are log-probabilities.
+        float32. With a copy output they are the log-probabilities of the mixture: softmax is right for both.
         """
         x = self.trunk(tokens)
         logits = self.unembed(x)
         if self.h.copy_dim:
-            logits = self.copies(x, tokens, tokens.size(1)).logits(logits)
+            logits = self.copies(x, tokens, tokens.size(1)).log_probabilities(logits)
         return logits
 
     def nats(self, tokens: Tensor, targets: Tensor, last: int) -> Tensor:
@@ -4551,6 +4550,13 @@ def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
     ]
 
 
+class Scored(NamedTuple):
+    """The scores of targets, (N - 1,) float64 each. A target that other ranks score has zeros."""
+
+    nats: Tensor
+    times: Tensor  # how often each target was scored
+
+
 def score_batch(
     nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreRun
 ) -> tuple[Tensor, Tensor]:
@@ -4573,10 +4579,10 @@ def score_batch(
 
 
 @torch.no_grad()
-def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: Machine) -> Tensor:
-    """Return the nats of every target of `tokens` (N,), and how often it was scored: (2, N - 1) float64.
+def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: Machine) -> Scored:
+    """Score the targets of `tokens` (N,) in this rank's windows.
 
-    Targets that other ranks score are zero. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
+    nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
@@ -4586,23 +4592,24 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: M
     all_windows = sum(len(group.windows) for group in groups)
     out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
     done = 0
-    learnt = 0  # chunks
+    learned_chunks = 0
     with scoring.learner() as learn:
         for group in groups:
-            if group.chunk > learnt:  # every target of the chunks before is scored
-                first = learnt * chunk
+            if group.chunk > learned_chunks:  # every target of the chunks before is scored
+                first = learned_chunks * chunk
                 learn(tokens[first : group.chunk * chunk + 1], first / total)
-                learnt = group.chunk
+                learned_chunks = group.chunk
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
             for i, windows in enumerate(mine.split(scoring.batch)):
                 positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
                 out.index_add_(1, positions, values)
                 done = min(done + scoring.batch * m.world_size, all_windows)
-                if i % 16 == 0 or not m.pin:  # on a GPU, the host waits for the device to tell
+                # Progress needs a sync, which stalls a GPU: only every 16th batch shows it there.
+                if i % 16 == 0 or not m.pin:
                     m.sync()
                     scoring.log.progress(f"scoring {scoring.label}, windows", done, all_windows, started)
-    return out
+    return Scored(*out)
 
 
 def evaluate(
@@ -4610,7 +4617,7 @@ def evaluate(
 ) -> Score:
     """Score every target of `tokens` (N,) once, with the work split over the ranks. Sums are float64."""
     started = time.perf_counter()
-    nats = score_targets(nats_fn, tokens, scoring, m)[0].sum()
+    nats = score_targets(nats_fn, tokens, scoring, m).nats.sum()
     m.check_ranks()
     dist.all_reduce(nats)
     total = len(tokens) - 1
@@ -4920,7 +4927,7 @@ class Checkpoints:
         self.optimizer.steps = state.step
         self.good = state.step
         self.ema.progress = header["progress"]
-        self.loader.position = header["position"]
+        self.loader.seek_sequence(header["position"])
         self.saved_ms = header["train_ms"]
         self.run.log(
             f"resumed step:{state.step} from {state.pattern} train_time:{self.saved_ms:.0f}ms "
@@ -5325,7 +5332,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
     artifact_weights = run.h.artifact_weights
     if artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
-    ready.loader.position = position  # from which a resumed run would calibrate
+    ready.loader.seek_sequence(position)  # from which a resumed run would calibrate
     ready.checkpoints.save(step, train_ms, last=True)
     if step < run.h.iterations:
         log_early_end(run, stop == Stop.SIGNAL, step, train_ms)

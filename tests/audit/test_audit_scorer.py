@@ -245,14 +245,14 @@ def score_of(nats, tokens, counts):
 
 def worst_targets_dropped(nats_fn, tokens, counts, run, m):
     """Leave the worst hundredth of the targets out of the sum."""
-    nats = t.score_targets(nats_fn, tokens, run, m)[0].sort().values
+    nats = t.score_targets(nats_fn, tokens, run, m).nats.sort().values
     kept = nats[: -max(1, len(nats) // 100)]
     return score_of(kept.sum().item(), tokens, counts)
 
 
 def mean_of_batches(nats_fn, tokens, counts, run, m):
     """Average the means of the score windows, though the last one is shorter than the others."""
-    nats = t.score_targets(nats_fn, tokens, run, m)[0]
+    nats = t.score_targets(nats_fn, tokens, run, m).nats
     mean = torch.stack([part.mean() for part in nats.split(run.stride)]).mean().item()
     return score_of(mean * nats.numel(), tokens, counts)
 

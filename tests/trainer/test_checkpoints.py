@@ -142,6 +142,15 @@ def test_a_train_split_that_is_missing_or_too_small_leaves_no_log(tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+class StandingLoader:
+    """A loader that only knows its position."""
+
+    position = 0
+
+    def seek_sequence(self, taken):
+        self.position = taken
+
+
 def checkpoints_of(folder, name, model_seed):
     """Return the Checkpoints of a run that logs nothing. Its batch can be cut for 1, 2, 3 or 4 ranks."""
     h = tiny(
@@ -160,8 +169,7 @@ def checkpoints_of(folder, name, model_seed):
         phases={},
         splits={},
     )
-    loader = SimpleNamespace(position=0)
-    return t.Checkpoints(run, t.Optimizer(model, h, m), t.Ema(model, h), loader)
+    return t.Checkpoints(run, t.Optimizer(model, h, m), t.Ema(model, h), StandingLoader())
 
 
 def train_and_save(rank, folder, steps):
@@ -175,7 +183,7 @@ def train_and_save(rank, folder, steps):
         model.loss(tokens, targets).backward()
         optimizer.step(t.hyper_at(optimizer.h, step, 0.0))
     checkpoints.ema.update(0.25)
-    checkpoints.loader.position = 36
+    checkpoints.loader.seek_sequence(36)
     checkpoints.save(steps, 123.0, last=True)
 
 

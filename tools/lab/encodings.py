@@ -130,7 +130,7 @@ def grams_of(t: ModuleType, run: Any, weights: Weights, h: Any) -> dict[str, Ten
         return {}
     load_weights(run, weights.live)
     loader = t.TokenLoader(h, run.m)
-    loader.position = weights.position
+    loader.seek_sequence(weights.position)
     return t.calibrate(dataclasses.replace(run, h=h), loader)
 
 
