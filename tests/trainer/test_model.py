@@ -272,6 +272,7 @@ CAUSAL = [
     dict(loop_layers="0 1", loop_times=2, bigram_vocab_size=0, ve_last_n=0),
     dict(attn_gate_dims=3, skip_gates=1, parallel_last_n=2, parallel_form="two_streams"),
     dict(copy_dim=8),
+    dict(attn_windows="4 0", doc_mask=1),
 ]
 
 

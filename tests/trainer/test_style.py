@@ -285,7 +285,7 @@ def test_contents_equal_the_banners(source, tree):
 
 
 def test_packed_size(source):
-    """The script counts in every submission, docstrings and comments included."""
+    """The packed script counts in every submission; comments and docstrings are left out of it."""
     import train_gpt
 
     packed = len(train_gpt.packed_code(source))
