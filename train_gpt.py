@@ -249,8 +249,10 @@ class Config:
     eval_stride: int = 64  # fresh targets in each window of the sliding score
     eval_batch_tokens: int = 131_072  # of one forward pass on one rank
     ttt_lr: float = 0.0  # initial rate of test-time training; 0: no test-time training
+    ttt_form: str = "sgd"  # of test-time training: sgd | lora, rows of TTT_FORMS
     ttt_chunk_tokens: int = 32_768  # targets that are scored, then learnt from
-    ttt_passes: int = 3  # SGD steps on each chunk
+    ttt_passes: int = 3  # steps on each chunk
+    ttt_rank: int = 8  # of the changes that the lora form learns
     # model
     vocab_size: int = 1024
     num_layers: int = 11
@@ -423,7 +425,7 @@ MODEL_FIELDS = (
 TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
 EXTRA_FIELDS = (
     *("loop_layers", "loop_times", "attn_gate_dims", "skip_gates", "parallel_last_n", "parallel_form"),
-    "copy_dim",
+    *("copy_dim", "ttt_form", "ttt_rank"),
 )
 
 
@@ -524,6 +526,7 @@ def check_ranges(h: Config) -> None:
         "ortho": ORTHO,
         "step_rule": STEP_RULES,
         "parallel_form": ("one_stream", "two_streams"),
+        "ttt_form": TTT_FORMS,
         "artifact_weights": ("ema", "live"),
         "wire_dtype": ("float32", "bfloat16"),
         "codec": CODECS,
@@ -581,9 +584,14 @@ def rules_of_batches(h: Config) -> Iterator[Rule]:
     yield Rule(
         h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
     )
-    yield Rule(
-        h.ttt_lr == 0 or h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens"
-    )
+    if h.ttt_lr > 0 and h.ttt_form == "sgd":
+        yield Rule(h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens")
+    if h.ttt_lr > 0 and h.ttt_form == "lora":
+        yield Rule(
+            h.ttt_chunk_tokens <= h.eval_seq_len,
+            "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len, which a chunk is scored within",
+        )
+        yield Rule(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
 
 
 def rules_of_the_model(h: Config) -> Iterator[Rule]:
@@ -1796,6 +1804,37 @@ def layer_table(h: Config) -> tuple[LayerSpec, ...]:
     )
 
 
+class Factors(NamedTuple):
+    """A change of one matrix (M, D) for each sequence of a batch, of rank r. Hu et al., arXiv:2106.09685."""
+
+    down: Tensor  # (B, r, D)
+    up: Tensor  # (B, M, r)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Return what the change adds to the matrix's product with x. (B, T, D) -> (B, T, M)."""
+        return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
+
+
+def cut_factors(rows: Tensor, h: Config) -> list[Factors]:
+    """Cut rows (B, n) into the factors of every visit's qkv, in order, and of the output layer."""
+    r = h.ttt_rank
+    D = h.model_dim
+    matrices = [D + 2 * h.kv_dim] * h.num_visits + [h.vocab_size]
+    parts = iter(rows.split([r * side for M in matrices for side in (D, M)], 1))
+    return [Factors(next(parts).unflatten(1, (r, D)), next(parts).unflatten(1, (M, r))) for M in matrices]
+
+
+def fresh_factors(h: Config) -> Tensor:
+    """Return factors (1, n) that change nothing: `up` is zero, `down` random, the same for everyone."""
+    D = h.model_dim
+    matrices = h.num_visits * (2 * D + 2 * h.kv_dim) + D + h.vocab_size
+    rows = torch.zeros(1, h.ttt_rank * matrices)
+    generator = torch.Generator().manual_seed(0)
+    for factors in cut_factors(rows, h):
+        factors.down.uniform_(-(D**-0.5), D**-0.5, generator=generator)
+    return rows
+
+
 class LayerWeights(NamedTuple):
     """One layer's matrices in the compute dtype, diagonal factors folded in, and its control tensors."""
 
@@ -1808,6 +1847,7 @@ class LayerWeights(NamedTuple):
     attn_gate: Tensor | None = None  # (H, attn_gate_dims)
     stream_keep: Tensor | None = None  # (2,)
     stream_add: Tensor | None = None  # (2, 2)
+    factors: Factors | None = None  # of a change of qkv
 
 
 class Positions(NamedTuple):
@@ -1998,7 +2038,10 @@ def attention_block(
     values (B, T, Hkv*Dh): the value embedding, added to the values where the layer has one.
     """
     head_dim = x.size(-1) // w.q_gain.size(0)
-    qkv = ops.linear(x, w.qkv).unflatten(-1, (-1, head_dim))  # one product for all three
+    qkv = ops.linear(x, w.qkv)  # one product for all three
+    if w.factors is not None:
+        qkv = qkv + w.factors.change(x)
+    qkv = qkv.unflatten(-1, (-1, head_dim))
     q, k, v = ops.qk(qkv, w.q_gain, positions.cos, positions.sin)
     if values is not None:
         v = v + values.view(v.shape)
@@ -2224,6 +2267,7 @@ class GPT(nn.Module):
         self.ops = ops or Ops()
         self.dtype = dtype
         self.layers = layer_table(h)
+        self.factors: Tensor | None = None  # of each sequence, for cut_factors; None: the weights as they are
         generator = torch.Generator().manual_seed(h.seed)
         for name, parameter in parameter_table(h).items():
             tensor = init_tensor(parameter.shape, parameter.init, generator)
@@ -2310,8 +2354,9 @@ class GPT(nn.Module):
         streams = (x0,)
         kept = []
         weights = weights or self.layer_weights()
-        for spec in self.layers:
-            w = weights[spec.layer]
+        changes = [None] * len(self.layers) if self.factors is None else cut_factors(self.factors, h)
+        for spec, factors in zip(self.layers, changes):
+            w = weights[spec.layer]._replace(factors=factors)
             if spec.skip >= 0:
                 gate = self.skip_gate[spec.skip] if h.skip_gates else None
                 taken = take_skip(streams[0], kept.pop(), self.skip_weights[spec.skip], gate)
@@ -2328,7 +2373,10 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """Apply the tied output layer and the softcap. (..., D) -> logits (..., V) float32."""
-        logits = F.linear(x, self.tok_emb.to(self.dtype)).float()
+        logits = F.linear(x, self.tok_emb.to(self.dtype))
+        if self.factors is not None:
+            logits = logits + cut_factors(self.factors, self.h)[-1].change(x)
+        logits = logits.float()
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
     def copies(self, x: Tensor, tokens: Tensor, last: int) -> Copies:
@@ -4512,15 +4560,16 @@ class ScoreRun(NamedTuple):
     label: str  # for the terminal's status line
     log: Log
     chunk: int = 0  # targets scored between two rounds of test-time training; 0: never learn
-    learner: Callable = nullcontext  # context manager that yields learn(tokens, progress), as `learning` does
+    learner: Callable = nullcontext  # context manager that yields learn(tokens, windows), as `learning` does
+    bos_id: int = -1  # first token of the documents that are scored and learned from apart; -1: one stream
 
 
 class WindowGroup(NamedTuple):
-    """Consecutive score windows that share one compiled shape and one state of the weights."""
+    """Score windows that share one compiled shape and one state of the weights."""
 
-    chunk: int  # index of the chunk in which their targets begin
     last: int  # the model returns nats for the last `last` positions of each window
     windows: np.ndarray  # (n, 3), rows of score_windows
+    lesson: np.ndarray  # (k, 3), such rows: the targets to learn from before, all of them scored by then
 
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
@@ -4534,20 +4583,74 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 
 
 def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
-    """Cut the score windows of `total` targets into groups, where the chunk or the shape changes."""
+    """Cut the score windows of `total` targets into groups, where the chunk or the shape changes.
+
+    The lesson between two chunks is the first of them, and any that no window begins in, in sequences.
+    """
     windows = score_windows(total, scoring.seq_len, scoring.stride)
     start, end, score_from = windows.T
     # The first window scores more than `stride` targets and a short one is padded: both need every position.
     regular = (score_from - start >= scoring.seq_len - scoring.stride) & (end - start == scoring.seq_len)
     lasts = np.where(regular, scoring.stride, scoring.seq_len)
-    chunks = score_from // (scoring.chunk or total)
+    chunk = scoring.chunk or total
+    chunks = score_from // chunk
 
     changes = (np.diff(chunks) != 0) | (np.diff(lasts) != 0)
     cuts = np.append(0, np.flatnonzero(changes) + 1)
-    return [
-        WindowGroup(int(chunks[cut]), int(lasts[cut]), group)
-        for cut, group in zip(cuts, np.split(windows, cuts[1:]))
-    ]
+    groups = []
+    learned = 0  # targets
+    for cut, group in zip(cuts, np.split(windows, cuts[1:])):
+        first = np.arange(learned, chunks[cut] * chunk, scoring.seq_len)
+        learned = chunks[cut] * chunk
+        lesson = np.stack([first, first + scoring.seq_len, first], 1)
+        groups.append(WindowGroup(int(lasts[cut]), group, lesson))
+    return groups
+
+
+def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[WindowGroup]:
+    """Score the documents of `tokens` side by side, chunk after chunk: a group has a window of each slot.
+
+    A slot that is free takes the next document, so that where and when it is scored depends on earlier tokens
+    only. A window begins where the chunk's last target has seq_len tokens, or where the document does. The
+    lesson is the group before; a slot that begins a document has none, and a row of zeros in its place.
+    """
+    total = len(tokens) - 1
+    begins = np.union1d(0, np.flatnonzero(tokens[:total] == scoring.bos_id))
+    placed = []
+    free = np.zeros(slots, np.int64)  # the group from which a slot is free
+    for begin, end in zip(begins, np.append(begins[1:], total)):
+        score_from = np.arange(begin, end, scoring.chunk)
+        chunk_end = score_from + scoring.chunk
+        start = np.maximum(chunk_end - scoring.seq_len, begin)
+        slot = free.argmin()
+        span = slice(free[slot], free[slot] + len(start))
+        placed.append((slot, span, np.stack([start, np.minimum(chunk_end, end), score_from], 1)))
+        free[slot] = span.stop
+
+    windows = np.zeros((free.max(), slots, 3), np.int64)
+    lessons = np.zeros_like(windows)
+    for slot, span, rows in placed:
+        windows[span, slot] = rows
+        lessons[span, slot][1:] = rows[:-1]
+    return [WindowGroup(scoring.seq_len, *pair) for pair in zip(windows, lessons)]
+
+
+class WindowBatch(NamedTuple):
+    """Windows as a batch for the model. All (B, T); a short window is padded at its end."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor  # of the target in the split
+    scored: Tensor  # whether the window scores it
+
+
+def read_windows(tokens: Tensor, windows: Tensor, seq_len: int) -> WindowBatch:
+    """Read the tokens of windows (B, 3), none of them later than the last target that the window scores."""
+    start, end, score_from = windows.to(tokens.device).unsqueeze(-1).unbind(1)  # (B, 1) each
+    position = start + torch.arange(seq_len, device=tokens.device)
+    scored = (position >= score_from) & (position < end)
+    index = position.minimum(end - 1).clamp_min(0)
+    return WindowBatch(tokens[index].long(), tokens[index + 1].long(), index, scored)
 
 
 class Scored(NamedTuple):
@@ -4565,17 +4668,11 @@ def score_batch(
     Returns the target of each position, (B * last,), and (2, B * last) float64: its nats and 1, or zeros if
     its window does not score it.
     """
-    total = len(tokens) - 1
-    padded = F.pad(windows, (0, 0, 0, scoring.batch - len(windows))).to(tokens.device)
-    start, end, score_from = padded.unsqueeze(-1).unbind(1)  # (B, 1) each
-    column = torch.arange(scoring.seq_len, device=tokens.device)
-    index = (start + column).clamp_max(total - 1)  # a short window is padded at its end
-
-    nats = nats_fn(tokens[index].long(), tokens[index + 1].long(), last).double()
-    position = start + column[-last:]
-    scored = (position >= score_from) & (position < end)
+    batch = read_windows(tokens, F.pad(windows, (0, 0, 0, scoring.batch - len(windows))), scoring.seq_len)
+    nats = nats_fn(batch.x, batch.y, last).double()
+    scored = batch.scored[:, -last:]
     values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
-    return position.clamp_max(total - 1).flatten(), values
+    return batch.index[:, -last:].flatten(), values
 
 
 @torch.no_grad()
@@ -4586,19 +4683,18 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: M
     """
     started = time.perf_counter()
     total = len(tokens) - 1
-    chunk = scoring.chunk or total
+    if scoring.bos_id < 0:
+        groups = window_groups(total, scoring)
+    else:
+        groups = document_groups(tokens, scoring, scoring.batch * m.world_size)
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    groups = window_groups(total, scoring)
     all_windows = sum(len(group.windows) for group in groups)
     out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
     done = 0
-    learned_chunks = 0
     with scoring.learner() as learn:
         for group in groups:
-            if group.chunk > learned_chunks:  # every target of the chunks before is scored
-                first = learned_chunks * chunk
-                learn(tokens[first : group.chunk * chunk + 1], first / total)
-                learned_chunks = group.chunk
+            if len(group.lesson):
+                learn(tokens, torch.from_numpy(group.lesson))
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
             for i, windows in enumerate(mine.split(scoring.batch)):
@@ -4631,36 +4727,42 @@ def evaluate(
     )
 
 
-@contextmanager
-def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
-    """Yield learn(tokens, progress), which trains the model on a scored chunk, and restore the weights after.
+def lesson_gradient(
+    params: list[Tensor], nats_fn: Callable, tokens: Tensor, windows: Tensor, h: Config
+) -> Tensor:
+    """Return the gradient of the summed nats of the targets that windows (n, 3) score, flat over params."""
+    gradient = torch.zeros(sum(p.numel() for p in params), device=tokens.device)
+    batch = h.eval_batch_tokens // h.eval_seq_len
+    for first in range(0, len(windows), batch):
+        b = read_windows(tokens, windows[first : first + batch], h.eval_seq_len)
+        with torch.enable_grad():
+            nats = torch.where(b.scored, nats_fn(b.x, b.y, h.eval_seq_len), 0.0).sum()
+        parts = torch.autograd.grad(nats, params, materialize_grads=True)
+        gradient.add_(torch.cat([g.flatten() for g in parts]))
+    return gradient
 
-    tokens (chunk + 1,); progress: the fraction of the split before them. ttt_passes SGD steps, momentum 0.9,
-    follow the mean gradient over the chunk and all ranks, clipped to norm 1. The rate falls from ttt_lr to 0
-    along half a cosine; momentum carries over to the next chunk. After parameter-golf #549.
+
+@contextmanager
+def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
+    """Learn with all weights, one chunk of the split after the other. As `learning`.
+
+    Each step follows the mean gradient over the lesson and all ranks, clipped to norm 1, with momentum 0.9,
+    which carries over to the next chunk. The rate falls from ttt_lr to 0 along half a cosine over the split.
+    After parameter-golf #549.
     """
-    params = list(model.parameters())
+    params = list(model.requires_grad_(True).parameters())  # also what training left alone
     weights = [p.data for p in params]
     saved = [w.clone() for w in weights]
     sizes = [w.numel() for w in weights]
-    gradient = torch.zeros(sum(sizes), device=m.device)
     momentum = torch.zeros(sum(sizes), device=m.device)
     moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
-    batch = h.eval_batch_tokens // h.eval_seq_len
 
-    def learn(tokens: Tensor, progress: float) -> None:
-        pairs = torch.stack([tokens[:-1], tokens[1:]]).long().view(2, -1, h.eval_seq_len)
-        mine = pairs[:, m.rank :: m.world_size]
+    def learn(tokens: Tensor, windows: Tensor) -> None:
+        targets = (windows[:, 1] - windows[:, 2]).sum().item()
+        progress = windows[0, 0].item() / (len(tokens) - 1)
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
-
         for _ in range(h.ttt_passes):
-            gradient.zero_()
-            for first in range(0, mine.size(1), batch):
-                x, y = mine[:, first : first + batch].contiguous()
-                with torch.enable_grad():
-                    loss = loss_fn(x, y) * (len(x) / pairs.size(1))
-                parts = torch.autograd.grad(loss, params, materialize_grads=True)
-                gradient.add_(torch.cat([g.flatten() for g in parts]))
+            gradient = lesson_gradient(params, nats_fn, tokens, windows[m.rank :: m.world_size], h) / targets
             m.check_ranks()
             dist.all_reduce(gradient)
             momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
@@ -4668,6 +4770,52 @@ def learning(model: GPT, loss_fn: Callable, h: Config, m: Machine) -> Iterator[C
 
     yield learn
     torch._foreach_copy_(weights, saved)
+
+
+LORA_BETA2 = 0.99  # of the second moment; there is no first one, as in the source
+
+
+@contextmanager
+def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
+    """Learn a change of rank ttt_rank of every qkv and of the output layer for each document. As `learning`.
+
+    Each slot of a batch has factors of its own, which begin anew with every document: `up` at zero, so that
+    the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.
+    """
+    model.requires_grad_(False)
+    slots = h.eval_batch_tokens // h.eval_seq_len
+    fresh = fresh_factors(h).to(m.device)
+    factors = fresh.repeat(slots, 1)
+    second = torch.zeros_like(factors)
+    steps = torch.zeros(slots, 1, device=m.device)
+    model.factors = factors.detach().requires_grad_(True)  # the same memory
+
+    def learn(tokens: Tensor, windows: Tensor) -> None:
+        mine = windows[m.rank :: m.world_size]
+        for _ in range(h.ttt_passes):
+            gradient = lesson_gradient([model.factors], nats_fn, tokens, mine, h).view_as(factors)
+            steps.add_(1)
+            second.lerp_(gradient.square(), 1 - LORA_BETA2)
+            spread = (second / (1 - LORA_BETA2**steps)).sqrt()
+            factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
+        begins = mine[:, 1:2].to(m.device) == 0
+        factors.copy_(torch.where(begins, fresh, factors))
+        second.masked_fill_(begins, 0)
+        steps.masked_fill_(begins, 0)
+
+    yield learn
+    model.factors = None
+
+
+TTT_FORMS: dict[str, Callable] = {"sgd": sgd_of_weights, "lora": lora_of_documents}
+
+
+def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
+    """Return a context that yields learn(tokens, windows) and afterwards puts the model back as it was.
+
+    learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score.
+    """
+    return TTT_FORMS[h.ttt_form](model, nats_fn, h, m)
 
 
 # -----------------------------------------------------------------------------
@@ -5001,17 +5149,24 @@ class Run:
             self.splits[split] = tokens
         return self.splits[split]
 
+    def scoring(self, label: str, stride: int, learns: bool = False) -> ScoreRun:
+        """Return the settings of a score, which trains on scored chunks if it learns."""
+        h = self.h
+        scoring = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
+        if not learns:
+            return scoring
+        learner = partial(learning, self.model, self.nats_fn, h, self.m)
+        bos_id = h.bos_id if h.ttt_form == "lora" else -1
+        return scoring._replace(chunk=h.ttt_chunk_tokens, learner=learner, bos_id=bos_id)
+
     def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:
         """Score the weights on a split. learns: train on scored chunks, if the split has more than one."""
         h = self.h
         tokens = self.held_out(split)
-        scoring = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
-        if learns and len(tokens) - 1 > h.ttt_chunk_tokens:
-            learner = partial(learning, self.model, self.loss_fn, h, self.m)
-            scoring = scoring._replace(chunk=h.ttt_chunk_tokens, learner=learner)
-            with learner() as learn:  # compiles it before the score's clock starts, on no token of the split
-                zeros = torch.zeros(scoring.chunk + 1, device=self.m.device)
-                self.timed("compile", learn, zeros, 0.0)
+        scoring = self.scoring(label, stride, learns and len(tokens) - 1 > h.ttt_chunk_tokens)
+        if scoring.chunk:  # compiled before the score's clock starts, on no token of the split
+            blank = np.full(scoring.chunk + scoring.stride + 1, (h.bos_id + 1) % h.vocab_size)
+            self.timed("compile", score_targets, self.nats_fn, blank, scoring, self.m)
         score = evaluate(self.nats_fn, tokens, self.dataset.counts, scoring, self.m)
         if not math.isfinite(score.bpb):
             raise Fault(
@@ -5511,8 +5666,7 @@ def score_artifact(run: Run) -> FinalScore:
     if h.eval_stride < h.eval_seq_len:
         metrics.append(Metric("sliding", "sliding_window", h.eval_stride))
     if h.ttt_lr > 0:
-        metrics.append(Metric("ttt", "ttt", h.eval_stride))
-        run.model.requires_grad_(True)  # also what training left alone
+        metrics.append(Metric("ttt", "ttt", h.eval_stride if h.ttt_form == "sgd" else h.ttt_chunk_tokens))
 
     for metric in metrics:
         label = f"final_int6_{metric.label}"
@@ -5656,7 +5810,8 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     The header fixes the model; argv and env set the rest. Raises InputError when the artifact is damaged or
     does not fit this script, or argv sets a knob that it fixes (env is ignored there).
     """
-    fixed = ["codec", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith("eval_"))]
+    free = ("eval_", "ttt_")
+    fixed = ["codec", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith(free))]
     for argument in argv:
         if argument.split("=")[0] in fixed:
             raise InputError(f"{argument[:80]}: the artifact fixes this knob; leave it out")

@@ -81,6 +81,7 @@ NEEDS = (
     *("Dataset.counts", "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of"),
 )
 TTT_NEEDS = ("learning", "Run.loss_fn")  # of a script that can train at test time
+SCORING_NEEDS = ("Run.scoring",)  # of one that gives its learners windows; older ones give a chunk's tokens
 CODEC_NEEDS = ("CODECS", "codec_of")  # of a script whose artifacts name their compressor
 
 
@@ -207,10 +208,26 @@ class Audit:
         if not self.chunk:
             yield
             return
-        first = torch.from_numpy(self.piece[: self.chunk + 1].astype(np.int32)).to(self.run.m.device)
+        tokens = torch.from_numpy(self.piece.astype(np.int32)).to(self.run.m.device)
         with self.scoring.learner() as learn:
-            learn(first, 0.0)
+            if missing_names(self.script, SCORING_NEEDS):
+                learn(tokens[: self.chunk + 1], 0.0)
+            else:
+                learn(tokens, self.first_lesson())
             yield
+
+    def first_lesson(self) -> Tensor:
+        """Return the windows of the first chunk: its sequences, or itself for every sequence of a batch."""
+        if learns_apart(self.scoring):
+            slots = self.scoring.batch * self.run.m.world_size
+            return torch.tensor([[0, self.chunk, 0]]).expand(slots, 3)
+        starts = torch.arange(0, self.chunk, self.scoring.seq_len)
+        return torch.stack([starts, starts + self.scoring.seq_len, starts], 1)
+
+
+def learns_apart(scoring: Any) -> bool:
+    """Return whether a ScoreRun scores every document apart, and forgets what it learned after each."""
+    return getattr(scoring, "bos_id", -1) >= 0
 
 
 def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
@@ -233,25 +250,59 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
             "audit on more text or with smaller chunks"
         )
 
+    scoring = plan_scores(script, run, chunk)
+    if learns_apart(scoring):
+        piece = choose_document(script, tokens, h, chunk)
+    else:
+        piece = choose_piece(tokens, h, chunk)
+    return Audit(script, run, blob, piece, scoring, chunk, Progress(run.log))
+
+
+def plan_scores(script: ModuleType, run: Any, chunk: int) -> Any:
+    """Return the script's ScoreRun of the final score, with a log that tells nothing: Progress does."""
+    h = run.h
+    silent = script.Log("", None)
+    if not missing_names(script, SCORING_NEEDS):
+        return run.scoring("audit", h.eval_stride, learns=chunk > 0)._replace(log=silent)
     batch = h.eval_batch_tokens // h.eval_seq_len
-    silent = script.Log("", None)  # Progress tells instead
     scoring = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", silent)
     if chunk:
         learner = partial(script.learning, run.model, run.loss_fn, h, run.m)
         scoring = scoring._replace(chunk=chunk, learner=learner)
-    return Audit(script, run, blob, choose_piece(tokens, h, chunk), scoring, chunk, Progress(run.log))
+    return scoring
+
+
+def size_of_piece(tokens: np.ndarray, h: Any, chunk: int) -> int:
+    """Return the number of tokens in two chunks and a few score windows, at most all."""
+    windows = 2 * h.eval_seq_len + 4 * h.eval_stride
+    tail = h.eval_stride // 2 + 1  # the last window scores less than a stride
+    return min(len(tokens), 2 * chunk + windows + tail)
 
 
 def choose_piece(tokens: np.ndarray, h: Any, chunk: int) -> np.ndarray:
-    """Return a piece of a split: two chunks and a few score windows around a document start in the middle."""
-    windows = 2 * h.eval_seq_len + 4 * h.eval_stride
-    tail = h.eval_stride // 2 + 1  # the last window scores less than a stride
-    length = min(len(tokens), 2 * chunk + windows + tail)
+    """Return a piece of a split around a document start in the middle."""
+    length = size_of_piece(tokens, h, chunk)
     starts = np.flatnonzero(tokens[: len(tokens) - length + 1] == h.bos_id)
     middle = int(starts[len(starts) // 2]) if len(starts) else 0
     begin = min(middle - h.eval_seq_len // 2, len(tokens) - length)
     begin = max(0, begin)
     return np.array(tokens[begin : begin + length])
+
+
+def choose_document(script: ModuleType, tokens: np.ndarray, h: Any, chunk: int) -> np.ndarray:
+    """Return the shortest document of three chunks and what follows it, so that others are in the piece.
+
+    Raises the script's InputError if there is none.
+    """
+    starts = np.flatnonzero(tokens == h.bos_id)
+    lengths = np.diff(np.append(starts, len(tokens)))
+    long = np.flatnonzero(lengths > 2 * chunk + 1)
+    if not len(long):
+        raise script.InputError(
+            f"ttt_chunk_tokens={chunk}: no document of val has three chunks; audit with smaller chunks"
+        )
+    begin = starts[long[lengths[long].argmin()]]
+    return np.array(tokens[begin : begin + size_of_piece(tokens, h, chunk)])
 
 
 # ---- T1, T2, T3: each score is a probability, and depends on earlier tokens only ------------------
@@ -393,10 +444,22 @@ class Learning(NamedTuple):
     early: int  # tokens that are learnt from before they are scored
 
 
+def idle_learner() -> nullcontext:
+    """Return the context of a learner that learns nothing."""
+    return nullcontext(lambda *_: None)
+
+
+def targets_of(tokens: Tensor, lesson: Tensor | float) -> Tensor:
+    """Return the targets that a learner is given: those of windows (n, 3), or of an older one's tokens."""
+    if isinstance(lesson, float):
+        return tokens[1:]
+    return torch.cat([tokens[first + 1 : end + 1] for _, end, first in lesson.tolist()])
+
+
 def examine_learning(audit: Audit) -> Learning:
     """Score the piece with and without learning, and watch what the learner is given."""
     audit.progress.expect(2, "scores")
-    without = audit.nats(audit.piece, audit.scoring._replace(chunk=0, learner=nullcontext))
+    without = audit.nats(audit.piece, audit.scoring._replace(learner=idle_learner))
     gaps = audit.nats(audit.piece) - without
     only_later = bool((gaps[: audit.chunk] == 0).all())
     has_effect = only_later and bool(gaps.any() and gaps.isfinite().all())
@@ -416,10 +479,10 @@ def tokens_learnt_early(audit: Audit) -> int:
         scored[y[:, -last:]] = 1
         return torch.zeros(len(x), last, device=m.device)
 
-    def learn(tokens: Tensor, progress: float) -> None:
+    def learn(tokens: Tensor, lesson: Tensor | float) -> None:
         nonlocal early
         dist.all_reduce(scored)
-        early += int((scored[tokens[1:].long()] == 0).sum())
+        early += int((scored[targets_of(tokens, lesson).long()] == 0).sum())
 
     scoring = audit.scoring._replace(learner=lambda: nullcontext(learn))
     audit.script.score_targets(mark_scored, np.arange(len(audit.piece)), scoring, m)
@@ -474,7 +537,7 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
     m = audit.run.m
     scoring = audit.scoring
     if audit.chunk:
-        scoring = scoring._replace(learner=lambda: nullcontext(lambda *_: None))
+        scoring = scoring._replace(learner=idle_learner)
     audit.progress.expect(-(-(len(tokens) - 1) // m.world_size), "targets")
 
     def one_nat_each(x: Tensor, y: Tensor, last: int) -> Tensor:

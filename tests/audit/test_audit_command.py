@@ -28,12 +28,15 @@ def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
     assert lines == [line for line in log if line in lines]
 
 
-@pytest.mark.parametrize("learns", [False, True], ids=["plain", "ttt"])
-def test_every_test_knows_its_work(learns, honest, group):
+PLAIN = dict(ttt_lr=0.0)
+SGD = dict(ttt_lr=0.2, ttt_chunk_tokens=64, ttt_passes=1)
+LORA = dict(ttt_lr=0.05, ttt_chunk_tokens=8, ttt_passes=1, ttt_form="lora")
+
+
+@pytest.mark.parametrize("knobs", [PLAIN, SGD, LORA], ids=["plain", "sgd", "lora"])
+def test_every_test_knows_its_work(knobs, honest, group):
     """Each expects as many scores, passes, ... as it does, or its ETA would be wrong."""
-    h = honest.h
-    if learns:
-        h = dataclasses.replace(h, ttt_lr=0.2, ttt_chunk_tokens=64, ttt_passes=1)
+    h = dataclasses.replace(honest.h, **knobs)
     subject = audit.make_audit(t, fresh(honest.run, h=h), honest.blob)
     stages = []
 

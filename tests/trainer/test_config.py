@@ -322,7 +322,15 @@ NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "floa
 UNLIMITED = {
     *("seed", "checkpoint_every", "max_wallclock_seconds", "iterations", "warmup_steps", "size_cap"),
     *("val_loss_every", "train_log_every", "val_tokens", "mix_tokens", "gptq_batches", "ttt_passes"),
-    *("ttt_lr", "ttt_chunk_tokens", "rope_base", "logit_softcap", "qk_gain_init", "proj_init_std"),
+    *(
+        "ttt_lr",
+        "ttt_chunk_tokens",
+        "ttt_rank",
+        "rope_base",
+        "logit_softcap",
+        "qk_gain_init",
+        "proj_init_std",
+    ),
     *("tied_embed_init_std", "adam_eps", "grad_clip", "ema_frac"),
 }
 

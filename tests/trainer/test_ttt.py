@@ -24,6 +24,7 @@ import fixtures_records as fx
 import train_gpt as t
 from audit_cases import audit_args, by_auditor, changed_script, honest  # noqa: F401
 from helpers import (
+    OTHER_PARTS,
     ROOT,
     as_arguments,
     english_args,
@@ -48,9 +49,17 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 def learning_run(h, model, m, **changes):
     """Return a ScoreRun that learns, as Run.score makes it."""
-    learner = partial(t.learning, model, model.loss, h, m)
+    learner = partial(t.learning, model, model.nats, h, m)
     run = t.ScoreRun(h.eval_seq_len, h.eval_stride, 4, "x", SILENT, chunk=h.ttt_chunk_tokens, learner=learner)
+    if h.ttt_form == "lora":
+        run = run._replace(bos_id=h.bos_id)
     return run._replace(**changes)
+
+
+def sequences(first, end, seq_len):
+    """Return the windows (n, 3) of disjoint sequences from `first` to `end`, all of whose targets count."""
+    starts = torch.arange(first, end, seq_len)
+    return torch.stack([starts, starts + seq_len, starts], 1)
 
 
 def weights_of(model):
@@ -104,13 +113,13 @@ def assert_close_to(naive, model):
 def test_a_step_is_that_of_a_naive_loop(batch, scale):
     h = tiny(eval_batch_tokens=batch, **LEARNS)
     model = noisy_model(h, scale=scale)
-    chunks = random_tokens(h, (3, 65), 2).int()
+    tokens = random_tokens(h, (4 * 64 + 1,), 2).int()
     naive = Naive(model, h)
     before = weights_of(model)
-    with group_of_one() as m, t.learning(model, model.loss, h, m) as learn:
-        for i, tokens in enumerate(chunks):
-            learn(tokens, i / 4)
-            naive.learn(tokens, i / 4)
+    with group_of_one() as m, t.learning(model, model.nats, h, m) as learn:
+        for i in range(3):
+            learn(tokens, sequences(64 * i, 64 * i + 64, 16))
+            naive.learn(tokens[64 * i : 64 * i + 65], i / 4)
             assert_close_to(naive, model)
         assert all((a != b).any() for a, b in zip(weights_of(model), before) if a.dim() > 1)
     assert equal(weights_of(model), before)
@@ -128,11 +137,11 @@ def test_a_rank_that_is_gone_ends_a_step_before_its_collective(monkeypatch):
     def gone(self, value, flag=0.0):
         raise RuntimeError("connection closed by peer")
 
-    with group_of_one() as m, t.learning(model, model.loss, h, m) as learn:
+    with group_of_one() as m, t.learning(model, model.nats, h, m) as learn:
         monkeypatch.setattr(t.dist, "all_reduce", lambda *args, **kwargs: calls.append(args))
         monkeypatch.setattr(t.Machine, "agree", gone)
         with pytest.raises(RuntimeError, match="closed by peer"):
-            learn(random_tokens(h, (1, 65), 2)[0].int(), 0.0)
+            learn(random_tokens(h, (65,), 2).int(), sequences(0, 64, 16))
         monkeypatch.undo()
     assert not calls and equal(weights_of(model), before)
 
@@ -197,13 +206,14 @@ class Witness:
         self.scored.update(y[:, -last:].flatten().tolist())
         return torch.zeros(len(x), last)
 
-    def learn(self, tokens, progress):
+    def learn(self, tokens, windows):
         """Check that the next chunk comes, and that all of it has been scored."""
         first = self.learnt * self.chunk
         end = first + self.chunk
-        assert tokens.tolist() == list(range(first, end + 1))
+        assert tokens.tolist() == list(range(self.total + 1))
+        learnt = [target for _, end, first in windows.tolist() for target in range(first, end)]
+        assert learnt == list(range(first, end))
         assert set(range(1, end + 1)) <= self.scored
-        assert progress == first / self.total
         self.learnt += 1
 
     def learner(self):
@@ -280,7 +290,7 @@ def ranks_score(rank, knobs):
 
     @contextmanager
     def watched():
-        with t.learning(model, model.loss, h, m) as learn:
+        with t.learning(model, model.nats, h, m) as learn:
 
             def learn_and_digest(*args):
                 learn(*args)
@@ -309,6 +319,201 @@ def test_the_score_does_not_depend_on_the_world_size(chunk):
         assert len(steps_of_several) == len(steps)
 
 
+# ---------------------------------------------------------------- the lora form: documents apart
+
+LORA = dict(ttt_form="lora", ttt_lr=0.02, ttt_chunk_tokens=6, ttt_passes=2, ttt_rank=3)
+
+
+def documents_of(h, lengths, seed):
+    """Return random documents of these lengths, BOS included, as arrays."""
+    rng = np.random.default_rng(seed)
+    bodies = [rng.integers(h.bos_id + 1, h.vocab_size, length - 1) for length in lengths]
+    return [np.concatenate([[h.bos_id], body]) for body in bodies]
+
+
+class NaiveLora:
+    """The reference for one document: torch's Adam on changes that are added to the matrices themselves."""
+
+    def __init__(self, model, h):
+        self.h = h
+        self.changes = []
+        rows = t.fresh_factors(h)
+        for factors in t.cut_factors(rows, h):
+            pair = [part[0].clone().requires_grad_(True) for part in (factors.up, factors.down)]
+            self.changes.append(pair)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.ops = t.Ops(linear=self.linear)
+        self.model.unembed = self.unembed
+        parameters = [part for pair in self.changes for part in pair]
+        self.adam = torch.optim.Adam(parameters, lr=h.ttt_lr, betas=(0.0, 0.99), eps=1e-30)
+
+    def linear(self, x, W):
+        """Multiply by W, changed if it makes queries, keys and values."""
+        if len(W) == self.h.model_dim + 2 * self.h.kv_dim:
+            up, down = self.changes[self.visit]
+            W = W + up @ down
+            self.visit += 1
+        return F.linear(x, W)
+
+    def unembed(self, x):
+        up, down = self.changes[-1]
+        logits = F.linear(x, self.model.tok_emb + up @ down)
+        return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
+
+    def nats(self, tokens, count):
+        """Return the nats of the last `count` targets of one sequence."""
+        self.visit = 0
+        return self.model.nats(tokens[None, :-1], tokens[None, 1:], count)[0]
+
+    def scores(self, document, following):
+        """Score a document and the token that follows, chunk by chunk, learning from each but the last."""
+        tokens = torch.from_numpy(np.append(document, following))
+        chunk = self.h.ttt_chunk_tokens
+        out = []
+        for first in range(0, len(document), chunk):
+            end = min(first + chunk, len(document))
+            begin = max(0, first + chunk - self.h.eval_seq_len)
+            for _ in range(self.h.ttt_passes):
+                nats = self.nats(tokens[begin : end + 1], end - first)
+                if len(out) == first:
+                    out += nats.tolist()
+                self.adam.zero_grad()
+                nats.sum().backward()
+                self.adam.step()
+        return out
+
+
+def lora_scores(model, tokens, h, **changes):
+    """Return the nats of all targets, with the lora form on one rank."""
+    with group_of_one() as m:
+        run = learning_run(h, model, m, **changes)
+        nats, times_scored = t.score_targets(model.nats, tokens, run, m)
+    assert (times_scored == 1).all()
+    return nats
+
+
+def idle():
+    """Return the context of a learner that learns nothing."""
+    return nullcontext(lambda *_: None)
+
+
+@pytest.mark.parametrize("other", [{}, OTHER_PARTS], ids=["usual", "other parts"])
+def test_documents_are_scored_as_by_a_naive_loop(other):
+    """One of each shape: shorter than a chunk, of whole chunks, longer than a window; more than slots."""
+    h = tiny(**LORA, **other)
+    model = noisy_model(h)
+    documents = documents_of(h, [1, 5, 6, 7, 12, 16, 19, 40, 3, 24], 8)
+    tokens = np.concatenate([*documents, [7]])
+    expected = []
+    for i, document in enumerate(documents):
+        following = 7 if i == len(documents) - 1 else h.bos_id
+        expected += NaiveLora(model, h).scores(document, following)
+    nats = lora_scores(model, tokens, h)
+    torch.testing.assert_close(nats, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+    without = lora_scores(model, tokens, h, learner=idle)
+    assert (nats - without).abs().max() > 0.05 and model.factors is None
+
+
+def test_a_rate_of_almost_zero_scores_as_without_learning():
+    h = tiny(**LORA | dict(ttt_lr=1e-30))
+    model = noisy_model(h)
+    tokens = random_tokens(h, (301,), 4).numpy()
+    assert torch.equal(lora_scores(model, tokens, h), lora_scores(model, tokens, h, learner=idle))
+
+
+def test_nothing_passes_from_one_document_to_another():
+    """Documents in another order, and with others in the slots beside them, keep their scores."""
+    h = tiny(**LORA)
+    model = noisy_model(h)
+    documents = documents_of(h, [9, 30, 14, 22, 7, 41, 18, 25], 9)
+    order = [5, 2, 7, 0, 6, 1, 4, 3]
+
+    def scores(documents):
+        nats = lora_scores(model, np.concatenate([*documents, [h.bos_id]]), h)
+        return nats.split([len(document) for document in documents])
+
+    before = scores(documents)
+    after = scores([documents[i] for i in order])
+    for i, nats in zip(order, after):
+        torch.testing.assert_close(nats, before[i], rtol=1e-5, atol=1e-5)
+    alone = scores(documents[5:6])[0]
+    torch.testing.assert_close(alone, before[5], rtol=1e-5, atol=1e-5)
+
+
+def test_no_score_of_a_document_depends_on_a_later_token():
+    """Not even on where documents begin later, which decides the batches that they share."""
+    h = tiny(**LORA)
+    model = noisy_model(h)
+    tokens = np.concatenate(documents_of(h, [20, 9, 44, 31, 6, 37, 28], 10))
+    rng = np.random.default_rng(0)
+    before = lora_scores(model, tokens, h)
+    for cut in (2, 7, 19, 20, 21, 26, 27, 30, 36, 41, 42, 60, 100, 150, 173):
+        changed = tokens.copy()
+        changed[cut:] = rng.integers(0, h.vocab_size, len(tokens) - cut)
+        changed[cut:][rng.random(len(tokens) - cut) < 0.2] = h.bos_id
+        after = lora_scores(model, changed, h)
+        assert torch.equal(after[: cut - 1], before[: cut - 1]), cut
+        assert not torch.equal(after[cut - 1 :], before[cut - 1 :]), cut
+
+
+def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored():
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        slots = int(rng.integers(1, 6))
+        seq_len = int(rng.integers(1, 20))
+        chunk = int(rng.integers(1, seq_len + 1))
+        tokens = np.where(rng.random(int(rng.integers(2, 200))) < 0.1, 1, 2)
+        run = t.ScoreRun(seq_len, 1, slots, "x", SILENT, chunk=chunk, bos_id=1)
+        scored = np.zeros(len(tokens) - 1, int)
+        learnt = np.zeros(len(tokens) - 1, int)
+        owner = [-1] * slots  # document that the slot has learned from since it was last reset
+        begins = np.maximum.accumulate(np.where(tokens == 1, np.arange(len(tokens)), 0))
+        for group in t.document_groups(tokens, run, slots):
+            for slot, (_, end, first) in enumerate(group.lesson):
+                if end == 0:
+                    owner[slot] = -1
+                    continue
+                assert owner[slot] in (-1, begins[first]) and (scored[first:end] == 1).all()
+                owner[slot] = begins[first]
+                learnt[first:end] += 1
+            for slot, (start, end, first) in enumerate(group.windows):
+                if end == 0:
+                    continue
+                assert start == max(begins[first], first + chunk - seq_len) and end - first <= chunk
+                assert owner[slot] == (-1 if first == begins[first] else begins[first])
+                scored[first:end] += 1
+        assert (scored == 1).all()
+        ends = np.append(np.flatnonzero(np.diff(begins)) + 1, len(tokens) - 1)
+        is_last = np.zeros(len(tokens) - 1, int)
+        for begin, end in zip(np.unique(begins[:-1]), ends):
+            is_last[begin + (end - begin - 1) // chunk * chunk : end] = 1
+        assert (learnt == 1 - is_last).all()
+
+
+def test_the_lora_score_does_not_depend_on_the_world_size():
+    ((loss, _, _),) = run_ranks(ranks_score, 1, LORA)
+    for world in (2, 3):
+        ranks = run_ranks(ranks_score, world, LORA)
+        losses = {loss for loss, _, _ in ranks}
+        assert len(losses) == 1 and losses.pop() == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_lora_form_needs_two_graphs_both_compiled_on_text_without_content():
+    """One scores and one learns, whatever the documents; a graph that breaks would raise."""
+    h = tiny(**LORA, num_layers=2)
+    model = noisy_model(h)
+    tokens = random_tokens(h, (301,), 4).numpy()
+    compiled = torch.compile(model.nats, backend="aot_eager", fullgraph=True, dynamic=False)
+    with group_of_one() as m:
+        run = learning_run(h, model, m, learner=partial(t.learning, model, compiled, h, m))
+        before = t.compiled_graphs()
+        t.score_targets(compiled, np.full(13, 2), run, m)
+        assert t.compiled_graphs() == before + 2
+        nats, _ = t.score_targets(compiled, tokens, run, m)
+        assert t.compiled_graphs() == before + 2
+    torch.testing.assert_close(nats, lora_scores(model, tokens, h), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- knobs, the artifact's header
 
 
@@ -321,6 +526,16 @@ def test_the_score_does_not_depend_on_the_world_size(chunk):
         (["ttt_lr=nan"], "ttt_lr: nan"),
         (["ttt_passes=0"], "ttt_passes: 0"),
         (["ttt_passes=x"], "'x' is not of type int"),
+        (["ttt_form=adam"], "ttt_form: 'adam' is not one of sgd, lora"),
+        (
+            ["ttt_lr=0.1", "ttt_form=lora", "ttt_chunk_tokens=65"],
+            "ttt_chunk_tokens must not exceed eval_seq_len",
+        ),
+        (["ttt_rank=0"], "ttt_rank: 0"),
+        (
+            ["ttt_lr=1", "ttt_form=lora", "ttt_chunk_tokens=9", "ttt_rank=513"],
+            "ttt_rank must not exceed model_dim",
+        ),
     ],
 )
 def test_knobs_are_refused_in_one_line(knobs, says, capsys):
@@ -339,6 +554,12 @@ def test_the_header_has_the_knobs_only_of_a_score_that_learns():
     config = header_of_learner["config"]
     assert set(header["config"]) == set(t.MODEL_FIELDS) and payload == same_payload
     assert config == header["config"] | LEARNS
+
+    header_of_lora, _ = t.open_artifact(t.pack_artifact(tensors, tiny(**LORA)))
+    assert header_of_lora["config"] == header["config"] | LORA
+    without_rank = tiny(**LORA | dict(ttt_rank=t.Config.ttt_rank))  # only what is not the default is written
+    header_of_default, _ = t.open_artifact(t.pack_artifact(tensors, without_rank))
+    assert set(header_of_lora["config"]) - set(header_of_default["config"]) == {"ttt_rank"}
 
     without_passes = {key: value for key, value in config.items() if key != "ttt_passes"}
     changes = (dict(ttt_lr=1), dict(ttt_passes=2.0), dict(ttt_more=1))
@@ -443,6 +664,18 @@ def test_eval_scores_as_the_artifact_was_scored(tmp_path):
     assert exact(chunked[-1]) not in (with_learning, without)
 
 
+def test_eval_scores_documents_as_the_artifact_was_scored(tmp_path):
+    rates = dict(ttt_form="lora", ttt_lr=0.01, ttt_chunk_tokens=8, ttt_passes=1, ttt_rank=4)
+    learns = finished(**rates)
+    with_learning = exact_of(learns.lines, "final_int6_ttt_exact")
+    assert " stride:8 " in only(learns.lines, "final_int6_ttt")
+    assert with_learning < exact_of(learns.lines, "final_int6_sliding_window_exact")
+    assert exact(scored(learns, tmp_path / "out")[-1]) == with_learning
+    assert exact(scored(finished(), tmp_path / "out", *as_arguments(rates))[-1]) == with_learning
+    other_rank = scored(learns, tmp_path / "out", "ttt_rank=5")  # knobs override the header
+    assert exact(other_rank[-1]) != with_learning
+
+
 def test_a_split_of_one_chunk_is_scored_as_it_is(tmp_path, monkeypatch):
     run = finished()
     total = len(english_dataset().val) - 1
@@ -464,9 +697,10 @@ def test_the_pass_is_compiled_before_the_clock_and_on_no_token_of_the_split(tmp_
     def watched_learning(*args):
         with learning(*args) as learn:
 
-            def watched_learn(tokens, progress):
-                events.append((len(tokens), bool(tokens.any())))
-                learn(tokens, progress)
+            def watched_learn(tokens, windows):
+                blank = bool((tokens == tokens[0]).all())
+                events.append((int((windows[:, 1] - windows[:, 2]).sum()), blank))
+                learn(tokens, windows)
 
             yield watched_learn
 
@@ -479,27 +713,38 @@ def test_the_pass_is_compiled_before_the_clock_and_on_no_token_of_the_split(tmp_
     scored(run, tmp_path / "out", *as_arguments(RUN))
     chunks = (len(english_dataset().val) - 2) // 512
     assert chunks > 1
-    assert events == ["clock", "clock", (513, False), "clock", *[(513, True)] * chunks]
+    assert events == ["clock", "clock", (512, True), "clock", *[(512, False)] * chunks]
 
 
 # ---------------------------------------------------------------- the auditor
 
 AUDITED = ["ttt_lr=0.2", "ttt_chunk_tokens=64", "ttt_passes=1"]
+LESSON = "lesson = np.stack([first, first + scoring.seq_len, first], 1)"
 # A cheat: the tests that must fail, the text of the trainer that is replaced, and the text that replaces it.
 CHEATS = {
     "learnt before it is scored": (
         "T1 T3",
-        "tokens[first : group.chunk * chunk + 1]",
-        "tokens[(at := min(group.chunk * chunk, total - chunk)) : at + chunk + 1]",
+        LESSON,
+        f"{LESSON} + min(chunk * (len(first) > 0), total - learned)",
     ),
-    "one token too many": (
-        "T3",
-        "tokens[first : group.chunk * chunk + 1]",
-        "tokens[first + 1 : group.chunk * chunk + 2]",
-    ),
+    "one token too many": ("T3", LESSON, f"{LESSON} + (len(first) > 0)"),
     "weights are not put back": ("T1 T3 T7", "torch._foreach_copy_(weights, saved)", "pass"),
     "nothing is learnt": ("T3", "alpha=-rate)", "alpha=-0.0)"),
     "a chunk is left out": ("T4", "np.split(windows, cuts[1:])", "np.split(windows, cuts[1:])[:2]"),
+}
+AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=8", "ttt_passes=1"]
+LORA_LESSON = "lessons[span, slot][1:] = rows[:-1]"
+LORA_CHEATS = {
+    "learned before it is scored": ("T1 T3", LORA_LESSON, "lessons[span, slot] = rows"),
+    "one token too many": ("T3", LORA_LESSON, f"{LORA_LESSON} + [0, 1, 1]"),
+    "nothing is learned": ("T3", "factors.sub_(h.ttt_lr", "factors.sub_(0.0"),
+    "the model is not put back": ("T3", "model.factors = None", "pass"),
+    "a chunk is left out": ("T4", "windows[span, slot] = rows", "windows[span, slot][:2] = rows[:2]"),
+    "a document's end decides where its windows begin": (
+        "T1",
+        "start = np.maximum(chunk_end - scoring.seq_len, begin)",
+        "start = np.maximum(np.minimum(chunk_end, end) - scoring.seq_len, begin)",
+    ),
 }
 
 
@@ -511,16 +756,17 @@ class Audited(NamedTuple):
     lines: list[str]  # one for each test
 
 
-def audited(honest, folder, script, capsys):  # noqa: F811
+def audited(honest, folder, script, capsys, knobs=AUDITED):  # noqa: F811
     """Audit the honest artifact, scored with learning by a script."""
-    status = by_auditor([*audit_args(honest, folder), *AUDITED], str(script))
+    status = by_auditor([*audit_args(honest, folder), *knobs], str(script))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("audit T")]
     fails = {line.split()[1] for line in lines if "FAIL" in line}
     return Audited(status, fails, lines)
 
 
-def test_the_audit_passes_an_honest_score_that_learns(honest, tmp_path, capsys):  # noqa: F811
-    result = audited(honest, tmp_path, ROOT / "train_gpt.py", capsys)
+@pytest.mark.parametrize("knobs", [AUDITED, AUDITED_LORA], ids=["sgd", "lora"])
+def test_the_audit_passes_an_honest_score_that_learns(knobs, honest, tmp_path, capsys):  # noqa: F811
+    result = audited(honest, tmp_path, ROOT / "train_gpt.py", capsys, knobs)
     assert result.status == 0 and not result.fails, result.lines
     evidence = "2 after learning, 0 tokens learnt before they are scored, 0 earlier scores moved"
     assert evidence in result.lines[2]
@@ -534,11 +780,21 @@ def test_the_audit_catches_a_cheat(name, honest, tmp_path, capsys):  # noqa: F81
     assert not {"T2", "T5"} & result.fails, result.lines
 
 
-def test_the_audit_needs_three_chunks(honest, tmp_path, capsys):  # noqa: F811
-    args = [*audit_args(honest, tmp_path), "ttt_lr=0.2", "ttt_chunk_tokens=32768"]
+@pytest.mark.parametrize("name", LORA_CHEATS)
+def test_the_audit_catches_a_cheat_with_documents(name, honest, tmp_path, capsys):  # noqa: F811
+    expected, old, new = LORA_CHEATS[name]
+    script = changed_script(tmp_path / "x", old, new)
+    result = audited(honest, tmp_path, script, capsys, AUDITED_LORA)
+    assert result.status == 1 and set(expected.split()) <= result.fails, result.lines
+    assert not {"T2", "T5"} & result.fails, result.lines
+
+
+@pytest.mark.parametrize("knobs", [["ttt_chunk_tokens=32768"], ["ttt_form=lora", "ttt_chunk_tokens=32"]])
+def test_the_audit_needs_three_chunks(knobs, honest, tmp_path, capsys):  # noqa: F811
+    args = [*audit_args(honest, tmp_path), "ttt_lr=0.2", *knobs]
     assert by_auditor(args, str(ROOT / "train_gpt.py")) == 2
     err = capsys.readouterr().err
-    assert "ttt_chunk_tokens=32768: " in err and err.count("\n") == 1
+    assert f"{knobs[-1]}: " in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the ledger

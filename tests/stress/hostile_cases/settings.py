@@ -25,6 +25,8 @@ ILLEGAL = {
     "ttt_lr": "-0.1",
     "ttt_chunk_tokens": "0",
     "ttt_passes": "0",
+    "ttt_form": "adam",
+    "ttt_rank": "0",
     "vocab_size": "0",
     "num_layers": "0",
     "model_dim": "0",

@@ -45,6 +45,8 @@ FIXED = (
     "ttt_lr",
     "ttt_chunk_tokens",
     "ttt_passes",
+    "ttt_form",
+    "ttt_rank",
 )
 # Settings that a row may change, at the price of a compilation of its own.
 MODEL = (
