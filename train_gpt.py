@@ -234,6 +234,7 @@ class Config:
     # budget
     max_wallclock_seconds: float = 600.0  # of the training clock; 0: no limit
     iterations: int = 20000
+    target_loss: float = 0.0  # nats; above 0, the run is a race that its last validation decides
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
     val_loss_every: int = 0  # steps; 0: never, and no held-out file is read while the clock runs
     train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged, too
@@ -317,7 +318,7 @@ class Config:
     embed_clip_sd: float = 0.0  # as matrix_clip_sd, of the embeddings
     codec: str = "xz"  # row of CODECS
     fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
-    size_cap: int = 16_000_000  # decimal bytes, packed code included
+    size_cap: int = 16_000_000  # decimal bytes, packed code included; 0: no artifact is made, in a race
 
     @property
     def head_dim(self) -> int:
@@ -334,6 +335,10 @@ class Config:
     @property
     def two_stream_layers(self) -> int:
         return self.parallel_last_n if self.parallel_form == "two_streams" else 0
+
+    @property
+    def calibrates(self) -> bool:
+        return self.gptq_batches > 0 and self.size_cap > 0
 
     @property
     def kv_dim(self) -> int:
@@ -481,10 +486,12 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
 def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None = None) -> Config:
     """Resolve every knob: defaults < preset < an artifact's header < knobs given.
 
-    Raises InputError for a value out of range, or knobs that contradict each other.
+    A target_loss that is given takes the time limit away. Raises InputError for a value out of range, or
+    knobs that contradict each other.
     """
     preset = PRESETS.get(knobs.get("preset"), {})
-    h = Config(**{**preset, **(header or {}), **knobs})
+    race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
+    h = Config(**{**preset, **race, **(header or {}), **knobs})
     check_ranges(h)
     check_relations(h)
     return h
@@ -630,6 +637,18 @@ def rules_of_training(h: Config) -> Iterator[Rule]:
     """Yield the rules of the optimizer and the schedules."""
     yield Rule(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
     yield Rule(h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0")
+    yield Rule(
+        h.target_loss <= math.log(h.vocab_size),
+        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which takes no training",
+    )
+    yield Rule(
+        h.target_loss == 0 or h.max_wallclock_seconds == 0,
+        "target_loss needs max_wallclock_seconds=0: a race takes all of its iterations",
+    )
+    yield Rule(
+        h.target_loss > 0 or h.size_cap > 0,
+        "size_cap=0, no artifact, needs target_loss: all other runs are scored by their artifact",
+    )
     for rate, decay in DECAYS.items():
         shrinks = getattr(h, rate) * getattr(h, decay)
         yield Rule(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
@@ -5327,7 +5346,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
     with torch.no_grad():
         run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
     calibrate_ms = 0.0
-    if h.gptq_batches > 0:
+    if h.calibrates:
         for _ in range(2):  # the second time takes as long as it will on the clock
             run.m.sync()
             started = time.perf_counter()
@@ -5482,10 +5501,10 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
         raise Diverged(describe_divergence(run, step, loss_and_norm, good), step, train_ms)
 
     position = ready.loader.position
-    grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.gptq_batches else {}
+    grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.calibrates else {}
     check_grams(grams, step, train_ms)
     artifact_weights = run.h.artifact_weights
-    if artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
+    if run.h.size_cap and artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
     ready.loader.seek_sequence(position)  # from which a resumed run would calibrate
     ready.checkpoints.save(step, train_ms, last=True)
@@ -5644,9 +5663,9 @@ class Metric(NamedTuple):
 
 
 class FinalScore(NamedTuple):
-    """The score of an artifact that counts."""
+    """The score of a run that counts."""
 
-    metric: str  # int6_CODER_METRIC: the label of the codec and the name of the metric
+    metric: str  # int6_CODER_METRIC, label of the codec and name of the metric; or time_to_loss, in a race
     score: Score
 
     @property
@@ -5702,11 +5721,15 @@ def describe_phases(phases: Mapping[str, float]) -> str:
     return ", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items() if time >= 0.05)
 
 
-def score_trained(run: Run, trained: Trained) -> float:
-    """Score the live weights, then the averaged ones, and log both. The model keeps the averaged ones.
+class TrainedScores(NamedTuple):
+    """The scores that need no artifact."""
 
-    Returns the bpb of the token frequencies alone, which is logged, too.
-    """
+    live: Score  # of the training weights: the last validation, which decides a race
+    unigram: float  # bpb of the token frequencies alone
+
+
+def score_trained(run: Run, trained: Trained) -> TrainedScores:
+    """Score the live weights, then the averaged ones, and log all. The model keeps the averaged ones."""
     h = run.h
     live = validate(run, trained.steps, trained.train_ms)
     torch._foreach_copy_(trained.ema.params, trained.ema.average)
@@ -5719,14 +5742,64 @@ def score_trained(run: Run, trained: Trained) -> float:
     nats = unigram_nats(h, run.held_out("val")[1:])
     unigram = bpb(nats, live.bytes)
     run.log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", shown="")
-    return unigram
+    return TrainedScores(live, unigram)
+
+
+class Submission(NamedTuple):
+    """A submission: the score of its artifact, read back from disk, its bytes and its hash."""
+
+    final: FinalScore
+    bytes_total: int
+    bytes_code: int
+    sha256: str
+
+
+def read_submission(run: Run, written: str, bytes_code: int) -> Submission:
+    """Load the weights of the artifact that rank 0 has written into the model, and score them. Logs all."""
+    blob = run.m.of_rank_0(Path(written).read_bytes() if run.m.rank == 0 else b"")
+    bytes_total = len(blob) + bytes_code
+    coder = CODECS[run.h.codec].label
+    run.log(
+        f"Serialized model int6+{coder}: {len(blob)} bytes\nCode size: {bytes_code} bytes\n"
+        f"Total submission size int6+{coder}: {bytes_total} bytes",
+        shown="",
+    )
+    run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
+    return Submission(score_artifact(run), bytes_total, bytes_code, sha256(blob))
+
+
+def describe_outcome(run: Run, final: FinalScore, unigram: float) -> str:
+    """Return what a run has reached: its score, or the distance to the target of its race."""
+    h = run.h
+    if h.target_loss == 0:
+        return f"score: {final.score.words}; token frequencies alone (unigram) give {unigram:.4f}"
+    left = h.target_loss - final.score.loss
+    side = "below" if left >= 0 else "above"
+    return f"race: {final.score.words}, {abs(left):.4f} {side} the target of {h.target_loss}"
+
+
+def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submission: Submission | None) -> None:
+    """Log what counts, in the last line of the log: a race's last validation, else the artifact's score."""
+    h = run.h
+    final = FinalScore("time_to_loss", scores.live) if h.target_loss else submission.final
+    target = f" target:{h.target_loss}" if h.target_loss else ""
+    sizes = digest = size = ""
+    if submission:
+        sizes = f" bytes_total:{submission.bytes_total} bytes_code:{submission.bytes_code}"
+        digest = f" sha256:{submission.sha256}"
+        size = f"\nsize: {describe_size(submission.bytes_total, h.size_cap)}"
+    run.log(
+        f"final_score {final.exact}{target}{sizes} steps:{trained.steps} train_time:{trained.train_ms:.0f}ms "
+        f"eval_time:{run.phases.get('eval', scores.live.ms):.0f}ms seed:{h.seed}{digest}",
+        shown=f"\n{describe_outcome(run, final, scores.unigram)}{size}\ntime: {describe_phases(run.phases)}",
+    )
 
 
 def conclude(run: Run, trained: Trained, path: str) -> int:
     """Write the artifact to `path`, read it back, score it, and log the results. Returns the exit status.
 
-    The status is 1 when the submission is over the cap, a graph was compiled while the clock ran, or the
-    artifact had to be written elsewhere; else 0.
+    With size_cap=0 there is no artifact. The status is 1 when the submission is over the cap, a graph was
+    compiled while the clock ran, or the artifact had to be written elsewhere; else 0.
     """
     h = run.h
     m = run.m
@@ -5739,42 +5812,34 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
 
     code_bytes = len(packed_code(Path(__file__).read_text(encoding="utf-8")))
     written = path
-    if m.rank == 0:  # the artifact first: it is there whatever fails later
+    if h.size_cap == 0:
+        log("no artifact is made: size_cap=0")
+    elif m.rank == 0:  # the artifact first: it is there whatever fails later
         written = export(run, trained, path, h.size_cap - code_bytes)
 
-    unigram = score_trained(run, trained)
-
-    blob = m.of_rank_0(Path(written).read_bytes() if m.rank == 0 else b"")
-    bytes_total = len(blob) + code_bytes
-    coder = CODECS[h.codec].label
-    log(
-        f"Serialized model int6+{coder}: {len(blob)} bytes\nCode size: {code_bytes} bytes\n"
-        f"Total submission size int6+{coder}: {bytes_total} bytes",
-        shown="",
-    )
-    run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
-    final = score_artifact(run)
+    scores = score_trained(run, trained)
+    submission = read_submission(run, written, code_bytes) if h.size_cap else None
 
     log("phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES), shown="")
-    over = bytes_total - h.size_cap
+    over = submission.bytes_total - h.size_cap if submission else 0
     if over > 0:
-        log(f"artifact over the cap: {bytes_total} bytes, {over} over size_cap={h.size_cap}; file kept")
+        log(
+            f"artifact over the cap: {submission.bytes_total} bytes, {over} over size_cap={h.size_cap}; "
+            "file kept"
+        )
     late = m.largest(trained.late_graphs)
     if late:
         log(
             f"late compilation: {int(late)} graphs were compiled on the clock; "
             "raise warmup_steps or report it"
         )
-    log(
-        f"final_score {final.exact} bytes_total:{bytes_total} bytes_code:{code_bytes} "
-        f"steps:{trained.steps} train_time:{trained.train_ms:.0f}ms "
-        f"eval_time:{run.phases['eval']:.0f}ms seed:{h.seed} sha256:{sha256(blob)}",
-        shown=f"\nscore: {final.score.words}; token frequencies alone (unigram) give {unigram:.4f}\n"
-        f"size: {describe_size(bytes_total, h.size_cap)}\ntime: {describe_phases(run.phases)}",
-    )
+    log_final_score(run, trained, scores, submission)
     if m.rank == 0:
+        files = [f"log: {log.path}"]
+        if submission:
+            files.append(f"artifact: {written}")
         with suppress(OSError, InputError):
-            show(f"log: {log.path}\nartifact: {written}")
+            show("\n".join(files))
     moved = m.largest(written != path)
     return 1 if over > 0 or late or moved else 0
 

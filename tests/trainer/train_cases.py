@@ -49,7 +49,8 @@ STEPS = 24
 
 
 def read_run(folder, status):
-    """Read what a run left in its folder: log, lines, blob of the artifact, match of the final score."""
+    """Read what a run left in its folder: log, lines, artifact's blob (None: no file), match of the score."""
+    artifact = folder / "run.int6.xz"
     log = (folder / "run.txt").read_text(encoding="utf-8")
     lines = log.splitlines()
     return SimpleNamespace(
@@ -57,7 +58,7 @@ def read_run(folder, status):
         status=status,
         log=log,
         lines=lines,
-        blob=(folder / "run.int6.xz").read_bytes(),
+        blob=artifact.read_bytes() if artifact.exists() else None,
         final=FINAL.match(lines[-1]),
     )
 

@@ -1,0 +1,104 @@
+"""Races to a target loss: what ends them, what they leave, and which settings they refuse."""
+
+import re
+
+import pytest
+
+import train_gpt as t
+from helpers import as_arguments
+from train_cases import STEPS, TRAIN_LINE, VAL_LINE, finished_with, matches, starting, value
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+TARGET = 3.5
+RACE_SCORE = re.compile(
+    r"^final_score metric:time_to_loss (?P<exact>val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}) target:3\.5 "
+    r"(?P<bytes>bytes_total:\d+ bytes_code:\d+ )?steps:(?P<steps>\d+) train_time:(?P<train_time>\d+)ms "
+    r"eval_time:\d+ms seed:1337(?P<sha256> sha256:[0-9a-f]{64})?$"
+)
+
+
+def race(**knobs):
+    """Run a race without an artifact."""
+    return finished_with(target_loss=TARGET, **({"size_cap": 0} | knobs))
+
+
+def test_the_last_validation_decides():
+    run = race(val_loss_every=8)
+    assert run.status == 0
+    final = RACE_SCORE.match(run.lines[-1])
+    assert final and final["bytes"] is None and final["sha256"] is None
+    assert final["exact"] == value(run, r"final_live (val_loss:\S+ val_bpb:\S+)")
+
+    validations = matches(run, VAL_LINE)
+    assert [int(m[1]) for m in validations] == [0, 8, 16, STEPS]
+    assert final["steps"] == str(STEPS) and final["train_time"] == validations[-1][5]
+    assert float(re.search(r"val_loss:(\S+)", final["exact"])[1]) == pytest.approx(
+        float(validations[-1][3]), abs=5.1e-5
+    )
+
+
+def test_without_an_artifact_the_log_says_so_once():
+    run = race(val_loss_every=8)
+    assert run.blob is None and [path.name for path in run.folder.iterdir()] == ["run.txt"]
+    assert run.lines.count("no artifact is made: size_cap=0") == 1
+    assert not starting(run, "artifact ") and not starting(run, "Serialized model")
+
+
+def test_without_an_artifact_nothing_is_calibrated(monkeypatch):
+    """Neither for int6 codes nor, with an average younger than its horizon, for the choice of weights."""
+
+    def refuse(*args):
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(t, "calibrate", refuse)
+    monkeypatch.setattr(t, "choose_weights", refuse)
+    run = race(ema_frac=2.0, gptq_batches=1)
+    assert run.status == 0 and " calibrate:0ms " in starting(run, "phase_times")[0]
+
+
+def test_a_target_changes_no_step():
+    losses = [[m[3] for m in matches(run, TRAIN_LINE)] for run in (race(val_loss_every=8), finished_with())]
+    assert len(losses[0]) == STEPS and losses[0] == losses[1]
+
+
+def test_a_race_with_an_artifact_leaves_the_same_file():
+    run = race(size_cap=16_000_000)
+    plain = finished_with()
+    assert run.blob == plain.blob
+    final = RACE_SCORE.match(run.lines[-1])
+    assert final["exact"] == value(run, r"final_live (val_loss:\S+ val_bpb:\S+)")
+    assert final["sha256"] == f" sha256:{plain.final['sha256']}"
+    assert final["bytes"].split()[0] == f"bytes_total:{plain.final['bytes_total']}"
+
+
+@pytest.mark.parametrize("target, side", [(5.7, "below"), (0.5, "above")])
+def test_the_console_says_how_far_the_target_is(target, side, capsys):
+    run = finished_with(target_loss=target, size_cap=0, iterations=2)
+    loss = float(value(run, r"final_score metric:\S+ val_loss:(\S+)"))
+    out = capsys.readouterr().out
+    assert f"{abs(target - loss):.4f} {side} the target of {target}" in out
+    assert "artifact: " not in out
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_a_target_takes_the_time_limit_away():
+    assert t.load_config([], {}).max_wallclock_seconds == 600
+    assert t.load_config(["target_loss=3.28"], {}).max_wallclock_seconds == 0
+    assert t.load_config([], {"TARGET_LOSS": "3.28"}).max_wallclock_seconds == 0
+    assert t.load_config(["target_loss=0"], {}).max_wallclock_seconds == 600
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"target_loss": 3, "max_wallclock_seconds": 60}, "max_wallclock_seconds=0: a race takes all"),
+        ({"size_cap": 0}, "size_cap=0, no artifact, needs target_loss"),
+        ({"target_loss": 7, "vocab_size": 1024}, r"target_loss=7 must not exceed ln\(vocab_size\)"),
+    ],
+)
+def test_what_is_no_race_is_refused(knobs, words):
+    with pytest.raises(t.InputError, match=words):
+        t.load_config(as_arguments(knobs), {})
