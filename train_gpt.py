@@ -255,7 +255,7 @@ class Config:
     ttt_passes: int = 3  # steps on each chunk
     ttt_rank: int = 8  # of the changes that the lora form learns
     # model
-    vocab_size: int = 1024
+    vocab_size: int = 1024  # the tokenizer's, or that padded to a multiple of 128
     num_layers: int = 11
     model_dim: int = 512
     num_heads: int = 4
@@ -1485,6 +1485,7 @@ def check_split(h: Config, counts: ByteCounts, manifest: dict, split: str) -> No
     """
     check_files(h, manifest, split, by_content=True)
     tokens = load_split(h, split)
+    check_tokens(f"{h.data_path}: {split}", tokens, len(counts.base))
     if len(tokens) <= h.eval_seq_len:
         raise InputError(
             f"{h.data_path}: {len(tokens)} tokens of {split} to score, less than a sequence "
@@ -1534,9 +1535,11 @@ def load_dataset(h: Config, trains: bool = False) -> Dataset:
         raise InputError(f"{h.data_path}: no manifest.json; name the tokenizer with tokenizer_path=FILE")
 
     size = len(counts.base)
-    if size != h.vocab_size:
+    padded = -(-size // 128) * 128
+    if h.vocab_size not in (size, padded):
         raise InputError(
-            f"config key vocab_size: {h.vocab_size}, the tokenizer has {size}; set vocab_size={size}"
+            f"config key vocab_size: {h.vocab_size}, the tokenizer has {size}; set vocab_size={size}, or "
+            f"{padded}, a multiple of 128, whose last rows no token uses"
         )
     check_split(h, counts, manifest, "val")
     if trains:

@@ -336,6 +336,23 @@ def test_vocab_size_and_bos_id_must_be_the_tokenizers(copy, capsys, tmp_path):
     assert "bos_id=1" in err
 
 
+def test_a_vocabulary_may_be_padded_to_a_multiple_of_128(copy, capsys, tmp_path):
+    size = english_dataset().vocab_size
+    padded = -(-size // 128) * 128
+    assert size < padded
+    dataset = t.load_dataset(tiny(data_path=copy, vocab_size=padded))
+    assert len(dataset.counts.base) == size
+    for other in (padded - 1, padded + 128):
+        assert f"vocab_size={size}, or {padded}," in refuse(copy, capsys, tmp_path, f"vocab_size={other}")
+
+
+def test_no_text_has_a_token_of_the_padding(copy, capsys, tmp_path):
+    size = english_dataset().vocab_size
+    write_shard(copy / "tiny_val_000000.bin", [*english_dataset().val, size])
+    err = refuse(copy, capsys, tmp_path, f"vocab_size={-(-size // 128) * 128}")
+    assert f"token {size} >= vocab_size {size}" in err
+
+
 def test_another_tokenizer_is_refused(copy, capsys, tmp_path):
     other = train_tokenizer(tmp_path / "other.model", ["a quite different text of few words " * 3], 300)
     err = refuse(copy, capsys, tmp_path, f"tokenizer_path={other}")
