@@ -376,7 +376,8 @@ LAPTOP = dict(
     attn_windows="",
     gptq_batches=16,
 )
-SP8192 = dict(  # parameter-golf #1394, with heads of 128 and attention windows as in `record`
+# parameter-golf #1394, with heads of 128 dimensions and the attention windows of `record`.
+SP8192 = dict(
     data_path="data/datasets/fineweb10B_sp8192",
     vocab_size=8192,
     mlp_mult=4.0,
@@ -399,15 +400,14 @@ SP8192 = dict(  # parameter-golf #1394, with heads of 128 and attention windows 
     warmdown_frac=0.667,
     ema_frac=0.067,
 )
-SHORT_SP8192 = (
-    dict(  # records/track_h100x1_5min/2026-11-27_Sp8192NoLoop: the loop costs more steps than it gains
-        loop_layers="",
-        loop_times=0,
-        train_batch_tokens=131_072,
-        codec="rans",
-        gptq_embed=True,
-        embed_bits=6,
-    )
+# records/track_h100x1_5min/2026-11-27_Sp8192NoLoop: the loop costs more steps than it gains.
+SHORT_SP8192 = dict(
+    loop_layers="",
+    loop_times=0,
+    train_batch_tokens=131_072,
+    codec="rans",
+    gptq_embed=True,
+    embed_bits=6,
 )
 PRESETS: dict[str, dict] = {
     "record": {},
@@ -422,15 +422,19 @@ PRESETS: dict[str, dict] = {
 
 # The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it, and
 # each of EXTRA_FIELDS only if it is not the default: artifacts from before there was such a knob stay valid.
-MODEL_FIELDS = (
-    *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims"),
-    *("rope_base", "xsa_last_n", "ve_last_n", "ve_dim", "bigram_vocab_size", "bigram_dim", "logit_softcap"),
-    *("bos_id", "eval_seq_len", "eval_stride", "attn_windows", "doc_mask"),
+MODEL_FIELDS = tuple(
+    """
+    vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base xsa_last_n
+    ve_last_n ve_dim bigram_vocab_size bigram_dim logit_softcap bos_id eval_seq_len eval_stride
+    attn_windows doc_mask
+    """.split()
 )
 TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
-EXTRA_FIELDS = (
-    *("loop_layers", "loop_times", "attn_gate_dims", "skip_gates", "parallel_last_n", "parallel_form"),
-    *("copy_dim", "ttt_form", "ttt_rank"),
+EXTRA_FIELDS = tuple(
+    (
+        "loop_layers loop_times attn_gate_dims skip_gates parallel_last_n parallel_form copy_dim "
+        "ttt_form ttt_rank"
+    ).split()
 )
 
 
@@ -439,9 +443,12 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
-SIZES = (  # with mlp_mult, the knobs that the number of parameters depends on
-    *("num_layers", "loop_times", "model_dim", "num_heads", "num_kv_heads"),
-    *("vocab_size", "ve_dim", "bigram_vocab_size", "bigram_dim", "attn_gate_dims", "copy_dim"),
+# With mlp_mult, the knobs that the number of parameters depends on.
+SIZES = tuple(
+    """
+    num_layers loop_times model_dim num_heads num_kv_heads vocab_size ve_dim bigram_vocab_size
+    bigram_dim attn_gate_dims copy_dim
+    """.split()
 )
 # Rates and the weight decay of their parameters: a step shrinks these by the product.
 DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
@@ -502,17 +509,18 @@ def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
     return make_config(read_knobs(argv, env))
 
 
-MAY_BE_ZERO = (
-    *("seed", "bos_id", "warmup_steps", "val_loss_every", "val_tokens", "rope_dims", "mix_tokens"),
-    *("xsa_last_n", "ve_last_n", "bigram_vocab_size", "size_cap", "gptq_batches", "loop_times"),
-    *("attn_gate_dims", "parallel_last_n", "copy_dim", "start_batch_tokens"),
+MAY_BE_ZERO = tuple(
+    """
+    seed bos_id warmup_steps val_loss_every val_tokens rope_dims mix_tokens xsa_last_n ve_last_n
+    bigram_vocab_size size_cap gptq_batches loop_times attn_gate_dims parallel_last_n copy_dim
+    start_batch_tokens
+    """.split()
 )
 
 # Knobs that must stay below 1, and those that may also be 1.
 BELOW_ONE = ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2", "normuon_beta2")
-UP_TO_ONE = (
-    *("muon_momentum_warmup_frac", "warmdown_frac", "min_lr_frac", "int6_step", "loop_frac"),
-    "batch_growth_frac",
+UP_TO_ONE = tuple(
+    "muon_momentum_warmup_frac warmdown_frac min_lr_frac int6_step loop_frac batch_growth_frac".split()
 )
 
 
@@ -2325,12 +2333,13 @@ class GPT(nn.Module):
             stream_keep=self.stream_keep if h.two_stream_layers else None,
             stream_add=self.stream_add if h.two_stream_layers else None,
         )
-        columns = []  # one for each field of LayerWeights, with a row for each layer
+        layers_by_field = []
         for tensor in stacked:
-            rows = () if tensor is None else tensor.unbind(0)
-            missing = [None] * (L - len(rows))  # the first layers lack what only the last ones have
-            columns.append([*missing, *rows])
-        return [LayerWeights(*layer) for layer in zip(*columns)]
+            present = () if tensor is None else tensor.unbind(0)
+            missing = [None] * (L - len(present))  # the first layers lack what only the last ones have
+            layers_by_field.append([*missing, *present])
+        fields_by_layer = zip(*layers_by_field)
+        return [LayerWeights(*of_layer) for of_layer in fields_by_layer]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens and hashed bigrams, normalize, blend in the previous token. (B, T) -> (B, T, D).
@@ -2832,7 +2841,7 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     y = fn(*leaves)
     if isinstance(y, tuple):
-        y = torch.cat(y, 2)
+        y = torch.cat(y, 2)  # q, k and v along heads
     # Any gradient will do. It is not contiguous, as gradients in the model need not be.
     dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
     y.backward(dy.to(y.dtype))
@@ -3448,14 +3457,17 @@ RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball":
 
 
 class StepScalars(NamedTuple):
-    """The scalars of a step as 0-dimensional tensors, so that a new value triggers no recompilation."""
+    """The scalars of a step: numbers on the host, 0-dimensional tensors on the device.
 
-    clip: Tensor  # factor on every gradient
-    momentum: Tensor
-    matrix_lr: Tensor
-    adam_lr_mul: Tensor
-    correction1: Tensor  # 1 - beta1^t
-    correction2: Tensor  # 1 - beta2^t
+    A new value of a tensor triggers no recompilation.
+    """
+
+    clip: Tensor | float  # factor on every gradient
+    momentum: Tensor | float
+    matrix_lr: Tensor | float
+    adam_lr_mul: Tensor | float
+    correction1: Tensor | float  # 1 - beta1^t
+    correction2: Tensor | float  # 1 - beta2^t
 
 
 class OwnedMatrices(NamedTuple):
@@ -3539,7 +3551,7 @@ class Optimizer:
 
         self.matrix_update = m.compile(matrix_update)
         self.adam_update = m.compile(adam_update)
-        self.numbers = torch.ones(len(StepScalars._fields) - 1, device=m.device)  # StepScalars without clip
+        self.scalars = torch.ones(len(StepScalars._fields), device=m.device)  # a StepScalars, as one tensor
         self.norm = torch.zeros((), dtype=torch.float64, device=m.device)  # of this step's gradients
         saved = self.snapshot()
         self.update, self.failure = m.captured(self.schedule)
@@ -3634,15 +3646,16 @@ class Optimizer:
         the copy from it has ended.
         """
         self.steps += 1
-        numbers = [  # of StepScalars, in its order
-            hp.momentum,
-            self.h.matrix_lr * hp.lr_mul,
-            hp.lr_mul,
-            1 - self.h.adam_beta1**self.steps,
-            1 - self.h.adam_beta2**self.steps,
-        ]
-        host = torch.tensor(numbers, dtype=torch.float32, pin_memory=self.m.pin)
-        self.numbers.copy_(host, non_blocking=True)
+        scalars = StepScalars(
+            clip=1.0,  # schedule computes it on the device
+            momentum=hp.momentum,
+            matrix_lr=self.h.matrix_lr * hp.lr_mul,
+            adam_lr_mul=hp.lr_mul,
+            correction1=1 - self.h.adam_beta1**self.steps,
+            correction2=1 - self.h.adam_beta2**self.steps,
+        )
+        host = torch.tensor(scalars, dtype=torch.float32, pin_memory=self.m.pin)
+        self.scalars.copy_(host, non_blocking=True)
         self.update()
 
     @torch.no_grad()
@@ -3674,7 +3687,7 @@ class Optimizer:
             work.wait()
 
         # 2. One norm over all of them.
-        scalars = StepScalars(self.clip_factor(), *self.numbers.unbind())
+        scalars = StepScalars(*self.scalars.unbind())._replace(clip=self.clip_factor())
 
         with self.m.lanes() as lane:
             # 3. Update the small parameters, identically on every rank.

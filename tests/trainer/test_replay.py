@@ -125,16 +125,16 @@ def test_training_is_the_same_bits_when_captured(one, rule, error):
         assert all(p.grad.abs().max() == 0 for p in model.parameters()) and optimizer.steps == 0
         assert all(x.abs().max() == 0 for x in (*optimizer.momentum.values(), *optimizer.second.values()))
 
-        address = optimizer.numbers.data_ptr()
+        address = optimizer.scalars.data_ptr()
         for step in range(3):
             add_gradients(model, step)
             lr_mul = 0.5 + step / 10
             optimizer.step(t.Hyper(0.0, 0.9, lr_mul))
             correction1 = 1 - h.adam_beta1 ** (step + 1)
             correction2 = 1 - h.adam_beta2 ** (step + 1)
-            expected = torch.tensor([0.9, h.matrix_lr * lr_mul, lr_mul, correction1, correction2])
-            torch.testing.assert_close(optimizer.numbers, expected)
-            assert optimizer.numbers.data_ptr() == address
+            expected = torch.tensor([1.0, 0.9, h.matrix_lr * lr_mul, lr_mul, correction1, correction2])
+            torch.testing.assert_close(optimizer.scalars, expected)
+            assert optimizer.scalars.data_ptr() == address
         states.append([x.clone() for x in optimizer.state()])
 
     assert all_equal(*states)
