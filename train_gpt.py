@@ -409,6 +409,56 @@ SHORT_SP8192 = dict(
     gptq_embed=True,
     embed_bits=6,
 )
+RACE = dict(max_wallclock_seconds=0.0, size_cap=0, seed=1)  # the runs of a race are seeds 1, 2, 3, ...
+GPT2_RACE = (
+    RACE
+    | dict(  # 85 M parameters in 12 layers, 39 M in the embedding; modded-nanogpt's split and target
+        data_path="data/datasets/fineweb10B_gpt2",
+        vocab_size=50_304,  # 50,257, padded
+        bos_id=50_256,
+        target_loss=3.28,
+        val_tokens=10_485_760,
+        val_loss_every=125,
+        train_batch_tokens=524_288,
+        micro_batch_tokens=65_536,
+        eval_batch_tokens=65_536,
+        num_layers=12,
+        model_dim=768,
+        num_heads=6,
+        num_kv_heads=6,
+        mlp_mult=4.0,
+        rope_dims=64,
+        ve_last_n=0,
+        bigram_vocab_size=0,
+    )
+)
+GPT2_124M = GPT2_RACE | dict(iterations=3250)
+# The conditions of modded-nanogpt's track 3 and its Muon baseline; docs/races.md lists what still differs.
+OPTIMIZER_RACE = GPT2_RACE | dict(
+    iterations=3375,
+    train_seq_len=1024,
+    mix_tokens=0,
+    eval_seq_len=1024,
+    eval_stride=1024,
+    rope_base=1024.0,
+    attn_windows="",
+    xsa_last_n=0,
+    logit_softcap=15.0,
+    qk_gain_init=1.358,  # with heads of 128, the scale 0.12
+    step_rule="muon",
+    matrix_lr=0.025,
+    scalar_lr=0.01,
+    muon_wd=0.025,
+    embed_wd=0.0,
+    scalar_wd=0.0,
+    muon_momentum=0.95,
+    muon_momentum_start=0.95,
+    adam_beta1=0.8,
+    adam_eps=1e-10,
+    grad_clip=0.0,
+    fp8=False,
+    warmdown_frac=0.7,
+)
 PRESETS: dict[str, dict] = {
     "record": {},
     "h100x1": FEW_STEPS | ONE_GPU,
@@ -418,6 +468,15 @@ PRESETS: dict[str, dict] = {
     "sp8192": SP8192,
     "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192,
     "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
+    "gpt2_124m": GPT2_124M,
+    "gpt2_124m_h100x1": GPT2_124M,  # the same race: its track has one card
+    "optimizer_race": OPTIMIZER_RACE,
+    "optimizer_race_small": FEW_STEPS
+    | ONE_GPU
+    | RACE
+    | dict(
+        target_loss=2.25, iterations=780, train_batch_tokens=131_072, val_loss_every=130, eval_stride=2048
+    ),
 }
 
 # The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it, and

@@ -50,8 +50,12 @@ STARTED = time.monotonic() - int(os.environ.pop("RUN_SH_SECONDS", "0"))  # of ru
 TOOLS = ROOT / "tools"
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
 DATASETS = ROOT / "data/datasets"  # where data/prepare.py puts data, unless told otherwise
-VARIANTS = {1024: [], 8192: ["--variant", "sp8192"]}  # its options for data in a vocabulary of that size
+GPT2 = ["--variant", "gpt2"]
+# Its options for data in a vocabulary of that size
+VARIANTS = {1024: [], 8192: ["--variant", "sp8192"], 50_257: GPT2, 50_304: GPT2}
+GPT2_PRESETS = ("gpt2_124m", "gpt2_124m_h100x1", "optimizer_race")  # races that take that vocabulary
 SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
+RACE_SHARDS = 18  # for a race of 3,375 steps of 524,288 tokens
 
 
 class Machine(NamedTuple):
@@ -370,9 +374,11 @@ def is_for_a_laptop(preset: str) -> bool:
 def variant_options(preset: str, knobs: Sequence[str]) -> list[str]:
     """Return the options of data/prepare.py for the vocabulary that the knobs set, else for the preset's."""
     vocab_size = knob_value("vocab_size", tuple(knobs))
-    if vocab_size == "8192" or (not vocab_size and preset.endswith("sp8192")):
-        return VARIANTS[8192]
-    return []
+    if vocab_size:
+        return VARIANTS.get(int(vocab_size), []) if vocab_size.isdecimal() else []
+    if preset in GPT2_PRESETS:
+        return GPT2
+    return VARIANTS[8192] if preset.endswith("sp8192") else []
 
 
 def find_training_data(preset: str, knobs: Sequence[str], processes: int | None) -> str:
@@ -381,6 +387,8 @@ def find_training_data(preset: str, knobs: Sequence[str], processes: int | None)
     if is_for_a_laptop(preset):
         return find_data(*variant)
     shards = SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes)
+    if preset in GPT2_PRESETS:
+        shards = RACE_SHARDS
     return find_data(*variant, "--train-shards", str(shards))
 
 

@@ -24,19 +24,29 @@ def test_every_row_of_the_machine_table_can_be_trained(machine):
 
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_data_has_the_vocabulary_of_the_preset(preset):
-    options = {1024: [], 8192: ["--variant", "sp8192"]}
+    options = {1024: [], 8192: ["--variant", "sp8192"], 50_304: ["--variant", "gpt2"]}
     assert cli.variant_options(preset, []) == options[t.load_config([f"preset={preset}"], {}).vocab_size]
     for vocab_size, expected in options.items():
         assert cli.variant_options(preset, ["seed=1", f"vocab_size={vocab_size}"]) == expected
 
 
-@pytest.mark.parametrize("preset", ["record", "h100x1", "sp8192", "h100x1_sp8192"])
+@pytest.mark.parametrize("preset", [preset for preset in t.PRESETS if not preset.startswith("cpu")])
 def test_presets_for_gpus_are_shared_by_any_count(preset):
     """So preset= on several GPUs uses 8, 4 or 2 of them, at the same tokens a step."""
     h = t.load_config([f"preset={preset}"], {})
     for count in cli.PROCESS_COUNTS:
         accum, sequences, _ = t.cut_batch(h, count)
         assert accum * sequences * h.train_seq_len * count == h.train_batch_tokens
+
+
+@pytest.mark.parametrize("preset", cli.GPT2_PRESETS)
+def test_a_race_sees_no_token_twice(preset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "find_data", lambda *options: asked.extend(options))
+    cli.find_training_data(preset, [], 1)
+    assert asked[:3] == ["--variant", "gpt2", "--train-shards"]
+    h = t.load_config([f"preset={preset}"], {})
+    assert h.iterations * h.train_batch_tokens <= int(asked[3]) * 100_000_000
 
 
 def test_the_trainer_is_asked_in_a_child_process():

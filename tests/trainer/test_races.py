@@ -1,5 +1,6 @@
 """Races to a target loss: what ends them, what they leave, and which settings they refuse."""
 
+import math
 import re
 
 import pytest
@@ -102,3 +103,32 @@ def test_a_target_takes_the_time_limit_away():
 def test_what_is_no_race_is_refused(knobs, words):
     with pytest.raises(t.InputError, match=words):
         t.load_config(as_arguments(knobs), {})
+
+
+RACES = [name for name, knobs in t.PRESETS.items() if "target_loss" in knobs]
+
+
+@pytest.mark.parametrize("preset", RACES)
+def test_the_presets_of_races(preset):
+    """They take exactly their iterations, make no artifact, and have the sizes that their names promise."""
+    h = t.load_config([f"preset={preset}"], {})
+    assert (h.max_wallclock_seconds, h.size_cap, h.seed, h.head_dim) == (0, 0, 1, 128)
+    assert not h.calibrates
+    assert h.val_loss_every and h.iterations % h.val_loss_every == 0
+
+    parameters = sum(math.prod(shape) for shape, _ in t.parameter_table(h).values())
+    if preset == "optimizer_race_small":
+        plain = t.load_config(["preset=h100x1"], {})
+        assert t.parameter_table(h) == t.parameter_table(plain)
+    else:
+        assert parameters == pytest.approx(124e6, rel=0.005)
+        assert (h.vocab_size, h.bos_id, h.target_loss, h.val_tokens) == (50_304, 50_256, 3.28, 20 * 524_288)
+
+
+def test_the_conditions_of_modded_nanogpts_track_3():
+    """524,288 tokens in rows of 1,024, and one forward and backward pass a step on each of 8 ranks."""
+    h = t.load_config(["preset=optimizer_race"], {})
+    assert t.cut_batch(h, 8)[:2] == (1, 64) and h.train_seq_len == h.eval_seq_len == 1024
+    assert h.qk_gain_init / h.head_dim**0.5 == pytest.approx(0.12, rel=1e-3)
+    parts = (h.attn_windows, h.xsa_last_n, h.ve_last_n, h.bigram_vocab_size, h.loop_times, h.grad_clip, h.fp8)
+    assert not any(parts)
