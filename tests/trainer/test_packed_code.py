@@ -1,7 +1,6 @@
 """The packed code runs as the script does, and files are written whole or not at all."""
 
 import ast
-import base64
 import errno
 import lzma
 import os
@@ -27,10 +26,16 @@ def without_docstrings(tree):
     return ast.dump(tree)
 
 
+def is_long_string(node):
+    """Whether a syntax node is a string that can hold a program."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 1000
+
+
 def unpacked(packed):
     """Return the source that a packed program holds."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
-    data = base64.b85decode(packed.split(b"'")[1])
+    assignment = next(node for node in ast.parse(packed).body if isinstance(node, ast.Assign))
+    data = next(node.value for node in ast.walk(assignment) if is_long_string(node)).encode("latin-1")
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=filters).decode()
 
 
@@ -40,7 +45,7 @@ def test_packed_code_is_deterministic_and_holds_the_source(source):
     assert len(packed) < len(source.encode()) / 2
 
     imports = [node for node in ast.walk(ast.parse(packed)) if isinstance(node, ast.Import)]
-    assert {alias.name for node in imports for alias in node.names} == {"lzma", "base64", "linecache"}
+    assert {alias.name for node in imports for alias in node.names} == {"lzma", "linecache"}
     assert without_docstrings(ast.parse(unpacked(packed))) == without_docstrings(ast.parse(source))
 
 
@@ -104,9 +109,10 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_packed_code_runs_any_program(name):
+def test_packed_code_runs_any_program(name, tmp_path):
     plain = run_python("-c", PROGRAMS[name])
-    packed = run_python("-c", t.packed_code(PROGRAMS[name]).decode())
+    (tmp_path / "packed.py").write_bytes(t.packed_code(PROGRAMS[name]))
+    packed = run_python(str(tmp_path / "packed.py"))
     assert plain.returncode == packed.returncode == 0, packed.stderr
     assert packed.stdout == plain.stdout
 
@@ -120,6 +126,19 @@ def test_packed_trainer_is_the_same_program(source, tmp_path):
         assert done.returncode == 0, done.stderr
         printed[name] = done.stdout
     assert printed["packed"] == printed["source"] and "seed: 7" in printed["packed"]
+
+
+def test_a_packed_run_logs_and_counts_its_unpacked_source(source, tmp_path):
+    """Its size is that of the file that runs, and its log holds the program that was packed."""
+    program = (
+        "import sys, train_gpt as t\n"
+        "print(len(t.packed_code(t.own_source())), t.own_source() == t.bare_code(open(sys.argv[1]).read()))"
+    )
+    (tmp_path / "train_gpt.py").write_bytes(t.packed_code(source))
+    done = run_python("-c", program, str(ROOT / "train_gpt.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(t.packed_code(source))), "True"]
+    assert t.own_source() == source
 
 
 def test_write_atomic_replaces(tmp_path):
