@@ -541,7 +541,8 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
     audit.progress.expect(-(-(len(tokens) - 1) // m.world_size), "targets")
 
     def one_nat_each(x: Tensor, y: Tensor, last: int) -> Tensor:
-        audit.progress.advance(x.size(0) * last)
+        fresh = audit.chunk if learns_apart(scoring) else last  # targets of a full window
+        audit.progress.advance(x.size(0) * fresh)
         return torch.ones(x.size(0), last, device=x.device)
 
     counts_of_scores = audit.script.score_targets(one_nat_each, tokens, scoring, m)[1]
