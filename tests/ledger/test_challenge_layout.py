@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import train_gpt as t
 from ledger import record
 from ledger.prove.challenge_claims import ChallengeCase, is_challenge_folder
 from ledger.prove.record_claims import CLAIMS
@@ -479,6 +480,7 @@ PACKED = b"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode('x'),form
     [
         (EARLY, None, "raw source"),
         (SECOND, PACKED, "packed train_gpt.py"),
+        (SECOND, t.packed_code("print(1)\n"), "packed train_gpt.py"),
         (PHASED, None, "compressed wrapper"),
     ],
 )

@@ -409,7 +409,7 @@ def is_packed(tree: ast.Module | None) -> bool:
     call = last.value if isinstance(last, ast.Expr) else None
     if not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "exec":
         return False
-    return any(isinstance(node, ast.Attribute) and "decompress" in node.attr for node in ast.walk(call))
+    return any(isinstance(node, ast.Attribute) and "decompress" in node.attr for node in ast.walk(tree))
 
 
 def claim_code(case: ChallengeCase) -> str:
