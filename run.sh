@@ -169,6 +169,10 @@ elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else
     use_venv "$@"
-    case ${1:-train} in config | data | test) ;; *) use_flash4 ;; esac    # these run no attention on a GPU
+    case "${1:-train} ${2:-}" in    # FlashAttention-4 is for the commands that run attention on a GPU
+        config* | data* | test*) ;;
+        record\ *) case ${2:-} in directions | encodings | reproduce | sweep) use_flash4 ;; esac ;;
+        *) use_flash4 ;;
+    esac
 fi
 RUN_SH_SECONDS=$SECONDS exec "$py" "$cli" "$@"    # its notes go on counting

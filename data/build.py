@@ -41,9 +41,7 @@ LONGEST_NAME = 100  # characters of a dataset's or a split's name: both go into 
 Splits = dict[str, list[str | Path]]  # {split: its input files}
 
 
-# -----------------------------------------------------------------------------
-# Reading documents
-# -----------------------------------------------------------------------------
+# ---- reading documents ---------------------------------------------------------------------------
 
 
 def read_blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
@@ -139,9 +137,7 @@ def fingerprint(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
-# -----------------------------------------------------------------------------
-# Tokenizing
-# -----------------------------------------------------------------------------
+# ---- tokenizing ----------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -242,9 +238,7 @@ def encode(documents: list[str]) -> list[Encoded]:
     ]
 
 
-# -----------------------------------------------------------------------------
-# Checking the request
-# -----------------------------------------------------------------------------
+# ---- checking the request ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -348,9 +342,7 @@ def reusable_manifest(out: str | Path, head: dict[str, Any], replace: bool) -> s
     return manifest
 
 
-# -----------------------------------------------------------------------------
-# Building a dataset
-# -----------------------------------------------------------------------------
+# ---- building a dataset --------------------------------------------------------------------------
 
 
 class HeldOut(NamedTuple):

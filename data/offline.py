@@ -65,9 +65,7 @@ COMMON_WORDS = frozenset(
 )
 
 
-# -----------------------------------------------------------------------------
-# Finding what is installed
-# -----------------------------------------------------------------------------
+# ---- finding what is installed -------------------------------------------------------------------
 
 
 class Sources(NamedTuple):
@@ -108,9 +106,7 @@ def installed_distributions() -> dict[str, importlib.metadata.Distribution]:
     return found
 
 
-# -----------------------------------------------------------------------------
-# From files to documents
-# -----------------------------------------------------------------------------
+# ---- from files to documents ---------------------------------------------------------------------
 
 
 def strings_of(source: str) -> list[str]:
@@ -218,9 +214,7 @@ def extract(files: list[Path], workers: int) -> list[str]:
     return documents
 
 
-# -----------------------------------------------------------------------------
-# Duplicates and the split
-# -----------------------------------------------------------------------------
+# ---- duplicates and the split --------------------------------------------------------------------
 
 
 def sentences(text: str) -> Iterator[tuple[bytes, int]]:
@@ -282,9 +276,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     return train, val
 
 
-# -----------------------------------------------------------------------------
-# The tokenizer and the dataset
-# -----------------------------------------------------------------------------
+# ---- the tokenizer and the dataset ---------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> bytes:

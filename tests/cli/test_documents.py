@@ -14,9 +14,9 @@ import prepare
 from ledger import record
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("data", "records", "tests", "tools")  # with a page of their own
+FOLDERS = ("data", "records", "tests", "tools")  # with a page of their own
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / room / "README.md" for room in ROOMS)]
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *(ROOT / folder / "README.md" for folder in FOLDERS)]
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
@@ -137,15 +137,15 @@ def test_programs_are_called_where_they_are(name):
 
 
 def tools_listed(text):
-    """Return the modules in the tables of tools/README.md. A row without a room belongs to the one above."""
+    """Return the modules in the tables of tools/README.md. A row without a folder is in the one above."""
     listed = []
-    room = ""
+    folder = ""
     for first, second in re.findall(r"^\| (.*?) ?\| (.*?) \|", text, re.M):
         if first.endswith("/`"):
-            room = first.strip("`")
+            folder = first.strip("`")
         listed += re.findall(r"`([\w/]+\.py)`", first)
         if not first or first.endswith("/`"):
-            listed += [room + name for name in re.findall(r"`(\w+\.py)`", second)]
+            listed += [folder + name for name in re.findall(r"`(\w+\.py)`", second)]
     return listed
 
 

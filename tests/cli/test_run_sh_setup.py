@@ -121,7 +121,7 @@ def flash4_calls(tree) -> int:
     return sum("requirements-flash4.txt" in line for line in tree.calls())
 
 
-@pytest.mark.parametrize("command", [("train",), ("record", "verify")], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [("train",), ("record", "sweep")], ids=lambda command: command[0])
 @pytest.mark.parametrize(
     "gpus,capability,wanted", [(1, "9.0", 1), (8, "10.0", 1), (1, "8.9", 0), (1, "N/A", 0), (0, "", 0)]
 )
@@ -159,10 +159,10 @@ def test_training_goes_on_without_flash4(tree):
     assert "FlashAttention" not in again.stderr
 
 
-@pytest.mark.parametrize("command", ["config", "test", "data"])
+@pytest.mark.parametrize("command", ["config", "test", "data", "record verify"])
 def test_what_trains_nothing_wants_no_flash4(tree, command):
     tree.gpus(1, "9.0")
-    assert tree.run(command, BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 0
+    assert tree.run(*command.split(), BANKSHOT_PYTHON="").returncode == 0 and flash4_calls(tree) == 0
 
 
 def test_a_prepared_interpreter_installs_nothing(tree):
