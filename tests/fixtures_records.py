@@ -201,3 +201,54 @@ def log_text(seed: int, source: str = SCRIPT, **change) -> str:
         f"steps:{steps} train_time:{train_ms}ms eval_time:47500ms seed:{seed} sha256:{digest}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def race_log_text(seed: int, loss: float = 3.275, **change) -> str:
+    """Return the text of a finished run of a race on GPT-2 tokens, by default one of eight H100.
+
+    change: steps, total (of the step lines), step_ms, source, world, device, attention, target, val_tokens
+    (of the data), or config (knobs to change).
+    """
+    source = change.get("source", SCRIPT)
+    steps = change.get("steps", 3250)
+    total = change.get("total", steps)
+    target = change.get("target", 3.28)
+    config = {
+        "preset": "record",
+        "run_id": f"race{seed}",
+        "seed": seed,
+        "out_dir": "logs",
+        "data_path": "somewhere/gpt2",
+        "matrix_lr": 0.03,
+        "target_loss": target,
+        "val_tokens": 10_485_760,
+        **change.get("config", {}),
+    }
+    settings = setting_lines(
+        config,
+        world=change.get("world", 8),
+        device=change.get("device", "NVIDIA H100 80GB HBM3"),
+        attention=change.get("attention", "cudnn"),
+    )
+
+    train_ms = round(steps * change.get("step_ms", 60.0 + 0.01 * (seed % 5)))
+    time = f"train_time:{train_ms}ms step_avg:{train_ms / steps:.2f}ms"
+    lines = [
+        source,
+        SEPARATOR,
+        *version_lines(),
+        SEPARATOR,
+        *settings,
+        f"step:0/{total} {score(10.82, 4)} train_time:0ms step_avg:0.00ms",
+        f"step:{steps}/{total} train_loss:{loss:.4f} {time}",
+        "peak memory allocated: 40000 MiB reserved: 42000 MiB",
+        "no artifact is made: size_cap=0",
+        f"step:{steps}/{total} {score(loss, 4)} {time}",
+        f"final_live {score(loss)} eval_time:1500ms",
+        f"final_ema {score(loss + 0.002)} eval_time:1500ms",
+        f"phase_times load:1234ms compile:45678ms train:{train_ms}ms calibrate:0ms quantize:0ms compress:0ms "
+        "decompress:0ms eval:0ms",
+        f"final_score metric:time_to_loss {score(loss)} target:{target} steps:{steps} "
+        f"train_time:{train_ms}ms eval_time:1500ms seed:{seed}",
+    ]
+    return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@
     ./run.sh record plot TARGET... [--out FILE]               loss curves of logs or folders
     ./run.sh record diff A B [--stat | --html FILE]           config first, then source by section
     ./run.sh record compare A B                               t-tests between two sets of seeds
+    ./run.sh record target TARGET... --loss L [--time]        hold the runs of a race against a target loss
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+from ledger import races
 from ledger.files import read_text, write_atomic
 from ledger.folders import (
     find_folder,
@@ -250,6 +252,26 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def target(args: argparse.Namespace) -> int:
+    """Print how the runs of a race stand to a target loss. Returns 1 if neither rule shows it reached."""
+    folders = [find_target(text, args.root / "records") for text in args.targets]
+    runs = [parse_log(log) for folder in folders for log in logs_of(folder)]
+    print("\n".join(races.describe_race(runs, args.loss, with_time=args.time)))
+    outcome = races.outcome_of(runs, args.loss)
+    return 0 if any(outcome.holds(rule) for rule in races.RULES) else 1
+
+
+def loss(text: str) -> float:
+    """Read a loss in nats per token. Raises ArgumentTypeError for what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no loss in nats per token, as in 3.28")
+    return value
+
+
 def reproduce_record(args: argparse.Namespace) -> int:
     """Train a record again. Returns 1 when its score is not reproduced."""
     folder = find_folder(args.folder, args.root / "records")
@@ -306,6 +328,11 @@ def parser() -> argparse.ArgumentParser:
     added = verb("compare", compare, "test whether the seeds of B are better than those of A")
     added.add_argument("a", metavar="A")
     added.add_argument("b", metavar="B")
+
+    added = verb("target", target, "hold the runs of a race against a target loss")
+    added.add_argument("targets", nargs="+", metavar="TARGET", help="a folder of logs, or logs")
+    added.add_argument("--loss", required=True, type=loss, metavar="L", help="nats per token")
+    added.add_argument("--time", action="store_true", help="also mean and spread of the training time")
 
     added = verb("reproduce", reproduce_record, "run a record again and compare the scores")
     added.add_argument("folder", metavar="FOLDER")

@@ -1,6 +1,6 @@
-"""Compares small samples of runs: mean, sample std, Student's t, Welch's and the paired test.
+"""Compares small samples of runs: mean, sample std, Student's t, Welch's, the paired and the one-sample test.
 
-Standard library only. Every test is about the difference mean(b) - mean(a).
+Standard library only. Every test of two samples is about the difference mean(b) - mean(a).
 """
 
 from __future__ import annotations
@@ -140,6 +140,15 @@ def welch(a: list[float], b: list[float]) -> Difference | None:
 
     df = variance**2 / (variance_a**2 / (len(a) - 1) + variance_b**2 / (len(b) - 1))
     return Difference(diff, error=math.sqrt(variance), df=df)
+
+
+def one_sample(values: list[float], null: float) -> Difference | None:
+    """Return the difference of the mean from a number, by Student's test. None below two values."""
+    if len(values) < 2:
+        return None
+    return Difference(
+        mean(values) - null, error=std(values) / math.sqrt(len(values)), df=float(len(values) - 1)
+    )
 
 
 def paired(a: list[float], b: list[float]) -> Difference | None:
