@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,8 +16,12 @@ def sigterm_reaches(child: subprocess.Popen) -> Iterator[None]:
     """Pass SIGTERM on to a child while the block waits for its end, then end this process, too.
 
     Raises SystemExit with the shell's status after the block if the signal came. Ctrl-C needs no help: the
-    terminal sends it to both.
+    terminal sends it to both. In a thread that is not the main one it does nothing: Python handles signals in
+    the main thread only.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:

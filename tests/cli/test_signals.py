@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+import children
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 2
@@ -115,3 +118,10 @@ def test_a_signal_to_run_sh_ends_its_install(name, number, tmp_path):
     run_sh = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     assert end_both(run_sh, said(run_sh), number) == 128 + number
     assert not (repository / ".venv/.requirements.sha256").exists()
+
+
+def test_a_program_may_be_asked_from_any_thread():
+    """Signals can be handled in the main thread only; a program that another thread starts runs without."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(children.output_of, [sys.executable, "-c", "print(1)"]).result()
+    assert (done.returncode, done.stdout) == (0, "1\n")

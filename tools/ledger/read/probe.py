@@ -35,9 +35,10 @@ def probe_script(source: str, preset: str) -> dict[str, object]:
         argv = [sys.executable, "-I", "-B", str(CHILD), str(script), preset]
         try:
             done = output_of(argv, PATIENCE, cwd=empty, env={}, stderr=subprocess.PIPE)
-            return json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             return {"error": f"importing it takes more than {PATIENCE} s"}
+        try:
+            return json.loads(done.stdout.splitlines()[-1])
         except (ValueError, IndexError):
             last = (done.stderr.splitlines() or ["no message"])[-1]
             return {"error": f"its import ended the interpreter: {last}"}
