@@ -14,21 +14,23 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
 Contents
   1. Errors and files   one-line errors, atomic writes
   2. Config             every knob once, with its default; presets
-  3. Machine            process group, device, CUDA graphs, log
-  4. Bytes              the bytes of text that each token stands for; the definition of bpb
-  5. Tokens             shards on disk, dataset checks, the seeded document-aware loader
-  6. Blocks             norm, rope, attention and MLP as functions of their weights
-  7. GPT                the parameter table, the banks, one forward pass
-  8. Model kernels      fused QK, fused MLP, FlashAttention-4; which of them this machine binds
-  9. Matrix kernels     the three products that directions are made of
- 10. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
- 11. Optimizer          sharded state, and every collective of a step
- 12. Schedules          rates as functions of progress; the average of the weights
- 13. Artifact           calibrate, quantize, byte layout, codecs, pack, unpack, packed source
- 14. Score              windows that tile the split, one evaluator, test-time training
- 15. Checkpoints        written by a thread, read by any number of ranks
- 16. Training           warm-up, clock, loop
- 17. Commands           train, eval, audit, bench, config
+  3. Machine            process group, device, CUDA graphs
+  4. Log and signals    the log, a failure on one rank or all, what Ctrl-C does
+  5. Bytes              the bytes of text that each token stands for; the definition of bpb
+  6. Tokens             shards on disk, dataset checks, the seeded document-aware loader
+  7. Blocks             norm, rope, attention and MLP as functions of their weights
+  8. GPT                the parameter table, the banks, one forward pass
+  9. Model kernels      fused QK, fused MLP, FlashAttention-4; which of them this machine binds
+ 10. Matrix kernels     the three products that directions are made of
+ 11. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
+ 12. Optimizer          sharded state, and every collective of a step
+ 13. Schedules          rates as functions of progress; the average of the weights
+ 14. Artifact           calibrate, quantize, byte layout, pack, unpack, packed source
+ 15. Codecs             xz, and rans for the codes of each row and column
+ 16. Score              windows that tile the split, one evaluator, test-time training
+ 17. Checkpoints        written by a thread, read by any number of ranks
+ 18. Training           warm-up, clock, loop
+ 19. Commands           train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
   Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. The
@@ -738,9 +740,6 @@ def rules_of_codes(h: Config) -> Iterator[Rule]:
 # 3. Machine: the differences between a laptop and eight GPUs, bound once. There is always a process group.
 
 PATIENCE = 60  # seconds that a step on the device or a batch from the disk may take
-LINGER = 1  # seconds that a rank waits before it follows one that failed: torchrun blames the first to exit
-PROGRESS = 15  # seconds between two lines about the progress of long work, where no terminal shows it
-ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
 
 
 class BatchShape(NamedTuple):
@@ -1076,6 +1075,21 @@ def with_gpu(m: Machine, h: Config) -> Machine:
     )
 
 
+def machine_report(m: Machine) -> str:
+    """Return nvidia-smi's report, or the processor's name where there is none, and the number of cores."""
+    ask = "nvidia-smi || grep -m1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string"
+    ask += f" || echo {m.names['device']}"
+    return subprocess.getoutput(f"({ask}) 2>/dev/null") + f" cores:{os.cpu_count()}"
+
+
+# -----------------------------------------------------------------------------
+# 4. Log and signals: what a run says, how a failure on one rank ends all of them, what Ctrl-C does.
+
+PROGRESS = 15  # seconds between two lines about the progress of long work, where no terminal shows it
+LINGER = 1  # seconds that a rank waits before it follows one that failed: torchrun blames the first to exit
+ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
+
+
 class Log:
     """The log file, rank 0's console, and one live status line on a terminal. Other ranks are silent."""
 
@@ -1275,15 +1289,8 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def machine_report(m: Machine) -> str:
-    """Return nvidia-smi's report, or the processor's name where there is none, and the number of cores."""
-    ask = "nvidia-smi || grep -m1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string"
-    ask += f" || echo {m.names['device']}"
-    return subprocess.getoutput(f"({ask}) 2>/dev/null") + f" cores:{os.cpu_count()}"
-
-
 # -----------------------------------------------------------------------------
-# 4. Bytes: the bytes of text that each token stands for, and the definition of bits per byte.
+# 5. Bytes: the bytes of text that each token stands for, and the definition of bits per byte.
 
 
 @dataclass(frozen=True)
@@ -1369,7 +1376,7 @@ def bpb(nats: float, num_bytes: int) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 5. Tokens: shards on disk (the challenge's format), dataset checks, the seeded document-aware loader.
+# 6. Tokens: shards on disk (the challenge's format), dataset checks, the seeded document-aware loader.
 
 SHARD_HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 SHARD_MAGIC = 20240520
@@ -1839,7 +1846,7 @@ class TokenLoader:
 
 
 # -----------------------------------------------------------------------------
-# 6. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
+# 7. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
 
 RMS_EPS = 1e-6  # given explicitly: PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # the gates start at 0.5 and learn as fast as this is large
@@ -2230,7 +2237,7 @@ def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> T
 
 
 # -----------------------------------------------------------------------------
-# 7. GPT: one table of all parameters, and one forward pass for loss, logits and scoring.
+# 8. GPT: one table of all parameters, and one forward pass for loss, logits and scoring.
 
 
 class Init(NamedTuple):
@@ -2511,7 +2518,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 8. Model kernels: fused kernels, each with a torch reference of the same signature, and their binding.
+# 9. Model kernels: fused kernels, each with a torch reference of the same signature, and their binding.
 
 try:
     import triton
@@ -2992,7 +2999,7 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
 
 
 # -----------------------------------------------------------------------------
-# 9. Matrix kernels: the three products that directions are made of, and the sizes at which kernels win.
+# 10. Matrix kernels: the three products that directions are made of, and the sizes at which kernels win.
 
 
 @triton.jit
@@ -3283,7 +3290,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # -----------------------------------------------------------------------------
-# 10. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes a step of it.
+# 11. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes a step of it.
 
 NS5 = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan, Muon (2024): five steps map [0.0015, 1] into [0.68, 1.20]
 TURBO = (  # thib-s/flash-newton-schulz: a genetic search for the spectra that AOL leaves; slope at 0: 147
@@ -3512,7 +3519,7 @@ STEP_RULES: dict[str, Callable] = {
 RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}
 
 # -----------------------------------------------------------------------------
-# 11. Optimizer: sharded state, and the schedule that launches every collective of a step.
+# 12. Optimizer: sharded state, and the schedule that launches every collective of a step.
 
 
 class StepScalars(NamedTuple):
@@ -3799,7 +3806,7 @@ class Optimizer:
 
 
 # -----------------------------------------------------------------------------
-# 12. Schedules: rates as pure functions of progress, and the average of the weights.
+# 13. Schedules: rates as pure functions of progress, and the average of the weights.
 
 
 class Hyper(NamedTuple):
@@ -3869,7 +3876,7 @@ class Ema:
 
 
 # -----------------------------------------------------------------------------
-# 13. Artifact: calibrate, quantize, byte layout, codecs, pack, unpack, packed source. No pickle anywhere.
+# 14. Artifact: calibrate, quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
 #
 #   artifact := what a row of CODECS makes of raw; its first bytes tell which row
 #   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
@@ -4197,6 +4204,113 @@ def read_entry(row: object) -> TensorEntry:
             return entry
     raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}; expected [name, encoding, shape, offset]")
 
+
+def open_artifact(blob: bytes) -> tuple[dict, bytes]:
+    """Return the header and the payload of an artifact. Raises ValueError when it is damaged or not one."""
+    raw = CODECS[codec_of(blob)].unpack(blob)
+    header, end = read_header(raw)
+    return header, raw[end:]
+
+
+def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
+    """Return float32 tensors by name, of an artifact or a checkpoint. Raises ValueError for a bad payload."""
+    out = {}
+    expected = 0
+    for row in header["tensors"]:
+        entry = read_entry(row)
+        name, encoding, shape, offset = entry
+        count = entry.count
+        dtype, limit = ENCODINGS[encoding]
+        end = offset + count * dtype.itemsize + 2 * entry.scales
+        if offset != expected or name in out or end > len(payload):
+            raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
+        expected = end
+
+        values = np.frombuffer(payload, dtype, count, offset)
+        tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
+        if limit:
+            if max(int(values.max()), -int(values.min())) > limit:
+                raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {limit}")
+            scales = np.frombuffer(payload, "<f2", entry.scales, offset + count).astype(np.float32)
+            tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
+        floats = scales if limit else values  # a code times a finite scale is finite
+        if not np.isfinite(floats).all():
+            raise ValueError(f"artifact: tensor {name[:40]!r} has values that are not finite")
+        out[name] = tensor
+    if expected != len(payload):
+        raise ValueError("artifact: bytes after the last tensor")
+    return out
+
+
+def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
+    """Return float32 tensors by name. Raises ValueError for a blob that is not well-formed.
+
+    Names and shapes are not checked. No blob can make it run code, or take more memory than a few times
+    MAX_RAW_BYTES and their float32 values.
+    """
+    return read_tensors(*open_artifact(blob))
+
+
+def bare_code(source: str) -> str:
+    """Return the source without comments, docstrings and blank lines; only a module keeps its docstring.
+
+    What remains is the source's own text, so that every Python version gives the same bytes.
+    """
+    lines = source.split("\n")
+    inside_strings = set()  # lines whose blanks and ends belong to a string
+    starts = []  # rows of the f-strings that are open
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        token_type = tokenize.tok_name[token.type]
+        if token_type == "COMMENT":
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        elif token_type == "STRING":
+            inside_strings.update(range(row, token.end[0] + 1))
+        elif token_type == "FSTRING_START":
+            starts.append(row)
+        elif token_type == "FSTRING_END":
+            inside_strings.update(range(starts.pop(), row + 1))
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1] = " " * text.col_offset + ("pass" if len(node.body) == 1 else "")
+            for row in range(text.lineno + 1, text.end_lineno + 1):
+                lines[row - 1] = ""
+            inside_strings.difference_update(range(text.lineno, text.end_lineno + 1))
+    kept = [line for row, line in enumerate(lines, 1) if line.strip() or row in inside_strings]
+    return "\n".join(kept) + "\n"
+
+
+ESCAPED = str.maketrans({"\0": r"\x00", "\n": r"\n", "\r": r"\r", '"': r"\"", "\\": r"\\"})
+
+
+def packed_code(source: str) -> bytes:
+    """Return the source as a program that unpacks and runs itself: the bytes counted as code.
+
+    Comments and docstrings are left out. The program is a file in Latin-1, whose literals take one byte for a
+    byte; base 85 takes 1.25. The text is put where inspect looks for it, because Triton compiles kernels from
+    their text. The same source gives the same bytes.
+    """
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    raw = lzma.compress(bare_code(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
+    program = (
+        "# coding: latin-1\nimport lzma as L,linecache as C\n"
+        f's=L.decompress("{raw.decode("latin-1").translate(ESCAPED)}".encode("latin-1"),'
+        "format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]).decode()\n"
+        "C.cache['<packed>']=len(s),None,s.splitlines(True),'<packed>'\n"
+        "exec(compile(s,'<packed>','exec'))\n"
+    )
+    return program.encode("latin-1")
+
+
+def own_source() -> str:
+    """Return the text of this program, unpacked if it runs packed."""
+    return "".join(linecache.getlines("<packed>")) or Path(__file__).read_text(encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# 15. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
 
 # Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. All
 # other options gain less than 0.05 %.
@@ -4529,112 +4643,8 @@ def codec_of(blob: bytes) -> str:
     raise ValueError(f"artifact: none of the codecs {', '.join(CODECS)} wrote it")
 
 
-def open_artifact(blob: bytes) -> tuple[dict, bytes]:
-    """Return the header and the payload of an artifact. Raises ValueError when it is damaged or not one."""
-    raw = CODECS[codec_of(blob)].unpack(blob)
-    header, end = read_header(raw)
-    return header, raw[end:]
-
-
-def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
-    """Return float32 tensors by name, of an artifact or a checkpoint. Raises ValueError for a bad payload."""
-    out = {}
-    expected = 0
-    for row in header["tensors"]:
-        entry = read_entry(row)
-        name, encoding, shape, offset = entry
-        count = entry.count
-        dtype, limit = ENCODINGS[encoding]
-        end = offset + count * dtype.itemsize + 2 * entry.scales
-        if offset != expected or name in out or end > len(payload):
-            raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
-        expected = end
-
-        values = np.frombuffer(payload, dtype, count, offset)
-        tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
-        if limit:
-            if max(int(values.max()), -int(values.min())) > limit:
-                raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {limit}")
-            scales = np.frombuffer(payload, "<f2", entry.scales, offset + count).astype(np.float32)
-            tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
-        floats = scales if limit else values  # a code times a finite scale is finite
-        if not np.isfinite(floats).all():
-            raise ValueError(f"artifact: tensor {name[:40]!r} has values that are not finite")
-        out[name] = tensor
-    if expected != len(payload):
-        raise ValueError("artifact: bytes after the last tensor")
-    return out
-
-
-def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
-    """Return float32 tensors by name. Raises ValueError for a blob that is not well-formed.
-
-    Names and shapes are not checked. No blob can make it run code, or take more memory than a few times
-    MAX_RAW_BYTES and their float32 values.
-    """
-    return read_tensors(*open_artifact(blob))
-
-
-def bare_code(source: str) -> str:
-    """Return the source without comments, docstrings and blank lines; only a module keeps its docstring.
-
-    What remains is the source's own text, so that every Python version gives the same bytes.
-    """
-    lines = source.split("\n")
-    inside_strings = set()  # lines whose blanks and ends belong to a string
-    starts = []  # rows of the f-strings that are open
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, column = token.start
-        token_type = tokenize.tok_name[token.type]
-        if token_type == "COMMENT":
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-        elif token_type == "STRING":
-            inside_strings.update(range(row, token.end[0] + 1))
-        elif token_type == "FSTRING_START":
-            starts.append(row)
-        elif token_type == "FSTRING_END":
-            inside_strings.update(range(starts.pop(), row + 1))
-
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            text = node.body[0]
-            lines[text.lineno - 1] = " " * text.col_offset + ("pass" if len(node.body) == 1 else "")
-            for row in range(text.lineno + 1, text.end_lineno + 1):
-                lines[row - 1] = ""
-            inside_strings.difference_update(range(text.lineno, text.end_lineno + 1))
-    kept = [line for row, line in enumerate(lines, 1) if line.strip() or row in inside_strings]
-    return "\n".join(kept) + "\n"
-
-
-ESCAPED = str.maketrans({"\0": r"\x00", "\n": r"\n", "\r": r"\r", '"': r"\"", "\\": r"\\"})
-
-
-def packed_code(source: str) -> bytes:
-    """Return the source as a program that unpacks and runs itself: the bytes counted as code.
-
-    Comments and docstrings are left out. The program is a file in Latin-1, whose literals take one byte for a
-    byte; base 85 takes 1.25. The text is put where inspect looks for it, because Triton compiles kernels from
-    their text. The same source gives the same bytes.
-    """
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
-    raw = lzma.compress(bare_code(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
-    program = (
-        "# coding: latin-1\nimport lzma as L,linecache as C\n"
-        f's=L.decompress("{raw.decode("latin-1").translate(ESCAPED)}".encode("latin-1"),'
-        "format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]).decode()\n"
-        "C.cache['<packed>']=len(s),None,s.splitlines(True),'<packed>'\n"
-        "exec(compile(s,'<packed>','exec'))\n"
-    )
-    return program.encode("latin-1")
-
-
-def own_source() -> str:
-    """Return the text of this program, unpacked if it runs packed."""
-    return "".join(linecache.getlines("<packed>")) or Path(__file__).read_text(encoding="utf-8")
-
-
 # -----------------------------------------------------------------------------
-# 14. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
+# 16. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
 
 class Score(NamedTuple):
@@ -4923,7 +4933,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 
 
 # -----------------------------------------------------------------------------
-# 15. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
+# 17. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
 #
 #   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of the rest
 #
@@ -5190,7 +5200,7 @@ class Checkpoints:
 
 
 # -----------------------------------------------------------------------------
-# 16. Training: warm-up, clock, loop.
+# 18. Training: warm-up, clock, loop.
 
 DIVERGED = 1e6  # a loss or gradient norm beyond this ends the run
 
@@ -5712,7 +5722,7 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 17. Commands: what the command line runs.
+# 19. Commands: what the command line runs.
 
 
 def export(run: Run, trained: Trained, path: str, room: int) -> str:

@@ -79,7 +79,7 @@ class Direction(NamedTuple):
     formula: Callable[[np.ndarray], np.ndarray]  # in float64, one matrix (M, N) -> (M, N)
     wide: tuple[float, float]
     square: tuple[float, float]
-    products: list[str]  # the operators of section 9 that it calls, in order
+    products: list[str]  # the operators of section 10 that it calls, in order
 
 
 STEP = ["symmetric_op", "symmetric_op"]  # of a quintic: X X', then b A + c A A
