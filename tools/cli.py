@@ -120,6 +120,7 @@ class Command(NamedTuple):
     reads_knobs: bool = True  # if not, its words go to another program as they are
     needs_artifact: bool = False
     options: Mapping[str, Takes] = MappingProxyType({})
+    keys: tuple[str, ...] = ()  # of its key=value words; (): the knobs of the trainer
 
 
 def from_caller(path: str) -> str:
@@ -188,22 +189,26 @@ def read_knob(word: str) -> str:
     return f"{key}={value}"
 
 
-def check_keys(knobs: tuple[str, ...]) -> None:
-    """Raise BadInput for a knob that the trainer lacks. Reads its source, for torch may not be installed."""
-    if not knobs:
-        return
+def check_keys(name: str, knobs: tuple[str, ...]) -> None:
+    """Raise BadInput for a key=value word of which the command `name` does not know the key."""
+    known = COMMANDS[name].keys or (trainer_keys() if knobs else ())
+    for word in knobs:
+        key = word.partition("=")[0]
+        if known and key not in known:
+            listed = ", ".join(COMMANDS[name].keys) or "./run.sh config lists them"
+            raise BadInput(f"unknown config key {key!r}: {listed}")
+
+
+def trainer_keys() -> set[str]:
+    """Return the knobs of the trainer, from its source: torch may not be installed yet."""
     tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
-    known = {
+    return {
         field.target.id
         for node in tree.body
         if isinstance(node, ast.ClassDef) and node.name == "Config"
         for field in node.body
         if isinstance(field, ast.AnnAssign)
     }
-    for word in knobs:
-        key = word.partition("=")[0]
-        if known and key not in known:
-            raise BadInput(f"unknown config key {key!r}: ./run.sh config lists them")
 
 
 def knob_value(key: str, knobs: tuple[str, ...]) -> str:
@@ -425,12 +430,26 @@ def report_failure(log: str, artifact: str) -> None:
     print(f"plot: {plot}", flush=True)
 
 
-def report(log: str, nexts: Sequence[NextCommand]) -> None:
-    """Print the plot, the place on the board and commands to try. The trainer has printed the rest."""
+def show_writing(artifact: str, knobs: Sequence[str]) -> None:
+    """Show how the model goes on with three held-out texts. If it cannot, a line on stderr says why."""
+    print("\nwhat it writes, beside what the held-out text says:", flush=True)
+    data = [word for word in knobs if word.startswith(("data_path=", "tokenizer_path="))]
+    add_tools_to_path()
+    run(["-m", "use.sample", artifact, "held_out=3", "tokens=40", *data])
+    print(flush=True)
+
+
+def report(log: str, artifact: str, knobs: Sequence[str], nexts: Sequence[NextCommand]) -> None:
+    """Print what the model writes, the plot, the place on the board and commands to try.
+
+    The trainer has printed the rest.
+    """
     from ledger.read import runlog
     from ledger.show import standing
 
-    print(f"plot: {draw_plot(log)}")
+    plot = draw_plot(log)
+    show_writing(artifact, knobs)
+    print(f"plot: {plot}")
     compared = standing.compare_with_board(runlog.parse_log(Path(log)), ROOT / "records")
     if compared:
         print(f"board: {compared}")
@@ -530,7 +549,7 @@ def train(request: Request) -> int:
         run_sh = os.path.join(folder or ".", "run.sh")
         nexts = next_commands(knobs, resolved, os.path.join(folder, artifact), run_sh)
         with console_may_be_gone():
-            report(log, [] if status else nexts)
+            report(log, artifact, [f"data_path={data_path}", *others], [] if status else nexts)
     else:
         with console_may_be_gone():
             report_failure(log, artifact)
@@ -609,16 +628,18 @@ def data_in_vocabulary(vocab_size: int) -> str:
     )
 
 
+def data_of(artifact: str) -> list[str]:
+    """Return the knobs of the data that an artifact was trained on, or of data in its vocabulary."""
+    return trained_on(artifact) or [f"data_path={data_in_vocabulary(vocabulary_of(artifact))}"]
+
+
 def score(program: list[str], request: Request) -> int:
     """Run eval or audit on the data that is given or found, with a process on each of 1, 2, 4 or 8 GPUs."""
     enter_repository()
     gpus = count_gpus()
     knobs = with_preset(request.knobs, gpus)
     if not knob_value("data_path", request.knobs):
-        found = trained_on(request.artifact)
-        if not found:
-            found = [f"data_path={data_in_vocabulary(vocabulary_of(request.artifact))}"]
-        knobs = [*found, *knobs]
+        knobs = [*data_of(request.artifact), *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])
 
@@ -631,6 +652,22 @@ def evaluate(request: Request) -> int:
 def audit(request: Request) -> int:
     """Audit an artifact and the script that scores it."""
     return score(["tools/audit.py"], request)
+
+
+def use(tool: str, request: Request) -> int:
+    """Run a tool of tools/use on an artifact, with the tokenizer of the data that is given or found."""
+    enter_repository()
+    given = {key: knob_value(key, request.knobs) for key in ("data_path", "tokenizer_path")}
+    knobs = [f"{key}={value}" for key, value in given.items() if value]
+    if not knobs:
+        knobs = data_of(request.artifact)
+    add_tools_to_path()
+    return run(["-m", f"use.{tool}", request.artifact, *request.options, *knobs, *request.knobs])
+
+
+def sample(request: Request) -> int:
+    """Show what an artifact writes."""
+    return use("sample", request)
 
 
 def config(request: Request) -> int:
@@ -751,6 +788,24 @@ COMMANDS = {
         files=("train_gpt.py", "tools/audit.py"),
         needs_artifact=True,
         options={"--script": Takes.SCRIPT},
+    ),
+    "sample": Command(
+        sample,
+        forms=(
+            Form(
+                "ARTIFACT [prompt=TEXT] [tokens=N] [temperature=T] [top_k=K] [seed=N]",
+                "Show the text that an artifact writes.",
+                'sample logs/first.int6.xz prompt="The river"',
+            ),
+            Form(
+                "ARTIFACT held_out=N [...]",
+                "Go on with N held-out texts, and show how they really go on.",
+                "sample logs/first.int6.xz held_out=3 tokens=40",
+            ),
+        ),
+        files=("train_gpt.py", "tools/use/sample.py"),
+        needs_artifact=True,
+        keys=("prompt", "tokens", "temperature", "top_k", "seed", "held_out", "data_path", "tokenizer_path"),
     ),
     "config": Command(
         config,
@@ -920,7 +975,7 @@ def main(argv: list[str]) -> int:
             return show_help()
         request = read_request(name, command, words)
         if only_check:
-            check_keys(request.knobs)
+            check_keys(name, request.knobs)
             return 0
         return command.run(request)
     except BadInput as error:

@@ -84,6 +84,14 @@ def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
     assert cli.main(["--check", "data", "verify"]) == 0
 
 
+def test_a_misspelt_setting_of_sample_is_found_as_well(tmp_path, capsys):
+    artifact = tmp_path / "x.int6.xz"
+    artifact.touch()
+    assert cli.main(["--check", "sample", str(artifact), "prompt=a", "top_p=0.9"]) == 2
+    assert "unknown config key 'top_p': prompt, tokens, temperature, " in capsys.readouterr().err
+    assert cli.main(["--check", "sample", str(artifact), "prompt=a", "top_k=5"]) == 0
+
+
 def test_help_has_the_machine_table():
     text = cli.help_text()
     for row in ("0            cpu       1", "1            h100x1    1", "2 to 3       record    2"):

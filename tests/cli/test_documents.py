@@ -95,7 +95,7 @@ def check_command(words, artifact):
         parser = importlib.import_module(f"lab.{rest[0]}").argument_parser()
         _, knobs = parser.parse_known_args(rest[1:])
         assert all("=" in word for word in knobs), words
-        cli.check_keys(tuple(knobs))
+        cli.check_keys("train", tuple(knobs))
     elif name == "record":
         record.parser().parse_args(rest)
     elif name == "test":
@@ -106,7 +106,7 @@ def check_command(words, artifact):
             rest[0] = artifact
         for option in [word for word in rest if word == "--script"]:
             rest[rest.index(option) + 1] = str(ROOT / "train_gpt.py")
-        cli.check_keys(cli.read_request(name, cli.COMMANDS[name], rest).knobs)
+        cli.check_keys(name, cli.read_request(name, cli.COMMANDS[name], rest).knobs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,7 +161,7 @@ def test_the_trainers_docstring_names_commands_that_run():
     lines = [line.split("   ")[0].split() for line in re.findall(r"python train_gpt\.py (.*)", doc)]
     assert [words[0] for words in lines] == ["train", "train", "eval", "audit", "bench"]
     for words in lines:
-        cli.check_keys(tuple(word for word in words if "=" in word))
+        cli.check_keys("train", tuple(word for word in words if "=" in word))
     assert "preset=cpu" in lines[1] and "preset=cpu" in lines[2]
 
 

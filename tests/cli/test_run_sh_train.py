@@ -177,6 +177,24 @@ def test_the_commands_to_try_next_can_be_typed_where_the_run_was_started(tree, t
     assert f"tools/audit.py {tree.root}/logs/s.int6.xz preset=cpu {found}" in tree.calls()[-1]
 
 
+def test_a_run_ends_with_what_the_model_writes(tree):
+    done = tree.run("run_id=r", "data_path=d", "tokenizer_path=t.model")
+    shown = ["-m use.sample logs/r.int6.xz held_out=3 tokens=40 data_path=d tokenizer_path=t.model"]
+    assert [call for call in tree.calls() if "use.sample" in call] == shown
+    assert "\nwhat it writes, beside what the held-out text says:\n" in done.stdout
+
+
+def test_sample_takes_the_tokenizer_of_the_data(tree, tmp_path):
+    (tree.root / "x.int6.xz").write_text("1024")
+    assert tree.run("sample", "x.int6.xz", "prompt=a river").returncode == 0
+    assert tree.calls() == [
+        "data/prepare.py auto",
+        "-m use.sample x.int6.xz data_path=made/here prompt=a river",
+    ]
+    assert tree.run("sample", "x.int6.xz", TOKENIZER_PATH="t.model").returncode == 0
+    assert tree.calls()[-1] == "-m use.sample x.int6.xz tokenizer_path=t.model"
+
+
 def test_environment_settings(tree):
     done = tree.run(PRESET="smoke", SEED="5", DATA_PATH="d", OUT_DIR="o")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,105 @@
+"""An artifact as the model that scores it, built by the trainer's own code, and the log beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from ledger.read import runlog
+from script import TRAINER, BadInput, known_fault, load_script, refuse
+
+MODULE = "trainer"  # its name in sys.modules
+NEEDS = (
+    *("InputError", "Config", "make_config", "EXTRA_FIELDS", "parameter_table", "GPT", "init_machine"),
+    *("open_artifact", "read_tensors", "codec_of", "read_manifest", "sentencepiece_counts"),
+    *("split_files", "load_shard", "sha256", "GPT.logits"),
+)
+
+
+class Stored(NamedTuple):
+    """The content of an artifact."""
+
+    path: str
+    sha256: str
+    h: Any  # the trainer's Config with all that the header fixes
+    tensors: dict[str, Any]  # float32, by the names of PARAM_TABLE
+
+
+def load_trainer(tool: str) -> ModuleType:
+    """Load the repository's train_gpt.py. tool: the command that needs it, for messages."""
+    return load_script(TRAINER, MODULE, NEEDS, tool)
+
+
+def read_artifact(t: ModuleType, path: str) -> Stored:
+    """Read an artifact whose tensors are those of the trainer's model. Raises BadInput if they are not."""
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read the artifact ({error.strerror})") from None
+    try:
+        header, payload = t.open_artifact(blob)
+        tensors = t.read_tensors(header, payload)
+        fixed = {key: getattr(t.Config, key) for key in t.EXTRA_FIELDS} | header["config"]
+        knobs = {"eval_batch_tokens": fixed["eval_seq_len"], "codec": t.codec_of(blob)}
+        h = t.make_config(knobs, fixed)
+        stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wanted = {name: shape for name, (shape, _) in t.parameter_table(h).items()}
+        if different := stored.items() ^ wanted.items():
+            name, _ = min(different)
+            raise ValueError(f"artifact: {name[:40]!r} does not fit; use the script that wrote it")
+    except (ValueError, t.InputError) as error:
+        raise BadInput(f"{path}: {error}") from None
+    return Stored(path, t.sha256(blob), h, tensors)
+
+
+@contextmanager
+def model_on_device(t: ModuleType, stored: Stored, env: Mapping[str, str]) -> Iterator[Any]:
+    """Yield the model that eval would score, on this machine's device, with the functions bound for it."""
+    alone = {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE")}
+    m = t.init_machine(stored.h, alone, trains=False)
+    try:
+        model = t.GPT(stored.h, m.ops, m.dtype).to(m.device)
+        model.load_state_dict(stored.tensors)
+        yield model.requires_grad_(False)
+    finally:
+        dist.destroy_process_group()
+
+
+def log_of(artifact: str) -> runlog.Run | None:
+    """Return the log beside an artifact, None if there is none."""
+    try:
+        return runlog.parse_log(Path(re.sub(r"\.int6\.\w+$", ".txt", artifact)))
+    except BadInput:
+        return None
+
+
+def run_tool(tool: str, command: Any, argv: list[str]) -> int:
+    """Run command(trainer, argv) and return its exit status; an error that the user can fix is one line."""
+    try:
+        t = load_trainer(tool)
+    except BadInput as error:
+        return refuse(tool, error)
+    try:
+        status = command(t, argv)
+        sys.stdout.flush()
+        return status
+    except BadInput as error:
+        return refuse(tool, error)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        print(f"\n{tool}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if fault := known_fault(t, error):
+            return refuse(tool, fault)
+        raise
