@@ -440,17 +440,20 @@ def show_writing(artifact: str, knobs: Sequence[str]) -> None:
 
 
 def report(log: str, artifact: str, knobs: Sequence[str], nexts: Sequence[NextCommand]) -> None:
-    """Print what the model writes, the plot, the place on the board and commands to try.
+    """Print what the model writes, the plot, a summary, the place on the board and commands to try.
 
     The trainer has printed the rest.
     """
     from ledger.read import runlog
-    from ledger.show import standing
+    from ledger.show import standing, summary
 
     plot = draw_plot(log)
     show_writing(artifact, knobs)
     print(f"plot: {plot}")
-    compared = standing.compare_with_board(runlog.parse_log(Path(log)), ROOT / "records")
+    run_log = runlog.parse_log(Path(log))
+    for line in summary.summarize(run_log):
+        print(line)
+    compared = standing.compare_with_board(run_log, ROOT / "records")
     if compared:
         print(f"board: {compared}")
     if nexts:

@@ -39,7 +39,7 @@ VERSIONS = {
 PAIR = re.compile(r"(\w+):(.*?)(?=\s\w+:|$)")
 RESUMED = re.compile(r"resumed step:(\d{1,18}) ")
 SOURCE_HASH = re.compile(r"train_gpt\.py sha256:([0-9a-f]{64})\n")
-FACT_LINES = ("machine", "data", "phase_times")  # first words; also sweep..., and final_... with a val_loss
+FACT_LINES = ("machine", "data", "phase_times")  # first words; holds_facts knows the others
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,8 @@ def holds_facts(head: str, rest: str) -> bool:
     """Return whether a line with this first word and rest goes into `facts`."""
     if head.startswith("final_"):
         return "val_loss:" in rest
+    if head == "artifact":
+        return rest.startswith("weights:")
     return head in FACT_LINES or head.startswith("sweep")
 
 

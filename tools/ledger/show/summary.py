@@ -1,0 +1,50 @@
+"""Sums up a finished run in a few lines for people, from its log: text read, time, what rounding cost."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ledger.read.runlog import Run
+from script import BadInput
+
+LEAST_SHARE = 0.02  # of the time, that a phase must take to be named by itself
+
+
+def summarize(run: Run) -> list[str]:
+    """Return the lines of a run's summary. What an old or foreign log does not tell is left out."""
+    lines = []
+    for part in (describe_reading, describe_time, describe_rounding):
+        with suppress(BadInput):
+            lines.append(part(run))
+    return lines
+
+
+def describe_reading(run: Run) -> str:
+    """Return the steps of a run, their pace, and how much text they were. Raises BadInput without a score."""
+    steps = run.count("final_score", "steps")
+    pace = run.count("final_score", "train_time") / max(steps, 1)
+    told = f"steps: {steps:,}, {pace:.4g} ms each"
+    if run.config.get("start_batch_tokens", "0") != "0" or "train_batch_tokens" not in run.config:
+        return told  # batches of several sizes
+    tokens = steps * int(run.config["train_batch_tokens"])
+    text = run.count("data", "train_tokens")
+    return f"{told}; {tokens:,} tokens, {tokens / max(text, 1):.3g} times the training text"
+
+
+def describe_time(run: Run) -> str:
+    """Return the shares of the time that the phases of a run took. Raises BadInput without them."""
+    phases = {phase: run.number("phase_times", phase) for phase in run.facts.get("phase_times", {})}
+    total = sum(phases.values())
+    if not total:
+        raise BadInput(f"{run.path}: no phase_times line")
+    large = {phase: ms for phase, ms in phases.items() if ms >= LEAST_SHARE * total}
+    shares = [f"{ms / total:.0%} {phase}" for phase, ms in sorted(large.items(), key=lambda item: -item[1])]
+    return f"where {total / 1000:.1f} s went: {', '.join(shares)}"
+
+
+def describe_rounding(run: Run) -> str:
+    """Return what the artifact's codes cost, by scores in disjoint windows. Raises BadInput without them."""
+    before = f"final_{run.text('artifact', 'weights')}"
+    exact = f"final_{run.weights_format}_roundtrip_exact"
+    cost = run.number(exact, "val_bpb") - run.number(before, "val_bpb")
+    return f"rounding to {run.weights_format}: {cost:+.4f} bpb"
