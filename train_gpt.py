@@ -124,7 +124,7 @@ class Fault(OneLineError):
 
 
 class Diverged(Fault):
-    """A loss or gradient norm that is not finite or not below DIVERGED. train_ms: the training clock."""
+    """A loss or gradient norm is not finite or not below DIVERGED. train_ms: the training clock."""
 
     def __init__(self, message: str, steps: int, train_ms: float) -> None:
         super().__init__(message)
@@ -167,7 +167,7 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
 def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
     """Write a file that must not be lost, and return its path.
 
-    Tries `path` first, then a new folder in the temporary folder, then a new one in the working folder.
+    It tries `path` first, then a new folder in the temporary folder, then a new one in the working folder.
     Raises InputError if none of them can be written.
     """
     try:
@@ -191,7 +191,7 @@ def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
 
 
 def show(text: str) -> None:
-    """Print text at once. If that fails, print no more and raise BrokenPipeError or InputError."""
+    """Print text at once. If that fails, switch printing off and raise BrokenPipeError or InputError."""
     try:
         print(text, flush=True)
     except OSError as e:
@@ -202,7 +202,7 @@ def show(text: str) -> None:
 
 
 def plain_name(key: str, name: str) -> str:
-    """Return a name that becomes the name of a file. Raises InputError if it could lead out of its folder."""
+    """Return the name if it can name a file. Raises InputError if it could lead to another folder."""
     if not re.fullmatch(r"\w[\w.,+=@~ -]*", name) or name != name.strip() or len(name.encode()) > 200:
         raise InputError(
             f"config key {key}: {name[:40]!r} cannot name a file; begin with a letter, a digit or _, "
@@ -224,40 +224,40 @@ def sha256(data: bytes) -> str:
 class Config:
     # the run
     preset: str = "record"
-    run_id: str = ""  # "": UTC time, preset and seed
-    seed: int = 1337  # of the initial weights and the order of the data
+    run_id: str = ""  # "": made of UTC time, preset and seed
+    seed: int = 1337  # sets the initial weights and the order of the data
     out_dir: str = "logs"  # OUT_DIR/RUN_ID.txt is the log, OUT_DIR/RUN_ID.int6.CODEC the artifact
     data_path: str = "data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = ""  # "": the one that DATA_PATH/manifest.json names
-    report_split: str = ""  # a second split: scored and reported, never used to choose
+    report_split: str = ""  # a second split to score and report, never used to choose
     bos_id: int = 1  # first token of every document
-    checkpoint_every: float = 0.0  # seconds of the training clock; 0: never
-    resume: str = ""  # auto: from the newest checkpoint of RUN_ID, if there is one | a checkpoint file
+    checkpoint_every: float = 0.0  # seconds on the training clock; 0: never
+    resume: str = ""  # auto: start from the newest checkpoint of RUN_ID, if any | a checkpoint file
     # budget
-    max_wallclock_seconds: float = 600.0  # of the training clock; 0: no limit
+    max_wallclock_seconds: float = 600.0  # limit on the training clock; 0: no limit
     iterations: int = 20000
     target_loss: float = 0.0  # nats; above 0, the run is a race that its last validation decides
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
-    val_loss_every: int = 0  # steps; 0: never, and no held-out file is read while the clock runs
-    train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged, too
-    val_tokens: int = 0  # score only this many targets, from the first; 0: the whole split
+    val_loss_every: int = 0  # steps; 0: never, so no held-out file is read while the clock runs
+    train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged as well
+    val_tokens: int = 0  # score only the first so many targets; 0: the whole split
     # batch
-    train_batch_tokens: int = 786_432  # of an optimizer step, over all ranks
-    micro_batch_tokens: int = 98_304  # of one forward pass on one rank, at most
-    start_batch_tokens: int = 0  # of the first optimizer steps; 0: all have train_batch_tokens
-    batch_growth_frac: float = 0.5  # of the run, after which a batch has train_batch_tokens
+    train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
+    micro_batch_tokens: int = 98_304  # at most, per forward pass on one rank
+    start_batch_tokens: int = 0  # batch at the start of the run; 0: train_batch_tokens throughout
+    batch_growth_frac: float = 0.5  # share of the run in which the batch grows to train_batch_tokens
     train_seq_len: int = 2048
-    mix_tokens: int = 16_777_216  # of text from which a batch draws its sequences; 0: take them in order
+    mix_tokens: int = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
     eval_seq_len: int = 2048
     eval_stride: int = 64  # fresh targets in each window of the sliding score
-    eval_batch_tokens: int = 131_072  # of one forward pass on one rank
+    eval_batch_tokens: int = 131_072  # per forward pass on one rank
     ttt_lr: float = 0.0  # initial rate of test-time training; 0: no test-time training
-    ttt_form: str = "sgd"  # of test-time training: sgd | lora, rows of TTT_FORMS
-    ttt_chunk_tokens: int = 32_768  # targets that are scored, then learnt from
+    ttt_form: str = "sgd"  # how test-time training learns: sgd | lora, a row of TTT_FORMS
+    ttt_chunk_tokens: int = 32_768  # targets that are scored, then learned from
     ttt_passes: int = 3  # steps on each chunk
-    ttt_rank: int = 8  # of the changes that the lora form learns
+    ttt_rank: int = 8  # rank of the changes that the lora form learns
     # model
-    vocab_size: int = 1024  # the tokenizer's, or that padded to a multiple of 128
+    vocab_size: int = 1024  # the tokenizer's size, as it is or padded to a multiple of 128
     num_layers: int = 11
     model_dim: int = 512
     num_heads: int = 4
@@ -268,59 +268,59 @@ class Config:
     attn_windows: str = "256 256 256 0"  # keys a token sees, itself included; cycles over layers; 0: all
     doc_mask: bool = False  # no token sees another document
     parallel_last_n: int = 0  # layers whose attention and MLP do not wait for each other
-    parallel_form: str = "one_stream"  # of these: one_stream | two_streams, rows of FORMS
-    loop_layers: str = ""  # neighbouring layers, from 0, that are visited again: "4 5" means 4 5 4 5 ...
+    parallel_form: str = "one_stream"  # their form: one_stream | two_streams, a row of FORMS
+    loop_layers: str = ""  # neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
     loop_times: int = 0  # further visits; 0: none
-    loop_frac: float = 0.5  # share of the run before training loops; 1: only scoring does
+    loop_frac: float = 0.5  # share of the run before training loops; 1: only scoring loops
     xsa_last_n: int = 4  # layers with exclusive self-attention
-    attn_gate_dims: int = 0  # dimensions of a layer's input from which each head's gate is computed; 0: none
-    skip_gates: bool = False  # skips blend by a learned gate in place of adding
-    ve_last_n: int = 2  # layers whose values get a token embedding added; 0: none
+    attn_gate_dims: int = 0  # input dimensions from which a layer computes the gate of each head; 0: no gates
+    skip_gates: bool = False  # skips blend by a learned gate instead of adding
+    ve_last_n: int = 2  # layers that add a token embedding to their values; 0: none
     ve_dim: int = 128
-    bigram_vocab_size: int = 1536  # embeddings of hashed pairs of tokens; 0: none
+    bigram_vocab_size: int = 1536  # number of embeddings for hashed pairs of tokens; 0: none
     bigram_dim: int = 128
     logit_softcap: float = 30.0
-    copy_dim: int = 0  # of the queries and keys of the copy output; 0: no copy output
+    copy_dim: int = 0  # size of the copy output's queries and keys; 0: no copy output
     qk_gain_init: float = 1.5
     tied_embed_init_std: float = 0.005
     # optimizer
-    ortho: str = "ns5"  # row of ORTHO
-    step_rule: str = "normuon"  # row of STEP_RULES
+    ortho: str = "ns5"  # a row of ORTHO
+    step_rule: str = "normuon"  # a row of STEP_RULES
     matrix_lr: float = 0.05
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
-    copy_lr: float = 0.004  # of the copy output's projections and gate
-    muon_wd: float = 0.04  # decay of the matrices
+    copy_lr: float = 0.004  # for the copy output's projections and gate
+    muon_wd: float = 0.04  # weight decay of the matrices
     embed_wd: float = 0.04
     scalar_wd: float = 0.04
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
-    muon_momentum_warmup_frac: float = 0.2  # of the run
-    equalize_rows: bool = False  # rows of unit norm before the direction
+    muon_momentum_warmup_frac: float = 0.2  # share of the run in which momentum rises to muon_momentum
+    equalize_rows: bool = False  # scale rows to unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step shrinks as well
-    normuon_beta2: float = 0.95  # of the second moment in the normuon rules
-    proj_init_std: float = 0.0  # of O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) for hyperball
+    normuon_beta2: float = 0.95  # decay of the second moment in the normuon rules
+    proj_init_std: float = 0.0  # for O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) with hyperball
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip: float = 0.3  # global norm of the reduced gradients; 0: no clipping
+    grad_clip: float = 0.3  # largest global norm of the averaged gradients; 0: no clipping
     fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
-    deterministic: bool = False  # the same bits from the same seed on a GPU, if iterations end the run
-    wire_dtype: str = "float32"  # of gradients between ranks: float32 | bfloat16
-    warmdown_frac: float = 0.5  # last part of the run, in which rates fall linearly
-    min_lr_frac: float = 0.0  # of each rate, at the end
+    deterministic: bool = False  # a GPU repeats a seed bit for bit, if iterations end the run
+    wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
+    warmdown_frac: float = 0.5  # share of the run, at its end, in which rates fall linearly
+    min_lr_frac: float = 0.0  # each rate ends at this share of its peak
     # averaging and artifact
-    ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
-    artifact_weights: str = "ema"  # ema | live; a run that ended early takes the better if this is ema
+    ema_frac: float = 0.045  # horizon of the average, as a share of the run
+    artifact_weights: str = "ema"  # ema | live; with ema, a run that ended early takes the better of the two
     gptq_batches: int = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
     gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
     int6_step: float = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
-    matrix_clip_sd: float = 0.0  # clip of an int6 row in its root mean squares; 0: of least squared error
-    embed_bits: int = 8  # of a code of an embedding: 6 | 7 | 8
-    embed_clip_sd: float = 0.0  # as matrix_clip_sd, of the embeddings
-    codec: str = "xz"  # row of CODECS
+    matrix_clip_sd: float = 0.0  # clip of an int6 row, in its root mean squares; 0: least squared error
+    embed_bits: int = 8  # bits of an embedding's codes: 6 | 7 | 8
+    embed_clip_sd: float = 0.0  # like matrix_clip_sd, for the embeddings
+    codec: str = "xz"  # a row of CODECS
     fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
-    size_cap: int = 16_000_000  # decimal bytes, packed code included; 0: no artifact is made, in a race
+    size_cap: int = 16_000_000  # decimal bytes, packed code included; 0: a race makes no artifact
 
     @property
     def head_dim(self) -> int:
@@ -412,27 +412,25 @@ SHORT_SP8192 = dict(
     embed_bits=6,
 )
 RACE = dict(max_wallclock_seconds=0.0, size_cap=0, seed=1)  # the runs of a race are seeds 1, 2, 3, ...
-GPT2_RACE = (
-    RACE
-    | dict(  # 85 M parameters in 12 layers, 39 M in the embedding; modded-nanogpt's split and target
-        data_path="data/datasets/fineweb10B_gpt2",
-        vocab_size=50_304,  # 50,257, padded
-        bos_id=50_256,
-        target_loss=3.28,
-        val_tokens=10_485_760,
-        val_loss_every=125,
-        train_batch_tokens=524_288,
-        micro_batch_tokens=65_536,
-        eval_batch_tokens=65_536,
-        num_layers=12,
-        model_dim=768,
-        num_heads=6,
-        num_kv_heads=6,
-        mlp_mult=4.0,
-        rope_dims=64,
-        ve_last_n=0,
-        bigram_vocab_size=0,
-    )
+# 85 M parameters in 12 layers and 39 M in the embedding; split and target are modded-nanogpt's.
+GPT2_RACE = RACE | dict(
+    data_path="data/datasets/fineweb10B_gpt2",
+    vocab_size=50_304,  # 50,257, padded
+    bos_id=50_256,
+    target_loss=3.28,
+    val_tokens=10_485_760,
+    val_loss_every=125,
+    train_batch_tokens=524_288,
+    micro_batch_tokens=65_536,
+    eval_batch_tokens=65_536,
+    num_layers=12,
+    model_dim=768,
+    num_heads=6,
+    num_kv_heads=6,
+    mlp_mult=4.0,
+    rope_dims=64,
+    ve_last_n=0,
+    bigram_vocab_size=0,
 )
 GPT2_124M = GPT2_RACE | dict(iterations=3250)
 # The conditions of modded-nanogpt's track 3 and its Muon baseline; docs/races.md lists what still differs.
@@ -446,7 +444,7 @@ OPTIMIZER_RACE = GPT2_RACE | dict(
     attn_windows="",
     xsa_last_n=0,
     logit_softcap=15.0,
-    qk_gain_init=1.358,  # with heads of 128, the scale 0.12
+    qk_gain_init=1.358,  # which makes the scale 0.12 with heads of 128
     step_rule="muon",
     matrix_lr=0.025,
     scalar_lr=0.01,
@@ -504,26 +502,26 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
-# With mlp_mult, the knobs that the number of parameters depends on.
+# The knobs that set the number of parameters, together with mlp_mult.
 SIZES = tuple(
     """
     num_layers loop_times model_dim num_heads num_kv_heads vocab_size ve_dim bigram_vocab_size
     bigram_dim attn_gate_dims copy_dim
     """.split()
 )
-# Rates and the weight decay of their parameters: a step shrinks these by the product.
+# Each rate with the weight decay of its parameters, which a step shrinks by the product of the two.
 DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
-MAX_TOKENS = 1 << 30  # of a batch
+MAX_TOKENS = 1 << 30  # in a batch
 LONGEST_VALUE = 4000  # characters of a knob's value: the system's limit on a path is 4,096 bytes
-TRAINING_BYTES = 20  # a parameter: float32 weight, gradient, two moments, average
+TRAINING_BYTES = 20  # per parameter: float32 weight, gradient, two moments, average
 
-PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by the annotation of a knob
+PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by a knob's annotation
 
 
 def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
-    """Return the values of the knobs given, as KEY in the environment or as `key=value`, which wins.
+    """Return the values of the knobs that are given: KEY in the environment, or `key=value`, which wins.
 
-    Raises InputError for an unknown key in argv, or a value of another type.
+    Raises InputError for an unknown key in argv or a value of the wrong type.
     """
     types = {f.name: f.type for f in fields(Config)}
     given = {key: env[key.upper()] for key in types if key.upper() in env}
@@ -554,8 +552,8 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
 def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None = None) -> Config:
     """Resolve every knob: defaults < preset < an artifact's header < knobs given.
 
-    A target_loss that is given takes the time limit away. Raises InputError for a value out of range, or
-    knobs that contradict each other.
+    A given target_loss removes the time limit. Raises InputError for a value out of range, or for knobs that
+    contradict each other.
     """
     preset = PRESETS.get(knobs.get("preset"), {})
     race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
@@ -616,11 +614,11 @@ class Rule(NamedTuple):
     """A relation between knobs."""
 
     holds: bool
-    text: str  # the complaint if it does not
+    text: str  # the complaint if it does not hold
 
 
 def check_relations(h: Config) -> None:
-    """Check the relations between knobs. Raises InputError with the first rule that is broken."""
+    """Check the relations between knobs. Raises InputError with the first broken rule."""
     for rule in chain(rules_of_batches(h), rules_of_the_model(h), rules_of_training(h), rules_of_codes(h)):
         if not rule.holds:
             raise InputError(f"config: {rule.text}")
@@ -637,7 +635,7 @@ def check_relations(h: Config) -> None:
 
 
 def rules_of_batches(h: Config) -> Iterator[Rule]:
-    """Yield the rules of batches, sequences and score windows, and of heads, which divide each other."""
+    """Yield the rules of sizes that must divide each other: batches, sequences, score windows, heads."""
     divides = {
         "micro_batch_tokens": "train_batch_tokens",
         "train_seq_len": "micro_batch_tokens",
@@ -739,18 +737,18 @@ def rules_of_codes(h: Config) -> Iterator[Rule]:
 # -----------------------------------------------------------------------------
 # 3. Machine: the differences between a laptop and eight GPUs, bound once. There is always a process group.
 
-PATIENCE = 60  # seconds that a step on the device or a batch from the disk may take
+PATIENCE = 60  # most seconds that a step on the device or a batch from the disk may take
 
 
 class BatchShape(NamedTuple):
     """The shape of a rank's share of a global batch."""
 
-    accum: int  # micro-batches of a step, once the batch has grown
-    sequences: int  # per micro-batch
-    first: int  # micro-batches of the first steps
+    accum: int  # micro-batches per step once the batch has grown
+    sequences: int  # sequences per micro-batch
+    first: int  # micro-batches per step at the start of the run
 
     def count(self, growth: float) -> int:
-        """Return the micro-batches of a step. growth: Hyper.growth; they grow one by one, in equal stages."""
+        """Return how many micro-batches a step has. They grow one by one, in equal stages of Hyper.growth."""
         return self.first + int(growth * (self.accum - self.first))
 
 
@@ -797,7 +795,7 @@ class Captured(NamedTuple):
     """Device work with a single entry point: a CUDA graph, or the plain function if capture failed."""
 
     launch: Callable[[], None]
-    failure: str  # "" for a graph, and where there are no graphs
+    failure: str  # why capture failed; "" for a graph, and on a device without graphs
 
 
 @dataclass
@@ -810,18 +808,18 @@ class Signals:
 
 @dataclass(frozen=True)
 class Machine:
-    """This process's rank, and what is bound for its device so that other code rarely asks which it is."""
+    """This process's rank, and what is chosen for its device, so that other code rarely asks which it is."""
 
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype  # of activations and matrix products
+    dtype: torch.dtype  # activations and matrix products have this dtype
     compile: Callable  # torch.compile, or the identity
-    ops: Ops  # attention, QK, MLP and linear functions of the model
+    ops: Ops  # the model's functions for attention, QK, MLP and linear products
     pin: bool  # whether the device is a GPU, so that host tensors are page-locked
     levels: tuple[Level, ...]
     names: dict[str, str]  # for the log: device, attention, qk, mlp, compile, pass, update
-    streams: tuple = ()  # GPU only: streams[0] captures graphs and copies to the host; all can be lanes
+    streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     signals: Signals = field(default_factory=Signals)
 
@@ -831,7 +829,7 @@ class Machine:
         return self.levels[-1].kept.start
 
     def sync(self) -> None:
-        """Wait until the device has done everything asked of it."""
+        """Wait until the device has finished all queued work."""
         if self.pin:
             torch.accelerator.synchronize()
 
@@ -850,7 +848,7 @@ class Machine:
             host = [t.to("cpu", non_blocking=True) for t in copies]  # page-locked, from torch's cache
             passed = side.record_event()
         for t in copies:
-            t.record_stream(side)  # its memory is reused only after the copy
+            t.record_stream(side)  # so that its memory is reused only after the copy
 
         def arrived() -> list[Tensor]:
             deadline = time.monotonic() + PATIENCE
@@ -908,7 +906,7 @@ class Machine:
     def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
         """Return rank 0's value, which must not be negative, and the largest flag of all ranks.
 
-        Every rank gets the same two. It uses gloo, which fails at once when a rank has exited.
+        Every rank gets the same two numbers. It uses gloo, which fails at once when a rank has exited.
         """
         box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
@@ -933,8 +931,7 @@ class Machine:
     def together(self) -> Iterator[None]:
         """If the block raises a OneLineError on one rank, raise it on all of them. It uses gloo.
 
-        Otherwise the others would wait for that rank, or go on and begin a log. The block must not
-        communicate.
+        Otherwise the others would wait for that rank, or begin a log. The block must not communicate.
         """
         fault = None
         try:
@@ -950,7 +947,7 @@ class Machine:
 def capture_graph(stream: torch.cuda.Stream, pool: tuple, fn: Callable[[], None]) -> Callable[[], None]:
     """Capture the device work that fn queues, without running it. Returns the function that launches it.
 
-    Graphs of one pool use the same memory: they are launched one after another, and leave no result in it.
+    Graphs of one pool share its memory, so they run one after another and leave no result in it.
     """
     graph = torch.cuda.CUDAGraph()
     # The outer context restores the current stream if capture fails; thread_local spares NCCL's watchdog.
@@ -961,7 +958,7 @@ def capture_graph(stream: torch.cuda.Stream, pool: tuple, fn: Callable[[], None]
 
 
 class Ranks(NamedTuple):
-    """This process among all, and among those of its node."""
+    """The place of this process among all processes, and among those of its node."""
 
     world: int
     rank: int
@@ -996,7 +993,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 
 
 def share_levels(ranks: Ranks) -> tuple[Level, ...]:
-    """Return this rank's levels, one for a single node, else two. Collective: it makes process groups."""
+    """Return this rank's levels: one for a single node, else two. Collective: it makes process groups."""
     everything = slice(0, ranks.world)
     if ranks.local_world == ranks.world:
         return (Level(None, everything, slice(ranks.rank, ranks.rank + 1)),)
@@ -1057,7 +1054,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
 
 
 def with_gpu(m: Machine, h: Config) -> Machine:
-    """Bind a machine's GPU: kernels, compiler, streams and graphs."""
+    """Return the machine with kernels, compiler, streams and graphs bound for its GPU."""
     torch.set_float32_matmul_precision("high")
     ops, bound = bind_ops(h, m.device)
     streams = tuple(torch.cuda.Stream() for _ in range(6))
@@ -1102,12 +1099,12 @@ class Log:
         self.file = None
         self.live = False
         self.goes_on = False
-        self.told = 0.0  # perf_counter() of the last line of `progress`
+        self.told = 0.0  # perf_counter() at the last line of `progress`
         self.may_move = False  # set once there are trained weights, which must survive a full disk
 
         if machine is None:
             return
-        with machine.together():  # or the other ranks would append their errors to another run's log
+        with machine.together():  # otherwise, other ranks would append their errors to another run's log
             if machine.rank == 0:
                 self.create(resume)
 
@@ -1118,7 +1115,7 @@ class Log:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             if not resume:
                 open(self.path, "x").close()
-            # Other ranks may append, too. A path that is not UTF-8 is escaped.
+            # Append, because other ranks may write, too. A path that is not UTF-8 is escaped.
             self.file = open(self.path, "a", encoding="utf-8", errors="backslashreplace")
             self.goes_on = self.file.tell() > 0
         self.lock()
@@ -1140,9 +1137,9 @@ class Log:
             pass  # a file system without locks
 
     def close(self) -> None:
-        """End the log; lines that follow are dropped. Other processes may have it from now on."""
+        """End the log and drop any later line. Other processes may lock it from now on."""
         if self.file:
-            with suppress(OSError):  # what a full disk has refused is refused again
+            with suppress(OSError):  # a full disk refuses the rest of the buffer again
                 self.file.close()
         self.file = None
 
@@ -1168,7 +1165,7 @@ class Log:
             self.move(line, str(e))
         text = line if shown is None else shown
         if text:
-            with suppress(OSError, InputError):  # a run goes on without a console: the log has it all
+            with suppress(OSError, InputError):  # a run goes on without a console, as the log has everything
                 show(("\r\033[K" if self.live else "") + text)
 
     def move(self, line: str, reason: str) -> None:
@@ -1188,9 +1185,9 @@ class Log:
                 print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
-        """Show how far long work is and when it ends: live on a terminal, as a line every PROGRESS seconds.
+        """Show how far long work is and when it ends: live on a terminal, else a line every PROGRESS seconds.
 
-        started: perf_counter() when it began. done: at least 1.
+        started: perf_counter() when the work began. done: at least 1.
         """
         now = time.perf_counter()
         eta = (now - started) / done * (total - done)
@@ -1210,7 +1207,7 @@ def lost_another_rank(error: Exception) -> bool:
 
 
 def tell_torchrun(reason: str) -> None:
-    """Leave the reason of a failure where torchrun finds it for the block with which it ends its output."""
+    """Write the reason of a failure to torchrun's error file: torchrun shows it at the end of its output."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return
@@ -1220,7 +1217,7 @@ def tell_torchrun(reason: str) -> None:
 
 
 def known_fault(error: Exception) -> OneLineError | None:
-    """Return what one line can report: a OneLineError itself, a Fault if memory ran out. None: neither."""
+    """Return the one line for an error: a OneLineError itself, a Fault if memory ran out, else None."""
     if isinstance(error, OneLineError):
         return error
     said = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "start new thread")
@@ -1243,7 +1240,7 @@ def report_failure(m: Machine, log: Log, error: Exception) -> None:
     lines = [reason]
     if lost:
         lines.append(f"rank {m.rank}: another rank is gone; its reason, if it gave one, is in {log.path}")
-    with suppress(OSError):  # if there is no log any more, as after `discard`, it makes none
+    with suppress(OSError):  # after `discard` there is no log, and none is made
         file = os.open(log.path, os.O_WRONLY | os.O_APPEND)
         with open(file, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.write("\n".join(lines) + "\n")
@@ -1295,22 +1292,22 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ByteCounts:
-    """UTF-8 bytes of the decoded text that each target stands for. Arrays are (V,)."""
+    """How many UTF-8 bytes of the decoded text each target stands for. Arrays are (V,)."""
 
     base: np.ndarray  # bytes of the piece without its leading U+2581; 0 for a boundary
-    space: np.ndarray  # whether the piece begins with U+2581: one byte more, if in the text
-    boundary: np.ndarray  # control, unknown and unused pieces
-    # Without a piece U+2581, a space is spelled by the byte pieces E2 96 81: three tokens for one byte.
+    space: np.ndarray  # whether the piece begins with U+2581, a space: one byte more if the text has it
+    boundary: np.ndarray  # whether the piece is a control, unknown or unused one
+    # Without a piece U+2581, the byte pieces E2 96 81 spell a space: three tokens stand for one byte.
     spelled: tuple[int, int, int] | None = None
-    keeps_first: bool = False  # whether a space right after a boundary is in the text
-    # The piece for text that the vocabulary cannot spell, whose bytes nobody knows; -1: none.
+    keeps_first: bool = False  # whether the text has a space that follows a boundary
+    # The piece for text that the vocabulary cannot spell, so that its bytes are not known; -1: none.
     unknown: int = -1
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
         """Count the bytes of every target: tokens (N,) -> (N - 1,) int64 for tokens[1:]."""
         previous = tokens[:-1]
         target = tokens[1:]
-        in_text = ~self.boundary[previous] | self.keeps_first  # whether the text has a space that begins here
+        in_text = ~self.boundary[previous] | self.keeps_first  # whether a space here would be in the text
         counts = self.base[target] + (self.space[target] & in_text)
         if self.spelled is not None:
             e2, b96, b81 = self.spelled
@@ -1327,7 +1324,7 @@ def sentencepiece_counts(path: str) -> ByteCounts:
 
     sp = sentencepiece.SentencePieceProcessor()
     with explained(f"{path}: not a SentencePiece model", "tokenizer_path=FILE names one", RuntimeError):
-        sp.LoadFromSerializedProto(read_file(path))  # its own reader wants a path in UTF-8
+        sp.LoadFromSerializedProto(read_file(path))  # sp.Load accepts only a path in UTF-8
         ids = list(range(sp.vocab_size()))
     pieces = sp.id_to_piece(ids)
     boundary = np.array(sp.is_control(ids)) | sp.is_unknown(ids) | sp.is_unused(ids)
@@ -1339,8 +1336,8 @@ def sentencepiece_counts(path: str) -> ByteCounts:
     spelled = tuple(sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xE2, 0x96, 0x81))
     can_spell = sp.is_unknown(sp.piece_to_id("\u2581")) and all(map(sp.is_byte, spelled))
 
-    # With add_dummy_prefix, documents get a first space that is not in the text; with
-    # remove_extra_whitespaces they lose theirs. decode drops a first space if either flag is on.
+    # add_dummy_prefix gives documents a first space that is not in the text; remove_extra_whitespaces takes
+    # theirs away. With either flag, decode drops a first space.
     plain = sp.encode("a")
     prefix = "".join(sp.id_to_piece(plain)).startswith(("\u2581", "<0xE2><0x96><0x81>"))
     keeps_first = not prefix and sp.encode(" a") != plain
@@ -1355,14 +1352,14 @@ def sentencepiece_counts(path: str) -> ByteCounts:
 
 
 def tiktoken_counts(encoding: str) -> ByteCounts:
-    """Read the ByteCounts of a tiktoken encoding: a token is its bytes, special tokens are boundaries.
+    """Read the ByteCounts of a tiktoken encoding. A token is its bytes; special tokens are boundaries.
 
     Raises InputError for an unknown name, or when the vocabulary cannot be downloaded.
     """
     import tiktoken
 
     problem = f"tokenizer {encoding!r}: tiktoken cannot load it"
-    with explained(problem, "check the name and the network", Exception):  # it raises errors of many types
+    with explained(problem, "check the name and the network", Exception):  # tiktoken raises many types
         enc = tiktoken.get_encoding(encoding)
 
     base = np.zeros(enc.n_vocab, np.int64)
@@ -1381,7 +1378,7 @@ def bpb(nats: float, num_bytes: int) -> float:
 SHARD_HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-OPEN_SHARDS = 64  # most files that a loader keeps open: macOS allows 256
+OPEN_SHARDS = 64  # most files that a loader keeps open; macOS allows 256
 
 
 def reading_shard(path: str):
@@ -1392,7 +1389,7 @@ def reading_shard(path: str):
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """Read a shard's tokens, (num_tokens,) uint16, and check them.
 
-    The file is read, not mapped: if a mapped file is cut, the process dies without a message.
+    The file is read, not mapped, because a process dies without a message if a mapped file is cut.
     Raises InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
@@ -1477,8 +1474,8 @@ class TokenizerEntry(NamedTuple):
 
     bos_id: int = 0
     sha256: str = ""
-    encoding: str = ""  # of tiktoken
-    file: str = ""  # of SentencePiece, beside the manifest
+    encoding: str = ""  # name of a tiktoken encoding
+    file: str = ""  # SentencePiece model, beside the manifest
 
 
 def read_manifest(path: Path) -> tuple[dict, TokenizerEntry]:
@@ -1519,7 +1516,7 @@ def listed_shards(path: Path, manifest: dict, split: str) -> dict[str, ShardEntr
 
 
 def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None:
-    """Check the files of a split against the manifest, if it lists them: names, sizes, and hashes if asked.
+    """Check names and sizes of a split's files, if the manifest lists them; by_content: hashes, too.
 
     Raises InputError naming the first file that is missing, not listed, or different from its entry.
     """
@@ -1575,9 +1572,9 @@ def check_split(h: Config, counts: ByteCounts, manifest: dict, split: str) -> No
 def load_dataset(h: Config, trains: bool = False) -> Dataset:
     """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
 
-    Held-out shards are read, and compared with the manifest by name, size and listed hash; training shards
-    only by name and size, if this run trains: `check_train_split` reads them. After these checks training
-    opens no held-out file unless val_loss_every is set.
+    Held-out shards are read and compared with the manifest by name, size and listed hash. Training shards are
+    compared only by name and size, and only if this run trains: `check_train_split` reads them. After these
+    checks, training opens no held-out file unless val_loss_every is set.
     """
     split_files(h.data_path, "val")
     path = Path(h.data_path, "manifest.json")
@@ -1653,17 +1650,17 @@ def check_train_split(h: Config, m: Machine) -> None:
 
 
 class Draw(IntEnum):
-    """The uses of random numbers in the loader: each has streams of its own."""
+    """What the loader draws random numbers for. Each use has its own streams."""
 
-    SHARDS = 0  # the order of the shards, by epoch
-    DOCUMENTS = 1  # the order of a shard's documents, by epoch and shard
-    SEQUENCES = 2  # the order of the sequences, by draw
+    SHARDS = 0  # the order of the shards; a stream per epoch
+    DOCUMENTS = 1  # the order of a shard's documents; a stream per epoch and shard
+    SEQUENCES = 2  # the order of the sequences; a stream per draw
 
 
 def random_stream(seed: int, use: Draw, *numbers: int) -> np.random.Generator:
-    """Return the random stream of a use. Streams of different uses or numbers are independent.
+    """Return the random stream for a use. Streams for different uses or numbers are independent.
 
-    That takes the spawn key: plain lists are padded with zeros, so [seed, 3] and [seed, 3, 0] would be alike.
+    The spawn key makes them so. A list as seed is padded with zeros: [seed, 3] would equal [seed, 3, 0].
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(use, *numbers)))
 
@@ -1672,7 +1669,7 @@ class ShardOrder(NamedTuple):
     """One epoch's order of the shards."""
 
     shards: np.ndarray  # indices into TokenLoader.files
-    ends: np.ndarray  # position in the epoch at which each of them ends
+    ends: np.ndarray  # the position in the epoch at which each shard ends
 
 
 class ShuffledShard(NamedTuple):
@@ -1690,8 +1687,8 @@ class TokenLoader:
     stream are shuffled; otherwise one long document would fill a batch.
 
     Text before a shard's first BOS (the whole shard, if it has none) is the fragment: the end of a document
-    that began in another shard. It counts as a document of its own. The stream puts the BOS that the file
-    lacks before it, so that it has no connection with the random document it follows, under doc_mask or not.
+    that began in another shard. It counts as a document of its own. The stream gives it the BOS that the file
+    lacks, which separates it from the random document before it, with doc_mask and without.
 
     Micro-batch n of rank r holds the stream's sequences [(n * world + r) * B, ...), so that a global batch is
     the same for every world size. A thread builds the next batch while the device works on this one.
@@ -1703,7 +1700,7 @@ class TokenLoader:
         self.m = m
 
         self.files = split_files(h.data_path, "train")
-        # In the stream: a shard that begins inside a document gets a BOS.
+        # Tokens in the stream, where a shard that begins inside a document gets a BOS.
         self.sizes = np.array([shard_tokens(f) + begins_inside(f, h.bos_id) for f in self.files])
         self.total = int(self.sizes.sum())
         check_train_length(h, self.total)
@@ -1715,12 +1712,12 @@ class TokenLoader:
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
         self.sequence_order = lru_cache(maxsize=2)(self.shuffle_sequences)
 
-        self.lock = Lock()  # of the files' positions: `seek` may leave a thread reading
+        self.lock = Lock()  # guards the files' positions, as `seek` may leave an older thread reading
         self.reading = ""  # the file being read, for messages
         self.seek(0)
 
     def open_shard(self, shard: int) -> io.FileIO:
-        """Open a shard's file. It stays the same one, even if another takes its name."""
+        """Open a shard's file. An open file stays the same even if another one takes its name."""
         return open(self.files[shard], "rb", buffering=0)
 
     def shuffle_shards(self, epoch: int) -> ShardOrder:
@@ -1756,9 +1753,9 @@ class TokenLoader:
         return out.astype(np.int64)
 
     def read_shard(self, epoch: int, shard: int, offset: int, out: np.ndarray) -> int:
-        """Fill `out`, uint16, with a shuffled shard's tokens from `offset` on, or as much of it as there are.
+        """Fill `out`, uint16, with a shuffled shard's tokens from `offset` to at most the shard's end.
 
-        Returns how many these are. Raises InputError when the file is damaged.
+        Returns how many there were. Raises InputError when the file is damaged.
         """
         path = self.files[shard]
         text = self.document_order(epoch, shard)
@@ -1784,7 +1781,7 @@ class TokenLoader:
         return filled
 
     def shuffle_sequences(self, draw: int) -> np.ndarray:
-        """Draw the order of the sequences that are shuffled together, as numbers within their draw."""
+        """Return the order of the sequences of a draw, which are shuffled together, as numbers within it."""
         order = np.arange(self.draw_batches * self.h.train_batch_tokens // self.h.train_seq_len)
         if self.draw_batches > 1:
             random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(order)
@@ -1806,7 +1803,7 @@ class TokenLoader:
     def seek(self, index: int, count: int = 0) -> None:
         """Make micro-batch `index` the next one, and start a thread that builds it and those after it.
 
-        count: how many; 0: as many as a batch has when it has grown.
+        count: how many in all; 0: as many as a fully grown batch has.
         """
         self.index = index
         self.count = count or self.accum
@@ -1814,7 +1811,7 @@ class TokenLoader:
         Thread(target=self.fill, args=(self.pending, index, self.count), daemon=True).start()
 
     def fill(self, pending: Future, index: int, count: int) -> None:
-        """In the thread: build a batch, and hand it or its error over."""
+        """Run in the thread: build a batch and hand over the batch or the error."""
         try:
             pending.set_result([self.build(index + i) for i in range(count)])
         except Exception as e:
@@ -1832,7 +1829,7 @@ class TokenLoader:
         if wait([self.pending], PATIENCE).not_done:
             raise Fault(f"{self.reading}: not read within {PATIENCE} s; is the disk there?")
         batch = [t.to(self.m.device, non_blocking=True) for t in self.pending.result()]
-        self.seek(self.index + count, count)  # after the copies: both need the GIL
+        self.seek(self.index + count, count)  # only now, as the thread and the copies compete for the GIL
         return batch
 
     @property
