@@ -1,14 +1,23 @@
-"""`record target` holds the runs of a race against a loss: its statistics, and what it refuses."""
+"""Races in the ledger: their statistics, `record target`, and folders of races from `new` to the board."""
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import pytest
 
 import fixtures_records as fx
+import train_gpt as t
 from ledger import races, stats
-from record_helpers import run
+from ledger.make import record_folder
+from ledger.prove import race_claims
+from ledger.prove.record_claims import CLAIMS
+from ledger.read.runlog import parse_log
+from ledger.read.schema import submission_schema
+from ledger.tracks import TRACKS
+from record_helpers import MARKERS, META, TRACK, edit, edit_json, edit_log, refuse, run, write_logs
 
 # The ten runs of Turbo-Muon's submission to modded-nanogpt. The figures are those of scipy.stats:
 # ttest_1samp(TURBO_MUON, 3.28, alternative="less").
@@ -105,3 +114,173 @@ def test_what_is_no_loss_is_refused(tmp_path, capsys, text):
     with pytest.raises(SystemExit) as refused:
         run(tmp_path, "target", tmp_path, "--loss", text)
     assert refused.value.code == 2 and "is no loss in nats per token" in capsys.readouterr().err
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+RACE_TRACK = "track_gpt2_124m"
+RACE_NAME = "2026-11-27_Turbo"
+RACE_META = {**META, "name": "Turbo", "date": "2026-11-27", "track": RACE_TRACK, "blurb": "four steps"}
+FAST = [loss - 0.0008 for loss in TURBO_MUON]  # reaches 3.28
+
+
+@pytest.fixture(scope="module")
+def pristine_race(tmp_path_factory):
+    """Make a repository with one good record of a race."""
+    root = tmp_path_factory.mktemp("race")
+    (root / "records").mkdir()
+    (root / "README.md").write_text(MARKERS)
+    (root / "records" / "README.md").write_text(MARKERS)
+    make_race(root)
+    return root
+
+
+def make_race(root, losses=FAST, meta=None, **change):
+    """Write the folder of a race as `new` does, without examining its claims, and return it."""
+    meta = {**RACE_META, **(meta or {})}
+    logs = sorted(write_race(root / f"logs_{meta['name']}", losses, **change).iterdir())
+    folder = root / "records" / meta["track"] / f"{meta['date']}_{meta['name']}"
+    record_folder.build(folder, [parse_log(log) for log in logs], meta, "", root)
+    return folder
+
+
+@pytest.fixture
+def race_repo(pristine_race, tmp_path):
+    return shutil.copytree(pristine_race, tmp_path / "repo")
+
+
+@pytest.fixture
+def race_folder(race_repo):
+    return race_repo / "records" / RACE_TRACK / RACE_NAME
+
+
+def race_verdicts(folder):
+    """Return {claim: (verdict, evidence)} of a race's folder."""
+    return {
+        claim: (verdict, evidence)
+        for verdict, claim, evidence in race_claims.examine_race(folder, folder.parent.parent)
+    }
+
+
+def log2(folder):
+    return folder / "logs" / "seed2.txt"
+
+
+def test_new_makes_the_folder_of_a_race(race_repo, capsys):
+    logs = sorted(write_race(race_repo / "more", FAST, step_ms=59.0).iterdir())
+    options = ["--track", RACE_TRACK, "--date", "2026-11-28", "--parent", RACE_NAME]
+    assert run(race_repo, "new", "Faster", "--logs", *logs, *options) == 0
+    folder = race_repo / "records" / RACE_TRACK / "2026-11-28_Faster"
+    assert "val_loss 3.27829 after 3,250 steps, 10 runs" in capsys.readouterr().out
+
+    assert not (folder / "artifact.sha256").exists()
+    sub = json.loads((folder / "submission.json").read_text())
+    assert sub["seeds"] == list(range(1, 11)) and sub["steps"] == 3250
+    assert sub["p_value"] == races.Outcome(FAST, 3.28).p and sub["target"] == 3.28
+    assert sub["train_time_ms"] == 3250 * 59
+    page = (folder / "README.md").read_text()
+    assert "**val_loss 3.27829** (std 0.00128) after 3,250 steps and 191.75 s, 10 runs; target 3.28" in page
+    assert set(submission_schema(RACE_TRACK)["required"]) == set(sub)
+
+    assert run(race_repo, "verify") == 0
+    out = capsys.readouterr().out
+    assert " fail " not in out and "2 folders" in out
+
+
+def spoil(pattern, new):
+    return lambda folder: edit_log(log2(folder), pattern, new)
+
+
+RACE_FAULTS = {  # name -> the claim that fails, and what makes it fail
+    "key missing": (
+        "schema",
+        lambda folder: edit_json(folder / "submission.json", lambda sub: sub.pop("p_value")),
+    ),
+    "p typed": (
+        "numbers",
+        lambda folder: edit(folder / "submission.json", r'"p_value": .*', '"p_value": 0.001,'),
+    ),
+    "picture lost": ("files", lambda folder: (folder / "loss.png").unlink()),
+    "run lost": ("race", lambda folder: log2(folder).unlink()),
+    "stopped elsewhere": ("race", spoil(r"^(final_score .*)steps:3250", r"\1steps:3240")),
+    "another target": ("race", spoil(r"^(final_score .*)target:3.28", r"\1target:3.3")),
+    "another target set": ("race", spoil("^  target_loss: 3.28", "  target_loss: 3.3")),
+    "fewer tokens": ("race", spoil("^  val_tokens: 10485760", "  val_tokens: 65536")),
+    "another loss": ("validation", spoil(r"^(final_score .*val_loss:3)", r"\g<1>1")),
+    "another last line": ("validation", spoil(r"^(step:3250/3250 val_loss:)3", r"\g<1>2")),
+    "resumed": ("times", spoil(r"^(step:3250/3250 train)", r"resumed step:0 of race2\n\1")),
+    "hardware": ("times", spoil("device:NVIDIA H100", "device:NVIDIA H200")),
+}
+
+
+@pytest.mark.parametrize("fault", RACE_FAULTS)
+def test_verify_catches_in_a_race(race_folder, fault):
+    claim, make_fault = RACE_FAULTS[fault]
+    assert {verdict for verdict, _ in race_verdicts(race_folder).values()} == {"ok"}
+    make_fault(race_folder)
+    verdict, evidence = race_verdicts(race_folder)[claim]
+    assert verdict == "fail", evidence
+    assert "\n" not in evidence
+
+
+def test_a_record_reaches_the_target_and_a_non_record_need_not(tmp_path):
+    (tmp_path / "records").mkdir()
+    missed = make_race(tmp_path, TURBO_MUON, {"name": "Missed"})
+    verdict, evidence = race_verdicts(missed)["significance"]
+    assert verdict == "fail" and "p 0.026" in evidence and "not p < 0.01 in a one-sided t-test" in evidence
+    tried = make_race(tmp_path, TURBO_MUON, {"name": "Tried", "record": False})
+    assert {verdict for verdict, _ in race_verdicts(tried).values()} == {"ok"}
+
+
+def test_a_track_takes_only_its_kind_of_runs(race_repo, tmp_path, capsys):
+    race = sorted(write_race(tmp_path / "race", FAST).iterdir())
+    scored = write_logs(tmp_path / "scored")
+    refuse(
+        race_repo, capsys, "compares the scores of artifacts", "new", "X", "--logs", *race, "--track", TRACK
+    )
+    refuse(race_repo, capsys, "compares runs of races", "new", "X", "--logs", *scored, "--track", RACE_TRACK)
+    chosen = race[:4] + race[5:]
+    refuse(race_repo, capsys, "is missing: the 9 runs", "new", "X", "--logs", *chosen, "--track", RACE_TRACK)
+
+
+def test_the_board_ranks_races_by_time_or_by_steps(race_repo):
+    make_race(race_repo, meta={"name": "Slow"}, step_ms=61.0)
+    make_race(race_repo, meta={"name": "Quick"}, step_ms=50.0)
+    steps = {"track": "track_optimizer_race", "date": "2026-11-26"}
+    make_race(race_repo, meta={"name": "Many", **steps}, steps=3300, step_ms=10.0)
+    make_race(race_repo, meta={"name": "Few", **steps}, steps=3200, step_ms=90.0)
+    assert run(race_repo, "board") == 0
+    page = (race_repo / "README.md").read_text()
+    places = [page.index(f"[{name}]") for name in ("Quick", "Turbo", "Slow", "Few", "Many")]
+    assert places == sorted(places)
+    assert "| 1 | 3,250 | 162.50 | 0.00 | 3.27829 | 0.00128 | 10 | 0.0011 | +0.00541 |" in page
+    assert not (race_repo / "records" / "history.png").exists()
+
+
+def test_compare_holds_both_races_against_the_target(race_repo, tmp_path, capsys):
+    other = write_race(tmp_path / "other", TURBO_MUON, step_ms=50.0)
+    assert run(race_repo, "compare", RACE_NAME, other) == 0
+    out = capsys.readouterr().out
+    assert "A to 3.28: mean 3.27829, p 0.0011, margin +0.00541, reached by p < 0.01" in out
+    assert "B to 3.28: mean 3.27909, p 0.026, margin +0.00288, not shown to be reached" in out
+    assert "train_time" in out and "bar (B better" not in out
+
+    write_logs(tmp_path / "scored")
+    assert run(race_repo, "compare", other, tmp_path / "scored") == 2
+    assert "only one of them is a race" in capsys.readouterr().err
+
+
+def test_every_track_of_races_has_its_schema_and_preset():
+    tracks = {name for name, about in TRACKS.items() if about.target}
+    assert set(submission_schema(RACE_TRACK)["properties"]["track"]["enum"]) == tracks
+    assert set(submission_schema()["properties"]["track"]["enum"]) == set(TRACKS) - tracks
+    for name in tracks:
+        about = TRACKS[name].target
+        assert about.rule in races.RULES and about.least in ("steps", "time")
+        h = t.load_config([f"preset={TRACKS[name].preset}"], {})
+        assert (h.target_loss, h.val_tokens) == (about.loss, about.val_tokens)
+
+
+def test_every_claim_of_a_race_has_a_planted_fault():
+    planted = {claim for claim, _ in RACE_FAULTS.values()} | {"significance"}
+    assert planted >= set(race_claims.RACE_CLAIMS) - set(CLAIMS)

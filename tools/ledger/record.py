@@ -42,6 +42,7 @@ from ledger.make import pictures, record_folder
 from ledger.prove.challenge_claims import examine_challenge_folder, is_challenge_folder
 from ledger.prove.claims import Finding, Verdict
 from ledger.prove.direction_claims import examine_measurement
+from ledger.prove.race_claims import examine_race
 from ledger.prove.record_claims import examine_record
 from ledger.prove.sweep_claims import examine_sweep
 from ledger.read.runlog import parse_log
@@ -50,7 +51,7 @@ from ledger.show.board import read_submission, rewrite_board
 from ledger.show.compare import print_comparison, read_samples
 from ledger.show.reproduce import reproduce
 from ledger.status import finish
-from ledger.tracks import TRACKS
+from ledger.tracks import TRACKS, target_of
 from script import ROOT, BadInput
 
 LONGEST_NAME = 100  # characters
@@ -85,13 +86,18 @@ def new(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
-    sub = read_submission(target)
     print(
-        f"{shown(target)}: val_bpb {sub['val_bpb']:.4f}, {len(sub['seeds'])} seeds, "
-        f"{sub['bytes_total']:,} bytes\n"
+        f"{shown(target)}: {summary(read_submission(target))}\n"
         "next: add what changed and why below the notes line of its README.md, then ./run.sh record board"
     )
     return 0
+
+
+def summary(sub: dict) -> str:
+    """Return the figures of a new folder."""
+    if target_of(sub["track"]):
+        return f"val_loss {sub['val_loss']:.5f} after {sub['steps']:,} steps, {len(sub['seeds'])} runs"
+    return f"val_bpb {sub['val_bpb']:.4f}, {len(sub['seeds'])} seeds, {sub['bytes_total']:,} bytes"
 
 
 def new_folder(args: argparse.Namespace, records: Path) -> Path:
@@ -129,7 +135,7 @@ def submission_meta(args: argparse.Namespace, parent: Path | None) -> dict[str, 
 
 def refuse_failures(draft: Path, records: Path, non_record: bool) -> None:
     """Raise BadInput, after printing them, when claims of a new folder fail."""
-    failed = [finding for finding in examine_record(draft, records) if finding.verdict == Verdict.FAIL]
+    failed = [finding for finding in examine(draft, records) if finding.verdict == Verdict.FAIL]
     if not failed:
         return
 
@@ -172,7 +178,8 @@ def examine(folder: Path, records: Path) -> list[Finding]:
         return examine_sweep(folder)
     if is_challenge_folder(folder):
         return examine_challenge_folder(folder)
-    return examine_record(folder, records)
+    examine_track = examine_race if target_of(folder.parent.name) else examine_record
+    return examine_track(folder, records)
 
 
 def print_findings(findings: list[Finding]) -> None:

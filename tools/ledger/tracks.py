@@ -9,6 +9,17 @@ RECORD_SEEDS = 3
 
 
 @dataclass(frozen=True)
+class Target:
+    """The target of a track of races, and what shows that it is reached."""
+
+    loss: float  # nats per token of the last validation
+    least: str  # what a record has least of: steps | time
+    rule: str  # of significance, a row of RULES in ledger/races.py
+    runs: int  # a record has at least so many
+    val_tokens: int  # of the split, from the first, that count; 0: all
+
+
+@dataclass(frozen=True)
 class Track:
     """Limits of a track. Seconds that are None are not limited."""
 
@@ -19,7 +30,10 @@ class Track:
     ranks: int | None  # processes of a record, one GPU each
     device: str  # part of the device name of a record
     whole_split: bool  # whether a record scores every validation token
+    target: Target | None = None  # of races, which make no artifact and end after a number of steps
 
+
+GPT2_VAL_TOKENS = 10_485_760  # modded-nanogpt's: 20 batches of 524,288
 
 TRACKS = {
     "track_10min_16mb": Track(
@@ -49,4 +63,49 @@ TRACKS = {
         device="",
         whole_split=False,
     ),
+    "track_gpt2_124m": Track(
+        title="8xH100, least time to a loss of 3.28, GPT-2 tokens",
+        preset="gpt2_124m",
+        train_s=None,
+        eval_s=None,
+        ranks=8,
+        device="H100",
+        whole_split=False,
+        target=Target(loss=3.28, least="time", rule="t_test", runs=3, val_tokens=GPT2_VAL_TOKENS),
+    ),
+    "track_gpt2_124m_h100x1": Track(
+        title="one H100, least time to a loss of 3.28, GPT-2 tokens",
+        preset="gpt2_124m_h100x1",
+        train_s=None,
+        eval_s=None,
+        ranks=1,
+        device="H100",
+        whole_split=False,
+        target=Target(loss=3.28, least="time", rule="t_test", runs=3, val_tokens=GPT2_VAL_TOKENS),
+    ),
+    "track_optimizer_race": Track(
+        title="any machine, fewest steps to a loss of 3.28, GPT-2 tokens",
+        preset="optimizer_race",
+        train_s=None,
+        eval_s=None,
+        ranks=None,
+        device="",
+        whole_split=False,
+        target=Target(loss=3.28, least="steps", rule="margin", runs=3, val_tokens=GPT2_VAL_TOKENS),
+    ),
+    "track_optimizer_race_small": Track(
+        title="any machine, fewest steps to a loss of 2.25, 1,024 tokens",
+        preset="optimizer_race_small",
+        train_s=None,
+        eval_s=None,
+        ranks=None,
+        device="",
+        whole_split=False,
+        target=Target(loss=2.25, least="steps", rule="t_test", runs=10, val_tokens=0),
+    ),
 }
+
+
+def target_of(track: str) -> Target | None:
+    """Return the target of a track, None if it has none or there is no such track."""
+    return TRACKS[track].target if track in TRACKS else None

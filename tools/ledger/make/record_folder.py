@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ledger import stats
 from ledger.files import read_text, sha256
-from ledger.make import markdown, pictures
+from ledger.make import pictures
+from ledger.make.race_page import race_columns, race_headline, race_legend, race_submission
+from ledger.make.seed_table import Column, seed_table
 from ledger.make.submission import common, common_config, submission
+from ledger.races import is_race
 from ledger.read.probe import probe_script, training_command
 from ledger.read.runlog import Run
 from ledger.read.scores import Score, computed_scores
-from ledger.tracks import CAP_BYTES, TRACKS
+from ledger.tracks import CAP_BYTES, TRACKS, target_of
 from script import BadInput
 
 FOLDER_NAME = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9][A-Za-z0-9.]*)\Z")
@@ -32,15 +34,7 @@ FILES = (
 REPOSITORY_PINS = re.compile(r"(numpy|sentencepiece|flash-attn-4\[cu13\])==")
 
 
-# ---- the table of seeds --------------------------------------------------------------------------
-
-
-class Column(NamedTuple):
-    """A column of the table of seeds: its name, its digits, and its value for a run and its result."""
-
-    name: str
-    digits: int
-    value: Callable[[Run, dict], float | None]
+# ---- the columns of the table of seeds -----------------------------------------------------------
 
 
 def score_column(score: Score) -> Column:
@@ -71,28 +65,6 @@ def seed_columns(runs: list[Run], sub: dict) -> list[Column]:
     ]
 
 
-def figure_text(value: float | None, digits: int) -> str:
-    """Return a figure with its digits, or `-` for None."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def seed_table(runs: list[Run], sub: dict) -> list[str]:
-    """Return Markdown lines: a row per seed, then mean and sample std of each column."""
-    rows: list[list[str]] = [[str(run.seed)] for run in runs]
-    mean_row = ["**mean**"]
-    std_row = ["**std**"]
-    columns = seed_columns(runs, sub)
-    for column in columns:
-        values = [column.value(run, sub["seed_results"][str(run.seed)]) for run in runs]
-        for row, value in zip(rows, values):
-            row.append(figure_text(value, column.digits))
-
-        complete = None not in values
-        mean_row.append(figure_text(stats.mean(values) if complete else None, column.digits))
-        std_row.append(figure_text(stats.std(values) if complete else None, column.digits + 1))
-    return markdown.table(["seed", *(column.name for column in columns)], [*rows, mean_row, std_row])
-
-
 # ---- README.md -----------------------------------------------------------------------------------
 
 
@@ -110,6 +82,7 @@ def headline(runs: list[Run], sub: dict) -> str:
 def fact_table(sub: dict) -> list[str]:
     """Return the table of track, parent, hardware, software, data and code."""
     kind = "" if sub["record"] else " (non-record)"
+    packed = f"{sub['bytes_code']:,} bytes packed; " if "bytes_code" in sub else ""
     return [
         "| | |",
         "|---|---|",
@@ -120,7 +93,7 @@ def fact_table(sub: dict) -> list[str]:
         f"CUDA {sub['cuda_version']}, Triton {sub['triton_version']} |",
         f"| data | {sub['val_tokens']:,} validation tokens, {sub['val_bytes']:,} bytes; manifest sha256 "
         f"`{sub['data_manifest_sha256']}` |",
-        f"| code | {sub['bytes_code']:,} bytes packed; train_gpt.py sha256 `{sub['train_gpt_sha256']}` |",
+        f"| code | {packed}train_gpt.py sha256 `{sub['train_gpt_sha256']}` |",
     ]
 
 
@@ -158,20 +131,46 @@ def reproduction(runs: list[Run], sub: dict, answer: dict) -> list[str]:
     ]
 
 
+class Layout(NamedTuple):
+    """What the folders of a track hold, and the parts of their page that depend on it."""
+
+    files: tuple[str, ...]
+    submission: Callable[[list[Run], dict], dict]  # of runs and the keys that no log gives
+    headline: Callable[[list[Run], dict], str]
+    columns: Callable[[list[Run], dict], list[Column]]
+    legend: Callable[[list[Run]], list[str]]
+
+
+ARTIFACTS = Layout(FILES, submission, headline, seed_columns, legend)
+RACES = Layout(
+    files=tuple(name for name in FILES if name != "artifact.sha256"),
+    submission=race_submission,
+    headline=race_headline,
+    columns=race_columns,
+    legend=race_legend,
+)
+
+
+def layout_of(track: str) -> Layout:
+    """Return the layout of the folders of a track."""
+    return RACES if target_of(track) else ARTIFACTS
+
+
 def readme(runs: list[Run], sub: dict, answer: dict) -> str:
     """Return the generated part of the page, up to and including the notes marker."""
+    layout = layout_of(sub["track"])
     blurb = [sub["blurb"], ""] if sub["blurb"] else []
     lines = [
         f"# {sub['name']}",
         "",
-        headline(runs, sub),
+        layout.headline(runs, sub),
         "",
         *blurb,
         *fact_table(sub),
         "",
-        *seed_table(runs, sub),
+        *seed_table(layout.columns(runs, sub), runs, sub),
         "",
-        *legend(runs),
+        *layout.legend(runs),
         "",
         *reproduction(runs, sub, answer),
         "",
@@ -226,15 +225,29 @@ def contents(runs: list[Run], meta: dict, answer: dict) -> dict[str, str]:
     Raises BadInput if the logs disagree.
     """
     runs = sorted(runs, key=lambda run: run.seed)
-    sub = submission(runs, meta)
-    return {
+    check_kind(runs, meta["track"])
+    layout = layout_of(meta["track"])
+    sub = layout.submission(runs, meta)
+    texts = {
         "submission.json": json.dumps(sub, indent=2) + "\n",
         "README.md": readme(runs, sub, answer) if "error" not in answer else "",
         "config.json": json.dumps(common_config(runs), indent=2) + "\n",
         "train_gpt.py": runs[0].source,
-        "artifact.sha256": "".join(f"{run.text('final_score', 'sha256')}  seed{run.seed}\n" for run in runs),
         **{f"logs/seed{run.seed}.txt": read_text(run.path) for run in runs},
     }
+    if "artifact.sha256" in layout.files:
+        hashes = [f"{run.text('final_score', 'sha256')}  seed{run.seed}\n" for run in runs]
+        texts["artifact.sha256"] = "".join(hashes)
+    return texts
+
+
+def check_kind(runs: list[Run], track: str) -> None:
+    """Check that runs are races where the track has a target, and only there. Raises BadInput."""
+    races = target_of(track) is not None
+    for run in runs:
+        if is_race(run) != races:
+            scored = "runs of races, with target_loss=" if races else "the scores of artifacts"
+            raise BadInput(f"{run.path}: {track} compares {scored}; choose another --track")
 
 
 def build(folder: Path, runs: list[Run], meta: dict, notes: str, root: Path) -> None:

@@ -102,13 +102,7 @@ def submission(runs: list[Run], meta: dict[str, object]) -> dict[str, object]:
         value = stats.std(column(key))
         return None if value is None else round(value, 8)
 
-    def version(name: str) -> object:
-        return common(runs, f"{name} version", lambda run: run.versions[name])
-
-    def count(line: str, key: str) -> object:
-        return common(runs, key, lambda run: run.count(line, key))
-
-    bytes_code = count("final_score", "bytes_code")
+    bytes_code = common(runs, "bytes_code", lambda run: run.count("final_score", "bytes_code"))
     return {
         "schema": SCHEMA_VERSION,
         **{key: meta[key] for key in META_KEYS},
@@ -124,6 +118,23 @@ def submission(runs: list[Run], meta: dict[str, object]) -> dict[str, object]:
         "bytes_total": max(column("artifact_bytes")) + bytes_code,
         "artifact_bytes_mean": round(stats.mean(column("artifact_bytes")), 2),
         "artifact_bytes_max": max(column("artifact_bytes")),
+        **provenance(runs),
+    }
+
+
+def provenance(runs: list[Run]) -> dict[str, object]:
+    """Return what ran and on what: hardware, versions, script and data, which the runs share.
+
+    Raises BadInput naming two logs that disagree.
+    """
+
+    def version(name: str) -> object:
+        return common(runs, f"{name} version", lambda run: run.versions[name])
+
+    def count(line: str, key: str) -> object:
+        return common(runs, key, lambda run: run.count(line, key))
+
+    return {
         "hardware": common(runs, "hardware", lambda run: run.hardware),
         "pytorch_version": version("torch"),
         "cuda_version": version("cuda"),

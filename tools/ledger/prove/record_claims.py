@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ledger import stats
 from ledger.files import read_json, read_text, sha256
-from ledger.make.record_folder import FILES, FOLDER_NAME, NOTES, contents, requirements, uses_flash4
+from ledger.make.race_page import race_result
+from ledger.make.record_folder import FOLDER_NAME, NOTES, contents, layout_of, requirements, uses_flash4
 from ledger.make.submission import common_config, seed_result
 from ledger.prove import log_claims
 from ledger.prove.claims import (
@@ -29,9 +30,10 @@ from ledger.prove.claims import (
     other_code,
     prove,
 )
+from ledger.races import is_race
 from ledger.read.probe import probe_script
 from ledger.read.runlog import Run, parse_log
-from ledger.read.schema import schema_errors, submission_schema
+from ledger.read.schema import schema_errors, schema_name, submission_schema
 from ledger.tracks import CAP_BYTES, RECORD_SEEDS, TRACKS, Track
 from script import BadInput
 
@@ -39,9 +41,12 @@ from script import BadInput
 def finished_run(path: Path) -> Run:
     """Return the run of a log with every figure a record needs. Raises BadInput naming the first missing."""
     run = parse_log(path)
-    seed_result(run)
+    if is_race(run):
+        race_result(run)
+    else:
+        seed_result(run)
+        run.count("final_score", "bytes_total")
     run.count("final_score", "seed")
-    run.count("final_score", "bytes_total")
     for key in ("world_size", "device"):
         run.text("machine", key)
     return run
@@ -67,7 +72,7 @@ class RecordCase(LogFolder):
             sub = read_json(self.folder / "submission.json")
         except BadInput:
             raise NotCheckable("submission.json cannot be read") from None
-        if not isinstance(sub, dict) or schema_errors(sub, submission_schema()):
+        if not isinstance(sub, dict) or schema_errors(sub, submission_schema(self.folder.parent.name)):
             raise NotCheckable("submission.json breaks the schema")
         return sub
 
@@ -115,9 +120,10 @@ def seconds(ms: float) -> str:
 def claim_schema(case: RecordCase) -> str:
     """submission.json has the keys and types of schema.json, no more and no fewer."""
     sub = read_json(case.folder / "submission.json")
-    errors = schema_errors(sub, submission_schema())
+    track = case.folder.parent.name
+    errors = schema_errors(sub, submission_schema(track))
     demand(not errors, "; ".join(errors[:3]))
-    return f"{len(sub)} keys follow records/schema.json"
+    return f"{len(sub)} keys follow records/{schema_name(track)}"
 
 
 def claim_name(case: RecordCase) -> str:
@@ -137,14 +143,15 @@ def claim_name(case: RecordCase) -> str:
 
 def claim_files(case: RecordCase) -> str:
     """Every file is there, one log per seed, and no code besides train_gpt.py."""
-    demand_files(case.folder, FILES)
+    files = layout_of(case.folder.parent.name).files
+    demand_files(case.folder, files)
     logs = sorted(path.name for path in (case.folder / "logs").glob("*"))
     wanted = sorted(f"seed{seed}.txt" for seed in case.stored["seeds"])
     demand(logs == wanted, f"logs/ holds {', '.join(logs) or 'nothing'}; the seeds need {', '.join(wanted)}")
 
     others = other_code(case.folder)
     demand(not others, f"code outside train_gpt.py is not counted: {', '.join(others)}")
-    return f"{len(FILES)} files and {len(logs)} logs"
+    return f"{len(files)} files and {len(logs)} logs"
 
 
 def claim_logs(case: RecordCase) -> str:
@@ -213,9 +220,10 @@ def claim_seeds(case: RecordCase) -> str:
     for run in case.runs:
         names = {run.path.stem, f"seed{run.config.get('seed')}", f"seed{run.seed}"}
         demand(len(names) == 1, f"file name, config and final_score of a log say {', '.join(sorted(names))}")
+    least = case.track.target.runs if case.track.target else RECORD_SEEDS
     demand(
-        len(seeds) >= RECORD_SEEDS or not case.stored["record"],
-        f"{len(seeds)} seeds, a record needs {RECORD_SEEDS}: add logs or make it a non-record",
+        len(seeds) >= least or not case.stored["record"],
+        f"{len(seeds)} seeds, a record needs {least}: add logs or make it a non-record",
     )
     return f"{len(seeds)} distinct: {', '.join(map(str, seeds))}"
 

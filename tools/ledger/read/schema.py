@@ -1,4 +1,4 @@
-"""Checks JSON values against the part of JSON Schema (draft 2020-12) that records/schema.json uses."""
+"""Checks JSON values against the part of JSON Schema (draft 2020-12) that the schemas of records/ use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from functools import cache
 
 from ledger.files import read_json
+from ledger.tracks import target_of
 from script import ROOT
 
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
@@ -34,9 +35,14 @@ KEYWORDS = {
 
 
 @cache
-def submission_schema() -> dict:
-    """Return records/schema.json, which every submission.json of this ledger follows."""
-    return read_json(ROOT / "records" / "schema.json")
+def submission_schema(track: str = "") -> dict:
+    """Return the schema of a track's submission.json: that of races where the track has a target."""
+    return read_json(ROOT / "records" / schema_name(track))
+
+
+def schema_name(track: str) -> str:
+    """Return the file of a track's schema in records/."""
+    return "race_schema.json" if target_of(track) else "schema.json"
 
 
 def is_type(value: object, name: str) -> bool:

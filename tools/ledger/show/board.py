@@ -8,13 +8,15 @@ from ledger.files import read_json, read_text, write_atomic
 from ledger.folders import record_folders, sweep_folders
 from ledger.make import direction_tables, markdown, pictures, sweep_table
 from ledger.read.schema import schema_errors, submission_schema
-from ledger.tracks import TRACKS
+from ledger.tracks import TRACKS, target_of
 from script import BadInput
 
 BOARD = markdown.block("board")
 SWEEPS = markdown.block("sweeps")
 HEAD = ["#", "val_bpb", "std", "score", "val_loss", "seeds", "bytes", "what", "date", "by"]
 ALIGN = "rrrlrrrlll"
+RACE_HEAD = ["#", "steps", "time s", "std", "val_loss", "std", "runs", "p", "margin", "what", "date", "by"]
+RACE_ALIGN = "rrrrrrrrrlll"
 BEST = 10  # records of a track on the front page
 
 
@@ -22,7 +24,7 @@ def read_submission(folder: Path) -> dict:
     """Return the submission.json of a record folder. Raises BadInput if it breaks the schema."""
     path = folder / "submission.json"
     sub = read_json(path)
-    if errors := schema_errors(sub, submission_schema()):
+    if errors := schema_errors(sub, submission_schema(folder.parent.name)):
         raise BadInput(f"{path}: {errors[0]}; ./run.sh record verify {folder.name} says more")
     return sub
 
@@ -33,12 +35,14 @@ def score_of(sub: dict) -> str:
 
 
 def best_first(subs: list[dict]) -> list[dict]:
-    """Return the submissions by bpb; of equal ones the oldest comes first.
+    """Return the submissions by bpb, races by what their track has least; of equal ones the oldest is first.
 
     Those that were only scored in disjoint windows come last: the same artifact has a higher bpb there.
     """
 
     def key(sub: dict) -> tuple:
+        if "target" in sub:
+            return race_figure(sub), sub["date"], sub["name"]
         return score_of(sub) == "chunked", sub["val_bpb"], sub["date"], sub["name"]
 
     return sorted(subs, key=key)
@@ -46,16 +50,25 @@ def best_first(subs: list[dict]) -> list[dict]:
 
 def board_table(subs: list[dict], link: str) -> list[str]:
     """Return the table of these submissions, in order; `link` is the path from the page to records/."""
-    rows = [[str(rank), *board_cells(sub, link)] for rank, sub in enumerate(subs, 1)]
+    races = "target" in subs[0]
+    cells = race_cells if races else score_cells
+    rows = [[str(rank), *cells(sub), *idea_cells(sub, link)] for rank, sub in enumerate(subs, 1)]
+    if races:
+        return markdown.table(RACE_HEAD, rows, RACE_ALIGN)
     return markdown.table(HEAD, rows, ALIGN)
 
 
-def board_cells(sub: dict, link: str) -> list[str]:
-    """Return the cells of one submission after its rank."""
+def idea_cells(sub: dict, link: str) -> list[str]:
+    """Return the cells of one submission that say what it is, when it was made and by whom."""
     folder = f"{link}{sub['track']}/{sub['date']}_{sub['name']}"
     what = f"[{sub['name']}]({folder}/)"
     if sub["blurb"]:
         what += f": {markdown.cell(sub['blurb'])}"
+    return [what, sub["date"], markdown.cell(sub["author"])]
+
+
+def score_cells(sub: dict) -> list[str]:
+    """Return the cells of the scores of one submission."""
     return [
         f"{sub['val_bpb']:.4f}",
         "-" if sub["val_bpb_std"] is None else f"{sub['val_bpb_std']:.5f}",
@@ -63,10 +76,27 @@ def board_cells(sub: dict, link: str) -> list[str]:
         f"{sub['val_loss']:.4f}",
         str(len(sub["seeds"])),
         f"{sub['bytes_total']:,}",
-        what,
-        sub["date"],
-        markdown.cell(sub["author"]),
     ]
+
+
+def race_cells(sub: dict) -> list[str]:
+    """Return the cells of the figures of one race."""
+    time_std = sub["train_time_ms_std"]
+    return [
+        f"{sub['steps']:,}",
+        f"{sub['train_time_ms'] / 1000:.2f}",
+        "-" if time_std is None else f"{time_std / 1000:.2f}",
+        f"{sub['val_loss']:.5f}",
+        "-" if sub["val_loss_std"] is None else f"{sub['val_loss_std']:.5f}",
+        str(len(sub["seeds"])),
+        "-" if sub["p_value"] is None else f"{sub['p_value']:.2g}",
+        f"{sub['margin']:+.5f}",
+    ]
+
+
+def race_figure(sub: dict) -> float:
+    """Return what the track of a race has least: steps, or seconds of training."""
+    return sub["steps"] if TRACKS[sub["track"]].target.least == "steps" else sub["train_time_ms"] / 1000
 
 
 def front_page_text(subs: list[dict]) -> str:
@@ -90,7 +120,7 @@ def ledger_page_text(subs: list[dict]) -> str:
         if others:
             lines += ["Non-records:", "", *board_table(best_first(others), ""), ""]
 
-    if any(sub["record"] for sub in subs):
+    if any(sub["record"] and not target_of(sub["track"]) for sub in subs):
         lines += ["![records over time](history.png)", ""]
     return "\n".join(lines or ["No records yet.", ""])
 
@@ -121,8 +151,9 @@ def rewrite_board(root: Path) -> int:
         ledger = SWEEPS.replaced(ledger, sweep_table.board(records), ledger_page)
 
     by_track = records_by_track(subs)
-    if by_track:
-        pictures.plot_history(by_track, records / "history.png")
+    histories = {track: found for track, found in by_track.items() if not target_of(track)}
+    if histories:
+        pictures.plot_history(histories, records / "history.png")
     write_atomic(front_page, front)
     write_atomic(ledger_page, ledger)
 

@@ -7,19 +7,22 @@ from typing import NamedTuple
 
 from ledger import stats
 from ledger.folders import logs_of
+from ledger.races import RULE_TEXTS, RULES, Outcome, is_race
 from ledger.read.runlog import parse_log
 from script import BadInput
 
 BAR_NATS = 0.005  # the challenge asks for a gain of at least this many nats per token,
 BAR_P = 0.01  # shown at a p below this
 UNITS = {"val_bpb": "bpb", "val_loss": "nats", "step_avg": "ms"}
+RACE_UNITS = UNITS | {"steps": "steps", "train_time": "s"}
 
 
 class Samples(NamedTuple):
-    """One side of the comparison: as the user named it, and by seed its figures (keys of UNITS)."""
+    """One side of the comparison: as the user named it, and by seed its figures (keys of RACE_UNITS)."""
 
     name: str
     by_seed: dict[int, dict[str, float]]
+    target: float | None  # of a race
 
     def column(self, key: str, seeds: list[int] | None = None) -> list[float]:
         """Return a figure of these seeds, or of all in order."""
@@ -30,17 +33,22 @@ class Samples(NamedTuple):
 def read_samples(name: str, target: Path) -> Samples:
     """Return the figures of the finished logs of a folder. Raises BadInput if two logs share a seed."""
     by_seed: dict[int, dict[str, float]] = {}
+    goal = None
     for log in logs_of(target):
         run = parse_log(log)
+        goal = run.number("final_score", "target") if is_race(run) else None
         if run.seed in by_seed:
             raise BadInput(f"{log}: seed {run.seed} is in two logs of {target}")
         train_ms = run.number("final_score", "train_time")
+        steps = run.number("final_score", "steps")
         by_seed[run.seed] = {
             "val_bpb": run.number("final_score", "val_bpb"),
             "val_loss": run.number("final_score", "val_loss"),
-            "step_avg": train_ms / max(run.number("final_score", "steps"), 1),
+            "step_avg": train_ms / max(steps, 1),
+            "steps": steps,
+            "train_time": train_ms / 1000,
         }
-    return Samples(name, by_seed)
+    return Samples(name, by_seed, goal)
 
 
 def summary_text(values: list[float]) -> str:
@@ -73,18 +81,38 @@ def bar_text(a: Samples, b: Samples) -> str:
     )
 
 
+def target_text(side: str, samples: Samples) -> str:
+    """Return how one side of two races stands to its target."""
+    outcome = Outcome(samples.column("val_loss"), samples.target)
+    p = "-" if outcome.p is None else f"{outcome.p:.2g}"
+    reached = [RULE_TEXTS[rule] for rule in RULES if outcome.holds(rule)]
+    shown = f"reached by {' and by '.join(reached)}" if reached else "not shown to be reached"
+    return (
+        f"{side} to {samples.target:g}: mean {outcome.mean:.5f}, p {p}, margin {outcome.margin:+.5f}, {shown}"
+    )
+
+
 def print_comparison(a: Samples, b: Samples) -> None:
-    """Print both tests on three figures, then the challenge's bar on val_loss."""
+    """Print both tests on every figure, then the challenge's bar on val_loss, or the targets of two races.
+
+    Raises BadInput if only one side is a race.
+    """
+    if (a.target is None) != (b.target is None):
+        raise BadInput(f"{a.name}, {b.name}: only one of them is a race; their losses do not compare")
     shared = sorted(set(a.by_seed) & set(b.by_seed))
     print(f"A {a.name}: {len(a.by_seed)} seeds\nB {b.name}: {len(b.by_seed)} seeds, {len(shared)} shared\n")
     print(
         f"{'':<10} {'A mean':>10} {'std':>8} {'B mean':>10} {'std':>8}   {'test':<7} {'B - A':>9} "
         f"{'95 % interval':>20} {'p':>8}"
     )
-    for key, unit in UNITS.items():
+    units = UNITS if a.target is None else RACE_UNITS
+    for key, unit in units.items():
         head = f"{key:<10}{summary_text(a.column(key))}{summary_text(b.column(key))}"
         welch = stats.welch(a.column(key), b.column(key))
         paired = stats.paired(a.column(key, shared), b.column(key, shared))
         print(f"{head}   {test_text('welch', welch, unit)}")
         print(f"{' ' * len(head)}   {test_text('paired', paired, unit)}")
-    print(f"\n{bar_text(a, b)}")
+    if a.target is None:
+        print(f"\n{bar_text(a, b)}")
+    else:
+        print(f"\n{target_text('A', a)}\n{target_text('B', b)}")

@@ -28,12 +28,18 @@ def compare_with_board(run: Run, records: Path) -> str:
     same = [sub for sub in subs if is_same_text(run, sub)]
     if not same:
         best = subs[0]
+        figure = best["val_loss"] if "target" in best else best["val_bpb"]
         return (
-            f"the best of {track} is {best['val_bpb']:.4f} ({best['name']}), scored on other text: "
+            f"the best of {track} is {figure:.4f} ({best['name']}), scored on other text: "
             "the two do not compare"
         )
 
     best = same[0]
+    if "target" in best:
+        return (
+            f"the best of {track}, {best['name']}, took {best['steps']:,} steps and "
+            f"{best['train_time_ms'] / 1000:.1f} s, {len(best['seeds'])} runs; one run decides no race"
+        )
     gap = run.number("final_score", "val_bpb") - best["val_bpb"]
     side = "above" if gap > 0 else "below"
     return (
