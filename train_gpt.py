@@ -1845,10 +1845,10 @@ class TokenLoader:
 # -----------------------------------------------------------------------------
 # 7. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
 
-RMS_EPS = 1e-6  # given explicitly: PyTorch's default depends on the dtype
-GATE_SCALE = 0.5  # the gates start at 0.5 and learn as fast as this is large
+RMS_EPS = 1e-6  # explicit, because PyTorch's default depends on the dtype
+GATE_SCALE = 0.5  # a larger scale lets the gates, which start at 0.5, learn faster
 LEAST_COPIED = 1e-37  # a probability whose logarithm float32 can hold
-DOCUMENTS = 16  # most documents of a sequence that are told apart; the 16th and later ones count as one
+DOCUMENTS = 16  # how many documents of a sequence are told apart; the 16th and later ones count as one
 
 
 @dataclass(frozen=True)
@@ -1857,18 +1857,19 @@ class LayerSpec:
 
     layer: int  # whose weights it uses
     push: bool  # whether its output is kept for a skip connection
-    skip: int  # row of skip_weights with which it takes a kept output back in, or -1
+    skip: int  # row of skip_weights for the kept output that it takes back in; -1: none
     xsa: bool  # whether it uses exclusive self-attention
-    ve: int  # row of ve_layer_scale with which it adds the value embedding, or -1
+    ve: int  # row of ve_layer_scale for the value embedding that it adds; -1: none
     window: int  # keys a token sees, itself included; 0: all
-    docs: bool  # whether a token sees its own document only
+    docs: bool  # whether a token sees only its own document
     form: str  # row of FORMS: how attention and MLP are joined to the residual stream
 
 
 def visit_order(h: Config) -> list[int]:
-    """Return the layers in the order of their visits: those of loop_layers 1 + loop_times times in a row.
+    """Return the layers in the order of their visits; loop_layers come 1 + loop_times times in a row.
 
-    Depth recurrence, parameter-golf #1204, #1394. 11 layers, "4 5" and 2: 0 1 2 3 4 5 4 5 4 5 6 7 8 9 10.
+    Depth recurrence: parameter-golf #1204, #1394. With 11 layers, loop_layers "4 5" and loop_times 2, the
+    order is 0 1 2 3 4 5 4 5 4 5 6 7 8 9 10.
     """
     layers = [*range(h.num_layers)]
     loop = [int(layer) for layer in h.loop_layers.split()]
@@ -1877,7 +1878,7 @@ def visit_order(h: Config) -> list[int]:
 
 
 def layer_table(h: Config) -> tuple[LayerSpec, ...]:
-    """Lay out a U-Net: the first half of the visits keep their outputs, as many add them back, last first."""
+    """Lay out a U-Net: the first half of the visits keep their outputs, later ones add them, last first."""
     visits = visit_order(h)
     half = len(visits) // 2
     first_ve = h.num_layers - h.ve_last_n
@@ -1898,7 +1899,7 @@ def layer_table(h: Config) -> tuple[LayerSpec, ...]:
 
 
 class Factors(NamedTuple):
-    """A change of one matrix (M, D) for each sequence of a batch, of rank r. Hu et al., arXiv:2106.09685."""
+    """A change of rank r to one matrix (M, D) for each sequence of a batch. Hu et al., arXiv:2106.09685."""
 
     down: Tensor  # (B, r, D)
     up: Tensor  # (B, M, r)
@@ -1929,7 +1930,7 @@ def fresh_factors(h: Config) -> Tensor:
 
 
 class LayerWeights(NamedTuple):
-    """One layer's matrices in the compute dtype, diagonal factors folded in, and its control tensors."""
+    """One layer's matrices in the compute dtype, with diagonal factors folded in, and its control tensors."""
 
     qkv: Tensor  # (D + 2 Hkv*Dh, D)
     o: Tensor  # (D, D)
@@ -1940,7 +1941,7 @@ class LayerWeights(NamedTuple):
     attn_gate: Tensor | None = None  # (H, attn_gate_dims)
     stream_keep: Tensor | None = None  # (2,)
     stream_add: Tensor | None = None  # (2, 2)
-    factors: Factors | None = None  # of a change of qkv
+    factors: Factors | None = None  # a change to qkv
 
 
 class Positions(NamedTuple):
@@ -1952,12 +1953,12 @@ class Positions(NamedTuple):
 
 
 def document_starts(tokens: Tensor, bos_id: int) -> Tensor:
-    """Mark the tokens that begin a document, (B, T) bool. The first token of a sequence always counts."""
+    """Mark the tokens that begin a document, (B, T) bool. The first token of a sequence always does."""
     return torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] == bos_id], dim=1)
 
 
 def documents(tokens: Tensor, bos_id: int) -> Tensor:
-    """Number the document of each token from 0 to DOCUMENTS - 1, (B, T) int; no later token changes it."""
+    """Number each token's document from 0 to DOCUMENTS - 1, (B, T) int. No later token changes the number."""
     return (document_starts(tokens, bos_id).cumsum(1) - 1).clamp_max(DOCUMENTS - 1)
 
 
@@ -1997,7 +1998,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
     """Compute causal attention with grouped heads by PyTorch's kernels.
 
     q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh).
-    window: keys a token sees, itself included; 0: all. docs (B, T): documents, which do not see each other.
+    window: keys a token sees, itself included; 0: all. docs (B, T): documents that do not see each other.
     """
     T = q.size(1)
     if docs is None and 0 < 2 * window < T and T % window == 0:
@@ -2024,14 +2025,14 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | N
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     groups = q.size(1) // k.size(1)
-    # The memory-efficient kernel is the one bound for masks, and it does not support grouped heads.
+    # Masks need the memory-efficient kernel, which does not support grouped heads.
     k = k.repeat_interleave(groups, 1)
     v = v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend within a window that divides T, in blocks: twice the scores needed, not T / window times.
+    """Attend within a window that divides T, in blocks, with twice the scores needed, not T / window times.
 
     Queries of block i see keys of blocks i - 1 and i only. With T = 5 windows:
 
@@ -2063,9 +2064,9 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
 
 def gate_heads(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """Scale the heads of y (B, T, H, Dh) by sigmoid(GATE_SCALE Wz), with z the first numbers of x (B, T, D).
+    """Scale the heads of y (B, T, H, Dh) by sigmoid(GATE_SCALE Wz), where z is the first part of x (B, T, D).
 
-    W (H, dimensions of z). The sparse attention gate of parameter-golf #1787, as in #1855.
+    W (H, size of z). The sparse attention gate of parameter-golf #1787, as used in #1855.
     """
     gate = torch.sigmoid(GATE_SCALE * F.linear(x[..., : W.size(1)], W.to(x.dtype)))
     return y * gate[..., None]
@@ -2079,9 +2080,9 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Ten
 class Copies(NamedTuple):
     """The copy output: for each of the last positions, a distribution over the tokens before it."""
 
-    weights: Tensor  # (B, last, T) float32: the probability of copying the token that followed position s
-    followers: Tensor  # (B, T): the token that followed each position
-    gate: Tensor  # (B, last) float32: the logit of the probability that the next token is a copy at all
+    weights: Tensor  # (B, last, T) float32: the probability of copying the token that follows each position
+    followers: Tensor  # (B, T): the token that follows each position
+    gate: Tensor  # (B, last) float32: the logit of the probability that the next token is a copy
 
     def mix(self, log_softmax: Tensor, log_copied: Tensor) -> Tensor:
         """Return log((1 - gate) softmax + gate copied), given both logarithms: (B, last) or (B, last, V)."""
@@ -2089,7 +2090,7 @@ class Copies(NamedTuple):
         return torch.logaddexp(F.logsigmoid(-gate) + log_softmax, F.logsigmoid(gate) + log_copied)
 
     def nats(self, nats: Tensor, targets: Tensor) -> Tensor:
-        """Return the nats of targets, given those under the softmax alone. All (B, last)."""
+        """Return the nats of targets under the mixture, given their nats under the softmax. All (B, last)."""
         hits = self.followers[:, None] == targets[..., None]
         copied = (self.weights * hits).sum(-1)
         return -self.mix(-nats, copied.clamp_min(LEAST_COPIED).log())
@@ -2104,8 +2105,8 @@ class Copies(NamedTuple):
 def copy_weights(q: Tensor, k: Tensor, docs: Tensor) -> Tensor:
     """Attend from the last positions to all earlier ones of the same document.
 
-    q (B, last, C), k (B, T, C), docs (B, T) -> (B, last, T) float32. Rows sum to 1. Those of a document's
-    first token, which has nothing before it, are 0.
+    q (B, last, C), k (B, T, C), docs (B, T) -> (B, last, T) float32. Rows sum to 1, except that the row of a
+    document's first token is 0, because nothing precedes it.
     """
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5
     at = torch.arange(k.size(1), device=k.device)
@@ -2115,7 +2116,7 @@ def copy_weights(q: Tensor, k: Tensor, docs: Tensor) -> Tensor:
 
 
 class Ops(NamedTuple):
-    """The functions of the model that a machine may bind to faster ones of the same signature."""
+    """The model's functions for which a machine may bind faster ones with the same signature."""
 
     attend: Callable = attend_sdpa
     qk: Callable = qk_heads
@@ -2126,7 +2127,7 @@ class Ops(NamedTuple):
 def attention_block(
     x: Tensor, w: LayerWeights, spec: LayerSpec, values: Tensor | None, positions: Positions, ops: Ops
 ) -> Tensor:
-    """Causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D).
+    """Apply causal attention with QK norm, learned query gain and partial rope. x (B, T, D) -> (B, T, D).
 
     values (B, T, Hkv*Dh): the value embedding, added to the values where the layer has one.
     """
@@ -2179,7 +2180,7 @@ def serial(
 def one_stream(
     streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
 ) -> tuple[Tensor, ...]:
-    """Add attention and MLP of the same input. As `serial`. GPT-J's form; parameter-golf #1412."""
+    """Add attention and MLP of the same input; arguments as in `serial`. From GPT-J; parameter-golf #1412."""
     x = residual_mix(join(streams), x0, w.resid_mix)
     z = rms_norm(x)
     return (x + attend(z) + feed(z),)
@@ -2188,10 +2189,10 @@ def one_stream(
 def two_streams(
     streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
 ) -> tuple[Tensor, ...]:
-    """Let attention read one stream and the MLP another, and both write to both by learned numbers.
+    """Let attention read one stream and the MLP the other, and both write to both with learned weights.
 
-    Stream i becomes keep_i stream_i + add_i0 attention + add_i1 MLP; both begin as the one stream before. As
-    `serial`. parameter-golf #1204, #1855.
+    Stream i becomes keep_i stream_i + add_i0 attention + add_i1 MLP. Both start as the single stream before.
+    Arguments as in `serial`. parameter-golf #1204, #1855.
     """
     first = streams[0]
     second = streams[-1]
@@ -2223,9 +2224,9 @@ FORMS: dict[str, Callable] = {"serial": serial, "one_stream": one_stream, "two_s
 
 
 def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """Add weight * kept to x, or with a gate blend: sigmoid(gate) of x, the rest of weight * kept.
+    """Add weight * kept to x; with a gate, blend the two: x takes sigmoid(gate), weight * kept the rest.
 
-    x, kept (B, T, D); weight, gate (D,). The gate: parameter-golf #1218.
+    x, kept (B, T, D); weight, gate (D,). The gate comes from parameter-golf #1218.
     """
     skipped = weight.to(x.dtype) * kept
     if gate is None:
@@ -2245,15 +2246,15 @@ class Init(NamedTuple):
 
 
 class ParamSpec(NamedTuple):
-    """A parameter. The order of the table is that of initialization and of reduction: biggest bank first."""
+    """A parameter. Initialization and reduction follow the order of the table, biggest bank first."""
 
     name: str
     shape: str  # in parameter_table's letters; the first of three is the number of matrices
     init: Init
-    buffer: str  # its bank: split over ranks, updated by ORTHO and STEP_RULES | flat: replicated, AdamW
-    lr: str  # knob with its rate
-    stored_as: str  # in the artifact: a row of ENCODINGS, or embed, for int{embed_bits}
-    needs: str = ""  # field of Config; if that is 0, the model has no such parameter
+    buffer: str  # a bank, split over ranks, for ORTHO and STEP_RULES | flat, on every rank, for AdamW
+    lr: str  # the knob with its rate
+    stored_as: str  # how the artifact holds it: a row of ENCODINGS, or embed, for int{embed_bits}
+    needs: str = ""  # a field of Config; if that is 0, the model has no such parameter
 
 
 PARAM_TABLE = (
@@ -2300,10 +2301,11 @@ class Parameter(NamedTuple):
 
 
 def parameter_table(h: Config) -> dict[str, Parameter]:
-    """Return the shape and the initialization of every parameter that the model of a Config has, by name.
+    """Return the shape and the initialization of every parameter of a Config's model, by name.
 
-    OUT, the deviation of matrices that write into the residual stream, is proj_init_std. If that is 0, rules
-    that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at 768).
+    OUT, the standard deviation of matrices that write into the residual stream, is proj_init_std. If that is
+    0, rules that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at
+    768).
     """
     L = h.num_layers
     D = h.model_dim
@@ -2330,7 +2332,7 @@ def parameter_table(h: Config) -> dict[str, Parameter]:
 def init_tensor(shape: tuple[int, ...], init: Init, generator: torch.Generator) -> Tensor:
     """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown kind."""
     out = torch.zeros(shape)
-    orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # the rest is normal
+    orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # others are normal
 
     if init.kind == "constant":
         out.fill_(init.value)
@@ -2352,7 +2354,7 @@ def init_tensor(shape: tuple[int, ...], init: Init, generator: torch.Generator) 
 
 
 class GPT(nn.Module):
-    """The model: float32 parameters, with the matrices of all layers stacked. Products run in `dtype`."""
+    """The model. Parameters are float32, with the matrices of all layers stacked; products run in `dtype`."""
 
     def __init__(self, h: Config, ops: Ops | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -2360,14 +2362,14 @@ class GPT(nn.Module):
         self.ops = ops or Ops()
         self.dtype = dtype
         self.layers = layer_table(h)
-        self.factors: Tensor | None = None  # of each sequence, for cut_factors; None: the weights as they are
+        self.factors: Tensor | None = None  # a row for each sequence, as cut_factors takes; None: no change
         generator = torch.Generator().manual_seed(h.seed)
         for name, parameter in parameter_table(h).items():
             tensor = init_tensor(parameter.shape, parameter.init, generator)
             self.register_parameter(name, nn.Parameter(tensor))
 
     def without_loop(self) -> GPT:
-        """Return this model, with the same parameters, under the table that visits every layer once."""
+        """Return a model with the same parameters that visits every layer once."""
         model = copy(self)
         model.layers = layer_table(replace(self.h, loop_times=0))
         return model
@@ -2376,8 +2378,8 @@ class GPT(nn.Module):
         """Cut the stacked matrices into one LayerWeights per layer.
 
         Diagonal factors are folded into the matrices, in float32 before the cast: 1/sqrt(depth) into columns,
-        output scales into rows. No pass over activations applies them: 0.19 ms saved per layer at 48 x 2048
-        (H100).
+        output scales into rows. So no pass over activations applies them, which saves 0.19 ms per layer at
+        48 x 2048 (H100).
         """
         h = self.h
         L = h.num_layers
@@ -2407,7 +2409,7 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens and hashed bigrams, normalize, blend in the previous token. (B, T) -> (B, T, D).
 
-        Nothing crosses a document start. The blend (smear gate): parameter-golf #1851.
+        Nothing crosses a document start. The blend is the smear gate of parameter-golf #1851.
         """
         starts = document_starts(tokens, self.h.bos_id)
         x = F.embedding(tokens, self.tok_emb).to(self.dtype)
@@ -2419,9 +2421,9 @@ class GPT(nn.Module):
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
     def embed_bigrams(self, tokens: Tensor, starts: Tensor) -> Tensor:
-        """Embed each token with the one before it, by their hash. Two (B, T) -> (B, T, D).
+        """Embed each token together with the one before it, by the hash of the pair. Two (B, T) -> (B, T, D).
 
-        The last row is that of all document starts. parameter-golf #399.
+        All document starts share the last row. parameter-golf #399.
         """
         previous = F.pad(tokens[:, :-1], (1, 0))
         buckets = self.h.bigram_vocab_size - 1
@@ -2431,13 +2433,13 @@ class GPT(nn.Module):
 
     def embed_values(self, tokens: Tensor) -> Tensor:
         """Embed tokens as values for attention. (B, T) -> (B, T, Hkv*Dh)."""
-        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast late: its gradients sum in float32
+        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast after, so that gradients sum in float32
         return F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
 
     def trunk(self, tokens: Tensor, weights: list[LayerWeights] | None = None) -> Tensor:
         """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized.
 
-        weights: what layer_weights returned, for a caller that must know the matrices; None: made here.
+        weights: what layer_weights returned, if the caller must know the matrices; None: make them here.
         """
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
@@ -2477,8 +2479,8 @@ class GPT(nn.Module):
         """Predict which earlier token the next one copies, for the last `last` positions.
 
         x (B, T, D): the trunk's output; tokens (B, T). Where the text looks as it did at an earlier position,
-        what followed there may follow here. A pointer network: Merity et al., arXiv:1609.07843; at the output
-        of a small model: modded-nanogpt #379.
+        the token that followed there may follow here. A pointer network (Merity et al., arXiv:1609.07843) at
+        the output of a small model, as in modded-nanogpt #379.
         """
         projections = self.copy_proj.to(self.dtype)
         q = F.linear(x[:, -last:], projections[0])
@@ -2515,7 +2517,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 9. Model kernels: fused kernels, each with a torch reference of the same signature, and their binding.
+# 9. Model kernels: fused kernels, each beside a torch reference with the same signature, and their binding.
 
 try:
     import triton
@@ -2527,7 +2529,7 @@ except ImportError:  # without Triton the kernels are still defined, but never l
 
 
 def operator(name: str, schema: str) -> Callable:
-    """Register an operator that changes none of its inputs. A second copy of this file has its own names."""
+    """Register an operator that changes none of its inputs. A second copy of this file uses other names."""
     return torch.library.custom_op(f"bankshot_{__name__.strip('_')}::{name}", mutates_args=(), schema=schema)
 
 
@@ -2550,7 +2552,7 @@ def load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF: tl.constexpr):
     return cos, sin, partner
 
 
-QK_BLOCK = 32  # tokens of a program of qk_kernel
+QK_BLOCK = 32  # tokens per program of qk_kernel
 
 
 @triton.jit
@@ -2593,7 +2595,7 @@ def qk_kernel(
 
 @operator("qk", "(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
 def qk_op(x, gain, cos, sin):
-    """qk_norm_rope in one read and one write. x: contiguous heads of 2^n dimensions."""
+    """Compute qk_norm_rope with one read and one write. x: contiguous heads of 2^n dimensions."""
     B, T, H, Dh = x.shape
     y = x.new_empty(x.shape)
     x_b, x_t, x_h, _ = x.stride()
@@ -2648,8 +2650,8 @@ def _(qkv, gain, *_):
 class FusedHeads(torch.autograd.Function):
     """qk_heads with a backward pass that writes the gradient of qkv once.
 
-    Inductor's backward pass reads through the slices of the rotation, 1.2 ms per layer at 48 x 2048 against a
-    floor of 0.15 (H100), and concatenates the gradients of q, k and v.
+    Inductor's backward pass reads through the slices of the rotation and concatenates the gradients of q, k
+    and v: 1.2 ms per layer at 48 x 2048 (H100), where the floor is 0.15.
     """
 
     @staticmethod
@@ -2669,12 +2671,12 @@ def mlp_kernel(
     BACKWARD: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     h8_desc=None, u_ptr=None, step_ptr=None,
 ):  # fmt: skip
-    """Compute h = LeakyReLU(u)^2 and the product u that it takes, or the gradient of u.
+    """Compute a product u and h = LeakyReLU(u)^2, or the gradient of u.
 
     Forward: out = h with u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N). The last bit of h is set
-    if u < 0, so that h alone gives dh/du = 2 sqrt(h) or -sqrt(h), and u is never stored. SHIFT: float32 bits
-    that h lacks. With h8_desc, a and w are e4m3, u is their product times the number at u_ptr, and h over the
-    number at step_ptr is stored in e4m3, too.
+    if u < 0, so that h alone gives dh/du = 2 sqrt(h) or -sqrt(h), and u is never stored. SHIFT: how many bits
+    h is shorter than float32. With h8_desc, a and w are e4m3, u is their product times the number at u_ptr,
+    and h divided by the number at step_ptr is also stored, in e4m3.
     """
     m = tl.program_id(1) * BM
     n = tl.program_id(0) * BN
@@ -2760,7 +2762,7 @@ def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float
 def mlp8_op(x, up, down, steps, dtype):
     """Compute mlp of e4m3 x (M, D), up (F, D) and down (D, F) -> h (M, F) like mlp_op's, output (M, D).
 
-    steps: [x's step * up's, h's, down's], three separate tensors, because cuBLASLt wants aligned addresses.
+    steps: [x's step * up's, h's, down's], three separate tensors, because cuBLASLt needs aligned addresses.
     """
     bm = bn = bk = 128
     block = TensorDescriptor.from_tensor
@@ -2787,10 +2789,10 @@ def _(x, up, down, steps, dtype):
 
 
 class FusedMLP8(FusedMLP):
-    """FusedMLP with forward products of e4m3 copies, one quantization step per tensor.
+    """FusedMLP whose forward products take e4m3 copies, with one quantization step per tensor.
 
-    x is normalized, so |x| <= sqrt(D), which a step of 1/8 holds up to D = 3136. The step of h is 4 times the
-    mean of u^2 for an isotropic x, ||up||^2 / F: h saturates only where u exceeds 42 times its RMS.
+    x is normalized, so |x| <= sqrt(D), which a step of 1/8 can hold up to D = 3136. The step of h is 4 times
+    the mean of u^2 for an isotropic x, ||up||^2 / F, so h saturates only where u exceeds 42 times its RMS.
     """
 
     @staticmethod
@@ -2850,8 +2852,8 @@ class Flash4(torch.autograd.Function):
 def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
     """Compute attend_sdpa with FlashAttention-4, which skips the keys that no query sees.
 
-    With docs, every batch counts as B * DOCUMENTS documents, so that shapes never change. Those that a
-    sequence lacks are empty, at its end.
+    With docs, every batch counts as B * DOCUMENTS documents, so that shapes never change. The documents that
+    a sequence lacks are empty ones at its end.
     """
     B, T = q.shape[:2]
     bounds = None
@@ -2873,7 +2875,7 @@ class Bound(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name to log, with the reason the fast version was rejected."""
+        """The name to log, with the reason why a faster function was rejected."""
         return f"{self.name} ({self.failure})" if self.failure else self.name
 
 
@@ -2905,14 +2907,14 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     y = fn(*leaves)
     if isinstance(y, tuple):
         y = torch.cat(y, 2)  # q, k and v along heads
-    # Any gradient will do. It is not contiguous, as gradients in the model need not be.
+    # Any gradient will do. This one is not contiguous, since gradients in the model need not be.
     dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
     y.backward(dy.to(y.dtype))
     gradients = [x.grad for x in leaves if x.requires_grad]
     return [t.detach().float() for t in (y, *gradients)]
 
 
-SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # of PyTorch, fastest first
+SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, fastest first
 
 
 def enable_only(*kernels: str) -> None:
@@ -2922,10 +2924,10 @@ def enable_only(*kernels: str) -> None:
 
 
 def bind_attention(h: Config, device: torch.device) -> Bound:
-    """Bind FlashAttention-4 if it is correct under every mask of a layer, else PyTorch's attention.
+    """Bind FlashAttention-4 if it is correct under every mask that a layer uses, else PyTorch's attention.
 
-    Then the first of PyTorch's kernels that runs stays enabled, with the memory-efficient one where layers
-    need a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
+    For the latter, the first of PyTorch's kernels that runs stays enabled, and the memory-efficient one if a
+    layer needs a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
     InputError when no kernel runs.
     """
     generator = torch.Generator().manual_seed(0)
@@ -2952,7 +2954,7 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
     for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
     for name in SDPA_KERNELS:
         enable_only(name)
-        with suppress(Exception):  # any error of a compiler or driver: try the next
+        with suppress(Exception):  # whatever a compiler or driver raises: try the next kernel
             attend_sdpa(*qkv).sum().backward()
             enable_only(name, *for_masks)
             return Bound(attend_sdpa, "+".join(dict.fromkeys([name, *for_masks])) + rejected)
@@ -2960,7 +2962,7 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
 
 
 def bind_mlp(h: Config, device: torch.device) -> Bound:
-    """Bind the fused MLP if it is correct; with fp8, calls with gradients take its e4m3 form, if correct."""
+    """Bind the fused MLP if it is correct; with fp8, calls with gradients take its e4m3 form if that is."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
     inputs = [
@@ -2982,7 +2984,7 @@ def bind_mlp(h: Config, device: torch.device) -> Bound:
 
 
 def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
-    """Bind the kernels that are right on this device. Returns them with their labels for the log."""
+    """Bind the kernels that are correct on this device. Returns them with their labels for the log."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn((2, 64, 4, 2 * h.head_dim), generator=generator).to(device).bfloat16()
     heads = wide[..., : h.head_dim].requires_grad_()  # strided, as slices of a product are
@@ -3001,7 +3003,7 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
 
 @triton.jit
 def load_tile(ptr, rows, columns, M, N, stride_m, stride_n, EVEN: tl.constexpr):
-    """Load ptr[rows, columns] of an (M, N) matrix, zero outside. EVEN: no tile reaches outside."""
+    """Load ptr[rows, columns] of an (M, N) matrix, with zeros outside. EVEN: no tile reaches outside."""
     at = ptr + rows[:, None] * stride_m + columns[None, :] * stride_n
     if EVEN:
         tile = tl.load(at)
@@ -3025,9 +3027,9 @@ def symmetric_kernel(
 ):  # fmt: skip
     """Compute tile (i, j <= i) of XX' and its mirror image, so that half of the products suffice.
 
-    SCALED: times r_row r_column. POLY: X is symmetric and the result is aI + bX + cXX', if SCALED times
-    r_column only. POWER: row sums of |.|^POWER go to sums[j, rows], those of the mirror image to sums[i,
-    columns].
+    SCALED: multiply by r_row r_column. POLY: X is symmetric and the result is aI + bX + cXX', which SCALED
+    multiplies by r_column only. POWER: write row sums of |.|^POWER to sums[j, rows], and those of the mirror
+    image to sums[i, columns].
     """
     pid = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -3077,8 +3079,8 @@ def block_inverse_kernel(
 ):
     """Invert a diagonal block of the unit lower triangle of T by doubling, starting from 1 x 1 blocks.
 
-    [P 0; C Q]^-1 has -Q^-1 C P^-1 below P^-1 and Q^-1. T is a Gram matrix of unit rows, so that no entry of
-    an inverse exceeds 1 and no doubling loses digits.
+    [P 0; C Q]^-1 is [P^-1 0; -Q^-1 C P^-1 Q^-1]. T is a Gram matrix of unit rows, so no entry of an inverse
+    exceeds 1 and no doubling loses digits.
     """
     batch = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)
@@ -3106,7 +3108,7 @@ def substitution_kernel(
     """Solve TY = diag(d) X for BN columns of Y, one block of rows after another.
 
     Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k). A program reads its earlier Y_k back from memory, after a
-    barrier. Of T it reads only the blocks below the diagonal.
+    barrier. It reads only those blocks of T that lie below the diagonal.
     """
     panel = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -3210,13 +3212,13 @@ class Win(NamedTuple):
     """Sizes at which a kernel beats the torch reference on an H100."""
 
     product: str
-    short_side: int  # at most
-    matrices: int  # at most
-    tile: tuple[int, ...]  # of its operator
+    short_side: int  # largest
+    matrices: int  # most
+    tile: tuple[int, ...]  # as its operator takes it
 
 
-# The first row that fits is used; without one the reference runs.
-# Microseconds in a CUDA graph, reference / kernel; a kernel that loses alone still wins within ns5:
+# The first row that fits is used; if none does, the reference runs. The comments give microseconds in a CUDA
+# graph, reference / kernel. A kernel that is slower alone is still faster within ns5.
 WINS = (
     Win("xxt", 256, 24, (64, 64, 4, 4)),  # 22 x 256 x 512: 6.2 / 5.9
     Win("xxt", 512, 4, (64, 128, 4, 3)),  # 3 x 512 x 512: 4.9 / 4.3; an eighth of ns5: 221 / 214
@@ -3275,9 +3277,9 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
 
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve TY = diag(d) X for Y (B, M, N), T with a unit diagonal. Returns also the |Y_i|^2 (B, M).
+    """Solve TY = diag(d) X for Y (B, M, N), where T has a unit diagonal. Also returns the |Y_i|^2 (B, M).
 
-    T is read below its diagonal only.
+    Only the part of T below its diagonal is read.
     """
     if tile := tile_of("lower_solve", X):
         Y, squares = solve_op(T, X, d, tile)
