@@ -16,6 +16,7 @@ from ledger.prove import race_claims
 from ledger.prove.record_claims import CLAIMS
 from ledger.read.runlog import parse_log
 from ledger.read.schema import submission_schema
+from ledger.show.standing import compare_with_board
 from ledger.tracks import TRACKS
 from record_helpers import MARKERS, META, TRACK, edit, edit_json, edit_log, refuse, run, write_logs
 
@@ -268,6 +269,18 @@ def test_compare_holds_both_races_against_the_target(race_repo, tmp_path, capsys
     write_logs(tmp_path / "scored")
     assert run(race_repo, "compare", other, tmp_path / "scored") == 2
     assert "only one of them is a race" in capsys.readouterr().err
+
+
+def test_a_run_is_told_what_the_best_race_took(race_repo, tmp_path):
+    log = tmp_path / "run.txt"
+    log.write_text(fx.race_log_text(1, config={"preset": "gpt2_124m"}))
+    told = compare_with_board(parse_log(log), race_repo / "records")
+    assert told == (
+        "the best of track_gpt2_124m, Turbo, took 3,250 steps and 195.1 s, 10 runs; one run decides no race"
+    )
+    log.write_text(log.read_text().replace("a" * 64, "c" * 64))
+    told = compare_with_board(parse_log(log), race_repo / "records")
+    assert told.startswith("the best of track_gpt2_124m is 3.2783 (Turbo), scored on other text")
 
 
 def test_every_track_of_races_has_its_schema_and_preset():
