@@ -1216,12 +1216,17 @@ def tell_torchrun(reason: str) -> None:
         Path(file).write_text(json.dumps({"message": {"message": reason, "extraInfo": extra}}))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch, Python, C++ or the system said that memory does not suffice."""
+    said = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "start new thread")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def known_fault(error: Exception) -> OneLineError | None:
     """Return the one line for an error: a OneLineError itself, a Fault if memory ran out, else None."""
     if isinstance(error, OneLineError):
         return error
-    said = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "start new thread")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in said):
+    if is_out_of_memory(error):
         return Fault(
             f"no memory left ({str(error)[:200] or 'MemoryError'}); lower micro_batch_tokens, "
             "train_batch_tokens or eval_batch_tokens, or make the model smaller"
@@ -5347,6 +5352,48 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     )
 
 
+def fits(run: Run, trial: Callable[[], None]) -> bool:
+    """Whether trial() runs within the memory of every rank. Collective."""
+    short = False
+    try:
+        trial()
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        short = True
+    if run.m.pin:
+        torch.cuda.empty_cache()  # blocks of sizes that will not come again; a graph takes memory of its own
+    return not run.m.largest(short)
+
+
+def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
+    """Return the run with micro-batches small enough for the memory of every rank; log a change. Collective.
+
+    The global batch stays as it is. Raises Fault if not even one sequence fits.
+    """
+    h = run.h
+    T = h.train_seq_len
+
+    def both_ways() -> None:
+        tokens = torch.zeros(B, T + 1, dtype=torch.long, device=run.m.device)
+        run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+
+    B = cut_batch(h, run.m.world_size).sequences
+    while not fits(run, both_ways):
+        optimizer.clear_gradients()
+        if B == 1:
+            raise Fault(
+                f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
+                "make the model smaller"
+            )
+        B = max(part for part in range(1, B) if B % part == 0)
+        run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
+        h = replace(h, micro_batch_tokens=B * T)
+    optimizer.clear_gradients()
+    optimizer.h = h
+    return replace(run, h=h)
+
+
 def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
     """Return `backward`, and why it is not a CUDA graph, or "" if it is one or the machine has none.
 
@@ -5498,6 +5545,7 @@ def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pa
 class Ready(NamedTuple):
     """What training works with, compiled and captured."""
 
+    run: Run  # with micro-batches that fit
     optimizer: Optimizer
     ema: Ema
     loader: TokenLoader
@@ -5509,9 +5557,12 @@ def get_ready(run: Run) -> Ready:
     """Build what training works with and warm it up, after which all of it is as at step 0."""
     optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
     ema = Ema(run.model, run.h)
-    loader = TokenLoader(run.h, run.m)
-    warm = run.timed("compile", warmup, run, optimizer, ema, loader)
-    return Ready(optimizer, ema, loader, warm, Checkpoints(run, optimizer, ema, loader))
+    fitting = run.timed("compile", fit_micro_batch, run, optimizer)
+    loader = TokenLoader(fitting.h, run.m)
+    warm = run.timed("compile", warmup, fitting, optimizer, ema, loader)
+    # Checkpoints keep the h that was given: a resumed run is compared with that one.
+    checkpoints = Checkpoints(run, optimizer, ema, loader)
+    return Ready(fitting, optimizer, ema, loader, warm, checkpoints)
 
 
 class Ended(NamedTuple):
@@ -5536,10 +5587,8 @@ def train(run: Run) -> Trained:
     m.signals.may_finish = True
     fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # returns loss and gradient norm of that step
 
-    h = hold_back(run, ready.warm.calibrate_ms)  # collective, so all ranks start their clocks together
-    # Schedules and ETAs end when the steps do. Checkpoints keep the h that was given: a resumed run is
-    # compared with that one.
-    run = replace(run, h=h)
+    h = hold_back(ready.run, ready.warm.calibrate_ms)  # collective, so all ranks start their clocks together
+    run = replace(ready.run, h=h)  # schedules and ETAs end when the steps do
     graphs_before = compiled_graphs()
     start = time.perf_counter() - clock_ms / 1000
 

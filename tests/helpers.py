@@ -400,12 +400,12 @@ def run_ranks(fn, world, *args, timeout=60):
 # ---------------------------------------------------------------- refused commands
 
 
-def stop_one_line(argv, capsys):
-    """Return the one line on stderr with which the trainer refuses `argv`; its status must be 2."""
+def stop_one_line(argv, capsys, wanted=2):
+    """Return the one line on stderr with which the trainer ends under `argv`, and check its status."""
     capsys.readouterr()
     status = t.main(argv)
     err = capsys.readouterr().err
-    assert status == 2, f"status {status}"
+    assert status == wanted, f"status {status}"
     assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
     return err
 

@@ -1,0 +1,88 @@
+"""A micro-batch that does not fit in memory is halved, on all ranks alike, before training begins."""
+
+import re
+
+import pytest
+import torch
+
+import train_gpt as t
+from fault_cases import STEPS, args, has_line, stop_after
+from helpers import english_args, run_ranks, stop_one_line
+
+WHOLE = 256  # tokens of a micro-batch of english_args: 8 sequences of 32
+
+
+def with_memory_for(tokens, monkeypatch):
+    """Let a pass forwards and backwards fail, as on a GPU, if it has more than so many tokens."""
+    loss = t.GPT.loss
+
+    def limited(self, x, y):
+        if torch.is_grad_enabled() and x.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return loss(self, x, y)
+
+    monkeypatch.setattr(t.GPT, "loss", limited)
+
+
+def lines_of(folder):
+    """Return the lines of a run that speak of micro-batches."""
+    return re.findall(r"^no memory for .*$", (folder / "run.txt").read_text(), re.M)
+
+
+def losses_of(folder):
+    """Return the training losses of a run's steps."""
+    found = re.findall(r"^step:\d+/\d+ train_loss:([\d.]+)", (folder / "run.txt").read_text(), re.M)
+    return [float(loss) for loss in found]
+
+
+def test_it_is_halved_until_it_fits_and_trains_the_same(tmp_path, monkeypatch):
+    assert t.main(args(tmp_path / "whole")) == 0
+    with_memory_for(WHOLE // 4, monkeypatch)
+    assert t.main(args(tmp_path / "quarter")) == 0
+
+    assert lines_of(tmp_path / "whole") == []
+    assert lines_of(tmp_path / "quarter") == [
+        f"no memory for micro_batch_tokens:{WHOLE}; going on with {WHOLE // 2}",
+        f"no memory for micro_batch_tokens:{WHOLE // 2}; going on with {WHOLE // 4}",
+    ]
+    assert losses_of(tmp_path / "quarter") == pytest.approx(losses_of(tmp_path / "whole"), abs=2e-4)
+
+
+def test_a_run_that_was_halved_resumes_bit_equal(tmp_path, monkeypatch):
+    with_memory_for(WHOLE // 2, monkeypatch)
+    assert t.main(args(tmp_path / "whole")) == 0
+    stop_after(tmp_path / "cut", monkeypatch, 5)
+    assert t.main(args(tmp_path / "cut", resume="auto")) == 0
+    assert has_line(tmp_path / "cut", "resumed step:5 from ")
+    state = t.read_checkpoint(str(tmp_path / "whole" / f"run.step{STEPS}.0of1.ckpt"))[1]
+    again = t.read_checkpoint(str(tmp_path / "cut" / f"run.step{STEPS}.0of1.ckpt"))[1]
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def rank_with_little_memory(rank, argv):
+    """Train on this rank; the second one has memory for half a micro-batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            with_memory_for(WHOLE // 2, patch)
+        return t.main(argv)
+
+
+def test_all_ranks_halve_if_one_must(tmp_path):
+    argv = english_args(out_dir=tmp_path, iterations=3, max_wallclock_seconds=0)
+    assert run_ranks(rank_with_little_memory, 2, argv) == [0, 0]
+    assert lines_of(tmp_path) == [f"no memory for micro_batch_tokens:{WHOLE}; going on with {WHOLE // 2}"]
+
+
+def test_a_sequence_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys):
+    with_memory_for(16, monkeypatch)
+    err = stop_one_line(args(tmp_path), capsys, wanted=1)
+    assert "no memory to train on one sequence of train_seq_len=32 tokens; lower train_seq_len" in err
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
+    def failing(self, x, y):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr(t.GPT, "loss", failing)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        t.main(args(tmp_path))
