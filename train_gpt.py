@@ -3297,19 +3297,20 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 # 11. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes a step of it.
 
 NS5 = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan, Muon (2024): five steps map [0.0015, 1] into [0.68, 1.20]
-TURBO = (  # thib-s/flash-newton-schulz: a genetic search for the spectra that AOL leaves; slope at 0: 147
+# thib-s/flash-newton-schulz: from a genetic search for the spectra that AOL leaves. The slope at 0 is 147.
+TURBO = (
     (4.6051, -9.6552, 5.6769),
     (4.7505, -6.0861, 2.1790),
     (2.7763, -2.3190, 0.5523),
     (2.4231, -2.2861, 0.8193),
 )
-GPU_SCALE = 2.0**40  # then the square of any entry from 1e-30 to 1e5 fits float32 and bf16
+GPU_SCALE = 2.0**40  # with this factor, the square of any entry from 1e-30 to 1e5 fits float32 and bf16
 SAFETY = 2e-2  # bf16 rounding must not lift a singular value out of [0, 1]
 
 
 def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
     """Return (a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least, by Remez."""
-    if low / high >= 1 - 5e-6:  # the limit is Newton-Schulz
+    if low / high >= 1 - 5e-6:  # in the limit it is Newton-Schulz
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
 
     q = (3 * low + high) / 4
@@ -3338,9 +3339,9 @@ def odd_quintic(x: float, a: float, b: float, c: float) -> float:
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
     """Return coefficients (a, b, c) of each step of Polar Express (Amsel et al., arXiv:2505.16932).
 
-    Each step is the minimax quintic on [low, u], to which the steps before map the initial [low, 1]. cushion:
-    it is fitted to no more than [cushion * u, u], which bounds its slope, and then scaled to centre its image
-    on 1. safety: all steps but the last are evaluated at x / (1 + safety).
+    Each step is the minimax quintic on [low, u], to which the steps before it map the initial [low, 1].
+    cushion: a step is fitted to at most [cushion * u, u], which bounds its slope, and then scaled to centre
+    its image on 1. safety: all steps but the last are evaluated at x / (1 + safety).
     """
     rows = []
     u = 1.0
@@ -3380,8 +3381,8 @@ def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) 
 
     An iteration changes singular values and keeps singular vectors. X (B, M, N), r (B, M). diag(r) X is never
     stored: r scales the first A and the columns of the first polynomial instead. A: the Gram matrix of
-    diag(r) X, if known. With aI in the polynomial a step takes 17.8 us, with baddbmm 27.3
-    (H100, 22 x 512 x 512).
+    diag(r) X, if known. A step takes 17.8 us with aI in the polynomial, 27.3 us with baddbmm (H100,
+    22 x 512 x 512).
     """
     for a, b, c in coefficients:
         if A is None:
@@ -3394,19 +3395,19 @@ def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) 
 
 
 def ortho_ns5(X: Tensor) -> Tensor:
-    """Five steps of Newton-Schulz's quintic as tuned for Muon (Jordan, 2024)."""
+    """Run five steps of Newton-Schulz's quintic as tuned for Muon (Jordan, 2024)."""
     return quintic(X, NS5, frobenius_scale(X))
 
 
 def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
     """Run Polar Express from a matrix of unit Schatten-4 norm, |XX'|^(1/2).
 
-    Like the Frobenius norm it bounds the largest singular value, but 1.7 to 4 times more tightly. It is free,
-    since the first step needs the Gram matrix anyway.
+    Like the Frobenius norm, this norm bounds the largest singular value, but 1.7 to 4 times more tightly. It
+    costs nothing, since the first step needs the Gram matrix anyway.
     """
     r = frobenius_scale(X)
     A, sums = xxt(X, r, 2)
-    norm = sums.sum(-1).sqrt().sqrt().clamp_min(1e-2)  # it is at least M^(-1/4), or the matrix is zero
+    norm = sums.sum(-1).sqrt().sqrt().clamp_min(1e-2)  # at least M^(-1/4) unless the matrix is zero
 
     s = (1 / ((1 + SAFETY) * norm))[:, None]
     return quintic(X, coefficients, r * s, (A * (s * s)[:, None]).to(A.dtype))
@@ -3427,8 +3428,8 @@ def ortho_mud(X: Tensor, passes: int) -> Tensor:
     """Decorrelate the rows of a momentum (MUD: Southworth & Thomas, arXiv:2603.17970, Alg. 2).
 
     A pass scales rows to unit norm, Q = diag(d) X, takes the lower triangle T of QQ' and solves TY = Q. The
-    last scaling stays in d. Passes tend to Gram-Schmidt in row order, not to the polar factor. |Y_i| <= 1 and
-    |T_ij| <= 1 fit fp16, which is eight times finer than bf16.
+    last scaling stays in d. Passes converge to Gram-Schmidt in row order, not to the polar factor. |Y_i| <= 1
+    and |T_ij| <= 1 fit fp16, which is eight times finer than bf16.
     """
     dtype = X.dtype
     fine = torch.half if dtype == torch.bfloat16 else dtype
@@ -3440,7 +3441,7 @@ def ortho_mud(X: Tensor, passes: int) -> Tensor:
     return (X * d[:, :, None]).to(dtype)
 
 
-# (B, M, N) with M <= N and norms whose squares fit float32 -> the same shape. In bf16 on a GPU.
+# Each maps (B, M, N), with M <= N and norms whose squares fit float32, to the same shape. A GPU runs bf16.
 ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
     "ns5": ortho_ns5,
     "polar_express": partial(ortho_polar_express, coefficients=PE5),
@@ -3455,7 +3456,7 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
     """Return the direction of each matrix of G (..., M, N), in the same shape and dtype.
 
     method: a row of ORTHO. All but mud approximate the polar factor. The scale of G does not matter, down to
-    1e-20; zero gives zero. It works on the short side, on a CPU in float32.
+    1e-20; zero gives zero. The method works on the short side of G, in float32 on a CPU.
     """
     tall = G.size(-2) > G.size(-1)
     X = G.float().reshape(-1, *G.shape[-2:])
@@ -3469,9 +3470,9 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
 
 
 def equalize_rows(U: Tensor) -> Tensor:
-    """Scale each row u of U (b, M, N), as stored, to u / |u|; a zero row stays zero. MuonEq-R.
+    """Scale each row of U (b, M, N), as stored, to unit norm; a zero row stays zero. MuonEq-R.
 
-    arXiv:2603.28254; parameter-golf #1285. Entries are scaled to at most 1 first: their squares fit float32.
+    arXiv:2603.28254; parameter-golf #1285. Entries are first scaled to at most 1: their squares fit float32.
     """
     U = U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     return U / torch.linalg.vector_norm(U, dim=-1, keepdim=True).clamp_min(1e-30)
@@ -3483,15 +3484,15 @@ def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
 
 
 def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
-    """Return the shape of one number per neuron: per row if M >= N, else per column."""
+    """Return the shape that holds one number per neuron: per row if M >= N, else per column."""
     return (b, M, 1) if M >= N else (b, 1, N)
 
 
 def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     """Divide each neuron of U (b, M, N) by the root of v, its running mean square. NorMuon, arXiv:2510.05491.
 
-    Wide matrices are normalized by column, since their rows already have unit norm, as in modded-nanogpt.
-    Each matrix keeps its Frobenius norm. v, of neuron_shape, is updated in place.
+    Wide matrices are normalized by column, as in modded-nanogpt, since their rows already have unit norm.
+    Each matrix keeps its Frobenius norm. v, which has neuron_shape, is updated in place.
     """
     along = -1 if v.size(-1) == 1 else -2
     v.lerp_(U.square().mean(along, keepdim=True), 1 - beta2)
@@ -3506,8 +3507,8 @@ def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
     """Subtract lr |W| U / |U| from W, then scale W back to its Frobenius norm |W|, in place: MuonH.
 
-    So lr is an angle; wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay zero,
-    hence OUT in parameter_table.
+    So lr is an angle, and wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay
+    zero: parameter_table starts none there.
     """
     R = torch.linalg.matrix_norm(W, keepdim=True)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
@@ -3546,11 +3547,11 @@ class OwnedMatrices(NamedTuple):
     weights: Tensor  # (b, M, N)
     gradient: Tensor  # (b, M, N), in wire_dtype
     momentum: Tensor  # (b, M, N)
-    second: Tensor | None  # the step rule's state, by RULE_STATE
+    second: Tensor | None  # the step rule's state, in the shape that RULE_STATE gives
 
 
 class FlatBuffers(NamedTuple):
-    """All small parameters concatenated, (n,), and tensors of the same shape that belong to them."""
+    """All small parameters concatenated, (n,), and what belongs to them, in the same shape."""
 
     p: Tensor
     g: Tensor  # in wire_dtype
@@ -3565,8 +3566,8 @@ def matrix_update(
 ) -> None:
     """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    second: the rule's state. Rows may be equalized before the direction. Cautious decay (arXiv:2510.12402):
-    only where U and W agree in sign.
+    second: the rule's state. Rows may be equalized before the direction. Cautious decay (arXiv:2510.12402)
+    acts only where U and W agree in sign.
     """
     g = g.float() * s.clip
     momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
@@ -3594,9 +3595,9 @@ def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
 class Optimizer:
     """The update of all parameters and its communication. Matrix state exists only on the rank that owns it.
 
-    Parameters and gradients become views of a few buffers on which collectives run in place: banks, each of
-    one or two parameters of equal matrix size, cut into one share per rank; and a flat buffer with all the
-    rest, whose AdamW state every rank holds.
+    Parameters and gradients become views of a few buffers on which collectives run in place. A bank holds one
+    or two parameters of equal matrix size and is cut into one share per rank. The flat buffer holds all other
+    parameters; every rank has their AdamW state.
     """
 
     def __init__(self, model: GPT, h: Config, m: Machine) -> None:
@@ -3604,12 +3605,12 @@ class Optimizer:
         self.m = m
         self.steps = 0
         self.wire_dtype = getattr(torch, h.wire_dtype)
-        # By buffer name. A bank, its gradient and its wire are (world, rows per rank, M * N).
+        # Keyed by buffer name. A bank, its gradient and its wire are (world, rows per rank, M * N).
         self.bank: dict[str, Tensor] = {}
         self.bank_grad: dict[str, Tensor] = {}
         self.wire: dict[str, Tensor] = {}  # gradients to send; bank_grad itself if wire_dtype is float32
         self.owned: dict[str, list[OwnedMatrices]] = {}
-        # By parameter name.
+        # Keyed by parameter name.
         self.momentum: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
         self.rows: dict[str, slice] = {}  # which of its matrices this rank owns
@@ -3622,7 +3623,7 @@ class Optimizer:
         self.matrix_update = m.compile(matrix_update)
         self.adam_update = m.compile(adam_update)
         self.scalars = torch.ones(len(StepScalars._fields), device=m.device)  # a StepScalars, as one tensor
-        self.norm = torch.zeros((), dtype=torch.float64, device=m.device)  # of this step's gradients
+        self.norm = torch.zeros((), dtype=torch.float64, device=m.device)  # this step's gradient norm
         saved = self.snapshot()
         self.update, self.failure = m.captured(self.schedule)
         self.restore(saved)  # captured ran the update
@@ -3631,13 +3632,13 @@ class Optimizer:
         """Make a bank of one or two parameters of equal matrix size, and this rank's state for its part.
 
         A row holds one matrix, and every rank has the same number of rows. The first parameter starts at the
-        first row, a second one ends at the last row, and the rows left over are padding, which stays zero.
+        first row and a second one ends at the last row. Rows between them are padding, which stays zero.
         11 + 11 matrices on 8 ranks take 24 rows:
 
             rank     0     1     2     3     4     5     6     7
             rows   u u u u u u u u u u u . . d d d d d d d d d d d
 
-        so padding falls to the ranks that would otherwise run two smaller batches, one for each shape.
+        so the padding belongs to ranks that would otherwise run two smaller batches, one for each shape.
         Raises ValueError for more than two parameters.
         """
         if len(members) > 2:
@@ -3663,7 +3664,7 @@ class Optimizer:
         """Allocate state for the matrices of p in this rank's share. p starts at row `first` of the bank."""
         per_rank = self.bank[buffer].size(1)
         end = first + len(p)
-        low = min(max(self.m.own_share * per_rank, first), end)  # rows of p in the share; maybe none
+        low = min(max(self.m.own_share * per_rank, first), end)  # p's rows here: [low, high), maybe none
         high = min(max((self.m.own_share + 1) * per_rank, first), end)
         self.rows[name] = slice(low - first, high - first)
         if low == high:
@@ -3677,7 +3678,7 @@ class Optimizer:
         self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
-        """Make the flat buffers of all small parameters, which every rank holds whole and updates alike."""
+        """Make the flat buffers for all small parameters, which every rank holds whole and updates alike."""
         specs = [spec for spec in SMALL if spec.name in params]
         # Multiples of 64 elements align every view to 256 bytes.
         sizes = [-(-params[spec.name].numel() // 64) * 64 for spec in specs]
@@ -3695,7 +3696,7 @@ class Optimizer:
             lr = getattr(self.h, spec.lr)
             rate.fill_(lr)
             decay.fill_(decays[spec.lr])
-            p.requires_grad_(lr > 0)  # a parameter that does not move needs no gradient
+            p.requires_grad_(lr > 0)  # a parameter that never moves needs no gradient
 
         self.wire["flat"] = self.flat_grad.to(self.wire_dtype)
         self.adam_buffers = FlatBuffers(
@@ -3704,7 +3705,7 @@ class Optimizer:
 
     @staticmethod
     def move(p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
-        """Copy p into `value` and make that its storage, and `grad` the storage of its gradient."""
+        """Copy p into `value` and make that p's storage, with `grad` as the storage of its gradient."""
         value.copy_(p.data)
         p.data = value
         p.grad = grad
@@ -3712,8 +3713,8 @@ class Optimizer:
     def step(self, hp: Hyper) -> None:
         """Send this step's scalars to the device, then launch the update.
 
-        The pinned memory is new each time because the host may run ahead; its allocator reuses it only after
-        the copy from it has ended.
+        The pinned memory is new for every step, because the host may run ahead. Its allocator reuses it only
+        after the copy from it has ended.
         """
         self.steps += 1
         scalars = StepScalars(
@@ -3756,7 +3757,7 @@ class Optimizer:
         for work in arrivals:
             work.wait()
 
-        # 2. One norm over all of them.
+        # 2. Take one norm over all gradients.
         scalars = StepScalars(*self.scalars.unbind())._replace(clip=self.clip_factor())
 
         with self.m.lanes() as lane:
@@ -3765,7 +3766,7 @@ class Optimizer:
                 self.adam_update(self.adam_buffers, scalars, self.h)
                 self.flat_grad.zero_()
 
-            # 4. Each bank on its own lane: update the matrices that this rank owns, then gather all of them.
+            # 4. On a lane per bank, update the matrices that this rank owns, then gather those of all ranks.
             for buffer in reversed(self.bank):
                 with lane():
                     for own in self.owned[buffer]:
@@ -3781,10 +3782,10 @@ class Optimizer:
         """Return min(1, grad_clip / global norm), (), the same on every rank. Sets self.norm. Collective."""
         own_share = self.m.own_share
         gradients = [self.wire[buffer][own_share] for buffer in self.bank] + [self.wire["flat"]]
-        norms = torch._foreach_norm(gradients, 2, torch.float64)  # in float32 the relative error was 2e-4
+        norms = torch._foreach_norm(gradients, 2, torch.float64)  # float32 had a relative error of 2e-4
         squares = torch.stack(norms).square()
 
-        dist.all_reduce(squares[:-1])  # the last is the flat buffer's, which every rank holds whole
+        dist.all_reduce(squares[:-1])  # without the last: every rank holds the flat buffer whole
         self.norm.copy_(squares.sum().sqrt())
         return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
 
@@ -3816,7 +3817,7 @@ class Optimizer:
 class Hyper(NamedTuple):
     """The scheduled values that a step uses."""
 
-    progress: float  # in [0, 1]: the fraction used of the time or the iterations, whichever is larger
+    progress: float  # in [0, 1]: the share of the time or of the iterations that is used, the larger one
     momentum: float
     lr_mul: float  # factor on every rate
     loops: bool = False  # whether the step visits the layers of the loop again
@@ -3824,7 +3825,7 @@ class Hyper(NamedTuple):
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """Return a step's schedule: rates are constant, then fall linearly; momentum and batch grow at first."""
+    """Return a step's values: rates stay constant, then fall linearly; momentum and batch grow at first."""
     time_used = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
     progress = min(1.0, max(time_used, step / h.iterations))
 
@@ -3839,9 +3840,9 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 
 class Ema:
-    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run.
+    """An average of past weights, weighted by exp(-age / ema_frac), with age as a share of the run.
 
-    Call the progress at the k-th update p_k, with p_0 = 0. The weights that it sees stand for the progress
+    Let p_k be the progress at the k-th update, and p_0 = 0. The weights at that update stand for the progress
     from p_{k-1} to p_k, so that with f = ema_frac their share at progress P is
 
         (e^(-(P - p_k) / f) - e^(-(P - p_{k-1}) / f)) / (1 - e^(-P / f)),
@@ -3852,14 +3853,14 @@ class Ema:
 
     def __init__(self, model: GPT, h: Config) -> None:
         self.h = h
-        self.progress = 0.0  # of the last update; with the average, the whole state
+        self.progress = 0.0  # at the last update; this and the average are the whole state
         self.params = [p.data for p in model.parameters()]
         self.average = [p.clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Move towards the current weights by the progress since the last call; at first, copy them."""
-        progress = max(progress, self.progress)  # a resumed run may hold back less time than before
+        """Move towards the current weights by the progress since the last call. The first copies them."""
+        progress = max(progress, self.progress)  # a resumed run may hold back less time, so progress is less
         weight = 1.0
         if self.progress > 0:
             made = math.expm1((self.progress - progress) / self.h.ema_frac)
@@ -3888,7 +3889,7 @@ class Ema:
 #   payload  := the tensors in the order of their names, each by its encoding:
 #   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
 #   int7, int8 := the same with codes in [-63, 63], [-127, 127]       f16, f32 := the values
-# One byte per int6 code on purpose: xz models bytes better than packed bits (measured 6.5 % smaller).
+# An int6 code takes a whole byte on purpose: xz models bytes better than packed bits (6.5 % less, measured).
 
 
 class Encoding(NamedTuple):
@@ -3907,7 +3908,7 @@ ENCODINGS = {
 }
 MAGIC = b"GPT6"
 STORED_AS = {spec.name: spec.stored_as for spec in PARAM_TABLE}
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, of the row's largest magnitude
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, times the row's largest magnitude
 LEAST_SCALE = 2.0**-24  # the smallest f16
 MAX_RAW_BYTES = 1 << 28
 MAX_HEADER_BYTES = 1 << 16
@@ -3923,14 +3924,14 @@ def gram_of(x: Tensor) -> Tensor:
 def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
 
-    With gptq_embed also over the inputs of the output layer, (D, D), for the embedding that is tied to it.
-    The inputs are those of the loader's next gptq_batches batches, on all ranks, with the live weights.
+    With gptq_embed, the inputs of the output layer give a (D, D) for the embedding that is tied to it. The
+    inputs come from the loader's next gptq_batches batches, on all ranks, with the live weights.
     """
     h = run.h
     device = run.m.device
     weights = run.model.layer_weights()
     sums = {}  # (layers, N, N) for each of qkv, o, up, down
-    sum_of = {}  # for each matrix, by its id: the (N, N) of its layer, to which every visit adds
+    sum_of = {}  # from a matrix, by its id, to its layer's (N, N), to which every visit adds
     for product in ("qkv", "o", "up", "down"):
         matrices = [getattr(w, product) for w in weights]
         N = matrices[0].size(1)
@@ -3973,7 +3974,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
 def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
     """Return "live" or "ema": the weights with the lower loss on the loader's next training batch; log it.
 
-    For a run that ended early, when the average may lag far behind. All ranks return the same.
+    This is for a run that ended early, when the average may lag far behind. All ranks return the same.
     """
     model = copy(run.model)  # with the same parameters
     model.ops = Ops(run.model.ops.attend)  # nothing that would compile
@@ -3988,7 +3989,7 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
     both = torch.stack(losses)
     dist.all_reduce(both, dist.ReduceOp.AVG)
     of_live, of_average = both.tolist()
-    average_wins, _ = run.m.agree(float(of_average <= of_live))  # not if it is nan
+    average_wins, _ = run.m.agree(float(of_average <= of_live))  # a nan does not win
     chosen = "ema" if average_wins else "live"
     run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
     return chosen
@@ -3998,8 +3999,9 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     """Round W (..., M, N) to codes (..., M, N), float32, that change Wx little for the inputs x.
 
     scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x'. Columns are rounded one at a
-    time; those not yet rounded compensate the error: Frantar et al., arXiv:2210.17323, Alg. 1, in blocks of
-    one column, damped by 1 % of the mean diagonal. Raises LinAlgError if gram is not finite.
+    time, and the columns not yet rounded compensate the error. This is Alg. 1 of Frantar et al.,
+    arXiv:2210.17323, in blocks of one column, damped by 1 % of the mean diagonal. Raises LinAlgError if gram
+    is not finite.
     """
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
     H = gram + damping[..., None, None] * torch.eye(W.size(-1), device=W.device)
@@ -4025,9 +4027,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantize each row symmetrically. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
 
-    A row's clip is clip_sd times its root mean square; if that is 0, the one of CLIPS with the least squared
-    error under rounding to nearest. The scale, a step, is the clip / the largest code, and at least
-    least_step root mean squares. Codes are the nearest ones, or gptq's if a gram is given.
+    A row's clip is clip_sd times its root mean square. If clip_sd is 0, it is the one of CLIPS with the least
+    squared error under rounding to nearest. The scale, which is the step, is the clip / the largest code, and
+    at least least_step root mean squares. Codes are the nearest ones, or gptq's if a gram is given.
     """
     W = W.float()
     limit = ENCODINGS[encoding].limit
@@ -4049,7 +4051,7 @@ def quantize(
 
 
 def largest_value(encoding: str) -> float:
-    """Return the largest weight that an encoding can hold. The f16 scale limits those with codes."""
+    """Return the largest weight that an encoding can hold. With codes, the f16 scale sets the limit."""
     dtype, limit = ENCODINGS[encoding]
     return limit * float(np.finfo(np.float16).max) if limit else float(np.finfo(dtype).max)
 
@@ -4101,7 +4103,7 @@ def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
 
 
 class Fitted(NamedTuple):
-    """An artifact and the int6 step it took."""
+    """An artifact and its int6 step."""
 
     blob: bytes
     int6_step: float
@@ -4116,9 +4118,9 @@ def fit_artifact(
 ) -> Fitted:
     """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
-    If it does not fit as configured, up to eight more attempts look for the int6 step that fills the room to
-    within 0.2 %. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1.
-    If fit_cap is off, or no attempt fits, the result may exceed the room.
+    If the artifact does not fit as configured, up to eight more attempts look for the int6 step that fills
+    the room to within 0.2 %. Each guess assumes that doubling the step saves one bit per code. The step never
+    exceeds 1. If fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
     codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
@@ -4160,7 +4162,7 @@ def check_header(header: object) -> None:
 
 
 def read_header(raw: bytes) -> tuple[dict, int]:
-    """Return the header that raw begins with, and where it ends. Raises ValueError if it is not valid."""
+    """Return the header at the start of raw, and where it ends. Raises ValueError if it is not valid."""
     end = 8 + int.from_bytes(raw[4:8], "little")
     if raw[:4] != MAGIC:
         raise ValueError(f"artifact: magic is not {MAGIC!r}")
@@ -4175,7 +4177,7 @@ def read_header(raw: bytes) -> tuple[dict, int]:
 
 
 class TensorEntry(NamedTuple):
-    """A row of the header's index, and what follows from it."""
+    """A row of the header's index, and the sizes that follow from it."""
 
     name: str
     encoding: str  # row of ENCODINGS
@@ -4249,8 +4251,8 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
 def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     """Return float32 tensors by name. Raises ValueError for a blob that is not well-formed.
 
-    Names and shapes are not checked. No blob can make it run code, or take more memory than a few times
-    MAX_RAW_BYTES and their float32 values.
+    Names and shapes are not checked. Whatever the blob holds, this runs no code from it and takes no more
+    memory than a few times MAX_RAW_BYTES and their float32 values.
     """
     return read_tensors(*open_artifact(blob))
 
@@ -4316,8 +4318,8 @@ def own_source() -> str:
 # -----------------------------------------------------------------------------
 # 15. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
 
-# Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. All
-# other options gain less than 0.05 %.
+# Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. No
+# other option gains 0.05 %.
 XZ = dict(
     format=lzma.FORMAT_XZ,
     check=lzma.CHECK_CRC32,
@@ -4349,12 +4351,13 @@ def decompress(blob: bytes) -> bytes:
 #   tables   := per context half the frequencies of 0, then the frequencies of 1 and -1, of 2 and -2, ...
 #   words    := the states at the start of decoding, 3 words each, highest first; then what they take in
 #
-# A code's context is the class of its row + that of its column: how large their codes are, in quarter octaves
-# about class 8, the mean of the tensor. Of S states, state i codes the i-th of every S codes, so that numpy
-# codes S at a time. Every choice is made on whole numbers, so that all machines write the same bytes.
+# A code's context is the class of its row + that of its column. A class says how large their codes are, in
+# quarter octaves around class 8, the mean of the tensor. With S states, state i codes the i-th of every S
+# codes, so that numpy codes S at a time. All decisions use whole numbers, so that all machines write the same
+# bytes.
 
 RANS_MAGIC = b"GPT6rans"
-PRECISION = 14  # bits of a frequency
+PRECISION = 14  # frequencies of a context sum to 2^PRECISION
 LEAST_STATE = 1 << 32  # a state lies in [2^32, 2^48) and takes in 16 bits at a time
 CLASS_EDGES = np.array([round(4096 * 2 ** ((k - 7.5) / 4)) for k in range(16)])
 CLASS_WEIGHTS = np.array([round(4096 * 2 ** ((8 - k) / 4)) for k in range(17)])
@@ -4364,7 +4367,7 @@ MAX_RANS_CODES = 1 << 26  # decoded in seconds
 
 
 class CodeModel(NamedTuple):
-    """How the codes of a tensor are coded. Codes (m, R, N): rows (m, R), columns (m, N), uint8 classes."""
+    """The model of a tensor's codes (m, R, N): classes of rows (m, R) and columns (m, N), and tables."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -4404,7 +4407,7 @@ def count_magnitudes(contexts: np.ndarray, magnitudes: np.ndarray, limit: int) -
 
 
 def tables_for(counts: np.ndarray) -> np.ndarray:
-    """Return the tables of a CodeModel for counts of magnitudes. One that occurs never gets frequency 0."""
+    """Return a CodeModel's tables for counts of magnitudes. No magnitude that occurs gets frequency 0."""
     whole = 1 << PRECISION - 1
     tables = np.diff(counts.cumsum(1) * whole // np.maximum(counts.sum(1), 1)[:, None], prepend=0)
     tables[(tables == 0) & (counts > 0)] = 1
@@ -4414,7 +4417,7 @@ def tables_for(counts: np.ndarray) -> np.ndarray:
 
 
 def code_bits(counts: np.ndarray, tables: np.ndarray) -> int:
-    """Return the size of codes and tables in 65,536ths of a bit, with ten bits for an entry of a table."""
+    """Return the size of codes and tables in 65,536ths of a bit, counting ten bits per entry of a table."""
     of_codes = counts * ((PRECISION << 16) - log2_of(tables))
     return int(of_codes.sum()) + (10 << 16) * np.count_nonzero(counts)
 
@@ -4431,14 +4434,14 @@ def row_classes(magnitudes: np.ndarray) -> np.ndarray:
 
 
 def column_classes(magnitudes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the class of each column, after rows are scaled to the mean by theirs. -> uint8 (m, N)."""
+    """Return the class of each column once every row is scaled to the mean by its class. -> uint8 (m, N)."""
     return classes_of(np.stack([CLASS_WEIGHTS[row] @ matrix for row, matrix in zip(rows, magnitudes)]))
 
 
 def model_codes(codes: np.ndarray, limit: int) -> CodeModel:
     """Return the CodeModel of codes (m, R, N) that needs the fewest bits.
 
-    It has classes for rows, columns, both or neither; without classes all are of class 8.
+    It has classes for rows, for columns, for both or for neither. Without classes, all are in class 8.
     """
     magnitudes = np.abs(codes.astype(np.int16))
     rows = row_classes(magnitudes)
@@ -4557,7 +4560,7 @@ def pack_rans(raw: bytes) -> bytes:
 
 
 class SideReader:
-    """Takes one part after the other from the side of a rans artifact."""
+    """Takes parts, one after the other, from the side of a rans artifact."""
 
     def __init__(self, side: bytes, at: int) -> None:
         self.side = side
@@ -4572,7 +4575,7 @@ class SideReader:
         return part
 
     def model(self, entry: TensorEntry) -> CodeModel:
-        """Read a CodeModel. Raises ValueError if its classes or tables cannot be."""
+        """Read a CodeModel. Raises ValueError if its classes or tables are impossible."""
         rows, columns = entry.matrix
         matrices = entry.count // (rows * columns)
         of_rows = np.frombuffer(self.take(matrices * rows), np.uint8).reshape(matrices, rows)
@@ -4626,7 +4629,7 @@ def unpack_rans(blob: bytes) -> bytes:
 class Codec(NamedTuple):
     """A way to compress a raw artifact. unpack raises ValueError for what pack did not write."""
 
-    magic: bytes  # that its artifacts begin with
+    magic: bytes  # the first bytes of its artifacts
     label: str  # in logs and metrics
     most_weights: int
     pack: Callable[[bytes], bytes]
@@ -4677,7 +4680,7 @@ class ScoreRun(NamedTuple):
     batch: int  # windows per forward pass on one rank
     label: str  # for the terminal's status line
     log: Log
-    chunk: int = 0  # targets scored between two rounds of test-time training; 0: never learn
+    chunk: int = 0  # targets to score between two rounds of test-time training; 0: never learn
     learner: Callable = nullcontext  # context manager that yields learn(tokens, windows), as `learning` does
     bos_id: int = -1  # first token of the documents that are scored and learned from apart; -1: one stream
 
@@ -4687,27 +4690,27 @@ class WindowGroup(NamedTuple):
 
     last: int  # the model returns nats for the last `last` positions of each window
     windows: np.ndarray  # (n, 3), rows of score_windows
-    lesson: np.ndarray  # (k, 3), such rows: the targets to learn from before, all of them scored by then
+    lesson: np.ndarray  # (k, 3), rows of the same kind: the targets, already scored, to learn from first
 
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     """Return the windows (W, 3): rows of start, end, score_from. Their [score_from, end) tile [0, total).
 
-    The first window scores all its targets, each later one the next `stride` or the rest, with at least
-    seq_len - stride of context.
+    The first window scores all its targets. Each later one scores the next `stride`, or the rest, with at
+    least seq_len - stride tokens of context.
     """
     end = np.append(np.arange(min(seq_len, total), total, stride), total)
     return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
 
 
 def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
-    """Cut the score windows of `total` targets into groups, where the chunk or the shape changes.
+    """Cut the score windows of `total` targets into groups wherever the chunk or the shape changes.
 
-    The lesson between two chunks is the first of them, and any that no window begins in, in sequences.
+    The lesson between two chunks is the first of them, and any in which no window begins, cut into sequences.
     """
     windows = score_windows(total, scoring.seq_len, scoring.stride)
     start, end, score_from = windows.T
-    # The first window scores more than `stride` targets and a short one is padded: both need every position.
+    # The first window scores more than `stride` targets, and a short one is padded: both need every position.
     regular = (score_from - start >= scoring.seq_len - scoring.stride) & (end - start == scoring.seq_len)
     lasts = np.where(regular, scoring.stride, scoring.seq_len)
     chunk = scoring.chunk or total
@@ -4726,16 +4729,16 @@ def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
 
 
 def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[WindowGroup]:
-    """Score the documents of `tokens` side by side, chunk after chunk: a group has a window of each slot.
+    """Score the documents of `tokens` side by side, chunk after chunk. A group has one window for each slot.
 
-    A slot that is free takes the next document, so that where and when it is scored depends on earlier tokens
-    only. A window begins where the chunk's last target has seq_len tokens, or where the document does. The
-    lesson is the group before; a slot that begins a document has none, and a row of zeros in its place.
+    A free slot takes the next document, so only earlier tokens decide where and when a document is scored. A
+    window begins seq_len tokens before the end of its chunk, or where the document begins. The lesson is the
+    group before; a slot that begins a document has no lesson, but a row of zeros.
     """
     total = len(tokens) - 1
     begins = np.union1d(0, np.flatnonzero(tokens[:total] == scoring.bos_id))
     placed = []
-    free = np.zeros(slots, np.int64)  # the group from which a slot is free
+    free = np.zeros(slots, np.int64)  # for each slot, the first group in which it is free
     for begin, end in zip(begins, np.append(begins[1:], total)):
         score_from = np.arange(begin, end, scoring.chunk)
         chunk_end = score_from + scoring.chunk
@@ -4754,12 +4757,12 @@ def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[W
 
 
 class WindowBatch(NamedTuple):
-    """Windows as a batch for the model. All (B, T); a short window is padded at its end."""
+    """Windows as a batch for the model, (B, T) each. A short window is padded at its end."""
 
     x: Tensor
     y: Tensor
-    index: Tensor  # of the target in the split
-    scored: Tensor  # whether the window scores it
+    index: Tensor  # the position of each target in the split
+    scored: Tensor  # whether the window scores the target
 
 
 def read_windows(tokens: Tensor, windows: Tensor, seq_len: int) -> WindowBatch:
@@ -4781,10 +4784,10 @@ class Scored(NamedTuple):
 def score_batch(
     nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreRun
 ) -> tuple[Tensor, Tensor]:
-    """Score at most B = scoring.batch windows (n, 3); windows that score nothing fill the compiled shape.
+    """Score at most B = scoring.batch windows (n, 3). Windows that score nothing fill the compiled shape.
 
-    Returns the target of each position, (B * last,), and (2, B * last) float64: its nats and 1, or zeros if
-    its window does not score it.
+    Returns the index of the target at each position, (B * last,), and (2, B * last) float64: the nats of the
+    target and 1, or zeros if its window does not score it.
     """
     batch = read_windows(tokens, F.pad(windows, (0, 0, 0, scoring.batch - len(windows))), scoring.seq_len)
     nats = nats_fn(batch.x, batch.y, last).double()
@@ -4829,7 +4832,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: M
 def evaluate(
     nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, scoring: ScoreRun, m: Machine
 ) -> Score:
-    """Score every target of `tokens` (N,) once, with the work split over the ranks. Sums are float64."""
+    """Score every target of `tokens` (N,) once, with the work split over all ranks. Sums are float64."""
     started = time.perf_counter()
     nats = score_targets(nats_fn, tokens, scoring, m).nats.sum()
     m.check_ranks()
@@ -4868,7 +4871,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     which carries over to the next chunk. The rate falls from ttt_lr to 0 along half a cosine over the split.
     After parameter-golf #549.
     """
-    params = list(model.requires_grad_(True).parameters())  # also what training left alone
+    params = list(model.requires_grad_(True).parameters())  # even those that training left alone
     weights = [p.data for p in params]
     saved = [w.clone() for w in weights]
     sizes = [w.numel() for w in weights]
@@ -4890,15 +4893,15 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     torch._foreach_copy_(weights, saved)
 
 
-LORA_BETA2 = 0.99  # of the second moment; there is no first one, as in the source
+LORA_BETA2 = 0.99  # decay of the second moment; as in the source, there is no first moment
 
 
 @contextmanager
 def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
-    """Learn a change of rank ttt_rank of every qkv and of the output layer for each document. As `learning`.
+    """Learn a change of rank ttt_rank to every qkv and the output layer for each document. As `learning`.
 
-    Each slot of a batch has factors of its own, which begin anew with every document: `up` at zero, so that
-    the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.
+    Each slot of a batch has its own factors, which start anew with every document. There `up` is zero, so
+    that the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.
     """
     model.requires_grad_(False)
     slots = h.eval_batch_tokens // h.eval_seq_len
@@ -4943,9 +4946,9 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 #
 # The W files of step N together are a checkpoint set. File R holds the share of all state that belongs to the
 # rank with share R of the banks; a tensor is the concatenation of its shares. The header holds the step, the
-# training clock in ms, the progress of the average, the position in the text, the config, script and data
-# that wrote it, and a list of tensors as in an artifact. There is no other state: steps draw no random
-# numbers, and the text depends only on the position.
+# training clock in ms, the progress of the average, the position in the text, the config, script and data of
+# the run, and a list of tensors as in an artifact. There is no other state: steps draw no random numbers, and
+# the text depends only on the position.
 
 FREE_KNOBS = ("run_id", "out_dir", "data_path", "tokenizer_path", "checkpoint_every", "resume")  # may change
 CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\d+)\.ckpt(?:\.tmp)?")
@@ -4956,7 +4959,7 @@ class CheckpointSet(NamedTuple):
     """The name of a checkpoint set. Sets sort by step."""
 
     step: int
-    world: int  # number of files
+    world: int  # how many files it has
     base: str  # OUT_DIR/RUN_ID
 
     def file(self, share: int) -> str:
@@ -4965,22 +4968,22 @@ class CheckpointSet(NamedTuple):
 
 
 def set_of(path: str) -> CheckpointSet | None:
-    """Return the set that a file belongs to by its name, None if it is not named like a checkpoint."""
+    """Return the set to which a file belongs by its name, or None if it is not named like a checkpoint."""
     name = CHECKPOINT_NAME.fullmatch(path)
     return CheckpointSet(int(name["step"]), int(name["world"]), name["base"]) if name else None
 
 
 class SavedState(NamedTuple):
-    """A checkpoint set that was read; step 0 if there is none."""
+    """A checkpoint set as read from its files. Step 0 means that there is none."""
 
     step: int
-    pattern: str  # BASE.stepN.*, its files
+    pattern: str  # BASE.stepN.*, which matches its files
     parts: list[tuple[dict, dict[str, Tensor]]]  # header and tensors of each file, in order
-    skipped: list[str]  # a line for the log for each damaged set that is newer
+    skipped: list[str]  # a line for the log about each newer set that is damaged
 
 
 def origin(h: Config, dataset: Dataset) -> dict:
-    """Return what a run and the checkpoint it resumes from must have in common."""
+    """Return what a run must have in common with the checkpoint from which it resumes."""
     shared = {key: value for key, value in asdict(h).items() if key not in FREE_KNOBS}
     return {**shared, "script": sha256(Path(__file__).read_bytes()), "data": dataset.manifest_sha256}
 
@@ -5019,10 +5022,10 @@ def check_resume(h: Config) -> None:
 
 
 def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState:
-    """Read the newest set that is intact on all ranks, or that of the file which resume= names.
+    """Read the newest set that is intact on all ranks, or the set of the file that resume= names.
 
-    base: OUT_DIR/RUN_ID. Raises InputError when another config, script or data set wrote it, or when the set
-    of the file named is damaged.
+    base: OUT_DIR/RUN_ID. Raises InputError when a run with another config, script or data set wrote it, or
+    when the set that resume= names is damaged.
     """
     with m.together():
         check_resume(h)
@@ -5050,7 +5053,7 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
 
 
 def check_origin(state: SavedState, wanted: dict) -> None:
-    """Raise InputError naming every knob or input in which this run differs from a checkpoint."""
+    """Raise an InputError that names every knob or input in which this run differs from a checkpoint."""
     header, _ = state.parts[0]
     found = header["made_by"]
     different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
@@ -5062,7 +5065,7 @@ def check_origin(state: SavedState, wanted: dict) -> None:
 
 
 class Checkpoints:
-    """A run's checkpoints: restore before the first step, save after each, last_good on divergence."""
+    """A run's checkpoints. Call restore before the first step, save after each, last_good on divergence."""
 
     def __init__(self, run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> None:
         self.run = run
@@ -5084,19 +5087,19 @@ class Checkpoints:
 
         self.made_by = origin(run.h, run.dataset)
         set_device = partial(torch.cuda.set_device, self.m.device) if self.m.pin else None
-        self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # a new thread starts on device 0
-        self.pending: tuple[int, Future] | None = None  # step and end of the set being written
+        self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # new threads would start on device 0
+        self.pending: tuple[int, Future] | None = None  # the set being written: its step, and when it is done
 
     def share(self, whole: Tensor) -> Tensor:
-        """Return this rank's share of a tensor that every rank holds whole: a view, maybe of no rows."""
+        """Return this rank's share of a tensor that every rank holds whole, as a view, maybe of no rows."""
         rows = -(-len(whole) // self.m.world_size)
         first = rows * self.m.own_share
         return whole[first : first + rows]
 
     def save(self, step: int, train_ms: float, last: bool = False) -> None:
-        """Start writing the state after `step` if due and if no rank is writing; last: in any case, and wait.
+        """Start writing the state after `step` if that is due and no rank is still writing.
 
-        checkpoint_every=0 writes none.
+        last: write it even if it is not due, and wait for the end. checkpoint_every=0 writes nothing.
         """
         every_ms = 1000 * self.run.h.checkpoint_every
         due = every_ms > 0 and (last or train_ms >= self.saved_ms + every_ms)
@@ -5115,7 +5118,7 @@ class Checkpoints:
             self.settled(wait=True)
 
     def write(self, step: int, header: dict, fetched: Callable[[], list[Tensor]]) -> None:
-        """In the thread: write this rank's file. Raises InputError if it cannot or a value is not finite."""
+        """Write this rank's file, in the thread. Raises InputError if that fails or a value is not finite."""
         host = {name: x.contiguous().numpy() for name, x in zip(self.shares, fetched()) if len(x)}
         index = []
         offset = 0
@@ -5134,10 +5137,10 @@ class Checkpoints:
         write_atomic(path, *chunks, digest.digest())
 
     def settled(self, wait: bool) -> bool:
-        """Return whether no rank is writing. If a set has ended, log that and remove all but the newest two.
+        """Return whether no rank is writing. If a set is done, log that and remove all but the newest two.
 
-        All ranks begin a set at the same step, and only once the one before is known to be complete or
-        to have failed: no file that a complete set needs is ever removed.
+        All ranks begin a set at the same step, and only after the set before it is known to be complete or to
+        have failed. So no file that a complete set needs is ever removed.
         """
         if self.pending is None:
             return True
@@ -5171,9 +5174,9 @@ class Checkpoints:
 
     @torch.no_grad()
     def restore(self, state: SavedState) -> tuple[int, float]:
-        """Load a set into this rank's parameters, average and optimizer state, and log it.
+        """Load a set into this rank's parameters, average and optimizer state, and log that.
 
-        Returns its step and clock in ms, (0, 0.0) if the state has no set.
+        Returns its step and clock in ms, or (0, 0.0) if there is no set.
         """
         for line in state.skipped:
             self.run.log(line)
@@ -5199,14 +5202,14 @@ class Checkpoints:
             f"resumed step:{state.step} from {state.pattern} train_time:{self.saved_ms:.0f}ms "
             f"written by {len(state.parts)} ranks"
         )
-        state.parts.clear()  # or their memory stays taken
+        state.parts.clear()  # frees their memory
         return state.step, self.saved_ms
 
 
 # -----------------------------------------------------------------------------
 # 18. Training: warm-up, clock, loop.
 
-DIVERGED = 1e6  # a loss or gradient norm beyond this ends the run
+DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
 
 class Stop(IntEnum):
@@ -5239,9 +5242,9 @@ class Run:
     loss_fn: Callable
     nats_fn: Callable
     phases: dict[str, float]  # name -> ms
-    splits: dict[str, np.ndarray]  # held-out tokens, read when first scored
+    splits: dict[str, np.ndarray]  # held-out tokens of the splits that have been scored
     plain_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has no loop
-    resumed: SavedState | None = None  # where training begins if resume= is set
+    resumed: SavedState | None = None  # from where training goes on if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
         """Call fn(*args), add its time to a phase, and return what it returns."""
@@ -5253,7 +5256,7 @@ class Run:
         return out
 
     def held_out(self, split: str) -> np.ndarray:
-        """Return the tokens of a split, (N,) uint16, read and logged at the first call."""
+        """Return the tokens of a split, (N,) uint16. The first call reads and logs them."""
         if split not in self.splits:
             tokens = self.timed("load", load_split, self.h, split)
             num_bytes = int(self.dataset.counts.of(tokens).sum())
@@ -5282,7 +5285,7 @@ class Run:
         h = self.h
         tokens = self.held_out(split)
         scoring = self.scoring(label, stride, learns and len(tokens) - 1 > h.ttt_chunk_tokens)
-        if scoring.chunk:  # compiled before the score's clock starts, on no token of the split
+        if scoring.chunk:  # compile before the score's clock starts, without any token of the split
             blank = np.full(scoring.chunk + scoring.stride + 1, (h.bos_id + 1) % h.vocab_size)
             self.timed("compile", score_targets, self.nats_fn, blank, scoring, self.m)
         score = evaluate(self.nats_fn, tokens, self.dataset.counts, scoring, self.m)
@@ -5300,12 +5303,12 @@ class Trained(NamedTuple):
     steps: int
     train_ms: float
     late_graphs: int  # graphs compiled while the clock ran; should be 0
-    grams: dict[str, Tensor]  # of calibrate
-    artifact_weights: str  # ema | live: the knob's, or the better ones if the run ended early
+    grams: dict[str, Tensor]  # what calibrate returned
+    artifact_weights: str  # ema | live: the knob, or the better ones if the run ended early
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
-    """Write the first part of the log and build the model. started: perf_counter() before data was loaded."""
+    """Write the first part of the log and build the model. started: perf_counter() before loading data."""
     parts = ("attention", "qk", "mlp", "compile", "pass", "update")
     bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
     dtype = str(m.dtype).removeprefix("torch.")
@@ -5395,10 +5398,10 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
 
 
 def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
-    """Return `backward`, and why it is not a CUDA graph, or "" if it is one or the machine has none.
+    """Return `backward` and why it is not a CUDA graph; "" if it is one, or if the machine has no graphs.
 
     backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
-    loss / count, (), which the next call overwrites. One stream keeps copy, pass and readers in order.
+    loss / count, (), which the next call overwrites. Copies, passes and readers stay in order on one stream.
     """
     h = optimizer.h
     m = optimizer.m
@@ -5425,7 +5428,7 @@ def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor
 
 
 def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
-    """Accumulate the gradients of every micro-batch, then update. Returns this rank's mean loss, ()."""
+    """Accumulate the gradients of all micro-batches, then update. Returns this rank's mean loss, ()."""
     loss = 0.0
     for sequences in batch:
         loss = loss + backward(sequences, len(batch))  # out of place: the next call overwrites its result
@@ -5464,11 +5467,11 @@ class WarmUp(NamedTuple):
     """What the warm-up leaves behind."""
 
     passes: Passes
-    calibrate_ms: float  # what the rehearsal of calibration took on this rank; 0 if there is none
+    calibrate_ms: float  # how long the rehearsal of calibration took on this rank; 0: there was none
 
 
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
-    """Compile, capture and run all that the training clock will see, then undo it."""
+    """Compile, capture and run everything that the training clock will see, then undo its effects."""
     h = run.h
     passes = bind_passes(run, optimizer)
     if optimizer.failure:
@@ -5488,7 +5491,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
         run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
     calibrate_ms = 0.0
     if h.calibrates:
-        for _ in range(2):  # the second time takes as long as it will on the clock
+        for _ in range(2):  # the second time takes as long as calibration will on the clock
             run.m.sync()
             started = time.perf_counter()
             calibrate(run, loader)
@@ -5502,7 +5505,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs the compiler has made in this process."""
+    """Return how many graphs this process has compiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -5522,7 +5525,7 @@ class Pace(NamedTuple):
         return (clock_ms - self.clock_ms) / max(step - self.step, 1)
 
     def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
-        """Return whether the step in flight and another one should both end in time."""
+        """Return whether the step in flight and another one should both finish in time."""
         limit_ms = 1000 * h.max_wallclock_seconds or math.inf
         return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
 
@@ -5554,7 +5557,7 @@ class Ready(NamedTuple):
 
 
 def get_ready(run: Run) -> Ready:
-    """Build what training works with and warm it up, after which all of it is as at step 0."""
+    """Build what training works with and warm it up. Afterwards everything is as at step 0 again."""
     optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
     ema = Ema(run.model, run.h)
     fitting = run.timed("compile", fit_micro_batch, run, optimizer)
@@ -5570,8 +5573,8 @@ class Ended(NamedTuple):
 
     step: int
     train_ms: float
-    stop: Stop  # on all ranks
-    loss_and_norm: list[float]  # of the last step
+    stop: Stop  # agreed by all ranks
+    loss_and_norm: list[float]  # this rank's, after the last step
     late_graphs: int
 
 
@@ -5598,7 +5601,7 @@ def train(run: Run) -> Trained:
     hp = hyper_at(h, step, clock_ms)
     pace = Pace(hp.loops, cut_batch(h, m.world_size).count(hp.growth))
     shown_loss = math.nan
-    stop = Stop.NO  # on all ranks
+    stop = Stop.NO  # agreed by all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
         if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
@@ -5619,7 +5622,7 @@ def train(run: Run) -> Trained:
         clock_ms, highest = m.agree(clock(), reason_to_stop(m, lagging))
         stop = Stop(highest)
 
-        if step % h.train_log_every == 0 or step.bit_count() == 1:  # at powers of two: it falls fast at first
+        if step % h.train_log_every == 0 or step.bit_count() == 1:  # powers of two: loss falls fast at first
             shown_loss = log_step(run, step, loss, clock_ms)
         ready.checkpoints.save(step, clock_ms)
         run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
@@ -5633,7 +5636,7 @@ def train(run: Run) -> Trained:
 def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
     """Calibrate, choose the weights for the artifact, and write the last checkpoint.
 
-    Logs an end before all iterations. Raises Diverged if a rank's last step or its calibration has diverged.
+    It logs an early end. Raises Diverged if the last step or the calibration of any rank has diverged.
     """
     step, train_ms, stop, loss_and_norm, late_graphs = ended
     run.log.may_move = True
@@ -5649,7 +5652,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
     artifact_weights = run.h.artifact_weights
     if run.h.size_cap and artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
-    ready.loader.seek_sequence(position)  # from which a resumed run would calibrate
+    ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
     ready.checkpoints.save(step, train_ms, last=True)
     if step < run.h.iterations:
         log_early_end(run, stop == Stop.SIGNAL, step, train_ms)
@@ -5664,7 +5667,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
 
 
 def describe_progress(h: Config, step: int, clock_ms: float) -> str:
-    """Return how much is used of the budget that will end the run, time or iterations, and the ETA."""
+    """Return how much of the budget that will end the run is used, time or iterations, and the ETA."""
     progress = hyper_at(h, step, clock_ms).progress
     seconds = clock_ms / 1000
     if progress > step / h.iterations:
@@ -5675,7 +5678,7 @@ def describe_progress(h: Config, step: int, clock_ms: float) -> str:
 
 
 def check_grams(grams: Mapping[str, Tensor], step: int, train_ms: float) -> None:
-    """Raise Diverged if calibration has met values that are not finite: the last update has made them."""
+    """Raise Diverged if calibration met values that are not finite, which the last update must have made."""
     for name, gram in grams.items():
         if not gram.isfinite().all():
             raise Diverged(
@@ -5687,7 +5690,7 @@ def check_grams(grams: Mapping[str, Tensor], step: int, train_ms: float) -> None
 
 
 def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None:
-    """Log that training ends before its iterations are spent: by a signal or by the clock."""
+    """Log that a signal or the clock ends training before all iterations."""
     cause = "signal" if by_signal else "wallclock_cap"
     reason = "a signal" if by_signal else "the time is up"
     run.log(
@@ -5699,8 +5702,8 @@ def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None
 def hold_back(run: Run, calibrate_ms: float) -> Config:
     """Return a config whose time limit leaves enough for calibration, and log how much is held back.
 
-    Calibration is training time. What is kept for it is 1.5 times calibrate_ms, the time of the rehearsal, on
-    rank 0. Raises InputError if that is more than half of the budget. Collective.
+    Calibration counts as training time. 1.5 times calibrate_ms, the time of rank 0's rehearsal, is held back
+    for it. Raises InputError if that is more than half of the budget. Collective.
     """
     held_back_ms, _ = run.m.agree(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
@@ -5776,7 +5779,7 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 def export(run: Run, trained: Trained, path: str, room: int) -> str:
     """Write the artifact of the averaged or live weights to `path`, or elsewhere if that cannot be written.
 
-    room: the bytes it may take. Returns where it is.
+    room: how many bytes it may have. Returns its path.
     """
     h = run.h
     weights = dict(run.model.named_parameters())
@@ -5791,7 +5794,7 @@ def export(run: Run, trained: Trained, path: str, room: int) -> str:
 
 
 def unigram_nats(h: Config, targets: np.ndarray) -> float:
-    """Return the nats of targets by the token frequencies of the first training shard alone."""
+    """Return the nats of targets under the token frequencies of the first training shard alone."""
     first = load_shard(split_files(h.data_path, "train")[0], h.vocab_size)
     counts = np.bincount(first, minlength=h.vocab_size) + 1.0
     return -np.log(counts / counts.sum())[targets].sum()
@@ -5801,14 +5804,14 @@ class Metric(NamedTuple):
     """A way to score an artifact."""
 
     name: str  # chunked | sliding | ttt
-    label: str  # of its own lines in the log, final_int6_LABEL
+    label: str  # names its lines in the log, final_int6_LABEL
     stride: int
 
 
 class FinalScore(NamedTuple):
     """The score of a run that counts."""
 
-    metric: str  # int6_CODER_METRIC, label of the codec and name of the metric; or time_to_loss, in a race
+    metric: str  # int6_CODER_METRIC, from the codec's label and the metric's name; time_to_loss in a race
     score: Score
 
     @property
@@ -5859,7 +5862,7 @@ PHASES = ("load", "compile", "train", "calibrate", "quantize", "compress", "deco
 
 
 def describe_phases(phases: Mapping[str, float]) -> str:
-    """Return the seconds of the phases that took any. phases: name -> ms, as in Run."""
+    """Return the seconds of all phases that took noticeable time. phases: name -> ms, as in Run."""
     seconds = {phase: phases.get(phase, 0.0) / 1000 for phase in PHASES}
     return ", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items() if time >= 0.05)
 
@@ -5867,8 +5870,8 @@ def describe_phases(phases: Mapping[str, float]) -> str:
 class TrainedScores(NamedTuple):
     """The scores that need no artifact."""
 
-    live: Score  # of the training weights: the last validation, which decides a race
-    unigram: float  # bpb of the token frequencies alone
+    live: Score  # the training weights': the last validation, which decides a race
+    unigram: float  # bpb under the token frequencies alone
 
 
 def score_trained(run: Run, trained: Trained) -> TrainedScores:
@@ -5999,7 +6002,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     m = init_machine(h, env)
     base = os.path.join(h.out_dir, m.of_rank_0(name))
 
-    # Whatever is wrong with the input is found here, before there is a log, which takes the run_id.
+    # Any fault of the input is found here, before a log exists, which would take the run_id.
     with m.together():
         dataset = load_dataset(h, trains=True)
     check_train_split(h, m)
@@ -6072,7 +6075,7 @@ TOOLS = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}
 def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Run a tool of the repository on this script in a subprocess, and return its exit status.
 
-    SIGTERM is passed on to it. The tools live outside this file because they judge it. Raises InputError
+    SIGTERM is passed on to the tool. Tools live outside this file because they judge it. Raises InputError
     outside the repository.
     """
     script = Path(__file__).resolve()
