@@ -4865,7 +4865,7 @@ def lesson_gradient(
 
 @contextmanager
 def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
-    """Learn with all weights, one chunk of the split after the other. As `learning`.
+    """Learn with all weights, one chunk of the split after the other. See `learning`.
 
     Each step follows the mean gradient over the lesson and all ranks, clipped to norm 1, with momentum 0.9,
     which carries over to the next chunk. The rate falls from ttt_lr to 0 along half a cosine over the split.
@@ -4898,7 +4898,7 @@ LORA_BETA2 = 0.99  # decay of the second moment; as in the source, there is no f
 
 @contextmanager
 def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
-    """Learn a change of rank ttt_rank to every qkv and the output layer for each document. As `learning`.
+    """Learn a change of rank ttt_rank to every qkv and the output layer for each document. See `learning`.
 
     Each slot of a batch has its own factors, which start anew with every document. There `up` is zero, so
     that the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.

@@ -15,7 +15,7 @@ The tests answer the challenge's conditions (parameter-golf #1017: causal, norma
 update, one pass) and the ways in which published numbers went wrong. tests/audit plants a fault for each.
 
 If ttt_lr is above zero, in the artifact or as a knob, T1 to T4, T7 and T9 examine the score with test-time
-training. The piece of text that they score then has three chunks, so that its tokens are learnt from twice.
+training. The piece of text that they score then has three chunks, so that its tokens are learned from twice.
 They compare bits, and a GPU's gradients repeat only with deterministic=1.
 
 A test that takes longer says how far it is and when it ends: live on a terminal, else a line every 15 s.
@@ -192,7 +192,7 @@ class Audit:
     blob: bytes  # the artifact
     piece: np.ndarray  # (N,) tokens from the middle of the validation split, document starts among them
     scoring: Any  # the script's ScoreRun: sliding, as in the final score, and learning if that learns
-    chunk: int  # targets that are scored before they are learnt from; 0: nothing is learnt
+    chunk: int  # targets that are scored before they are learned from; 0: nothing is learned
     progress: Progress
 
     def nats(self, tokens: np.ndarray, scoring: Any = None) -> Tensor:
@@ -203,7 +203,7 @@ class Audit:
         return out
 
     @contextmanager
-    def learnt(self) -> Iterator[None]:
+    def learned(self) -> Iterator[None]:
         """Give the model, inside the block, the weights with which it scores the piece's second chunk."""
         if not self.chunk:
             yield
@@ -364,7 +364,7 @@ def replace_later_inputs(audit: Audit) -> Moved:
     keep = torch.arange(scoring.seq_len) < cuts
     changed = torch.where(keep, inputs, other)
 
-    with audit.learnt(), torch.no_grad():
+    with audit.learned(), torch.no_grad():
         before = audit.run.nats_fn(inputs.to(device), targets, scoring.seq_len)
         after = audit.run.nats_fn(changed.to(device), targets, scoring.seq_len)
     return count_moved((after - before).abs().cpu()[keep])
@@ -418,7 +418,7 @@ def audit_normalization(audit: Audit) -> Verdict:
     errors = []
     vocabulary = torch.arange(h.vocab_size, device=device).split(scoring.batch)
     audit.progress.expect(2 * len(vocabulary), "passes")
-    with audit.learnt(), torch.no_grad():
+    with audit.learned(), torch.no_grad():
         for last in (scoring.seq_len, scoring.stride):
             total = torch.zeros(last, dtype=torch.float64, device=device)
             for ids in vocabulary:
@@ -441,7 +441,7 @@ class Learning(NamedTuple):
     """The effect of test-time training on the scores of the piece."""
 
     has_effect: bool  # on the scores after the first chunk, and only on them
-    early: int  # tokens that are learnt from before they are scored
+    early: int  # tokens that are learned from before they are scored
 
 
 def idle_learner() -> nullcontext:
@@ -463,10 +463,10 @@ def examine_learning(audit: Audit) -> Learning:
     gaps = audit.nats(audit.piece) - without
     only_later = bool((gaps[: audit.chunk] == 0).all())
     has_effect = only_later and bool(gaps.any() and gaps.isfinite().all())
-    return Learning(has_effect, tokens_learnt_early(audit))
+    return Learning(has_effect, tokens_learned_early(audit))
 
 
-def tokens_learnt_early(audit: Audit) -> int:
+def tokens_learned_early(audit: Audit) -> int:
     """Count the tokens that the learner is given before they are scored. Tokens are positions; no model runs.
 
     T1's cuts cannot find this for the first target of a chunk: replacing its token also replaces the target.
@@ -504,7 +504,7 @@ def audit_score_before_update(audit: Audit) -> Verdict:
         evidence += " and 2 after learning"
         if not learning.has_effect:
             evidence += " that changes no score, or changes an earlier one"
-        evidence += f", {learning.early} tokens learnt before they are scored"
+        evidence += f", {learning.early} tokens learned before they are scored"
 
     moved = replace_later_tokens(audit, sorted(cuts), 3)
     return Verdict("T3 score before update", ok and moved.scores == 0, f"{evidence}, {moved}")
@@ -533,7 +533,7 @@ def compare_with_manifest(run: Any, tokens: np.ndarray, size: int) -> Totals:
 
 
 def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
-    """Count how often each target is scored, (N - 1,) float64. No model runs and nothing is learnt."""
+    """Count how often each target is scored, (N - 1,) float64. No model runs and nothing is learned."""
     m = audit.run.m
     scoring = audit.scoring
     if audit.chunk:

@@ -9,7 +9,7 @@ from audit_cases import config, failing, fresh, trained
 from helpers import OTHER_PARTS, group_of_one
 
 
-def test_the_run_has_learnt(honest, group):
+def test_the_run_has_learned(honest, group):
     """Otherwise, a fault in the scorer would change nothing."""
     start = t.GPT(honest.h)
     for name in ("tok_emb", "qo_bank", "mlp_down_bank", "bigram_emb", "smear_gate"):

@@ -211,7 +211,8 @@ def test_sliding_beats_chunked_after_training():
     run = finished_with(iterations=120, ema_frac=0.02)
     sliding = float(run.final["val_loss"])
     assert sliding < float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
-    assert sliding < float(value(run, r"unigram val_loss:([\d.]+)")) - 0.5  # it has learnt which word follows
+    # It has learned which word follows another.
+    assert sliding < float(value(run, r"unigram val_loss:([\d.]+)")) - 0.5
 
 
 def eval_again(run, folder, name, *args):

@@ -1,4 +1,4 @@
-"""Test-time training: each chunk is scored before it is learnt from, on every rank alike.
+"""Test-time training: each chunk is scored before it is learned from, on every rank alike.
 
 Afterwards the weights are restored. The auditor finds scores that learn otherwise, and the ledger reads them.
 """
@@ -154,12 +154,12 @@ def naive_scores(model, tokens, h):
     naive = Naive(model, h)
     chunk = h.ttt_chunk_tokens
     total = len(tokens) - 1
-    learnt = 0  # tokens
+    learned = 0  # tokens
     out = []
     for start, end, score_from in t.score_windows(total, h.eval_seq_len, h.eval_stride):
-        while score_from >= learnt + chunk:
-            naive.learn(torch.from_numpy(tokens[learnt : learnt + chunk + 1]), learnt / total)
-            learnt += chunk
+        while score_from >= learned + chunk:
+            naive.learn(torch.from_numpy(tokens[learned : learned + chunk + 1]), learned / total)
+            learned += chunk
         x = torch.from_numpy(tokens[start:end])
         y = torch.from_numpy(tokens[start + 1 : end + 1])
         with torch.no_grad():
@@ -200,7 +200,7 @@ class Witness:
         self.total = total
         self.chunk = chunk
         self.scored = set()  # padding scores `total`
-        self.learnt = 0  # chunks
+        self.learned = 0  # chunks
 
     def nats(self, x, y, last):
         self.scored.update(y[:, -last:].flatten().tolist())
@@ -208,13 +208,13 @@ class Witness:
 
     def learn(self, tokens, windows):
         """Check that the next chunk comes, and that all of it has been scored."""
-        first = self.learnt * self.chunk
+        first = self.learned * self.chunk
         end = first + self.chunk
         assert tokens.tolist() == list(range(self.total + 1))
-        learnt = [target for _, end, first in windows.tolist() for target in range(first, end)]
-        assert learnt == list(range(first, end))
+        learned = [target for _, end, first in windows.tolist() for target in range(first, end)]
+        assert learned == list(range(first, end))
         assert set(range(1, end + 1)) <= self.scored
-        self.learnt += 1
+        self.learned += 1
 
     def learner(self):
         return nullcontext(self.learn)
@@ -223,7 +223,7 @@ class Witness:
 EDGES = [(200, 16, 4, 64), (64, 16, 4, 64), (65, 16, 4, 64)]
 
 
-def test_what_is_learnt_has_been_scored_and_nothing_is_learnt_from_the_last_chunk():
+def test_what_is_learned_has_been_scored_and_nothing_is_learned_from_the_last_chunk():
     with group_of_one() as m:
         for total, seq_len, stride, chunk in [*EDGES, *sizes(80, 1)]:
             witness = Witness(total, chunk)
@@ -231,9 +231,9 @@ def test_what_is_learnt_has_been_scored_and_nothing_is_learnt_from_the_last_chun
             _, times_scored = t.score_targets(witness.nats, np.arange(total + 1), run, m)
             assert (times_scored == 1).all()
             starts = t.score_windows(total, seq_len, stride)[:, 2]
-            learnt = witness.learnt
-            assert learnt == starts[-1] // chunk <= (total - 1) // chunk, (total, seq_len, stride, chunk)
-            assert learnt == (total - 1) // chunk or total - learnt * chunk - chunk <= stride
+            learned = witness.learned
+            assert learned == starts[-1] // chunk <= (total - 1) // chunk, (total, seq_len, stride, chunk)
+            assert learned == (total - 1) // chunk or total - learned * chunk - chunk <= stride
 
 
 def test_chunks_alone_change_no_bit():
@@ -465,7 +465,7 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
         tokens = np.where(rng.random(int(rng.integers(2, 200))) < 0.1, 1, 2)
         run = t.ScoreRun(seq_len, 1, slots, "x", SILENT, chunk=chunk, bos_id=1)
         scored = np.zeros(len(tokens) - 1, int)
-        learnt = np.zeros(len(tokens) - 1, int)
+        learned = np.zeros(len(tokens) - 1, int)
         owner = [-1] * slots  # document that the slot has learned from since it was last reset
         begins = np.maximum.accumulate(np.where(tokens == 1, np.arange(len(tokens)), 0))
         for group in t.document_groups(tokens, run, slots):
@@ -475,7 +475,7 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
                     continue
                 assert owner[slot] in (-1, begins[first]) and (scored[first:end] == 1).all()
                 owner[slot] = begins[first]
-                learnt[first:end] += 1
+                learned[first:end] += 1
             for slot, (start, end, first) in enumerate(group.windows):
                 if end == 0:
                     continue
@@ -487,7 +487,7 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
         is_last = np.zeros(len(tokens) - 1, int)
         for begin, end in zip(np.unique(begins[:-1]), ends):
             is_last[begin + (end - begin - 1) // chunk * chunk : end] = 1
-        assert (learnt == 1 - is_last).all()
+        assert (learned == 1 - is_last).all()
 
 
 def test_the_lora_score_does_not_depend_on_the_world_size():
@@ -722,14 +722,14 @@ AUDITED = ["ttt_lr=0.2", "ttt_chunk_tokens=64", "ttt_passes=1"]
 LESSON = "lesson = np.stack([first, first + scoring.seq_len, first], 1)"
 # A cheat: the tests that must fail, the text of the trainer that is replaced, and the text that replaces it.
 CHEATS = {
-    "learnt before it is scored": (
+    "learned before it is scored": (
         "T1 T3",
         LESSON,
         f"{LESSON} + min(chunk * (len(first) > 0), total - learned)",
     ),
     "one token too many": ("T3", LESSON, f"{LESSON} + (len(first) > 0)"),
     "weights are not put back": ("T1 T3 T7", "torch._foreach_copy_(weights, saved)", "pass"),
-    "nothing is learnt": ("T3", "alpha=-rate)", "alpha=-0.0)"),
+    "nothing is learned": ("T3", "alpha=-rate)", "alpha=-0.0)"),
     "a chunk is left out": ("T4", "np.split(windows, cuts[1:])", "np.split(windows, cuts[1:])[:2]"),
 }
 AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=8", "ttt_passes=1"]
@@ -768,7 +768,7 @@ def audited(honest, folder, script, capsys, knobs=AUDITED):  # noqa: F811
 def test_the_audit_passes_an_honest_score_that_learns(knobs, honest, tmp_path, capsys):  # noqa: F811
     result = audited(honest, tmp_path, ROOT / "train_gpt.py", capsys, knobs)
     assert result.status == 0 and not result.fails, result.lines
-    evidence = "2 after learning, 0 tokens learnt before they are scored, 0 earlier scores moved"
+    evidence = "2 after learning, 0 tokens learned before they are scored, 0 earlier scores moved"
     assert evidence in result.lines[2]
 
 
@@ -826,7 +826,7 @@ def test_a_record_that_learns(tmp_path, monkeypatch):
     assert verdicts(folder)["score"][0] == "fail"
 
 
-def test_a_record_is_made_of_a_run_that_learnt(tmp_path):
+def test_a_record_is_made_of_a_run_that_learned(tmp_path):
     """`record new` and `record verify` take the log of a real run; its page reproduces it with its rates."""
     root = tmp_path / "repo"
     (root / "records").mkdir(parents=True)
