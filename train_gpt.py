@@ -77,7 +77,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     # Until `guarded` handles it, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A console that is closed would lend its number to the next file that is opened.
+    # Otherwise the next file that is opened would get the number of a closed console stream.
     while (free := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(free)
@@ -143,7 +143,7 @@ def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[N
 
 
 def read_file(path: str) -> bytes:
-    """Return the bytes of a regular file. Raises OSError for others: a pipe may never end."""
+    """Return the bytes of a regular file. Raises OSError for anything else: a pipe may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a file", path)
     return Path(path).read_bytes()
@@ -186,7 +186,7 @@ def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
                 return os.path.join(folder, name)
             finally:
                 with suppress(OSError):
-                    os.rmdir(folder)  # if it is empty
+                    os.rmdir(folder)  # only if it is empty
     raise InputError(f"{problem} there, in {' or in '.join(others)}")
 
 
@@ -195,7 +195,7 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python's last flush fails
         if isinstance(e, BrokenPipeError):  # the reader, such as `head`, has seen enough
             raise
         raise InputError(f"standard output: cannot write to it ({e.strerror}); send it elsewhere") from None
@@ -469,7 +469,7 @@ PRESETS: dict[str, dict] = {
     "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192,
     "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
     "gpt2_124m": GPT2_124M,
-    "gpt2_124m_h100x1": GPT2_124M,  # the same race: its track has one card
+    "gpt2_124m_h100x1": GPT2_124M,  # the same race, on a track with one card
     "optimizer_race": OPTIMIZER_RACE,
     "optimizer_race_small": FEW_STEPS
     | ONE_GPU
@@ -480,7 +480,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it, and
-# each of EXTRA_FIELDS only if it is not the default: artifacts from before there was such a knob stay valid.
+# each of EXTRA_FIELDS only if it is not the default, so that artifacts older than such a knob stay valid.
 MODEL_FIELDS = tuple(
     """
     vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base xsa_last_n
@@ -1021,7 +1021,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it if deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(h.deterministic)
 
     alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -1235,7 +1235,7 @@ def known_fault(error: Exception) -> OneLineError | None:
 
 
 def report_failure(m: Machine, log: Log, error: Exception) -> None:
-    """Append the reason this rank fails to the log that all ranks share. With several ranks, then exit.
+    """Append the reason why this rank fails to the log of all ranks. If there are several, exit.
 
     The exit skips the proper shutdown, which would wait for the other ranks.
     """
@@ -1860,7 +1860,7 @@ DOCUMENTS = 16  # how many documents of a sequence are told apart; the 16th and 
 class LayerSpec:
     """The topology of one visit to a layer, as data."""
 
-    layer: int  # whose weights it uses
+    layer: int  # the layer whose weights it uses
     push: bool  # whether its output is kept for a skip connection
     skip: int  # row of skip_weights for the kept output that it takes back in; -1: none
     xsa: bool  # whether it uses exclusive self-attention
@@ -1924,7 +1924,7 @@ def cut_factors(rows: Tensor, h: Config) -> list[Factors]:
 
 
 def fresh_factors(h: Config) -> Tensor:
-    """Return factors (1, n) that change nothing: `up` is zero, `down` random, the same for everyone."""
+    """Return factors (1, n) that change nothing: `up` is zero, `down` is random but always the same."""
     D = h.model_dim
     matrices = h.num_visits * (2 * D + 2 * h.kv_dim) + D + h.vocab_size
     rows = torch.zeros(1, h.ttt_rank * matrices)
@@ -2272,7 +2272,7 @@ PARAM_TABLE = (
     # Also the output layer.
     ParamSpec("tok_emb", "V D", Init("normal", "EMBED"), "flat", "embed_lr", "embed"),
     ParamSpec("bigram_emb", "BV BD", Init("constant", 0), "flat", "embed_lr", "embed", "bigram_vocab_size"),
-    # Not zeros, as bigram_emb is: two zeros would never move.
+    # Not zeros like bigram_emb: if both were zero, neither would ever move.
     ParamSpec("bigram_proj", "D BD", Init("orthogonal"), "flat", "scalar_lr", "int8", "bigram_vocab_size"),
     ParamSpec("bigram_scale", "1", Init("constant", 0.05), "flat", "scalar_lr", "f32", "bigram_vocab_size"),
     ParamSpec("ve_emb", "V VD", Init("normal", 0.01), "flat", "embed_lr", "embed", "ve_last_n"),
@@ -2582,7 +2582,7 @@ def qk_kernel(
         cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
         if dy_ptr is None:
-            xp = load_head(x_ptr + h * x_h, n, T, x_b, x_t, partner, live)  # the same lines, from L1
+            xp = load_head(x_ptr + h * x_h, n, T, x_b, x_t, partner, live)  # the same lines, so L1 has them
             x = (x * cos + xp * sin) * rstd
         else:
             dy = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, d, live)
@@ -2896,7 +2896,7 @@ def bind(
         found = results_of(fast, inputs)
         exact = results_of(reference, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
-        error = torch.stack(errors).max().item()  # or nan
+        error = torch.stack(errors).max().item()  # may be nan
     except ModuleNotFoundError as e:
         return Bound(reference, "torch", f"missing:{e.name}")
     except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
@@ -3084,8 +3084,8 @@ def block_inverse_kernel(
 ):
     """Invert a diagonal block of the unit lower triangle of T by doubling, starting from 1 x 1 blocks.
 
-    [P 0; C Q]^-1 is [P^-1 0; -Q^-1 C P^-1 Q^-1]. T is a Gram matrix of unit rows, so no entry of an inverse
-    exceeds 1 and no doubling loses digits.
+    [P, 0; C, Q]^-1 is [P^-1, 0; -Q^-1 C P^-1, Q^-1]. T is a Gram matrix of unit rows, so no entry of an
+    inverse exceeds 1 and no doubling loses digits.
     """
     batch = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)
@@ -3860,7 +3860,7 @@ class Ema:
     @torch.no_grad()
     def update(self, progress: float) -> None:
         """Move towards the current weights by the progress since the last call. The first copies them."""
-        progress = max(progress, self.progress)  # a resumed run may hold back less time, so progress is less
+        progress = max(progress, self.progress)  # smaller if a resumed run holds back less time
         weight = 1.0
         if self.progress > 0:
             made = math.expm1((self.progress - progress) / self.h.ema_frac)
@@ -4345,9 +4345,9 @@ def decompress(blob: bytes) -> bytes:
 # Codec rans: asymmetric numeral systems (Duda, arXiv:1311.2540) for the codes of tensors, xz for the rest.
 #
 #   rans     := "GPT6rans" | u32 crc32 of the rest | u32 side_bytes | xz(side) | u16 words
-#   side     := MAGIC | u32 header_bytes | header | of every tensor in turn: with codes
+#   side     := MAGIC | u32 header_bytes | header | then for each tensor, if it has codes,
 #                 u8 class of each row | u8 class of each column of each matrix | u16 tables | scales
-#               or else its values; anything of several bytes as planes, its highest bytes first
+#               else its values; numbers of several bytes are stored as planes, highest bytes first
 #   tables   := per context half the frequencies of 0, then the frequencies of 1 and -1, of 2 and -2, ...
 #   words    := the states at the start of decoding, 3 words each, highest first; then what they take in
 #
@@ -4385,7 +4385,7 @@ class CodeModel(NamedTuple):
 
     @property
     def starts(self) -> np.ndarray:
-        """The sum of the frequencies of the codes before, of the same shape."""
+        """For each code, the sum of the frequencies of all codes before it, in the same shape."""
         return self.frequencies.cumsum(1) - self.frequencies
 
 
@@ -4411,7 +4411,7 @@ def tables_for(counts: np.ndarray) -> np.ndarray:
     whole = 1 << PRECISION - 1
     tables = np.diff(counts.cumsum(1) * whole // np.maximum(counts.sum(1), 1)[:, None], prepend=0)
     tables[(tables == 0) & (counts > 0)] = 1
-    largest = (np.arange(CONTEXTS), tables.argmax(1))  # 0 where there is no code
+    largest = (np.arange(CONTEXTS), tables.argmax(1))  # entry 0 in a context without codes
     tables[largest] += whole - tables.sum(1)
     return tables
 
@@ -5244,7 +5244,7 @@ class Run:
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens of the splits that have been scored
     plain_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has no loop
-    resumed: SavedState | None = None  # from where training goes on if resume= is set
+    resumed: SavedState | None = None  # where training continues if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
         """Call fn(*args), add its time to a phase, and return what it returns."""
