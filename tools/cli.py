@@ -274,6 +274,7 @@ class Resolved(NamedTuple):
     resume: str
     codec: str  # ends the artifact's name
     matrix_lr: float
+    target_loss: float  # of a race; 0: the run is none
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
 
 
@@ -448,7 +449,8 @@ def report(log: str, artifact: str, knobs: Sequence[str], nexts: Sequence[NextCo
     from ledger.show import standing, summary
 
     plot = draw_plot(log)
-    show_writing(artifact, knobs)
+    if os.path.exists(artifact):  # a race may make none
+        show_writing(artifact, knobs)
     print(f"plot: {plot}")
     run_log = runlog.parse_log(Path(log))
     for line in summary.summarize(run_log):
@@ -485,6 +487,12 @@ def next_commands(knobs: Sequence[str], resolved: Resolved, artifact: str, run_s
         replaced = (word.partition("=")[0] + "=", "run_id=", "resume=")
         return typed("train", *[given for given in knobs if not given.startswith(replaced)], word)
 
+    if resolved.target_loss:
+        judge = typed("record", "target", os.path.dirname(artifact), "--loss", f"{resolved.target_loss:g}")
+        return [
+            NextCommand("the next run of the race?", train_with(f"seed={resolved.seed + 1}")),
+            NextCommand("is the target reached?", judge),
+        ]
     scoring = [word for word in knobs if word.startswith(("preset=", "data_path=", "tokenizer_path="))]
     other_seed = next(number for number in TRY_SEEDS if number != resolved.seed)
     return [

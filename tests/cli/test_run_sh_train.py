@@ -177,6 +177,22 @@ def test_the_commands_to_try_next_can_be_typed_where_the_run_was_started(tree, t
     assert f"tools/audit.py {tree.root}/logs/s.int6.xz preset=cpu {found}" in tree.calls()[-1]
 
 
+def test_a_race_names_its_next_run_and_its_judge(tree, tmp_path):
+    """It makes no artifact, so there is nothing to audit and no text to show."""
+    done = tree.run("run_id=r", "data_path=d", "seed=3", "target_loss=3.28", "out_dir=races")
+    shown = done.stdout.partition("\nnext:\n")[2].splitlines()
+    next_run, judge = [shlex.split(line.partition("?")[2]) for line in shown]
+    given = ["./run.sh", "train", "preset=cpu", "data_path=d", "target_loss=3.28", "out_dir=races"]
+    assert next_run == [*given, "seed=4"]
+    assert judge == ["./run.sh", "record", "target", "races", "--loss", "3.28"]
+    assert "what it writes" not in done.stdout and done.returncode == 0
+
+    away = tmp_path / "away"
+    away.mkdir()
+    done = tree.run("run_id=s", "target_loss=3.28", cwd=away)
+    assert f"run.sh record target {tree.root}/logs --loss 3.28" in done.stdout
+
+
 def test_a_run_ends_with_what_the_model_writes(tree):
     done = tree.run("run_id=r", "data_path=d", "tokenizer_path=t.model")
     shown = ["-m use.sample logs/r.int6.xz held_out=3 tokens=40 data_path=d tokenizer_path=t.model"]
