@@ -5956,7 +5956,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
             f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB"
         )
 
-    code_bytes = len(packed_code(own_source()))
+    code_bytes = len(packed_code(own_source())) if h.size_cap else 0
     written = path
     if h.size_cap == 0:
         log("no artifact is made: size_cap=0")

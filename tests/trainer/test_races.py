@@ -2,11 +2,15 @@
 
 import math
 import re
+import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import train_gpt as t
 from helpers import as_arguments
+from ledger import record
 from train_cases import STEPS, TRAIN_LINE, VAL_LINE, finished_with, matches, starting, value
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -80,6 +84,57 @@ def test_the_console_says_how_far_the_target_is(target, side, capsys):
     out = capsys.readouterr().out
     assert f"{abs(target - loss):.4f} {side} the target of {target}" in out
     assert "artifact: " not in out
+
+
+# ---------------------------------------------------------------- ten runs, judged by the ledger
+
+
+def one_sided_p(losses, target):
+    """Return P(T <= t) of Student's test of the mean against the target, by integrating the density."""
+    n = len(losses)
+    t_value = (np.mean(losses) - target) / (np.std(losses, ddof=1) / math.sqrt(n))
+    x = np.linspace(-1, math.atan(t_value) / (math.pi / 2), 200_001)[1:-1] * (math.pi / 2)
+    density = (1 + np.tan(x) ** 2 / (n - 1)) ** (-n / 2) / np.cos(x) ** 2
+    scale = math.gamma(n / 2) / (math.sqrt((n - 1) * math.pi) * math.gamma((n - 1) / 2))
+    return scale * np.trapezoid(density, x)
+
+
+@pytest.fixture(scope="module")
+def ten_runs(tmp_path_factory):
+    """Run a race of ten runs and return the folder of their logs."""
+    folder = tmp_path_factory.mktemp("race")
+    for seed in range(1, 11):
+        knobs = {"target_loss": 5.5, "size_cap": 0, "iterations": 3, "warmup_steps": 1, "seed": seed}
+        run = finished_with(**knobs)
+        shutil.copy(run.folder / "run.txt", folder / f"seed{seed}.txt")
+    return folder
+
+
+def judge(folder, target, capsys):
+    """Return the status of `record target`, the losses in the logs, and what it prints."""
+    logs = [path.read_text() for path in folder.iterdir()]
+    losses = [float(re.search(r"^final_score \S+ val_loss:(\S+)", log, re.M)[1]) for log in logs]
+    capsys.readouterr()
+    status = record.main(["target", str(folder), "--loss", str(target), "--time"])
+    return SimpleNamespace(status=status, losses=losses, out=capsys.readouterr().out)
+
+
+def test_a_race_of_ten_runs_is_judged(ten_runs, capsys):
+    mean = np.mean(judge(ten_runs, 5.5, capsys).losses)
+    for target in (round(mean + 0.02, 4), round(mean - 0.02, 4)):
+        judged = judge(ten_runs, target, capsys)
+        assert judged.status == (0 if target > mean else 1)
+        p = one_sided_p(judged.losses, target)
+        assert f"t-test    p {p:.4f}: {'reached' if p < 0.01 else 'not shown'}" in judged.out
+        assert f"runs      10, 3 steps each\nval_loss  mean {mean:.5f}, std " in judged.out
+        assert re.search(r"^time      mean \d+\.\d{3}, std \d+\.\d{3} s on 1 x ", judged.out, re.M)
+
+
+def test_a_race_without_its_worst_run_is_refused(ten_runs, tmp_path, capsys):
+    folder = shutil.copytree(ten_runs, tmp_path / "chosen")
+    (folder / "seed7.txt").unlink()
+    assert record.main(["target", str(folder), "--loss", "5.5"]) == 2
+    assert "seed 7 is missing: the 9 runs of a race are seeds 1 to 9" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- settings
