@@ -668,17 +668,22 @@ def audit(request: Request) -> int:
 def use(tool: str, request: Request) -> int:
     """Run a tool of tools/use on an artifact, with the tokenizer of the data that is given or found."""
     enter_repository()
-    given = {key: knob_value(key, request.knobs) for key in ("data_path", "tokenizer_path")}
-    knobs = [f"{key}={value}" for key, value in given.items() if value]
-    if not knobs:
-        knobs = data_of(request.artifact)
+    keys = ("data_path", "tokenizer_path")
+    given = {key: knob_value(key, request.knobs) for key in keys}
+    data = [f"{key}={value}" for key, value in given.items() if value] or data_of(request.artifact)
+    others = [word for word in request.knobs if word.partition("=")[0] not in keys]
     add_tools_to_path()
-    return run(["-m", f"use.{tool}", request.artifact, *request.options, *knobs, *request.knobs])
+    return run(["-m", f"use.{tool}", request.artifact, *request.options, *data, *others])
 
 
 def sample(request: Request) -> int:
     """Show what an artifact writes."""
     return use("sample", request)
+
+
+def export(request: Request) -> int:
+    """Write a folder that transformers loads."""
+    return use("export", request)
 
 
 def config(request: Request) -> int:
@@ -817,6 +822,20 @@ COMMANDS = {
         files=("train_gpt.py", "tools/use/sample.py"),
         needs_artifact=True,
         keys=("prompt", "tokens", "temperature", "top_k", "seed", "held_out", "data_path", "tokenizer_path"),
+    ),
+    "export": Command(
+        export,
+        forms=(
+            Form(
+                "ARTIFACT --out DIR [data_path=DIR]",
+                "Write the model as a folder that transformers loads.",
+                "export logs/first.int6.xz --out first",
+            ),
+        ),
+        files=("train_gpt.py", "tools/use/export.py"),
+        needs_artifact=True,
+        options={"--out": Takes.FILE},
+        keys=("data_path", "tokenizer_path"),
     ),
     "config": Command(
         config,

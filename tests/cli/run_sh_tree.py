@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-COMMANDS = ["train", "eval", "audit", "sample", "config", "bench", "data", "record", "test"]
+COMMANDS = ["train", "eval", "audit", "sample", "export", "config", "bench", "data", "record", "test"]
 
 # Notes every call, then does as little as tools/cli.py needs to go on. Questions (-c) and tools/cli.py itself
 # go to a real interpreter, which takes this stand-in for its own executable.
@@ -133,7 +133,13 @@ class Tree:
         shutil.copytree(ROOT / "tools/ledger", self.root / "tools/ledger")
         (self.root / "tools/ledger/record.py").write_text(FAKE_RECORD)
         (self.root / "train_gpt.py").write_text(FAKE_TRAINER)
-        for name in ("data/prepare.py", "tools/audit.py", "tools/lab/bench.py", "tools/use/sample.py"):
+        for name in (
+            "data/prepare.py",
+            "tools/audit.py",
+            "tools/lab/bench.py",
+            "tools/use/sample.py",
+            "tools/use/export.py",
+        ):
             (self.root / name).touch()
 
         run_as = folder / "run_as.py"

@@ -23,7 +23,9 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`([\w./-]+\.(?:py|md|json|png|sh|toml|txt))`")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|^logs/")
-MADE = {"log.txt", "mine.py", "manifest.json", "result.json"}  # by commands, in no folder of the repository
+# By commands, in no folder of the repository.
+MADE = {"log.txt", "mine.py", "manifest.json", "result.json", "config.json"}
+MADE |= {"modeling_bankshot.py", "tokenization_bankshot.py"}
 
 
 @cache

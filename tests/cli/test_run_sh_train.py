@@ -211,6 +211,15 @@ def test_sample_takes_the_tokenizer_of_the_data(tree, tmp_path):
     assert tree.calls()[-1] == "-m use.sample x.int6.xz tokenizer_path=t.model"
 
 
+def test_export_writes_to_the_callers_folder(tree, tmp_path):
+    (tmp_path / "x.int6.xz").write_text("1024")
+    assert tree.run("export", "x.int6.xz", "--out", "o", "data_path=d", cwd=tmp_path).returncode == 0
+    assert tree.calls() == [f"-m use.export {tmp_path}/x.int6.xz --out {tmp_path}/o data_path={tmp_path}/d"]
+    refused = tree.run("export", "x.int6.xz", "--out", "o", "seed=1", cwd=tmp_path)
+    assert refused.returncode == 0  # the tool itself refuses a setting that it does not know
+    assert cli.main(["--check", "export", str(tmp_path / "x.int6.xz"), "--out", "o", "seed=1"]) == 2
+
+
 def test_environment_settings(tree):
     done = tree.run(PRESET="smoke", SEED="5", DATA_PATH="d", OUT_DIR="o")
     assert done.returncode == 0, done.stderr

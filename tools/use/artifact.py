@@ -20,7 +20,7 @@ MODULE = "trainer"  # its name in sys.modules
 NEEDS = (
     *("InputError", "Config", "make_config", "EXTRA_FIELDS", "parameter_table", "GPT", "init_machine"),
     *("open_artifact", "read_tensors", "codec_of", "read_manifest", "sentencepiece_counts"),
-    *("split_files", "load_shard", "sha256", "GPT.logits"),
+    *("split_files", "load_shard", "sha256", "GPT.logits", "MODEL_FIELDS", "tiktoken_counts"),
 )
 
 
