@@ -1364,7 +1364,8 @@ def tiktoken_counts(encoding: str) -> ByteCounts:
     import tiktoken
 
     problem = f"tokenizer {encoding!r}: tiktoken cannot load it"
-    with explained(problem, "check the name and the network", Exception):  # tiktoken raises many types
+    remedy = "check the name and the network, or set TIKTOKEN_CACHE_DIR to a filled cache"
+    with explained(problem, remedy, Exception):  # tiktoken raises many types
         enc = tiktoken.get_encoding(encoding)
 
     base = np.zeros(enc.n_vocab, np.int64)

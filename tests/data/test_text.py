@@ -2,6 +2,8 @@
 
 import fnmatch
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +244,43 @@ def test_tiktoken(tmp_path, files, monkeypatch):
     count = tokenizing.count_bytes([files.out / "toy_train_000000.bin"], tokenizer, 10)
     assert count.total == about["text_bytes"]
     assert prepare.main(["verify", str(files.out)]) == 0
+
+
+def has_gpt2_cache():
+    """Return whether TIKTOKEN_CACHE_DIR names a folder with the two files of GPT-2's vocabulary."""
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere"))
+    files = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    return all((folder / file).is_file() for file in files)
+
+
+@pytest.mark.skipif(not has_gpt2_cache(), reason="TIKTOKEN_CACHE_DIR has no vocabulary of GPT-2")
+def test_gpt2_tokens_train_a_padded_vocabulary(files):
+    write_docs(files.train, ["hello world", *make_documents(800, 3)])
+    assert prepare.main(replaced(files.args, tokenizer="gpt2")) == 0
+    manifest = shards.load_manifest(files.out)
+    assert manifest["tokenizer"]["vocab_size"] == 50_257 and manifest["bos_id"] == 50_256
+    assert read_split(files.out, "train")[:4].tolist() == [50_256, 31_373, 995, 50_256]
+
+    preset = train_gpt.PRESETS["optimizer_race"]
+    sizes = {key: preset[key] for key in ("vocab_size", "bos_id")}
+    dataset = train_gpt.load_dataset(tiny(data_path=files.out, **sizes), trains=True)
+    tokens = read_split(files.out, "val")
+    assert dataset.counts.of(tokens).sum() == manifest["splits"]["val"]["decoded_bytes"]
+
+
+def test_a_vocabulary_that_cannot_be_fetched_is_one_line(files, monkeypatch, capsys):
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def refuse(name):
+        raise ConnectionError("no route\nto the host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    assert prepare.main(replaced(files.args, tokenizer="gpt2")) == 1
+    line = one_line(capsys)
+    assert "--tokenizer gpt2: " in line and "no route" in line and "TIKTOKEN_CACHE_DIR" in line
+    assert not files.out.exists()
+    with pytest.raises(train_gpt.InputError, match="tokenizer 'gpt2': .* or set TIKTOKEN_CACHE_DIR"):
+        train_gpt.tiktoken_counts("gpt2")
 
 
 def test_patterns_do_not_overlap():
