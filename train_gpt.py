@@ -296,8 +296,10 @@ class Config:
     muon_momentum: float = 0.99
     muon_momentum_start: float = 0.92
     muon_momentum_warmup_frac: float = 0.2  # share of the run in which momentum rises to muon_momentum
+    momentum_spread: float = 1.0  # above 1: mean of two momenta, with horizons shorter and longer by this
     equalize_rows: bool = False  # scale rows to unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step shrinks as well
+    decay_follows_rate: bool = False  # weight decay is scaled like the rates, and so falls with them
     normuon_beta2: float = 0.95  # decay of the second moment in the normuon rules
     proj_init_std: float = 0.0  # for O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) with hyperball
     adam_beta1: float = 0.9
@@ -703,6 +705,12 @@ def rules_of_the_model(h: Config) -> Iterator[Rule]:
 def rules_of_training(h: Config) -> Iterator[Rule]:
     """Yield the rules of the optimizer and the schedules."""
     yield Rule(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
+    longest_step = (1 - min(h.muon_momentum, h.muon_momentum_start)) * h.momentum_spread
+    yield Rule(
+        h.momentum_spread >= 1 and longest_step <= 1,
+        f"momentum_spread={h.momentum_spread:g} must be at least 1 and at most the horizon of momentum, "
+        "1 / (1 - muon_momentum)",
+    )
     yield Rule(h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0")
     yield Rule(
         h.target_loss <= math.log(h.vocab_size),
@@ -3538,6 +3546,7 @@ class StepScalars(NamedTuple):
     momentum: Tensor | float
     matrix_lr: Tensor | float
     adam_lr_mul: Tensor | float
+    decay_mul: Tensor | float  # factor on every weight decay
     correction1: Tensor | float  # 1 - beta1^t
     correction2: Tensor | float  # 1 - beta2^t
 
@@ -3548,6 +3557,7 @@ class OwnedMatrices(NamedTuple):
     weights: Tensor  # (b, M, N)
     gradient: Tensor  # (b, M, N), in wire_dtype
     momentum: Tensor  # (b, M, N)
+    slow: Tensor | None  # (b, M, N), the slower momentum, if momentum_spread is above 1
     second: Tensor | None  # the step rule's state, in the shape that RULE_STATE gives
 
 
@@ -3562,24 +3572,42 @@ class FlatBuffers(NamedTuple):
     wd: Tensor
 
 
+def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
+    """Move the average towards g in place. Return where the next step would move it, if g came again."""
+    average.mul_(beta).add_(g * (1 - beta))
+    return g * (1 - beta) + average * beta
+
+
 def matrix_update(
-    W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config, second: Tensor | None = None
+    W: Tensor,
+    g: Tensor,
+    momentum: Tensor,
+    s: StepScalars,
+    h: Config,
+    second: Tensor | None = None,
+    slow: Tensor | None = None,
 ) -> None:
     """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    second: the rule's state. Rows may be equalized before the direction. Cautious decay (arXiv:2510.12402)
-    acts only where U and W agree in sign.
+    second: the rule's state. slow: a second momentum. The two have horizons 1 / (1 - beta) that are
+    momentum_spread times shorter and longer than that of s.momentum, and their mean counts. Rows may be
+    equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
     """
     g = g.float() * s.clip
-    momentum.mul_(s.momentum).add_(g * (1 - s.momentum))
-
-    U = g * (1 - s.momentum) + momentum * s.momentum
+    if slow is None:
+        U = nesterov(momentum, g, s.momentum)
+    else:
+        fast_ahead = nesterov(momentum, g, 1 - (1 - s.momentum) * h.momentum_spread)
+        slow_ahead = nesterov(slow, g, 1 - (1 - s.momentum) / h.momentum_spread)
+        U = (fast_ahead + slow_ahead) / 2
     if h.equalize_rows:
         U = equalize_rows(U)
     U = orthogonalize(U, h.ortho)
     if h.step_rule in RULE_STATE:
         U = normalize_neurons(U, second, h.normuon_beta2)
-    wd = h.muon_wd * (U * W >= 0) if h.cautious_wd else h.muon_wd
+    wd = s.decay_mul * h.muon_wd
+    if h.cautious_wd:
+        wd = wd * (U * W >= 0)
     STEP_RULES[h.step_rule](W, U, s.matrix_lr, wd)
 
 
@@ -3590,7 +3618,7 @@ def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
     v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
     step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
-    p.sub_(s.adam_lr_mul * lr * (wd * p + step))
+    p.sub_(s.adam_lr_mul * lr * (s.decay_mul * wd * p + step))
 
 
 class Optimizer:
@@ -3613,6 +3641,7 @@ class Optimizer:
         self.owned: dict[str, list[OwnedMatrices]] = {}
         # Keyed by parameter name.
         self.momentum: dict[str, Tensor] = {}
+        self.slow: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
         self.rows: dict[str, slice] = {}  # which of its matrices this rank owns
 
@@ -3674,9 +3703,13 @@ class Optimizer:
         W = self.bank[buffer].flatten(0, 1)[low:high].view(-1, *p.shape[1:])
         g = self.wire[buffer].flatten(0, 1)[low:high].view(-1, *p.shape[1:])
         self.momentum[name] = torch.zeros_like(W)
+        if self.h.momentum_spread > 1:
+            self.slow[name] = torch.zeros_like(W)
         if self.h.step_rule in RULE_STATE:
             self.second[name] = W.new_zeros(RULE_STATE[self.h.step_rule](*W.shape))
-        self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
+        self.owned[buffer].append(
+            OwnedMatrices(W, g, self.momentum[name], self.slow.get(name), self.second.get(name))
+        )
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
         """Make the flat buffers for all small parameters, which every rank holds whole and updates alike."""
@@ -3723,6 +3756,7 @@ class Optimizer:
             momentum=hp.momentum,
             matrix_lr=self.h.matrix_lr * hp.lr_mul,
             adam_lr_mul=hp.lr_mul,
+            decay_mul=hp.lr_mul if self.h.decay_follows_rate else 1.0,
             correction1=1 - self.h.adam_beta1**self.steps,
             correction2=1 - self.h.adam_beta2**self.steps,
         )
@@ -3772,7 +3806,13 @@ class Optimizer:
                 with lane():
                     for own in self.owned[buffer]:
                         self.matrix_update(
-                            own.weights, own.gradient, own.momentum, scalars, self.h, second=own.second
+                            own.weights,
+                            own.gradient,
+                            own.momentum,
+                            scalars,
+                            self.h,
+                            second=own.second,
+                            slow=own.slow,
                         )
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]
@@ -3792,8 +3832,13 @@ class Optimizer:
 
     def state(self) -> list[Tensor]:
         """Return every tensor that a step changes, parameters included."""
-        matrices = [*self.bank.values(), *self.momentum.values(), *self.second.values()]
-        return [*matrices, self.flat, self.flat_m, self.flat_v]
+        matrices = [self.bank, self.momentum, self.slow, self.second]
+        return [
+            *chain.from_iterable(tensors.values() for tensors in matrices),
+            self.flat,
+            self.flat_m,
+            self.flat_v,
+        ]
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
         """Copy the number of steps and the state."""
@@ -5084,6 +5129,7 @@ class Checkpoints:
             self.whole[f"average.{name}"] = average
         self.shares = {name: self.share(x) for name, x in self.whole.items()}
         self.shares |= {f"momentum.{name}": x for name, x in optimizer.momentum.items()}
+        self.shares |= {f"slow.{name}": x for name, x in optimizer.slow.items()}
         self.shares |= {f"second.{name}": x for name, x in optimizer.second.items()}
 
         self.made_by = origin(run.h, run.dataset)

@@ -50,6 +50,7 @@ VALUES_BY_NAME = {
     "preset": ("cpu", "cpu"),
     "fit_cap": ("false", False),
     "cautious_wd": ("true", True),
+    "decay_follows_rate": ("1", True),
     "equalize_rows": ("1", True),
     "skip_gates": ("1", True),
     "doc_mask": ("true", True),

@@ -170,12 +170,11 @@ def test_step_rule_is_its_formula(rule, shape):
 # ---------------------------------------------------------------- updates over several steps
 
 
-def scalars(
-    clip=1.0, momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan, correction1=1.0, correction2=1.0
-):
+def scalars(**given):
     """Return the scalars of a step. A rate that is not given is nan: an update that read it would show it."""
-    values = (clip, momentum, matrix_lr, adam_lr_mul, correction1, correction2)
-    return t.StepScalars(*map(torch.tensor, values))
+    values = dict(clip=1.0, momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan)
+    values |= dict(decay_mul=1.0, correction1=1.0, correction2=1.0)
+    return t.StepScalars(**{name: torch.tensor(value) for name, value in (values | given).items()})
 
 
 def polar_quintic(G):
@@ -197,7 +196,7 @@ def test_matrix_update_over_several_steps(shape):
         lr = 0.02 * (1 - 0.1 * step)
         clip = [1.0, 0.3][step % 2]
         before = g.clone()
-        t.matrix_update(W, g, momentum, scalars(clip, mu, lr), h)
+        t.matrix_update(W, g, momentum, scalars(clip=clip, momentum=mu, matrix_lr=lr), h)
         assert torch.equal(g, before)
 
         clipped = clip * before.double().numpy()
@@ -235,7 +234,7 @@ def test_adam_update_is_adamw():
         clip = [1.0, 0.2][step % 2]
         lr_mul = 1.0 - 0.1 * step
         corrections = dict(correction1=1 - 0.8**step, correction2=1 - 0.9**step)
-        s = scalars(clip, math.nan, adam_lr_mul=lr_mul, **corrections)
+        s = scalars(clip=clip, momentum=math.nan, adam_lr_mul=lr_mul, **corrections)
         t.adam_update(buffers._replace(g=g), s, h)
 
         for x, part, group, lr in zip(reference, g.split(sizes), adamw.param_groups, lrs):

@@ -24,7 +24,8 @@ SETS = 4  # of inputs, timed in turn; more where they fit into the L2 cache
 RANKS = 8  # the largest share of one of them is "an eighth"
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(
-    clip=1.0, momentum=0.95, matrix_lr=0.025, adam_lr_mul=1.0, correction1=0.1, correction2=0.05
+    clip=1.0, momentum=0.95, matrix_lr=0.025, adam_lr_mul=1.0, decay_mul=1.0, correction1=0.1,
+    correction2=0.05,
 )  # fmt: skip
 
 
