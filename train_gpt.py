@@ -1225,7 +1225,7 @@ def tell_torchrun(reason: str) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch, Python, C++ or the system said that memory does not suffice."""
+    """Return whether an error says that memory ran out: PyTorch's, Python's, C++'s or the system's."""
     said = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "start new thread")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
@@ -5403,7 +5403,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
 
 
 def fits(run: Run, trial: Callable[[], None]) -> bool:
-    """Whether trial() runs within the memory of every rank. Collective."""
+    """Return whether trial() runs within the memory of every rank. Collective."""
     short = False
     try:
         trial()
@@ -5412,7 +5412,7 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
             raise
         short = True
     if run.m.pin:
-        torch.cuda.empty_cache()  # blocks of sizes that will not come again; a graph takes memory of its own
+        torch.cuda.empty_cache()  # the cached blocks may never fit again, and a graph takes its own memory
     return not run.m.largest(short)
 
 
