@@ -184,6 +184,8 @@ def test_sigterm_to_the_command_ends_sweep_and_worker(tmp_path):
         (dict(rate_key="ortho"), r"rate_key 'ortho'"),
         (dict(seeds=[1, 1]), r"seeds must be"),
         (dict(base=base(fit_cap="1")), r"base sets fit_cap"),
+        (dict(base=base(target_loss="3")), r"plan: base sets target_loss, and a sweep ranks artifacts"),
+        (dict(rows={"a": {"target_loss": 3}}), r"row a: target_loss is the same in every row"),
         (dict(base=base(iterations="x")), r"plan: base: config key iterations"),
         (dict(colour="red"), r"unknown key 'colour'"),
     ],

@@ -182,7 +182,11 @@ def make_base(trainer: ModuleType, given: Mapping, where: str, sliding: bool) ->
     if not sliding:
         length = resolve(trainer, f"{where}: base", {**base, "eval_stride": "1"}).eval_seq_len
         base["eval_stride"] = str(length)
-    resolve(trainer, f"{where}: base", base)
+    if getattr(resolve(trainer, f"{where}: base", base), "target_loss", 0):
+        raise BadInput(
+            f"{where}: base sets target_loss, and a sweep ranks artifacts; train each run of a race by "
+            "itself, then ./run.sh record target"
+        )
     return base
 
 

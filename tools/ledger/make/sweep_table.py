@@ -28,6 +28,7 @@ FIXED = (
     "bos_id",
     "max_wallclock_seconds",
     "iterations",
+    "target_loss",
     "warmup_steps",
     "val_loss_every",
     "train_log_every",
