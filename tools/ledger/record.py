@@ -8,6 +8,7 @@
     ./run.sh record compare A B                               t-tests between two sets of seeds
     ./run.sh record target TARGET... --loss L [--time]        hold the runs of a race against a target loss
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
+    ./run.sh record track LOG... --to TRACKER --dir DIR       send logs to TensorBoard, Trackio or wandb
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
 Without run.sh: PYTHONPATH=tools python -m ledger.record VERB.
@@ -50,6 +51,7 @@ from ledger.show import diff
 from ledger.show.board import read_submission, rewrite_board
 from ledger.show.compare import print_comparison, read_samples
 from ledger.show.reproduce import reproduce
+from ledger.show.track import TRACKERS, track
 from ledger.status import finish
 from ledger.tracks import TRACKS, target_of
 from script import ROOT, BadInput
@@ -285,6 +287,11 @@ def reproduce_record(args: argparse.Namespace) -> int:
     return reproduce(folder, args.root, seed=args.seed, data=args.data, dry_run=args.dry_run)
 
 
+def track_logs(args: argparse.Namespace) -> int:
+    """Send logs to a tracker."""
+    return track([Path(log) for log in args.logs], args.to, Path(args.dir), args.follow)
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 
@@ -348,6 +355,12 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--dry-run", action="store_true", help="only compare the machine and print the command"
     )
+
+    added = verb("track", track_logs, "send the figures of logs to a tracker")
+    added.add_argument("logs", nargs="+", metavar="LOG")
+    added.add_argument("--to", required=True, choices=list(TRACKERS))
+    added.add_argument("--dir", required=True, metavar="DIR", help="where the tracker keeps them")
+    added.add_argument("--follow", action="store_true", help="until each run is over")
     return top
 
 
