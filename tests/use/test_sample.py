@@ -123,6 +123,16 @@ def test_tiktoken_text_arrives_in_whole_characters(monkeypatch):
     assert tokenizer.decode([256]) == "the" and len(tokenizer.pieces) == 258
 
 
+def test_a_padded_vocabulary_has_tokens_without_text(tmp_path, capsys):
+    """An artifact may have rows up to a multiple of 128 that no token of its tokenizer uses."""
+    data = english_dataset()
+    padded = -(-data.vocab_size // 128) * 128
+    words = [f"data_path={data.path}", "prompt=the river", "tokens=8"]
+    assert text_of(capsys, write_artifact(tmp_path, vocab_size=padded), *words).startswith("the river")
+    wider = write_artifact(tmp_path, vocab_size=padded + 128)
+    assert f"the artifact's is {padded + 128}" in refusal(sample.main, capsys, wider, *words)
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 

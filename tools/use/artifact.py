@@ -51,7 +51,7 @@ def read_artifact(t: ModuleType, path: str) -> Stored:
         knobs = {"eval_batch_tokens": fixed["eval_seq_len"], "codec": t.codec_of(blob)}
         h = t.make_config(knobs, fixed)
         stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        wanted = {name: shape for name, (shape, _) in t.parameter_table(h).items()}
+        wanted = {name: parameter.shape for name, parameter in t.parameter_table(h).items()}
         if different := stored.items() ^ wanted.items():
             name, _ = min(different)
             raise ValueError(f"artifact: {name[:40]!r} does not fit; use the script that wrote it")

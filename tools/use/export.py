@@ -64,7 +64,8 @@ def read_arguments(argv: list[str]) -> Arguments:
 def model_config(t: ModuleType, stored: Stored) -> dict[str, Any]:
     """Return config.json: the knobs that the blocks read, the shapes, and what transformers asks for."""
     h = stored.h
-    knobs = {key: getattr(h, key) for key in (*t.MODEL_FIELDS, *t.EXTRA_FIELDS)}
+    fields = [key for key in (*t.MODEL_FIELDS, *t.EXTRA_FIELDS) if not key.startswith("ttt_")]
+    knobs = {key: getattr(h, key) for key in fields}
     derived = {key: getattr(h, key) for key in ("num_visits", "two_stream_layers")}
     return {
         **knobs,

@@ -118,6 +118,10 @@ def find_tokenizer(t: ModuleType, h: Any, data_path: str, tokenizer_path: str, w
             "give tokenizer_path=FILE"
         )
     tokenizer = sentencepiece_tokenizer(t, file) if file else tiktoken_tokenizer(t, encoding)
+    size = len(tokenizer.pieces)
+    padding = h.vocab_size - size  # rows up to a multiple of 128, which no token uses
+    if padding == -size % 128:
+        tokenizer.pieces.extend([b""] * padding)
     if len(tokenizer.pieces) != h.vocab_size:
         raise BadInput(
             f"{tokenizer.name}: a vocabulary of {len(tokenizer.pieces)}, the artifact's is {h.vocab_size}; "
