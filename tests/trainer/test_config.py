@@ -357,7 +357,7 @@ def test_every_number_has_bounds(name):
 def test_every_fraction_has_a_bound():
     """A knob with a beta, a momentum or a fraction in its name is bounded, or is known to have no bound."""
     names = [key for key in FIELDS if re.search("beta|momentum|_frac$", key)]
-    assert set(names) - {"ema_frac"} <= {*t.BELOW_ONE, *t.UP_TO_ONE}
+    assert set(names) - {"ema_frac", "momentum_spread"} <= {*t.BELOW_ONE, *t.UP_TO_ONE}
     for key in t.UP_TO_ONE:
         t.load_config([f"{key}=1"], {})
     for key in t.BELOW_ONE:
