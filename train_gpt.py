@@ -404,7 +404,7 @@ SP8192 = dict(
     warmdown_frac=0.667,
     ema_frac=0.067,
 )
-# records/track_h100x1_5min/2026-11-27_Sp8192NoLoop: the loop costs more steps than it gains.
+# In 300 s the steps that the loop costs are worth more than the loop (2026-11-27_Sp8192NoLoop, a non-record).
 SHORT_SP8192 = dict(
     loop_layers="",
     loop_times=0,
@@ -711,7 +711,7 @@ def rules_of_training(h: Config) -> Iterator[Rule]:
         f"momentum_spread={h.momentum_spread:g} must be at least 1 and at most the horizon of momentum, "
         "1 / (1 - muon_momentum)",
     )
-    yield Rule(h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: without it, no gradient is 0 / 0")
+    yield Rule(h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0")
     yield Rule(
         h.target_loss <= math.log(h.vocab_size),
         f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which takes no training",
@@ -1106,7 +1106,7 @@ class Log:
         self.path = path
         self.file = None
         self.live = False
-        self.goes_on = False
+        self.goes_on = False  # whether the file holds an earlier part of this run
         self.told = 0.0  # perf_counter() at the last line of `progress`
         self.may_move = False  # set once there are trained weights, which must survive a full disk
 
@@ -1704,8 +1704,9 @@ class TokenLoader:
     that began in another shard. It counts as a document of its own. The stream gives it the BOS that the file
     lacks, which separates it from the random document before it, with doc_mask and without.
 
-    Micro-batch n of rank r holds the stream's sequences [(n * world + r) * B, ...), so that a global batch is
-    the same for every world size. A thread builds the next batch while the device works on this one.
+    In this shuffled order, micro-batch n of rank r holds the sequences [(n * world + r) * B, ...), so that a
+    global batch is the same for every world size. A thread builds the next batch while the device works on
+    this one.
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
@@ -1809,9 +1810,9 @@ class TokenLoader:
         order = self.sequence_order(draw)
         first = (index_in_draw * self.m.world_size + self.m.rank) * B
         sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
-        for sequence, number in zip(sequences.numpy(), order[first : first + B].tolist()):
-            start = (draw * len(order) + number) * T
-            sequence[:] = self.read(start, T + 1)
+        for row, number_in_draw in zip(sequences.numpy(), order[first : first + B].tolist()):
+            start = (draw * len(order) + number_in_draw) * T
+            row[:] = self.read(start, T + 1)
         return sequences
 
     def seek(self, index: int, count: int = 0) -> None:
@@ -1862,7 +1863,7 @@ class TokenLoader:
 RMS_EPS = 1e-6  # explicit, because PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # a larger scale lets the gates, which start at 0.5, learn faster
 LEAST_COPIED = 1e-37  # a probability whose logarithm float32 can hold
-DOCUMENTS = 16  # how many documents of a sequence are told apart; the 16th and later ones count as one
+MAX_DOCUMENTS = 16  # how many documents of a sequence are told apart; the 16th and later ones count as one
 
 
 @dataclass(frozen=True)
@@ -1972,8 +1973,8 @@ def document_starts(tokens: Tensor, bos_id: int) -> Tensor:
 
 
 def documents(tokens: Tensor, bos_id: int) -> Tensor:
-    """Number each token's document from 0 to DOCUMENTS - 1, (B, T) int. No later token changes the number."""
-    return (document_starts(tokens, bos_id).cumsum(1) - 1).clamp_max(DOCUMENTS - 1)
+    """Number each token's document from 0 to MAX_DOCUMENTS - 1, (B, T) int. No later token changes it."""
+    return (document_starts(tokens, bos_id).cumsum(1) - 1).clamp_max(MAX_DOCUMENTS - 1)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -2046,7 +2047,9 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | N
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend within a window that divides T, in blocks, with twice the scores needed, not T / window times.
+    """Attend within a window that divides T, in blocks: this computes about twice the scores needed.
+
+    A full mask would compute T / window times as many.
 
     Queries of block i see keys of blocks i - 1 and i only. With T = 5 windows:
 
@@ -2581,29 +2584,31 @@ def qk_kernel(
     gets one partial sum per program and head. Without gain: out = x. Tokens of `out` are out_t apart.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.program_id(1)
+    head = tl.program_id(1)
     d = tl.arange(0, DH)
     live = n < N
 
-    x = load_head(x_ptr + h * x_h, n, T, x_b, x_t, d, live)
+    x = load_head(x_ptr + head * x_h, n, T, x_b, x_t, d, live)
 
     if gain_ptr is not None:
         cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
         if dy_ptr is None:
-            xp = load_head(x_ptr + h * x_h, n, T, x_b, x_t, partner, live)  # the same lines, so L1 has them
+            xp = load_head(
+                x_ptr + head * x_h, n, T, x_b, x_t, partner, live
+            )  # the same lines, so L1 has them
             x = (x * cos + xp * sin) * rstd
         else:
-            dy = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, d, live)
-            dyp = load_head(dy_ptr + h * dy_h, n, T, dy_b, dy_t, partner, live)
+            dy = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, d, live)
+            dyp = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, partner, live)
             z = x * rstd
             back = dy * cos - dyp * sin  # the transpose of a rotation is its inverse
             dot = tl.sum(z * back, 1)  # = sum(dy * R z)
             x = rstd * (back - z * (dot / DH)[:, None])
-            tl.store(dgain_ptr + tl.program_id(0) * H + h, tl.sum(dot, 0))
-        x *= tl.load(gain_ptr + h)
+            tl.store(dgain_ptr + tl.program_id(0) * H + head, tl.sum(dot, 0))
+        x *= tl.load(gain_ptr + head)
 
-    out = out_ptr + n.to(tl.int64)[:, None] * out_t + (h * DH + d)[None, :]
+    out = out_ptr + n.to(tl.int64)[:, None] * out_t + (head * DH + d)[None, :]
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
@@ -2681,16 +2686,17 @@ class FusedHeads(torch.autograd.Function):
 
 @triton.jit
 def mlp_kernel(
-    a_desc, w_desc, h_desc, out_desc, K,
+    a_desc, w_desc, hidden_desc, out_desc, K,
     BACKWARD: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    h8_desc=None, u_ptr=None, step_ptr=None,
+    hidden8_desc=None, u_ptr=None, step_ptr=None,
 ):  # fmt: skip
-    """Compute a product u and h = LeakyReLU(u)^2, or the gradient of u.
+    """Compute a product u and hidden = LeakyReLU(u)^2, or the gradient of u.
 
-    Forward: out = h with u = a w', w (N, K). Backward: out = (a w) dh/du, w (K, N). The last bit of h is set
-    if u < 0, so that h alone gives dh/du = 2 sqrt(h) or -sqrt(h), and u is never stored. SHIFT: how many bits
-    h is shorter than float32. With h8_desc, a and w are e4m3, u is their product times the number at u_ptr,
-    and h divided by the number at step_ptr is also stored, in e4m3.
+    Forward: out = hidden with u = a w', w (N, K). Backward: out = (a w) times the derivative of hidden by
+    u, w (K, N). The last bit of hidden is set if u < 0, so that hidden alone gives its derivative: 2
+    sqrt(hidden), or -sqrt(hidden). So u is never stored. SHIFT: how many bits hidden is shorter than
+    float32. With hidden8_desc, a and w are e4m3, u is their product times the number at u_ptr, and hidden
+    divided by the number at step_ptr is also stored, in e4m3.
     """
     m = tl.program_id(1) * BM
     n = tl.program_id(0) * BN
@@ -2703,35 +2709,40 @@ def mlp_kernel(
             acc = tl.dot(a_desc.load([m, k]), w_desc.load([n, k]).T, acc)
 
     if BACKWARD:
-        h = h_desc.load([m, n]).to(tl.float32)
-        root = tl.sqrt(h)
-        acc *= tl.where((h.to(tl.int32, bitcast=True) >> SHIFT) & 1 == 1, -root, 2 * root)
+        hidden = hidden_desc.load([m, n]).to(tl.float32)
+        root = tl.sqrt(hidden)
+        acc *= tl.where((hidden.to(tl.int32, bitcast=True) >> SHIFT) & 1 == 1, -root, 2 * root)
     else:
-        if h8_desc is not None:
+        if hidden8_desc is not None:
             acc *= tl.load(u_ptr)
         leaky = tl.where(acc > 0, acc, 0.5 * acc)
         negative = (acc < 0).to(tl.int32) << SHIFT
         bits = (leaky * leaky).to(tl.int32, bitcast=True) - negative + (1 << SHIFT)  # rounds to nearest
         acc = ((bits & -(2 << SHIFT)) + negative).to(tl.float32, bitcast=True)
-        if h8_desc is not None:
-            h8_desc.store([m, n], tl.minimum(acc * (1.0 / tl.load(step_ptr)), 448.0).to(h8_desc.dtype))
+        if hidden8_desc is not None:
+            hidden8_desc.store(
+                [m, n], tl.minimum(acc * (1.0 / tl.load(step_ptr)), 448.0).to(hidden8_desc.dtype)
+            )
 
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@operator("mlp", "(Tensor a, Tensor w, Tensor? h) -> Tensor")
-def mlp_op(a, w, h):
-    """Launch mlp_kernel. a (M, K), w (N, K) -> h (M, N); given h: a (M, K), w (K, N) -> du (M, N)."""
+@operator("mlp", "(Tensor a, Tensor w, Tensor? hidden) -> Tensor")
+def mlp_op(a, w, hidden):
+    """Launch mlp_kernel.
+
+    a (M, K), w (N, K) -> hidden (M, N). Given hidden: a (M, K), w (K, N) -> du (M, N).
+    """
     bm = bn = 128
     bk = 64
     block = TensorDescriptor.from_tensor
-    backward = h is not None
+    backward = hidden is not None
 
     out = a.new_empty(a.size(0), w.size(1 if backward else 0))
     mlp_kernel[(-(-out.size(1) // bn), -(-out.size(0) // bm))](
         a_desc=block(a, [bm, bk]),
         w_desc=block(w, [bk, bn] if backward else [bn, bk]),
-        h_desc=block(h if backward else out, [bm, bn]),
+        hidden_desc=block(hidden if backward else out, [bm, bn]),
         out_desc=block(out, [bm, bn]),
         K=a.size(1),
         BACKWARD=backward, SHIFT=32 - 8 * a.element_size(), BM=bm, BN=bn, BK=bk,
@@ -2741,8 +2752,8 @@ def mlp_op(a, w, h):
 
 
 @mlp_op.register_fake
-def _(a, w, h):
-    return a.new_empty(a.size(0), w.size(0 if h is None else 1))
+def _(a, w, hidden):
+    return a.new_empty(a.size(0), w.size(0 if hidden is None else 1))
 
 
 class FusedMLP(torch.autograd.Function):
@@ -2750,16 +2761,16 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down):
-        h = mlp_op(x.flatten(0, -2), up, None)
-        ctx.save_for_backward(x, up, down, h)
-        return F.linear(h, down).view_as(x)
+        hidden = mlp_op(x.flatten(0, -2), up, None)
+        ctx.save_for_backward(x, up, down, hidden)
+        return F.linear(hidden, down).view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
-        x, up, down, h = ctx.saved_tensors
+        x, up, down, hidden = ctx.saved_tensors
         dy = dy.flatten(0, -2).contiguous()
-        du = mlp_op(dy, down, h)
-        return (du @ up).view_as(x), du.T @ x.flatten(0, -2), dy.T @ h
+        du = mlp_op(dy, down, hidden)
+        return (du @ up).view_as(x), du.T @ x.flatten(0, -2), dy.T @ hidden
 
 
 E4M3_MAX = 448
@@ -2774,27 +2785,29 @@ def to_fp8(x: Tensor, step: float | None = None) -> tuple[Tensor, Tensor | float
 
 @operator("mlp8", "(Tensor x, Tensor up, Tensor down, Tensor[] steps, ScalarType dtype) -> (Tensor, Tensor)")
 def mlp8_op(x, up, down, steps, dtype):
-    """Compute mlp of e4m3 x (M, D), up (F, D) and down (D, F) -> h (M, F) like mlp_op's, output (M, D).
+    """Compute mlp of e4m3 x (M, D), up (F, D) and down (D, F) -> hidden (M, F) like mlp_op's, output (M, D).
 
-    steps: [x's step * up's, h's, down's], three separate tensors, because cuBLASLt needs aligned addresses.
+    steps: [x's step * up's, hidden's, down's], three separate tensors: cuBLASLt needs aligned addresses.
     """
     bm = bn = bk = 128
     block = TensorDescriptor.from_tensor
-    u_step, h_step, down_step = steps
+    u_step, hidden_step, down_step = steps
 
-    h = x.new_empty(len(x), len(up), dtype=dtype)
-    h8 = x.new_empty(len(x), len(up), dtype=x.dtype)
+    hidden = x.new_empty(len(x), len(up), dtype=dtype)
+    hidden8 = x.new_empty(len(x), len(up), dtype=x.dtype)
     mlp_kernel[(-(-len(up) // bn), -(-len(x) // bm))](
         a_desc=block(x, [bm, bk]),
         w_desc=block(up, [bn, bk]),
-        h_desc=block(h, [bm, bn]),
-        out_desc=block(h, [bm, bn]),
+        hidden_desc=block(hidden, [bm, bn]),
+        out_desc=block(hidden, [bm, bn]),
         K=x.size(1),
-        BACKWARD=False, SHIFT=32 - 8 * h.element_size(), BM=bm, BN=bn, BK=bk,
-        h8_desc=block(h8, [bm, bn]), u_ptr=u_step, step_ptr=h_step,
+        BACKWARD=False, SHIFT=32 - 8 * hidden.element_size(), BM=bm, BN=bn, BK=bk,
+        hidden8_desc=block(hidden8, [bm, bn]), u_ptr=u_step, step_ptr=hidden_step,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    return h, torch._scaled_mm(h8, down.t(), h_step, down_step, out_dtype=dtype, use_fast_accum=True)
+    return hidden, torch._scaled_mm(
+        hidden8, down.t(), hidden_step, down_step, out_dtype=dtype, use_fast_accum=True
+    )
 
 
 @mlp8_op.register_fake
@@ -2805,8 +2818,9 @@ def _(x, up, down, steps, dtype):
 class FusedMLP8(FusedMLP):
     """FusedMLP whose forward products take e4m3 copies, with one quantization step per tensor.
 
-    x is normalized, so |x| <= sqrt(D), which a step of 1/8 can hold up to D = 3136. The step of h is 4 times
-    the mean of u^2 for an isotropic x, ||up||^2 / F, so h saturates only where u exceeds 42 times its RMS.
+    x is normalized, so |x| <= sqrt(D), which a step of 1/8 can hold up to D = 3136. The step of hidden is 4
+    times the mean of u^2 for an isotropic x, ||up||^2 / F, so hidden saturates only where u exceeds 42 times
+    its RMS.
     """
 
     @staticmethod
@@ -2814,9 +2828,9 @@ class FusedMLP8(FusedMLP):
         up8, up_step = to_fp8(up)
         down8, down_step = to_fp8(down)
         x8, x_step = to_fp8(x.flatten(0, -2), 1 / 8)
-        h_step = 4 / len(up) * up.float().square().sum().clamp(min=1e-12)
-        h, y = mlp8_op(x8, up8, down8, [x_step * up_step, h_step, down_step], x.dtype)
-        ctx.save_for_backward(x, up, down, h)
+        hidden_step = 4 / len(up) * up.float().square().sum().clamp(min=1e-12)
+        hidden, y = mlp8_op(x8, up8, down8, [x_step * up_step, hidden_step, down_step], x.dtype)
+        ctx.save_for_backward(x, up, down, hidden)
         return y.view_as(x)
 
 
@@ -2866,14 +2880,14 @@ class Flash4(torch.autograd.Function):
 def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
     """Compute attend_sdpa with FlashAttention-4, which skips the keys that no query sees.
 
-    With docs, every batch counts as B * DOCUMENTS documents, so that shapes never change. The documents that
-    a sequence lacks are empty ones at its end.
+    With docs, every batch counts as B * MAX_DOCUMENTS documents, so that shapes never change. The documents
+    that a sequence lacks are empty ones at its end.
     """
     B, T = q.shape[:2]
     bounds = None
     flat = (q, k, v)
     if docs is not None:
-        first = (docs[..., None] < torch.arange(DOCUMENTS, device=q.device)).sum(1)  # (B, DOCUMENTS)
+        first = (docs[..., None] < torch.arange(MAX_DOCUMENTS, device=q.device)).sum(1)  # (B, MAX_DOCUMENTS)
         first = first + T * torch.arange(B, device=q.device)[:, None]
         bounds = F.pad(first.flatten(), (0, 1), value=B * T).int()
         flat = [x.flatten(0, 1) for x in flat]
@@ -3655,7 +3669,7 @@ class Optimizer:
         self.scalars = torch.ones(len(StepScalars._fields), device=m.device)  # a StepScalars, as one tensor
         self.norm = torch.zeros((), dtype=torch.float64, device=m.device)  # this step's gradient norm
         saved = self.snapshot()
-        self.update, self.failure = m.captured(self.schedule)
+        self.update, self.graph_failure = m.captured(self.schedule)
         self.restore(saved)  # captured ran the update
 
     def make_bank(self, buffer: str, members: dict[str, nn.Parameter]) -> None:
@@ -3766,7 +3780,9 @@ class Optimizer:
 
     @torch.no_grad()
     def schedule(self) -> None:
-        """Launch every collective of a step and the updates between them. Then all ranks hold all weights.
+        """Launch every collective of a step and the updates between them.
+
+        Then all ranks hold all weights, and all gradients are zero.
 
         Gradients are reduced in the order of PARAM_TABLE, the biggest bank first. Banks are updated and
         gathered in the opposite order, the cheapest update first.
@@ -4041,6 +4057,11 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
     return chosen
 
 
+def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
+    """Round W / scale to the nearest whole number in [-limit, limit]."""
+    return (W / scale).round().clamp(-limit, limit)
+
+
 def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     """Round W (..., M, N) to codes (..., M, N), float32, that change Wx little for the inputs x.
 
@@ -4057,15 +4078,10 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     codes = torch.empty_like(W)
     for j in range(W.size(-1)):
         column = slice(j, j + 1)
-        codes[..., column] = (W[..., column] / scale).round().clamp(-limit, limit)
+        codes[..., column] = nearest_codes(W[..., column], scale, limit)
         error = (W[..., column] - codes[..., column] * scale) / U[..., column, column]
         W[..., j:] -= error * U[..., column, j:]
     return codes
-
-
-def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
-    """Round W / scale to the nearest whole number in [-limit, limit]."""
-    return (W / scale).round().clamp(-limit, limit)
 
 
 def quantize(
@@ -4102,6 +4118,11 @@ def largest_value(encoding: str) -> float:
     return limit * float(np.finfo(np.float16).max) if limit else float(np.finfo(dtype).max)
 
 
+def header_fields(learns: bool, extra: list[str]) -> list[str]:
+    """Return the knobs in the header of an artifact. learns: whether test-time training scores it."""
+    return [*MODEL_FIELDS, *(TTT_FIELDS if learns else ()), *extra]
+
+
 def raw_artifact(
     tensors: Mapping[str, Tensor], h: Config, grams: Mapping[str, Tensor] | None = None
 ) -> bytes:
@@ -4136,9 +4157,8 @@ def raw_artifact(
             payload.append(array.tobytes())
             offset += array.nbytes
 
-    known = MODEL_FIELDS + TTT_FIELDS if h.ttt_lr > 0 else MODEL_FIELDS
     extra = [key for key in EXTRA_FIELDS if getattr(h, key) != getattr(Config, key)]
-    config = {key: getattr(h, key) for key in (*known, *extra)}
+    config = {key: getattr(h, key) for key in header_fields(h.ttt_lr > 0, extra)}
     header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
@@ -4201,8 +4221,8 @@ def check_header(header: object) -> None:
     """Check a header for the keys and types that raw_artifact writes. Raises ValueError if they differ."""
     if types_of(header) != {"config": dict, "tensors": list}:
         raise ValueError("it must be an object with a config and a list of tensors")
-    known = MODEL_FIELDS + TTT_FIELDS if "ttt_lr" in header["config"] else MODEL_FIELDS
-    known += tuple(key for key in EXTRA_FIELDS if key in header["config"])
+    extra = [key for key in EXTRA_FIELDS if key in header["config"]]
+    known = header_fields("ttt_lr" in header["config"], extra)
     if types_of(header["config"]) != {key: type(getattr(Config, key)) for key in known}:
         raise ValueError("the config has missing or unexpected keys or a value of another type")
 
@@ -4752,7 +4772,8 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
     """Cut the score windows of `total` targets into groups wherever the chunk or the shape changes.
 
-    The lesson between two chunks is the first of them, and any in which no window begins, cut into sequences.
+    Before a chunk is scored, its lesson holds all earlier targets that have not been learned from: those of
+    the chunk before, and of any chunk between them in which no window begins. It is cut into sequences.
     """
     windows = score_windows(total, scoring.seq_len, scoring.stride)
     start, end, score_from = windows.T
@@ -4965,10 +4986,10 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
             second.lerp_(gradient.square(), 1 - LORA_BETA2)
             spread = (second / (1 - LORA_BETA2**steps)).sqrt()
             factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
-        begins = mine[:, 1:2].to(m.device) == 0
-        factors.copy_(torch.where(begins, fresh, factors))
-        second.masked_fill_(begins, 0)
-        steps.masked_fill_(begins, 0)
+        is_blank = mine[:, 1:2].to(m.device) == 0  # no lesson: the slot begins a document (document_groups)
+        factors.copy_(torch.where(is_blank, fresh, factors))
+        second.masked_fill_(is_blank, 0)
+        steps.masked_fill_(is_blank, 0)
 
     yield learn
     model.factors = None
@@ -4978,7 +4999,7 @@ TTT_FORMS: dict[str, Callable] = {"sgd": sgd_of_weights, "lora": lora_of_documen
 
 
 def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
-    """Return a context that yields learn(tokens, windows) and afterwards puts the model back as it was.
+    """Return a context that yields learn(tokens, windows) and afterwards puts the weights back.
 
     learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score.
     """
@@ -5424,12 +5445,12 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
     h = run.h
     T = h.train_seq_len
 
-    def both_ways() -> None:
-        tokens = torch.zeros(B, T + 1, dtype=torch.long, device=run.m.device)
+    def try_pass(sequences: int) -> None:
+        tokens = torch.zeros(sequences, T + 1, dtype=torch.long, device=run.m.device)
         run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
 
     B = cut_batch(h, run.m.world_size).sequences
-    while not fits(run, both_ways):
+    while not fits(run, partial(try_pass, B)):
         optimizer.clear_gradients()
         if B == 1:
             raise Fault(
@@ -5505,6 +5526,7 @@ def bind_passes(run: Run, optimizer: Optimizer) -> Passes:
 
     h = run.h
     plain_loss_fn = run.plain_loss_fn if h.has_loop else run.loss_fn
+    # The loop begins once and stays: the last step tells whether any loops, the first whether any does not.
     looped = bound(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
     plain = None if hyper_at(h, 0, 0.0).loops else bound(plain_loss_fn)
     return Passes(looped, plain)
@@ -5521,8 +5543,8 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
     """Compile, capture and run everything that the training clock will see, then undo its effects."""
     h = run.h
     passes = bind_passes(run, optimizer)
-    if optimizer.failure:
-        run.log(f"update:eager, no graph ({optimizer.failure})")
+    if optimizer.graph_failure:
+        run.log(f"update:eager, no graph ({optimizer.graph_failure})")
 
     saved = optimizer.snapshot()
     for i in range(h.warmup_steps):
@@ -5947,7 +5969,7 @@ class Submission(NamedTuple):
     sha256: str
 
 
-def read_submission(run: Run, written: str, bytes_code: int) -> Submission:
+def score_submission(run: Run, written: str, bytes_code: int) -> Submission:
     """Load the weights of the artifact that rank 0 has written into the model, and score them. Logs all."""
     blob = run.m.of_rank_0(Path(written).read_bytes() if run.m.rank == 0 else b"")
     bytes_total = len(blob) + bytes_code
@@ -6011,7 +6033,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
         written = export(run, trained, path, h.size_cap - code_bytes)
 
     scores = score_trained(run, trained)
-    submission = read_submission(run, written, code_bytes) if h.size_cap else None
+    submission = score_submission(run, written, code_bytes) if h.size_cap else None
 
     log("phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES), shown="")
     over = submission.bytes_total - h.size_cap if submission else 0

@@ -246,9 +246,9 @@ def test_flash4_has_room_for_so_many_documents(monkeypatch):
     plant_flash4(monkeypatch, [])
     c = cases(rows=2)["documents"]
     count = max(int((row - row[0]).max()) + 1 for row in c.ids)
-    monkeypatch.setattr(t, "DOCUMENTS", count)
+    monkeypatch.setattr(t, "MAX_DOCUMENTS", count)
     assert outcome(c, attention.PATHS["flash4"])["status"] == "measured"
-    monkeypatch.setattr(t, "DOCUMENTS", count - 1)
+    monkeypatch.setattr(t, "MAX_DOCUMENTS", count - 1)
     row = outcome(c, attention.PATHS["flash4"])
     assert row["why"] == f"{count} documents in a row: attend_flash4 keeps {count - 1} apart"
 

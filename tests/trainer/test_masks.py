@@ -265,8 +265,8 @@ def test_the_arguments_of_flash4(flash4):
         t.attend_flash4(q, k, v, window, docs)
         call = flash4.calls.pop()
         bounds = call["bounds"].tolist()
-        assert len(bounds) == B * t.DOCUMENTS + 1
-        expected = [0, 3, 4, 30, *range(40, 40 + 2 * t.DOCUMENTS, 2), 80, 120]
+        assert len(bounds) == B * t.MAX_DOCUMENTS + 1
+        expected = [0, 3, 4, 30, *range(40, 40 + 2 * t.MAX_DOCUMENTS, 2), 80, 120]
         assert sorted(set(bounds)) == expected and bounds == sorted(bounds)
         assert call["longest"] == (T, T) and call["q"].shape == (B * T, 4, 8)
         assert call["v"].data_ptr() == v.data_ptr() and call["v"].stride() == v.stride()[1:]
@@ -319,7 +319,7 @@ def test_documents_are_counted_within_a_sequence():
     assert t.document_starts(tokens, 1).int().tolist() == starts
     assert t.documents(tokens, 1).tolist() == [[0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 0, 1], [0] * 6]
     many = t.documents(torch.ones(1, 40, dtype=torch.long), 1)[0].tolist()
-    assert many == [*range(t.DOCUMENTS), *[t.DOCUMENTS - 1] * (40 - t.DOCUMENTS)]
+    assert many == [*range(t.MAX_DOCUMENTS), *[t.MAX_DOCUMENTS - 1] * (40 - t.MAX_DOCUMENTS)]
 
 
 @pytest.mark.parametrize(

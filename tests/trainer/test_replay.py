@@ -141,7 +141,7 @@ def test_training_is_the_same_bits_when_captured(one, rule, error):
     assert not all_equal(model.parameters(), before.parameters())
     launches = 3 if error is None else 0
     assert events == ["capture"] + ["launch"] * launches
-    assert optimizer.failure == ("rank 0: RuntimeError: no" if error else "")
+    assert optimizer.graph_failure == ("rank 0: RuntimeError: no" if error else "")
 
 
 def fail_on(rank, bad, world):
@@ -156,7 +156,7 @@ def fail_on(rank, bad, world):
         add_gradients(model, step * world + rank)
         optimizer.step(t.hyper_at(tiny(), step, 0.0))
     params = [p.detach().clone() for p in model.parameters()]
-    return types.SimpleNamespace(events=events, failure=optimizer.failure, params=params)
+    return types.SimpleNamespace(events=events, failure=optimizer.graph_failure, params=params)
 
 
 @pytest.mark.parametrize("bad", [None, 0, 1])

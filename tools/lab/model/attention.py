@@ -316,7 +316,7 @@ def flash4(c: MaskedLayer) -> BoundPath:
     import flash_attn.cute.interface  # noqa: F401  # where it is missing nothing is compiled
 
     arguments = c.trainer_arguments
-    most = c.s.t.DOCUMENTS
+    most = c.s.t.MAX_DOCUMENTS
     if c.mask.documents:
         count = int(arguments["docs"].max()) + 1
         if count > most:
