@@ -173,7 +173,8 @@ class Learner:
 
     def learn(self, y, last):
         counts = torch.bincount(y[:, -last:].flatten(), minlength=self.vocab_size).float()
-        self.bias = self.bias + 0.1 * counts / counts.sum() * self.vocab_size
+        # An average: a sum would grow until one token has all probability, and then any sum is one.
+        self.bias = 0.9 * self.bias + 0.1 * counts / counts.sum() * self.vocab_size
 
     def nats(self, x, y, last):
         if self.update_first:

@@ -156,7 +156,7 @@ SCORERS = {
         lambda run, mp: not_a_number(run, lambda c: c == run.h.eval_seq_len - 1),
     ),
     "update before score": ("T1 T2 T3", lambda run, mp: learning(run, mp, update_first=True)),
-    "second pass over the split": ("T1 T3 T4? T7", lambda run, mp: learning(run, mp, reset=False)),
+    "second pass over the split": ("T1 T2 T3 T4? T7", lambda run, mp: learning(run, mp, reset=False)),
 }
 
 
