@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,8 @@ from ledger.read.schema import submission_schema
 from ledger.show.standing import compare_with_board
 from ledger.tracks import TRACKS
 from record_helpers import MARKERS, META, TRACK, edit, edit_json, edit_log, refuse, run, write_logs
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # The ten runs of Turbo-Muon's submission to modded-nanogpt. The figures are those of scipy.stats:
 # ttest_1samp(TURBO_MUON, 3.28, alternative="less").
@@ -278,7 +281,13 @@ def test_a_run_is_told_what_the_best_race_took(race_repo, tmp_path):
     assert told == (
         "the best of track_gpt2_124m, Turbo, took 3,250 steps and 195.1 s, 10 runs; one run decides no race"
     )
-    log.write_text(log.read_text().replace("a" * 64, "c" * 64))
+    assert compare_with_board(parse_log(Path(write_logs(tmp_path / "scored")[0])), ROOT / "records")
+    log.write_text(
+        fx.race_log_text(1, config={"preset": "h100x1"})
+    )  # a race at the settings of another track
+    assert compare_with_board(parse_log(log), ROOT / "records") == ""
+
+    log.write_text(fx.race_log_text(1, config={"preset": "gpt2_124m"}).replace("a" * 64, "c" * 64))
     told = compare_with_board(parse_log(log), race_repo / "records")
     assert told.startswith("the best of track_gpt2_124m is 3.2783 (Turbo), scored on other text")
 

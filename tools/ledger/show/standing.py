@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from ledger.folders import record_folders
+from ledger.races import is_race
 from ledger.read.runlog import Run
 from ledger.show.board import best_first, read_submission
-from ledger.tracks import TRACKS
+from ledger.tracks import TRACKS, target_of
 from script import BadInput
 
 
 def compare_with_board(run: Run, records: Path) -> str:
-    """Return how the score of a finished run compares with its preset's track, "" if that has no record.
+    """Return how a finished run compares with its preset's track, "" if that has no record of its kind.
 
     Scores compare only on the same text: the same manifest, and as many of its tokens.
     """
     track = next((name for name, about in TRACKS.items() if about.preset == run.preset), "")
+    if is_race(run) != (target_of(track) is not None):
+        return ""
     try:
         subs = [read_submission(folder) for folder in record_folders(records) if folder.parent.name == track]
     except BadInput:
