@@ -274,6 +274,13 @@ def test_compare_holds_both_races_against_the_target(race_repo, tmp_path, capsys
     assert "only one of them is a race" in capsys.readouterr().err
 
 
+def test_reproduce_names_the_command_of_one_run(race_repo, capsys):
+    assert run(race_repo, "reproduce", RACE_NAME, "--seed", "4", "--dry-run") == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("torchrun --standalone --nproc_per_node=8 ")
+    assert " target_loss=3.28 " in command and command.endswith(" seed=4")
+
+
 def test_a_run_is_told_what_the_best_race_took(race_repo, tmp_path):
     log = tmp_path / "run.txt"
     log.write_text(fx.race_log_text(1, config={"preset": "gpt2_124m"}))
