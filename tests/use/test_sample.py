@@ -174,6 +174,19 @@ def test_held_out_texts_stand_beside_what_the_model_writes(artifact, capsys):
     assert shown[2][1].strip() == f"... {rest}"
 
 
+def test_each_held_out_text_has_draws_of_its_own(artifact, capsys, monkeypatch):
+    seeds = []
+
+    def continue_tokens(model, tokens, settings):
+        seeds.append(settings.seed)
+        return iter([5])
+
+    monkeypatch.setattr(sample, "continue_tokens", continue_tokens)
+    words = [f"data_path={english_dataset().path}", "held_out=3", "tokens=12", "seed=7"]
+    text_of(capsys, artifact, *words)
+    assert seeds == [7, 8, 9]
+
+
 def test_the_command_line_knows_the_settings():
     settings = {field.name for field in dataclasses.fields(sample.Settings)}
     assert set(cli.COMMANDS["sample"].keys) == settings

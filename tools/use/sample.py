@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -163,8 +163,9 @@ def one_line(text: str) -> str:
 
 def show_held_out(t: ModuleType, model: Any, tokenizer: Tokenizer, settings: Settings) -> None:
     """Print the beginnings of held-out texts, each with what the model writes and what is written there."""
-    for text in held_out_texts(t, model.h, settings):
-        written = continue_tokens(model, text.prompt, settings)
+    for number, text in enumerate(held_out_texts(t, model.h, settings)):
+        draws = replace(settings, seed=settings.seed + number)  # else the same draws make texts alike
+        written = continue_tokens(model, text.prompt, draws)
         prompt = tokenizer.decode(text.prompt)
         print(f"  text:   {one_line(prompt)} ...")
         print(f"  model:  ... {one_line(continued(tokenizer, written))}")
