@@ -78,6 +78,18 @@ def test_tokens_are_drawn_by_the_logits_of_the_last_tokens_in_reach(parts, monke
         assert torch.allclose(drawn_from[i], want / want.sum(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_window_that_is_filled_up_gives_the_same_logits(parts):
+    model = noisy_model(tiny(**PARTS[parts])).requires_grad_(False)
+    lengths = []
+    logits = model.logits
+    model.logits = lambda tokens: lengths.append(tokens.size(1)) or logits(tokens)
+    for tokens in ([BOS, 7, 9], [BOS, *range(5, 25)]):
+        filled = sample.next_logits(model, tokens, whole_window=True)
+        assert torch.allclose(filled, sample.next_logits(model, tokens), atol=1e-5)
+    assert lengths == [16, 3, 16, 16]
+
+
 def test_the_text_ends_before_another_document(monkeypatch):
     model = noisy_model(tiny()).requires_grad_(False)
     ids = iter([5, 6, BOS, 7])

@@ -90,10 +90,17 @@ def probabilities(logits: Tensor, temperature: float, top_k: int) -> Tensor:
 
 
 @torch.no_grad()
-def next_logits(model: Any, tokens: list[int]) -> Tensor:
-    """Return the logits of the token after `tokens`, of which the model sees the last eval_seq_len. (V,)."""
-    seen = torch.tensor([tokens[-model.h.eval_seq_len :]], device=model.tok_emb.device)
-    return model.logits(seen)[0, -1]
+def next_logits(model: Any, tokens: list[int], whole_window: bool = False) -> Tensor:
+    """Return the logits of the token after `tokens`, of which the model sees the last eval_seq_len. (V,).
+
+    whole_window: fill a score window up, which changes no logit before. A GPU's kernels then get the shape
+    that they have when they score.
+    """
+    length = model.h.eval_seq_len
+    seen = tokens[-length:]
+    filling = [model.h.bos_id] * (length - len(seen)) if whole_window else []
+    logits = model.logits(torch.tensor([[*seen, *filling]], device=model.tok_emb.device))
+    return logits[0, len(seen) - 1]
 
 
 def continue_tokens(model: Any, tokens: list[int], settings: Settings) -> Iterator[int]:
@@ -101,7 +108,8 @@ def continue_tokens(model: Any, tokens: list[int], settings: Settings) -> Iterat
     generator = torch.Generator().manual_seed(settings.seed)
     context = list(tokens)
     for _ in range(settings.tokens):
-        drawn_from = probabilities(next_logits(model, context), settings.temperature, settings.top_k)
+        logits = next_logits(model, context, whole_window=model.tok_emb.is_cuda)
+        drawn_from = probabilities(logits, settings.temperature, settings.top_k)
         token = int(torch.multinomial(drawn_from, 1, generator=generator))
         if token == model.h.bos_id:
             return
