@@ -3570,8 +3570,7 @@ class OwnedMatrices(NamedTuple):
 
     weights: Tensor  # (b, M, N)
     gradient: Tensor  # (b, M, N), in wire_dtype
-    momentum: Tensor  # (b, M, N)
-    slow: Tensor | None  # (b, M, N), the slower momentum, if momentum_spread is above 1
+    momentum: Tensor  # (b, M, N), or (b, 2, M, N) with momentum_spread
     second: Tensor | None  # the step rule's state, in the shape that RULE_STATE gives
 
 
@@ -3593,25 +3592,21 @@ def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
 
 
 def matrix_update(
-    W: Tensor,
-    g: Tensor,
-    momentum: Tensor,
-    s: StepScalars,
-    h: Config,
-    second: Tensor | None = None,
-    slow: Tensor | None = None,
+    W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config, second: Tensor | None = None
 ) -> None:
     """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    second: the rule's state. slow: a second momentum. The two have horizons 1 / (1 - beta) that are
-    momentum_spread times shorter and longer than that of s.momentum, and their mean counts. Rows may be
-    equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
+    momentum: (b, M, N). With momentum_spread it is two, (b, 2, M, N): their horizons 1 / (1 - beta) are that
+    many times shorter and longer than the one of s.momentum, and their mean counts. second: the rule's state.
+    Rows may be equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where U and W
+    agree in sign.
     """
     g = g.float() * s.clip
-    if slow is None:
+    if h.momentum_spread == 1:
         U = nesterov(momentum, g, s.momentum)
     else:
-        fast_ahead = nesterov(momentum, g, 1 - (1 - s.momentum) * h.momentum_spread)
+        fast, slow = momentum.unbind(1)
+        fast_ahead = nesterov(fast, g, 1 - (1 - s.momentum) * h.momentum_spread)
         slow_ahead = nesterov(slow, g, 1 - (1 - s.momentum) / h.momentum_spread)
         U = (fast_ahead + slow_ahead) / 2
     if h.equalize_rows:
@@ -3655,7 +3650,6 @@ class Optimizer:
         self.owned: dict[str, list[OwnedMatrices]] = {}
         # Keyed by parameter name.
         self.momentum: dict[str, Tensor] = {}
-        self.slow: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
         self.rows: dict[str, slice] = {}  # which of its matrices this rank owns
 
@@ -3716,14 +3710,11 @@ class Optimizer:
 
         W = self.bank[buffer].flatten(0, 1)[low:high].view(-1, *p.shape[1:])
         g = self.wire[buffer].flatten(0, 1)[low:high].view(-1, *p.shape[1:])
-        self.momentum[name] = torch.zeros_like(W)
-        if self.h.momentum_spread > 1:
-            self.slow[name] = torch.zeros_like(W)
+        count = [2] if self.h.momentum_spread > 1 else []
+        self.momentum[name] = W.new_zeros(len(W), *count, *W.shape[1:])
         if self.h.step_rule in RULE_STATE:
             self.second[name] = W.new_zeros(RULE_STATE[self.h.step_rule](*W.shape))
-        self.owned[buffer].append(
-            OwnedMatrices(W, g, self.momentum[name], self.slow.get(name), self.second.get(name))
-        )
+        self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
         """Make the flat buffers for all small parameters, which every rank holds whole and updates alike."""
@@ -3822,13 +3813,7 @@ class Optimizer:
                 with lane():
                     for own in self.owned[buffer]:
                         self.matrix_update(
-                            own.weights,
-                            own.gradient,
-                            own.momentum,
-                            scalars,
-                            self.h,
-                            second=own.second,
-                            slow=own.slow,
+                            own.weights, own.gradient, own.momentum, scalars, self.h, second=own.second
                         )
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]
@@ -3848,13 +3833,8 @@ class Optimizer:
 
     def state(self) -> list[Tensor]:
         """Return every tensor that a step changes, parameters included."""
-        matrices = [self.bank, self.momentum, self.slow, self.second]
-        return [
-            *chain.from_iterable(tensors.values() for tensors in matrices),
-            self.flat,
-            self.flat_m,
-            self.flat_v,
-        ]
+        matrices = [*self.bank.values(), *self.momentum.values(), *self.second.values()]
+        return [*matrices, self.flat, self.flat_m, self.flat_v]
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
         """Copy the number of steps and the state."""
@@ -5150,7 +5130,6 @@ class Checkpoints:
             self.whole[f"average.{name}"] = average
         self.shares = {name: self.share(x) for name, x in self.whole.items()}
         self.shares |= {f"momentum.{name}": x for name, x in optimizer.momentum.items()}
-        self.shares |= {f"slow.{name}": x for name, x in optimizer.slow.items()}
         self.shares |= {f"second.{name}": x for name, x in optimizer.second.items()}
 
         self.made_by = origin(run.h, run.dataset)
@@ -5634,7 +5613,7 @@ def get_ready(run: Run) -> Ready:
     warm = run.timed("compile", warmup, fitting, optimizer, ema, loader)
     # Checkpoints keep the h that was given: a resumed run is compared with that one.
     checkpoints = Checkpoints(run, optimizer, ema, loader)
-    return Ready(fitting, optimizer, ema, loader, warm, checkpoints)
+    return Ready(run=fitting, optimizer=optimizer, ema=ema, loader=loader, warm=warm, checkpoints=checkpoints)
 
 
 class Ended(NamedTuple):

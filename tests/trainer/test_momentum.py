@@ -26,12 +26,11 @@ def test_the_mean_of_two_momenta_in_float64(monkeypatch):
     h = tiny(step_rule="muon", muon_wd=0.0, **SPREAD)
     gradients = torch.randn(4, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     W = torch.zeros(2, 6, 8)
-    momentum = torch.zeros_like(W)
-    slow = torch.zeros_like(W)
+    momentum = torch.zeros(2, 2, 6, 8)
     wanted = torch.zeros_like(W, dtype=torch.float64)
     averages = {1 - 0.3: torch.zeros_like(wanted), 1 - 0.1 / 3: torch.zeros_like(wanted)}
     for g in gradients:
-        t.matrix_update(W, g.clone(), momentum, scalars(0.9), h, slow=slow)
+        t.matrix_update(W, g.clone(), momentum, scalars(0.9), h)
         for beta, average in averages.items():
             average.mul_(beta).add_(g.double(), alpha=1 - beta)
             wanted -= 0.1 * ((1 - beta) * g.double() + beta * average) / 2
@@ -40,11 +39,12 @@ def test_the_mean_of_two_momenta_in_float64(monkeypatch):
 
 def test_only_a_spread_has_a_second_momentum():
     with group_of_one() as m:
-        for knobs, buffers in (({}, 0), (SPREAD, len(t.MATRICES))):
+        for knobs, factor in (({}, 1), (SPREAD, 2)):
             h = tiny(**knobs)
-            optimizer = t.Optimizer(t.GPT(h), h, m)
-            assert len(optimizer.slow) == buffers
-            assert len(optimizer.state()) == len(optimizer.bank) + 4 + buffers + len(optimizer.second) + 3
+            model = t.GPT(h)
+            optimizer = t.Optimizer(model, h, m)
+            sizes = {name: p.numel() for name, p in model.named_parameters()}
+            assert all(x.numel() == factor * sizes[name] for name, x in optimizer.momentum.items())
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["matrices", "small parameters"])
@@ -83,7 +83,6 @@ def test_each_changes_the_weights_of_a_run(knobs, tmp_path):
     assert t.main(args(tmp_path / "with", **knobs)) == 0
     states = [kill_runs.final_state(tmp_path / name, step=STEPS) for name in ("without", "with")]
     assert not torch.equal(states[0]["qo_bank"], states[1]["qo_bank"])
-    assert any(name.startswith("slow.") for name in states[1]) == ("momentum_spread" in knobs)
 
 
 def test_a_run_with_two_momenta_resumes_bit_equal(tmp_path, monkeypatch):
