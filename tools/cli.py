@@ -309,7 +309,7 @@ def print_resolved(knobs: list[str]) -> int:
         except trainer.InputError:
             continue
         sharing.append(count)
-    known = {name: getattr(h, name) for name in Resolved._fields[:-1]}
+    known = {name: getattr(h, name) for name in Resolved._fields if name != "sharing"}
     print(json.dumps(known | {"sharing": sharing}))
     return 0
 
