@@ -240,7 +240,7 @@ class Config:
     warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
     val_loss_every: int = 0  # steps; 0: never, so no held-out file is read while the clock runs
     train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged as well
-    val_tokens: int = 0  # score only the first so many targets; 0: the whole split
+    val_tokens: int = 0  # score only this many targets, from the start; 0: the whole split
     # batch
     train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
     micro_batch_tokens: int = 98_304  # at most, per forward pass on one rank
@@ -1664,7 +1664,7 @@ def check_train_split(h: Config, m: Machine) -> None:
 
 
 class Draw(IntEnum):
-    """What the loader draws random numbers for. Each use has its own streams."""
+    """A use of random numbers in the loader. Each has its own streams."""
 
     SHARDS = 0  # the order of the shards; a stream per epoch
     DOCUMENTS = 1  # the order of a shard's documents; a stream per epoch and shard
@@ -1796,7 +1796,7 @@ class TokenLoader:
         return filled
 
     def shuffle_sequences(self, draw: int) -> np.ndarray:
-        """Return the order of the sequences of a draw, which are shuffled together, as numbers within it."""
+        """Return the order in which a draw's sequences are dealt, as their numbers within the draw."""
         order = np.arange(self.draw_batches * self.h.train_batch_tokens // self.h.train_seq_len)
         if self.draw_batches > 1:
             random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(order)
@@ -2895,7 +2895,7 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
 
 
 class Bound(NamedTuple):
-    """The function that this machine uses."""
+    """A function as bound on this machine, with its name for the log."""
 
     function: Callable
     name: str
@@ -3773,7 +3773,7 @@ class Optimizer:
     def schedule(self) -> None:
         """Launch every collective of a step and the updates between them.
 
-        Then all ranks hold all weights, and all gradients are zero.
+        Afterwards all ranks hold all weights, and all gradients are zero.
 
         Gradients are reduced in the order of PARAM_TABLE, the biggest bank first. Banks are updated and
         gathered in the opposite order, the cheapest update first.
@@ -5138,7 +5138,7 @@ class Checkpoints:
         self.pending: tuple[int, Future] | None = None  # the set being written: its step, and when it is done
 
     def share(self, whole: Tensor) -> Tensor:
-        """Return this rank's share of a tensor that every rank holds whole, as a view, maybe of no rows."""
+        """Return this rank's share of a tensor that every rank holds whole, as a view, possibly empty."""
         rows = -(-len(whole) // self.m.world_size)
         first = rows * self.m.own_share
         return whole[first : first + rows]
@@ -5417,9 +5417,9 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
 
 
 def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
-    """Return the run with micro-batches small enough for the memory of every rank; log a change. Collective.
+    """Return the run with micro-batches that fit the memory of every rank.
 
-    The global batch stays as it is. Raises Fault if not even one sequence fits.
+    Gives `optimizer` the same Config and logs a change. The global batch stays as it is. Collective. Raises Fault if not even one sequence fits.
     """
     h = run.h
     T = h.train_seq_len
@@ -5558,7 +5558,7 @@ def compiled_graphs() -> int:
 
 
 class Pace(NamedTuple):
-    """Since when steps have had their present cost.
+    """The step and the clock from which steps have had their present cost.
 
     It changes when the loop begins and when the batch grows.
     """
@@ -5636,7 +5636,7 @@ def train(run: Run) -> Trained:
     ready = get_ready(run)
     step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
     m.signals.may_finish = True
-    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # returns loss and gradient norm of that step
+    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's loss and norm; at first zeros
 
     h = hold_back(ready.run, ready.warm.calibrate_ms)  # collective, so all ranks start their clocks together
     run = replace(ready.run, h=h)  # schedules and ETAs end when the steps do
@@ -5857,7 +5857,7 @@ class Metric(NamedTuple):
 
 
 class FinalScore(NamedTuple):
-    """The score of a run that counts."""
+    """The score that counts for a run."""
 
     metric: str  # int6_CODER_METRIC, from the codec's label and the metric's name; time_to_loss in a race
     score: Score
@@ -5918,7 +5918,7 @@ def describe_phases(phases: Mapping[str, float]) -> str:
 class TrainedScores(NamedTuple):
     """The scores that need no artifact."""
 
-    live: Score  # the training weights': the last validation, which decides a race
+    live: Score  # of the training weights, from the last validation, which decides a race
     unigram: float  # bpb under the token frequencies alone
 
 

@@ -114,7 +114,7 @@ LINE_SECONDS = 15.0  # between two lines elsewhere
 class Progress:
     """Tells how far the running test is, from a thread: one pass of a large model may take minutes.
 
-    A test works in stages, each of so many scores, passes, documents, ... that are to be done.
+    A test works in stages, each of a number of scores, passes, documents, ... that are to be done.
     """
 
     def __init__(self, log: Any) -> None:
@@ -130,7 +130,7 @@ class Progress:
         self.expect(0, "")
 
     def expect(self, total: int, unit: str) -> None:
-        """Begin a stage of so many units."""
+        """Begin a stage of this many units."""
         self.unit = unit
         self.total = total
         self.done = 0

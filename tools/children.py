@@ -42,7 +42,7 @@ def output_of(
 ) -> subprocess.CompletedProcess:
     """Run a program to its end and return its status and stdout, as text. SIGTERM ends both.
 
-    options: of Popen. If it takes more than so many seconds, it is killed, and TimeoutExpired is raised.
+    options: of Popen. If it takes more than this many seconds, it is killed, and TimeoutExpired is raised.
     """
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as child,

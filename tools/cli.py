@@ -250,7 +250,7 @@ def count_gpus() -> int:
 
 
 def machine_preset(gpus: int) -> str:
-    """Return the preset of a machine with so many GPUs."""
+    """Return the preset of a machine with this many GPUs."""
     return next(machine.preset for machine in MACHINES if gpus >= machine.gpus)
 
 

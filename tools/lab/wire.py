@@ -79,7 +79,7 @@ class Schedule(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The predicted times of a schedule on so many nodes."""
+    """The predicted times of a schedule on this many nodes."""
 
     name: str
     nodes: int

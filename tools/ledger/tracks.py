@@ -15,7 +15,7 @@ class Target:
     loss: float  # nats per token of the last validation
     least: str  # what a record has least of: steps | time
     rule: str  # of significance, a row of RULES in ledger/races.py
-    runs: int  # a record has at least so many
+    runs: int  # a record has at least this many
     val_tokens: int  # of the split, from the first, that count; 0: all
 
 

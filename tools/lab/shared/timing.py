@@ -18,7 +18,7 @@ FRESH = 20  # calls, each with inputs of its own, where these fit the L2 cache
 HOST_SECONDS = 0.3  # on a CPU a section ends after this long, with three repetitions at least
 HOST_WARM = 4  # calls by the host's clock that do not count
 HOST_CALLS = 10  # and those that do
-NOISE = 3.0  # a median of so many times the least time is that of a machine that does something else, too
+NOISE = 3.0  # a median of this many times the least time is that of a machine that does something else, too
 SHOWN = 8  # names of noisy timings in the warning
 
 

@@ -210,7 +210,7 @@ def summarize(s: Session, blocks: list[dict], seconds: float, gpu: dict) -> None
 
 
 def measure_sustained(s: Session, run: Trained, loader: Any, seconds: float) -> None:
-    """Run training's loop for so many seconds; print and report the lines `bench sustained ...`."""
+    """Run training's loop for this many seconds; print and report the lines `bench sustained ...`."""
     begun = time.perf_counter()
     gpu = gpu_of(s) if s.m.rank == 0 else None
     with quiet_run(s) as logged, Sampler(gpu) as sampler:

@@ -327,7 +327,7 @@ class StepWatch:
 
 
 def trace_steps(s: Session, step: Callable[[], Any], steps: int) -> Lanes:
-    """Trace so many steps and one more, after one that pays for the profiler's start."""
+    """Trace this many steps and one more, after one that pays for the profiler's start."""
 
     def run() -> None:
         step()
