@@ -5417,9 +5417,10 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
 
 
 def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
-    """Return the run with micro-batches that fit the memory of every rank.
+    """Return the run with micro-batches that fit the memory of every rank. Collective.
 
-    Gives `optimizer` the same Config and logs a change. The global batch stays as it is. Collective. Raises Fault if not even one sequence fits.
+    Gives `optimizer` the same Config and logs a change. The global batch stays as it is. Raises Fault if not
+    even one sequence fits.
     """
     h = run.h
     T = h.train_seq_len
