@@ -152,7 +152,7 @@ def read_file(path: str) -> bytes:
 def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     """Write a temporary file, then rename it: the old file or the new one, never half. Raises InputError."""
     temporary = path + ".tmp"
-    with explained(f"{path}: cannot write it", "free space"):
+    with explained(f"{path}: cannot write it", "free space or check permissions"):
         try:
             with open(temporary, "wb") as f:
                 for chunk in chunks:
@@ -187,7 +187,7 @@ def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
             finally:
                 with suppress(OSError):
                     os.rmdir(folder)  # only if it is empty
-    raise InputError(f"{problem} there, in {' or in '.join(others)}")
+    raise InputError(f"{problem}; tried {' and '.join(others)}, too")
 
 
 def show(text: str) -> None:
@@ -1165,7 +1165,7 @@ class Log:
         if self.file is None:
             return
         try:
-            with explained(f"{self.path}: cannot write the log", "free space"):
+            with explained(f"{self.path}: cannot write the log", "free space or check permissions"):
                 print(line, file=self.file, flush=True)
         except InputError as e:
             if not self.may_move:

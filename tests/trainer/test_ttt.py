@@ -789,7 +789,11 @@ def test_the_audit_catches_a_cheat_with_documents(name, honest, tmp_path, capsys
     assert not {"T2", "T5"} & result.fails, result.lines
 
 
-@pytest.mark.parametrize("knobs", [["ttt_chunk_tokens=32768"], ["ttt_form=lora", "ttt_chunk_tokens=32"]])
+@pytest.mark.parametrize(
+    "knobs",
+    [["ttt_chunk_tokens=32768"], ["ttt_form=lora", "eval_seq_len=256", "ttt_chunk_tokens=256"]],
+    ids=["split", "document"],
+)
 def test_the_audit_needs_three_chunks(knobs, honest, tmp_path, capsys):  # noqa: F811
     args = [*audit_args(honest, tmp_path), "ttt_lr=0.2", *knobs]
     assert by_auditor(args, str(ROOT / "train_gpt.py")) == 2
