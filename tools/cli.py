@@ -750,14 +750,18 @@ FAST = (
     "tests/trainer/test_windows.py",
 )
 STRESS = ("tests/stress",)
+MOST = ("-m", "not long")  # without arguments; about ten minutes on two cores
+LONG = ("-m", "long")  # the few that take over 20 s each
 
 
 def test(request: Request) -> int:
     """Check format and style, then run tests: two files at a time, a file's tests in one process."""
     os.chdir(ROOT)
     words = request.words
-    selections = {"fast": FAST, "stress": STRESS}
-    if words and words[0] in selections:
+    selections = {"fast": FAST, "stress": STRESS, "long": LONG}
+    if not words:
+        words = [*MOST]
+    elif words[0] in selections:
         words = [*selections[words[0]], *words[1:]]
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -902,6 +906,7 @@ COMMANDS = {
             Form("[pytest arguments]", "Check format and style, then run the tests.", "test -k style"),
             Form("fast", "The same with the quick tests only: under 90 seconds on two cores.", "test fast"),
             Form("stress", "The same with soak, kill and fuzz tests only.", "test stress"),
+            Form("long", "The same with the few tests that take over 20 seconds each.", "test long"),
         ),
         reads_knobs=False,
     ),

@@ -114,6 +114,7 @@ def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatc
     )
 
 
+@pytest.mark.long
 def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
     """A new seed or rate compiles no graph, a new row only those of the matrix update."""
     from torch._dynamo.backends.debugging import aot_eager

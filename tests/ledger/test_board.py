@@ -77,6 +77,7 @@ def test_a_ledger_without_records_says_so(repo, folder):
     assert "No records yet." in (repo / "README.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_repositorys_own_ledger():
     assert run(ROOT, "verify", "--quiet") == 0

@@ -188,6 +188,7 @@ def test_bombs(name, reports):
     assert report.size < 1_000_000
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_bombs():
     bad = [report for report in bombs.bomb_reports() if report.outcome == reader.VIOLATION]

@@ -158,7 +158,7 @@ def bind_untested(fast, reference, inputs, name="triton", limit=0.01):
     return t.Bound(fast, name)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
     """One graph gives the eager model's loss and gradients. Without gradients the MLP runs without fp8."""
     monkeypatch.setattr(t, "bind", bind_untested)
@@ -355,6 +355,7 @@ def artifact_sha256(path):
     return runlog.parse_log(path).text("final_score", "sha256")
 
 
+@pytest.mark.long
 @on_cpu
 def test_rows_of_a_sweep_bind_and_compile_their_own(sweep, monkeypatch):
     """Each row binds and compiles its own MLP, and a new seed neither; train trains the same."""
