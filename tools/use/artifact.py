@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,16 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ledger.read import runlog
-from script import TRAINER, BadInput, known_fault, load_script, refuse
+from script import (
+    TRAINER,
+    BadInput,
+    guard_console,
+    known_fault,
+    leave_console,
+    load_script,
+    refuse,
+    take_ctrl_c,
+)
 
 MODULE = "trainer"  # its name in sys.modules
 NEEDS = (
@@ -81,8 +89,16 @@ def log_of(artifact: str) -> runlog.Run | None:
         return None
 
 
-def run_tool(tool: str, command: Any, argv: list[str]) -> int:
-    """Run command(trainer, argv) and return its exit status; an error that the user can fix is one line."""
+def run_tool(tool: str, command: Any, argv: list[str], usage: str) -> int:
+    """Run command(trainer, argv) and return its exit status, or print `usage` if argv asks for help.
+
+    An error that the user can fix is one line.
+    """
+    guard_console()
+    take_ctrl_c()
+    if argv[:1] in (["-h"], ["--help"]):
+        print(usage.strip())
+        return 0
     try:
         t = load_trainer(tool)
     except BadInput as error:
@@ -94,7 +110,7 @@ def run_tool(tool: str, command: Any, argv: list[str]) -> int:
     except BadInput as error:
         return refuse(tool, error)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        leave_console()
         return 141
     except KeyboardInterrupt:
         print(f"\n{tool}: interrupted", file=sys.stderr)

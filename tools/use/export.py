@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ledger.read.runlog import Run
-from script import TRAINER, BadInput, guard_console, take_ctrl_c
+from script import TRAINER, BadInput
 from use.artifact import Stored, log_of, read_artifact, run_tool
 from use.text import Tokenizer, find_tokenizer
 from use.transformers_files import MODEL_FILE, TOKENIZER_FILE, TOKENIZER_SOURCE, model_source
@@ -224,12 +224,7 @@ def export(t: ModuleType, argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit status."""
-    guard_console()
-    take_ctrl_c()
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        return 0
-    return run_tool("export", export, argv)
+    return run_tool("export", export, argv, usage=__doc__)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from script import BadInput, guard_console, take_ctrl_c
+from script import BadInput
 from use.artifact import Stored, log_of, model_on_device, read_artifact, run_tool
 from use.text import TextStream, Tokenizer, find_tokenizer
 
@@ -226,12 +226,7 @@ def sample(t: ModuleType, argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit status."""
-    guard_console()
-    take_ctrl_c()
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-        return 0
-    return run_tool("sample", sample, argv)
+    return run_tool("sample", sample, argv, usage=__doc__)
 
 
 if __name__ == "__main__":
