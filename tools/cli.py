@@ -737,6 +737,7 @@ def record(request: Request) -> int:
 FAST = (
     *("-m", "not slow and not gpu"),
     *("tests/cli", "tests/data", "tests/ledger"),
+    *("--ignore=tests/cli/test_reasons.py", "--ignore=tests/cli/test_signals.py"),  # they start many programs
     "tests/audit/test_audit_honest.py::test_nine_tests_pass_on_an_honest_run",
     "tests/trainer/test_artifact.py",
     "tests/trainer/test_bytes.py",
@@ -744,7 +745,6 @@ FAST = (
     "tests/trainer/test_directions.py",
     "tests/trainer/test_masks.py",
     "tests/trainer/test_model.py",
-    "tests/trainer/test_packed_code.py",
     "tests/trainer/test_style.py",
     "tests/trainer/test_tokens.py",
     "tests/trainer/test_windows.py",

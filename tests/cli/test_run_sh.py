@@ -187,11 +187,15 @@ def test_tests_fail_on_format_and_style(tree):
 
 
 def test_selections_of_tests(tree):
-    for name, selection in (("fast", cli.FAST), ("stress", cli.STRESS)):
+    selections = {"fast": cli.FAST, "stress": cli.STRESS}
+    for name, selection in selections.items():
         assert tree.run("test", name, "-x").returncode == 0
         assert tree.calls()[-1] == " ".join([TESTS, *selection, "-x"])
-        paths = [word.partition("::")[0] for word in selection if word.startswith("tests/")]
+        words = [word.removeprefix("--ignore=") for word in selection]
+        paths = [word.partition("::")[0] for word in words if word.startswith("tests/")]
         assert paths and all((ROOT / path).exists() for path in paths)
+    assert tree.run("test", "long").returncode == 0
+    assert tree.calls()[-1] == " ".join([TESTS, *cli.LONG])
 
 
 def test_lab_commands_find_their_packages(tree):
