@@ -6,6 +6,7 @@
     ./run.sh record plot TARGET... [--out FILE]               loss curves of logs or folders
     ./run.sh record diff A B [--stat | --html FILE]           config first, then source by section
     ./run.sh record compare A B                               t-tests between two sets of seeds
+    ./run.sh record ladder                                    effects at little compute beside those at more
     ./run.sh record target TARGET... --loss L [--time]        hold the runs of a race against a target loss
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
     ./run.sh record track LOG... --to TRACKER --dir DIR       send logs to TensorBoard, Trackio or wandb
@@ -39,7 +40,7 @@ from ledger.folders import (
     shown,
     sweep_folders,
 )
-from ledger.make import pictures, record_folder
+from ledger.make import ladder, pictures, record_folder
 from ledger.prove.challenge_claims import examine_challenge_folder, is_challenge_folder
 from ledger.prove.claims import Finding, Verdict
 from ledger.prove.direction_claims import examine_measurement
@@ -261,6 +262,20 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_ladder(args: argparse.Namespace) -> int:
+    """Rewrite the tables and the picture of docs/ladder.md, and print the tables."""
+    ideas = ladder.find_ideas(args.root / "records")
+    lines = ladder.lines_of(ideas)
+    page = args.root / "docs" / "ladder.md"
+    text = ladder.BLOCK.replaced(read_text(page), "\n".join([*lines, ""]), page)
+
+    if ideas:
+        ladder.draw(ideas, args.root / "docs" / "pictures" / "ladder.png")
+    write_atomic(page, text)
+    print("\n".join(lines))
+    return 0
+
+
 def target(args: argparse.Namespace) -> int:
     """Print how the runs of a race stand to a target loss. Returns 1 if neither rule shows it reached."""
     folders = [find_target(text, args.root / "records") for text in args.targets]
@@ -342,6 +357,8 @@ def parser() -> argparse.ArgumentParser:
     added = verb("compare", compare, "test whether the seeds of B are better than those of A")
     added.add_argument("a", metavar="A")
     added.add_argument("b", metavar="B")
+
+    verb("ladder", show_ladder, "show what effects at little compute tell about more, in docs/ladder.md")
 
     added = verb("target", target, "hold the runs of a race against a target loss")
     added.add_argument("targets", nargs="+", metavar="TARGET", help="a folder of logs, or logs")

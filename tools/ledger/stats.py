@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple
 
 
 def mean(values: list[float]) -> float:
@@ -163,3 +165,59 @@ def paired(a: list[float], b: list[float]) -> Difference | None:
 
     gaps = [y - x for x, y in zip(a, b)]
     return Difference(mean(gaps), error=std(gaps) / math.sqrt(len(gaps)), df=float(len(gaps) - 1))
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's rho of two lists.
+
+    p: the probability of a rho at least as far from zero if one list had a random order.
+    """
+
+    rho: float
+    p: float
+
+
+MOST_PERMUTED = 8  # values: all 40,320 orders are tried; beyond, Student's t stands for them
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Return the rank of each value, 1 the least; equal values share the mean of their ranks."""
+    return [
+        sum(other < value for other in values) + (1 + sum(other == value for other in values)) / 2
+        for value in values
+    ]
+
+
+def pearson(a: list[float], b: list[float]) -> float | None:
+    """Return the correlation of two lists of equal length, or None where one of them does not vary."""
+    center_a = mean(a)
+    center_b = mean(b)
+    spread_a = math.fsum((x - center_a) ** 2 for x in a)
+    spread_b = math.fsum((y - center_b) ** 2 for y in b)
+    if spread_a == 0.0 or spread_b == 0.0:
+        return None
+    shared = math.fsum((x - center_a) * (y - center_b) for x, y in zip(a, b))
+    return shared / math.sqrt(spread_a * spread_b)
+
+
+def spearman(a: list[float], b: list[float]) -> RankCorrelation | None:
+    """Return the rank correlation of two lists of equal length.
+
+    None below three values, or where all values of a list are equal.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a rank correlation needs equal lengths, got {len(a)} and {len(b)}")
+
+    ranks_a = ranks(a)
+    ranks_b = ranks(b)
+    rho = pearson(ranks_a, ranks_b) if len(a) > 2 else None
+    if rho is None:
+        return None
+    if len(a) > MOST_PERMUTED:
+        df = float(len(a) - 2)
+        t = math.copysign(math.inf, rho) if abs(rho) >= 1.0 else rho * math.sqrt(df / (1 - rho * rho))
+        return RankCorrelation(rho, 2 * t_cdf(-abs(t), df))
+
+    drawn = [pearson(ranks_a, list(order)) for order in permutations(ranks_b)]
+    as_far = sum(abs(value) >= abs(rho) - 1e-12 for value in drawn)
+    return RankCorrelation(rho, as_far / len(drawn))
