@@ -142,6 +142,12 @@ def test_the_command_prints_a_table_and_fails_if_a_case_does(capsys, monkeypatch
     assert hostile.main(["toys", "gone"]) == 2
 
 
+def test_the_name_of_a_group_leaves_its_cases():
+    found = hostile.chosen(["data"])
+    assert {group.name for group, _ in found} == {"data"}  # other groups have cases "without data"
+    assert 0 < len(hostile.chosen(["data", "cut"])) < len(found)
+
+
 def test_the_cases_have_names_of_their_own():
     names = collections.Counter(
         f"{group.name}: {case.name}" for group in hostile.GROUPS for case in group.cases
