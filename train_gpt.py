@@ -1030,7 +1030,8 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     if cuda:
         torch.cuda.set_device(device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    torch.use_deterministic_algorithms(h.deterministic)
+    if h.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: 1 s
+        torch.use_deterministic_algorithms(h.deterministic)
 
     alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -5555,6 +5556,8 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
 
 def compiled_graphs() -> int:
     """Return how many graphs this process has compiled."""
+    if "torch._dynamo" not in sys.modules:  # the compiler, which takes 1 s to import
+        return 0
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

@@ -436,3 +436,13 @@ def test_bench_runs(capfd):
 
 def test_bench_runs_where_a_micro_batch_is_more_than_a_ranks_share():
     assert run_ranks(main_rank, 2, ["bench", *english_args(micro_batch_tokens=512)]) == [0, 0]
+
+
+def test_a_run_on_a_cpu_does_not_wait_for_the_compiler_s_import(tmp_path):
+    program = "import sys, train_gpt; train_gpt.main(sys.argv[1:]); print('torch._dynamo' in sys.modules)"
+    args = english_args(out_dir=tmp_path, iterations=1, warmup_steps=1)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", program, "train", *args], env=env, capture_output=True, text=True
+    )
+    assert run.stdout.splitlines()[-1] == "False", run.stderr
