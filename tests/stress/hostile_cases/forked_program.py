@@ -1,4 +1,4 @@
-"""Python that has imported torch and becomes a program again and again, which spares each the import.
+"""Python that has imported torch and becomes a program again and again, which spares each that and compiling.
 
     python forked_program.py
 
@@ -9,22 +9,33 @@ exit status, as subprocess has it.
 
 import json
 import os
-import runpy
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import numpy  # noqa: F401
 import sentencepiece  # noqa: F401
 import torch  # noqa: F401
+import triton  # noqa: F401
+
+
+@cache
+def code_of(file, changed):
+    """Return the code of a program. changed: when the file was, in ns."""
+    return compile(Path(file).read_bytes(), file, "exec", dont_inherit=True)
 
 
 def next_program():
-    """Start the programs that are asked for. Returns only in a child: what it is to become."""
+    """Start the programs that are asked for. Returns only in a child: what it is to become, and its code."""
     for line in sys.stdin:
+        program = json.loads(line)
+        file = Path(program["cwd"], program["argv"][0])
+        code = code_of(str(file), file.stat().st_mtime_ns)
         child = os.fork()
         if child == 0:
-            return json.loads(line)
+            return program, code
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     sys.exit()
@@ -43,6 +54,15 @@ def take_place(program):
     sys.path[0] = str(Path(sys.argv[0]).absolute().parent)
 
 
+def become(code):
+    """Run a program as Python would that had been started with it."""
+    main = ModuleType("__main__")
+    main.__file__ = str(Path(sys.argv[0]).absolute())
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)
+
+
 if __name__ == "__main__":
-    take_place(next_program())
-    runpy.run_path(str(Path(sys.argv[0]).absolute()), run_name="__main__")
+    program, code = next_program()
+    take_place(program)
+    become(code)
