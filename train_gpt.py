@@ -824,12 +824,16 @@ class Machine:
     dtype: torch.dtype  # activations and matrix products have this dtype
     compile: Callable  # torch.compile, or the identity
     ops: Ops  # the model's functions for attention, QK, MLP and linear products
-    pin: bool  # whether the device is a GPU, so that host tensors are page-locked
     levels: tuple[Level, ...]
     names: dict[str, str]  # for the log: device, attention, qk, mlp, compile, pass, update
     streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     signals: Signals = field(default_factory=Signals)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is a GPU: its work is queued, and host tensors for it are page-locked."""
+        return self.device.type == "cuda"
 
     @property
     def own_share(self) -> int:
@@ -838,7 +842,7 @@ class Machine:
 
     def sync(self) -> None:
         """Wait until the device has finished all queued work."""
-        if self.pin:
+        if self.is_gpu:
             torch.accelerator.synchronize()
 
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
@@ -847,7 +851,7 @@ class Machine:
         That function raises Fault after PATIENCE seconds, because NCCL's watchdog does not cover CUDA graphs.
         """
         copies = [t.clone() for t in tensors]
-        if not self.pin:
+        if not self.is_gpu:
             return lambda: copies
 
         side = self.streams[0]
@@ -1055,7 +1059,6 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
         dtype=torch.float32,
         compile=lambda fn: fn,
         ops=Ops(),
-        pin=False,
         levels=levels,
         names=names,
     )
@@ -1074,7 +1077,6 @@ def with_gpu(m: Machine, h: Config) -> Machine:
         dtype=torch.bfloat16,
         compile=partial(torch.compile, dynamic=False, fullgraph=True),
         ops=ops,
-        pin=True,
         names=names,
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
@@ -1810,7 +1812,7 @@ class TokenLoader:
         draw, index_in_draw = divmod(index, self.draw_batches * self.accum)
         order = self.sequence_order(draw)
         first = (index_in_draw * self.m.world_size + self.m.rank) * B
-        sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.pin)
+        sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.is_gpu)
         for row, number_in_draw in zip(sequences.numpy(), order[first : first + B].tolist()):
             start = (draw * len(order) + number_in_draw) * T
             row[:] = self.read(start, T + 1)
@@ -3766,7 +3768,7 @@ class Optimizer:
             correction1=1 - self.h.adam_beta1**self.steps,
             correction2=1 - self.h.adam_beta2**self.steps,
         )
-        host = torch.tensor(scalars, dtype=torch.float32, pin_memory=self.m.pin)
+        host = torch.tensor(scalars, dtype=torch.float32, pin_memory=self.m.is_gpu)
         self.scalars.copy_(host, non_blocking=True)
         self.update()
 
@@ -4871,7 +4873,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: M
                 out.index_add_(1, positions, values)
                 done = min(done + scoring.batch * m.world_size, all_windows)
                 # Progress needs a sync, which stalls a GPU: only every 16th batch shows it there.
-                if i % 16 == 0 or not m.pin:
+                if i % 16 == 0 or not m.is_gpu:
                     m.sync()
                     scoring.log.progress(f"scoring {scoring.label}, windows", done, all_windows, started)
     return Scored(*out)
@@ -5134,7 +5136,7 @@ class Checkpoints:
         self.shares |= {f"second.{name}": x for name, x in optimizer.second.items()}
 
         self.made_by = origin(run.h, run.dataset)
-        set_device = partial(torch.cuda.set_device, self.m.device) if self.m.pin else None
+        set_device = partial(torch.cuda.set_device, self.m.device) if self.m.is_gpu else None
         self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # new threads would start on device 0
         self.pending: tuple[int, Future] | None = None  # the set being written: its step, and when it is done
 
@@ -5412,7 +5414,7 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
         if not is_out_of_memory(e):
             raise
         short = True
-    if run.m.pin:
+    if run.m.is_gpu:
         torch.cuda.empty_cache()  # the cached blocks may never fit again, and a graph takes its own memory
     return not run.m.largest(short)
 
@@ -6002,7 +6004,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     h = run.h
     m = run.m
     log = run.log
-    if m.pin:
+    if m.is_gpu:
         log(
             f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB"

@@ -101,7 +101,6 @@ def machine(rank=0, world=1):
         dtype=torch.float32,
         compile=lambda function: function,
         ops=t.Ops(),
-        pin=False,
         levels=(t.Level(None, slice(0, world), slice(rank, rank + 1)),),
         names=names,
     )

@@ -203,7 +203,7 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
         return t.Ops(qk=len), {"attention": bound[-1]}
 
     monkeypatch.setattr(t, "bind_ops", bind_ops)
-    monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, pin=True))
+    monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, device=torch.device("cuda")))
     m = worker.machine_for(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
     assert bound == ["attention128"]
     assert m.ops.qk is len

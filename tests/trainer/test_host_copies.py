@@ -54,7 +54,9 @@ def test_a_gpus_copies_run_on_a_side_stream_and_the_host_polls(monkeypatch, pass
     monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(torch.Tensor, "record_stream", hold)
     monkeypatch.setattr(t, "PATIENCE", 0.3)
-    fetched = dataclasses.replace(machine(), pin=True, streams=(side,)).fetch(torch.ones(2), torch.zeros(1))
+    fetched = dataclasses.replace(machine(), device=torch.device("cuda"), streams=(side,)).fetch(
+        torch.ones(2), torch.zeros(1)
+    )
     assert events == ["waits for main", "on side True", "event", "held for side True", "held for side True"]
     if passes == 3:
         assert [x.tolist() for x in fetched()] == [[1, 1], [0]] and side.passes == 0
@@ -67,7 +69,7 @@ def test_a_gpus_copies_run_on_a_side_stream_and_the_host_polls(monkeypatch, pass
 def test_on_a_gpu_host_copies_are_page_locked_and_cost_no_allocation():
     """They also keep the values of the call, whatever is queued after it."""
     streams = tuple(torch.cuda.Stream() for _ in range(2))
-    m = dataclasses.replace(machine(), device=torch.device("cuda"), pin=True, streams=streams)
+    m = dataclasses.replace(machine(), device=torch.device("cuda"), streams=streams)
     big = torch.zeros(1 << 26, device="cuda")
     numbers = torch.zeros(2, dtype=torch.float64, device="cuda")
 

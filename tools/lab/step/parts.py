@@ -56,7 +56,7 @@ def time_step(s: Session, run: Trained) -> None:
     for name, fn in parts.items():
         report_times(s, name, wall_times(s, fn))
 
-    if m.pin:
+    if s.cuda:
         s.report["peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
         s.say(
             f"bench rows:{s.rows} seq_len:{s.h.train_seq_len} accum:{s.accum} peak memory allocated: "

@@ -45,7 +45,7 @@ GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 def device_kind(trainer: ModuleType, m: Any) -> str:
     """Return the GPU's name, or the processor's and its cores: clocks of two kinds do not compare."""
-    name = m.names["device"] if m.pin else trainer.machine_report(m).splitlines()[-1]
+    name = m.names["device"] if m.is_gpu else trainer.machine_report(m).splitlines()[-1]
     return re.sub(r"\s+", " ", name.replace(":", " ")).strip()
 
 
@@ -111,7 +111,7 @@ class Worker:
 
     def machine_for(self, h: Any) -> Any:
         """Return the machine bound for a config's model: other heads or windows may take other kernels."""
-        if not self.m.pin:
+        if not self.m.is_gpu:
             return self.m
         ops, names = self.trainer.bind_ops(h, self.m.device)
         return dataclasses.replace(self.m, ops=ops, names=self.m.names | names)
@@ -158,7 +158,7 @@ class Worker:
         pairs = {**request["line"], "kind": self.kind, "init_sha256": weights_sha256(run.model)}
         log("sweep " + " ".join(f"{key}:{value}" for key, value in pairs.items()))
 
-        if self.m.pin:
+        if self.m.is_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.train_and_score(run, artifact)
 
