@@ -4702,6 +4702,12 @@ def codec_of(blob: bytes) -> str:
 # -----------------------------------------------------------------------------
 # 16. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
+# The columns of score windows, which are rows of three numbers: a window shows the model the tokens of
+# [start, end) and scores the targets of [score_from, end). Target i is token i + 1.
+START = 0
+END = 1
+SCORE_FROM = 2
+
 
 class Score(NamedTuple):
     """The score of a split."""
@@ -4738,18 +4744,23 @@ class WindowGroup(NamedTuple):
     """Score windows that share one compiled shape and one state of the weights."""
 
     last: int  # the model returns nats for the last `last` positions of each window
-    windows: np.ndarray  # (n, 3), rows of score_windows
-    lesson: np.ndarray  # (k, 3), rows of the same kind: the targets, already scored, to learn from first
+    windows: np.ndarray  # (n, 3)
+    lesson: np.ndarray  # (k, 3): windows whose targets, already scored, are learned from first
+
+
+def as_windows(start: np.ndarray, end: np.ndarray, score_from: np.ndarray) -> np.ndarray:
+    """Return the score windows (n, 3) with these columns, (n,) each."""
+    return np.stack([start, end, score_from], 1)
 
 
 def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
-    """Return the windows (W, 3): rows of start, end, score_from. Their [score_from, end) tile [0, total).
+    """Return the score windows (n, 3) of a split: their targets, [score_from, end), tile [0, total).
 
     The first window scores all its targets. Each later one scores the next `stride`, or the rest, with at
     least seq_len - stride tokens of context.
     """
     end = np.append(np.arange(min(seq_len, total), total, stride), total)
-    return np.stack([np.maximum(end - seq_len, 0), end, np.append(0, end[:-1])], 1)
+    return as_windows(start=np.maximum(end - seq_len, 0), end=end, score_from=np.append(0, end[:-1]))
 
 
 def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
@@ -4758,32 +4769,42 @@ def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
     Before a chunk is scored, its lesson holds all earlier targets that have not been learned from: those of
     the chunk before, and of any chunk between them in which no window begins. It is cut into sequences.
     """
-    windows = score_windows(total, scoring.seq_len, scoring.stride)
+    seq_len = scoring.seq_len
+    windows = score_windows(total, seq_len, scoring.stride)
     start, end, score_from = windows.T
     # The first window scores more than `stride` targets, and a short one is padded: both need every position.
-    regular = (score_from - start >= scoring.seq_len - scoring.stride) & (end - start == scoring.seq_len)
-    lasts = np.where(regular, scoring.stride, scoring.seq_len)
-    chunk = scoring.chunk or total
-    chunks = score_from // chunk
+    regular = (score_from - start >= seq_len - scoring.stride) & (end - start == seq_len)
+    last = np.where(regular, scoring.stride, seq_len)  # of each window, as WindowGroup.last
+    chunk_tokens = scoring.chunk or total
+    chunk = score_from // chunk_tokens  # of each window
 
-    changes = (np.diff(chunks) != 0) | (np.diff(lasts) != 0)
-    cuts = np.append(0, np.flatnonzero(changes) + 1)
+    changes = (np.diff(chunk) != 0) | (np.diff(last) != 0)
+    firsts = np.append(0, np.flatnonzero(changes) + 1)  # the first window of each group
     groups = []
-    learned = 0  # targets
-    for cut, group in zip(cuts, np.split(windows, cuts[1:])):
-        first = np.arange(learned, chunks[cut] * chunk, scoring.seq_len)
-        learned = chunks[cut] * chunk
-        lesson = np.stack([first, first + scoring.seq_len, first], 1)
-        groups.append(WindowGroup(int(lasts[cut]), group, lesson))
+    learned = 0  # targets before this one have been learned from
+    for first, members in zip(firsts, np.split(windows, firsts[1:])):
+        chunk_start = chunk[first] * chunk_tokens
+        begin = np.arange(learned, chunk_start, seq_len)  # of the sequences to learn from
+        lesson = as_windows(start=begin, end=begin + seq_len, score_from=begin)
+        learned = chunk_start
+        groups.append(WindowGroup(int(last[first]), members, lesson))
     return groups
 
 
+class PlacedDocument(NamedTuple):
+    """Where and when a document is scored."""
+
+    slot: int
+    groups: slice  # one for each of its windows
+    windows: np.ndarray  # (n, 3), a chunk each
+
+
 def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[WindowGroup]:
-    """Score the documents of `tokens` side by side, chunk after chunk. A group has one window for each slot.
+    """Lay out the documents of `tokens` side by side, chunk after chunk. A group has a window for each slot.
 
     A free slot takes the next document, so only earlier tokens decide where and when a document is scored. A
-    window begins seq_len tokens before the end of its chunk, or where the document begins. The lesson is the
-    group before; a slot that begins a document has no lesson, but a row of zeros.
+    window begins seq_len tokens before the end of its chunk, or where the document begins. A group's
+    lesson is the group before it; a slot that begins a document has no lesson, but a row of zeros.
     """
     total = len(tokens) - 1
     begins = np.union1d(0, np.flatnonzero(tokens[:total] == scoring.bos_id))
@@ -4795,15 +4816,18 @@ def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[W
         start = np.maximum(chunk_end - scoring.seq_len, begin)
         slot = free.argmin()
         span = slice(free[slot], free[slot] + len(start))
-        placed.append((slot, span, np.stack([start, np.minimum(chunk_end, end), score_from], 1)))
+        windows = as_windows(start=start, end=np.minimum(chunk_end, end), score_from=score_from)
+        placed.append(PlacedDocument(slot, span, windows))
         free[slot] = span.stop
 
-    windows = np.zeros((free.max(), slots, 3), np.int64)
-    lessons = np.zeros_like(windows)
-    for slot, span, rows in placed:
-        windows[span, slot] = rows
-        lessons[span, slot][1:] = rows[:-1]
-    return [WindowGroup(scoring.seq_len, *pair) for pair in zip(windows, lessons)]
+    all_windows = np.zeros((free.max(), slots, 3), np.int64)
+    all_lessons = np.zeros_like(all_windows)
+    for slot, span, windows in placed:
+        all_windows[span, slot] = windows
+        all_lessons[span, slot][1:] = windows[:-1]
+    return [
+        WindowGroup(scoring.seq_len, windows, lesson) for windows, lesson in zip(all_windows, all_lessons)
+    ]
 
 
 class WindowBatch(NamedTuple):
@@ -4817,10 +4841,11 @@ class WindowBatch(NamedTuple):
 
 def read_windows(tokens: Tensor, windows: Tensor, seq_len: int) -> WindowBatch:
     """Read the tokens of windows (B, 3), none of them later than the last target that the window scores."""
-    start, end, score_from = windows.to(tokens.device).unsqueeze(-1).unbind(1)  # (B, 1) each
-    position = start + torch.arange(seq_len, device=tokens.device)
-    scored = (position >= score_from) & (position < end)
-    index = position.minimum(end - 1).clamp_min(0)
+    windows = windows.to(tokens.device)[..., None]
+    end = windows[:, END]  # (B, 1)
+    position = windows[:, START] + torch.arange(seq_len, device=tokens.device)
+    scored = (position >= windows[:, SCORE_FROM]) & (position < end)
+    index = position.minimum(end - 1).clamp_min(0)  # 0 in a window of zeros
     return WindowBatch(tokens[index].long(), tokens[index + 1].long(), index, scored)
 
 
@@ -4929,8 +4954,8 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
 
     def learn(tokens: Tensor, windows: Tensor) -> None:
-        targets = (windows[:, 1] - windows[:, 2]).sum().item()
-        progress = windows[0, 0].item() / (len(tokens) - 1)
+        targets = (windows[:, END] - windows[:, SCORE_FROM]).sum().item()
+        progress = windows[0, START].item() / (len(tokens) - 1)
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
         for _ in range(h.ttt_passes):
             gradient = lesson_gradient(params, nats_fn, tokens, windows[m.rank :: m.world_size], h) / targets
@@ -4969,7 +4994,8 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
             second.lerp_(gradient.square(), 1 - LORA_BETA2)
             spread = (second / (1 - LORA_BETA2**steps)).sqrt()
             factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
-        is_blank = mine[:, 1:2].to(m.device) == 0  # no lesson: the slot begins a document (document_groups)
+        # A window of zeros is no lesson: the slot begins a document (document_groups).
+        is_blank = mine[:, END, None].to(m.device) == 0
         factors.copy_(torch.where(is_blank, fresh, factors))
         second.masked_fill_(is_blank, 0)
         steps.masked_fill_(is_blank, 0)

@@ -230,7 +230,7 @@ def test_what_is_learned_has_been_scored_and_nothing_is_learned_from_the_last_ch
             run = t.ScoreRun(seq_len, stride, 3, "x", SILENT, chunk=chunk, learner=witness.learner)
             _, times_scored = t.score_targets(witness.nats, np.arange(total + 1), run, m)
             assert (times_scored == 1).all()
-            starts = t.score_windows(total, seq_len, stride)[:, 2]
+            starts = t.score_windows(total, seq_len, stride)[:, t.SCORE_FROM]
             learned = witness.learned
             assert learned == starts[-1] // chunk <= (total - 1) // chunk, (total, seq_len, stride, chunk)
             assert learned == (total - 1) // chunk or total - learned * chunk - chunk <= stride
@@ -699,7 +699,7 @@ def test_the_pass_is_compiled_before_the_clock_and_on_no_token_of_the_split(tmp_
 
             def watched_learn(tokens, windows):
                 blank = bool((tokens == tokens[0]).all())
-                events.append((int((windows[:, 1] - windows[:, 2]).sum()), blank))
+                events.append((int((windows[:, t.END] - windows[:, t.SCORE_FROM]).sum()), blank))
                 learn(tokens, windows)
 
             yield watched_learn
