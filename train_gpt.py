@@ -1666,7 +1666,7 @@ def check_train_split(h: Config, m: Machine) -> None:
         )
 
 
-class Draw(IntEnum):
+class RandomUse(IntEnum):
     """A use of random numbers in the loader. Each has its own streams."""
 
     SHARDS = 0  # the order of the shards; a stream per epoch
@@ -1674,7 +1674,7 @@ class Draw(IntEnum):
     SEQUENCES = 2  # the order of the sequences; a stream per draw
 
 
-def random_stream(seed: int, use: Draw, *numbers: int) -> np.random.Generator:
+def random_stream(seed: int, use: RandomUse, *numbers: int) -> np.random.Generator:
     """Return the random stream for a use. Streams for different uses or numbers are independent.
 
     The spawn key makes them so. A list as seed is padded with zeros: [seed, 3] would equal [seed, 3, 0].
@@ -1740,7 +1740,7 @@ class TokenLoader:
 
     def shuffle_shards(self, epoch: int) -> ShardOrder:
         """Draw an epoch's order of the shards."""
-        order = random_stream(self.h.seed, Draw.SHARDS, epoch).permutation(len(self.files))
+        order = random_stream(self.h.seed, RandomUse.SHARDS, epoch).permutation(len(self.files))
         return ShardOrder(order, np.cumsum(self.sizes[order]))
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
@@ -1752,7 +1752,7 @@ class TokenLoader:
         lengths = np.diff(starts, append=len(tokens))
         if lengths.sum() != self.sizes[shard]:
             raise InputError(f"{self.files[shard]}: changed during the run; begin again with another run_id")
-        order = random_stream(self.h.seed, Draw.DOCUMENTS, epoch, shard).permutation(len(starts))
+        order = random_stream(self.h.seed, RandomUse.DOCUMENTS, epoch, shard).permutation(len(starts))
         bounds = np.concatenate([[0], np.cumsum(lengths[order])])
         return ShuffledShard(starts[order], bounds)
 
@@ -1802,7 +1802,7 @@ class TokenLoader:
         """Return the order in which a draw's sequences are dealt, as their numbers within the draw."""
         order = np.arange(self.draw_batches * self.h.train_batch_tokens // self.h.train_seq_len)
         if self.draw_batches > 1:
-            random_stream(self.h.seed, Draw.SEQUENCES, draw).shuffle(order)
+            random_stream(self.h.seed, RandomUse.SEQUENCES, draw).shuffle(order)
         return order
 
     def build(self, index: int) -> Tensor:
@@ -5316,10 +5316,10 @@ class Run:
     dataset: Dataset
     model: GPT
     loss_fn: Callable
+    plain_loss_fn: Callable  # of the model without its loop; loss_fn itself if it has none
     nats_fn: Callable
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens of the splits that have been scored
-    plain_loss_fn: Callable | None = None  # loss_fn of the model without its loop; None: it has no loop
     resumed: SavedState | None = None  # where training continues if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
@@ -5417,17 +5417,18 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     torch.manual_seed(h.seed)
     model = GPT(h, m.ops, m.dtype).to(m.device)
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    loss_fn = m.compile(model.loss)
     return Run(
         h=h,
         m=m,
         log=log,
         dataset=dataset,
         model=model,
-        loss_fn=m.compile(model.loss),
+        loss_fn=loss_fn,
+        plain_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else loss_fn,
         nats_fn=m.compile(model.nats),
         phases={"load": 1000 * (time.perf_counter() - started)},
         splits={},
-        plain_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else None,
     )
 
 
@@ -5474,11 +5475,12 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
     return replace(run, h=h)
 
 
-def bind_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
-    """Return `backward` and why it is not a CUDA graph; "" if it is one, or if the machine has no graphs.
+def capture_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
+    """Capture forward and backward of a micro-batch. Returns `backward`, and why capture failed, as Captured.
 
     backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
-    loss / count, (), which the next call overwrites. Copies, passes and readers stay in order on one stream.
+    loss / count, (). That tensor is the same at every call. The caller reads it on the stream of the passes
+    before it calls again.
     """
     h = optimizer.h
     m = optimizer.m
@@ -5514,7 +5516,7 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
 
 
 class Passes(NamedTuple):
-    """The passes of a run, each as bind_pass returns it. None: no step of the run takes it."""
+    """The passes of a run, each as capture_pass returns it. None: no step of the run takes it."""
 
     looped: Callable[[Tensor, int], Tensor] | None
     plain: Callable[[Tensor, int], Tensor] | None  # visits every layer once
@@ -5524,20 +5526,19 @@ class Passes(NamedTuple):
         return self.looped if hp.loops else self.plain
 
 
-def bind_passes(run: Run, optimizer: Optimizer) -> Passes:
-    """Bind the passes that the steps of a run take. Logs failures."""
+def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
+    """Capture the passes that the steps of a run take. Logs failures."""
 
-    def bound(loss_fn: Callable) -> Callable:
-        backward, failure = bind_pass(loss_fn, optimizer)
+    def capture(loss_fn: Callable) -> Callable:
+        backward, failure = capture_pass(loss_fn, optimizer)
         if failure:
             run.log(f"pass:eager, no graph ({failure})")
         return backward
 
     h = run.h
-    plain_loss_fn = run.plain_loss_fn if h.has_loop else run.loss_fn
     # The loop begins once and stays: the last step tells whether any loops, the first whether any does not.
-    looped = bound(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
-    plain = None if hyper_at(h, 0, 0.0).loops else bound(plain_loss_fn)
+    looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
+    plain = None if hyper_at(h, 0, 0.0).loops else capture(run.plain_loss_fn)
     return Passes(looped, plain)
 
 
@@ -5551,7 +5552,7 @@ class WarmUp(NamedTuple):
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
     """Compile, capture and run everything that the training clock will see, then undo its effects."""
     h = run.h
-    passes = bind_passes(run, optimizer)
+    passes = capture_passes(run, optimizer)
     if optimizer.graph_failure:
         run.log(f"update:eager, no graph ({optimizer.graph_failure})")
 

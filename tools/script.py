@@ -108,6 +108,16 @@ def leave_if_lost(tool: str, script: ModuleType, error: Exception, when: str) ->
 
 # ---- scripts -------------------------------------------------------------------------------------
 
+# Names of older scripts: the present name -> the one that it had before.
+RENAMED = {"capture_pass": "bind_pass"}
+
+
+def rename_older_names(module: ModuleType) -> None:
+    """Give the functions of an older script the names that the trainer's have now."""
+    for name, older in RENAMED.items():
+        if hasattr(module, older) and not hasattr(module, name):
+            setattr(module, name, getattr(module, older))
+
 
 def missing_names(module: ModuleType, needs: tuple[str, ...]) -> list[str]:
     """Return the entries of `needs` that the module lacks. CLASS.NAME is a method or dataclass field."""
@@ -153,6 +163,7 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{path}: does not import here ({reason}); fix it or {tool} another") from None
 
+    rename_older_names(module)
     require_names(module, path, needs, tool)
     return module
 

@@ -19,7 +19,7 @@ import pytest
 import train_gpt as t
 from helpers import english_args, refused_by, stop_one_line
 from lab import bench
-from lab.shared import timing
+from lab.shared import timing, trainer
 from lab.step import parts
 from lab_helpers import SECTIONS, WHOLE, run_bench
 
@@ -113,6 +113,13 @@ def test_a_script_without_the_tool_says_where_it_is(tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done
     assert f"run ./run.sh bench --script {script} KEY=VALUE" in done.stderr
+
+
+def test_a_script_from_before_a_renaming_can_be_measured(monkeypatch):
+    path = ROOT / "records" / "track_h100x1_5min" / "2026-11-27_CopyOutput" / "train_gpt.py"
+    older = trainer.load_trainer(path, "an_older_script")
+    monkeypatch.delitem(sys.modules, "an_older_script")
+    assert older.capture_pass is older.bind_pass
 
 
 def test_it_runs_as_a_module():

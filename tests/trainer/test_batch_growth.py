@@ -72,7 +72,7 @@ def test_a_step_has_the_mean_gradient_of_the_micro_batches_it_takes():
     with group_of_one() as m:
         model = t.GPT(h)
         optimizer = t.Optimizer(model, h, m)
-        backward, _ = t.bind_pass(model.loss, optimizer)
+        backward, _ = t.capture_pass(model.loss, optimizer)
         batch = [torch.randint(0, h.vocab_size, (4, 17)) for _ in range(2)]
         losses = [backward(x, 2).item() for x in batch]
         found = model.tok_emb.grad.clone()

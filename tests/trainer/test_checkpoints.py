@@ -165,6 +165,7 @@ def checkpoints_of(folder, name, model_seed):
         dataset=SimpleNamespace(manifest_sha256="same"),
         model=model,
         loss_fn=None,
+        plain_loss_fn=None,
         nats_fn=None,
         phases={},
         splits={},

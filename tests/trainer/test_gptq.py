@@ -198,6 +198,7 @@ def run_of(h, m, model):
         dataset=None,
         model=model,
         loss_fn=model.loss,
+        plain_loss_fn=model.loss,
         nats_fn=model.nats,
         phases={},
         splits={},

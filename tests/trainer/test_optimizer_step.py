@@ -55,7 +55,7 @@ def test_a_step_is_the_float64_step(one):
     first = {name: np.zeros_like(p) for name, p in params.items()}
     second = {name: np.zeros_like(p) for name, p in params.items()}
     specs = {spec.name: spec for spec in t.PARAM_TABLE}
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     for step in range(1, 4):
         batch = loader.next()
         hp = t.Hyper(0.0, 0.9, 0.8 / step)
@@ -92,7 +92,7 @@ def test_gradients_accumulate_over_micro_batches_and_are_cleared(one):
         model, optimizer, _, loader = setup(one, micro_batch_tokens=micro)
         batch = loader.next()
         assert len(batch) == 128 // micro
-        backward, _ = t.bind_pass(model.loss, optimizer)
+        backward, _ = t.capture_pass(model.loss, optimizer)
         loss = t.train_step(backward, optimizer, batch, t.hyper_at(optimizer.h, 0, 0.0))
         losses.append(loss.item())
         ends.append(optimizer.flat.clone())
@@ -127,7 +127,7 @@ def test_a_bank_holds_at_most_two_parameters(one):
 
 def test_snapshot_is_exact_and_a_copy(one):
     model, optimizer, _, loader = setup(one)
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     for step in range(2):
         t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
     saved = optimizer.snapshot()
@@ -192,6 +192,7 @@ def test_warmup_leaves_no_trace(one):
         dataset=None,
         model=model,
         loss_fn=model.loss,
+        plain_loss_fn=model.loss,
         nats_fn=nats,
         phases={},
         splits={},
@@ -253,7 +254,7 @@ def test_the_multiplier_drives_every_parameter(one):
     for lr_mul in (0.0, 1.0):
         model, optimizer, _, loader = setup(one)
         before = parameters(model)
-        backward, _ = t.bind_pass(model.loss, optimizer)
+        backward, _ = t.capture_pass(model.loss, optimizer)
         t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, lr_mul))
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == (before.keys() if lr_mul else set())
@@ -268,7 +269,7 @@ def steps_of(one, count, **knobs):
     model = t.GPT(h)
     optimizer = t.Optimizer(model, h, one)
     loader = t.TokenLoader(h, one)
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     states = [parameters(model)]
     for _ in range(count):
         t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0))

@@ -387,7 +387,7 @@ def trained(m, steps, pair, **knobs):
     model = noisy_model(h, seed=3)
     optimizer = t.Optimizer(model, h, m)
     loader = t.TokenLoader(h, m)
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     for step in range(steps):
         t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -410,7 +410,7 @@ def every_pair(rank, folder, knobs):
         ends = []
         for _ in range(2):
             loader.seek(3 * loader.accum)
-            backward, _ = t.bind_pass(model.loss, optimizer)
+            backward, _ = t.capture_pass(model.loss, optimizer)
             t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, 3, 0.0))
             ends.append([x.clone() for x in optimizer.state()])
             optimizer.restore(saved)

@@ -193,7 +193,7 @@ def train_passes(rank, folder, captures, bad=None):
     error = OSError("driver") if rank == bad else None
     graph_capture = capturer(events, error) if captures else None
     optimizer.m = dataclasses.replace(m, graph_capture=graph_capture)
-    backward, failure = t.bind_pass(loss_fn, optimizer)
+    backward, failure = t.capture_pass(loss_fn, optimizer)
     bound = list(events)
     clean = optimizer.steps == 0 and all_equal(before, optimizer.state())
     clean &= all(not p.grad.any() for p in model.parameters())  # the passes before the capture left nothing
@@ -256,7 +256,7 @@ def test_the_loss_is_the_mean_and_gradients_are_its_gradients(one, shards):
     reference = noisy_model(h, seed=3)
     optimizer = t.Optimizer(model, h, one)
     batch = t.TokenLoader(h, one).next()
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     assert len(batch) == 4
     loss = sum(backward(sequences, len(batch)).item() for sequences in batch)
     whole = torch.cat(batch)

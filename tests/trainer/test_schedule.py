@@ -36,7 +36,7 @@ def train_rank(rank, folder, knobs, per_node=0):
     m = env_machine(tiny(**knobs), per_node)
     assert m.rank == rank
     model, optimizer, ema, loader = setup(m, **knobs)
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     clip_factor = optimizer.clip_factor
     factors = []
     losses = []
@@ -230,7 +230,7 @@ def wire_rank(rank, folder, dtype):
     state = {str(x.dtype) for x in optimizer.state()}
     gradients = optimizer.bank_grad | {"flat": optimizer.flat_grad}
     same = all(optimizer.wire[name] is gradient for name, gradient in gradients.items())
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     losses = []
     for step in range(WIRE_STEPS):
         batch = loader.next()

@@ -419,11 +419,14 @@ def test_documents_are_shuffled_inside_shards_and_shards_among_each_other(shards
 def test_every_use_of_random_numbers_has_its_own_stream():
     """Seeds [seed, epoch] and [seed, epoch, 0] are one stream to NumPy: no two keys may share one."""
     keys = [
-        (use, *numbers) for use in t.Draw for n in range(3) for numbers in ((n,), (n, 0), (n, 0, 0), (n, 1))
+        (use, *numbers)
+        for use in t.RandomUse
+        for n in range(3)
+        for numbers in ((n,), (n, 0), (n, 0, 0), (n, 1))
     ]
     first = {tuple(t.random_stream(seed, *key).integers(0, 1 << 63, 4)) for seed in (0, 7) for key in keys}
     assert len(first) == 2 * len(keys)
-    again = [t.random_stream(7, t.Draw.SHARDS, 2).integers(0, 1 << 63, 4).tolist() for _ in range(2)]
+    again = [t.random_stream(7, t.RandomUse.SHARDS, 2).integers(0, 1 << 63, 4).tolist() for _ in range(2)]
     assert again[0] == again[1]
 
 

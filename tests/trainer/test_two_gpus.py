@@ -79,7 +79,7 @@ def test_deterministic_runs_on_a_gpu_are_bit_equal(tmp_path):
 
 def eager_pass(rank):
     """Make the trainer launch a micro-batch kernel by kernel; the update is still a graph."""
-    real = t.bind_pass
+    real = t.capture_pass
 
     def bound(loss_fn, optimizer):
         m = optimizer.m
@@ -88,7 +88,7 @@ def eager_pass(rank):
         optimizer.m = m
         return backward, failure
 
-    t.bind_pass = bound
+    t.capture_pass = bound
 
 
 def train_losses(run):

@@ -26,7 +26,7 @@ import script
 from script import BadInput
 
 NEEDS = (
-    "InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "bind_pass", "train_step", "log_step",
+    "InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "capture_pass", "train_step", "log_step",
     "hyper_at", "Machine.fetch",
 )  # fmt: skip
 TOOL = "bench.py"  # begins its errors
@@ -291,12 +291,12 @@ def build_trained(s: Session, steps: bool = True) -> Trained:
     return Trained(model, s.m.compile(model.loss), optimizer, s.t.Ema(model, s.h), batches)
 
 
-def bind_backward(s: Session, run: Trained) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Bind training's forward+backward of a micro-batch, (B, T + 1) -> its share of the loss.
+def capture_backward(s: Session, run: Trained) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Capture training's forward+backward of a micro-batch, (B, T + 1) -> its share of the loss.
 
     It is a CUDA graph where the machine captures. Also returns the reason why a capture failed, or ''.
     """
-    return s.t.bind_pass(run.loss_fn, run.optimizer)
+    return s.t.capture_pass(run.loss_fn, run.optimizer)
 
 
 def gradient_buffers(optimizer: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lab.shared.timing import typical, wall_times
-from lab.shared.trainer import Session, Trained, bind_backward, gradient_buffers, quiet_run
+from lab.shared.trainer import Session, Trained, capture_backward, gradient_buffers, quiet_run
 
 
 def report_times(s: Session, name: str, times: list[float]) -> None:
@@ -41,7 +41,7 @@ def time_step(s: Session, run: Trained) -> None:
         fetched()
 
     report_times(s, "forward", wall_times(s, run.forward))
-    backward, failure = bind_backward(s, run)
+    backward, failure = capture_backward(s, run)
     if failure:
         s.skip("a CUDA graph of forward+backward: launched one by one", failure)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lab.shared.timing import ms_between, tick
-from lab.shared.trainer import Session, Trained, bind_backward, quiet_run
+from lab.shared.trainer import Session, Trained, capture_backward, quiet_run
 from lab.step.smi import Sampler, gpu_of
 
 SUSTAIN = 8.0  # seconds on a GPU
@@ -47,7 +47,7 @@ class TrainingLoop:
         self.run = run
         self.loader = loader
         self.logged = logged
-        self.backward, _ = bind_backward(s, run)
+        self.backward, _ = capture_backward(s, run)
         # text if there is any: random tokens draw other power
         self.batch = loader.next() if loader else [run.fresh()] * s.accum
         self.step = 0

@@ -44,8 +44,8 @@ from lab.shared.collectives import Collective, Recorder, collectives_of
 from lab.shared.timing import aligned, say_noise, typical
 from lab.shared.trainer import (
     Session,
-    bind_backward,
     build_trained,
+    capture_backward,
     known_errors_of,
     load_trainer,
     open_session,
@@ -345,7 +345,7 @@ def measure_rank(s: Session, steps: int, recorder: Recorder) -> dict:
     watch = StepWatch(s.t, recorder)
     run = build_trained(s)
     hp = s.t.hyper_at(s.h, 0, 0.0)
-    backward, _ = bind_backward(s, run)
+    backward, _ = capture_backward(s, run)
 
     def step() -> None:
         s.t.train_step(backward, run.optimizer, [run.fresh()] * s.accum, hp)

@@ -96,7 +96,7 @@ def train_momentum(s: Setup, steps: int) -> list[Inputs]:
     model = t.GPT(h, m.ops, m.dtype).to(m.device)
     optimizer = t.Optimizer(model, h, m)
     loader = t.TokenLoader(h, m)
-    backward, _ = t.bind_pass(model.loss, optimizer)
+    backward, _ = t.capture_pass(model.loss, optimizer)
     for step in range(steps):
         loss = t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
 
