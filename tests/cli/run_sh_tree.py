@@ -1,4 +1,4 @@
-"""A copy of run.sh, .ci/run and tools/cli.py with stand-ins for interpreter, GPUs and tools."""
+"""A copy of run.sh, .ci/run, tools/cli.py and its commands with stand-ins for interpreter, GPUs and tools."""
 
 import os
 import shutil
@@ -68,6 +68,11 @@ class InputError(Exception):
     pass
 
 
+class Config:
+    data_path: str
+    run_id: str
+
+
 def load_config(argv, env):
     values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
     values |= {"matrix_lr": 0.05, "target_loss": 0.0}
@@ -130,7 +135,8 @@ class Tree:
         )
         for name in copied:
             shutil.copy(ROOT / name, self.root / name)
-        shutil.copytree(ROOT / "tools/ledger", self.root / "tools/ledger")
+        for package in ("commands", "ledger"):
+            shutil.copytree(ROOT / "tools" / package, self.root / "tools" / package)
         (self.root / "tools/ledger/record.py").write_text(FAKE_RECORD)
         (self.root / "train_gpt.py").write_text(FAKE_TRAINER)
         for name in (

@@ -1,4 +1,4 @@
-"""Functions of tools/cli.py that need no stand-ins: the machine table against the trainer, help, Ctrl-C."""
+"""The commands of run.sh without stand-ins: the machine table against the trainer, help, Ctrl-C."""
 
 import os
 import signal
@@ -10,40 +10,41 @@ import pytest
 
 import cli
 import train_gpt as t
+from commands import datasets, machine, programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("machine", cli.MACHINES, ids=lambda machine: f"{machine.gpus} GPUs")
-def test_every_row_of_the_machine_table_can_be_trained(machine):
-    h = t.load_config([f"preset={machine.preset}"], {})
-    accum, sequences, _ = t.cut_batch(h, machine.processes)
-    tokens = accum * sequences * h.train_seq_len * machine.processes
-    assert tokens == h.train_batch_tokens and machine.processes <= max(1, machine.gpus)
+@pytest.mark.parametrize("row", machine.MACHINES, ids=lambda row: f"{row.gpus} GPUs")
+def test_every_row_of_the_machine_table_can_be_trained(row):
+    h = t.load_config([f"preset={row.preset}"], {})
+    accum, sequences, _ = t.cut_batch(h, row.processes)
+    tokens = accum * sequences * h.train_seq_len * row.processes
+    assert tokens == h.train_batch_tokens and row.processes <= max(1, row.gpus)
 
 
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_data_has_the_vocabulary_of_the_preset(preset):
     options = {1024: [], 8192: ["--variant", "sp8192"], 50_304: ["--variant", "gpt2"]}
-    assert cli.variant_options(preset, []) == options[t.load_config([f"preset={preset}"], {}).vocab_size]
+    assert datasets.variant_options(preset, []) == options[t.load_config([f"preset={preset}"], {}).vocab_size]
     for vocab_size, expected in options.items():
-        assert cli.variant_options(preset, ["seed=1", f"vocab_size={vocab_size}"]) == expected
+        assert datasets.variant_options(preset, ["seed=1", f"vocab_size={vocab_size}"]) == expected
 
 
 @pytest.mark.parametrize("preset", [preset for preset in t.PRESETS if not preset.startswith("cpu")])
 def test_presets_for_gpus_are_shared_by_any_count(preset):
     """So preset= on several GPUs uses 8, 4 or 2 of them, at the same tokens a step."""
     h = t.load_config([f"preset={preset}"], {})
-    for count in cli.PROCESS_COUNTS:
+    for count in machine.PROCESS_COUNTS:
         accum, sequences, _ = t.cut_batch(h, count)
         assert accum * sequences * h.train_seq_len * count == h.train_batch_tokens
 
 
-@pytest.mark.parametrize("preset", cli.GPT2_PRESETS)
+@pytest.mark.parametrize("preset", datasets.GPT2_PRESETS)
 def test_a_race_sees_no_token_twice(preset, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "find_data", lambda *options: asked.extend(options))
-    cli.find_training_data(preset, [], 1)
+    monkeypatch.setattr(datasets, "find_data", lambda *options: asked.extend(options))
+    datasets.find_training_data(preset, [], 1)
     assert asked[:3] == ["--variant", "gpt2", "--train-shards"]
     h = t.load_config([f"preset={preset}"], {})
     assert h.iterations * h.train_batch_tokens <= int(asked[3]) * 100_000_000
@@ -113,7 +114,7 @@ sys.stdin.readline()
 )
 def test_signals_do_not_orphan_the_program(number, status):
     """It decides how to end: SIGINT comes to it from the terminal, SIGTERM is passed on."""
-    program = f"import cli, sys; sys.exit(cli.run(['-c', {CHILD!r}]))"
+    program = f"import sys; from commands import programs; sys.exit(programs.run(['-c', {CHILD!r}]))"
     parent = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT / "tools",
@@ -135,7 +136,7 @@ def test_signals_do_not_orphan_the_program(number, status):
 
 def test_a_program_that_a_signal_ended_has_the_shells_status():
     program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert cli.run(["-c", program]) == 128 + signal.SIGKILL
+    assert programs.run(["-c", program]) == 128 + signal.SIGKILL
 
 
 CLI = [sys.executable, str(ROOT / "tools/cli.py")]

@@ -11,6 +11,7 @@ import pytest
 
 import cli
 import prepare
+from commands.words import check_keys, read_request
 from ledger import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,18 +98,19 @@ def check_command(words, artifact):
         parser = importlib.import_module(f"lab.{rest[0]}").argument_parser()
         _, knobs = parser.parse_known_args(rest[1:])
         assert all("=" in word for word in knobs), words
-        cli.check_keys("train", tuple(knobs))
+        check_keys(cli.COMMANDS["train"], knobs)
     elif name == "record":
         record.parser().parse_args(rest)
     elif name == "test":
         paths = [word for word in rest if word.startswith("tests/")]
         assert all((ROOT / path).exists() for path in paths), words
     else:
-        if cli.COMMANDS[name].needs_artifact:
+        command = cli.COMMANDS[name]
+        if command.needs_artifact:
             rest[0] = artifact
         for option in [word for word in rest if word == "--script"]:
             rest[rest.index(option) + 1] = str(ROOT / "train_gpt.py")
-        cli.check_keys(name, cli.read_request(name, cli.COMMANDS[name], rest).knobs)
+        check_keys(command, read_request(name, command, rest).knobs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,7 +165,7 @@ def test_the_trainers_docstring_names_commands_that_run():
     lines = [line.split("   ")[0].split() for line in re.findall(r"python train_gpt\.py (.*)", doc)]
     assert [words[0] for words in lines] == ["train", "train", "eval", "audit", "bench"]
     for words in lines:
-        cli.check_keys("train", tuple(word for word in words if "=" in word))
+        check_keys(cli.COMMANDS["train"], [word for word in words if "=" in word])
     assert "preset=cpu" in lines[1] and "preset=cpu" in lines[2]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from commands import run_report, suite
 from run_sh_tree import CHECKS, COMMANDS, LOG_HEAD, ROOT, TESTS, refused
 
 # ---------------------------------------------------------------- help, bad commands
@@ -187,7 +188,7 @@ def test_tests_fail_on_format_and_style(tree):
 
 
 def test_selections_of_tests(tree):
-    selections = {"fast": cli.FAST, "stress": cli.STRESS}
+    selections = {"fast": suite.FAST, "stress": suite.STRESS}
     for name, selection in selections.items():
         assert tree.run("test", name, "-x").returncode == 0
         assert tree.calls()[-1] == " ".join([TESTS, *selection, "-x"])
@@ -195,7 +196,7 @@ def test_selections_of_tests(tree):
         paths = [word.partition("::")[0] for word in words if word.startswith("tests/")]
         assert paths and all((ROOT / path).exists() for path in paths)
     assert tree.run("test", "long").returncode == 0
-    assert tree.calls()[-1] == " ".join([TESTS, *cli.LONG])
+    assert tree.calls()[-1] == " ".join([TESTS, *suite.LONG])
 
 
 def test_lab_commands_find_their_packages(tree):
@@ -226,7 +227,7 @@ def test_the_reason_of_the_first_rank_is_last(tmp_path):
 
     def reason(text):
         log.write_text("rank 0: of an earlier run\n" + text)
-        return cli.read_reason(str(log), size)
+        return run_report.read_reason(str(log), size)
 
     assert reason("step:1/2\n") == ""
     assert reason("step:1/2\nrank 1: x.bin: no such shard\n" + gone) == "rank 1: x.bin: no such shard"

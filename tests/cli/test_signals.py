@@ -24,9 +24,9 @@ print(os.getpid(), file=sys.stderr, flush=True)
 time.sleep(60)
 """
 STARTS = {
-    "resolve": "import cli; cli.resolve([])",
-    "find_data": "import cli; cli.find_data()",
-    "draw_plot": "import cli; cli.draw_plot('log')",
+    "resolve": "from commands import ask_trainer; ask_trainer.resolve([])",
+    "find_data": "from commands import datasets; datasets.find_data()",
+    "draw_plot": "from commands import run_report; run_report.draw_plot('log')",
     "reproduce": "from ledger.show import reproduce; reproduce.run_command(['python', 'train_gpt.py'], None)",
     "train_gpt.py": "import train_gpt; sys.exit(train_gpt.main(['bench']))",
 }
@@ -109,6 +109,7 @@ def test_a_signal_to_run_sh_ends_its_install(name, number, tmp_path):
     tools = [f"tools/{name}.py" for name in ("cli", "children", "script")]
     for file in ("run.sh", "requirements.txt", "train_gpt.py", *tools):
         shutil.copy(ROOT / file, repository / file)
+    shutil.copytree(ROOT / "tools/commands", repository / "tools/commands")
     python = tmp_path / "python"
     python.write_text(SLOW_PYTHON.replace("@REAL@", sys.executable).replace("@FIRST@", INSTALLS[name]))
     python.chmod(0o755)

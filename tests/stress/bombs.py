@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rans_streams import put_together, with_checksum
 
 import train_gpt as t
 from mutations import small_artifact
+from rans_streams import put_together, with_checksum
 from reader import VIOLATION, Violation, clock, outcome, since
 from xz_streams import blocks, compress, with_dictionary
 

@@ -13,10 +13,9 @@ import sys
 import time
 from typing import NamedTuple
 
-from rans_streams import RANS_MUTATIONS
-
 from bombs import bomb_reports
 from mutations import MUTATIONS, small_artifact
+from rans_streams import RANS_MUTATIONS
 from reader import VIOLATION, Violation, outcome
 
 ALL = MUTATIONS | RANS_MUTATIONS

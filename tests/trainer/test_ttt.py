@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_windows import ONE_BYTE, SILENT
 
 import fixtures_records as fx
 import train_gpt as t
@@ -40,6 +39,7 @@ from helpers import (
 from ledger import record, tracks
 from ledger.read import dialects, runlog, scores
 from record_helpers import TRACK, edit, make, verdicts
+from test_windows import ONE_BYTE, SILENT
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
 

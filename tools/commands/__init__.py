@@ -1,0 +1,1 @@
+"""The commands of run.sh, by subject; cli.py is the table of them."""

@@ -1,0 +1,157 @@
+"""The words of a command line of run.sh: what each command takes, and the caller's paths and knobs read."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
+
+from script import ROOT, TRAINER, BadInput
+
+PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
+
+
+class Takes(Enum):
+    """The kind of word that follows an option."""
+
+    NOTHING = "nothing"
+    VALUE = "a value"
+    FILE = "a file of the caller's"
+    SCRIPT = "a train_gpt.py, which must exist"
+
+
+class Form(NamedTuple):
+    """One way to use a command, for --help."""
+
+    arguments: str
+    summary: str
+    example: str
+
+
+class Request(NamedTuple):
+    """The parsed words after a command. The caller's paths are rewritten to hold from the repository."""
+
+    words: list[str]  # as they were given
+    artifact: str = ""
+    options: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS."""
+
+    run: Callable[[Request], int]
+    forms: tuple[Form, ...]
+    files: tuple[str, ...] = ()  # that it needs
+    reads_knobs: bool = True  # if not, its words go to another program as they are
+    needs_artifact: bool = False
+    options: Mapping[str, Takes] = MappingProxyType({})
+    keys: tuple[str, ...] = ()  # of its key=value words; (): the knobs of the trainer
+
+
+def from_caller(path: str) -> str:
+    """Return a path of the caller's as seen from the repository, where the trainer runs."""
+    caller = os.getcwd()
+    return path if caller == str(ROOT) else os.path.join(caller, path)
+
+
+def read_request(name: str, command: Command, words: list[str]) -> Request:
+    """Check the words after a command: [ARTIFACT] [options] [key=value...]. Raises BadInput."""
+    for file in command.files:
+        if not (ROOT / file).is_file():
+            raise BadInput(f"{file} is missing from {ROOT}: get a complete copy of the repository")
+    if not command.reads_knobs:
+        return Request(words)
+
+    rest = list(words)
+    artifact = ""
+    if command.needs_artifact:
+        artifact = read_artifact(name, rest)
+    options = read_options(name, command.options, rest)
+    knobs = [read_knob(word) for word in rest]
+
+    nproc = os.environ.get("NPROC") or "1"
+    if not nproc.isdecimal() or nproc.startswith("0"):
+        raise BadInput(f"NPROC={nproc} is not a number of processes: give 1, 2, 4 or 8")
+    return Request(words, artifact, tuple(options), tuple(knobs))
+
+
+def read_artifact(name: str, rest: list[str]) -> str:
+    """Take the artifact's path off the front of `rest`."""
+    if not rest or not rest[0] or "=" in rest[0]:
+        raise BadInput(f"{name} needs an artifact: ./run.sh {name} logs/RUN.int6.xz")
+    path = rest.pop(0)
+    if not os.path.isfile(path):
+        raise BadInput(f"no artifact at {path}: train writes them as logs/RUN.int6.xz")
+    return from_caller(path)
+
+
+def read_options(name: str, known: dict[str, Takes], rest: list[str]) -> list[str]:
+    """Take the options, which precede the knobs, off the front of `rest`."""
+    options = []
+    while rest and rest[0] in known:
+        option = rest.pop(0)
+        takes = known[option]
+        options.append(option)
+        if takes is Takes.NOTHING:
+            continue
+
+        value = rest.pop(0) if rest else ""
+        if takes is Takes.SCRIPT and not os.path.isfile(value):
+            raise BadInput(f"no script at {value!r}: {option} takes the path of the train_gpt.py to {name}")
+        if not value:
+            raise BadInput(f"{name}: {option} needs a value: ./run.sh --help shows how")
+        options.append(value if takes is Takes.VALUE else from_caller(value))
+    return options
+
+
+def read_knob(word: str) -> str:
+    """Check that a word is a key=value, and return it, a path in it as seen from the repository."""
+    key, equals, value = word.partition("=")
+    if not equals or not key[:1].islower():
+        raise BadInput(f"{word!r} is not a knob: knobs are given as key=value, ./run.sh config lists them")
+    if key in PATH_KNOBS and value and (key, value) != ("resume", "auto"):
+        value = from_caller(value)
+    return f"{key}={value}"
+
+
+def check_keys(command: Command, knobs: Iterable[str]) -> None:
+    """Raise BadInput for a key=value word of which the command does not know the key."""
+    known = command.keys or trainer_keys()
+    for word in knobs:
+        key = word.partition("=")[0]
+        if key not in known:
+            listed = ", ".join(command.keys) or "./run.sh config lists them"
+            raise BadInput(f"unknown config key {key!r}: {listed}")
+
+
+def trainer_keys() -> set[str]:
+    """Return the knobs of the trainer, from its source: torch may not be installed yet."""
+    tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
+    return {
+        field.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+        for field in node.body
+        if isinstance(field, ast.AnnAssign)
+    }
+
+
+def knob_value(key: str, knobs: tuple[str, ...]) -> str:
+    """Return a knob's value from key=value or else from the environment, "" if neither gives it."""
+    for word in reversed(knobs):
+        if word.startswith(f"{key}="):
+            return word.partition("=")[2]
+    return os.environ.get(key.upper(), "")
+
+
+def enter_repository() -> None:
+    """Change to the repository. Paths that the environment gives relative to the caller still hold there."""
+    for key in PATH_KNOBS:
+        value = os.environ.get(key.upper(), "")
+        if value and (key, value) != ("resume", "auto"):
+            os.environ[key.upper()] = from_caller(value)
+    os.chdir(ROOT)
