@@ -76,9 +76,13 @@ class Config:
 def load_config(argv, env):
     values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
     values |= {"matrix_lr": 0.05, "target_loss": 0.0}
-    values |= {key: env[key.upper()] for key in values if env.get(key.upper())}
-    values |= dict(word.split("=", 1) for word in argv)
-    values["seed"] = int(values["seed"])
+    given = {key: value for key in values if (value := env.get(key.upper()))}
+    given |= dict(word.split("=", 1) for word in argv)
+    preset = given.get("preset", "")
+    values |= {"vocab_size": 8192 if "sp8192" in preset else 1024, "iterations": 20000}
+    values |= {"train_batch_tokens": 2048 if preset.startswith("cpu") else 786432} | given
+    for key in ("seed", "vocab_size", "iterations", "train_batch_tokens"):
+        values[key] = int(values[key])
     values |= {key: float(values[key]) for key in ("matrix_lr", "target_loss")}
     if values["preset"] == "wrong":
         raise InputError("config key preset: 'wrong' is not one of record")

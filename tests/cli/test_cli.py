@@ -10,7 +10,7 @@ import pytest
 
 import cli
 import train_gpt as t
-from commands import datasets, machine, programs
+from commands import ask_trainer, datasets, machine, programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,12 +23,33 @@ def test_every_row_of_the_machine_table_can_be_trained(row):
     assert tokens == h.train_batch_tokens and row.processes <= max(1, row.gpus)
 
 
+def resolved(*knobs):
+    """Return what a child process would answer for these knobs."""
+    h = t.load_config(list(knobs), {})
+    fields = [name for name in ask_trainer.Resolved._fields if name != "sharing"]
+    return ask_trainer.Resolved(**{name: getattr(h, name) for name in fields}, sharing=[])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The options of data/prepare.py auto, which is not run."""
+    options = []
+    monkeypatch.setattr(datasets, "find_data", lambda *words: options.extend(words))
+    return options
+
+
 @pytest.mark.parametrize("preset", t.PRESETS)
-def test_data_has_the_vocabulary_of_the_preset(preset):
+def test_data_has_the_vocabulary_of_the_run(preset, asked):
     options = {1024: [], 8192: ["--variant", "sp8192"], 50_304: ["--variant", "gpt2"]}
-    assert datasets.variant_options(preset, []) == options[t.load_config([f"preset={preset}"], {}).vocab_size]
-    for vocab_size, expected in options.items():
-        assert datasets.variant_options(preset, ["seed=1", f"vocab_size={vocab_size}"]) == expected
+    run = resolved(f"preset={preset}")
+    datasets.find_training_data(run, 1)
+    shards = [] if run.is_for_a_laptop else ["--train-shards", str(datasets.shards_wanted(run, 1))]
+    assert asked == [*options[run.vocab_size], *shards]
+
+
+@pytest.mark.parametrize("preset", t.PRESETS)
+def test_a_preset_is_for_a_laptop_or_for_gpus_by_its_settings(preset):
+    assert resolved(f"preset={preset}").is_for_a_laptop == preset.startswith("cpu")
 
 
 @pytest.mark.parametrize("preset", [preset for preset in t.PRESETS if not preset.startswith("cpu")])
@@ -40,14 +61,12 @@ def test_presets_for_gpus_are_shared_by_any_count(preset):
         assert accum * sequences * h.train_seq_len * count == h.train_batch_tokens
 
 
-@pytest.mark.parametrize("preset", datasets.GPT2_PRESETS)
-def test_a_race_sees_no_token_twice(preset, monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "find_data", lambda *options: asked.extend(options))
-    datasets.find_training_data(preset, [], 1)
-    assert asked[:3] == ["--variant", "gpt2", "--train-shards"]
-    h = t.load_config([f"preset={preset}"], {})
-    assert h.iterations * h.train_batch_tokens <= int(asked[3]) * 100_000_000
+@pytest.mark.parametrize("preset", [name for name in t.PRESETS if "race" in name or "gpt2" in name])
+def test_a_race_sees_no_token_twice(preset, asked):
+    run = resolved(f"preset={preset}")
+    datasets.find_training_data(run, 1)
+    assert asked[-2] == "--train-shards"
+    assert 0 <= int(asked[-1]) * 100_000_000 - run.iterations * run.train_batch_tokens < 100_000_000
 
 
 def test_the_trainer_is_asked_in_a_child_process():

@@ -16,6 +16,8 @@ from commands.machine import PROCESS_COUNTS
 from commands.programs import TOOLS
 from script import TRAINER, BadInput, load_script
 
+SMALL_BATCH = 16_384  # tokens: a GPU takes more than that in one micro-batch
+
 
 class Resolved(NamedTuple):
     """A run's knobs as the trainer resolves them."""
@@ -27,7 +29,15 @@ class Resolved(NamedTuple):
     codec: str  # ends the artifact's name
     matrix_lr: float
     target_loss: float  # of a race; 0: the run is none
+    vocab_size: int
+    train_batch_tokens: int
+    iterations: int
     sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
+
+    @property
+    def is_for_a_laptop(self) -> bool:
+        """Whether a step is so small that neither several GPUs nor much data are of use."""
+        return self.train_batch_tokens < SMALL_BATCH
 
 
 def resolve(knobs: list[str]) -> Resolved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from commands.ask_trainer import resolve
 from commands.datasets import find_training_data
 from commands.machine import count_gpus, with_preset
 from commands.programs import add_tools_to_path, launch, run
@@ -23,8 +24,7 @@ def bench(request: Request) -> int:
     knobs = with_preset(request.knobs, count_gpus())
     processes = int(os.environ.get("NPROC") or 1)
     if bench_reads_data(request.options) and not knob_value("data_path", request.knobs):
-        preset = knob_value("preset", tuple(knobs))
-        knobs = [f"data_path={find_training_data(preset, knobs, processes)}", *knobs]
+        knobs = [f"data_path={find_training_data(resolve(knobs), processes)}", *knobs]
     add_tools_to_path()  # only now: data/prepare.py finds its own modules where PYTHONSAFEPATH is not set
     program = ["-m", "lab.bench", *request.options, *knobs]
     if processes == 1:

@@ -7,23 +7,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from children import sigterm_reaches
-from commands.ask_trainer import vocabulary_of
+from commands.ask_trainer import Resolved, vocabulary_of
 from commands.machine import MACHINES
 from commands.programs import say
-from commands.words import knob_value
 from script import ROOT, BadInput
 
 DATASETS = ROOT / "data/datasets"  # where data/prepare.py puts data, unless told otherwise
 GPT2 = ["--variant", "gpt2"]
 # Its options for data in a vocabulary of that size
 VARIANTS = {1024: [], 8192: ["--variant", "sp8192"], 50_257: GPT2, 50_304: GPT2}
-GPT2_PRESETS = ("gpt2_124m", "gpt2_124m_h100x1", "optimizer_race")  # races that take that vocabulary
-SHARDS_PER_PROCESS = 10  # of FineWeb, 100 M tokens and 200 MB each
-RACE_SHARDS = 18  # for a race of 3,375 steps of 524,288 tokens
+SHARD_TOKENS = 100_000_000  # of FineWeb, 200 MB
+SHARDS_PER_PROCESS = 10  # about what an H100 trains on in ten minutes
 
 
 def find_data(*options: str) -> str:
@@ -47,30 +44,20 @@ def find_data(*options: str) -> str:
     return folder
 
 
-def is_for_a_laptop(preset: str) -> bool:
-    """Return whether a preset trains on the CPU, whatever GPUs there are."""
-    return preset.startswith("cpu")
+def shards_wanted(run: Resolved, processes: int | None) -> int:
+    """Return how many train shards suffice for a run to see no token twice."""
+    every_step = -(-run.iterations * run.train_batch_tokens // SHARD_TOKENS)
+    if run.target_loss:  # a race takes exactly that many steps
+        return every_step
+    return min(every_step, SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes))
 
 
-def variant_options(preset: str, knobs: Sequence[str]) -> list[str]:
-    """Return the options of data/prepare.py for the vocabulary that the knobs set, else for the preset's."""
-    vocab_size = knob_value("vocab_size", tuple(knobs))
-    if vocab_size:
-        return VARIANTS.get(int(vocab_size), []) if vocab_size.isdecimal() else []
-    if preset in GPT2_PRESETS:
-        return GPT2
-    return VARIANTS[8192] if preset.endswith("sp8192") else []
-
-
-def find_training_data(preset: str, knobs: Sequence[str], processes: int | None) -> str:
-    """Return a data folder that suits the preset, with enough FineWeb that no token is seen twice."""
-    variant = variant_options(preset, knobs)
-    if is_for_a_laptop(preset):
+def find_training_data(run: Resolved, processes: int | None) -> str:
+    """Return a data folder in the vocabulary of a run, with enough FineWeb that no token is seen twice."""
+    variant = VARIANTS.get(run.vocab_size, [])  # the trainer refuses data in another vocabulary
+    if run.is_for_a_laptop:
         return find_data(*variant)
-    shards = SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes)
-    if preset in GPT2_PRESETS:
-        shards = RACE_SHARDS
-    return find_data(*variant, "--train-shards", str(shards))
+    return find_data(*variant, "--train-shards", str(shards_wanted(run, processes)))
 
 
 def trained_on(artifact: str) -> list[str]:

@@ -8,7 +8,7 @@ import time
 from typing import NamedTuple
 
 from commands.ask_trainer import Resolved, resolve
-from commands.datasets import find_training_data, is_for_a_laptop
+from commands.datasets import find_training_data
 from commands.machine import choose_processes, count_gpus, machine_preset
 from commands.programs import launch, say
 from commands.run_report import count_scores, next_commands, read_reason, report, report_failure
@@ -43,7 +43,7 @@ def make_plan(knobs: tuple[str, ...]) -> Plan:
     stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime())
     return Plan(
         gpus=gpus,
-        processes=choose_processes(0 if is_for_a_laptop(preset) else gpus, resolved.sharing),
+        processes=choose_processes(0 if resolved.is_for_a_laptop else gpus, resolved.sharing),
         preset=preset,
         run_id=resolved.run_id or f"{stamp}_{preset}_seed{resolved.seed}",
         resolved=resolved,
@@ -88,7 +88,7 @@ def train(request: Request) -> int:
     refuse_taken_name(plan)
     data_path = knob_value("data_path", request.knobs)
     if not data_path:
-        data_path = find_training_data(plan.preset, request.knobs, plan.processes)
+        data_path = find_training_data(plan.resolved, plan.processes)
 
     log = plan.log
     earlier_scores = count_scores(log)  # a run that resumes may find the score of another there
