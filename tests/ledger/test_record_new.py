@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import fixtures_records as fx
-from ledger.make import record_folder
-from record_helpers import NAME, SEEDS, TRACK, failed_claims, make, refuse, run, verdicts, write_logs
+from ledger.make import record_folder, submission
+from ledger.read import runlog
+from record_helpers import NAME, SEEDS, TRACK, edit, failed_claims, make, refuse, run, verdicts, write_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +82,14 @@ def test_a_run_on_flash_attention_names_its_package(repo, capsys):
 
     plain = make(repo, meta={"name": "Plain"})
     assert pin not in (plain / "requirements.txt").read_text()
+
+
+def test_seeds_may_differ_in_how_often_they_were_checkpointed(repo):
+    logs = write_logs(repo / "mixed", config={"checkpoint_every": 0.0, "resume": ""})
+    edit(Path(logs[1]), "^  checkpoint_every: 0.0", "  checkpoint_every: 60.0")
+    edit(Path(logs[2]), "^  resume:.*", "  resume: auto")
+    common = submission.common_config([runlog.parse_log(Path(log)) for log in logs])
+    assert common["checkpoint_every"] == 0.0 and common["resume"] == ""
 
 
 def test_a_reader_that_leaves_is_no_error():
