@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,27 @@ def test_compare(repo, capsys):
     assert "one-sided Welch): no" in capsys.readouterr().out
     assert run(repo, "compare", NAME, "2026-11-22_One") == 0
     assert "not checkable" in capsys.readouterr().out
+
+
+def test_compare_puts_two_vocabularies_of_one_text_into_the_same_unit(repo, capsys):
+    half = make(repo, meta={"name": "Half"})
+    for log in (half / "logs").glob("*.txt"):
+        log.write_text(
+            log.read_text().replace(f"val_tokens:{fx.VAL_TOKENS}", f"val_tokens:{fx.VAL_TOKENS * 2}")
+        )
+    assert run(repo, "compare", NAME, half) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("A and B have other vocabularies: the nats of B are per token of A\n")
+    loss_a, loss_b = re.search(r"^val_loss +([\d.]+) +\S+ +([\d.]+)", out, re.M).groups()
+    assert float(loss_b) == pytest.approx(2 * float(loss_a), rel=1e-4)
+
+
+def test_compare_says_that_texts_differ(repo, capsys):
+    other = make(repo, meta={"name": "Other"})
+    for log in (other / "logs").glob("*.txt"):
+        log.write_text(log.read_text().replace(f"val_bytes:{fx.VAL_BYTES}", "val_bytes:1000"))
+    assert run(repo, "compare", NAME, other) == 0
+    assert "A was scored on 151,080,891 bytes of text, B on 1,000: texts differ" in capsys.readouterr().out
 
 
 def test_statistics():

@@ -17,26 +17,45 @@ UNITS = {"val_bpb": "bpb", "val_loss": "nats", "step_avg": "ms"}
 RACE_UNITS = UNITS | {"steps": "steps", "train_time": "s"}
 
 
+class Text(NamedTuple):
+    """What one side was scored on. Equal bytes in more tokens are the same text in another vocabulary."""
+
+    size: int  # bytes
+    tokens: int
+
+
 class Samples(NamedTuple):
     """One side of the comparison: as the user named it, and by seed its figures (keys of RACE_UNITS)."""
 
     name: str
     by_seed: dict[int, dict[str, float]]
     target: float | None  # of a race
+    text: Text
 
     def column(self, key: str, seeds: list[int] | None = None) -> list[float]:
         """Return a figure of these seeds, or of all in order."""
         chosen = sorted(self.by_seed) if seeds is None else seeds
         return [self.by_seed[seed][key] for seed in chosen]
 
+    def per_token_of(self, other: Samples) -> Samples:
+        """Return these samples with val_loss in nats per token of another vocabulary, on the same text."""
+        factor = self.text.tokens / other.text.tokens
+        by_seed = {
+            seed: figures | {"val_loss": figures["val_loss"] * factor}
+            for seed, figures in self.by_seed.items()
+        }
+        return self._replace(by_seed=by_seed)
+
 
 def read_samples(name: str, target: Path) -> Samples:
     """Return the figures of the finished logs of a folder. Raises BadInput if two logs share a seed."""
     by_seed: dict[int, dict[str, float]] = {}
     goal = None
+    text = Text(0, 0)
     for log in logs_of(target):
         run = parse_log(log)
         goal = run.number("final_score", "target") if is_race(run) else None
+        text = Text(run.count("data", "val_bytes"), run.count("data", "val_tokens"))
         if run.seed in by_seed:
             raise BadInput(f"{log}: seed {run.seed} is in two logs of {target}")
         train_ms = run.number("final_score", "train_time")
@@ -48,7 +67,7 @@ def read_samples(name: str, target: Path) -> Samples:
             "steps": steps,
             "train_time": train_ms / 1000,
         }
-    return Samples(name, by_seed, goal)
+    return Samples(name, by_seed, goal, text)
 
 
 def summary_text(values: list[float]) -> str:
@@ -95,10 +114,16 @@ def target_text(side: str, samples: Samples) -> str:
 def print_comparison(a: Samples, b: Samples) -> None:
     """Print both tests on every figure, then the challenge's bar on val_loss, or the targets of two races.
 
+    Two vocabularies of one text compare in nats per token of A; of two texts a line says that they differ.
     Raises BadInput if only one side is a race.
     """
     if (a.target is None) != (b.target is None):
         raise BadInput(f"{a.name}, {b.name}: only one of them is a race; their losses do not compare")
+    if a.text.size != b.text.size:
+        print(f"A was scored on {a.text.size:,} bytes of text, B on {b.text.size:,}: texts differ as well\n")
+    elif a.text.tokens != b.text.tokens:
+        b = b.per_token_of(a)
+        print("A and B have other vocabularies: the nats of B are per token of A\n")
     shared = sorted(set(a.by_seed) & set(b.by_seed))
     print(f"A {a.name}: {len(a.by_seed)} seeds\nB {b.name}: {len(b.by_seed)} seeds, {len(shared)} shared\n")
     print(
