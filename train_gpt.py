@@ -2335,7 +2335,7 @@ def parameter_table(h: Config) -> dict[str, Parameter]:
     sizes |= {"TL": h.two_stream_layers, "C": h.copy_dim}
 
     out = h.proj_init_std
-    if out == 0 and STEP_RULES[h.step_rule] is step_hyperball:
+    if out == 0 and STEP_RULES[h.step_rule].keeps_norms:
         out = 0.8 * D**-0.5
     words = {"OUT": out, "EMBED": h.tied_embed_init_std, "GAIN": h.qk_gain_init}
 
@@ -3525,13 +3525,22 @@ def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
     return with_norm(U * v.clamp_min(1e-10).rsqrt(), torch.linalg.matrix_norm(U, keepdim=True))
 
 
+def muon_scale(rows: int, columns: int) -> float:
+    """Return sqrt(max(1, rows / columns)), the factor on the step of a matrix.
+
+    From Jordan's implementation of Muon (2024), after sqrt(rows / columns) of Bernstein, "Deriving Muon"
+    (2025): a step of lr then changes outputs by about lr times the inputs, both as root mean squares.
+    """
+    return max(1.0, rows / columns) ** 0.5
+
+
 def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
-    """Decay W by lr * wd, then subtract lr * sqrt(max(1, rows / columns)) U (Jordan's scale), in place."""
-    W.mul_(1 - lr * wd).sub_(U * (lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5))
+    """Decay W (b, M, N) by lr * wd, then subtract lr * muon_scale U, in place."""
+    W.mul_(1 - lr * wd).sub_(U * (lr * muon_scale(*W.shape[-2:])))
 
 
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
-    """Subtract lr |W| U / |U| from W, then scale W back to its Frobenius norm |W|, in place: MuonH.
+    """Subtract lr |W| U / |U| from W (b, M, N), then scale W back to its Frobenius norm |W|, in place: MuonH.
 
     So lr is an angle, and wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay
     zero: parameter_table starts none there.
@@ -3540,14 +3549,23 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
 
 
-STEP_RULES: dict[str, Callable] = {
-    "muon": step_muon,
-    "hyperball": step_hyperball,
-    "normuon": step_muon,
-    "normuon_hyperball": step_hyperball,
+class StepRule(NamedTuple):
+    """How a direction U becomes a step of the weights W, both (b, M, N)."""
+
+    step: Callable[[Tensor, Tensor, Tensor, float | Tensor], None]  # (W, U, lr, wd): changes W in place
+    keeps_norms: bool = False  # whether W keeps its Frobenius norm, so that none may start at zero
+    prepare: Callable[[Tensor, Tensor, float], Tensor] | None = None  # (U, state, beta2): the U for `step`
+    state_shape: Callable[[int, int, int], tuple] | None = None  # (b, M, N): of prepare's state, first zeros
+
+
+STEP_RULES = {
+    "muon": StepRule(step_muon),
+    "hyperball": StepRule(step_hyperball, keeps_norms=True),
+    "normuon": StepRule(step_muon, prepare=normalize_neurons, state_shape=neuron_shape),
+    "normuon_hyperball": StepRule(
+        step_hyperball, keeps_norms=True, prepare=normalize_neurons, state_shape=neuron_shape
+    ),
 }
-# Step rules that apply normalize_neurons to the direction first: (b, M, N) -> the shape of its state v.
-RULE_STATE: dict[str, Callable] = {"normuon": neuron_shape, "normuon_hyperball": neuron_shape}
 
 # -----------------------------------------------------------------------------
 # 12. Optimizer: sharded state, and the schedule that launches every collective of a step.
@@ -3574,7 +3592,7 @@ class OwnedMatrices(NamedTuple):
     weights: Tensor  # (b, M, N)
     gradient: Tensor  # (b, M, N), in wire_dtype
     momentum: Tensor  # (b, M, N), or (b, 2, M, N) with momentum_spread
-    second: Tensor | None  # the step rule's state, in the shape that RULE_STATE gives
+    second: Tensor | None  # the step rule's state, if it has one
 
 
 class FlatBuffers(NamedTuple):
@@ -3615,12 +3633,13 @@ def matrix_update(
     if h.equalize_rows:
         U = equalize_rows(U)
     U = orthogonalize(U, h.ortho)
-    if h.step_rule in RULE_STATE:
-        U = normalize_neurons(U, second, h.normuon_beta2)
+    rule = STEP_RULES[h.step_rule]
+    if rule.prepare is not None:
+        U = rule.prepare(U, second, h.normuon_beta2)
     wd = s.decay_mul * h.muon_wd
     if h.cautious_wd:
         wd = wd * (U * W >= 0)
-    STEP_RULES[h.step_rule](W, U, s.matrix_lr, wd)
+    rule.step(W, U, s.matrix_lr, wd)
 
 
 def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
@@ -3713,10 +3732,11 @@ class Optimizer:
 
         W = self.bank[buffer].flatten(0, 1)[low:high].view(-1, *p.shape[1:])
         g = self.wire[buffer].flatten(0, 1)[low:high].view(-1, *p.shape[1:])
-        count = [2] if self.h.momentum_spread > 1 else []
-        self.momentum[name] = W.new_zeros(len(W), *count, *W.shape[1:])
-        if self.h.step_rule in RULE_STATE:
-            self.second[name] = W.new_zeros(RULE_STATE[self.h.step_rule](*W.shape))
+        shape = W.shape if self.h.momentum_spread == 1 else (len(W), 2, *W.shape[1:])
+        self.momentum[name] = W.new_zeros(shape)
+        rule = STEP_RULES[self.h.step_rule]
+        if rule.state_shape is not None:
+            self.second[name] = W.new_zeros(rule.state_shape(*W.shape))
         self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:

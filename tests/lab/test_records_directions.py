@@ -144,6 +144,17 @@ def test_the_timed_call_is_the_trainers_update(rule):
     ]
 
 
+def test_the_state_of_a_rule_is_found_in_older_scripts_as_well():
+    """They list it in RULE_STATE, or have rules without state only."""
+    for rule, row in t.STEP_RULES.items():
+        assert cases.state_shape_of(t, rule) is row.state_shape
+    rules = {"muon": t.step_muon, "normuon": t.step_muon}
+    older = SimpleNamespace(STEP_RULES=rules, RULE_STATE={"normuon": t.neuron_shape})
+    assert cases.state_shape_of(older, "normuon") is t.neuron_shape
+    assert cases.state_shape_of(older, "muon") is None
+    assert cases.state_shape_of(SimpleNamespace(STEP_RULES=rules), "normuon") is None
+
+
 def test_each_case_is_its_own():
     weights = {}
     for change in ({}, {"cautious": 1}, {"row": "ns5"}, {"rule": "normuon"}):

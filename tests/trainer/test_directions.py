@@ -163,7 +163,7 @@ def test_step_rule_is_its_formula(rule, shape):
     U = gaussian(*shape, seed=1)
     expected = BY_HAND[rule](W.double().numpy(), U.double().numpy(), 0.03, 0.4)
     out = W.clone()
-    assert t.STEP_RULES[rule](out, U, torch.tensor(0.03), 0.4) is None  # in place
+    assert t.STEP_RULES[rule].step(out, U, torch.tensor(0.03), 0.4) is None  # in place
     np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-6)
 
 

@@ -189,6 +189,14 @@ def uncompiled(fn: Callable) -> Callable:
     return fn
 
 
+def state_shape_of(t: ModuleType, rule: str) -> Callable | None:
+    """Return the function from (b, M, N) to the shape of a step rule's state, or None if it has no state.
+
+    Older scripts list the shapes in RULE_STATE, apart from the rules.
+    """
+    return getattr(t.STEP_RULES[rule], "state_shape", None) or getattr(t, "RULE_STATE", {}).get(rule)
+
+
 def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) -> list[list[Callable]]:
     """Return [set][bank] -> the call that is timed. wrap: the trainer's compiler, or uncompiled."""
     if case.part == "direction":
@@ -198,7 +206,7 @@ def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) 
     fn = wrap(s.t.matrix_update)
     scalars = step_scalars(s)
     h = dataclasses.replace(s.h, ortho=case.row, step_rule=case.rule, cautious_wd=bool(case.cautious))
-    state_shape = getattr(s.t, "RULE_STATE", {}).get(case.rule)
+    state_shape = state_shape_of(s.t, case.rule)
 
     def update(inputs: dict[str, Tensor]) -> Callable:
         state = None
