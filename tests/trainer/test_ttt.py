@@ -719,27 +719,31 @@ def test_the_pass_is_compiled_before_the_clock_and_on_no_token_of_the_split(tmp_
 # ---------------------------------------------------------------- the auditor
 
 AUDITED = ["ttt_lr=0.2", "ttt_chunk_tokens=64", "ttt_passes=1"]
-LESSON = "lesson = np.stack([first, first + scoring.seq_len, first], 1)"
+LESSON = "lesson = as_windows(start=begin, end=begin + seq_len, score_from=begin)"
 # A cheat: the tests that must fail, the text of the trainer that is replaced, and the text that replaces it.
 CHEATS = {
     "learned before it is scored": (
         "T1 T3",
         LESSON,
-        f"{LESSON} + min(chunk * (len(first) > 0), total - learned)",
+        f"{LESSON} + min(chunk_tokens * (len(begin) > 0), total - chunk_start)",
     ),
-    "one token too many": ("T3", LESSON, f"{LESSON} + (len(first) > 0)"),
+    "one token too many": ("T3", LESSON, f"{LESSON} + (len(begin) > 0)"),
     "weights are not put back": ("T1 T3 T7", "torch._foreach_copy_(weights, saved)", "pass"),
     "nothing is learned": ("T3", "alpha=-rate)", "alpha=-0.0)"),
-    "a chunk is left out": ("T4", "np.split(windows, cuts[1:])", "np.split(windows, cuts[1:])[:2]"),
+    "a chunk is left out": ("T4", "np.split(windows, firsts[1:])", "np.split(windows, firsts[1:])[:2]"),
 }
 AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=8", "ttt_passes=1"]
-LORA_LESSON = "lessons[span, slot][1:] = rows[:-1]"
+LORA_LESSON = "all_lessons[span, slot][1:] = windows[:-1]"
 LORA_CHEATS = {
-    "learned before it is scored": ("T1 T3", LORA_LESSON, "lessons[span, slot] = rows"),
+    "learned before it is scored": ("T1 T3", LORA_LESSON, "all_lessons[span, slot] = windows"),
     "one token too many": ("T3", LORA_LESSON, f"{LORA_LESSON} + [0, 1, 1]"),
     "nothing is learned": ("T3", "factors.sub_(h.ttt_lr", "factors.sub_(0.0"),
     "the model is not put back": ("T3", "model.factors = None", "pass"),
-    "a chunk is left out": ("T4", "windows[span, slot] = rows", "windows[span, slot][:2] = rows[:2]"),
+    "a chunk is left out": (
+        "T4",
+        "all_windows[span, slot] = windows",
+        "all_windows[span, slot][:2] = windows[:2]",
+    ),
     "a document's end decides where its windows begin": (
         "T1",
         "start = np.maximum(chunk_end - scoring.seq_len, begin)",
