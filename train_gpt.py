@@ -470,8 +470,9 @@ PRESETS: dict[str, dict] = {
     "sp8192": SP8192,
     "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192,
     "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
+    # Equal on purpose: times of eight cards and of one do not compare, and a record's preset names its track.
     "gpt2_124m": GPT2_124M,
-    "gpt2_124m_h100x1": GPT2_124M,  # the same race, on a track with one card
+    "gpt2_124m_h100x1": GPT2_124M,
     "optimizer_race": OPTIMIZER_RACE,
     "optimizer_race_small": FEW_STEPS
     | ONE_GPU
@@ -5199,7 +5200,7 @@ class Checkpoints:
         """
         every_ms = 1000 * self.run.h.checkpoint_every
         due = every_ms > 0 and (last or train_ms >= self.saved_ms + every_ms)
-        if due and self.settled(wait=last) and self.good != step:
+        if due and self.finish_set(wait=last) and self.good != step:
             header = dict(
                 made_by=self.made_by,
                 step=step,
@@ -5211,7 +5212,7 @@ class Checkpoints:
             self.pending = (step, self.pool.submit(self.write, step, header, fetched))
             self.saved_ms = train_ms
         if last:
-            self.settled(wait=True)
+            self.finish_set(wait=True)
 
     def write(self, step: int, header: dict, fetched: Callable[[], list[Tensor]]) -> None:
         """Write this rank's file, in the thread. Raises InputError if that fails or a value is not finite."""
@@ -5232,11 +5233,12 @@ class Checkpoints:
         path = CheckpointSet(step, self.m.world_size, self.base).file(self.m.own_share)
         write_atomic(path, *chunks, digest.digest())
 
-    def settled(self, wait: bool) -> bool:
-        """Return whether no rank is writing. If a set is done, log that and remove all but the newest two.
+    def finish_set(self, wait: bool) -> bool:
+        """Finish the set being written, if every rank has written its file. Returns whether no set is left.
 
+        Finishing it logs the outcome and removes all sets but the newest two. wait: until all ranks are done.
         All ranks begin a set at the same step, and only after the set before it is known to be complete or to
-        have failed. So no file that a complete set needs is ever removed.
+        have failed. So no file that a complete set needs is ever removed. Collective.
         """
         if self.pending is None:
             return True
@@ -5265,7 +5267,7 @@ class Checkpoints:
 
     def last_good(self) -> int:
         """Wait until no rank is writing. Returns the step of the newest complete set, or 0."""
-        self.settled(wait=True)
+        self.finish_set(wait=True)
         return self.good
 
     @torch.no_grad()
@@ -5611,18 +5613,15 @@ def compiled_graphs() -> int:
 
 
 class Pace(NamedTuple):
-    """The step and the clock from which steps have had their present cost.
+    """What a step costs, and since when: its cost changes when the loop begins and when the batch grows."""
 
-    It changes when the loop begins and when the batch grows.
-    """
-
-    loops: bool  # Hyper.loops of these steps
-    count: int  # their micro-batches
-    step: int = 0
-    clock_ms: float = 0.0
+    loops: bool  # Hyper.loops of the steps
+    count: int  # micro-batches of each
+    step: int = 0  # the first of them
+    clock_ms: float = 0.0  # the training clock when it began
 
     def step_ms(self, step: int, clock_ms: float) -> float:
-        """Return the mean time of a step since then."""
+        """Return the mean time of the steps of this cost, up to `step`, which ended at clock_ms."""
         return (clock_ms - self.clock_ms) / max(step - self.step, 1)
 
     def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
@@ -5631,19 +5630,14 @@ class Pace(NamedTuple):
         return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
 
 
-def keep_pace(run: Run, pace: Pace, hp: Hyper, step: int, clock_ms: float) -> Pace:
-    """Return the pace of a step. A new one begins, and is logged, when the loop begins or the batch grows."""
-    shape = cut_batch(run.h, run.m.world_size)
-    count = shape.count(hp.growth)
-    if (hp.loops, count) == (pace.loops, pace.count):
-        return pace
-
-    at = f"step:{step} progress:{hp.progress:.3f}"
-    if hp.loops != pace.loops:
+def log_changes(run: Run, before: Pace, pace: Pace, progress: float) -> None:
+    """Log that the loop begins or the batch grows, which makes a pace differ from the one before it."""
+    at = f"step:{pace.step} progress:{progress:.3f}"
+    if pace.loops != before.loops:
         run.log(f"loop_begins {at} visits:{run.h.num_visits}")
-    if count != pace.count:
-        run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * count // shape.accum}")
-    return Pace(hp.loops, count, step, clock_ms)
+    if pace.count != before.count:
+        accum = cut_batch(run.h, run.m.world_size).accum
+        run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * pace.count // accum}")
 
 
 class Ready(NamedTuple):
@@ -5699,8 +5693,9 @@ def train(run: Run) -> Trained:
     def clock() -> float:
         return 1000 * (time.perf_counter() - start)
 
+    batch_shape = cut_batch(h, m.world_size)
     hp = hyper_at(h, step, clock_ms)
-    pace = Pace(hp.loops, cut_batch(h, m.world_size).count(hp.growth))
+    pace = Pace(hp.loops, batch_shape.count(hp.growth))
     shown_loss = math.nan
     stop = Stop.NO  # agreed by all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
@@ -5711,7 +5706,11 @@ def train(run: Run) -> Trained:
             start += time.perf_counter() - validated_at  # the clock stands meanwhile
 
         hp = hyper_at(h, step, clock_ms)
-        pace = keep_pace(run, pace, hp, step, clock_ms)
+        count = batch_shape.count(hp.growth)
+        if (hp.loops, count) != (pace.loops, pace.count):
+            before = pace
+            pace = Pace(hp.loops, count, step, clock_ms)
+            log_changes(run, before, pace, hp.progress)
         batch = ready.loader.next(pace.count)
         loss = train_step(ready.warm.passes.of(hp), ready.optimizer, batch, hp)
         ready.ema.update(hp.progress)
