@@ -1862,7 +1862,12 @@ class TokenLoader:
 
 
 # -----------------------------------------------------------------------------
-# 7. Blocks: a layer as functions of its weights. B sequences, T tokens, D model, H heads, Hkv kv heads.
+# 7. Blocks: a layer as functions of its weights.
+#
+# Dimensions in docstrings, here and below:
+#   B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
+#   H num_heads   Hkv num_kv_heads         Dh head_dim   C copy_dim      r rank of a change
+#   W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
 
 RMS_EPS = 1e-6  # explicit, because PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # a larger scale lets the gates, which start at 0.5, learn faster
@@ -1928,20 +1933,29 @@ class Factors(NamedTuple):
         return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
 
 
+def changed_outputs(h: Config) -> list[int]:
+    """Return M of each matrix (M, D) that test-time training changes: every visit's qkv, the output layer."""
+    return [h.model_dim + 2 * h.kv_dim] * h.num_visits + [h.vocab_size]
+
+
 def cut_factors(rows: Tensor, h: Config) -> list[Factors]:
     """Cut rows (B, n) into the factors of every visit's qkv, in order, and of the output layer."""
     r = h.ttt_rank
     D = h.model_dim
-    matrices = [D + 2 * h.kv_dim] * h.num_visits + [h.vocab_size]
-    parts = iter(rows.split([r * side for M in matrices for side in (D, M)], 1))
-    return [Factors(next(parts).unflatten(1, (r, D)), next(parts).unflatten(1, (M, r))) for M in matrices]
+    outputs = changed_outputs(h)
+    sizes = []
+    for M in outputs:
+        sizes += [r * D, M * r]
+    parts = rows.split(sizes, 1)
+    downs = [down.unflatten(1, (r, D)) for down in parts[::2]]
+    ups = [up.unflatten(1, (M, r)) for M, up in zip(outputs, parts[1::2])]
+    return [Factors(down, up) for down, up in zip(downs, ups)]
 
 
 def fresh_factors(h: Config) -> Tensor:
     """Return factors (1, n) that change nothing: `up` is zero, `down` is random but always the same."""
     D = h.model_dim
-    matrices = h.num_visits * (2 * D + 2 * h.kv_dim) + D + h.vocab_size
-    rows = torch.zeros(1, h.ttt_rank * matrices)
+    rows = torch.zeros(1, sum(h.ttt_rank * (D + M) for M in changed_outputs(h)))
     generator = torch.Generator().manual_seed(0)
     for factors in cut_factors(rows, h):
         factors.down.uniform_(-(D**-0.5), D**-0.5, generator=generator)
@@ -1957,7 +1971,7 @@ class LayerWeights(NamedTuple):
     down: Tensor  # (D, F)
     q_gain: Tensor  # (H,)
     resid_mix: Tensor  # (2, D)
-    attn_gate: Tensor | None = None  # (H, attn_gate_dims)
+    attn_gate: Tensor | None = None  # (H, GD), GD = attn_gate_dims
     stream_keep: Tensor | None = None  # (2,)
     stream_add: Tensor | None = None  # (2, 2)
     factors: Factors | None = None  # a change to qkv
@@ -2270,7 +2284,7 @@ class ParamSpec(NamedTuple):
     """A parameter. Initialization and reduction follow the order of the table, biggest bank first."""
 
     name: str
-    shape: str  # in parameter_table's letters; the first of three is the number of matrices
+    shape: str  # in the letters of sizes_of; the first of three is the number of matrices
     init: Init
     buffer: str  # a bank, split over ranks, for ORTHO and STEP_RULES | flat, on every rank, for AdamW
     lr: str  # the knob with its rate
@@ -2321,6 +2335,29 @@ class Parameter(NamedTuple):
     init: Init
 
 
+def sizes_of(h: Config) -> dict[str, int]:
+    """Return the sizes for which the letters and numbers in the shapes of PARAM_TABLE stand."""
+    return {
+        "1": 1,
+        "2": 2,
+        "L": h.num_layers,
+        "2L": 2 * h.num_layers,
+        "TL": h.two_stream_layers,
+        "VL": h.ve_last_n,  # layers with a value embedding
+        "S": max(1, h.num_visits // 2),  # skips
+        "D": h.model_dim,
+        "F": h.mlp_dim,
+        "H": h.num_heads,
+        "KV": h.kv_dim,  # Hkv * Dh
+        "V": h.vocab_size,
+        "VD": h.ve_dim,
+        "BV": h.bigram_vocab_size,
+        "BD": h.bigram_dim,
+        "GD": h.attn_gate_dims,
+        "C": h.copy_dim,
+    }
+
+
 def parameter_table(h: Config) -> dict[str, Parameter]:
     """Return the shape and the initialization of every parameter of a Config's model, by name.
 
@@ -2328,16 +2365,10 @@ def parameter_table(h: Config) -> dict[str, Parameter]:
     0, rules that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at
     768).
     """
-    L = h.num_layers
-    D = h.model_dim
-    sizes = {"1": 1, "2": 2, "L": L, "2L": 2 * L, "S": max(1, h.num_visits // 2), "VL": h.ve_last_n}
-    sizes |= {"D": D, "F": h.mlp_dim, "KV": h.kv_dim, "H": h.num_heads, "V": h.vocab_size}
-    sizes |= {"BV": h.bigram_vocab_size, "BD": h.bigram_dim, "VD": h.ve_dim, "GD": h.attn_gate_dims}
-    sizes |= {"TL": h.two_stream_layers, "C": h.copy_dim}
-
+    sizes = sizes_of(h)
     out = h.proj_init_std
     if out == 0 and STEP_RULES[h.step_rule].keeps_norms:
-        out = 0.8 * D**-0.5
+        out = 0.8 * h.model_dim**-0.5
     words = {"OUT": out, "EMBED": h.tied_embed_init_std, "GAIN": h.qk_gain_init}
 
     table = {}
