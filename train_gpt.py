@@ -404,7 +404,7 @@ SP8192 = dict(
     warmdown_frac=0.667,
     ema_frac=0.067,
 )
-# In 300 s the steps that the loop costs are worth more than the loop (2026-11-27_Sp8192NoLoop, a non-record).
+# On one H100 for 300 s. The steps that the loop costs are worth more than the loop (2026-11-27_Sp8192NoLoop).
 SHORT_SP8192 = dict(
     loop_layers="",
     loop_times=0,
@@ -413,6 +413,7 @@ SHORT_SP8192 = dict(
     gptq_embed=True,
     embed_bits=6,
 )
+H100X1 = SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192
 RACE = dict(max_wallclock_seconds=0.0, size_cap=0, seed=1)  # the runs of a race are seeds 1, 2, 3, ...
 # 85 M parameters in 12 layers and 39 M in the embedding; split and target are modded-nanogpt's.
 GPT2_RACE = RACE | dict(
@@ -463,12 +464,13 @@ OPTIMIZER_RACE = GPT2_RACE | dict(
 )
 PRESETS: dict[str, dict] = {
     "record": {},
-    "h100x1": FEW_STEPS | ONE_GPU,
+    "h100x1": H100X1,
+    "h100x1_sp1024": FEW_STEPS | ONE_GPU,
+    "h100x2": H100X1 | dict(max_wallclock_seconds=600.0, train_batch_tokens=262_144),
     "cpu": FEW_STEPS
     | LAPTOP
     | dict(xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
     "sp8192": SP8192,
-    "h100x1_sp8192": SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192,
     "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
     # Equal on purpose: times of eight cards and of one do not compare, and a record's preset names its track.
     "gpt2_124m": GPT2_124M,

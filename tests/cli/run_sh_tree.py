@@ -79,7 +79,7 @@ def load_config(argv, env):
     given = {key: value for key in values if (value := env.get(key.upper()))}
     given |= dict(word.split("=", 1) for word in argv)
     preset = given.get("preset", "")
-    values |= {"vocab_size": 8192 if "sp8192" in preset else 1024, "iterations": 20000}
+    values |= {"vocab_size": 8192 if "sp8192" in preset or preset == "h100x1" else 1024, "iterations": 20000}
     values |= {"train_batch_tokens": 2048 if preset.startswith("cpu") else 786432} | given
     for key in ("seed", "vocab_size", "iterations", "train_batch_tokens"):
         values[key] = int(values[key])

@@ -32,8 +32,9 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     pattern = rf"{re.escape(launcher)} train {settings}"
     assert re.fullmatch(pattern, tree.train_call()), tree.train_call()
     processes = re.findall(r"ranks.py (\d)", launcher)
+    variant = " --variant sp8192" if preset == "h100x1" else ""
     shards = f" --train-shards {10 * int(processes[0])}" if processes else ""
-    assert tree.calls()[0] == "data/prepare.py auto" + shards
+    assert tree.calls()[0] == "data/prepare.py auto" + variant + shards
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_process_count(tree, gpus, args, env, launcher):
     [
         (["preset=cpu_sp8192"], " --variant sp8192"),
         (["preset=sp8192"], " --variant sp8192 --train-shards 80"),
-        (["preset=h100x1_sp8192"], " --variant sp8192 --train-shards 80"),
+        (["preset=h100x1"], " --variant sp8192 --train-shards 80"),
         (["preset=cpu", "vocab_size=8192"], " --variant sp8192"),
         (["eval", "x.int6.xz"], " --variant sp8192"),
         (["bench", "preset=cpu_sp8192"], " --variant sp8192"),

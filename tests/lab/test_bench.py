@@ -164,7 +164,7 @@ def test_the_parts_import_in_a_line_and_never_a_command():
 def test_on_a_gpu(tmp_path):
     file = tmp_path / "b.json"
     started = time.perf_counter()
-    knobs = ["preset=h100x1", "train_batch_tokens=98304", "micro_batch_tokens=98304"]
+    knobs = ["preset=h100x1_sp1024", "train_batch_tokens=98304", "micro_batch_tokens=98304"]
     assert bench.main(["--json", str(file), *knobs], {}) == 0
     report = json.loads(file.read_text())
     assert [x["what"] for x in report["skipped"]] in ([], ["loader"])

@@ -312,9 +312,9 @@ def test_the_hidden_size_is_rounded():
     assert t.Config(mlp_mult=4.1, model_dim=960).mlp_dim == 3936
     assert t.Config(mlp_mult=2.675, model_dim=1000).mlp_dim == 2675
     sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
-    large = dict.fromkeys(("sp8192", "h100x1_sp8192"), 2048)
+    large = dict.fromkeys(("sp8192", "h100x1", "h100x2"), 2048)
     gpt2 = dict.fromkeys(("gpt2_124m", "gpt2_124m_h100x1", "optimizer_race"), 3072)
-    small = {"record": 1536, "h100x1": 1536, "optimizer_race_small": 1536, "cpu": 384, "cpu_sp8192": 512}
+    small = {"record": 1536, "h100x1_sp1024": 1536, "optimizer_race_small": 1536, "cpu": 384, "cpu_sp8192": 512}
     assert sizes == small | large | gpt2
 
 

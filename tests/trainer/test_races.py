@@ -173,7 +173,7 @@ def test_the_presets_of_races(preset):
 
     parameters = sum(math.prod(shape) for shape, _ in t.parameter_table(h).values())
     if preset == "optimizer_race_small":
-        plain = t.load_config(["preset=h100x1"], {})
+        plain = t.load_config(["preset=h100x1_sp1024"], {})
         assert t.parameter_table(h) == t.parameter_table(plain)
     else:
         assert parameters == pytest.approx(124e6, rel=0.005)

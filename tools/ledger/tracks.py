@@ -54,6 +54,15 @@ TRACKS = {
         device="H100",
         whole_split=True,
     ),
+    "track_h100x2_10min": Track(
+        title="two H100, 600 s of training, 16,000,000 bytes",
+        preset="h100x2",
+        train_s=600.0,
+        eval_s=600.0,
+        ranks=2,
+        device="H100",
+        whole_split=True,
+    ),
     "track_cpu": Track(
         title="a laptop, no time limit, 16,000,000 bytes",
         preset="cpu",

@@ -1,7 +1,7 @@
 """Times every attention of this machine, forward and backward, on the masks and head sizes a model may want.
 
     ./run.sh bench --attention [--paths flash,flex] [--json FILE] [key=value ...]
-    ./run.sh bench --attention preset=h100x1 train_batch_tokens=98304 micro_batch_tokens=98304
+    ./run.sh bench --attention preset=h100x1_sp1024 train_batch_tokens=98304 micro_batch_tokens=98304
 
 Tensors are those of one layer and one micro-batch: q (B, T, H, Dh), k and v (B, T, Hkv, Dh), contiguous,
 random. Two layouts: the config's heads, and half as many of twice the size. Masks, all causal: `causal`;
