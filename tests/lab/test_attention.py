@@ -569,7 +569,12 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys):
 def test_a_gpu(tmp_path):
     """Whatever this GPU has is right on every mask and layout, and something runs everywhere."""
     at = tmp_path / "a.json"
-    knobs = ["preset=h100x1_sp1024", "train_batch_tokens=4096", "micro_batch_tokens=4096", "train_seq_len=1024"]
+    knobs = [
+        "preset=h100x1_sp1024",
+        "train_batch_tokens=4096",
+        "micro_batch_tokens=4096",
+        "train_seq_len=1024",
+    ]
     assert bench.main(["--attention", "--json", str(at), *knobs], {}) == 0
     report = json.loads(at.read_text())
     assert not [row for row in report["table"] if row["status"] == "wrong"]

@@ -314,7 +314,13 @@ def test_the_hidden_size_is_rounded():
     sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
     large = dict.fromkeys(("sp8192", "h100x1", "h100x2"), 2048)
     gpt2 = dict.fromkeys(("gpt2_124m", "gpt2_124m_h100x1", "optimizer_race"), 3072)
-    small = {"record": 1536, "h100x1_sp1024": 1536, "optimizer_race_small": 1536, "cpu": 384, "cpu_sp8192": 512}
+    small = {
+        "record": 1536,
+        "h100x1_sp1024": 1536,
+        "optimizer_race_small": 1536,
+        "cpu": 384,
+        "cpu_sp8192": 512,
+    }
     assert sizes == small | large | gpt2
 
 
