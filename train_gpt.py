@@ -220,67 +220,89 @@ def sha256(data: bytes) -> str:
 # 2. Config: every knob once, with its default. The defaults are the eight-GPU attempt.
 
 
+# What a knob may be, by its annotation.
+Count = int  # a whole number that may be 0; an int is at least 1
+Share = float  # in [0, 1]
+Decay = float  # in [0, 1)
+
+# What else is known about a knob. SIZE: the number of parameters depends on it. FREE: a run that resumes may
+# change it. STORED: it is in the header of every artifact; _IF_LEARNS: if test-time training scores that;
+# _IF_SET: if it is not the default, so that artifacts older than the knob stay valid.
+SIZE = "size"
+FREE = "free"
+STORED = "stored"
+STORED_IF_LEARNS = "stored if learns"
+STORED_IF_SET = "stored if set"
+
+
+def knob(default: object, *traits: str):
+    """Return a field of Config with a default and traits."""
+    return field(default=default, metadata=dict.fromkeys(traits, True))
+
+
 @dataclass(frozen=True)
 class Config:
     # the run
     preset: str = "record"
-    run_id: str = ""  # "": made of UTC time, preset and seed
-    seed: int = 1337  # sets the initial weights and the order of the data
-    out_dir: str = "logs"  # OUT_DIR/RUN_ID.txt is the log, OUT_DIR/RUN_ID.int6.CODEC the artifact
-    data_path: str = "data/datasets/fineweb10B_sp1024"
-    tokenizer_path: str = ""  # "": the one that DATA_PATH/manifest.json names
+    run_id: str = knob("", FREE)  # "": made of UTC time, preset and seed
+    seed: Count = 1337  # sets the initial weights and the order of the data
+    out_dir: str = knob("logs", FREE)  # OUT_DIR/RUN_ID.txt is the log, OUT_DIR/RUN_ID.int6.CODEC the artifact
+    data_path: str = knob("data/datasets/fineweb10B_sp1024", FREE)
+    tokenizer_path: str = knob("", FREE)  # "": the one that DATA_PATH/manifest.json names
     report_split: str = ""  # a second split to score and report, never used to choose
-    bos_id: int = 1  # first token of every document
-    checkpoint_every: float = 0.0  # seconds on the training clock; 0: never
-    resume: str = ""  # auto: start from the newest checkpoint of RUN_ID, if any | a checkpoint file
+    bos_id: Count = knob(1, STORED)  # first token of every document
+    checkpoint_every: float = knob(0.0, FREE)  # seconds on the training clock; 0: never
+    resume: str = knob("", FREE)  # auto: from the newest checkpoint of RUN_ID, if any | a checkpoint file
     # budget
     max_wallclock_seconds: float = 600.0  # limit on the training clock; 0: no limit
     iterations: int = 20000
     target_loss: float = 0.0  # nats; above 0, the run is a race that its last validation decides
-    warmup_steps: int = 10  # untimed steps that compile every shape; their effects are then undone
-    val_loss_every: int = 0  # steps; 0: never, so no held-out file is read while the clock runs
+    warmup_steps: Count = 10  # untimed steps that compile every shape; their effects are then undone
+    val_loss_every: Count = 0  # steps; 0: never, so no held-out file is read while the clock runs
     train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged as well
-    val_tokens: int = 0  # score only this many targets, from the start; 0: the whole split
+    val_tokens: Count = 0  # score only this many targets, from the start; 0: the whole split
     # batch
     train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
     micro_batch_tokens: int = 98_304  # at most, per forward pass on one rank
-    start_batch_tokens: int = 0  # batch at the start of the run; 0: train_batch_tokens throughout
-    batch_growth_frac: float = 0.5  # share of the run in which the batch grows to train_batch_tokens
+    start_batch_tokens: Count = 0  # batch at the start of the run; 0: train_batch_tokens throughout
+    batch_growth_frac: Share = 0.5  # share of the run in which the batch grows to train_batch_tokens
     train_seq_len: int = 2048
-    mix_tokens: int = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
-    eval_seq_len: int = 2048
-    eval_stride: int = 64  # fresh targets in each window of the sliding score
+    mix_tokens: Count = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
+    eval_seq_len: int = knob(2048, STORED)
+    eval_stride: int = knob(64, STORED)  # fresh targets in each window of the sliding score
     eval_batch_tokens: int = 131_072  # per forward pass on one rank
-    ttt_lr: float = 0.0  # initial rate of test-time training; 0: no test-time training
-    ttt_form: str = "sgd"  # how test-time training learns: sgd | lora, a row of TTT_FORMS
-    ttt_chunk_tokens: int = 32_768  # targets that are scored, then learned from
-    ttt_passes: int = 3  # steps on each chunk
-    ttt_rank: int = 8  # rank of the changes that the lora form learns
+    ttt_lr: float = knob(0.0, STORED_IF_LEARNS)  # initial rate of test-time training; 0: none
+    ttt_form: str = knob("sgd", STORED_IF_SET)  # how test-time training learns: a row of TTT_FORMS
+    ttt_chunk_tokens: int = knob(32_768, STORED_IF_LEARNS)  # targets that are scored, then learned from
+    ttt_passes: int = knob(3, STORED_IF_LEARNS)  # steps on each chunk
+    ttt_rank: int = knob(8, STORED_IF_SET)  # rank of the changes that the lora form learns
     # model
-    vocab_size: int = 1024  # the tokenizer's size, as it is or padded to a multiple of 128
-    num_layers: int = 11
-    model_dim: int = 512
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    mlp_mult: float = 3.0
-    rope_dims: int = 32  # rotated dimensions of each head; the others carry no position
-    rope_base: float = 10_000.0
-    attn_windows: str = "256 256 256 0"  # keys a token sees, itself included; cycles over layers; 0: all
-    doc_mask: bool = False  # no token sees another document
-    parallel_last_n: int = 0  # layers whose attention and MLP do not wait for each other
-    parallel_form: str = "one_stream"  # their form: one_stream | two_streams, a row of FORMS
-    loop_layers: str = ""  # neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
-    loop_times: int = 0  # further visits; 0: none
-    loop_frac: float = 0.5  # share of the run before training loops; 1: only scoring loops
-    xsa_last_n: int = 4  # layers with exclusive self-attention
-    attn_gate_dims: int = 0  # input dimensions from which a layer computes the gate of each head; 0: no gates
-    skip_gates: bool = False  # skips blend by a learned gate instead of adding
-    ve_last_n: int = 2  # layers that add a token embedding to their values; 0: none
-    ve_dim: int = 128
-    bigram_vocab_size: int = 1536  # number of embeddings for hashed pairs of tokens; 0: none
-    bigram_dim: int = 128
-    logit_softcap: float = 30.0
-    copy_dim: int = 0  # size of the copy output's queries and keys; 0: no copy output
+    vocab_size: int = knob(1024, SIZE, STORED)  # the tokenizer's size, or that padded to a multiple of 128
+    num_layers: int = knob(11, SIZE, STORED)
+    model_dim: int = knob(512, SIZE, STORED)
+    num_heads: int = knob(4, SIZE, STORED)
+    num_kv_heads: int = knob(2, SIZE, STORED)
+    mlp_mult: float = knob(3.0, STORED)
+    rope_dims: Count = knob(32, STORED)  # rotated dimensions of each head; the others carry no position
+    rope_base: float = knob(10_000.0, STORED)
+    # Keys a token sees, itself included; 0: all. Layers take the numbers in turn, again and again.
+    attn_windows: str = knob("256 256 256 0", STORED)
+    doc_mask: bool = knob(False, STORED)  # no token sees another document
+    parallel_last_n: Count = knob(0, STORED_IF_SET)  # layers whose attention and MLP run side by side
+    parallel_form: str = knob("one_stream", STORED_IF_SET)  # one_stream | two_streams, rows of FORMS
+    # Neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
+    loop_layers: str = knob("", STORED_IF_SET)
+    loop_times: Count = knob(0, SIZE, STORED_IF_SET)  # further visits; 0: none
+    loop_frac: Share = 0.5  # share of the run before training loops; 1: only scoring loops
+    xsa_last_n: Count = knob(4, STORED)  # layers with exclusive self-attention
+    attn_gate_dims: Count = knob(0, SIZE, STORED_IF_SET)  # inputs that set the gate of a head; 0: no gates
+    skip_gates: bool = knob(False, STORED_IF_SET)  # skips blend by a learned gate instead of adding
+    ve_last_n: Count = knob(2, STORED)  # layers that add a token embedding to their values; 0: none
+    ve_dim: int = knob(128, SIZE, STORED)
+    bigram_vocab_size: Count = knob(1536, SIZE, STORED)  # embeddings for hashed pairs of tokens; 0: none
+    bigram_dim: int = knob(128, SIZE, STORED)
+    logit_softcap: float = knob(30.0, STORED)
+    copy_dim: Count = knob(0, SIZE, STORED_IF_SET)  # size of the copy output's queries and keys; 0: none
     qk_gain_init: float = 1.5
     tied_embed_init_std: float = 0.005
     # optimizer
@@ -293,36 +315,36 @@ class Config:
     muon_wd: float = 0.04  # weight decay of the matrices
     embed_wd: float = 0.04
     scalar_wd: float = 0.04
-    muon_momentum: float = 0.99
-    muon_momentum_start: float = 0.92
-    muon_momentum_warmup_frac: float = 0.2  # share of the run in which momentum rises to muon_momentum
+    muon_momentum: Decay = 0.99
+    muon_momentum_start: Decay = 0.92
+    muon_momentum_warmup_frac: Share = 0.2  # share of the run in which momentum rises to muon_momentum
     momentum_spread: float = 1.0  # above 1: mean of two momenta, with horizons shorter and longer by this
     equalize_rows: bool = False  # scale rows to unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step shrinks as well
     decay_follows_rate: bool = False  # weight decay is scaled like the rates, and so falls with them
-    normuon_beta2: float = 0.95  # decay of the second moment in the normuon rules
+    normuon_beta2: Decay = 0.95  # decay of the second moment in the normuon rules
     proj_init_std: float = 0.0  # for O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) with hyperball
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3  # largest global norm of the averaged gradients; 0: no clipping
     fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
     deterministic: bool = False  # a GPU repeats a seed bit for bit, if iterations end the run
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
-    warmdown_frac: float = 0.5  # share of the run, at its end, in which rates fall linearly
-    min_lr_frac: float = 0.0  # each rate ends at this share of its peak
+    warmdown_frac: Share = 0.5  # share of the run, at its end, in which rates fall linearly
+    min_lr_frac: Share = 0.0  # each rate ends at this share of its peak
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a share of the run
     artifact_weights: str = "ema"  # ema | live; with ema, a run that ended early takes the better of the two
-    gptq_batches: int = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
+    gptq_batches: Count = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
     gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
-    int6_step: float = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
+    int6_step: Share = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     matrix_clip_sd: float = 0.0  # clip of an int6 row, in its root mean squares; 0: least squared error
     embed_bits: int = 8  # bits of an embedding's codes: 6 | 7 | 8
     embed_clip_sd: float = 0.0  # like matrix_clip_sd, for the embeddings
     codec: str = "xz"  # a row of CODECS
     fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
-    size_cap: int = 16_000_000  # decimal bytes, packed code included; 0: a race makes no artifact
+    size_cap: Count = 16_000_000  # decimal bytes, packed code included; 0: a race makes no artifact
 
     @property
     def head_dim(self) -> int:
@@ -484,22 +506,15 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
-# The knobs stored in an artifact's header. TTT_FIELDS are stored only if test-time training scored it, and
-# each of EXTRA_FIELDS only if it is not the default, so that artifacts older than such a knob stay valid.
-MODEL_FIELDS = tuple(
-    """
-    vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult rope_dims rope_base xsa_last_n
-    ve_last_n ve_dim bigram_vocab_size bigram_dim logit_softcap bos_id eval_seq_len eval_stride
-    attn_windows doc_mask
-    """.split()
-)
-TTT_FIELDS = ("ttt_lr", "ttt_chunk_tokens", "ttt_passes")
-EXTRA_FIELDS = tuple(
-    (
-        "loop_layers loop_times attn_gate_dims skip_gates parallel_last_n parallel_form copy_dim "
-        "ttt_form ttt_rank"
-    ).split()
-)
+
+def knobs_with(trait: str) -> tuple[str, ...]:
+    """Return the knobs that have a trait."""
+    return tuple(f.name for f in fields(Config) if trait in f.metadata)
+
+
+MODEL_FIELDS = knobs_with(STORED)
+TTT_FIELDS = knobs_with(STORED_IF_LEARNS)
+EXTRA_FIELDS = knobs_with(STORED_IF_SET)
 
 
 def parse_flag(text: str) -> bool:
@@ -507,20 +522,38 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
-# The knobs that set the number of parameters, together with mlp_mult.
-SIZES = tuple(
-    """
-    num_layers loop_times model_dim num_heads num_kv_heads vocab_size ve_dim bigram_vocab_size
-    bigram_dim attn_gate_dims copy_dim
-    """.split()
-)
 # Each rate with the weight decay of its parameters, which a step shrinks by the product of the two.
 DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
 MAX_TOKENS = 1 << 30  # in a batch
 LONGEST_VALUE = 4000  # characters of a knob's value: the system's limit on a path is 4,096 bytes
 TRAINING_BYTES = 20  # per parameter: float32 weight, gradient, two moments, average
 
-PARSERS = {"int": int, "float": float, "str": str, "bool": parse_flag}  # by a knob's annotation
+
+class Kind(NamedTuple):
+    """The values that a knob may have. Numbers are at least `least` and below 2^53."""
+
+    type: str  # for messages
+    parse: Callable[[str], object]
+    least: int = 0
+    below: float = math.inf
+    most: float = math.inf
+
+
+# By annotation.
+KINDS = {
+    "str": Kind("str", str),
+    "bool": Kind("bool", parse_flag),
+    "int": Kind("int", int, least=1),
+    "Count": Kind("int", int),
+    "float": Kind("float", float),
+    "Share": Kind("float", float, most=1),
+    "Decay": Kind("float", float, below=1),
+}
+
+
+def kinds_of_knobs() -> dict[str, Kind]:
+    """Return the kind of every knob."""
+    return {f.name: KINDS[f.type] for f in fields(Config)}
 
 
 def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
@@ -528,14 +561,14 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
 
     Raises InputError for an unknown key in argv or a value of the wrong type.
     """
-    types = {f.name: f.type for f in fields(Config)}
-    given = {key: env[key.upper()] for key in types if key.upper() in env}
+    kinds = kinds_of_knobs()
+    given = {key: env[key.upper()] for key in kinds if key.upper() in env}
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals:
             raise InputError(f"argument {argument[:40]!r}: knobs are given as key=value")
-        if key not in types:
-            close = [known for known in types if key and (key.lower() in known or known in key.lower())]
+        if key not in kinds:
+            close = [known for known in kinds if key and (key.lower() in known or known in key.lower())]
             hint = f"did you mean {', '.join(close)}?" if close else "`train_gpt.py config` lists them"
             raise InputError(f"unknown config key {key[:40]!r}; {hint}")
         given[key] = value
@@ -548,9 +581,9 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
     values = {}
     for key, text in given.items():
         try:
-            values[key] = PARSERS[types[key]](text)
+            values[key] = kinds[key].parse(text)
         except (ValueError, KeyError):
-            raise InputError(f"config key {key}: {text[:40]!r} is not of type {types[key]}") from None
+            raise InputError(f"config key {key}: {text[:40]!r} is not of type {kinds[key].type}") from None
     return values
 
 
@@ -573,32 +606,20 @@ def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
     return make_config(read_knobs(argv, env))
 
 
-MAY_BE_ZERO = tuple(
-    """
-    seed bos_id warmup_steps val_loss_every val_tokens rope_dims mix_tokens xsa_last_n ve_last_n
-    bigram_vocab_size size_cap gptq_batches loop_times attn_gate_dims parallel_last_n copy_dim
-    start_batch_tokens
-    """.split()
-)
-
-# Knobs that must stay below 1, and those that may also be 1.
-BELOW_ONE = ("muon_momentum", "muon_momentum_start", "adam_beta1", "adam_beta2", "normuon_beta2")
-UP_TO_ONE = tuple(
-    "muon_momentum_warmup_frac warmdown_frac min_lr_frac int6_step loop_frac batch_growth_frac".split()
-)
-
-
 def check_ranges(h: Config) -> None:
     """Check each knob by itself. Raises InputError with the knob to change."""
-    for key, value in asdict(h).items():
+    for key, kind in kinds_of_knobs().items():
+        value = getattr(h, key)
         if isinstance(value, str):
             continue
-        least = 1 if type(value) is int and key not in MAY_BE_ZERO else 0
-        if not least <= value < 1 << 53:  # this also refuses nan
-            raise InputError(f"config key {key}: {str(value)[:40]} must be at least {least} and below 2^53")
-        if (key in BELOW_ONE and value >= 1) or (key in UP_TO_ONE and value > 1):
-            bound = "below 1" if key in BELOW_ONE else "at most 1"
-            raise InputError(f"config key {key}: {value:g} must be {bound}")
+        if not kind.least <= value < 1 << 53:  # this also refuses nan
+            raise InputError(
+                f"config key {key}: {str(value)[:40]} must be at least {kind.least} and below 2^53"
+            )
+        if value >= kind.below:
+            raise InputError(f"config key {key}: {value:g} must be below {kind.below}")
+        if value > kind.most:
+            raise InputError(f"config key {key}: {value:g} must be at most {kind.most}")
 
     choices = {
         "preset": PRESETS,
@@ -615,23 +636,26 @@ def check_ranges(h: Config) -> None:
             raise InputError(f"config key {key}: {getattr(h, key)[:40]!r} is not one of {', '.join(allowed)}")
 
 
-class Rule(NamedTuple):
+class Relation(NamedTuple):
     """A relation between knobs."""
 
     holds: bool
-    text: str  # the complaint if it does not hold
+    complaint: str  # if it does not hold
 
 
 def check_relations(h: Config) -> None:
-    """Check the relations between knobs. Raises InputError with the first broken rule."""
-    for rule in chain(rules_of_batches(h), rules_of_the_model(h), rules_of_training(h), rules_of_codes(h)):
-        if not rule.holds:
-            raise InputError(f"config: {rule.text}")
+    """Check the relations between knobs. Raises InputError with the first that does not hold."""
+    relations = chain(
+        relations_of_batches(h), relations_of_the_model(h), relations_of_training(h), relations_of_codes(h)
+    )
+    for relation in relations:
+        if not relation.holds:
+            raise InputError(f"config: {relation.complaint}")
 
     parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
     most = CODECS[h.codec].most_weights
     if parameters > most:
-        sizes = " ".join(f"{key}={getattr(h, key)}" for key in SIZES)
+        sizes = " ".join(f"{key}={getattr(h, key)}" for key in knobs_with(SIZE))
         raise InputError(
             f"config: mlp_mult={h.mlp_mult:g} {sizes} make {parameters:.3g} parameters, "
             f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of codec={h.codec} holds at "
@@ -639,8 +663,8 @@ def check_relations(h: Config) -> None:
         )
 
 
-def rules_of_batches(h: Config) -> Iterator[Rule]:
-    """Yield the rules of sizes that must divide each other: batches, sequences, score windows, heads."""
+def relations_of_batches(h: Config) -> Iterator[Relation]:
+    """Yield the relations of sizes that must divide each other: batches, sequences, score windows, heads."""
     divides = {
         "micro_batch_tokens": "train_batch_tokens",
         "train_seq_len": "micro_batch_tokens",
@@ -649,48 +673,48 @@ def rules_of_batches(h: Config) -> Iterator[Rule]:
         "num_kv_heads": "num_heads",
     }
     for part, whole in divides.items():
-        yield Rule(getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
+        yield Relation(getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
     for key in ("train_batch_tokens", "eval_batch_tokens"):
         tokens = getattr(h, key)
-        yield Rule(
+        yield Relation(
             tokens <= MAX_TOKENS,
             f"{key}={tokens} must be at most {MAX_TOKENS}: its ids alone take {8 * tokens / 1e9:.3g} GB",
         )
-    yield Rule(
+    yield Relation(
         h.start_batch_tokens <= h.train_batch_tokens, "start_batch_tokens must not exceed train_batch_tokens"
     )
-    yield Rule(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
-    yield Rule(
+    yield Relation(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
+    yield Relation(
         h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
     )
     if h.ttt_lr > 0 and h.ttt_form == "sgd":
-        yield Rule(h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens")
+        yield Relation(h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens")
     if h.ttt_lr > 0 and h.ttt_form == "lora":
-        yield Rule(
+        yield Relation(
             h.ttt_chunk_tokens <= h.eval_seq_len,
             "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len, which a chunk is scored within",
         )
-        yield Rule(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
+        yield Relation(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
 
 
-def rules_of_the_model(h: Config) -> Iterator[Rule]:
-    """Yield the rules of the model's sizes and layers."""
-    yield Rule(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
-    yield Rule(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
-    yield Rule(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
-    yield Rule(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
-    yield Rule(
+def relations_of_the_model(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the model's sizes and layers."""
+    yield Relation(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
+    yield Relation(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
+    yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
+    yield Relation(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
+    yield Relation(
         h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"
     )
-    yield Rule(h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim")
-    yield Rule(
+    yield Relation(h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim")
+    yield Relation(
         h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"
     )
-    yield Rule(
+    yield Relation(
         max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
         "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
     )
-    yield Rule(
+    yield Relation(
         all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split()),
         f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
     )
@@ -698,51 +722,53 @@ def rules_of_the_model(h: Config) -> Iterator[Rule]:
     loop = h.loop_layers.split()
     first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
     neighbours = [str(first + i) for i in range(len(loop))]
-    yield Rule(
+    yield Relation(
         loop == neighbours and first + len(loop) <= h.num_layers,
         f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
     )
-    yield Rule(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
+    yield Relation(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
 
 
-def rules_of_training(h: Config) -> Iterator[Rule]:
-    """Yield the rules of the optimizer and the schedules."""
-    yield Rule(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
+def relations_of_training(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the optimizer and the schedules."""
+    yield Relation(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
     longest_step = (1 - min(h.muon_momentum, h.muon_momentum_start)) * h.momentum_spread
-    yield Rule(
+    yield Relation(
         h.momentum_spread >= 1 and longest_step <= 1,
         f"momentum_spread={h.momentum_spread:g} must be at least 1 and at most the horizon of momentum, "
         "1 / (1 - muon_momentum)",
     )
-    yield Rule(h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0")
-    yield Rule(
+    yield Relation(
+        h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0"
+    )
+    yield Relation(
         h.target_loss <= math.log(h.vocab_size),
         f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which takes no training",
     )
-    yield Rule(
+    yield Relation(
         h.target_loss == 0 or h.max_wallclock_seconds == 0,
         "target_loss needs max_wallclock_seconds=0: a race takes all of its iterations",
     )
-    yield Rule(
+    yield Relation(
         h.target_loss > 0 or h.size_cap > 0,
         "size_cap=0, no artifact, needs target_loss: all other runs are scored by their artifact",
     )
     for rate, decay in DECAYS.items():
         shrinks = getattr(h, rate) * getattr(h, decay)
-        yield Rule(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
+        yield Relation(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
 
 
-def rules_of_codes(h: Config) -> Iterator[Rule]:
-    """Yield the rules of the artifact's codes."""
-    yield Rule(6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8")
-    yield Rule(
+def relations_of_codes(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the artifact's codes."""
+    yield Relation(6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8")
+    yield Relation(
         h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"
     )
     largest = ENCODINGS[f"int{h.embed_bits}"].limit
-    yield Rule(
+    yield Relation(
         h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
     )
-    yield Rule(h.gptq_batches > 0 or not h.gptq_embed, "gptq_embed needs gptq_batches of at least 1")
+    yield Relation(h.gptq_batches > 0 or not h.gptq_embed, "gptq_embed needs gptq_batches of at least 1")
 
 
 # -----------------------------------------------------------------------------
@@ -5080,7 +5106,6 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 # the run, and a list of tensors as in an artifact. There is no other state: steps draw no random numbers, and
 # the text depends only on the position.
 
-FREE_KNOBS = ("run_id", "out_dir", "data_path", "tokenizer_path", "checkpoint_every", "resume")  # may change
 CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\d+)\.ckpt(?:\.tmp)?")
 DIGEST_BYTES = 32
 
@@ -5114,7 +5139,7 @@ class SavedState(NamedTuple):
 
 def origin(h: Config, dataset: Dataset) -> dict:
     """Return what a run must have in common with the checkpoint from which it resumes."""
-    shared = {key: value for key, value in asdict(h).items() if key not in FREE_KNOBS}
+    shared = {key: value for key, value in asdict(h).items() if key not in knobs_with(FREE)}
     return {**shared, "script": sha256(Path(__file__).read_bytes()), "data": dataset.manifest_sha256}
 
 

@@ -12,6 +12,9 @@ import train_gpt as t
 from helpers import ROOT, TINY, as_arguments, english_args, english_dataset, stop_one_line
 
 FIELDS = {f.name: f for f in dataclasses.fields(t.Config)}
+KINDS = t.kinds_of_knobs()
+SHARES = [key for key, kind in KINDS.items() if kind.most == 1]
+DECAYS = [key for key, kind in KINDS.items() if kind.below == 1]
 
 
 @pytest.fixture(autouse=True)
@@ -148,8 +151,8 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         ("ema_frac=0", ["ema_frac"]),
         ("warmdown_frac=0", ["warmdown_frac"]),
         ("warmdown_frac=1.5", ["warmdown_frac"]),
-        *((f"{key}={value}", [key, "below 1"]) for key in t.BELOW_ONE for value in (1, 1.0, 5)),
-        *((f"{key}=1.01", [key, "at most 1"]) for key in t.UP_TO_ONE),
+        *((f"{key}={value}", [key, "below 1"]) for key in DECAYS for value in (1, 1.0, 5)),
+        *((f"{key}=1.01", [key, "at most 1"]) for key in SHARES),
         ("adam_eps=0", ["adam_eps"]),
         ("adam_eps=1e-60", ["adam_eps"]),
         ("rope_base=0.9", ["rope_base"]),
@@ -324,7 +327,7 @@ def test_the_hidden_size_is_rounded():
     assert sizes == small | large | gpt2
 
 
-NUMBERS = [name for name, field in FIELDS.items() if field.type in ("int", "float")]
+NUMBERS = [name for name, kind in KINDS.items() if kind.type in ("int", "float")]
 
 # Knobs for which no value is too large: times, counts of work, sizes that the data limits, and scales that
 # only training can show to be too large. A new knob is bounded, or belongs here.
@@ -347,7 +350,7 @@ UNLIMITED = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_bounds(name):
     """No knob takes less than zero or what is no number, and one without a limit is known to have none."""
-    beyond = ["-1", str(2**53)] if FIELDS[name].type == "int" else ["-1e-9", "nan", "inf", "-inf", "1e300"]
+    beyond = ["-1", str(2**53)] if KINDS[name].type == "int" else ["-1e-9", "nan", "inf", "-inf", "1e300"]
     for value in beyond:
         with pytest.raises(t.InputError, match=rf"\b{name}\b"):
             t.load_config([f"{name}={value}"], {})
@@ -363,10 +366,10 @@ def test_every_number_has_bounds(name):
 def test_every_fraction_has_a_bound():
     """A knob with a beta, a momentum or a fraction in its name is bounded, or is known to have no bound."""
     names = [key for key in FIELDS if re.search("beta|momentum|_frac$", key)]
-    assert set(names) - {"ema_frac", "momentum_spread"} <= {*t.BELOW_ONE, *t.UP_TO_ONE}
-    for key in t.UP_TO_ONE:
+    assert set(names) - {"ema_frac", "momentum_spread"} <= {*DECAYS, *SHARES}
+    for key in SHARES:
         t.load_config([f"{key}=1"], {})
-    for key in t.BELOW_ONE:
+    for key in DECAYS:
         t.load_config([f"{key}=0.999"], {})
 
 
