@@ -1262,15 +1262,34 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
+def memory_fault(problem: str, error: Exception, remedy: str) -> Fault:
+    """Return the Fault for an error that says that memory ran out: "problem (reason); remedy"."""
+    return Fault(f"{problem} ({str(error)[:200] or 'MemoryError'}); {remedy}")
+
+
+@contextmanager
+def memory_remedy(doing: str, remedy: str) -> Iterator[None]:
+    """Name the remedy if memory runs out in the block or the decorated function. Raises Fault.
+
+    doing: what memory was needed for, such as "to score".
+    """
+    try:
+        yield
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        raise memory_fault(f"no memory left {doing}", e, remedy) from None
+
+
 def known_fault(error: Exception) -> OneLineError | None:
     """Return the one line for an error: a OneLineError itself, a Fault if memory ran out, else None."""
     if isinstance(error, OneLineError):
         return error
     if is_out_of_memory(error):
-        return Fault(
-            f"no memory left ({str(error)[:200] or 'MemoryError'}); lower micro_batch_tokens, "
-            "train_batch_tokens or eval_batch_tokens, or make the model smaller"
+        remedy = (
+            "lower micro_batch_tokens, train_batch_tokens or eval_batch_tokens, or make the model smaller"
         )
+        return memory_fault("no memory left", error, remedy)
     return None
 
 
@@ -4045,6 +4064,7 @@ def gram_of(x: Tensor) -> Tensor:
     return flat.T @ flat
 
 
+@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
 @torch.no_grad()
 def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
@@ -5436,6 +5456,7 @@ class Run:
         bos_id = h.bos_id if h.ttt_form == "lora" else -1
         return scoring._replace(chunk=h.ttt_chunk_tokens, learner=learner, bos_id=bos_id)
 
+    @memory_remedy("to score", "lower eval_batch_tokens, or val_tokens if the split does not fit")
     def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:
         """Score the weights on a split. learns: train on scored chunks, if the split has more than one."""
         h = self.h
@@ -5934,6 +5955,7 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 # 19. Commands: what the command line runs.
 
 
+@memory_remedy("to make the artifact", "close other programs, or make the model smaller")
 def export(run: Run, trained: Trained, path: str, room: int) -> str:
     """Write the artifact of the averaged or live weights to `path`, or elsewhere if that cannot be written.
 

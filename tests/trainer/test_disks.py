@@ -252,3 +252,22 @@ def test_no_memory_is_one_line_with_the_knob(tmp_path, monkeypatch, capsys, erro
     assert "lower micro_batch_tokens, train_batch_tokens or eval_batch_tokens" in err
     assert err.count("\n") == 1
     assert lines(tmp_path)[-1].startswith("rank 0: no memory left (")
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("gram_of", "to calibrate (MemoryError); lower micro_batch_tokens, or set gptq_batches=0"),
+        ("evaluate", "to score (MemoryError); lower eval_batch_tokens"),
+        ("fit_artifact", "to make the artifact (MemoryError); close other programs"),
+    ],
+)
+def test_the_remedy_fits_the_place_where_memory_ran_out(tmp_path, monkeypatch, capsys, name, said):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(t, name, fails)
+    assert t.main(args(tmp_path, checkpoint_every=0, warmup_steps=0, gptq_batches=1)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"train_gpt.py: no memory left {said}")
+    assert err.count("\n") == 1
