@@ -2982,11 +2982,17 @@ class Bound(NamedTuple):
     function: Callable
     name: str
     failure: str = ""  # why a faster function was rejected; "" if none was
+    missing: str = ""  # the module that the faster function lacks, if that is why
 
     @property
     def label(self) -> str:
         """The name to log, with the reason why a faster function was rejected."""
         return f"{self.name} ({self.failure})" if self.failure else self.name
+
+
+def rejection(name: str, failure: str) -> str:
+    """Return the end of a label that says why the function called `name` was rejected, without blanks."""
+    return f",{name}:torch({failure})".replace(" ", "")
 
 
 def bind(
@@ -3003,7 +3009,7 @@ def bind(
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # may be nan
     except ModuleNotFoundError as e:
-        return Bound(reference, "torch", f"missing:{e.name}")
+        return Bound(reference, "torch", f"missing:{e.name}", missing=e.name or "")
     except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
         return Bound(reference, "torch", type(e).__name__)
     if error < limit:
@@ -3049,18 +3055,16 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
 
     enable_only(*SDPA_KERNELS)
     masks = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
-    failures = []
+    trials = []
     for windowed, has_docs in masks:
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
-        flash4 = bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv)
-        failures.append(flash4.failure)
-    failure = max(failures)  # any one, or "" if there is none
-    if not failure:
+        trials.append(bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv))
+    worst = max(trials, key=lambda trial: trial.failure)  # any that failed
+    if not worst.failure:
         return Bound(attend_flash4, "flash4")
 
-    rejected = ""
-    if not failure.startswith("missing:flash_attn"):
-        rejected = f",flash4:torch({failure})".replace(" ", "")
+    not_installed = worst.missing.startswith("flash_attn")
+    rejected = "" if not_installed else rejection("flash4", worst.failure)
     for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
     for name in SDPA_KERNELS:
         enable_only(name)
@@ -3083,8 +3087,7 @@ def bind_mlp(h: Config, device: torch.device) -> Bound:
         return fused
     fp8 = bind(FusedMLP8.apply, mlp, inputs, limit=0.1)
     if fp8.failure:
-        rejected = f",fp8:torch({fp8.failure})".replace(" ", "")
-        return Bound(fused.function, fused.label + rejected)
+        return Bound(fused.function, fused.label + rejection("fp8", fp8.failure))
 
     def fp8_with_gradients(*args: Tensor) -> Tensor:
         function = fp8.function if torch.is_grad_enabled() else fused.function
@@ -3829,15 +3832,16 @@ class Optimizer:
         self.flat_v = torch.zeros_like(self.flat)
         flat_lr = torch.zeros_like(self.flat)
         flat_wd = torch.zeros_like(self.flat)
-        decays = {rate: getattr(self.h, decay) for rate, decay in DECAYS.items()}
-        parts = zip(*(x.split(sizes) for x in (self.flat, self.flat_grad, flat_lr, flat_wd)))
-        for spec, (value, grad, rate, decay) in zip(specs, parts):
+        start = 0
+        for spec, size in zip(specs, sizes):
             p = params[spec.name]
-            self.move(p, value[: p.numel()].view_as(p), grad[: p.numel()].view_as(p))
+            end = start + p.numel()  # from there to start + size is padding
+            self.move(p, self.flat[start:end].view_as(p), self.flat_grad[start:end].view_as(p))
             lr = getattr(self.h, spec.lr)
-            rate.fill_(lr)
-            decay.fill_(decays[spec.lr])
+            flat_lr[start : start + size] = lr
+            flat_wd[start : start + size] = getattr(self.h, DECAYS[spec.lr])
             p.requires_grad_(lr > 0)  # a parameter that never moves needs no gradient
+            start += size
 
         self.wire["flat"] = self.flat_grad.to(self.wire_dtype)
         self.adam_buffers = FlatBuffers(
@@ -5396,12 +5400,21 @@ class Stop(IntEnum):
     DIVERGED = 2
 
 
-def reason_to_stop(m: Machine, loss_and_norm: list[float]) -> Stop:
-    """Return why this rank should stop.
+class Vitals(NamedTuple):
+    """The numbers of a step that show a divergence: this rank's loss, and the gradient norm, alike on all."""
 
-    DIVERGED if loss or gradient norm is not finite or not below the limit, SIGNAL after a signal, else NO.
-    """
-    if not all(abs(x) < DIVERGED for x in loss_and_norm):
+    loss: float
+    norm: float
+
+    @property
+    def are_sound(self) -> bool:
+        """Whether both are finite and below DIVERGED."""
+        return all(abs(x) < DIVERGED for x in self)
+
+
+def reason_to_stop(m: Machine, vitals: Vitals) -> Stop:
+    """Return why this rank should stop: it has diverged, or it has received a signal; else NO."""
+    if not vitals.are_sound:
         return Stop.DIVERGED
     return Stop.SIGNAL if m.signals.times else Stop.NO
 
@@ -5748,7 +5761,7 @@ class Ended(NamedTuple):
     step: int
     train_ms: float
     stop: Stop  # agreed by all ranks
-    loss_and_norm: list[float]  # this rank's, after the last step
+    vitals: Vitals  # of the last step
     late_graphs: int
 
 
@@ -5762,7 +5775,7 @@ def train(run: Run) -> Trained:
     ready = get_ready(run)
     step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
     m.signals.may_finish = True
-    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's loss and norm; at first zeros
+    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
 
     h = hold_back(ready.run, ready.warm.calibrate_ms)  # collective, so all ranks start their clocks together
     run = replace(ready.run, h=h)  # schedules and ETAs end when the steps do
@@ -5797,7 +5810,7 @@ def train(run: Run) -> Trained:
 
         fetch_previous = fetch_newest
         fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
-        lagging = fetch_previous()[0].tolist()  # one step late, while the device is busy with the newest step
+        lagging = Vitals(*fetch_previous()[0].tolist())  # one step late, while the device works on the newest
         clock_ms, highest = m.agree(clock(), reason_to_stop(m, lagging))
         stop = Stop(highest)
 
@@ -5809,7 +5822,8 @@ def train(run: Run) -> Trained:
     m.sync()
     train_ms = clock()
     late_graphs = compiled_graphs() - graphs_before
-    return finish_training(run, ready, Ended(step, train_ms, stop, fetch_newest()[0].tolist(), late_graphs))
+    vitals = Vitals(*fetch_newest()[0].tolist())
+    return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs))
 
 
 def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
@@ -5817,13 +5831,13 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
 
     It logs an early end. Raises Diverged if the last step or the calibration of any rank has diverged.
     """
-    step, train_ms, stop, loss_and_norm, late_graphs = ended
+    step, train_ms, stop, vitals, late_graphs = ended
     run.log.may_move = True
     run.phases["train"] = train_ms
-    last_diverged = run.m.largest(reason_to_stop(run.m, loss_and_norm) == Stop.DIVERGED)
+    last_diverged = run.m.largest(not vitals.are_sound)
     if last_diverged or stop == Stop.DIVERGED:
         good = ready.checkpoints.last_good()
-        raise Diverged(describe_divergence(run, step, loss_and_norm, good), step, train_ms)
+        raise Diverged(describe_divergence(run, step, vitals, good), step, train_ms)
 
     position = ready.loader.position
     grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.calibrates else {}
@@ -5902,12 +5916,11 @@ def hold_back(run: Run, calibrate_ms: float) -> Config:
     return replace(run.h, max_wallclock_seconds=budget - seconds)
 
 
-def describe_divergence(run: Run, step: int, newest: list[float], good: int) -> str:
+def describe_divergence(run: Run, step: int, newest: Vitals, good: int) -> str:
     """Describe a run that diverged: last loss and gradient norm, first bad tensor, last good checkpoint."""
     bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
-    loss, norm = newest
     return (
-        f"step {step}: diverged, loss {loss:.4g}, gradient norm {norm:.4g}, "
+        f"step {step}: diverged, loss {newest.loss:.4g}, gradient norm {newest.norm:.4g}, "
         f"first bad tensor {bad}, last good checkpoint {good or 'none'}"
     )
 
@@ -6108,17 +6121,20 @@ def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submissio
     """Log what counts, in the last line of the log: a race's last validation, else the artifact's score."""
     h = run.h
     final = FinalScore("time_to_loss", scores.live) if h.target_loss else submission.final
-    target = f" target:{h.target_loss}" if h.target_loss else ""
-    sizes = digest = size = ""
+    line = [f"final_score {final.exact}"]
+    shown = ["", describe_outcome(run, final, scores.unigram)]
+    if h.target_loss:
+        line.append(f"target:{h.target_loss}")
     if submission:
-        sizes = f" bytes_total:{submission.bytes_total} bytes_code:{submission.bytes_code}"
-        digest = f" sha256:{submission.sha256}"
-        size = f"\nsize: {describe_size(submission.bytes_total, h.size_cap)}"
-    run.log(
-        f"final_score {final.exact}{target}{sizes} steps:{trained.steps} train_time:{trained.train_ms:.0f}ms "
-        f"eval_time:{run.phases.get('eval', scores.live.ms):.0f}ms seed:{h.seed}{digest}",
-        shown=f"\n{describe_outcome(run, final, scores.unigram)}{size}\ntime: {describe_phases(run.phases)}",
-    )
+        line.append(f"bytes_total:{submission.bytes_total} bytes_code:{submission.bytes_code}")
+        shown.append(f"size: {describe_size(submission.bytes_total, h.size_cap)}")
+    eval_ms = run.phases.get("eval", scores.live.ms)
+    line.append(f"steps:{trained.steps} train_time:{trained.train_ms:.0f}ms eval_time:{eval_ms:.0f}ms")
+    line.append(f"seed:{h.seed}")
+    if submission:
+        line.append(f"sha256:{submission.sha256}")
+    shown.append(f"time: {describe_phases(run.phases)}")
+    run.log(" ".join(line), shown="\n".join(shown))
 
 
 def conclude(run: Run, trained: Trained, path: str) -> int:
@@ -6195,11 +6211,19 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
         return conclude(run, train(run), f"{base}.int6.{h.codec}")
 
 
-def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
-    """Return a run whose model holds an artifact's weights, and the artifact's bytes.
+class StoredModel(NamedTuple):
+    """An artifact and its content."""
 
-    The header fixes the model; argv and env set the rest. Raises InputError when the artifact is damaged or
-    does not fit this script, or argv sets a knob that it fixes (env is ignored there).
+    blob: bytes
+    h: Config  # the model's knobs from the header, the others as given
+    tensors: dict[str, Tensor]
+
+
+def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredModel:
+    """Read an artifact. Its header fixes the model's knobs; argv and env set the others.
+
+    Raises InputError when the artifact is damaged or does not fit this script, or argv sets a knob that it
+    fixes. Such a knob in env is ignored.
     """
     free = ("eval_", "ttt_")
     fixed = ["codec", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith(free))]
@@ -6225,7 +6249,16 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
         raise InputError(f"{path} with the knobs given: {e}") from None
     except ValueError as e:
         raise InputError(f"{path}: {e}") from None
+    return StoredModel(blob, h, tensors)
 
+
+def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
+    """Return a run whose model holds an artifact's weights, and the artifact's bytes.
+
+    Raises InputError as read_model does, and for data that is not what the artifact was made for.
+    """
+    stored = read_model(path, argv, env)
+    h = stored.h
     started = time.perf_counter()
     run_id = plain_name("run_id", h.run_id or f"{utc_stamp()}_eval_{os.getpid()}")
     m = init_machine(h, env, trains=False)
@@ -6233,8 +6266,8 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     with m.together():
         dataset = load_dataset(h)
     run = start_run(h, m, Log(log_path, m), dataset, started)
-    run.model.load_state_dict(tensors)
-    return run, blob
+    run.model.load_state_dict(stored.tensors)
+    return run, stored.blob
 
 
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
