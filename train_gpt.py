@@ -1139,7 +1139,7 @@ class Log:
         self.file = None
         self.live = False
         self.goes_on = False  # whether the file holds an earlier part of this run
-        self.told = 0.0  # perf_counter() at the last line of `progress`
+        self.told_at = 0.0  # perf_counter() at the last line of `progress`
         self.may_move = False  # set once there are trained weights, which must survive a full disk
 
         if machine is None:
@@ -1233,8 +1233,8 @@ class Log:
         eta = (now - started) / done * (total - done)
         text = f"{what}: {done}/{total}, ETA {eta:.0f} s"
         self.status(text)
-        if now - max(self.told, started) > PROGRESS:
-            self.told = now
+        if now - max(self.told_at, started) > PROGRESS:
+            self.told_at = now
             self(text, shown="" if self.live else None)
 
 
@@ -1854,16 +1854,20 @@ class TokenLoader:
         return order
 
     def build(self, index: int) -> Tensor:
-        """Build this rank's micro-batch `index`: a host tensor (B, T + 1), int64."""
+        """Build this rank's micro-batch `index`: a host tensor (B, T + 1), int64.
+
+        A draw is cut into draw_batches global batches of `accum` micro-batches. Within it, the shuffled
+        sequences are dealt out B at a time: to rank 0, rank 1, ..., and then for the next micro-batch.
+        """
         B = self.sequences
         T = self.h.train_seq_len
-        draw, index_in_draw = divmod(index, self.draw_batches * self.accum)
+        draw, micro_batch = divmod(index, self.draw_batches * self.accum)  # micro_batch: within the draw
         order = self.sequence_order(draw)
-        first = (index_in_draw * self.m.world_size + self.m.rank) * B
+        first = (micro_batch * self.m.world_size + self.m.rank) * B
+        draw_start = draw * len(order)  # sequences before this draw
         sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.is_gpu)
-        for row, number_in_draw in zip(sequences.numpy(), order[first : first + B].tolist()):
-            start = (draw * len(order) + number_in_draw) * T
-            row[:] = self.read(start, T + 1)
+        for row, sequence in zip(sequences.numpy(), order[first : first + B].tolist()):
+            row[:] = self.read((draw_start + sequence) * T, T + 1)
         return sequences
 
     def seek(self, index: int, count: int = 0) -> None:
@@ -2998,10 +3002,10 @@ def rejection(name: str, failure: str) -> str:
 def bind(
     fast: Callable, reference: Callable, inputs: list[Tensor], name: str = "triton", limit: float = 0.01
 ) -> Bound:
-    """Bind `fast` if its output and gradients agree with the reference's in float32, else the reference.
+    """Bind `fast` if it agrees with the reference, else the reference.
 
-    inputs: bf16 or float32 tensors; gradients of those that require them are compared. limit: on the relative
-    error |a - b| / |b| of each.
+    Both run on `inputs`, bf16 or float32 tensors, the reference in float32. Compared are the outputs and the
+    gradients of those inputs that require one; the relative error |a - b| / |b| of each must be below limit.
     """
     try:
         found = results_of(fast, inputs)
@@ -3877,12 +3881,11 @@ class Optimizer:
 
     @torch.no_grad()
     def schedule(self) -> None:
-        """Launch every collective of a step and the updates between them.
+        """Launch every collective of a step, and the updates between them.
 
-        Afterwards all ranks hold all weights, and all gradients are zero.
-
-        Gradients are reduced in the order of PARAM_TABLE, the biggest bank first. Banks are updated and
-        gathered in the opposite order, the cheapest update first.
+        Afterwards every rank holds all weights, and all gradients are zero. Gradients are averaged in the
+        order of PARAM_TABLE, the biggest bank first. Banks are updated in the opposite order, the cheapest
+        update first, so that its bank is gathered while the others are still updated.
         """
         # 1. Average the gradients: reduce-scatter each bank, level by level; all-reduce the flat buffer.
         arrivals = []
@@ -3890,7 +3893,7 @@ class Optimizer:
             wire = self.wire[buffer].copy_(grad)  # does nothing if the two are one tensor
             for depth, level in enumerate(self.m.levels):
                 if depth > 0:
-                    arrivals[-1].wait()  # nodes exchange only what their own ranks have averaged
+                    arrivals[-1].wait()  # between nodes travels what each has averaged inside
                 arrivals.append(
                     reduce_scatter(
                         wire[level.kept],
@@ -4150,15 +4153,17 @@ def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
 
 
 def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
-    """Round W (..., M, N) to codes (..., M, N), float32, that change Wx little for the inputs x.
+    """Round W (..., M, N) to codes (..., M, N), float32, that keep the products Wx with typical inputs x.
 
-    scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x'. Columns are rounded one at a
-    time, and the columns not yet rounded compensate the error. This is Alg. 1 of Frantar et al.,
-    arXiv:2210.17323, in blocks of one column, damped by 1 % of the mean diagonal. Raises LinAlgError if gram
-    is not finite.
+    scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x' over those inputs. Columns are
+    rounded one at a time. The columns that are not rounded yet then change so that they make up for the error
+    of this one as well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one
+    column. 1 % of the mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not
+    finite.
     """
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
     H = gram + damping[..., None, None] * torch.eye(W.size(-1), device=W.device)
+    # U'U is the inverse of H. Row j of U, divided by its diagonal entry, is how column j's error spreads.
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
     W = W.clone()
@@ -4977,9 +4982,10 @@ def score_batch(
 
 @torch.no_grad()
 def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: Machine) -> Scored:
-    """Score the targets of `tokens` (N,) in this rank's windows.
+    """Score the targets of `tokens` (N,), each rank those of every world_size-th window.
 
-    nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
+    Group after group: if it has a lesson, all ranks first learn from that together; then each rank scores its
+    windows in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
@@ -5768,8 +5774,9 @@ class Ended(NamedTuple):
 def train(run: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
-    The clock that counts is rank 0's; it stands during validation. The host stays at most one step ahead of
-    the device: it reads loss and gradient norm with a lag of one step, so it sees a divergence one step late.
+    The training clock is rank 0's; it stands still during validation. The host queues a step while the device
+    works on the one before. It then waits for that one's loss and gradient norm, so it sees a divergence one
+    step late.
     """
     m = run.m
     ready = get_ready(run)
