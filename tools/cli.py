@@ -20,14 +20,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import os
 import sys
 
-from commands.artifacts import audit, evaluate, export, sample
+from commands.artifacts import audit, check_export, check_sample, evaluate, export, sample
 from commands.ask_trainer import print_resolved, print_vocabulary
-from commands.bench import bench
+from commands.bench import bench, check_bench
 from commands.machine import MACHINES, count_gpus, with_preset
 from commands.programs import add_tools_to_path, run
 from commands.suite import test
 from commands.train import train
-from commands.words import Command, Form, Request, Takes, check_keys, enter_repository, read_request
+from commands.words import Command, Form, Request, Takes, check_knobs, enter_repository, read_request
 from script import ROOT, BadInput, describe, guard_console, leave_console, take_ctrl_c
 
 
@@ -37,12 +37,30 @@ def config(request: Request) -> int:
     return run(["train_gpt.py", "config", *with_preset(request.knobs, count_gpus())])
 
 
+DATA_VERBS = ("auto", "download", "offline", "text", "verify")
+
+
+def check_data(request: Request) -> None:
+    """Raise BadInput for an unknown verb: its program needs packages, which may not be installed yet."""
+    verb = request.words[:1]
+    if verb and not verb[0].startswith("-") and verb[0] not in DATA_VERBS:
+        raise BadInput(f"unknown verb {verb[0]!r} of data: {', '.join(DATA_VERBS)} (./run.sh data --help)")
+
+
 def data(request: Request) -> int:
     """Run a verb of data/prepare.py, in the caller's folder."""
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 
 MEASURED = ("codecs", "directions", "encodings", "sweep", "wire")
+
+
+def check_record(request: Request) -> None:
+    """Exit if a verb of the ledger would refuse its words. Those that measure need torch to tell."""
+    from ledger import record as ledger_record
+
+    if not {"-h", "--help"} & set(request.words) and request.words[:1] not in [[verb] for verb in MEASURED]:
+        ledger_record.parser().parse_args(request.words)
 
 
 def record(request: Request) -> int:
@@ -105,6 +123,7 @@ COMMANDS = {
         ),
         files=("train_gpt.py", "tools/use/sample.py"),
         needs_artifact=True,
+        check=check_sample,
         keys=("prompt", "tokens", "temperature", "top_k", "seed", "held_out", "data_path", "tokenizer_path"),
     ),
     "export": Command(
@@ -118,6 +137,7 @@ COMMANDS = {
         ),
         files=("train_gpt.py", "tools/use/export.py"),
         needs_artifact=True,
+        check=check_export,
         options={"--out": Takes.FILE},
         keys=("data_path", "tokenizer_path"),
     ),
@@ -151,6 +171,7 @@ COMMANDS = {
             ),
         ),
         files=("train_gpt.py", "tools/lab/bench.py"),
+        check=check_bench,
         options={
             "--attention": Takes.NOTHING,
             "--all": Takes.NOTHING,
@@ -169,6 +190,7 @@ COMMANDS = {
         data,
         forms=(Form("VERB", "Get or make training data.", "data --help"),),
         files=("data/prepare.py",),
+        check=check_data,
         reads_knobs=False,
     ),
     "record": Command(
@@ -178,6 +200,7 @@ COMMANDS = {
             Form("sweep PLAN", "Train many configurations and compare them fairly.", "record sweep --help"),
         ),
         files=("tools/ledger/record.py",),
+        check=check_record,
         reads_knobs=False,
     ),
     "test": Command(
@@ -283,14 +306,15 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["--resolve"]:
             return print_resolved(argv[1:])
         if argv[:1] == ["--vocabulary"]:
-            return print_vocabulary(argv[1])
+            return print_vocabulary(argv[1], argv[2:])
         name, words = split_command(argv)
         command = COMMANDS[name]
         if command.reads_knobs and {"-h", "--help"} & set(words):
             return show_help()
         request = read_request(name, command, words)
+        command.check(request)
         if only_check:
-            check_keys(command, request.knobs)
+            check_knobs(command, request.knobs)
             return 0
         return command.run(request)
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""A copy of run.sh, .ci/run, tools/cli.py and its commands with stand-ins for interpreter, GPUs and tools."""
+"""A copy of run.sh, .ci/run and tools/ with stand-ins for interpreter, GPUs and tools."""
 
 import os
 import shutil
@@ -71,6 +71,7 @@ class InputError(Exception):
 class Config:
     data_path: str
     run_id: str
+    seed: int
 
 
 def load_config(argv, env):
@@ -94,6 +95,18 @@ def plain_name(key, name):
         raise InputError(f"config key {key}: {name!r} cannot name a file")
 
 
+EXTRA_FIELDS = ()
+
+
+def read_knobs(argv, env):
+    return dict(word.split("=", 1) for word in argv)
+
+
+def make_config(knobs, header):
+    if knobs.get("eval_stride") == "0":
+        raise InputError("config key eval_stride: 0 must be at least 1")
+
+
 def open_artifact(blob):
     if blob == b"damaged":
         raise ValueError("artifact: damaged")
@@ -109,6 +122,12 @@ FAKE_RECORD = """
 import os
 
 
+class parser:
+    def parse_args(self, words):
+        if words[:1] == ["fly"]:
+            raise SystemExit(2)
+
+
 def main(argv):
     with open(os.environ["CALLS"], "a") as calls:
         print("ledger.record", *argv, "in", os.getcwd(), file=calls)
@@ -118,6 +137,12 @@ def main(argv):
 LOG_HEAD = f"import torch\n{'=' * 100}\nRunning Python 3.11\n{'=' * 100}\n"
 
 
+def copy_tools(root: Path) -> None:
+    """Copy tools/ into another repository."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "tools", root / "tools", ignore=ignore)
+
+
 class Tree:
     """A copy of run.sh's files, with stand-ins for the interpreter, the trainer, the ledger and the GPUs."""
 
@@ -125,32 +150,15 @@ class Tree:
         self.root = folder / "repo"
         self.bin = folder / "bin"
         self.calls_file = folder / "calls"
-        for sub in ("data", "tools/lab", "tools/use", ".ci"):
+        for sub in ("data", ".ci"):
             (self.root / sub).mkdir(parents=True)
         self.bin.mkdir()
-        copied = (
-            "run.sh",
-            "requirements.txt",
-            "requirements-flash4.txt",
-            ".ci/run",
-            "tools/cli.py",
-            "tools/children.py",
-            "tools/script.py",
-        )
-        for name in copied:
+        for name in ("run.sh", "requirements.txt", "requirements-flash4.txt", ".ci/run"):
             shutil.copy(ROOT / name, self.root / name)
-        for package in ("commands", "ledger"):
-            shutil.copytree(ROOT / "tools" / package, self.root / "tools" / package)
+        copy_tools(self.root)
         (self.root / "tools/ledger/record.py").write_text(FAKE_RECORD)
         (self.root / "train_gpt.py").write_text(FAKE_TRAINER)
-        for name in (
-            "data/prepare.py",
-            "tools/audit.py",
-            "tools/lab/bench.py",
-            "tools/use/sample.py",
-            "tools/use/export.py",
-        ):
-            (self.root / name).touch()
+        (self.root / "data/prepare.py").touch()
 
         run_as = folder / "run_as.py"
         log_head = folder / "log_head"

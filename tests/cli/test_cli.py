@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import prepare
 import train_gpt as t
 from commands import ask_trainer, datasets, machine, programs
 
@@ -102,6 +103,16 @@ def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
     assert capsys.readouterr().err == "run.sh: unknown config key 'iteration': ./run.sh config lists them\n"
     assert cli.main(["--check", "train", "seed=3", "iterations=5"]) == 0
     assert cli.main(["--check", "data", "verify"]) == 0
+
+
+def test_the_verbs_of_data_are_those_of_its_program():
+    verbs = next(action for action in prepare.make_parser()._actions if action.dest == "verb")
+    assert sorted(cli.DATA_VERBS) == sorted(verbs.choices)
+
+
+def test_a_word_for_a_number_is_found_before_packages_are_installed(capsys):
+    assert cli.main(["--check", "train", "iterations=many"]) == 2
+    assert capsys.readouterr().err == "run.sh: config key iterations: 'many' is not of type int\n"
 
 
 def test_a_misspelt_setting_of_sample_is_found_as_well(tmp_path, capsys):

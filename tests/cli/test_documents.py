@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import io
 import re
 import shlex
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 import cli
 import prepare
-from commands.words import check_keys, read_request
+from commands.words import check_knobs, read_request
 from ledger import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +77,7 @@ def commands(text):
             while words and re.match(r"[A-Z_]+=", words[0]):
                 del words[0]
             if words and words[0] == "./run.sh":
-                yield words[1:]
+                yield [re.sub(r"\$\w+", "1", word) for word in words[1:]]  # the shell's variables are numbers
 
 
 def programs(text):
@@ -98,7 +100,7 @@ def check_command(words, artifact):
         parser = importlib.import_module(f"lab.{rest[0]}").argument_parser()
         _, knobs = parser.parse_known_args(rest[1:])
         assert all("=" in word for word in knobs), words
-        check_keys(cli.COMMANDS["train"], knobs)
+        check_knobs(cli.COMMANDS["train"], knobs)
     elif name == "record":
         record.parser().parse_args(rest)
     elif name == "test":
@@ -110,7 +112,7 @@ def check_command(words, artifact):
             rest[0] = artifact
         for option in [word for word in rest if word == "--script"]:
             rest[rest.index(option) + 1] = str(ROOT / "train_gpt.py")
-        check_keys(command, read_request(name, command, rest).knobs)
+        check_knobs(command, read_request(name, command, rest).knobs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,6 +142,40 @@ def test_programs_are_called_where_they_are(name):
     assert found & {"torchrun", "pip", "python", "pytest", "ruff"} == set()
 
 
+FOLDER = r"(?:docs|records|tests|tools|data)"
+NAMED_IN_CODE = re.compile(rf"{FOLDER}/[\w/-]+\.(?:md|py|json|png)\b(?:#([\w-]+))?")
+FOREIGN = {"data/cached_fineweb10B.py", "data/download_hf_docs_and_tokenize.py"}  # of other repositories
+
+
+def missing_in_code(text):
+    """Return the repository's files that comments and docstrings of a program name and that do not exist."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    prose = [token.string for token in tokens if token.type == tokenize.COMMENT or is_docstring(token)]
+    missing = []
+    for found in NAMED_IN_CODE.finditer("\n".join(prose)):
+        path = ROOT / found[0].partition("#")[0]
+        exists = path.exists() and (not found[1] or found[1] in anchors(path.read_text(encoding="utf-8")))
+        if not exists and found[0] not in FOREIGN:
+            missing.append(found[0])
+    return missing
+
+
+def is_docstring(token):
+    """Return whether a token is a string in triple quotes, which only docstrings and long texts are."""
+    return token.type == tokenize.STRING and token.string.startswith('"""')
+
+
+PROGRAMS = [ROOT / "train_gpt.py", *(ROOT / "tools").rglob("*.py"), *(ROOT / "data").glob("*.py")]
+
+
+def test_comments_and_docstrings_name_files_that_exist():
+    missing = {}
+    for path in PROGRAMS:
+        if found := missing_in_code(path.read_text(encoding="utf-8")):
+            missing[str(path.relative_to(ROOT))] = found
+    assert missing == {}
+
+
 def tools_listed(text):
     """Return the modules in the tables of tools/README.md. A row without a folder is in the one above."""
     listed = []
@@ -165,7 +201,7 @@ def test_the_trainers_docstring_names_commands_that_run():
     lines = [line.split("   ")[0].split() for line in re.findall(r"python train_gpt\.py (.*)", doc)]
     assert [words[0] for words in lines] == ["train", "train", "eval", "audit", "bench"]
     for words in lines:
-        check_keys(cli.COMMANDS["train"], [word for word in words if "=" in word])
+        check_knobs(cli.COMMANDS["train"], [word for word in words if "=" in word])
     assert "preset=cpu" in lines[1] and "preset=cpu" in lines[2]
 
 
@@ -178,6 +214,9 @@ def test_the_checks_see_what_is_wrong(tmp_path):
         "tests/gone.py",
         "pictures/gone.png",
     ]
+
+    code = '"""See docs/gone.md."""\nx = "docs/also_gone.md"  # why: docs/results.md, tools/gone.py\n'
+    assert missing_in_code(code) == ["docs/gone.md", "tools/gone.py"]
 
     block = "```bash\nNPROC=2 ./run.sh a=1 \\\n  b=2   # note\n./run.sh test && ./run.sh --help\npip x\n```\n"
     assert list(commands(block)) == [["a=1", "b=2"], ["test"], ["--help"]]

@@ -64,18 +64,55 @@ def test_bad_input_is_one_line(tree):
     refused(tree.run(), "train_gpt.py is missing")
 
 
+# Words that a command refuses; what it says. Data that was made first would have taken minutes.
+REFUSED_BEFORE_DATA = {
+    "bench --seconds x": "--seconds: invalid float value: 'x'",
+    "bench --seconds 0": "--seconds 0: give a number above 0",
+    "bench --timeline t.json --steps 0": "--steps 0: give 1 to 100",
+    "bench --sustain -1": "--sustain -1: not a number of seconds",
+    "bench --only a": "--only needs --candidates",
+    "bench --candidates gone.py --all": "gone.py: no such file",
+    "bench preset=wrong": "'wrong' is not one of record",
+    "train preset=wrong": "'wrong' is not one of record",
+    "eval x.int6.xz eval_stride=0": "eval_stride: 0 must be at least 1",
+    "audit x.int6.xz eval_stride=0": "eval_stride: 0 must be at least 1",
+    "sample x.int6.xz tokens=many": "tokens=many: not of type int",
+    "sample x.int6.xz top_p=1": "'top_p=1' is not a setting of sample",
+    "export x.int6.xz data_path=": "usage: export.py ARTIFACT --out DIR",
+    "export x.int6.xz --out data": "data: exists",
+    "data fly": "unknown verb 'fly' of data: auto,",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_BEFORE_DATA)
+def test_a_bad_option_is_found_before_data_is_made(tree, words):
+    (tree.root / "x.int6.xz").write_text("1024")
+    done = tree.run(*words.split())
+    assert (done.returncode, done.stdout, tree.calls()) == (2, "", []), done
+    assert len(done.stderr.splitlines()) == 1 and REFUSED_BEFORE_DATA[words] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["bench --seconds x", "data fly", "record fly", "train seed=x", "eval gone"]
+)
+def test_a_bad_option_is_found_before_packages_are_installed(tree, words):
+    assert tree.run(*words.split(), BANKSHOT_PYTHON="").returncode == 2
+    assert tree.calls() == [] and not (tree.root / ".venv").exists()
+
+
 # ---------------------------------------------------------------- the other commands
 
 
 def test_the_other_commands(tree):
     (tree.root / "x.int6.xz").touch()
+    (tree.root / "c.py").touch()
     for args, call in [
         (["config", "preset=record"], "train_gpt.py config preset=record"),
         (["bench"], "-m lab.bench data_path=made/here preset=cpu"),
         (["bench", "data_path=d"], "-m lab.bench preset=cpu data_path=d"),
         (
-            ["bench", "--json", "b c.json", "--only", "a,b", "seed=1"],
-            "-m lab.bench --json b c.json --only a,b data_path=made/here preset=cpu seed=1",
+            ["bench", "--json", "b c.json", "--seconds", "9", "seed=1"],
+            "-m lab.bench --json b c.json --seconds 9 data_path=made/here preset=cpu seed=1",
         ),
         (
             ["bench", "--candidates", "c.py", "--all"],

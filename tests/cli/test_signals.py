@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import children
+from run_sh_tree import copy_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 2
@@ -105,11 +106,10 @@ INSTALLS = {"venv": "", "pip": "", "pip that does not listen": "trap '' INT;"}
 @pytest.mark.parametrize("name", INSTALLS)
 def test_a_signal_to_run_sh_ends_its_install(name, number, tmp_path):
     repository = tmp_path / "repo"
-    (repository / "tools").mkdir(parents=True)
-    tools = [f"tools/{name}.py" for name in ("cli", "children", "script")]
-    for file in ("run.sh", "requirements.txt", "train_gpt.py", *tools):
+    repository.mkdir()
+    for file in ("run.sh", "requirements.txt", "train_gpt.py"):
         shutil.copy(ROOT / file, repository / file)
-    shutil.copytree(ROOT / "tools/commands", repository / "tools/commands")
+    copy_tools(repository)
     python = tmp_path / "python"
     python.write_text(SLOW_PYTHON.replace("@REAL@", sys.executable).replace("@FIRST@", INSTALLS[name]))
     python.chmod(0o755)

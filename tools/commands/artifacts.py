@@ -6,6 +6,7 @@ from commands.datasets import data_of
 from commands.machine import PROCESS_COUNTS, choose_processes, count_gpus, with_preset
 from commands.programs import add_tools_to_path, launch, run
 from commands.words import Request, enter_repository, knob_value
+from use.settings import read_arguments, read_settings
 
 
 def score(program: list[str], request: Request) -> int:
@@ -14,7 +15,8 @@ def score(program: list[str], request: Request) -> int:
     gpus = count_gpus()
     knobs = with_preset(request.knobs, gpus)
     if not knob_value("data_path", request.knobs):
-        knobs = [*data_of(request.artifact), *knobs]
+        with_own_script = "--script" in request.options  # which may have other knobs
+        knobs = [*data_of(request.artifact, [] if with_own_script else request.knobs), *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])
 
@@ -27,6 +29,16 @@ def evaluate(request: Request) -> int:
 def audit(request: Request) -> int:
     """Audit an artifact and the script that scores it."""
     return score(["tools/audit.py"], request)
+
+
+def check_sample(request: Request) -> None:
+    """Raise BadInput for a setting that sample would refuse."""
+    read_settings(list(request.knobs))
+
+
+def check_export(request: Request) -> None:
+    """Raise BadInput for words that export would refuse."""
+    read_arguments([request.artifact, *request.options, *request.knobs])
 
 
 def use(tool: str, request: Request) -> int:

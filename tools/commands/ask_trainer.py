@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,20 +77,26 @@ def print_resolved(knobs: list[str]) -> int:
     return 0
 
 
-def vocabulary_of(artifact: str) -> int:
-    """Ask the trainer in a child process how many tokens an artifact knows. Exits if it is damaged."""
-    answer = output_of([sys.executable, str(TOOLS / "cli.py"), "--vocabulary", artifact])
+def vocabulary_of(artifact: str, knobs: Sequence[str]) -> int:
+    """Ask the trainer in a child process how many tokens an artifact knows.
+
+    Exits if it is damaged, or if the knobs, with which it will be scored, do not fit it.
+    """
+    answer = output_of([sys.executable, str(TOOLS / "cli.py"), "--vocabulary", artifact, *knobs])
     if answer.returncode != 0:
         raise SystemExit(answer.returncode)  # its one line is on the terminal
     return int(answer.stdout)
 
 
-def print_vocabulary(artifact: str) -> int:
+def print_vocabulary(artifact: str, knobs: list[str]) -> int:
     """Print the size of an artifact's vocabulary: the child's side of `vocabulary_of`."""
-    trainer = load_script(TRAINER, "trainer", ("open_artifact",), "score")
+    needs = ("Config", "EXTRA_FIELDS", "InputError", "make_config", "open_artifact", "read_knobs")
+    trainer = load_script(TRAINER, "trainer", needs, "score")
     try:
         header, _ = trainer.open_artifact(Path(artifact).read_bytes())
-    except ValueError as error:
+        defaults = {key: getattr(trainer.Config, key) for key in trainer.EXTRA_FIELDS}
+        trainer.make_config(trainer.read_knobs(knobs, {}), defaults | header["config"])
+    except (ValueError, trainer.InputError) as error:
         raise BadInput(f"{artifact}: {error}") from None
     print(header["config"].get("vocab_size"))
     return 0

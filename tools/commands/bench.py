@@ -10,12 +10,18 @@ from commands.datasets import find_training_data
 from commands.machine import count_gpus, with_preset
 from commands.programs import add_tools_to_path, launch, run
 from commands.words import Request, enter_repository, knob_value
+from lab.shared.bench_options import read_options
 
 
 def bench_reads_data(options: Sequence[str]) -> bool:
     """Return whether a bench with these options times the loader, which needs shards."""
     only_candidates = "--candidates" in options and "--all" not in options
     return not (only_candidates or "--attention" in options or "--timeline" in options)
+
+
+def check_bench(request: Request) -> None:
+    """Raise BadInput for an option of bench that it would refuse."""
+    read_options([*request.options, *request.knobs])
 
 
 def bench(request: Request) -> int:

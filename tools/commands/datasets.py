@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from children import sigterm_reaches
@@ -100,6 +101,9 @@ def data_in_vocabulary(vocab_size: int) -> str:
     )
 
 
-def data_of(artifact: str) -> list[str]:
-    """Return the knobs of the data that an artifact was trained on, or of data in its vocabulary."""
-    return trained_on(artifact) or [f"data_path={data_in_vocabulary(vocabulary_of(artifact))}"]
+def data_of(artifact: str, knobs: Sequence[str] = ()) -> list[str]:
+    """Return the knobs of the data that an artifact was trained on, or of data in its vocabulary.
+
+    knobs: those that the artifact will be scored with. If they do not fit it, no data is made: exits.
+    """
+    return trained_on(artifact) or [f"data_path={data_in_vocabulary(vocabulary_of(artifact, knobs))}"]

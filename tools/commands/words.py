@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from script import ROOT, TRAINER, BadInput
 
+NUMBERS = {"int": int, "float": float}
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
 
 
@@ -50,6 +51,7 @@ class Command(NamedTuple):
     needs_artifact: bool = False
     options: Mapping[str, Takes] = MappingProxyType({})
     keys: tuple[str, ...] = ()  # of its key=value words; (): the knobs of the trainer
+    check: Callable[[Request], None] = lambda request: None  # raises BadInput, before data is looked for
 
 
 def from_caller(path: str) -> str:
@@ -118,21 +120,25 @@ def read_knob(word: str) -> str:
     return f"{key}={value}"
 
 
-def check_keys(command: Command, knobs: Iterable[str]) -> None:
-    """Raise BadInput for a key=value word of which the command does not know the key."""
-    known = command.keys or trainer_keys()
+def check_knobs(command: Command, knobs: Iterable[str]) -> None:
+    """Raise BadInput for a key=value word whose key the command does not know, or for text as a number."""
+    known = dict.fromkeys(command.keys, "str") or trainer_knobs()
     for word in knobs:
-        key = word.partition("=")[0]
+        key, _, value = word.partition("=")
         if key not in known:
             listed = ", ".join(command.keys) or "./run.sh config lists them"
             raise BadInput(f"unknown config key {key!r}: {listed}")
+        try:
+            NUMBERS.get(known[key], str)(value)
+        except ValueError:
+            raise BadInput(f"config key {key}: {value[:40]!r} is not of type {known[key]}") from None
 
 
-def trainer_keys() -> set[str]:
-    """Return the knobs of the trainer, from its source: torch may not be installed yet."""
+def trainer_knobs() -> dict[str, str]:
+    """Return the knobs of the trainer and their types, from its source: torch may not be installed yet."""
     tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
     return {
-        field.target.id
+        field.target.id: ast.unparse(field.annotation)
         for node in tree.body
         if isinstance(node, ast.ClassDef) and node.name == "Config"
         for field in node.body

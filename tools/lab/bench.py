@@ -47,13 +47,11 @@ import argparse
 import gc
 import hashlib
 import json
-import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +61,7 @@ from lab.model import attention
 from lab.model.candidates import chosen_names, compare
 from lab.model.floors import measure_sections
 from lab.model.kernels import profile
+from lab.shared.bench_options import SUSTAIN, read_options
 from lab.shared.timing import say_noise
 from lab.shared.trainer import (
     TOOL,
@@ -75,70 +74,8 @@ from lab.shared.trainer import (
 )
 from lab.step import timeline
 from lab.step.parts import time_loader, time_step
-from lab.step.sustained import SUSTAIN, measure_sustained
-from script import TRAINER, BadInput, guard_console, refuse
-
-# ---- options -------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise BadInput(f"{message}; --help lists the options of bench")
-
-
-def make_parser() -> Parser:
-    """Return the command line."""
-    parser = Parser(
-        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("knobs", nargs="*", metavar="key=value", help="knobs of Config: preset=h100x1 ...")
-    add("--script", type=Path, default=TRAINER, metavar="PATH",
-        help="the train_gpt.py to time; default: the repository's")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
-    add("--candidates", type=Path, metavar="FILE.py", help="compare the replacements in its CANDIDATES")
-    add("--only", metavar="NAME,NAME", help="compare only these candidates")
-    add("--all", action="store_true", help="with --candidates: also measure what bench measures without")
-    add("--sustain", type=float, metavar="S",
-        help=f"seconds of training's own loop ({SUSTAIN:g} on a GPU, 0 on a CPU; 0: none)")  # fmt: skip
-    add("--timeline", type=Path, metavar="FILE.json",
-        help="instead: trace whole steps: compute, communication, what is exposed (timeline.py)")  # fmt: skip
-    add("--steps", type=int, default=5, metavar="N", help="steps of the timeline (5)")
-    add("--attention", action="store_true",
-        help="instead: time every attention of this machine on several masks (attention.py)")  # fmt: skip
-    add("--paths", metavar="NAME,NAME", help="of the attention: cudnn, flash, varlen, flex, flash4, ...")
-    add("--seconds", type=float, default=100.0, metavar="S",
-        help="begin no further section after this long (100; --sustain is not counted)")  # fmt: skip
-    return parser
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the options and check those that depend on each other. Raises BadInput."""
-    args = make_parser().parse_intermixed_args(argv)
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise BadInput(f"--json {args.json}: no such folder; make it first")
-    if args.only and not args.candidates:
-        raise BadInput("--only needs --candidates FILE.py")
-    if args.all and not args.candidates:
-        raise BadInput("--all needs --candidates FILE.py; without it bench measures everything")
-    if args.paths is not None and not args.attention:
-        raise BadInput("--paths needs --attention")
-    if args.sustain is not None:
-        check_sustain(args)
-    return args
-
-
-def check_sustain(args: argparse.Namespace) -> None:
-    """Raise BadInput unless --sustain is a time and training's steps are measured at all."""
-    if not 0 <= args.sustain < math.inf:
-        raise BadInput(f"--sustain {args.sustain:g}: not a number of seconds")
-    only_candidates = args.candidates and not args.all
-    if args.attention or args.timeline or only_candidates:
-        raise BadInput(
-            "--sustain times bench's own steps: leave out --attention and --timeline, "
-            "and add --all to --candidates"
-        )
-
+from lab.step.sustained import measure_sustained
+from script import BadInput, guard_console, refuse
 
 # ---- measuring -----------------------------------------------------------------------------------
 
@@ -215,7 +152,7 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     """Run the command and return its exit status. Bad input is reported in one line."""
     guard_console()
     try:
-        args = parse(argv)
+        args = read_options(argv, __doc__)
         if args.attention:
             return attention.run(args, env)
         if args.timeline:

@@ -21,41 +21,16 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ledger.read.runlog import Run
 from script import TRAINER, BadInput
 from use.artifact import Stored, log_of, read_artifact, run_tool
+from use.settings import read_arguments
 from use.text import Tokenizer, find_tokenizer
 from use.transformers_files import MODEL_FILE, TOKENIZER_FILE, TOKENIZER_SOURCE, model_source
 
-USAGE = "usage: export.py ARTIFACT --out DIR [data_path=DIR] [tokenizer_path=FILE]"
-KEYS = ("data_path", "tokenizer_path")
 MODULE = MODEL_FILE.removesuffix(".py")
-
-
-class Arguments(NamedTuple):
-    """A command line, read."""
-
-    artifact: str
-    out: Path
-    data_path: str
-    tokenizer_path: str
-
-
-def read_arguments(argv: list[str]) -> Arguments:
-    """Read a command line. Raises BadInput with the usage, or if the folder exists."""
-    words = [word for word in argv if "=" in word]
-    rest = [word for word in argv if "=" not in word]
-    given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if unknown := given.keys() - set(KEYS):
-        raise BadInput(f"{min(unknown)[:40]!r} is not a setting of export: {', '.join(KEYS)} are")
-    if len(rest) != 3 or rest[1] != "--out":
-        raise BadInput(USAGE)
-    out = Path(rest[2])
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists; give another folder, or remove it")
-    return Arguments(rest[0], out, given.get("data_path", ""), given.get("tokenizer_path", ""))
 
 
 # ---- the files of an export ----------------------------------------------------------------------

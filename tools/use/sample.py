@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,48 +28,11 @@ from torch import Tensor
 
 from script import BadInput
 from use.artifact import Stored, log_of, model_on_device, read_artifact, run_tool
+from use.settings import Settings, read_settings
 from use.text import TextStream, Tokenizer, find_tokenizer
 
 USAGE = "usage: sample.py ARTIFACT [key=value ...]"
 PROMPT_TOKENS = 32  # of a held-out text
-SEEDS = 1 << 63
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a caller may set, with the defaults."""
-
-    prompt: str = ""
-    tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 40
-    seed: int = 1337
-    held_out: int = 0
-    data_path: str = ""
-    tokenizer_path: str = ""
-
-
-def read_settings(words: list[str]) -> Settings:
-    """Read key=value words. Raises BadInput for an unknown key or a value out of range."""
-    kinds = {field.name: type(field.default) for field in fields(Settings)}
-    values: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or key not in kinds:
-            raise BadInput(f"{word[:40]!r} is not a setting of sample: {', '.join(kinds)} are")
-        try:
-            values[key] = kinds[key](text)
-        except ValueError:
-            raise BadInput(f"{key}={text[:40]}: not of type {kinds[key].__name__}") from None
-    settings = Settings(**values)
-    if not 0 <= settings.temperature < 1000:
-        raise BadInput(f"temperature={settings.temperature:g}: give a number from 0 to 1000")
-    for key, least in dict(tokens=1, top_k=0, seed=0, held_out=0).items():
-        if not least <= getattr(settings, key) < SEEDS:
-            raise BadInput(f"{key}={getattr(settings, key)}: give a whole number from {least}")
-    if settings.held_out and settings.prompt:
-        raise BadInput("prompt and held_out exclude each other: leave one out")
-    return settings
 
 
 # ---- sampling ------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ from lab.shared.timing import ms_between, tick
 from lab.shared.trainer import Session, Trained, capture_backward, quiet_run
 from lab.step.smi import Sampler, gpu_of
 
-SUSTAIN = 8.0  # seconds on a GPU
-BLOCKS = 8  # into which they are cut
+BLOCKS = 8  # into which the seconds are cut
 
 
 class Ticks(NamedTuple):
