@@ -66,21 +66,25 @@ def train_rank(rank, folder, knobs, per_node=0):
 
     with watch_collectives() as calls:
         optimizer.step(t.hyper_at(optimizer.h, 0, 0.0))
-    return dict(
-        params=params,
+    # What this rank saw, for the tests to compare with the other ranks, world sizes and schedules.
+    trained = dict(
+        params=params,  # after STEPS steps
         ema=[x.clone() for x in ema.average],
-        factors=[x.item() for x in factors],
-        padding=padding,
+        factors=[x.item() for x in factors],  # by which each step clipped its gradients
+        padding=padding,  # sum of magnitudes of the padded rows, by bank
         losses=losses,
-        again=again,
-        steps=optimizer.steps - 1,
+        again=again,  # whether steps 2 to STEPS, trained again from a snapshot, gave the same bits
+        steps=optimizer.steps - 1,  # that the optimizer counted
         agreed=m.agree(rank + 0.5, rank),
-        calls=calls,
+    )
+    schedule = dict(
+        calls=calls,  # collectives of one step
         groups=[t.dist.get_process_group_ranks(level.group or t.dist.group.WORLD) for level in m.levels],
-        sizes=[bank.numel() * 4 for bank in optimizer.bank.values()],
-        owned={name: len(momentum) for name, momentum in optimizer.momentum.items()},
+        sizes=[bank.numel() * 4 for bank in optimizer.bank.values()],  # bytes
+        owned={name: len(momentum) for name, momentum in optimizer.momentum.items()},  # matrices, by bank
         parts=[level.kept for level in m.levels],
     )
+    return trained | schedule
 
 
 CASES = {
