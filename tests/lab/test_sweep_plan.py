@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -260,6 +261,31 @@ def test_shipped_plans(path):
     count = len(raw["multipliers"])
     assert count in (1, 3) and all(len(row.rates) == count for row in plan.rows.values())
     assert len(set(map(repr, plan.rows.values()))) == len(plan.rows)
+
+
+def configurations(name):
+    """Return how many configurations a plan of records/plans has."""
+    raw = json.loads((ROOT / "records" / "plans" / name).read_text(encoding="utf-8"))
+    plan = planning.make_plan(t, raw, name)
+    return sum(len(row.rates) + len(raw["seeds"]) - 1 for row in plan.rows.values())
+
+
+def test_the_documents_count_the_configurations_of_the_plans():
+    ledger = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+\.json)`.*? \| (\d+) \| \d+ \|", ledger, re.M)
+    assert len(rows) >= 4 and {name: int(count) for name, count in rows} == {
+        name: configurations(name) for name, _ in rows
+    }
+
+    count = configurations("optimizers.json")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`optimizers.json` is {count} x 120 s = {2 * count} GPU-minutes" in readme
+
+    optimizers = " ".join((ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").split())
+    folder = ROOT / "records" / "sweeps" / "2026-11-22_Optimizers"
+    run = json.loads((folder / "table.json").read_text(encoding="utf-8"))["configurations"]
+    assert f"50 configurations, of which {run} were run" in optimizers
+    assert f"`optimizers.json` is without that row and has {count}." in optimizers
 
 
 def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
