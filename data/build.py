@@ -20,7 +20,7 @@ import numpy as np
 
 import shards
 from messages import (
-    DataError,
+    BadInput,
     Progress,
     describe,
     explain,
@@ -47,7 +47,7 @@ Splits = dict[str, list[str | Path]]  # {split: its input files}
 def read_blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
     """Yield (block of bytes, bytes of the file read so far) of a plain or .zst file.
 
-    Raises DataError if the file is damaged.
+    Raises BadInput if the file is damaged.
     """
     with open(path, "rb") as raw:
         if str(path).endswith(".zst"):
@@ -74,9 +74,9 @@ def decompress_blocks(raw: BinaryIO, path: str | Path) -> Iterator[tuple[bytes, 
                 else:
                     block = b""
     except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged zstd file ({error}); copy it again") from None
+        raise BadInput(f"{path}: damaged zstd file ({error}); copy it again") from None
     if frame is not None:
-        raise DataError(f"{path}: zstd file cut short; copy it again")
+        raise BadInput(f"{path}: zstd file cut short; copy it again")
 
 
 def split_blocks(blocks: Iterable[tuple[bytes, int]], separator: bytes) -> Iterator[tuple[bytes, int]]:
@@ -93,27 +93,25 @@ def split_blocks(blocks: Iterable[tuple[bytes, int]], separator: bytes) -> Itera
 
 
 def json_text(path: str | Path, number: int, line: bytes, key: str) -> str:
-    """Return the text field of one line of JSON. Raises DataError if the line has none."""
+    """Return the text field of one line of JSON. Raises BadInput if the line has none."""
     try:
         row = json.loads(line)
     except UnicodeError:
         raise  # not JSON's fault; `read_documents` names the remedy
     except (ValueError, RecursionError) as error:
-        raise DataError(
+        raise BadInput(
             f"{path}: line {number}: not JSON ({error}); one object per line is expected"
         ) from None
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
         found = ", ".join(sorted(row)[:8]) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"{path}: line {number}: no text field {key!r} (found: {found}); name it with --field"
-        )
+        raise BadInput(f"{path}: line {number}: no text field {key!r} (found: {found}); name it with --field")
     return row[key]
 
 
 def read_documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
     """Yield (document, bytes of the file read so far) in file order, without blank documents.
 
-    key: the text field of .jsonl. Raises DataError on bytes that are not UTF-8 and on malformed lines.
+    key: the text field of .jsonl. Raises BadInput on bytes that are not UTF-8 and on malformed lines.
     """
     is_json = str(path).endswith((".jsonl", ".jsonl.zst"))
     separator = b"\n" if is_json else b"\0"
@@ -125,7 +123,7 @@ def read_documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, i
             text = json_text(path, number, piece, key) if is_json else piece.decode()
             text.encode()  # JSON may hold lone surrogates
         except UnicodeError:
-            raise DataError(
+            raise BadInput(
                 f"{path}: {unit} {number}: not valid UTF-8; convert the file, for example with iconv"
             ) from None
         if text.strip():
@@ -197,7 +195,7 @@ def start_coder(tokenizer: Tokenizer) -> None:
 def encode_batch(batch: Batch) -> list[Encoded]:
     """Return every document of the batch encoded, with the tokenizer of `start_coder`.
 
-    Raises DataError if the tokenizer fails.
+    Raises BadInput if the tokenizer fails.
     """
     try:
         return encode(batch.documents)
@@ -207,19 +205,19 @@ def encode_batch(batch: Batch) -> list[Encoded]:
         raise tokenizer_error(batch, error) from None
 
 
-def tokenizer_error(batch: Batch, error: BaseException) -> DataError:
-    """Return a DataError that names the document of the batch at which the tokenizer failed with `error`."""
+def tokenizer_error(batch: Batch, error: BaseException) -> BadInput:
+    """Return a BadInput that names the document of the batch at which the tokenizer failed with `error`."""
     for number, text in enumerate(batch.documents, batch.first):
         try:
             encode([text])
         except BaseException as again:
             if isinstance(again, (KeyboardInterrupt, SystemExit)):
                 raise
-            return DataError(
+            return BadInput(
                 f"{batch.path}: document {number} ({text[:60]!r}, {len(text):,} characters): the tokenizer "
                 f"failed ({describe(again)}); cut the document into shorter ones or leave it out"
             )
-    return DataError(f"{batch.path}: the tokenizer failed ({describe(error)}); use --workers 1")
+    return BadInput(f"{batch.path}: the tokenizer failed ({describe(error)}); use --workers 1")
 
 
 def encode(documents: list[str]) -> list[Encoded]:
@@ -256,41 +254,41 @@ class BuildOptions:
 
 
 def check_names(name: str, splits: Iterable[str]) -> None:
-    """Raise DataError if a name is malformed or a shard of one split matches the pattern of another."""
+    """Raise BadInput if a name is malformed or a shard of one split matches the pattern of another."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or len(name) > LONGEST_NAME:
-        raise DataError(
+        raise BadInput(
             f"--name {name[:40]!r}: use letters, digits, '_', '-' and '.' only, {LONGEST_NAME} at most"
         )
     for split in splits:
         if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z][a-z0-9]*)*", split) or len(split) > LONGEST_NAME:
-            raise DataError(
+            raise BadInput(
                 f"--split {split[:40]!r}: use lower-case words joined by '_', such as val_news, "
                 f"{LONGEST_NAME} characters at most"
             )
         for other in splits:
             pattern = shards.shard_pattern(other)
             if other != split and fnmatch.fnmatch(f"{name}_{split}_000000.bin", pattern):
-                raise DataError(
+                raise BadInput(
                     f"--split {split!r}: its files would also match {pattern} of split {other!r}; "
                     "choose another split or dataset name"
                 )
 
 
 def describe_inputs(splits: Splits) -> list[dict[str, str | int]]:
-    """Return the manifest's list of input files. Raises DataError on a missing, empty or unknown file."""
+    """Return the manifest's list of input files. Raises BadInput on a missing, empty or unknown file."""
     inputs = []
     for split, files in splits.items():
         for path in files:
             if not str(path).endswith(FORMATS):
-                raise DataError(f"{path}: unknown input format; name it {', '.join(FORMATS)}")
+                raise BadInput(f"{path}: unknown input format; name it {', '.join(FORMATS)}")
             require_file(path)
             try:
                 size = os.stat(path).st_size
                 digest = shards.sha256_file(path)
             except OSError as error:
-                raise DataError(explain(error, path)) from None
+                raise BadInput(explain(error, path)) from None
             if not size:
-                raise DataError(f"{path}: empty file; leave it out or fill it")
+                raise BadInput(f"{path}: empty file; leave it out or fill it")
             inputs.append({"split": split, "file": Path(path).name, "bytes": size, "sha256": digest})
     return inputs
 
@@ -307,21 +305,21 @@ def text_source(splits: Splits, options: BuildOptions) -> dict[str, Any]:
 def reusable_manifest(out: str | Path, head: dict[str, Any], replace: bool) -> shards.Manifest | None:
     """Return the manifest in `out` if it describes this very dataset and the files are whole, else None.
 
-    head: the manifest to be written, without its splits. Raises DataError if `out` holds something else and
+    head: the manifest to be written, without its splits. Raises BadInput if `out` holds something else and
     `replace` is off.
     """
     out = Path(out)
     if not (out / shards.MANIFEST).exists():
         strays = [name for name in shards.shard_files(out) if not name.startswith(head["name"] + "_")]
         if strays and not replace:
-            raise DataError(
+            raise BadInput(
                 f"{out}: holds {strays[0]} but no {shards.MANIFEST}; choose another --out, remove it, "
                 "or use --replace"
             )
         return None
     try:
         manifest = shards.load_manifest(out)
-    except DataError:
+    except BadInput:
         if replace:
             return None
         raise
@@ -329,7 +327,7 @@ def reusable_manifest(out: str | Path, head: dict[str, Any], replace: bool) -> s
     different = sorted(key for key, value in head.items() if manifest.get(key) != value)
     if different:
         if not replace:
-            raise DataError(
+            raise BadInput(
                 f"{out}: holds another dataset (different {', '.join(different)}); choose another --out, "
                 "remove it, or use --replace"
             )
@@ -358,26 +356,26 @@ class LeakCheck:
     """Remember the held-out documents and refuse a train document that is one of them."""
 
     def __init__(self) -> None:
-        self.held_out: dict[bytes, HeldOut] = {}  # by fingerprint
+        self.held_out: dict[bytes, HeldOut] = {}  # documents by fingerprint
 
     def add(self, fingerprint: bytes, document: HeldOut) -> None:
         """Remember a held-out document. Of several equal ones, the first is kept."""
         self.held_out.setdefault(fingerprint, document)
 
     def refuse(self, fingerprint: bytes, path: str | Path, index: int) -> None:
-        """Raise DataError if the train document `index` of `path` is held out too."""
+        """Raise BadInput if the train document `index` of `path` is held out too."""
         if fingerprint in self.held_out:
             split, number, start, held_out_path = self.held_out[fingerprint]
-            raise DataError(
+            raise BadInput(
                 f"{held_out_path}: {split} document {number} ({start!r}) also occurs in train: {path} "
                 f"document {index}; remove it from one of the two"
             )
 
 
 def refuse_unknown(count: int, document: HeldOut) -> None:
-    """Raise DataError if a HeldOut document has unknown pieces: their bytes are not known."""
+    """Raise BadInput if a HeldOut document has unknown pieces: their bytes are not known."""
     if count:
-        raise DataError(
+        raise BadInput(
             f"{document.path}: {document.split} document {document.number} ({document.start!r}): {count} "
             f"tokens are the unknown piece: {UNKNOWN_TEXT}, or leave the document out"
         )
@@ -419,7 +417,7 @@ def write_split(
                 progress.update(finished_bytes + batch.position)
 
             if not index:
-                raise DataError(f"{path}: no documents; leave it out or fill it")
+                raise BadInput(f"{path}: no documents; leave it out or fill it")
             if index == 1 and ".txt" in str(path):
                 say(f"{path}: no NUL byte, so the whole file is one document")
             finished_bytes += os.stat(path).st_size
@@ -429,7 +427,7 @@ def write_split(
         raise
 
     if not totals["tokens"]:
-        raise DataError(f"{files[0]}: no document of split {split} has any text; add some")
+        raise BadInput(f"{files[0]}: no document of split {split} has any text; add some")
     if unknown:
         say(f"{split}: {unknown} tokens are the unknown piece, for text that the tokenizer cannot spell")
     text_tokens = totals["tokens"] - totals["documents"]  # without BOS
@@ -467,7 +465,7 @@ def build_dataset(
     """Write the dataset `name` into the folder `out`.
 
     splits: {split name: [input files]} with "train" and at least one other. source: the manifest's `source`.
-    Does nothing if `out` holds this dataset already. Raises DataError on a held-out document that also occurs
+    Does nothing if `out` holds this dataset already. Raises BadInput on a held-out document that also occurs
     in train, unreadable input or a full disk, and leaves `out` as it was.
     """
     check_names(name, splits)
@@ -497,9 +495,9 @@ def build_dataset(
 
 
 def write_tokenizer(staging: shards.Staging, blob: bytes) -> None:
-    """Write the tokenizer's model file as a file of a `Staging`. Raises DataError if that fails."""
+    """Write the tokenizer's model file as a file of a `Staging`. Raises BadInput if that fails."""
     path = staging.temp(shards.MODEL)
     try:
         path.write_bytes(blob)
     except OSError as error:
-        raise DataError(explain(error, staging.out / shards.MODEL)) from None
+        raise BadInput(explain(error, staging.out / shards.MODEL)) from None

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 import shards
-from messages import DataError, Progress, explain, megabytes, require, say
+from messages import BadInput, Progress, explain, megabytes, require, say
 from tokenizing import Tokenizer, count_bytes, open_tokenizer
 
-SCRATCH = ".download"  # in the dataset folder: complete files of a download that is not
+SCRATCH = ".download"  # folder of files that are complete while their download is not
 SEQUENCE = 2048  # the challenge cuts its validation split to a multiple of it
 VAL_BYTES = (151_070_000, 151_081_000)  # decoded bytes of that split, least and most over all tokenizers
 
@@ -64,8 +64,8 @@ VARIANTS = {
 }
 
 
-class HubUnreachable(DataError):
-    """The hub could not be reached; if it answered and refused, the error is a plain DataError."""
+class HubUnreachable(BadInput):
+    """The hub could not be reached; if it answered and refused, the error is a plain BadInput."""
 
     status = 3
 
@@ -133,30 +133,30 @@ def request_problem(url: str, timeout: float) -> str | None:
     return None
 
 
-def hub_error(error: Exception, path: str) -> DataError:
-    """Return the DataError for an exception that huggingface_hub raised while fetching `path`."""
+def hub_error(error: Exception, path: str) -> BadInput:
+    """Return the BadInput for an exception that huggingface_hub raised while fetching `path`."""
     response = getattr(error, "response", None)
     if response is not None:
-        return DataError(
+        return BadInput(
             f"{path}: the hub answered {response.status_code}; check that it is still there, "
             "or try again later"
         )
     disk_errors = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
     if isinstance(error, OSError) and error.errno in disk_errors:
-        return DataError(explain(error, path))
+        return BadInput(explain(error, path))
     return HubUnreachable(f"{path}: {type(error).__name__}")
 
 
 def list_hub(variant: Variant) -> dict[str, HubFile]:
     """Return {path: HubFile} of a Variant's shards and its tokenizer.
 
-    Raises DataError if the hub refuses or has no such tokenizer.
+    Raises BadInput if the hub refuses or has no such tokenizer.
     """
     listing = list_folder(variant.repo, variant.folder)
     if has_model(variant):
         listing |= list_folder(variant.repo, variant.tokenizer.rpartition("/")[0])
         if variant.tokenizer not in listing:
-            raise DataError(
+            raise BadInput(
                 f"{variant.repo}/{variant.tokenizer}: no longer on the hub; choose another --variant"
             )
     return listing
@@ -168,7 +168,7 @@ def has_model(variant: Variant) -> bool:
 
 
 def list_folder(repo: str, folder: str) -> dict[str, HubFile]:
-    """Return {path: HubFile} of the files in one folder of a repository. Raises DataError if it refuses."""
+    """Return {path: HubFile} of the files in one folder of a repository. Raises BadInput if it refuses."""
     hub = require("huggingface_hub")
     try:
         tree = hub.HfApi().list_repo_tree(repo, folder or None, repo_type="dataset")
@@ -219,7 +219,7 @@ def fetch(variant: Variant, repo_path: str, out: Path, listed: HubFile) -> Path:
     if not is_complete(got, listed):
         size = got.stat().st_size
         got.unlink()  # or the next attempt would take it for complete
-        raise DataError(
+        raise BadInput(
             f"{out / name}: {size} bytes arrived, not the {listed.size} bytes with hash "
             f"{listed.sha256 or listed.git_id} that the hub lists; repeat the command"
         )
@@ -241,7 +241,7 @@ class Selection(NamedTuple):
 def choose_files(name: str, listing: dict[str, HubFile], train_shards: int) -> Selection:
     """Return the Selection of the val split and the first `train_shards` train shards of a variant.
 
-    Raises DataError if the listing does not hold the shards published for `name`, or too few of them.
+    Raises BadInput if the listing does not hold the shards published for `name`, or too few of them.
     """
     variant = VARIANTS[name]
     found: dict[str, dict[int, str]] = {"train": {}, "val": {}}  # split -> number -> path
@@ -254,12 +254,12 @@ def choose_files(name: str, listing: dict[str, HubFile], train_shards: int) -> S
     val = [found["val"][number] for number in sorted(found["val"])]
     first = variant.first_train
     if not val or sorted(found["train"]) != list(range(first, first + len(train))):
-        raise DataError(
+        raise BadInput(
             f"{variant.repo}/{variant.folder}: its shards are not the ones published for {name}; "
             "choose another --variant"
         )
     if not 1 <= train_shards <= len(train):
-        raise DataError(
+        raise BadInput(
             f"--train-shards {train_shards}: {name} has {len(train)} train shards; choose 1 to {len(train)}"
         )
     return Selection(val=val, train=train[:train_shards], last_train=train[-1])
@@ -273,7 +273,7 @@ OTHER_VARIANT = "the hub's copy has changed: use another --variant"
 def describe_split(paths: list[Path], tokenizer: Tokenizer) -> shards.SplitEntry:
     """Return the manifest's entry for a downloaded split: token counts and checksums.
 
-    Raises DataError on a file that is not a shard and on an id outside the vocabulary.
+    Raises BadInput on a file that is not a shard and on an id outside the vocabulary.
     """
     entries = []
     for path in paths:
@@ -281,7 +281,7 @@ def describe_split(paths: list[Path], tokenizer: Tokenizer) -> shards.SplitEntry
         tokens = shards.load_tokens(path)
         highest = int(tokens.max())
         if highest >= tokenizer.vocab_size:
-            raise DataError(
+            raise BadInput(
                 f"{path}: token id {highest}, vocab_size is {tokenizer.vocab_size}; {OTHER_VARIANT}"
             )
         entries.append({"file": path.name, "tokens": len(tokens), "sha256": shards.sha256_file(path)})
@@ -297,12 +297,12 @@ def describe_split(paths: list[Path], tokenizer: Tokenizer) -> shards.SplitEntry
 def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> shards.SplitEntry:
     """Return the entry of `describe_split` with documents and decoded bytes.
 
-    Raises DataError if this is not the official validation split.
+    Raises BadInput if this is not the official validation split.
     """
     about = describe_split(paths, tokenizer)
     first = int(shards.load_tokens(paths[0], most=1)[0])
     if first != tokenizer.bos_id:
-        raise DataError(
+        raise BadInput(
             f"{paths[0]}: begins with token {first}, not BOS ({tokenizer.bos_id}); {OTHER_VARIANT}"
         )
     scored_tokens = (about["tokens"] - 1) // SEQUENCE * SEQUENCE
@@ -310,7 +310,7 @@ def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> s
     low, high = VAL_BYTES
     is_official = scored_tokens == variant.val_scored and low <= count.scored <= high
     if variant.val_scored and not is_official:
-        raise DataError(
+        raise BadInput(
             f"{paths[0]}: {scored_tokens:,} scored tokens and {count.scored:,} bytes, the official split has "
             f"{variant.val_scored:,} and {low:,} to {high:,}; scores on it would not compare; "
             f"{OTHER_VARIANT}"
@@ -320,20 +320,20 @@ def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> s
 
 
 def check_header(path: Path) -> int:
-    """Return the number of tokens of a downloaded shard. Raises DataError if it is not a shard."""
+    """Return the number of tokens of a downloaded shard. Raises BadInput if it is not a shard."""
     try:
         return shards.read_header(path)
-    except DataError as error:
+    except BadInput as error:
         problem = str(error).rpartition("; ")[0]
-        raise DataError(f"{problem}; {OTHER_VARIANT}") from None
+        raise BadInput(f"{problem}; {OTHER_VARIANT}") from None
 
 
 def check_full_shards(paths: list[Path], last_name: str) -> None:
-    """Raise DataError if a train shard other than the last one of the variant is not full."""
+    """Raise BadInput if a train shard other than the last one of the variant is not full."""
     for path in paths:
         tokens = check_header(path)
         if path.name != last_name and tokens != shards.SHARD_TOKENS:
-            raise DataError(
+            raise BadInput(
                 f"{path}: {tokens:,} tokens, a full shard has {shards.SHARD_TOKENS:,}; {OTHER_VARIANT}"
             )
 
@@ -346,7 +346,7 @@ def fetch_all(
 ) -> dict[str, Path]:
     """Fetch every file of `repo_paths` and return {path in the repository: local path}.
 
-    Raises DataError before the first request if the disk is too small.
+    Raises BadInput before the first request if the disk is too small.
     """
     sizes = {path: listing[path].size or 0 for path in repo_paths}
     present = [
@@ -357,7 +357,7 @@ def fetch_all(
     needed = sum(sizes.values()) - sum(sizes[path] for path in present)
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise DataError(
+        raise BadInput(
             f"{out}: {megabytes(needed)} to fetch, {megabytes(free)} free; free some space, "
             "choose an --out on a larger disk or fewer --train-shards"
         )
@@ -382,23 +382,23 @@ def quiet_hub_client() -> None:
 
 
 def refuse_another_dataset(out: Path, name: str) -> None:
-    """Raise DataError if `out` holds a dataset other than the variant `name`.
+    """Raise BadInput if `out` holds a dataset other than the variant `name`.
 
     A damaged manifest does not count: every file is compared with the hub, and the manifest is rewritten.
     """
     remedy = "choose another --out, or remove it"
     strays = [file for file in shards.shard_files(out) if not file.startswith("fineweb_")]
     if strays:
-        raise DataError(f"{out}: holds {strays[0]}, of another dataset; {remedy}")
+        raise BadInput(f"{out}: holds {strays[0]}, of another dataset; {remedy}")
     try:
         source = shards.load_manifest(out)["source"]
-    except DataError:
+    except BadInput:
         return
     variant = VARIANTS[name]
     ours = {"kind": "download", "repo": variant.repo, "variant": name}
     if source != ours:
         found = source.get("variant") or source.get("kind")
-        raise DataError(f"{out}: holds another dataset ({found}, not {name}); {remedy}")
+        raise BadInput(f"{out}: holds another dataset ({found}, not {name}); {remedy}")
 
 
 def present_train_shards(variant: Variant, out: Path) -> int:
@@ -410,7 +410,7 @@ def present_train_shards(variant: Variant, out: Path) -> int:
 def download_dataset(name: str, train_shards: int, out: Path) -> None:
     """Make `out` hold the first `train_shards` train shards of a variant, its val split and its tokenizer.
 
-    Keeps files that are complete, and train shards beyond `train_shards`. Raises DataError on bad data or
+    Keeps files that are complete, and train shards beyond `train_shards`. Raises BadInput on bad data or
     another dataset in `out`, and HubUnreachable without a network; `out` is then as it was, apart from its
     `.download`.
     """

@@ -1,4 +1,9 @@
-"""Messages of the commands of data/: errors of one line, short forms of sizes, progress with an ETA."""
+"""Messages of the commands of data/: errors of one line, short forms of sizes, progress with an ETA.
+
+data/ imports nothing of tools/, and tools/ nothing of data/: each runs as programs that find only the modules
+beside them, and data/ works without the rest of the repository. So BadInput and guard_console stand here and
+in tools/script.py; tests/data/test_data_style.py holds that the two guards are the same.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +18,10 @@ from types import ModuleType
 from typing import TextIO
 
 
-class DataError(Exception):
-    """Bad input or a failed build. The message is the one line that the user sees: file, problem, remedy."""
+class BadInput(Exception):
+    """An error the user can fix. The message is the one line that the user sees: file, problem, remedy."""
 
-    status = 1
+    status = 2
 
 
 def one_line(message: object) -> str:
@@ -37,14 +42,14 @@ def guard_console() -> None:
 
 
 def answer(line: str) -> None:
-    """Print a result on stdout. Raises DataError if that fails, and prints no more there."""
+    """Print a result on stdout. Raises BadInput if that fails, and prints no more there."""
     try:
         print(line, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's last flush fails
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
             return
-        raise DataError(f"standard output: {error.strerror.lower()}; send it elsewhere") from None
+        raise BadInput(f"standard output: {error.strerror.lower()}; send it elsewhere") from None
 
 
 def say(line: str) -> None:
@@ -68,9 +73,9 @@ def explain(error: OSError, path: str | Path | None = None) -> str:
 
 
 def require_file(path: str | Path) -> None:
-    """Raise DataError if there is something else than a file at `path`: reading a pipe might never end."""
+    """Raise BadInput if there is something else than a file at `path`: reading a pipe might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise DataError(f"{path}: not a file; give a file, not a folder or a pipe")
+        raise BadInput(f"{path}: not a file; give a file, not a folder or a pipe")
 
 
 def is_panic(error: BaseException) -> bool:
@@ -85,11 +90,11 @@ def describe(error: BaseException) -> str:
 
 
 def require(module: str) -> ModuleType:
-    """Import and return a third-party module that only some verbs need. Raises DataError if it is missing."""
+    """Import and return a third-party module that only some verbs need. Raises BadInput if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(
+        raise BadInput(
             f"Python package {module} is missing ({error}); run: pip install -r requirements.txt"
         ) from None
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import build
 import shards
-from messages import DataError, Progress, megabytes, require
+from messages import BadInput, Progress, megabytes, require
 from tokenizing import open_tokenizer
 from workers import Workers
 
@@ -71,7 +71,7 @@ COMMON_WORDS = frozenset(
 class Sources(NamedTuple):
     """What a corpus is made of, in a fixed order."""
 
-    versions: dict[str, str]  # by package
+    versions: dict[str, str]  # of the packages, by name
     files: list[Path]
 
 
@@ -138,8 +138,8 @@ def strings_of(source: str) -> list[str]:
 def clean(text: str) -> str:
     """Return the prose of a docstring, line by line: no doctests, code blocks, rules, tables or mark-up."""
     kept = []
-    in_doctest = False  # from a prompt to the next blank line, so that its output goes too
-    block_indent = None  # of the line that opened the current literal block
+    in_doctest = False  # true from a prompt to the next blank line, so that its output goes too
+    block_indent = None  # indent of the line that opened the current literal block
     for line in text.expandtabs().split("\n"):
         bare = line.strip()
         if not bare:
@@ -250,7 +250,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
     """Return (train, val): about 1 in VAL_ONE_IN documents goes to val, chosen by the hash of its text.
 
     A val document is dropped if over a quarter of its sentence text occurs in train. `deduplicate` allows
-    that if the train document is the longer one. Raises DataError if train or val is empty.
+    that if the train document is the longer one. Raises BadInput if train or val is empty.
     """
     train = []
     candidates = []
@@ -269,7 +269,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
             val.append(text)
 
     if not train or not val:
-        raise DataError(
+        raise BadInput(
             f"too little documentation is installed ({len(documents)} documents); "
             "run: pip install -r requirements.txt"
         )
@@ -283,7 +283,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     """Train a SentencePiece BPE model of `vocab` pieces with the challenge's settings and return its bytes.
 
     The settings are those of openai/parameter-golf, data/download_hf_docs_and_tokenize.py. It trains on whole
-    documents, as they will be encoded. Raises DataError unless U+2581, the mark of a space, is a piece of its
+    documents, as they will be encoded. Raises BadInput unless U+2581, the mark of a space, is a piece of its
     own, since the byte count of a token relies on it.
     """
     sentencepiece = require("sentencepiece")
@@ -309,7 +309,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     if processor.is_unknown(processor.piece_to_id("\u2581")):
-        raise DataError(
+        raise BadInput(
             "the trained tokenizer has no piece for a single space; use `text` with another tokenizer"
         )
     return model.getvalue()
@@ -343,7 +343,7 @@ def build_corpus(
         manifest = shards.load_manifest(out)
         if manifest["source"] == source and not shards.check_dataset(out, deep=False):
             return build.Built(manifest, is_new=False)
-    except DataError:
+    except BadInput:
         pass  # no dataset to reuse; build_dataset refuses a folder that is not ours
 
     documents = extract(files, workers)

@@ -3,7 +3,8 @@
     ./run.sh data VERB ...      or      python data/prepare.py VERB ...
 
 Verbs: download, text, offline, auto, verify. `VERB --help` explains each. Progress and errors go to stderr.
-Exit status: 0 done, 1 bad input, 2 bad command line, 3 hub not reachable, 130 interrupted, 143 terminated.
+Exit status: 0 done; 1 verify found a fault, or memory or a library failed; 2 bad input; 3 hub not reachable;
+130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import build
 import download
 import offline
 import shards
-from messages import DataError, answer, describe, explain, guard_console, is_panic, one_line, say
+from messages import BadInput, answer, describe, explain, guard_console, is_panic, one_line, say
 from tokenizing import check_held_out, open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +76,10 @@ def run_text(args: argparse.Namespace) -> None:
     for item in args.split:
         split, _, path = item.partition("=")
         if not path:
-            raise DataError(f"--split {item!r}: give NAME=FILE, such as val_news=news.txt")
+            raise BadInput(f"--split {item!r}: give NAME=FILE, such as val_news=news.txt")
         splits.setdefault(split, []).append(path)
     if not 1 <= args.shard_tokens <= shards.MAX_SHARD_TOKENS:
-        raise DataError(f"--shard-tokens {args.shard_tokens}: choose 1 to {shards.MAX_SHARD_TOKENS}")
+        raise BadInput(f"--shard-tokens {args.shard_tokens}: choose 1 to {shards.MAX_SHARD_TOKENS}")
 
     options = build.BuildOptions(
         key=args.field, shard_tokens=args.shard_tokens, workers=args.workers, replace=args.replace
@@ -307,11 +308,11 @@ def add_workers(parser: Parser, note: str = "") -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raise DataError if an option counts less than one of something."""
+    """Raise BadInput if an option counts less than one of something."""
     for name in ("workers", "train_shards"):
         count = getattr(args, name, None)
         if count is not None and count < 1:
-            raise DataError(f"--{name.replace('_', '-')} {count}: choose 1 or more")
+            raise BadInput(f"--{name.replace('_', '-')} {count}: choose 1 or more")
 
 
 def main(argv: list[str]) -> int:
@@ -321,12 +322,12 @@ def main(argv: list[str]) -> int:
     try:
         check_numbers(args)
         return args.function(args) or 0
-    except DataError as error:
+    except BadInput as error:
         say(f"error: {one_line(error)}")
         return error.status
     except OSError as error:
         say(f"error: {one_line(explain(error))}")
-        return 1
+        return 2
     except KeyboardInterrupt as signalled:
         say("\ninterrupted; nothing half-written is left, repeat the command to continue")
         return 128 + (signalled.args[0] if signalled.args else signal.SIGINT)

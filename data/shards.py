@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 
-from messages import DataError, explain, require_file
+from messages import BadInput, explain, require_file
 
 try:
     import fcntl
@@ -33,7 +33,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 1 << 16  # ids are uint16
 MAX_SHARD_TOKENS = (1 << 31) - 1  # the header counts in int32
-SHARD_TOKENS = 100_000_000  # in a full shard of the challenge
+SHARD_TOKENS = 100_000_000  # a full shard of the challenge has
 
 MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ class Manifest(TypedDict):
     source: dict[str, Any]
 
 
-Kinds = type | tuple[type, ...]  # of a value in the manifest
+Kinds = type | tuple[type, ...]  # what a value in the manifest may be
 
 # What the manifest's values are called in messages.
 KINDS = {
@@ -115,23 +115,23 @@ def shard_header(tokens: int) -> bytes:
 
 
 def read_header(path: str | Path) -> int:
-    """Return the number of tokens in a shard. Raises DataError on a wrong magic, version or file size."""
+    """Return the number of tokens in a shard. Raises BadInput on a wrong magic, version or file size."""
     require_file(path)
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
     if len(raw) < HEADER_BYTES:
-        raise DataError(f"{path}: {len(raw)} bytes, shorter than a shard header ({HEADER_BYTES}); {REMEDY}")
+        raise BadInput(f"{path}: {len(raw)} bytes, shorter than a shard header ({HEADER_BYTES}); {REMEDY}")
 
     magic, version, tokens = (int(value) for value in np.frombuffer(raw, dtype="<i4", count=3))
     if (magic, version) != (MAGIC, VERSION):
-        raise DataError(
+        raise BadInput(
             f"{path}: not a token shard (magic {magic}, version {version}; expected {MAGIC}, {VERSION}); "
             f"{REMEDY}"
         )
     promised = HEADER_BYTES + 2 * tokens
     if tokens < 1 or size != promised:
-        raise DataError(
+        raise BadInput(
             f"{path}: {size} bytes, but its header promises {tokens} tokens ({promised} bytes); {REMEDY}"
         )
     return tokens
@@ -141,14 +141,14 @@ def load_tokens(path: str | Path, most: int | None = None) -> np.ndarray:
     """Read the ids of a shard, at most the first `most`, uint16 (tokens,).
 
     They are not mapped: a file that is cut while it is mapped ends the process without a word. Raises
-    DataError as `read_header` does, and if the file is cut after that.
+    BadInput as `read_header` does, and if the file is cut after that.
     """
     tokens = read_header(path)
     if most is not None:
         tokens = min(tokens, most)
     ids = np.fromfile(path, "<u2", tokens, offset=HEADER_BYTES)
     if len(ids) < tokens:
-        raise DataError(f"{path}: cut while it was read; {REMEDY}")
+        raise BadInput(f"{path}: cut while it was read; {REMEDY}")
     return ids
 
 
@@ -201,7 +201,7 @@ class ShardWriter:
                 self.file.write(shard_header(0))
             self.file.write(data)
         except OSError as error:
-            raise DataError(explain(error, self.staging.out / self.name)) from None
+            raise BadInput(explain(error, self.staging.out / self.name)) from None
 
     def close(self) -> None:
         """Complete the shard being written, if any, and list it."""
@@ -212,7 +212,7 @@ class ShardWriter:
             self.file.write(shard_header(self.tokens))
             self.file.close()
         except OSError as error:
-            raise DataError(explain(error, self.staging.out / self.name)) from None
+            raise BadInput(explain(error, self.staging.out / self.name)) from None
 
         self.shards.append({"file": self.name, "tokens": self.tokens, "sha256": sha256_file(self.path)})
         self.file = None
@@ -250,14 +250,14 @@ class Staging:
             self.created = missing
             self.lock = os.open(self.out, os.O_RDONLY)
         except OSError as error:
-            raise DataError(explain(error, self.out)) from None
+            raise BadInput(explain(error, self.out)) from None
 
         if fcntl:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self.lock)
-                raise DataError(f"{self.out}: another process is writing this dataset; wait for it") from None
+                raise BadInput(f"{self.out}: another process is writing this dataset; wait for it") from None
             except OSError:  # some network file systems have no locks
                 pass
 
@@ -293,7 +293,7 @@ class Staging:
                     (self.out / name).unlink()
             os.replace(temp, self.out / MANIFEST)
         except OSError as error:
-            raise DataError(explain(error, error.filename or self.out / MANIFEST)) from None
+            raise BadInput(explain(error, error.filename or self.out / MANIFEST)) from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name in [*self.pending, MANIFEST]:
@@ -320,24 +320,24 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read the manifest of a dataset folder. Raises DataError if it is absent or not sound."""
+    """Read the manifest of a dataset folder. Raises BadInput if it is absent or not sound."""
     path = Path(folder) / MANIFEST
     require_file(path)
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give a folder made by download, text or offline") from None
+        raise BadInput(f"{path}: no such file; give a folder made by download, text or offline") from None
     except OSError as error:
-        raise DataError(explain(error, path)) from None
+        raise BadInput(explain(error, path)) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); {REMEDY}") from None
+        raise BadInput(f"{path}: not JSON ({error}); {REMEDY}") from None
 
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise DataError(f"{path}: key format is not {MANIFEST_FORMAT}; {REMEDY}")
+        raise BadInput(f"{path}: key format is not {MANIFEST_FORMAT}; {REMEDY}")
     try:
         require_manifest(manifest)
     except ValueError as error:
-        raise DataError(f"{path}: {error}; {REMEDY}") from None
+        raise BadInput(f"{path}: {error}; {REMEDY}") from None
     return manifest
 
 
@@ -420,7 +420,7 @@ def check_dataset(folder: str | Path, deep: bool) -> list[str]:
     folder = Path(folder)
     try:
         manifest = load_manifest(folder)
-    except DataError as error:
+    except BadInput as error:
         return [str(error)]
 
     problems = check_tokenizer(folder, manifest)
@@ -470,7 +470,7 @@ def check_split(folder: Path, manifest: Manifest, split: str, deep: bool) -> lis
         previous_tokens = shard["tokens"]
         try:
             tokens = load_listed_shard(path, shard, deep)
-        except DataError as error:
+        except BadInput as error:
             problems.append(str(error))
             continue
 
@@ -492,17 +492,17 @@ def check_split(folder: Path, manifest: Manifest, split: str, deep: bool) -> lis
 def load_listed_shard(path: Path, entry: ShardEntry, deep: bool) -> np.ndarray:
     """Read the ids of a shard that must match its manifest entry; deep=False: the first id.
 
-    Raises DataError if it does not match.
+    Raises BadInput if it does not match.
     """
     try:
         count = read_header(path)
         if count != entry["tokens"]:
-            raise DataError(f"{path}: {count} tokens, manifest says {entry['tokens']}; {REMEDY}")
+            raise BadInput(f"{path}: {count} tokens, manifest says {entry['tokens']}; {REMEDY}")
         tokens = load_tokens(path, most=None if deep else 1)
         if deep and sha256_file(path) != entry["sha256"]:
-            raise DataError(f"{path}: sha256 differs from the manifest; {REMEDY}")
+            raise BadInput(f"{path}: sha256 differs from the manifest; {REMEDY}")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; repeat the command that made the dataset") from None
+        raise BadInput(f"{path}: no such file; repeat the command that made the dataset") from None
     except OSError as error:
-        raise DataError(explain(error, path)) from None
+        raise BadInput(explain(error, path)) from None
     return tokens

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import shards
-from messages import DataError, explain, require, require_file
+from messages import BadInput, explain, require, require_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -148,14 +148,14 @@ def cut_spaces(text: str) -> Iterator[str]:
 
 
 def open_tokenizer(name: str | Path) -> Tokenizer:
-    """Return the Tokenizer of a .model file or a tiktoken encoding. Raises DataError if it is neither."""
+    """Return the Tokenizer of a .model file or a tiktoken encoding. Raises BadInput if it is neither."""
     path = Path(name)
     if name and (path.suffix == ".model" or path.exists()):
         tokenizer = sentencepiece_tokenizer(path)
     else:
         tokenizer = tiktoken_tokenizer(name)
     if tokenizer.vocab_size > shards.MAX_VOCAB:
-        raise DataError(
+        raise BadInput(
             f"{name}: vocab_size {tokenizer.vocab_size}, but shards hold 16-bit ids "
             f"({shards.MAX_VOCAB} at most); choose a smaller tokenizer"
         )
@@ -163,13 +163,13 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def sentencepiece_tokenizer(path: Path) -> Tokenizer:
-    """Return the Tokenizer of the SentencePiece model file at `path`. Raises DataError if it is not one."""
+    """Return the Tokenizer of the SentencePiece model file at `path`. Raises BadInput if it is not one."""
     processor = require("sentencepiece").SentencePieceProcessor()
     require_file(path)
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"--tokenizer {explain(error, path)}") from None
+        raise BadInput(f"--tokenizer {explain(error, path)}") from None
     try:
         processor.load_from_serialized_proto(blob)
         vocab_size = processor.vocab_size()
@@ -177,11 +177,11 @@ def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     except (RuntimeError, OSError, ValueError):
         vocab_size = bos_id = 0
     if not vocab_size:
-        raise DataError(
+        raise BadInput(
             f"--tokenizer {path}: not a SentencePiece model; give a .model file or a tiktoken encoding name"
         )
     if bos_id < 0:
-        raise DataError(f"--tokenizer {path}: the model has no BOS piece; train it with bos_id >= 0")
+        raise BadInput(f"--tokenizer {path}: the model has no BOS piece; train it with bos_id >= 0")
 
     return Tokenizer(
         kind="sentencepiece",
@@ -196,20 +196,20 @@ def sentencepiece_tokenizer(path: Path) -> Tokenizer:
 def tiktoken_tokenizer(name: str) -> Tokenizer:
     """Return the Tokenizer of a tiktoken encoding, its sha256 over the sorted ranks and special tokens.
 
-    Raises DataError if there is no such encoding, or if its vocabulary is neither cached nor reachable.
+    Raises BadInput if there is no such encoding, or if its vocabulary is neither cached nor reachable.
     """
     tiktoken = require("tiktoken")
     try:
         encoding = tiktoken.get_encoding(name)
     except ValueError:
         known = ", ".join(tiktoken.list_encoding_names())
-        raise DataError(
+        raise BadInput(
             f"--tokenizer {name}: no such file and no such tiktoken encoding; "
             f"give a SentencePiece .model file or one of {known}"
         ) from None
-    except Exception as error:  # from requests, httpx or plain sockets, depending on tiktoken's version
+    except Exception as error:  # requests, httpx or plain sockets raise it, depending on tiktoken's version
         reason = str(error).split("\n")[0][:100]
-        raise DataError(
+        raise BadInput(
             f"--tokenizer {name}: tiktoken could not fetch its vocabulary "
             f"({type(error).__name__}: {reason}); connect once, or set TIKTOKEN_CACHE_DIR to a filled cache"
         ) from None
@@ -303,14 +303,14 @@ def check_held_out(folder: str | Path, manifest: shards.Manifest) -> list[str]:
 
 
 def count_bytes(paths: list[Path], tokenizer: Tokenizer, limit: int) -> ByteCount:
-    """Return the ByteCount of a split's shards, which begin with BOS. Raises DataError for unknown pieces.
+    """Return the ByteCount of a split's shards, which begin with BOS. Raises BadInput for unknown pieces.
 
     limit: how many targets are scored, tokens 1 to limit of the split; the last document may be cut.
     """
     coder = tokenizer.load()
     total = scored = position = 0
     if problem := find_unknown(paths, coder.unknown):
-        raise DataError(problem)
+        raise BadInput(problem)
     for batch in document_batches(paths, tokenizer.bos_id):
         documents = [without_bos(document, tokenizer.bos_id) for document in batch]
         sizes = coder.decoded_bytes(documents)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import TypeVar
 
-from messages import DataError, describe, is_panic
+from messages import BadInput, describe, is_panic
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,18 +23,18 @@ _start_error: BaseException | None = None  # in a worker: why it could not be pr
 
 
 def portable(error: BaseException) -> BaseException:
-    """Return an exception that can be raised in another process: `error` if it can, else a DataError.
+    """Return an exception that can be raised in another process: `error` if it can, else a BadInput.
 
     The panic of a Rust library is not an Exception, and its class cannot be imported.
     """
     if isinstance(error, MemoryError):
-        return DataError("out of memory; use fewer --workers or smaller documents")
+        return BadInput("out of memory; use fewer --workers or smaller documents")
     if is_panic(error):
-        return DataError(f"a library failed ({describe(error)}); repeat with --workers 1")
+        return BadInput(f"a library failed ({describe(error)}); repeat with --workers 1")
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does
-        return DataError(f"a worker process failed ({describe(error)}); repeat with --workers 1")
+        return BadInput(f"a worker process failed ({describe(error)}); repeat with --workers 1")
     return error
 
 
@@ -95,7 +95,7 @@ class Workers:
     """Processes that do the same work on many items, as a context manager. With count=1 this process does it.
 
     start: a function, called once in each process with `args`. It and the errors of the work must be
-    importable by name; other errors arrive as DataError.
+    importable by name; other errors arrive as BadInput.
     """
 
     def __init__(self, count: int, start: Callable[..., None] = nothing, *args: object) -> None:
@@ -136,4 +136,4 @@ class Workers:
             for item, future in waiting:
                 yield item, future.result()
         except BrokenProcessPool:
-            raise DataError("a worker process died, probably for lack of memory; use --workers 1") from None
+            raise BadInput("a worker process died, probably for lack of memory; use --workers 1") from None

@@ -196,14 +196,14 @@ def test_a_tokenizer_cut_on_its_way_is_refused(tmp_path, hub, monkeypatch, capsy
         return got
 
     monkeypatch.setattr(hub.api, "hf_hub_download", cut)
-    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 2
     line = one_line(capsys)
     assert "tokenizer.model" in line
     assert "bytes arrived" in line
     assert "repeat the command" in line
 
     (hub.remote / "datasets" / "tokenizers" / "toy.model").unlink()
-    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 2
     assert "toy.model: no longer on the hub; choose another --variant" in one_line(capsys)
 
 
@@ -212,7 +212,7 @@ def test_two_variants_do_not_share_a_folder(tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setitem(download.VARIANTS, "sp8192", download.VARIANTS["sp1024"])
     assert prepare.main(["download", "--out", str(out)]) == 0
     before = content(out)
-    assert prepare.main(["download", "--variant", "sp8192", "--out", str(out)]) == 1
+    assert prepare.main(["download", "--variant", "sp8192", "--out", str(out)]) == 2
     assert "holds another dataset (sp1024, not sp8192); choose another --out" in one_line(capsys)
     assert content(out) == before
 
@@ -220,12 +220,12 @@ def test_two_variants_do_not_share_a_folder(tmp_path, hub, monkeypatch, capsys):
 def test_download_leaves_other_datasets_alone(hub, files, capsys):
     assert prepare.main(files.args) == 0
     before = content(files.out)
-    assert prepare.main(["download", "--out", str(files.out)]) == 1
+    assert prepare.main(["download", "--out", str(files.out)]) == 2
     assert "toy_train_000000.bin, of another dataset" in one_line(capsys)
     assert content(files.out) == before
 
     assert prepare.main([*replaced(files.args, name="fineweb"), "--replace"]) == 0
-    assert prepare.main(["download", "--out", str(files.out)]) == 1
+    assert prepare.main(["download", "--out", str(files.out)]) == 2
     assert "holds another dataset (text, not sp1024)" in one_line(capsys)
 
 
@@ -241,7 +241,7 @@ def test_download_repairs_a_damaged_manifest(tmp_path, hub):
 def test_download_refusals(tmp_path, hub, monkeypatch, capsys):
     out = tmp_path / "got"
     for count, says in (("0", "choose 1 or more"), ("5", "has 4 train shards; choose 1 to 4")):
-        assert prepare.main(["download", "--train-shards", count, "--out", str(out)]) == 1
+        assert prepare.main(["download", "--train-shards", count, "--out", str(out)]) == 2
         assert says in one_line(capsys)
     good = hub.api.hf_hub_download
 
@@ -253,7 +253,7 @@ def test_download_refusals(tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub.api, "hf_hub_download", cut)
     shutil.copytree(hub.remote / "datasets" / "tokenizers", out)
     (out / "toy.model").rename(out / "tokenizer.model")
-    assert prepare.main(["download", "--out", str(out)]) == 1
+    assert prepare.main(["download", "--out", str(out)]) == 2
     line = one_line(capsys)
     assert "fineweb_val_000000.bin" in line and "bytes arrived" in line
     assert not (out / "manifest.json").exists() and not shards.shard_files(out)
@@ -261,25 +261,25 @@ def test_download_refusals(tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub.api, "hf_hub_download", good)
     short = hub.folder / "fineweb_train_000000.bin"
     short.write_bytes(shards.shard_header(599) + short.read_bytes()[1024:-2])
-    assert prepare.main(["download", "--out", str(out)]) == 1
+    assert prepare.main(["download", "--out", str(out)]) == 2
     assert "599 tokens, a full shard has 600; the hub's copy has changed: use another" in one_line(capsys)
 
     short.write_bytes(b"\0" + short.read_bytes()[1:])
-    assert prepare.main(["download", "--out", str(out)]) == 1
+    assert prepare.main(["download", "--out", str(out)]) == 2
     assert "not a token shard" in (line := one_line(capsys))
     assert "use another --variant" in line
 
 
 def test_download_refuses_another_validation_split(tmp_path, hub, capsys):
     write_shard(hub.folder / "fineweb_val_000000.bin", np.concatenate([hub.val, hub.val]))
-    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 2
     assert "scores on it would not compare" in one_line(capsys)
     assert not (tmp_path / "got" / "manifest.json").exists()
 
 
 def test_download_refuses_a_validation_split_that_begins_inside_a_document(tmp_path, hub, capsys):
     write_shard(hub.folder / "fineweb_val_000000.bin", hub.val[1:])
-    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 1
+    assert prepare.main(["download", "--out", str(tmp_path / "got")]) == 2
     assert "not BOS (1); the hub's copy has changed" in one_line(capsys)
 
 

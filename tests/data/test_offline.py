@@ -9,7 +9,7 @@ import build
 import offline
 import prepare
 from data_cases import content, prose
-from messages import DataError
+from messages import BadInput
 
 
 def test_offline_is_deterministic_and_cached(tmp_path, sources, monkeypatch):
@@ -62,7 +62,7 @@ def test_offline_cleans_and_separates(tmp_path, sources, monkeypatch):
 def test_offline_leaves_other_datasets_alone(tmp_path, files, sources, capsys):
     assert prepare.main(files.args) == 0
     before = content(files.out)
-    with pytest.raises(DataError, match="holds another dataset"):
+    with pytest.raises(BadInput, match="holds another dataset"):
         offline.build_corpus(files.out, 1, sources, 400)
     assert content(files.out) == before
 

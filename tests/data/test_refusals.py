@@ -161,7 +161,7 @@ REMEDIES = (
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, files, capsys, bad):
     args, words = bad(tmp_path, files.args)
     before = sorted(tmp_path.rglob("*"))
-    assert prepare.main(args) == 1
+    assert prepare.main(args) == 2
     line = one_line(capsys)
     assert words in line
     assert any(remedy in line for remedy in REMEDIES)
@@ -199,7 +199,7 @@ def test_full_disk(files, capsys, monkeypatch, at):
     monkeypatch.setattr(shards, "open", open_full, raising=False)
     if at == "manifest":
         monkeypatch.setattr(shards, "manifest_bytes", full)
-    assert prepare.main(files.args) == 1
+    assert prepare.main(files.args) == 2
     line = one_line(capsys)
     assert "no space left on device; free some space" in line and str(files.out) in line
     assert not files.out.exists()
@@ -215,7 +215,7 @@ def test_a_killed_build_is_repaired(files):
     assert prepare.main(files.args) == 0
     assert content(files.out) == before
     (files.out / "manifest.json").unlink()
-    assert prepare.main(replaced(files.args, name="other")) == 1  # not known to be ours
+    assert prepare.main(replaced(files.args, name="other")) == 2  # not known to be ours
 
 
 def test_interrupt_leaves_nothing(files, monkeypatch, capsys):
@@ -231,7 +231,7 @@ def test_interrupt_leaves_nothing(files, monkeypatch, capsys):
 @pytest.mark.parametrize("verb", ["download", "auto"])
 def test_a_number_of_shards_below_one_is_refused_before_the_hub_is_asked(verb, count, capsys, monkeypatch):
     monkeypatch.setattr(prepare.download, "probe_hub", lambda: pytest.fail("the hub was asked"))
-    assert prepare.main([verb, "--train-shards", count]) == 1
+    assert prepare.main([verb, "--train-shards", count]) == 2
     assert one_line(capsys) == f"error: --train-shards {count}: choose 1 or more"
 
 
@@ -273,5 +273,5 @@ def test_a_console_on_a_full_disk_is_one_line(files):
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "error: standard output: no space left on device; send it elsewhere\n"

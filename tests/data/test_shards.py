@@ -311,5 +311,5 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(files, capsys, monkeypatc
         return tokens
 
     monkeypatch.setattr(shards, "read_header", read_and_cut)
-    with pytest.raises(shards.DataError, match=r"toy_train_000000\.bin: cut while it was read; "):
+    with pytest.raises(shards.BadInput, match=r"toy_train_000000\.bin: cut while it was read; "):
         shards.load_tokens(path)

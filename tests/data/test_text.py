@@ -26,7 +26,7 @@ from data_cases import (
     write_docs,
 )
 from helpers import machine, tiny
-from messages import DataError
+from messages import BadInput
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.zst", ".jsonl", ".jsonl.zst"])
@@ -155,7 +155,7 @@ def test_held_out_text_that_the_tokenizer_cannot_spell_is_refused(tmp_path, file
     train = write_docs(tmp_path / "train.txt", [f"train {text}" for text in lossy])
     val = write_docs(tmp_path / "val.txt", lossy)
     args = replaced(files.args, train=train, val=val, tokenizer=plain)
-    assert prepare.main(args) == 1
+    assert prepare.main(args) == 2
     error = one_line(capsys)
     assert f"{val}: val document 9 ('the \u2603 of \u2603'): 2 tokens are the unknown piece" in error
     assert "byte_fallback" in error and not files.out.exists()
@@ -176,7 +176,7 @@ def test_held_out_text_that_the_tokenizer_cannot_spell_is_refused(tmp_path, file
     capsys.readouterr()
     assert prepare.main(["verify", str(files.out)]) == 1
     assert capsys.readouterr().err.count(f"{path}: 1 tokens are the unknown piece") == 1
-    with pytest.raises(DataError, match="1 tokens are the unknown piece"):
+    with pytest.raises(BadInput, match="1 tokens are the unknown piece"):
         tokenizing.count_bytes([path], tokenizing.open_tokenizer(str(plain)), 10)
 
 
@@ -185,7 +185,7 @@ def test_leak_is_refused_and_named(tmp_path, files, capsys):
     other = write_docs(tmp_path / "t2.jsonl", [*make_documents(700, 2), leaked.upper().replace(" ", "  ")])
     args = list(files.args)
     args.insert(args.index("--train") + 1, str(other))
-    assert prepare.main(args) == 1
+    assert prepare.main(args) == 2
     line = one_line(capsys)
     assert repr(leaked[:60]) in line
     assert "val document 3" in line
@@ -209,7 +209,7 @@ def test_resume(tmp_path, files, capsys, monkeypatch):
     assert content(files.out) == before
 
     write_docs(files.val, make_documents(250, 6))
-    assert prepare.main(files.args) == 1  # other input: refused, kept
+    assert prepare.main(files.args) == 2  # other input: refused, kept
     assert "holds another dataset (different source)" in one_line(capsys)
     assert content(files.out) == before
 
@@ -275,7 +275,7 @@ def test_a_vocabulary_that_cannot_be_fetched_is_one_line(files, monkeypatch, cap
         raise ConnectionError("no route\nto the host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    assert prepare.main(replaced(files.args, tokenizer="gpt2")) == 1
+    assert prepare.main(replaced(files.args, tokenizer="gpt2")) == 2
     line = one_line(capsys)
     assert "--tokenizer gpt2: " in line and "no route" in line and "TIKTOKEN_CACHE_DIR" in line
     assert not files.out.exists()
@@ -288,5 +288,5 @@ def test_patterns_do_not_overlap():
     assert fnmatch.fnmatch("toy_val_000000.bin", shards.shard_pattern("val"))
     assert not fnmatch.fnmatch("toy_val_fineweb_000000.bin", shards.shard_pattern("val"))
     for name, splits in (("toy", ["val_2", "train"]), ("a/b", ["val"]), ("toy_val_1", ["val", "train"])):
-        with pytest.raises(DataError):
+        with pytest.raises(BadInput):
             build.check_names(name, splits)

@@ -17,7 +17,7 @@ import prepare
 import tokenizing
 import workers
 from data_cases import make_documents, one_line, read_split, replaced, write_docs
-from messages import DataError
+from messages import BadInput
 
 
 class Panic(BaseException):
@@ -61,7 +61,7 @@ def blocked_signals(item):
 
 
 def bad_start():
-    raise DataError("tokenizer: gone; fetch it")
+    raise BadInput("tokenizer: gone; fetch it")
 
 
 def panic_start():
@@ -84,7 +84,7 @@ def test_results_come_in_order(count):
     ],
 )
 def test_every_failure_of_a_worker_is_a_data_error(function, words):
-    with pytest.raises(DataError) as caught, workers.Workers(2) as pool:
+    with pytest.raises(BadInput) as caught, workers.Workers(2) as pool:
         list(pool.run(function, [1, 2, 3]))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert "--workers" in str(caught.value)
@@ -94,7 +94,7 @@ def test_every_failure_of_a_worker_is_a_data_error(function, words):
     ("start", "words"), [(bad_start, "tokenizer: gone; fetch it"), (panic_start, "no stack")]
 )
 def test_a_worker_that_cannot_start_says_why(start, words):
-    with pytest.raises(DataError, match=words), workers.Workers(2, start) as pool:
+    with pytest.raises(BadInput, match=words), workers.Workers(2, start) as pool:
         list(pool.run(double, [1, 2, 3]))
 
 
@@ -119,7 +119,7 @@ def test_a_document_that_the_tokenizer_cannot_encode_is_named(files, monkeypatch
     monkeypatch.setattr(tokenizing.SentencePieceCoder, "encode", fails)
     monkeypatch.setattr(build, "BATCH_CHARS", 1000)  # so that the batch is not the first one
     write_docs(files.train, [*make_documents(100, 20), "some poison"])
-    assert prepare.main(files.args) == 1
+    assert prepare.main(files.args) == 2
     line = one_line(capsys)
     assert f"{files.train}: document 20 ('some poison', 11 characters)" in line
     assert "cut the document" in line
@@ -160,7 +160,7 @@ def test_pieces_are_cut_only_inside_long_runs_of_spaces(monkeypatch):
 def test_a_panic_of_tiktoken_is_one_line(files, tiktoken_encoding, monkeypatch, capsys):
     monkeypatch.setattr(tokenizing, "LONGEST_SPACE", 10**9)
     write_docs(files.train, ["short", "a" + 1_000_000 * " " + "b"])
-    assert prepare.main(replaced(files.args, tokenizer="toy")) == 1
+    assert prepare.main(replaced(files.args, tokenizer="toy")) == 2
     line = one_line(capsys)
     assert "t.txt: document 1 (" in line
     assert "1,000,002 characters" in line
@@ -221,7 +221,7 @@ def test_a_signal_leaves_no_worker(number, tmp_path):
 @pytest.mark.parametrize("count", ["0", "-1"])
 def test_workers_below_one_are_refused(tmp_path, capsys, monkeypatch, verb, count):
     monkeypatch.setattr(prepare, "DATASETS", tmp_path / "datasets")
-    assert prepare.main([verb, "--workers", count]) == 1
+    assert prepare.main([verb, "--workers", count]) == 2
     assert one_line(capsys) == f"error: --workers {count}: choose 1 or more"
     assert not (tmp_path / "datasets").exists()
 
@@ -229,7 +229,7 @@ def test_workers_below_one_are_refused(tmp_path, capsys, monkeypatch, verb, coun
 def test_a_reading_process_that_dies_is_one_line(tmp_path, sources, monkeypatch, capsys):
     monkeypatch.setattr(offline, "installed", lambda: sources)
     monkeypatch.setattr(offline, "documents_of_files", die)
-    assert prepare.main(["offline", "--workers", "2", "--out", str(tmp_path / "out")]) == 1
+    assert prepare.main(["offline", "--workers", "2", "--out", str(tmp_path / "out")]) == 2
     assert "a worker process died" in one_line(capsys)
 
 

@@ -122,7 +122,6 @@ CASES = (
         "data verify to a full disk",
         shell(TO_FULL_DISK, *data("verify", "data")),
         ("standard output",),
-        status=1,
     ),
     Case(
         "record verify to a full disk",
@@ -164,7 +163,6 @@ CASES = (
         "a tiktoken encoding without a network",
         text(tokenizer="gpt2"),
         ("gpt2",),
-        status=1,
         under=NO_NETWORK,
         env={"TIKTOKEN_CACHE_DIR": "none"},
     ),

@@ -51,7 +51,7 @@ def bad_files() -> tuple[Case, ...]:
             if "train" in name:
                 setup = (copied("docs/train.txt", f"docs/v.{kind}"),)
             command = text(*TOY, val=f"docs/v.{kind}")
-            cases.append(Case(f"{kind}: {name}", command, (f"v.{kind}", *says), 1, setup=setup, lines=2))
+            cases.append(Case(f"{kind}: {name}", command, (f"v.{kind}", *says), setup=setup, lines=2))
     return tuple(cases)
 
 
@@ -88,19 +88,19 @@ SOUND = (
 
 # Options that are refused: what is wrong, the options, the exit status, what the error says.
 OPTIONS = (
-    ("--shard-tokens is zero", ("--shard-tokens", "0"), 1, ("--shard-tokens 0", "choose")),
-    ("--shard-tokens is negative", ("--shard-tokens", "-5"), 1, ("--shard-tokens -5", "choose")),
-    ("--shard-tokens is huge", ("--shard-tokens", "9" * 30), 1, ("--shard-tokens", "choose")),
+    ("--shard-tokens is zero", ("--shard-tokens", "0"), 2, ("--shard-tokens 0", "choose")),
+    ("--shard-tokens is negative", ("--shard-tokens", "-5"), 2, ("--shard-tokens -5", "choose")),
+    ("--shard-tokens is huge", ("--shard-tokens", "9" * 30), 2, ("--shard-tokens", "choose")),
     ("--shard-tokens is a word", ("--shard-tokens", "many"), 2, ("--shard-tokens", "'many'")),
-    ("--workers is zero", ("--workers", "0"), 1, ("--workers 0", "choose 1")),
-    ("--workers is negative", ("--workers", "-1"), 1, ("--workers -1", "choose 1")),
+    ("--workers is zero", ("--workers", "0"), 2, ("--workers 0", "choose 1")),
+    ("--workers is negative", ("--workers", "-1"), 2, ("--workers -1", "choose 1")),
     ("--workers is a fraction", ("--workers", "1.5"), 2, ("--workers", "'1.5'")),
-    ("--split has no file", ("--split", "val_news"), 1, ("--split 'val_news'", "NAME=FILE")),
-    ("--split has no name", ("--split", "=docs/other.txt"), 1, ("--split ''", "lower-case")),
-    ("--split matches another", ("--split", "two_val=docs/other.txt"), 1, ("two_val", "choose another")),
+    ("--split has no file", ("--split", "val_news"), 2, ("--split 'val_news'", "NAME=FILE")),
+    ("--split has no name", ("--split", "=docs/other.txt"), 2, ("--split ''", "lower-case")),
+    ("--split matches another", ("--split", "two_val=docs/other.txt"), 2, ("two_val", "choose another")),
     ("an unknown option", ("--fast",), 2, ("--fast", "--help")),
-    ("no such tokenizer", ("--tokenizer", "nope"), 1, ("nope", "give a SentencePiece")),
-    ("an unknown format", ("--val", "docs/tokenizer.model"), 1, ("unknown input format", "name it")),
+    ("no such tokenizer", ("--tokenizer", "nope"), 2, ("nope", "give a SentencePiece")),
+    ("an unknown format", ("--val", "docs/tokenizer.model"), 2, ("unknown input format", "name it")),
 )
 
 
