@@ -109,8 +109,9 @@ class OneLineError(Exception):
     status = 1
 
     def __str__(self) -> str:
-        """Return the line. A name in it that holds line breaks shows them as \\n."""
-        return "\\n".join(super().__str__().splitlines())
+        """Return the line. A name in it shows line breaks as \\n, and what a terminal would obey escaped."""
+        line = "\\n".join(super().__str__().splitlines())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class InputError(OneLineError):
@@ -142,11 +143,15 @@ def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[N
         raise InputError(f"{problem} ({reason}); {remedy}") from None
 
 
-def read_file(path: str) -> bytes:
-    """Return the bytes of a regular file. Raises OSError for anything else: a pipe may never end."""
+def read_file(path: str, most: int = 1 << 28) -> bytes:
+    """Return the bytes of a regular file, or the first `most` of them; -1: all, whatever memory that takes.
+
+    Raises OSError for anything else: a pipe may never end.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a file", path)
-    return Path(path).read_bytes()
+    with open(path, "rb") as f:
+        return f.read(most)
 
 
 def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
@@ -154,7 +159,8 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     temporary = path + ".tmp"
     with explained(f"{path}: cannot write it", "free space or check permissions"):
         try:
-            with open(temporary, "wb") as f:
+            Path(temporary).unlink(missing_ok=True)  # a link there would lead elsewhere, a pipe never end
+            with open(temporary, "xb") as f:
                 for chunk in chunks:
                     f.write(chunk)
                 f.flush()
@@ -1153,6 +1159,8 @@ class Log:
         self.live = sys.stderr.isatty()
         with explained(f"{self.path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            if Path(self.path).is_fifo():  # opening it would wait for a reader
+                raise OSError(errno.EINVAL, "it is a pipe")
             if not resume:
                 open(self.path, "x").close()
             # Append, because other ranks may write, too. A path that is not UTF-8 is escaped.
@@ -1458,18 +1466,22 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     Raises InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
-        raw = read_file(path)
-
-    header = np.frombuffer(raw[:SHARD_HEADER_BYTES].ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
+        head = read_file(path, SHARD_HEADER_BYTES)
+        size = os.path.getsize(path)
+    header = np.frombuffer(head.ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(
             f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare it again"
         )
 
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
+    raw = b""
+    if size == expected:  # only then, because a false file may be larger than the memory
+        with reading_shard(path):
+            raw = read_file(path, -1)
     if len(raw) != expected or header[2] < 0:
         raise InputError(
-            f"{path}: {len(raw)} bytes but its header says {expected}; download it or prepare it again"
+            f"{path}: {size} bytes but its header says {expected}; download it or prepare it again"
         )
 
     tokens = np.frombuffer(raw, "<u2", offset=SHARD_HEADER_BYTES)
@@ -1509,6 +1521,8 @@ def split_files(data_path: str, split: str) -> list[str]:
             f"data_path={data_path}: no such data folder; `./run.sh data auto` makes one, data_path=DIR "
             "names one"
         )
+    with explained(f"{data_path}: cannot list its files", "check its permissions"):
+        os.scandir(data_path).close()  # glob finds nothing where it may not look
     files = find_shards(data_path, split)
     if not files:
         raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
@@ -1606,7 +1620,7 @@ def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None
             fault = "length"
         elif by_content and entry.sha256:
             with explained(f"{files[name]}: cannot read the shard", "check its permissions"):
-                fault = "sha256" if sha256(read_file(files[name])) != entry.sha256 else ""
+                fault = "sha256" if sha256(read_file(files[name], -1)) != entry.sha256 else ""
         if fault:
             raise InputError(
                 f"{files[name]}: its {fault} disagrees with manifest.json; download it or prepare it again"
@@ -5136,7 +5150,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 # the run, and a list of tensors as in an artifact. There is no other state: steps draw no random numbers, and
 # the text depends only on the position.
 
-CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>\d+)\.ckpt(?:\.tmp)?")
+CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>[1-9]\d*)\.ckpt(?:\.tmp)?")
 DIGEST_BYTES = 32
 
 
@@ -5180,15 +5194,29 @@ def checkpoint_files(base: str) -> list[str]:
 
 def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
     """Return header and tensors of one file. Raises OSError if it is missing, ValueError if damaged."""
-    blob = Path(path).read_bytes()
+    blob = read_file(path, -1)
     if hashlib.sha256(blob[:-DIGEST_BYTES]).digest() != blob[-DIGEST_BYTES:]:
         raise ValueError(f"{path}: checksum mismatch")
     end = 4 + int.from_bytes(blob[:4], "little")
     header = json.loads(blob[4:end])
     wanted = dict(made_by=dict, step=int, train_ms=float, progress=float, position=int, tensors=list)
-    if types_of(header) != wanted:
+    numbers = ("step", "train_ms", "progress", "position")
+    if types_of(header) != wanted or not all(0 <= header[key] < 1 << 53 for key in numbers):
         raise ValueError(f"{path}: its header is not that of a checkpoint")
     return header, read_tensors(header, blob[end:-DIGEST_BYTES])
+
+
+def read_set(found: CheckpointSet) -> list[tuple[dict, dict[str, Tensor]]]:
+    """Return header and tensors of each file of a set.
+
+    Raises OSError, ValueError or RecursionError if one is missing, damaged or of another set.
+    """
+    parts = [read_checkpoint(found.file(share)) for share in range(found.world)]
+    first = {**parts[0][0], "step": found.step}
+    for share, (header, _) in enumerate(parts):
+        if {**header, "tensors": []} != {**first, "tensors": []}:
+            raise ValueError(f"{found.file(share)}: it belongs to another set")
+    return parts
 
 
 def check_resume(h: Config) -> None:
@@ -5201,7 +5229,7 @@ def check_resume(h: Config) -> None:
             f"config key resume: {h.resume} is not named like a checkpoint, RUN_ID.stepN.RofW.ckpt; "
             "resume=auto takes the newest"
         )
-    for file in [h.resume, *map(wanted.file, range(wanted.world))]:
+    for file in chain([h.resume], map(wanted.file, range(wanted.world))):
         if not os.path.isfile(file):
             raise InputError(f"config key resume: no checkpoint file {file}; resume=auto takes the newest")
 
@@ -5221,8 +5249,8 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
         parts = []
         reason = ""
         try:
-            parts = [read_checkpoint(found.file(share)) for share in range(found.world)]
-        except (OSError, ValueError) as e:
+            parts = read_set(found)
+        except (OSError, ValueError, RecursionError) as e:
             reason = str(e)
         reasons = [""] * m.world_size
         dist.all_gather_object(reasons, reason)
@@ -5372,12 +5400,18 @@ class Checkpoints:
             return 0, 0.0
 
         for name, share in self.shares.items():
-            complete = torch.cat([tensors[name] for _, tensors in state.parts if name in tensors])
-            if name in self.whole:
-                self.whole[name].copy_(complete)
-            else:
-                _, _, parameter = name.partition(".")
-                share.copy_(complete[self.optimizer.rows[parameter]])
+            saved = [tensors[name] for _, tensors in state.parts if name in tensors]
+            with explained(
+                f"{state.pattern}: {name} does not fit",
+                "begin anew with another run_id",
+                *(ValueError, RuntimeError, IndexError),
+            ):
+                complete = torch.cat(saved)
+                if name in self.whole:
+                    self.whole[name].copy_(complete.view_as(self.whole[name]))
+                else:
+                    _, _, parameter = name.partition(".")
+                    share.copy_(complete[self.optimizer.rows[parameter]].view_as(share))
         header, _ = state.parts[0]
         self.optimizer.steps = state.step
         self.good = state.step
@@ -6206,7 +6240,10 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     base = os.path.join(h.out_dir, m.of_rank_0(name))
 
     # Any fault of the input is found here, before a log exists, which would take the run_id.
+    artifact = f"{base}.int6.{h.codec}"
     with m.together():
+        if os.path.lexists(artifact) and not h.resume:
+            raise InputError(f"{artifact}: exists; choose another run_id, or move it away")
         dataset = load_dataset(h, trains=True)
     check_train_split(h, m)
     resumed = read_state(h, m, base, dataset) if h.resume else None
@@ -6215,7 +6252,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     with guarded(m, log):
         run = start_run(h, m, log, dataset, started)
         run.resumed = resumed
-        return conclude(run, train(run), f"{base}.int6.{h.codec}")
+        return conclude(run, train(run), artifact)
 
 
 class StoredModel(NamedTuple):
@@ -6325,7 +6362,7 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
     """Run one command and return its exit status. Raises InputError for an unknown command."""
     has_file = bool(rest) and "=" not in rest[0]
     if command in ("-h", "--help"):
-        show(USAGE + "\n\n" + __doc__)
+        show(f"{USAGE}\n\n{__doc__ or ''}")  # python -OO has no docstrings
         return 0
     if command == "config":
         knobs = vars(load_config(rest, env))

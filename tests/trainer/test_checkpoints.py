@@ -1,6 +1,8 @@
 """Checkpoints: kills and resumes, damaged and missing sets, other worlds, files that a run can do without."""
 
 import hashlib
+import json
+import math
 import os
 import random
 import re
@@ -126,6 +128,75 @@ def test_a_file_that_only_has_the_checksum_of_a_checkpoint_is_damaged(tmp_path, 
     err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
     assert f"{part}: its header is not that of a checkpoint" in err
     assert os.listdir(tmp_path) == [part.name]
+
+
+def forged(blob, change):
+    """Return a checkpoint with change(header, payload) and a checksum that is right."""
+    end = 4 + int.from_bytes(blob[:4], "little")
+    header, payload = change(json.loads(blob[4:end]), blob[end : -t.DIGEST_BYTES])
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = len(text).to_bytes(4, "little") + text + payload
+    return body + hashlib.sha256(body).digest()
+
+
+FORGERIES = {
+    "of another step": lambda header, payload: (header | {"step": 2}, payload),
+    "of step -1": lambda header, payload: (header | {"step": -1}, payload),
+    "of a clock that is no number": lambda header, payload: (header | {"train_ms": math.nan}, payload),
+    "of infinite progress": lambda header, payload: (header | {"progress": math.inf}, payload),
+    "of position -1": lambda header, payload: (header | {"position": -1}, payload),
+    "of a deep header": lambda header, payload: (b"[" * 100_000, payload),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_checkpoint_is_skipped_or_refused_in_one_line(undisturbed, tmp_path, capsys, name):
+    part = checkpoint(tmp_path, STEPS)
+    part.write_bytes(forged(checkpoint(undisturbed.folder, STEPS).read_bytes(), FORGERIES[name]))
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert "config key resume: " in err and "resume=auto" in err
+    assert os.listdir(tmp_path) == [part.name]
+
+
+def swapped_names(header, payload):
+    (first, *first_rest), *others, (last, *last_rest) = header["tensors"]
+    return header | {"tensors": [[last, *first_rest], *others, [first, *last_rest]]}, payload
+
+
+def no_last_tensor(header, payload):
+    *kept, (_, _, _, offset) = header["tensors"]
+    return header | {"tensors": kept}, payload[:offset]
+
+
+@pytest.mark.parametrize("change", [swapped_names, no_last_tensor])
+def test_a_checkpoint_of_other_tensors_is_refused_in_one_line(undisturbed, tmp_path, capsys, change):
+    part = checkpoint(tmp_path, STEPS)
+    part.write_bytes(forged(checkpoint(undisturbed.folder, STEPS).read_bytes(), change))
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert "does not fit" in err and "run_id" in err
+
+
+def test_no_set_has_no_parts_and_a_huge_one_is_not_listed(undisturbed, tmp_path, capsys):
+    blob = checkpoint(undisturbed.folder, STEPS).read_bytes()
+    assert t.set_of("out/run.step4.0of0.ckpt") is None
+    part = tmp_path / f"run.step4.0of{10**15}.ckpt"  # a list of its files would fill the memory
+    part.write_bytes(blob)
+    err = stop_one_line(args(tmp_path / "out", resume=part), capsys)
+    assert f"run.step4.1of{10**15}.ckpt" in err
+
+
+def test_pipes_in_a_run_s_folder_do_not_stop_it(undisturbed, tmp_path, capsys):
+    """A pipe that nobody writes to would be read for ever."""
+    part = checkpoint(tmp_path, STEPS)
+    part.write_bytes(checkpoint(undisturbed.folder, STEPS).read_bytes())
+    os.mkfifo(checkpoint(tmp_path, STEPS + 1))
+    os.mkfifo(tmp_path / "run.int6.xz.tmp")
+    assert t.main(args(tmp_path, resume="auto")) == 0
+    assert has_line(tmp_path, rf"checkpoint step:{STEPS + 1} skipped: .*not a file")
+    assert has_line(tmp_path, f"resumed step:{STEPS} ")
+    os.mkfifo(tmp_path / "other.txt")
+    err = stop_one_line(args(tmp_path, run_id="other", resume="auto"), capsys)
+    assert "other.txt: cannot write the log (it is a pipe)" in err
 
 
 def test_a_train_split_that_is_missing_or_too_small_leaves_no_log(tmp_path, capsys):

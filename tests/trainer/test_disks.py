@@ -204,6 +204,22 @@ def test_a_shard_that_is_cut_during_training_ends_it_in_one_line(tmp_path):
 
 
 @needs_full
+def test_a_link_where_a_file_is_written_first_leads_nowhere(tmp_path):
+    (tmp_path / "precious").write_bytes(b"old")
+    os.symlink("precious", tmp_path / "new.tmp")
+    t.write_atomic(str(tmp_path / "new"), b"new")
+    assert (tmp_path / "precious").read_bytes() == b"old"
+    assert (tmp_path / "new").read_bytes() == b"new" and not (tmp_path / "new").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["new", "precious"]
+
+
+def test_an_artifact_that_is_there_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "run.int6.xz").write_bytes(b"weights")
+    err = stop_one_line(args(tmp_path), capsys)
+    assert "run.int6.xz: exists" in err and "run_id" in err
+    assert os.listdir(tmp_path) == ["run.int6.xz"] and (tmp_path / "run.int6.xz").read_bytes() == b"weights"
+
+
 def test_a_log_that_a_full_disk_has_refused_can_be_closed(tmp_path):
     """Closing writes once more what could not be written."""
     log = t.Log(str(tmp_path / "run.txt"), None)

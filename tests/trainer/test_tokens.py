@@ -69,6 +69,15 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_false_shard_larger_than_the_memory_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "x_train_000000.bin"
+    write_shard(path, [1, 2, 3])
+    os.truncate(path, 1 << 40)  # takes no room on the disk
+    with pytest.raises(t.InputError, match=f"{1 << 40} bytes but its header says 1030"):
+        t.load_shard(str(path))
+    assert len(t.read_file(str(path))) == 1 << 28
+
+
 def test_a_token_beyond_the_vocabulary_is_named(tmp_path):
     path = write_shard(tmp_path / "x.bin", [1, 99, 4])
     assert len(t.load_shard(path, 100)) == 3

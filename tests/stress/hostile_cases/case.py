@@ -1,5 +1,6 @@
 """A hostile case is a row: what is broken, the command that meets it, and what must hold then."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -122,6 +123,13 @@ def shell(script: str, *command: str) -> tuple[str, ...]:
     return ("bash", "-c", script, "-", *command)
 
 
+def with_huge(path: str, command: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a command that meets a file of 9 GB, which takes no room, in 4 GB of memory."""
+    return shell(
+        f'ulimit -v 4000000; truncate -s 9G {path}; "$@"; status=$?; rm {path}; exit $status', *command
+    )
+
+
 # ---------------------------------------------------------------- ways to break a folder
 
 
@@ -187,6 +195,17 @@ def linked(path: str, target: str) -> Callable[[Path], None]:
             (here / path).unlink()
         (here / path).parent.mkdir(parents=True, exist_ok=True)
         (here / path).symlink_to(target)
+
+    return setup
+
+
+def pipe(path: str) -> Callable[[Path], None]:
+    """Make a named pipe that nobody writes to or reads, in place of the file that is there."""
+
+    def setup(here: Path) -> None:
+        (here / path).unlink(missing_ok=True)
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(here / path)
 
     return setup
 

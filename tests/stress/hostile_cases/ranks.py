@@ -1,18 +1,24 @@
 """Ranks: one is killed or refuses, wrong numbers of them, wrong variables, two runs of one name."""
 
+import hashlib
+import json
 import signal
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from hostile_cases.case import (
     Case,
     Group,
     Signal,
+    copied,
     cut,
     edited,
     evaluate,
     folder,
     knobs,
     lab,
+    pipe,
     removed,
     run_sh,
     shell,
@@ -23,6 +29,7 @@ from hostile_cases.paths import OUTPUT
 LOG = ("out", "out/run.txt")
 LONG = ("iterations=1000000", "train_log_every=1")
 TWO = {"NPROC": "2"}
+NAN = struct.pack("<f", float("nan"))
 
 # Two ranks without torchrun. The status is rank 0's; "rank 1: STATUS" is printed.
 BY_HAND = """
@@ -68,6 +75,91 @@ VARIABLES = (
     ("LOCAL_WORLD_SIZE does not divide", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}),
     ("WORLD_SIZE is in other digits", {"RANK": "0", "WORLD_SIZE": "\u00b2"}),
 )
+
+
+def forged(change: Callable[[dict, bytes], tuple[object, bytes]]) -> Callable[[Path], None]:
+    """Return a setup that changes header and payload of a checkpoint and makes its checksum right."""
+
+    def forge(blob: bytes) -> bytes:
+        end = 4 + int.from_bytes(blob[:4], "little")
+        header, payload = change(json.loads(blob[4:end]), blob[end:-32])
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        body = len(text).to_bytes(4, "little") + text + payload
+        return body + hashlib.sha256(body).digest()
+
+    return edited(NEWEST, forge)
+
+
+def number(key: str, value: object) -> Callable[[Path], None]:
+    """Return a setup that changes a key of the newest checkpoint's header."""
+    return forged(lambda header, payload: (header | {key: value}, payload))
+
+
+def without_last_tensor(header: dict, payload: bytes) -> tuple[object, bytes]:
+    """Drop the last tensor of a checkpoint."""
+    *kept, (_, _, _, offset) = header["tensors"]
+    return header | {"tensors": kept}, payload[:offset]
+
+
+def with_swapped_names(header: dict, payload: bytes) -> tuple[object, bytes]:
+    """Give the first tensor of a checkpoint the name of the last, and the last that of the first."""
+    (first, *first_rest), *others, (last, *last_rest) = header["tensors"]
+    return header | {"tensors": [[last, *first_rest], *others, [first, *last_rest]]}, payload
+
+
+NEWEST = "run/run.step3.0of1.ckpt"
+FITS_NOT = ("does not fit", "run_id")
+# Newest checkpoints that resume=auto skips: what is wrong, and the setup.
+SKIPPED = (
+    ("a pipe", pipe(NEWEST)),
+    ("of another step", number("step", 2)),
+    ("of step -1", number("step", -1)),
+    ("of a clock that is no number", number("train_ms", float("nan"))),
+    ("of infinite progress", number("progress", float("inf"))),
+    ("of position -1", number("position", -1)),
+    ("of a deep header", forged(lambda header, payload: (b"[" * 100_000, payload))),
+    ("of a weight that is no number", forged(lambda header, payload: (header, NAN + payload[4:]))),
+)
+
+
+def checkpoint_cases() -> tuple[Case, ...]:
+    """Return the cases of checkpoints that a hand has made."""
+    command = train("out_dir=run", "resume=auto")
+    gone = removed("run/run.int6.xz")
+    skipped = (
+        Case(
+            f"resume=auto and the newest checkpoint is {name}",
+            command,
+            ("checkpoint step:3 skipped", "resumed step:2"),
+            0,
+            setup=(gone, setup),
+            leaves=("run/*",),
+        )
+        for name, setup in SKIPPED
+    )
+    refused = (
+        Case(
+            f"resume=auto and a checkpoint {name}",
+            command,
+            FITS_NOT,
+            setup=(gone, forged(change)),
+            leaves=("run/run.txt",),
+        )
+        for name, change in (
+            ("lacks a tensor", without_last_tensor),
+            ("has swapped two tensors", with_swapped_names),
+        )
+    )
+    no_parts = Case(
+        "resume=auto and a checkpoint of no parts",
+        command,
+        ("resumed step:3",),
+        0,
+        setup=(gone, copied(NEWEST, "run/run.step9.0of0.ckpt")),
+        leaves=("run/*",),
+    )
+    return (*skipped, *refused, no_parts)
+
 
 CASES = (
     *(Case(name, train(), ("WORLD_SIZE=", "RANK="), env=env) for name, env in VARIABLES),
@@ -264,6 +356,13 @@ CASES = (
         0,
         setup=(removed("run/run.int6.xz"), folder("run/run.step3.0of1.ckpt")),
         leaves=("run/*",),
+    ),
+    *checkpoint_cases(),
+    Case(
+        "resume from a set of 10^11 parts",
+        train(f"resume=run/run.step3.0of{10**11}.ckpt"),
+        (f"1of{10**11}.ckpt", "resume=auto"),
+        setup=(copied("run/run.step3.0of1.ckpt", f"run/run.step3.0of{10**11}.ckpt"),),
     ),
     Case("wire of no ranks", lab("wire", "--ranks", "0"), ("--ranks",), lines=0),
 )
