@@ -4,6 +4,8 @@
 # Written for bash 3.2 (macOS) and later. Notes go to stderr, so `./run.sh config > file` stays clean.
 set -euo pipefail
 unset PYTHONSAFEPATH    # with it, a program would not find the modules beside it
+unset PYTHONHOME        # with it, a .venv would not find the standard library
+unset CDPATH            # with it, cd may go elsewhere, and prints where
 
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do    # a symlink to this file; macOS has no readlink -f

@@ -926,7 +926,7 @@ def main(argv: list[str]) -> int:
     """Audit an artifact and return the exit status. An error that the user can fix is one line."""
     guard_console()
     if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
+        print((__doc__ or USAGE).strip())
         return 0
     try:
         arguments = parse(argv)

@@ -3,10 +3,12 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from run_sh_tree import CHECKS, TESTS, refused
+from run_sh_tree import CHECKS, ROOT, TESTS, refused
 
 
 def test_too_old_python(tree):
@@ -29,6 +31,15 @@ def test_venv_module_missing(tree):
         "python3 has no venv module",
         "python3-venv",
     )
+
+
+def test_variables_of_the_shell_and_of_python_do_not_lead_elsewhere(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    (tmp_path / "other" / "link").mkdir(parents=True)
+    env = {"CDPATH": f"{tmp_path}/other:{tmp_path}", "PYTHONHOME": "/nope", "BANKSHOT_PYTHON": sys.executable}
+    command = ["bash", "link/run.sh", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh"), done.stderr
 
 
 def test_the_seconds_of_notes_go_on_after_an_install(tree):

@@ -146,6 +146,7 @@ def model_card(log: Run | None, stored: Stored, tokenizer: Tokenizer, has_tokeni
 def write_folder(t: ModuleType, folder: Path, stored: Stored, tokenizer: Tokenizer, log: Run | None) -> None:
     """Write all files of an export into a folder. Raises BadInput if safetensors is not installed."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ModuleNotFoundError as error:
         raise BadInput(
@@ -158,7 +159,12 @@ def write_folder(t: ModuleType, folder: Path, stored: Stored, tokenizer: Tokeniz
 
     h = stored.h
     weights = {f"gpt.{name}": tensor.contiguous() for name, tensor in stored.tensors.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise BadInput(
+            f"{folder}: cannot write the weights ({error}); give an --out with more space"
+        ) from None
     write("config.json", model_config(t, stored))
     write("generation_config.json", {"bos_token_id": h.bos_id, "eos_token_id": h.bos_id, "use_cache": False})
     write(MODEL_FILE, model_source(TRAINER.read_text(encoding="utf-8")))
@@ -199,7 +205,7 @@ def export(t: ModuleType, argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit status."""
-    return run_tool("export", export, argv, usage=__doc__)
+    return run_tool("export", export, argv, usage=__doc__ or USAGE)
 
 
 if __name__ == "__main__":

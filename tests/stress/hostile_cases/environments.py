@@ -55,7 +55,61 @@ def clone(*words: str) -> tuple[str, ...]:
     return ("bash", "-c", CLONE, str(ROOT), "clone/run.sh", *words)
 
 
+# Python without docstrings, and programs that print theirs.
+BARE = {"PYTHONOPTIMIZE": "2"}
+HELPED = (
+    ("train_gpt.py", (PYTHON, TRAINER, "--help"), "usage: train_gpt.py"),
+    ("audit", (PYTHON, str(ROOT / "tools/audit.py"), "--help"), "usage: audit.py"),
+    ("sample", (PYTHON, "-m", "use.sample", "--help"), "usage: sample.py"),
+    ("record", record("--help"), "usage: record"),
+    ("data", data("--help"), "usage: data"),
+    ("run.sh", run_sh("--help"), "usage: ./run.sh"),
+)
+TOOLS = {"PYTHONPATH": str(ROOT / "tools")}
+
 CASES = (
+    *(
+        Case(f"python -OO: help of {name}", command, (says,), 0, env=BARE | TOOLS)
+        for name, command, says in HELPED
+    ),
+    Case("python -OO: train", train(), ("final_score",), 0, env=BARE, leaves=OUTPUT),
+    Case(
+        "CDPATH has a folder of the repository's name",
+        shell("mkdir -p other/link; CDPATH=$PWD/other:$PWD exec bash link/run.sh config seed=7"),
+        ("seed: 7",),
+        0,
+        setup=(linked("link", str(ROOT)),),
+        leaves=("other*",),
+    ),
+    Case("PYTHONHOME is missing", run_sh("config", "seed=7"), ("seed: 7",), 0, env={"PYTHONHOME": "/nope"}),
+    Case(
+        "MPLBACKEND is a word",
+        record("plot", "Base"),
+        status=0,
+        env={"MPLBACKEND": "nonsense"},
+        leaves=("*/loss.png",),
+    ),
+    Case(
+        "a matplotlibrc that is no text",
+        record("plot", "Base"),
+        ("matplotlib", "check the file matplotlibrc"),
+        lines=2,
+        setup=(written("matplotlibrc", b"\xff"),),
+    ),
+    Case(
+        "no such network interface",
+        train(),
+        ("nope9", "GLOO_SOCKET_IFNAME"),
+        env={"GLOO_SOCKET_IFNAME": "nope9"},
+    ),
+    Case(
+        "download from an address that is none",
+        data("download", "--out", "made"),
+        ("hub", "not a url"),
+        3,
+        env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "not a url"},
+        lines=0,
+    ),
     Case("train without HOME", train(), status=0, env=NO_HOME, leaves=OUTPUT),
     Case("train with a HOME that is missing", train(), status=0, env={"HOME": "/nope"}, leaves=OUTPUT),
     Case("plot without HOME", record("plot", "Base"), status=0, env=NO_HOME, leaves=("*/loss.png",)),

@@ -227,7 +227,8 @@ def serve(folder: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="lab.training.worker", description=__doc__.partition("\n")[0])
+    text = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="lab.training.worker", description=text)
     parser.add_argument("folder", type=Path, help="the sweep's folder")
     return serve(parser.parse_args(argv).folder)
 

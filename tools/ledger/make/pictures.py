@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from datetime import date, timedelta
 from pathlib import Path
@@ -17,15 +18,19 @@ MAX_TICKS = 8  # of a time axis; one with fewer days has a tick for each
 def pyplot():
     """Return matplotlib.pyplot, set up to draw without a display.
 
-    Raises BadInput if matplotlib is not installed.
+    Raises BadInput if matplotlib is not installed, or does not start with the caller's settings.
     """
+    os.environ["MPLBACKEND"] = "Agg"  # the caller's may need a display, or be none
     try:
         import matplotlib
+        from matplotlib import pyplot as plt
     except ImportError:
         raise BadInput("plots need matplotlib: pip install matplotlib, or run ./run.sh once") from None
+    except Exception as error:  # of a matplotlibrc in the working folder or at home
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"matplotlib does not start ({reason}); check the file matplotlibrc") from None
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     plt.rcParams.update(
         {
