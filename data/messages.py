@@ -25,8 +25,9 @@ class BadInput(Exception):
 
 
 def one_line(message: object) -> str:
-    """Return a message on one line: a name that holds line breaks shows them as \\n."""
-    return "\\n".join(str(message).splitlines())
+    """Return a message on one line. A name in it shows what is no text, such as line breaks, escaped."""
+    line = "\\n".join(str(message).splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def guard_console() -> None:

@@ -125,7 +125,7 @@ def test_new_refuses_bad_arguments(repo, capsys):
         refuse(repo, capsys, reason, "new", name, "--logs", *logs, "--track", TRACK, *options)
 
     refuse_new("exists", "Base", logs, "--date", "2026-11-22")
-    refuse_new("not a date", "X", logs, "--date", "2026-13-01")
+    refuse_new("not a day of this century", "X", logs, "--date", "2026-13-01")
     refuse_new("no such folder", "X", logs, "--parent", "2020-01-01_None")
     refuse_new("cannot read", "X", [*logs, "absent.txt"])
     refuse_new("run42.txt, run42.txt", "X", [*logs, logs[0]])

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+import stat
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from script import BadInput
+
+LARGEST = 1 << 28  # bytes of a text; a log has less than a thousandth of that
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file, or a pipe that another program writes to, such as bash's <(...), for reading.
+
+    A pipe without a writer is at its end at once. Raises OSError for what may never end, or is too large.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(number, "rb")
+    try:
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISFIFO(found.st_mode):
+            raise OSError(errno.EINVAL, "not a file")
+        if found.st_size > LARGEST:
+            raise OSError(errno.EFBIG, f"more than {LARGEST} bytes")
+        os.set_blocking(number, True)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file, unzipped if it is a .gz. Raises OSError, EOFError or zlib.error."""
+    with open_file(path) as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        blob = file.read(LARGEST + 1)
+    if len(blob) > LARGEST:
+        raise OSError(errno.EFBIG, f"more than {LARGEST} bytes")
+    return blob
 
 
 def read_text(path: Path) -> str:
@@ -19,10 +54,7 @@ def read_text(path: Path) -> str:
     Raises BadInput, naming the file, when it cannot be read or is not UTF-8.
     """
     try:
-        blob = path.read_bytes()
-        if path.suffix == ".gz":
-            blob = gzip.decompress(blob)
-        return blob.decode("utf-8")
+        return read_bytes(path).decode("utf-8")
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: cannot read: {reason}") from None

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 
 from script import BadInput
 
 MEASUREMENT_NAME = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9.-]+?)(?:_(\d+))?$")  # date, device, number
+
+
+def is_date(text: str) -> bool:
+    """Return whether the text is a day of this century, YYYY-MM-DD. A picture has no room for more."""
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return re.fullmatch(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}", text) is not None
 
 
 def record_folders(records: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from ledger.files import read_text, write_atomic
 from ledger.folders import (
     find_folder,
     find_target,
+    is_date,
     is_measurement,
     is_sweep,
     logs_of,
@@ -40,7 +41,7 @@ from ledger.folders import (
     shown,
     sweep_folders,
 )
-from ledger.make import ladder, pictures, record_folder
+from ledger.make import ladder, markdown, pictures, record_folder
 from ledger.prove.challenge_claims import examine_challenge_folder, is_challenge_folder
 from ledger.prove.claims import Finding, Verdict
 from ledger.prove.direction_claims import examine_measurement
@@ -85,6 +86,7 @@ def new(args: argparse.Namespace) -> int:
         record_folder.build(draft, runs, submission_meta(args, parent), notes, args.root)
         refuse_failures(draft, records, args.non_record)
         target.parent.mkdir(parents=True, exist_ok=True)
+        refuse_existing(target)  # another command may have made it in the meantime
         os.rename(draft, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -105,10 +107,8 @@ def summary(sub: dict) -> str:
 
 def new_folder(args: argparse.Namespace, records: Path) -> Path:
     """Return the path of a folder to be made. Raises BadInput if its name is not allowed or is taken."""
-    try:
-        date.fromisoformat(args.date)
-    except ValueError:
-        raise BadInput(f"--date {args.date}: not a date; write YYYY-MM-DD") from None
+    if not is_date(args.date):
+        raise BadInput(f"--date {args.date}: not a day of this century; write YYYY-MM-DD")
 
     name = f"{args.date}_{args.name}"
     if not record_folder.FOLDER_NAME.match(name) or len(args.name) > LONGEST_NAME:
@@ -117,21 +117,26 @@ def new_folder(args: argparse.Namespace, records: Path) -> Path:
             "as in PolarHyperball"
         )
     target = records / args.track / name
+    refuse_existing(target)
+    return target
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise BadInput if a record is there."""
     if target.exists():
         raise BadInput(f"{target}: exists; records are not overwritten, choose another name or remove it")
-    return target
 
 
 def submission_meta(args: argparse.Namespace, parent: Path | None) -> dict[str, object]:
     """Return the keys of submission.json that no log gives."""
     return {
         "name": args.name,
-        "author": args.author,
-        "github_id": args.github_id,
+        "author": markdown.one_line(args.author),
+        "github_id": markdown.one_line(args.github_id),
         "date": args.date,
         "track": args.track,
         "record": not args.non_record,
-        "blurb": " ".join(args.blurb.split()),
+        "blurb": markdown.one_line(args.blurb),
         "parent": f"{parent.parent.name}/{parent.name}" if parent else None,
     }
 
@@ -314,7 +319,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(
         prog="record",
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

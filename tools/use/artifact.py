@@ -16,6 +16,7 @@ from ledger.read import runlog
 from script import (
     TRAINER,
     BadInput,
+    describe,
     guard_console,
     known_fault,
     leave_console,
@@ -28,7 +29,7 @@ MODULE = "trainer"  # its name in sys.modules
 NEEDS = (
     *("InputError", "Config", "make_config", "EXTRA_FIELDS", "parameter_table", "GPT", "init_machine"),
     *("open_artifact", "read_tensors", "codec_of", "read_manifest", "sentencepiece_counts"),
-    *("split_files", "load_shard", "sha256", "GPT.logits", "MODEL_FIELDS", "tiktoken_counts"),
+    *("split_files", "load_shard", "sha256", "GPT.logits", "MODEL_FIELDS", "tiktoken_counts", "read_file"),
 )
 
 
@@ -49,7 +50,7 @@ def load_trainer(tool: str) -> ModuleType:
 def read_artifact(t: ModuleType, path: str) -> Stored:
     """Read an artifact whose tensors are those of the trainer's model. Raises BadInput if they are not."""
     try:
-        blob = Path(path).read_bytes()
+        blob = t.read_file(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot read the artifact ({error.strerror})") from None
     try:
@@ -115,6 +116,10 @@ def run_tool(tool: str, command: Any, argv: list[str], usage: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{tool}: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is None:
+            leave_console()
+        return refuse(tool, BadInput(describe(error)))
     except Exception as error:
         if fault := known_fault(t, error):
             return refuse(tool, fault)

@@ -26,7 +26,7 @@ from typing import Any
 from ledger.read.runlog import Run
 from script import TRAINER, BadInput
 from use.artifact import Stored, log_of, read_artifact, run_tool
-from use.settings import read_arguments
+from use.settings import EXPORT_USAGE, read_arguments
 from use.text import Tokenizer, find_tokenizer
 from use.transformers_files import MODEL_FILE, TOKENIZER_FILE, TOKENIZER_SOURCE, model_source
 
@@ -205,7 +205,7 @@ def export(t: ModuleType, argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit status."""
-    return run_tool("export", export, argv, usage=__doc__ or USAGE)
+    return run_tool("export", export, argv, usage=__doc__ or EXPORT_USAGE)
 
 
 if __name__ == "__main__":

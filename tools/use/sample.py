@@ -189,7 +189,7 @@ def sample(t: ModuleType, argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command line and return the exit status."""
-    return run_tool("sample", sample, argv, usage=__doc__)
+    return run_tool("sample", sample, argv, usage=__doc__ or USAGE)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ def read_settings(words: list[str]) -> Settings:
     for key, least in dict(tokens=1, top_k=0, seed=0, held_out=0).items():
         if not least <= getattr(settings, key) < SEEDS:
             raise BadInput(f"{key}={getattr(settings, key)}: give a whole number from {least}")
+    try:
+        settings.prompt.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"prompt={settings.prompt[:40]}: not UTF-8; type it in a terminal of UTF-8") from None
     if settings.held_out and settings.prompt:
         raise BadInput("prompt and held_out exclude each other: leave one out")
     return settings

@@ -12,9 +12,12 @@ from hostile_cases.case import (
     edited,
     folder,
     lab,
+    pipe,
     record,
     removed,
     replaced,
+    shell,
+    with_huge,
     written,
 )
 from hostile_cases.paths import new
@@ -79,6 +82,29 @@ LOGS = (
     ),
     ("that is a folder", folder(INPUT), ("run42.txt",)),
 )
+LAST_DAY = "9999-12-31"  # after which a picture has no room
+
+
+def author_is(wanted: str) -> Callable[[Path], str]:
+    """Return a check that the record X has this author."""
+
+    def check(here: Path) -> str:
+        found = json.loads((here / TRACK / "2026-11-23_X/submission.json").read_text())["author"]
+        return "" if found == wanted else f"the author is {found!r}"
+
+    return check
+
+
+def moved_to(day: str) -> Callable[[Path], None]:
+    """Return a setup that gives the record another day."""
+
+    def setup(here: Path) -> None:
+        key("date", day)(here)
+        (here / BASE).rename(here / TRACK / f"{day}_Base")
+
+    return setup
+
+
 NO_GZIP = written("x.txt.gz", b"\x1f\x8b\x08\0garbage")
 
 # Folders that do not verify: what is wrong, the setup, what verify says.
@@ -181,6 +207,79 @@ OTHERS = (
         new("X", track="track_10min_16mb"),
         ("claims fail", "--non-record"),
         lines=0,
+    ),
+    Case("new of a day after all others", new("X", date=LAST_DAY), (f"--date {LAST_DAY}", "YYYY-MM-DD")),
+    Case("new of a day without dashes", new("X", date="20261123"), ("--date 20261123", "YYYY-MM-DD")),
+    Case(
+        "board of a day after all others", record("board"), (LAST_DAY, "century"), setup=(moved_to(LAST_DAY),)
+    ),
+    Case(
+        "verify of a day after all others",
+        record("verify"),
+        ("century",),
+        1,
+        setup=(moved_to(LAST_DAY),),
+        lines=0,
+    ),
+    Case(
+        "new of an author who sends codes to the terminal",
+        new("X", author="a\x1b[31m\u202eb"),
+        status=0,
+        leaves=("repo/records/*",),
+        holds=author_is("a [31m b"),
+    ),
+    Case(
+        "the name of a log sends codes to the terminal",
+        record("plot", "a\x1b]0;b\x07.txt"),
+        ("a\\x1b]0;b\\x07.txt",),
+        setup=(written("a\x1b]0;b\x07.txt"),),
+    ),
+    Case(
+        "new of a log that is a pipe",
+        record("new", "X", "--logs", "p", "--track", "track_cpu"),
+        ("p: ",),
+        setup=(pipe("p"),),
+    ),
+    Case(
+        "new of a log that is endless",
+        record("new", "X", "--logs", "/dev/zero", "--track", "track_cpu"),
+        ("/dev/zero", "not a file"),
+    ),
+    Case(
+        "new of notes that are a pipe",
+        new("X", notes="p"),
+        status=0,
+        setup=(pipe("p"),),
+        leaves=("repo/records/*",),
+    ),
+    Case("verify: a log is a pipe", record("verify"), ("fail", "seed42.txt"), 1, setup=(pipe(LOG),), lines=0),
+    Case(
+        "verify: submission.json is a pipe",
+        record("verify"),
+        ("fail",),
+        1,
+        setup=(pipe(SUBMISSION),),
+        lines=0,
+    ),
+    Case("a log is huge", with_huge("huge.txt", record("plot", "huge.txt")), ("huge.txt", "more than")),
+    Case(
+        "a gzip log is a bomb",
+        shell(
+            "ulimit -v 1200000; head -c 1G /dev/zero | gzip -1 >x.txt.gz; "
+            '"$@"; status=$?; rm x*; exit $status',
+            *record("plot", "x.txt.gz"),
+        ),
+        ("x.txt.gz", "more than"),
+    ),
+    Case(
+        "two commands make the same record",
+        shell(
+            '"$@" >/dev/null 2>&1 & "$@" 2>err; first=$?; wait $!; echo $((first + $?)); cat err >&2; exit 0',
+            *new("X"),
+        ),
+        ("2",),
+        0,
+        leaves=("repo/records/*", "err"),
     ),
     Case("new of no date", new("X", date="yesterday"), ("--date yesterday", "YYYY-MM-DD")),
     Case("new of a date that is none", new("X", date="2026-02-30"), ("--date 2026-02-30", "YYYY-MM-DD")),

@@ -11,9 +11,14 @@ from script import BadInput
 RULES = {"l": "---", "r": "---:"}
 
 
+def one_line(text: object) -> str:
+    """Return the text with every run of blanks and control characters as one blank."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
 def cell(text: object) -> str:
     """Return the text on one line with its pipes escaped, so that it fits in one cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return one_line(text).replace("|", "\\|")
 
 
 def row(cells: Iterable[str]) -> str:

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from decimal import Decimal
 from functools import cached_property
 from itertools import pairwise
@@ -22,7 +21,8 @@ from typing import NamedTuple
 
 from ledger import stats
 from ledger.files import read_json
-from ledger.prove.claims import Finding, LogFolder, NotCheckable, Wrong, demand, demand_files, prove
+from ledger.folders import is_date
+from ledger.prove.claims import Finding, LogFolder, NotCheckable, demand, demand_files, prove
 from ledger.prove.record_claims import seconds
 from ledger.read.dialects import SEED_IN_NAME, parse_published_log
 from ledger.read.runlog import FREE_KEYS, Run
@@ -303,10 +303,7 @@ def claim_numbers(case: ChallengeCase) -> str:
 def claim_name(case: ChallengeCase) -> str:
     """The folder's name begins with a date, and its track is the one submission.json names."""
     name = case.folder.name
-    try:
-        date.fromisoformat(name[:10])
-    except ValueError:
-        raise Wrong(f"{name} does not begin with a date") from None
+    demand(is_date(name[:10]), f"{name} does not begin with a day of this century")
 
     track = case.folder.parent.name.removeprefix("track_")
     stored = case.get("track")

@@ -8,12 +8,12 @@ import json
 import sys
 import tokenize
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 
 from ledger import stats
 from ledger.files import read_json, read_text, sha256
+from ledger.folders import is_date
 from ledger.make.race_page import race_result
 from ledger.make.record_folder import FOLDER_NAME, NOTES, contents, layout_of, requirements, uses_flash4
 from ledger.make.submission import common_config, seed_result
@@ -130,10 +130,7 @@ def claim_name(case: RecordCase) -> str:
     """The folder is <track>/<date>_<name> as submission.json says."""
     match = FOLDER_NAME.match(case.folder.name)
     demand(match is not None, f"{case.folder.name} is not YYYY-MM-DD_Name of letters, digits and dots")
-    try:
-        date.fromisoformat(match[1])
-    except ValueError:
-        raise Wrong(f"{match[1]} is not a date") from None
+    demand(is_date(match[1]), f"{match[1]} is not a day of this century")
 
     stored = (case.stored["track"], case.stored["date"], case.stored["name"])
     found = (case.folder.parent.name, match[1], match[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ledger.files import read_json, read_text, write_atomic
-from ledger.folders import record_folders, sweep_folders
+from ledger.folders import is_date, record_folders, sweep_folders
 from ledger.make import direction_tables, markdown, pictures, sweep_table
 from ledger.read.schema import schema_errors, submission_schema
 from ledger.tracks import TRACKS, target_of
@@ -24,7 +24,10 @@ def read_submission(folder: Path) -> dict:
     """Return the submission.json of a record folder. Raises BadInput if it breaks the schema."""
     path = folder / "submission.json"
     sub = read_json(path)
-    if errors := schema_errors(sub, submission_schema(folder.parent.name)):
+    errors = schema_errors(sub, submission_schema(folder.parent.name))
+    if not errors and not is_date(sub["date"]):
+        errors = [f"date: {sub['date']} is not a day of this century"]
+    if errors:
         raise BadInput(f"{path}: {errors[0]}; ./run.sh record verify {folder.name} says more")
     return sub
 
