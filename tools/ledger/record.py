@@ -10,6 +10,7 @@
     ./run.sh record target TARGET... --loss L [--time]        hold the runs of a race against a target loss
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
     ./run.sh record track LOG... --to TRACKER --dir DIR       send logs to TensorBoard, Trackio or wandb
+    ./run.sh record site --out DIR                            the whole ledger as one page, DIR/index.html
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
 Without run.sh: PYTHONPATH=tools python -m ledger.record VERB.
@@ -22,6 +23,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -53,6 +55,7 @@ from ledger.show import diff
 from ledger.show.board import read_submission, rewrite_board
 from ledger.show.compare import print_comparison, read_samples
 from ledger.show.reproduce import reproduce
+from ledger.show.site import write_site
 from ledger.show.track import TRACKERS, track
 from ledger.status import finish
 from ledger.tracks import TRACKS, target_of
@@ -312,6 +315,22 @@ def track_logs(args: argparse.Namespace) -> int:
     return track([Path(log) for log in args.logs], args.to, Path(args.dir), args.follow)
 
 
+def site(args: argparse.Namespace) -> int:
+    """Write the ledger as a page, and print its path and size."""
+    records = args.root / "records"
+    started = time.monotonic()
+
+    def examine_folder(folder: Path) -> list[Finding]:
+        return examine(folder, records)
+
+    def say(text: str) -> None:
+        print(f"site: {text}", file=sys.stderr, flush=True)
+
+    page = write_site(args.root, Path(args.out), None if args.no_verify else examine_folder, say)
+    print(f"{shown(page)}: {page.stat().st_size:,} bytes in {time.monotonic() - started:.1f} s")
+    return 0
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 
@@ -383,6 +402,14 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--to", required=True, choices=list(TRACKERS))
     added.add_argument("--dir", required=True, metavar="DIR", help="where the tracker keeps them")
     added.add_argument("--follow", action="store_true", help="until each run is over")
+
+    added = verb("site", site, "write the whole ledger as one page that needs no network")
+    added.add_argument("--out", required=True, metavar="DIR", help="the page is DIR/index.html")
+    added.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="prove no claim, which takes most of the time; none is marked",
+    )
     return top
 
 
