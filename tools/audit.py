@@ -812,12 +812,14 @@ def audit_files(audit: Audit) -> Verdict:
     m = run.m
     if hasattr(m, "signals"):  # for `train`, a first signal ends training; for the audit, it leaves at once
         m = dataclasses.replace(m, signals=type(m.signals)())  # in old scripts they are a list
+    # One layer has no loop: both passes are the same. Scripts before the loop have one pass only.
+    passes = {name: small.loss for name in ("loss_fn", "plain_loss_fn") if hasattr(run, name)}
     small_run = dataclasses.replace(
         run,
         h=h,
         m=m,
         model=small,
-        loss_fn=small.loss,
+        **passes,
         nats_fn=small.nats,
         phases={},
         splits={},
