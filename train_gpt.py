@@ -851,7 +851,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Machine:
-    """This process's rank, and what is chosen for its device, so that other code rarely asks which it is."""
+    """This process's rank, and the choices for its device, so that other code rarely asks which it is."""
 
     rank: int
     world_size: int
@@ -1994,7 +1994,7 @@ class Factors(NamedTuple):
     up: Tensor  # (B, M, r)
 
     def change(self, x: Tensor) -> Tensor:
-        """Return what the change adds to the matrix's product with x. (B, T, D) -> (B, T, M)."""
+        """Return the change of the matrix's product with x. (B, T, D) -> (B, T, M)."""
         return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
 
 
@@ -2270,7 +2270,7 @@ def serial(
 ) -> tuple[Tensor, ...]:
     """Add attention to the residual stream, then the MLP of the sum. streams, x0, the results: (B, T, D).
 
-    attend and feed map a normalized input to what is added.
+    attend and feed map a normalized input to the term to add.
     """
     x = residual_mix(join(streams), x0, w.resid_mix)
     x = x + attend(rms_norm(x))
@@ -3696,7 +3696,7 @@ class OwnedMatrices(NamedTuple):
 
 
 class FlatBuffers(NamedTuple):
-    """All small parameters concatenated, (n,), and what belongs to them, in the same shape."""
+    """All small parameters concatenated, (n,), and their gradients, moments and rates, in the same shape."""
 
     p: Tensor
     g: Tensor  # in wire_dtype
@@ -3824,8 +3824,10 @@ class Optimizer:
         """Allocate state for the matrices of p in this rank's share. p starts at row `first` of the bank."""
         per_rank = self.bank[buffer].size(1)
         end = first + len(p)
-        low = min(max(self.m.own_share * per_rank, first), end)  # p's rows here: [low, high), maybe none
-        high = min(max((self.m.own_share + 1) * per_rank, first), end)
+        share_start = self.m.own_share * per_rank
+        # Rows [low, high) of the bank belong to p and to this rank. There may be none.
+        low = min(max(share_start, first), end)
+        high = min(max(share_start + per_rank, first), end)
         self.rows[name] = slice(low - first, high - first)
         if low == high:
             return
@@ -3907,7 +3909,7 @@ class Optimizer:
             wire = self.wire[buffer].copy_(grad)  # does nothing if the two are one tensor
             for depth, level in enumerate(self.m.levels):
                 if depth > 0:
-                    arrivals[-1].wait()  # between nodes travels what each has averaged inside
+                    arrivals[-1].wait()  # nodes exchange averages of their own ranks
                 arrivals.append(
                     reduce_scatter(
                         wire[level.kept],
@@ -4501,7 +4503,7 @@ compress = partial(lzma.compress, **XZ)
 
 
 def decompress(blob: bytes) -> bytes:
-    """Return what one xz stream holds, at most MAX_RAW_BYTES. Raises ValueError if it is anything else."""
+    """Return the content of one xz stream, at most MAX_RAW_BYTES. Raises ValueError for anything else."""
     reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
     try:
         raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
@@ -4762,7 +4764,7 @@ class SideReader:
 
 
 def unpack_rans(blob: bytes) -> bytes:
-    """Return the raw artifact in what pack_rans wrote. Raises ValueError for anything else."""
+    """Undo pack_rans: return the raw artifact. Raises ValueError for bytes that it did not write."""
     if zlib.crc32(blob[12:]) != int.from_bytes(blob[8:12], "little"):
         raise ValueError("artifact: damaged (its checksum does not match)")
     end = 16 + int.from_bytes(blob[12:16], "little")
@@ -5182,7 +5184,7 @@ class SavedState(NamedTuple):
 
 
 def origin(h: Config, dataset: Dataset) -> dict:
-    """Return what a run must have in common with the checkpoint from which it resumes."""
+    """Return the knobs, script and data that a run must share with the checkpoint from which it resumes."""
     shared = {key: value for key, value in asdict(h).items() if key not in knobs_with(FREE)}
     return {**shared, "script": sha256(Path(__file__).read_bytes()), "data": dataset.manifest_sha256}
 
@@ -5359,18 +5361,18 @@ class Checkpoints:
         if self.pending is None:
             return True
         step, future = self.pending
-        reason = None  # this rank is still writing
-        if wait or future.done():
-            reason = str(future.exception() or "")  # why it failed, or "" if it did not
-        reasons = [None] * self.m.world_size
-        dist.all_gather_object(reasons, reason)
-        if None in reasons:
+        is_done = wait or future.done()
+        failure = str(future.exception() or "") if is_done else ""
+        outcomes = [(is_done, failure)] * self.m.world_size
+        dist.all_gather_object(outcomes, (is_done, failure))
+        if not all(done for done, _ in outcomes):
             return False
 
         self.pending = None
-        if any(reasons):
+        failure = max(failure for _, failure in outcomes)  # of any rank; "" if none failed
+        if failure:
             stays = f"step:{self.good} stays" if self.good else "there is none before it"
-            self.run.log(f"checkpoint step:{step} failed: {max(reasons)}; {stays}")
+            self.run.log(f"checkpoint step:{step} failed: {failure}; {stays}")
             return True
         self.run.log(f"checkpoint step:{step}")
         if self.m.rank == 0:
@@ -5476,7 +5478,7 @@ class Run:
     resumed: SavedState | None = None  # where training continues if resume= is set
 
     def timed(self, phase: str, fn: Callable, *args):
-        """Call fn(*args), add its time to a phase, and return what it returns."""
+        """Call fn(*args), add its time to a phase, and return its result."""
         self.m.sync()
         started = time.perf_counter()
         out = fn(*args)
@@ -5621,7 +5623,7 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
                 f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
                 "make the model smaller"
             )
-        B = max(part for part in range(1, B) if B % part == 0)
+        B = max(divisor for divisor in range(1, B) if B % divisor == 0)  # so that the global batch stays
         run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
         h = replace(h, micro_batch_tokens=B * T)
     optimizer.clear_gradients()
@@ -5697,7 +5699,7 @@ def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
 
 
 class WarmUp(NamedTuple):
-    """What the warm-up leaves behind."""
+    """The results of the warm-up."""
 
     passes: Passes
     calibrate_ms: float  # how long the rehearsal of calibration took on this rank; 0: there was none
@@ -5745,7 +5747,7 @@ def compiled_graphs() -> int:
 
 
 class Pace(NamedTuple):
-    """What a step costs, and since when: its cost changes when the loop begins and when the batch grows."""
+    """The cost of a step, and since when it holds: until the loop begins or the batch grows."""
 
     loops: bool  # Hyper.loops of the steps
     count: int  # micro-batches of each
@@ -5773,7 +5775,7 @@ def log_changes(run: Run, before: Pace, pace: Pace, progress: float) -> None:
 
 
 class Ready(NamedTuple):
-    """What training works with, compiled and captured."""
+    """The parts of training, compiled and captured."""
 
     run: Run  # with micro-batches that fit
     optimizer: Optimizer
@@ -5784,7 +5786,7 @@ class Ready(NamedTuple):
 
 
 def get_ready(run: Run) -> Ready:
-    """Build what training works with and warm it up. Afterwards everything is as at step 0 again."""
+    """Build the parts of training and warm them up. Afterwards all state is that of step 0 again."""
     optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
     ema = Ema(run.model, run.h)
     fitting = run.timed("compile", fit_micro_batch, run, optimizer)
@@ -6040,6 +6042,7 @@ class Metric(NamedTuple):
     name: str  # chunked | sliding | ttt
     label: str  # names its lines in the log, final_int6_LABEL
     stride: int
+    learns: bool = False  # whether test-time training takes part
 
 
 class FinalScore(NamedTuple):
@@ -6065,11 +6068,12 @@ def score_artifact(run: Run) -> FinalScore:
     if h.eval_stride < h.eval_seq_len:
         metrics.append(Metric("sliding", "sliding_window", h.eval_stride))
     if h.ttt_lr > 0:
-        metrics.append(Metric("ttt", "ttt", h.eval_stride if h.ttt_form == "sgd" else h.ttt_chunk_tokens))
+        stride = h.eval_stride if h.ttt_form == "sgd" else h.ttt_chunk_tokens
+        metrics.append(Metric("ttt", "ttt", stride, learns=True))
 
     for metric in metrics:
         label = f"final_int6_{metric.label}"
-        score = run.score(label, metric.stride, learns=metric.name == "ttt")
+        score = run.score(label, metric.stride, learns=metric.learns)
         shown_stride = f"stride:{metric.stride} " if metric.stride < h.eval_seq_len else ""
         run.log(
             f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {shown_stride}"
@@ -6149,7 +6153,7 @@ def score_submission(run: Run, written: str, bytes_code: int) -> Submission:
 
 
 def describe_outcome(run: Run, final: FinalScore, unigram: float) -> str:
-    """Return what a run has reached: its score, or the distance to the target of its race."""
+    """Return the outcome of a run in words: its score, or the distance to the target of its race."""
     h = run.h
     if h.target_loss == 0:
         return f"score: {final.score.words}; token frequencies alone (unigram) give {unigram:.4f}"
@@ -6159,7 +6163,7 @@ def describe_outcome(run: Run, final: FinalScore, unigram: float) -> str:
 
 
 def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submission: Submission | None) -> None:
-    """Log what counts, in the last line of the log: a race's last validation, else the artifact's score."""
+    """Write the last line of the log: the score that counts, a race's last validation or the artifact's."""
     h = run.h
     final = FinalScore("time_to_loss", scores.live) if h.target_loss else submission.final
     line = [f"final_score {final.exact}"]
@@ -6299,7 +6303,7 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
 def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
     """Return a run whose model holds an artifact's weights, and the artifact's bytes.
 
-    Raises InputError as read_model does, and for data that is not what the artifact was made for.
+    Raises InputError as read_model does, and for data that do not fit the model.
     """
     stored = read_model(path, argv, env)
     h = stored.h
