@@ -10,7 +10,7 @@ from pathlib import Path
 import fixtures_records as fx
 from ledger import record
 from ledger.make import record_folder
-from ledger.prove import record_claims
+from ledger.prove import claim_table
 from ledger.read import runlog
 
 TRACK = "track_h100x1_5min"
@@ -55,7 +55,7 @@ def verdicts(folder: Path) -> dict[str, tuple[str, str]]:
     """Return {claim: (verdict, evidence)} of a record folder."""
     return {
         claim: (verdict, evidence)
-        for verdict, claim, evidence in record_claims.examine_record(folder, folder.parent.parent)
+        for verdict, claim, evidence in claim_table.examine_record(folder, folder.parent.parent)
     }
 
 

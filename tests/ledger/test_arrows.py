@@ -86,6 +86,13 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
+def crossing(name: str, tops: set[str], files: dict[str, Path]) -> set[str]:
+    """Return the modules of tools/ that one of data/ imports, or the other way round."""
+    of_data = {file.removeprefix("data.") for file in files if file.startswith("data.")}
+    of_tools = {file.split(".")[0] for file in files if not file.startswith("data.")}
+    return tops & (of_tools if name.startswith("data.") else of_data - of_tools)
+
+
 def violations(root: Path) -> list[str]:
     """Return every arrow that must not be there, and the circle if there is one."""
     files = python_files(root)
@@ -97,6 +104,7 @@ def violations(root: Path) -> list[str]:
         found += [f"{name} imports {top}" for top in sorted(tops & FORBIDDEN.get(name.split(".")[0], set()))]
         if "cli" in tops:
             found.append(f"{name} imports cli, which nothing may")
+        found += [f"{name} imports {other}" for other in sorted(crossing(name, tops, files))]
     found += [f"train_gpt imports {target}" for target in sorted(graph["train_gpt"])]
     if modules := circle({name: targets - {"train_gpt"} for name, targets in graph.items()}):
         found.append(f"circle: {' -> '.join(modules)}")
@@ -105,12 +113,21 @@ def violations(root: Path) -> list[str]:
 
 def write_tree(root: Path, **sources: str) -> Path:
     """Write a repository of empty modules, some of them with these sources (`__` stands for a folder)."""
-    modules = ["script", "cli", "audit", "ledger__record", "ledger__files", "lab__bench", "lab__sweep"]
+    modules = [
+        "../data/messages",
+        "script",
+        "cli",
+        "audit",
+        "ledger__record",
+        "ledger__files",
+        "lab__bench",
+        "lab__sweep",
+    ]
     texts = dict.fromkeys(modules, "") | sources
-    (root / "data").mkdir(parents=True)
+    root.mkdir(exist_ok=True)
     (root / "train_gpt.py").write_text(texts.pop("train_gpt", "import torch\n"), encoding="utf-8")
     for name, text in texts.items():
-        path = root / "tools" / (name.replace("__", "/") + ".py")
+        path = (root / "tools" / (name.replace("__", "/") + ".py")).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return root
@@ -152,6 +169,8 @@ def test_allowed_arrows_pass(tmp_path):
         ("audit", "import cli\n", "audit imports cli, which nothing may"),
         ("script", "import ledger.files\n", "script imports ledger"),
         ("train_gpt", "from script import ROOT\n", "train_gpt imports script"),
+        ("audit", "from messages import say\n", "audit imports messages"),
+        ("../data/messages", "from script import ROOT\n", "data.messages imports script"),
         ("lab__bench", "from . import sweep\nfrom ..ledger import files\n", ""),
     ],
 )

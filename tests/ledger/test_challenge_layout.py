@@ -16,7 +16,7 @@ import pytest
 import train_gpt as t
 from ledger import record
 from ledger.prove.challenge_claims import ChallengeCase, is_challenge_folder
-from ledger.prove.record_claims import CLAIMS
+from ledger.prove.claim_table import CHALLENGE_CLAIMS
 from ledger.read import runlog
 from ledger.read.dialects import parse_published_log
 from ledger.read.schema import schema_errors, submission_schema
@@ -57,7 +57,7 @@ def verify(folder, capsys):
     _, *rows, total = printed.out.splitlines()
     found = [ROW.fullmatch(row) for row in rows]
     assert all(found), [row for row, match in zip(rows, found) if not match]
-    assert [match[2] for match in found] == list(CLAIMS)
+    assert [match[2] for match in found] == list(CHALLENGE_CLAIMS)
     assert total.startswith("1 folder: ")
     return {match[2]: (match[1], match[3]) for match in found}, status
 

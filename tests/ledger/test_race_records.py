@@ -13,8 +13,7 @@ import fixtures_records as fx
 import train_gpt as t
 from ledger import races, stats
 from ledger.make import record_folder
-from ledger.prove import race_claims
-from ledger.prove.record_claims import CLAIMS
+from ledger.prove import claim_table
 from ledger.read.runlog import parse_log
 from ledger.read.schema import submission_schema
 from ledger.show.standing import compare_with_board
@@ -162,7 +161,7 @@ def race_verdicts(folder):
     """Return {claim: (verdict, evidence)} of a race's folder."""
     return {
         claim: (verdict, evidence)
-        for verdict, claim, evidence in race_claims.examine_race(folder, folder.parent.parent)
+        for verdict, claim, evidence in claim_table.examine_race(folder, folder.parent.parent)
     }
 
 
@@ -312,4 +311,4 @@ def test_every_track_of_races_has_its_schema_and_preset():
 
 def test_every_claim_of_a_race_has_a_planted_fault():
     planted = {claim for claim, _ in RACE_FAULTS.values()} | {"significance"}
-    assert planted >= set(race_claims.RACE_CLAIMS) - set(CLAIMS)
+    assert planted >= set(claim_table.RACE_CLAIMS) - set(claim_table.RECORD_CLAIMS)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fixtures_records as fx
-from ledger.prove import record_claims
+from ledger.prove import claim_table, record_claims
 from ledger.read.schema import schema_errors, submission_schema
 from record_helpers import (
     NAME,
@@ -214,7 +214,7 @@ def test_folder_name(folder):
 
 def test_every_claim_has_a_planted_fault():
     planted = {claim for claim, *_ in [*FAULTS.values(), *BROKEN.values()]}
-    assert planted == set(record_claims.CLAIMS)
+    assert planted == set(claim_table.RECORD_CLAIMS)
 
 
 def test_an_edited_curve_is_found(folder):

@@ -44,11 +44,10 @@ from ledger.folders import (
     sweep_folders,
 )
 from ledger.make import ladder, markdown, pictures, record_folder
-from ledger.prove.challenge_claims import examine_challenge_folder, is_challenge_folder
+from ledger.prove.challenge_claims import is_challenge_folder
+from ledger.prove.claim_table import examine_challenge_folder, examine_race, examine_record
 from ledger.prove.claims import Finding, Verdict
 from ledger.prove.direction_claims import examine_measurement
-from ledger.prove.race_claims import examine_race
-from ledger.prove.record_claims import examine_record
 from ledger.prove.sweep_claims import examine_sweep
 from ledger.read.runlog import parse_log
 from ledger.show import diff

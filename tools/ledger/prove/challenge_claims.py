@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ledger import stats
 from ledger.files import read_json
 from ledger.folders import is_date
-from ledger.prove.claims import Finding, LogFolder, NotCheckable, demand, demand_files, prove
+from ledger.prove.claims import LogFolder, NotCheckable, demand, demand_files
 from ledger.prove.record_claims import seconds
 from ledger.read.dialects import SEED_IN_NAME, parse_published_log
 from ledger.read.runlog import FREE_KEYS, Run
@@ -33,9 +33,9 @@ from script import BadInput
 LIMITS = TRACKS["track_10min_16mb"]
 FILES = ("README.md", "submission.json", "train_gpt.py")
 SPLIT_BYTES = (151_060_000, 151_090_000)  # the validation split, whatever the tokenizer
-BYTES_PER_TOKEN = (0.9, 10.0)  # of any tokenizer: bytes have 1, 8192 pieces 3.7
+BYTES_PER_TOKEN = (0.9, 10.0)  # any tokenizer lies within: bytes have 1, 8192 pieces 3.7
 ROUNDING = 5e-5  # half of the last of the four digits that scores are rounded to at most
-WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+[a-z]*")  # of a track's name: 10min_16mb, NonRecord
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+[a-z]*")  # in a track's name: 10min_16mb, NonRecord
 PROCESS_KEYS = ("logfile", "rank", "local_rank")  # settings that differ between logs of one script
 MAX_EVIDENCE = 600  # characters
 
@@ -628,37 +628,6 @@ def never_checkable(reason: str) -> Callable[[ChallengeCase], str]:
         raise NotCheckable(reason)
 
     return claim
-
-
-CLAIMS = {  # the claims of record_claims.py, in its order
-    "schema": claim_schema,
-    "name": claim_name,
-    "files": claim_files,
-    "logs": claim_logs,
-    "source": claim_source,
-    "numbers": claim_numbers,
-    "config": claim_config,
-    "seeds": claim_seeds,
-    "bytes": claim_bytes,
-    "artifacts": never_checkable("this layout has no hashes of the artifacts"),
-    "code": claim_code,
-    "import": never_checkable("a foreign script is not imported or run"),
-    "syntax": claim_syntax,
-    "clock": claim_clock,
-    "steps": claim_steps,
-    "score": claim_score,
-    "ratio": claim_ratio,
-    "hardware": claim_hardware,
-    "requirements": claim_requirements,
-    "readme": claim_readme,
-    "parent": never_checkable("parents of this layout are pull requests, not folders"),
-}
-
-
-def examine_challenge_folder(folder: Path) -> list[Finding]:
-    """Return a finding for every claim about a folder of the published layout."""
-    findings = prove(ChallengeCase(folder), CLAIMS)
-    return [finding._replace(evidence=printable(finding.evidence)) for finding in findings]
 
 
 def printable(evidence: str) -> str:

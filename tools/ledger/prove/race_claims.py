@@ -1,11 +1,9 @@
-"""Proves the claims of a race's folder: those of a record that need no artifact, and its own."""
+"""Proves the claims that only a race's folder makes; claim_table.py lists what it shares with a record."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ledger.prove.claims import Finding, demand, prove
-from ledger.prove.record_claims import CLAIMS, RecordCase
+from ledger.prove.claims import demand
+from ledger.prove.record_claims import RecordCase
 from ledger.races import (
     RULE_TEXTS,
     check_race,
@@ -69,17 +67,3 @@ def claim_times(case: RecordCase) -> str:
     check_times(case.runs)
     times = [run.number("final_score", "train_time") / 1000 for run in case.runs]
     return f"{spread_text(times, 3)} s on {case.runs[0].hardware}"
-
-
-OF_ARTIFACTS = ("bytes", "artifacts", "code", "clock", "score")  # claims about artifacts and time limits
-RACE_CLAIMS = {name: claim for name, claim in CLAIMS.items() if name not in OF_ARTIFACTS} | {
-    "race": claim_race,
-    "validation": claim_last_validation,
-    "significance": claim_significance,
-    "times": claim_times,
-}
-
-
-def examine_race(folder: Path, records: Path) -> list[Finding]:
-    """Return a finding for every claim about a race's folder; `records` is where parents are looked up."""
-    return prove(RecordCase(folder, records), RACE_CLAIMS)

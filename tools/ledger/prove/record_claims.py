@@ -19,7 +19,6 @@ from ledger.make.record_folder import FOLDER_NAME, NOTES, contents, layout_of, r
 from ledger.make.submission import common_config, seed_result
 from ledger.prove import log_claims
 from ledger.prove.claims import (
-    Finding,
     LogFolder,
     NotCheckable,
     Wrong,
@@ -28,7 +27,6 @@ from ledger.prove.claims import (
     demand_same_lines,
     first_difference,
     other_code,
-    prove,
 )
 from ledger.races import is_race
 from ledger.read.probe import probe_script
@@ -285,7 +283,7 @@ def newer_fstring(source: str) -> str | None:
     if sys.version_info < (3, 12):
         return None
 
-    quotes: list[str] = []  # of the f-strings that are open, the innermost last
+    quotes: list[str] = []  # quotes of the f-strings that are open, the innermost last
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = tokenize.tok_name[token.type]
         if quotes and needs_312(kind, token.string, quotes):
@@ -451,33 +449,3 @@ def claim_parent(case: RecordCase) -> str:
 def seed_losses(sub: dict) -> list[float]:
     """Return the val_loss of every seed of a submission.json."""
     return [entry["val_loss"] for entry in sub["seed_results"].values()]
-
-
-CLAIMS = {
-    "schema": claim_schema,
-    "name": claim_name,
-    "files": claim_files,
-    "logs": claim_logs,
-    "source": claim_source,
-    "numbers": claim_numbers,
-    "config": claim_config,
-    "seeds": claim_seeds,
-    "bytes": claim_bytes,
-    "artifacts": claim_artifacts,
-    "code": claim_code,
-    "import": claim_import,
-    "syntax": claim_syntax,
-    "clock": claim_clock,
-    "steps": claim_steps,
-    "score": claim_score,
-    "ratio": claim_ratio,
-    "hardware": claim_hardware,
-    "requirements": claim_requirements,
-    "readme": claim_readme,
-    "parent": claim_parent,
-}
-
-
-def examine_record(folder: Path, records: Path) -> list[Finding]:
-    """Return a finding for every claim about a record folder; `records` is where parents are looked up."""
-    return prove(RecordCase(folder, records), CLAIMS)
