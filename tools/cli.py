@@ -254,7 +254,7 @@ def help_text() -> str:
             )
 
     machines = []
-    upper = None  # of the row before, which is for more GPUs
+    upper = None  # GPUs of the row before, less one
     for machine in MACHINES:
         gpus = f"{machine.gpus}"
         if upper is None:

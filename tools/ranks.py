@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 def reason(failure: ProcessFailure) -> str:
     """Return in one line why a rank failed: what it left for torchrun, or else its signal or status."""
     if isinstance(failure.message, dict):
-        return failure.message["message"].splitlines()[-1]  # of a traceback, the error
+        return failure.message["message"].splitlines()[-1]  # a traceback ends in its error
     if failure.exitcode == -signal.SIGKILL:
         return "killed without a word (no memory left?)"
     if failure.exitcode < 0:

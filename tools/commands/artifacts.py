@@ -15,7 +15,7 @@ def score(program: list[str], request: Request) -> int:
     gpus = count_gpus()
     knobs = with_preset(request.knobs, gpus)
     if not knob_value("data_path", request.knobs):
-        with_own_script = "--script" in request.options  # which may have other knobs
+        with_own_script = "--script" in request.options  # a script of its own may have other knobs
         knobs = [*data_of(request.artifact, [] if with_own_script else request.knobs), *knobs]
     processes = choose_processes(gpus, PROCESS_COUNTS)
     return launch(processes, [*program, request.artifact, *request.options, *knobs])

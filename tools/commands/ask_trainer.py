@@ -29,7 +29,7 @@ class Resolved(NamedTuple):
     resume: str
     codec: str  # ends the artifact's name
     matrix_lr: float
-    target_loss: float  # of a race; 0: the run is none
+    target_loss: float  # what a race must reach; 0: the run is no race
     vocab_size: int
     train_batch_tokens: int
     iterations: int

@@ -10,7 +10,7 @@ import time
 
 from script import ROOT
 
-STARTED = time.monotonic() - int(os.environ.pop("RUN_SH_SECONDS", "0"))  # of run.sh, for the notes
+STARTED = time.monotonic() - int(os.environ.pop("RUN_SH_SECONDS", "0"))  # when run.sh started, for the notes
 TOOLS = ROOT / "tools"
 
 

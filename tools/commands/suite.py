@@ -9,7 +9,7 @@ from commands.words import Request
 from script import ROOT
 
 # `./run.sh test fast` ends in under 90 s on two idle cores. `./run.sh test --durations=0` lists the seconds
-# of each test; those over ten are marked slow.
+# that each test takes; those over ten are marked slow.
 FAST = (
     *("-m", "not slow and not gpu"),
     *("tests/cli", "tests/data", "tests/ledger"),

@@ -46,11 +46,11 @@ class Command(NamedTuple):
 
     run: Callable[[Request], int]
     forms: tuple[Form, ...]
-    files: tuple[str, ...] = ()  # that it needs
+    files: tuple[str, ...] = ()  # files that the command needs
     reads_knobs: bool = True  # if not, its words go to another program as they are
     needs_artifact: bool = False
     options: Mapping[str, Takes] = MappingProxyType({})
-    keys: tuple[str, ...] = ()  # of its key=value words; (): the knobs of the trainer
+    keys: tuple[str, ...] = ()  # keys of its key=value words; (): the knobs of the trainer
     check: Callable[[Request], None] = lambda request: None  # raises BadInput, before data is looked for
 
 

@@ -56,7 +56,7 @@ from script import ROOT, TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
 NEEDS = ("ORTHO", "STEP_RULES", "orthogonalize", "matrix_update", "StepScalars", "Optimizer")
-CONSOLE_WIDTH = 200  # of log lines on the terminal
+CONSOLE_WIDTH = 200  # log lines are cut to this on the terminal
 WARM_SHARE = 0.55  # of --seconds: children that still compile after it are stopped
 WARM_SECONDS = 600.0  # stands in for --seconds when there is no limit
 

@@ -44,7 +44,7 @@ ROW_KNOBS = (  # what a row may change: all that acts after training
     *("artifact_weights", "codec", "embed_bits", "embed_clip_sd", "fit_cap", "gptq_batches", "gptq_embed"),
     *("int6_step", "matrix_clip_sd", "size_cap"),
 )
-INPUTS = ("data_path", "tokenizer_path", "val_tokens", "eval_batch_tokens")  # with these, what all may change
+INPUTS = ("data_path", "tokenizer_path", "val_tokens", "eval_batch_tokens")  # all that may change, and these
 
 
 class Weights(NamedTuple):
@@ -65,9 +65,9 @@ class Line(NamedTuple):
     row: str
     weights_bpb: float
     int6_step: float
-    num_bytes: int  # of the artifact
+    num_bytes: int  # size of the artifact
     artifact_bpb: float
-    seconds: float  # to make the artifact
+    seconds: float  # that making the artifact took
 
     @property
     def loss(self) -> float:

@@ -57,7 +57,7 @@ class Attempt(NamedTuple):
     """The outcome of a worker's attempt at a configuration."""
 
     end: End
-    reason: str = ""  # of a refusal
+    reason: str = ""  # why the configuration was refused
 
 
 def clock(seconds: float) -> str:
@@ -78,11 +78,11 @@ class Sweep:
         self.budget = budget
         self.lock = threading.Condition()
         self.processes: dict[int, subprocess.Popen] = {}
-        self.cold_seconds: list[float] = []  # of the first configuration of each process, its start included
-        self.warm_seconds: list[float] = []  # of the others
+        self.cold_seconds: list[float] = []  # the first configuration of each process, its start included
+        self.warm_seconds: list[float] = []  # all others
         self.error = ""
         self.out_of_time = False
-        self.kind = ""  # of device
+        self.kind = ""  # what kind of device the workers have
         self.began = time.monotonic()
         self.claim_folder()
         self.queue = Queue(plan, self.earlier_outcomes())

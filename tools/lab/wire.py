@@ -75,7 +75,7 @@ class Schedule(NamedTuple):
     name: str
     totals: Totals
     padding: float
-    loads: list[Load]  # by rank
+    loads: list[Load]  # one for each rank
 
 
 class Prediction(NamedTuple):

@@ -17,7 +17,7 @@ from script import BadInput
 
 LEVEL = 0.01  # the p that a t-test must stay below
 LEAST_MARGIN = 0.004  # nats times the square root of the number of runs
-METRIC = "time_to_loss"  # of final_score in a race
+METRIC = "time_to_loss"  # what final_score names in a race
 
 
 @dataclass(frozen=True)

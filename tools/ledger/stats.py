@@ -134,7 +134,7 @@ def welch(a: list[float], b: list[float]) -> Difference | None:
         return None
 
     diff = mean(b) - mean(a)
-    variance_a = std(a) ** 2 / len(a)  # of the mean
+    variance_a = std(a) ** 2 / len(a)  # how much the mean varies
     variance_b = std(b) ** 2 / len(b)
     variance = variance_a + variance_b
     if variance == 0.0:

@@ -14,9 +14,9 @@ class Target:
 
     loss: float  # nats per token of the last validation
     least: str  # what a record has least of: steps | time
-    rule: str  # of significance, a row of RULES in ledger/races.py
+    rule: str  # how significance is decided: a row of RULES in ledger/races.py
     runs: int  # a record has at least this many
-    val_tokens: int  # of the split, from the first, that count; 0: all
+    val_tokens: int  # only so many tokens count, from the start of the split; 0: all
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Track:
     """Limits of a track. Seconds that are None are not limited."""
 
     title: str
-    preset: str  # which trains for it
+    preset: str  # the preset that trains for the track
     train_s: float | None
     eval_s: float | None
     ranks: int | None  # processes of a record, one GPU each
     device: str  # part of the device name of a record
     whole_split: bool  # whether a record scores every validation token
-    target: Target | None = None  # of races, which make no artifact and end after a number of steps
+    target: Target | None = None  # set for races, which make no artifact and end after a number of steps
 
 
 GPT2_VAL_TOKENS = 10_485_760  # modded-nanogpt's: 20 batches of 524,288

@@ -32,7 +32,7 @@ from use.settings import Settings, read_settings
 from use.text import TextStream, Tokenizer, find_tokenizer
 
 USAGE = "usage: sample.py ARTIFACT [key=value ...]"
-PROMPT_TOKENS = 32  # of a held-out text
+PROMPT_TOKENS = 32  # how much of a held-out text the model is given
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def write_text(model: Any, tokenizer: Tokenizer, tokens: list[int], settings: Se
 class HeldOut(NamedTuple):
     """A held-out document, cut in two."""
 
-    prompt: list[int]  # from its BOS
+    prompt: list[int]  # begins with BOS
     rest: list[int]
 
 

@@ -413,7 +413,7 @@ def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict
     row |= dict(status="measured", forward_us=forward_us, forward_tflops=flops / forward_us / 1e6)
     if bound.backward:
         both_us = micros(c.s, f"{what}, forward + backward", both, fill)
-        backward_us = max(both_us - forward_us, 1e-3)  # of two medians: noise may make it negative
+        backward_us = max(both_us - forward_us, 1e-3)  # a difference of medians: noise may make it negative
         backward_tflops = BACKWARD * flops / backward_us / 1e6
         row |= dict(both_us=both_us, backward_us=backward_us, backward_tflops=backward_tflops)
     return row

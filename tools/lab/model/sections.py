@@ -23,8 +23,8 @@ from lab.shared.trainer import (
 )
 
 OUTPUT_LAYER = "output layer + softcap + cross-entropy"  # its output is one number
-ID_BYTES = 8  # of a token id
-TABLE_BYTES = 4  # of a number in an embedding table
+ID_BYTES = 8  # a token id takes
+TABLE_BYTES = 4  # a number in an embedding table takes
 ATTENTION_BACKWARD = 2.5  # products of attention's backward over those of its forward: five for two
 
 
@@ -256,7 +256,7 @@ class Pieces:
         longest = self.T // DOCUMENTS_PER_SEQUENCE if h.doc_mask else self.T
         seen = min(window or longest, longest)
         share = 1 - seen / longest / 2  # the first tokens of a document see fewer keys
-        flops = 4.0 * self.tokens * h.model_dim * seen * share  # of both products
+        flops = 4.0 * self.tokens * h.model_dim * seen * share  # both products
 
         def inputs() -> list[Tensor]:
             return [self.heads(h.num_heads), self.heads(h.num_kv_heads), self.values()]

@@ -75,7 +75,7 @@ class DrySteps(NamedTuple):
 
     steps: list[list[list[Event]]]  # [task][rank]
     shapes: Shapes
-    flops: dict[tuple[int, ...], int]  # of the direction of one matrix, by shape
+    flops: dict[tuple[int, ...], int]  # to compute the direction of one matrix, by its shape
 
 
 def torchrun_environment(task: RankTask) -> dict[str, str]:

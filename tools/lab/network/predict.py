@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lab.shared.collectives import Collective, Event, MatrixBatch, Wait, scope
 
-Shapes = dict[str, tuple[int, ...]]  # of parameters by name; a bank is (matrices, rows, columns)
+Shapes = dict[str, tuple[int, ...]]  # parameters by name; a bank is (matrices, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def published_batches(shapes: Shapes, world: int, rank: int) -> list[MatrixBatch
 class StepTimes(NamedTuple):
     """A step in milliseconds."""
 
-    end: float  # of the last collective or direction
+    end: float  # when the last collective or direction ends
     before: float  # until the first direction
     update: float
     exposed: float  # what the step takes beyond the update
-    communication: float  # of all collectives together
+    communication: float  # all collectives together
 
 
 def collective_ms(call: Collective, node_ranks: int, a: Assumptions) -> float:

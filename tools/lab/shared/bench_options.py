@@ -9,7 +9,7 @@ from pathlib import Path
 from script import TRAINER, BadInput
 
 SUSTAIN = 8.0  # seconds of training's own loop on a GPU
-MOST_STEPS = 100  # of a timeline
+MOST_STEPS = 100  # a timeline has no more
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,8 +18,8 @@ class Function(NamedTuple):
     """A function of torch.distributed: its kind, and the names of two of its arguments."""
 
     kind: str
-    given: str  # of the tensor that a rank puts in
-    whole: str  # of the whole buffer
+    given: str  # the tensor that a rank puts in
+    whole: str  # the whole buffer
 
 
 # torch 2.11 says *_tensor where 2.13 says *_single.
@@ -229,7 +229,7 @@ def scope(ranks: tuple[int, ...], node_ranks: int) -> str:
 class Totals(NamedTuple):
     """The collectives of one rank's step."""
 
-    counts: Counter[str]  # by kind
+    counts: Counter[str]  # calls of each kind
     payload: int  # bytes
     wire: dict[str, float]  # bytes per link by scope
 

@@ -32,7 +32,7 @@ NEEDS = (
 TOOL = "bench.py"  # begins its errors
 MODULE = "benched_script"  # its name in sys.modules; a copy with a candidate gets a suffix
 DOCUMENTS_PER_SEQUENCE = 4  # where the config keeps documents apart
-TRAINING_BATCHES = 4  # of random tokens, from which a pass draws one
+TRAINING_BATCHES = 4  # batches of random tokens; each pass draws one
 
 
 class Session(NamedTuple):

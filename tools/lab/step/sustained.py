@@ -140,7 +140,7 @@ def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float
 
     Two kinds take turns as a b b a ..., which spreads a drift of clocks and temperature over both.
     """
-    for step in (*kinds.values(), kinds["fixed"]):  # to compile and allocate everything
+    for step in (*kinds.values(), kinds["fixed"]):  # compiles and allocates everything
         step()
     count = steps_per_block(s, kinds["fixed"], seconds)
 

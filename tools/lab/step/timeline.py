@@ -69,7 +69,7 @@ KINDS = {
 }
 GLOO = "gloo:"
 FIGURES = ("step_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms", "update_ms")
-PIXELS = 2000  # of a picture: narrower gaps are not drawn
+PIXELS = 2000  # a picture's width: narrower gaps are not drawn
 
 Interval = tuple[float, float]
 
@@ -414,7 +414,7 @@ def collective_rows(ranks: list[dict]) -> list[dict]:
         last_ms = median([min(step["collectives"][j]["ms"] for step in same) for same in same_step])
         row = {key: first[key] for key in ("kind", "bytes", "wire", "ranks")}
         row["ms"] = median(times)
-        row["last_ms"] = last_ms  # of the last rank to arrive
+        row["last_ms"] = last_ms  # the last rank to arrive took this long
         row["exposed_ms"] = median(exposed)
         row["exposed_least"] = min(exposed)
         row["exposed_most"] = max(exposed)
@@ -452,7 +452,7 @@ def collective_table(rows: list[dict]) -> str:
 
 STEPS_LANE = 0
 EXPOSED_LANE = 1
-FIRST_LANE = 2  # of streams or threads
+FIRST_LANE = 2  # where lanes of streams or threads begin
 
 
 class RankTrace:

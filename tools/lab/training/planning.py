@@ -19,10 +19,10 @@ from ledger.files import read_text
 from ledger.make import sweep_table
 from script import BadInput
 
-ROW_KEYS = ("rate_key", "rates", "multipliers")  # of a plan; a row may have its own
+ROW_KEYS = ("rate_key", "rates", "multipliers")  # keys of a plan that a row may also have
 PLAN_KEYS = {*ROW_KEYS, "name", "base", "seeds", "rows"}
 FORCED = {"fit_cap": "false"}  # all rows are quantized alike: never fitted to the cap
-DEFAULT_SEEDS = [1337]  # of a sweep without a plan file
+DEFAULT_SEEDS = [1337]  # when no plan file names others
 NEEDS = ("InputError", "load_config")  # the names of the trainer that a plan uses
 
 

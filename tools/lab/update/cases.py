@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from script import BadInput
 
-SETS = 4  # of inputs, timed in turn; more where they fit into the L2 cache
+SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
 RANKS = 8  # the largest share of one of them is "an eighth"
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(

@@ -13,7 +13,7 @@ from ledger.make import markdown, pictures
 from ledger.read.direction_log import Update, names, parse, times
 
 FILES = ("log.txt", "result.json", "spectrum.png", "tables.md")
-BLOCK = markdown.block("directions")  # of records/README.md
+BLOCK = markdown.block("directions")  # where the tables stand in records/README.md
 SHARES = {"all": "all", "eighth": "an eighth"}
 MODES = {"eager": "eager ms", "graph": "graph ms", "graph4": "4 streams ms"}
 TITLES = {

@@ -12,7 +12,7 @@ from ledger.files import write_atomic
 from ledger.read.runlog import Run, Step, parse_log
 from script import BadInput
 
-MAX_TICKS = 8  # of a time axis; one with fewer days has a tick for each
+MAX_TICKS = 8  # on a time axis; with fewer days, each has a tick
 
 
 def pyplot():

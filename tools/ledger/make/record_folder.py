@@ -135,7 +135,7 @@ class Layout(NamedTuple):
     """What the folders of a track hold, and the parts of their page that depend on it."""
 
     files: tuple[str, ...]
-    submission: Callable[[list[Run], dict], dict]  # of runs and the keys that no log gives
+    submission: Callable[[list[Run], dict], dict]  # takes the runs and the keys that no log gives
     headline: Callable[[list[Run], dict], str]
     columns: Callable[[list[Run], dict], list[Column]]
     legend: Callable[[list[Run]], list[str]]

@@ -94,7 +94,7 @@ class LogFolder:
     """
 
     folder: Path
-    log_errors: list[str] = field(default_factory=list, init=False)  # of logs that cannot be read
+    log_errors: list[str] = field(default_factory=list, init=False)  # why logs could not be read
 
     def log_paths(self) -> list[Path]:
         """Return the logs of this layout."""

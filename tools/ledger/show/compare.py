@@ -29,7 +29,7 @@ class Samples(NamedTuple):
 
     name: str
     by_seed: dict[int, dict[str, float]]
-    target: float | None  # of a race
+    target: float | None  # the loss that a race must reach; None: no race
     text: Text
 
     def column(self, key: str, seeds: list[int] | None = None) -> list[float]:

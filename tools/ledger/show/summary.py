@@ -7,7 +7,7 @@ from contextlib import suppress
 from ledger.read.runlog import Run
 from script import BadInput
 
-LEAST_SHARE = 0.02  # of the time, that a phase must take to be named by itself
+LEAST_SHARE = 0.02  # a phase is named by itself if it takes this share of the time
 
 
 def summarize(run: Run) -> list[str]:

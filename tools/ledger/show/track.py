@@ -98,12 +98,12 @@ TRACKERS = {
     "trackio": Tracker("trackio", "trackio==0.43.0", trackio_sink),
     "wandb": Tracker("wandb", "wandb==0.31.0", wandb_sink),
 }
-ONE_AT_A_TIME = ("trackio",)  # to begin a run ends the one before
+ONE_AT_A_TIME = ("trackio",)  # beginning a run ends the one before
 
 
 def load_package(name: str, folder: Path) -> ModuleType:
     """Import a tracker's package. Raises BadInput with the pip command if it is missing."""
-    os.environ["TRACKIO_DIR"] = str(folder.absolute())  # which trackio reads when it is imported
+    os.environ["TRACKIO_DIR"] = str(folder.absolute())  # trackio reads it when it is imported
     tracker = TRACKERS[name]
     try:
         return importlib.import_module(tracker.module)
