@@ -250,3 +250,29 @@ def test_adam_leaves_padding_at_zero():
     buffers = flat_buffers(p, lr=torch.zeros(4), wd=torch.zeros(4))
     t.adam_update(buffers, scalars(adam_lr_mul=1.0, correction1=0.1, correction2=0.05), tiny())
     assert torch.equal(p, torch.zeros(4))
+
+
+# Polar errors after AOL, in float64, of lists of coefficients proposed for it, as in docs/claims.md.
+AFTER_AOL = {
+    "turbo": (t.TURBO, 0.089),
+    "five steps without the first": (t.polar_express(1e-3, 5, 2e-2, 2e-2)[1:], 0.131),
+    "five steps without the last": (t.polar_express(1e-3, 5, 2e-2, 2e-2)[:-1], 0.391),
+    "four steps from 2e-2": (t.polar_express(2e-2, 4, 2e-2, 2e-2), 0.102),
+    "five steps from 2e-2": (t.polar_express(2e-2, 5, 2e-2, 2e-2), 0.075),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_AOL)
+def test_how_near_lists_of_coefficients_come_to_the_polar_factor_after_aol(name):
+    rng = np.random.default_rng(0)
+    coefficients, expected = AFTER_AOL[name]
+    errors = []
+    for _ in range(2):
+        G = rng.standard_normal((512, 512))
+        U, _, Vh = np.linalg.svd(G)
+        X = G / np.sqrt(np.abs(G @ G.T).sum(1, keepdims=True))
+        for a, b, c in coefficients:
+            A = X @ X.T
+            X = a * X + (b * A + c * A @ A) @ X
+        errors.append(np.linalg.norm(X - U @ Vh) / np.sqrt(512))
+    assert np.mean(errors) == pytest.approx(expected, abs=0.004)
