@@ -3654,8 +3654,9 @@ class StepRule(NamedTuple):
 
     step: Callable[[Tensor, Tensor, Tensor, float | Tensor], None]  # (W, U, lr, wd): changes W in place
     keeps_norms: bool = False  # whether W keeps its Frobenius norm, so that none may start at zero
-    prepare: Callable[[Tensor, Tensor, float], Tensor] | None = None  # (U, state, beta2): the U for `step`
-    state_shape: Callable[[int, int, int], tuple] | None = None  # (b, M, N): of prepare's state, first zeros
+    # (U, state, beta2) -> the U that `step` takes; it changes the state in place. None: U as it is.
+    prepare: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    state_shape: Callable[[int, int, int], tuple] | None = None  # (b, M, N) -> the shape of prepare's state
 
 
 STEP_RULES = {
@@ -3691,7 +3692,7 @@ class OwnedMatrices(NamedTuple):
 
     weights: Tensor  # (b, M, N)
     gradient: Tensor  # (b, M, N), in wire_dtype
-    momentum: Tensor  # (b, M, N), or (b, 2, M, N) with momentum_spread
+    momentum: Tensor  # (b, M, N), or (b, 2, M, N) with momentum_spread above 1
     second: Tensor | None  # the step rule's state, if it has one
 
 
@@ -3717,10 +3718,10 @@ def matrix_update(
 ) -> None:
     """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    momentum: (b, M, N). With momentum_spread it is two, (b, 2, M, N): their horizons 1 / (1 - beta) are that
-    many times shorter and longer than the one of s.momentum, and their mean counts. second: the rule's state.
-    Rows may be equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where U and W
-    agree in sign.
+    momentum: (b, M, N), or with momentum_spread above 1 two of them, (b, 2, M, N), of which the mean is
+    taken. Their horizons, 1 / (1 - beta), are momentum_spread times shorter and longer than that of
+    s.momentum. second: the rule's state. Rows may be equalized before the direction. Cautious decay
+    (arXiv:2510.12402) acts only where U and W agree in sign.
     """
     g = g.float() * s.clip
     if h.momentum_spread == 1:
@@ -4009,8 +4010,8 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 class Ema:
     """An average of past weights, weighted by exp(-age / ema_frac), with age as a share of the run.
 
-    Let p_k be the progress at the k-th update, and p_0 = 0. The weights at that update stand for the progress
-    from p_{k-1} to p_k, so that with f = ema_frac their share at progress P is
+    Let p_k be the progress at the k-th update, and p_0 = 0. The weights of that update stand for the stretch
+    from p_{k-1} to p_k. With f = ema_frac, their share at progress P is
 
         (e^(-(P - p_k) / f) - e^(-(P - p_{k-1}) / f)) / (1 - e^(-P / f)),
 
@@ -5237,7 +5238,7 @@ def check_resume(h: Config) -> None:
 
 
 def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState:
-    """Read the newest set that is intact on all ranks, or the set of the file that resume= names.
+    """Read the newest set that is intact on all ranks, or the set to which the file of resume= belongs.
 
     base: OUT_DIR/RUN_ID. Raises InputError when a run with another config, script or data set wrote it, or
     when the set that resume= names is damaged.
@@ -5632,7 +5633,7 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
 
 
 def capture_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
-    """Capture forward and backward of a micro-batch. Returns `backward`, and why capture failed, as Captured.
+    """Capture forward and backward of a micro-batch. Returns `backward`, and Captured.failure.
 
     backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
     loss / count, (). That tensor is the same at every call. The caller reads it on the stream of the passes
