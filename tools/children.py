@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from script import ROOT
 
 
 @contextmanager
@@ -54,6 +57,15 @@ def output_of(
             child.kill()
             raise
     return subprocess.CompletedProcess(command, child.returncode, printed, errors)
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """Return the environment in which `python -m lab.MODULE` runs from any folder."""
+    paths = [str(ROOT / "tools"), str(ROOT)]
+    if "PYTHONPATH" in os.environ:
+        paths.append(os.environ["PYTHONPATH"])
+    # PYTHONSAFEPATH: from Python 3.11 on, -m then ignores modules in the working folder.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", **changes}
 
 
 def unwind_on_sigterm() -> None:

@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.shared import verbs
-from ledger.status import finish
+from lab.shared.command_line import parse
+from ledger.run_verb import run_verb
 from script import TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
@@ -173,8 +173,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    args = verbs.parse(argument_parser(), argv)
-    return finish(lambda: command(args))
+    args = parse(argument_parser(), argv)
+    return run_verb(lambda: command(args))
 
 
 if __name__ == "__main__":

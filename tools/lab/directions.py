@@ -32,8 +32,8 @@ from types import ModuleType
 
 import torch
 
-from children import unwind_on_sigterm
-from lab.shared import verbs
+from children import child_environment, unwind_on_sigterm
+from lab.shared.command_line import parse
 from lab.shared.timing import is_noisy, noise_warning
 from lab.update.cases import (
     Setup,
@@ -51,7 +51,7 @@ from ledger.files import read_text
 from ledger.make import direction_tables
 from ledger.read import direction_log
 from ledger.read.runlog import SEPARATOR
-from ledger.status import finish
+from ledger.run_verb import run_verb
 from script import ROOT, TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
@@ -138,7 +138,7 @@ def start_children(s: Setup, args: argparse.Namespace) -> list[subprocess.Popen]
         command.append("--tiny")
     if args.script:
         command += ["--script", str(args.script)]
-    env = verbs.child_environment(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1")
+    env = child_environment(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1")
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     groups = len(case_groups(all_cases(s)))
     return [subprocess.Popen([*command, "--warm", str(index)], env=env, **quiet) for index in range(groups)]
@@ -390,8 +390,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    args = verbs.parse(argument_parser(), argv)
-    return finish(lambda: command(args))
+    args = parse(argument_parser(), argv)
+    return run_verb(lambda: command(args))
 
 
 if __name__ == "__main__":

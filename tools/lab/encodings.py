@@ -29,10 +29,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lab.shared import verbs
+from lab.shared.command_line import parse
 from lab.shared.trainer import known_errors_of
 from ledger.files import write_atomic
-from ledger.status import finish
+from ledger.run_verb import run_verb
 from script import TRAINER, BadInput, load_script
 
 MODULE = "encoding_script"  # the script's name in sys.modules
@@ -218,8 +218,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    args = verbs.parse(argument_parser(), argv)
-    return finish(lambda: command(args))
+    args = parse(argument_parser(), argv)
+    return run_verb(lambda: command(args))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,14 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.shared import verbs
+from children import child_environment
+from lab.shared.command_line import parse
 from lab.training import planning
 from lab.training.planning import Configuration, Plan, Queue
 from ledger.files import read_text
 from ledger.make import pictures, sweep_table
 from ledger.read.runlog import Run
-from ledger.status import finish
+from ledger.run_verb import run_verb
 from script import TRAINER, BadInput, load_script
 
 PATH_KNOBS = ("out_dir", "data_path", "tokenizer_path")  # they may differ when a sweep is continued
@@ -141,7 +142,7 @@ class Sweep:
         """Start a worker on device `index` of those this process may use."""
         allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         device = allowed[index % len(allowed)] if allowed else str(index)
-        env = verbs.child_environment(CUDA_VISIBLE_DEVICES=device)
+        env = child_environment(CUDA_VISIBLE_DEVICES=device)
         if self.workers > 1:
             threads = max(1, (os.cpu_count() or 1) // self.workers)
             env.setdefault("OMP_NUM_THREADS", str(threads))
@@ -412,8 +413,8 @@ def command(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    args = verbs.parse(argument_parser(), argv)
-    return finish(lambda: command(args))
+    args = parse(argument_parser(), argv)
+    return run_verb(lambda: command(args))
 
 
 if __name__ == "__main__":

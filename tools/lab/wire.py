@@ -46,7 +46,6 @@ from lab.network.predict import (
     published_schedule,
     work_of,
 )
-from lab.shared import verbs
 from lab.shared.collectives import (
     Event,
     Totals,
@@ -57,8 +56,9 @@ from lab.shared.collectives import (
     scope,
     totals,
 )
+from lab.shared.command_line import parse
 from ledger.files import write_atomic
-from ledger.status import finish
+from ledger.run_verb import run_verb
 from script import ROOT, BadInput
 
 PREDICTED = ((1, 8), (4, 8))  # nodes, ranks on each
@@ -324,8 +324,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run `record wire` and return the exit status."""
-    args = verbs.parse(argument_parser(), argv)
-    return finish(lambda: command(args))
+    args = parse(argument_parser(), argv)
+    return run_verb(lambda: command(args))
 
 
 if __name__ == "__main__":

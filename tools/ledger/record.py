@@ -50,13 +50,13 @@ from ledger.prove.claims import Finding, Verdict
 from ledger.prove.direction_claims import examine_measurement
 from ledger.prove.sweep_claims import examine_sweep
 from ledger.read.runlog import parse_log
+from ledger.run_verb import run_verb
 from ledger.show import diff
 from ledger.show.board import read_submission, rewrite_board
 from ledger.show.compare import print_comparison, read_samples
 from ledger.show.reproduce import reproduce
 from ledger.show.site import write_site
 from ledger.show.track import TRACKERS, track
-from ledger.status import finish
 from ledger.tracks import TRACKS, target_of
 from script import ROOT, BadInput
 
@@ -423,7 +423,7 @@ def main(argv: list[str]) -> int:
     """Run a verb and return the exit status. An error the user can fix is printed as one line."""
     args = parser().parse_args(argv)
     args.root = args.root.resolve()
-    return finish(lambda: run(args))
+    return run_verb(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The exit status of the verbs of `record`, those of the ledger and those of the lab."""
+"""Runs a verb of `record`, the ledger's or the lab's: an error the user can fix is one line and a status."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from script import BadInput, describe, guard_console, leave_console, take_ctrl_c
 
 
-def finish(command: Callable[[], int]) -> int:
+def run_verb(command: Callable[[], int]) -> int:
     """Run a verb and return its exit status. Its BadInput or OSError becomes one line and status 2."""
     guard_console()
     take_ctrl_c()
