@@ -845,7 +845,7 @@ class Captured(NamedTuple):
 class Signals:
     """The signals that `guarded` has received in this process."""
 
-    times: list[float] = field(default_factory=list)  # time.monotonic() of each SIGTERM and SIGINT
+    times: list[float] = field(default_factory=list)  # time.monotonic() of each of STOP_SIGNALS
     may_finish: bool = False  # whether the first one ends training and not the process; set by `train`
 
 
@@ -1130,6 +1130,8 @@ def machine_report(m: Machine) -> str:
 
 PROGRESS = 15  # seconds between two lines about the progress of long work, where no terminal shows it
 LINGER = 1  # seconds that a rank waits before it follows one that failed: torchrun blames the first to exit
+HANGUP = getattr(signal, "SIGHUP", None)  # sent when a terminal is closed, not on Windows
+STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
 
 
@@ -1329,7 +1331,7 @@ def report_failure(m: Machine, log: Log, error: Exception) -> None:
 
 @contextmanager
 def guarded(m: Machine, log: Log) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT in the block, report its failure, and close the log after it.
+    """Handle STOP_SIGNALS in the block, report its failure, and close the log after it.
 
     A signal before training exits at once. The first one after that ends training after the current step, or
     does nothing if it has ended; another one more than ECHO seconds later exits at once.
@@ -1346,7 +1348,9 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
             with suppress(OSError):
                 os.write(2, text.encode())  # not print: the signal may have interrupted one
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    hangup_is_ignored = HANGUP and signal.getsignal(HANGUP) == signal.SIG_IGN  # as nohup has it
+    numbers = [number for number in STOP_SIGNALS if number != HANGUP or not hangup_is_ignored]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     except Exception as e:
@@ -5190,6 +5194,22 @@ def origin(h: Config, dataset: Dataset) -> dict:
     return {**shared, "script": sha256(Path(__file__).read_bytes()), "data": dataset.manifest_sha256}
 
 
+def check_ranks_agree(h: Config, m: Machine, dataset: Dataset, blob: bytes = b"") -> None:
+    """Check that all ranks were given the same knobs, script, data and artifact. It uses gloo.
+
+    Paths may differ between nodes. Raises InputError on every rank.
+    """
+    resume = h.resume if h.resume in ("", "auto") else "FILE"
+    own = origin(h, dataset) | dict(checkpoint_every=h.checkpoint_every, resume=resume, artifact=sha256(blob))
+    first = m.of_rank_0(own)
+    different = sorted(key for key in own if own[key] != first[key])
+    with m.together():
+        if different:
+            raise InputError(
+                f"rank {m.rank}: another {', '.join(different)} than rank 0; start all ranks with the same"
+            )
+
+
 def checkpoint_files(base: str) -> list[str]:
     """List the checkpoint files of a run, including partial ones that a killed run left."""
     return [f for f in glob.glob(glob.escape(base) + ".step*") if set_of(f)]
@@ -6250,6 +6270,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
         if os.path.lexists(artifact) and not h.resume:
             raise InputError(f"{artifact}: exists; choose another run_id, or move it away")
         dataset = load_dataset(h, trains=True)
+    check_ranks_agree(h, m, dataset)
     check_train_split(h, m)
     resumed = read_state(h, m, base, dataset) if h.resume else None
 
@@ -6314,6 +6335,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     log_path = os.path.join(h.out_dir, m.of_rank_0(run_id) + ".txt")
     with m.together():
         dataset = load_dataset(h)
+    check_ranks_agree(h, m, dataset, stored.blob)
     run = start_run(h, m, Log(log_path, m), dataset, started)
     run.model.load_state_dict(stored.tensors)
     return run, stored.blob

@@ -145,6 +145,38 @@ def test_ranks_that_disagree_are_found_at_the_validation(tmp_path):
     assert has_line(tmp_path, r"rank 0: step 5: tok_emb of rank 1 differs from the others")
 
 
+def given_otherwise(word, rank):
+    """Give rank 1 another knob."""
+    load_config = t.load_config
+    if rank == 1:
+        t.load_config = lambda argv, env: load_config([*argv, word], env)
+
+
+@pytest.mark.parametrize("word", ["train_batch_tokens=1024", "iterations=3", "model_dim=64", "resume="])
+def test_ranks_that_were_given_other_knobs_are_refused_before_there_is_a_log(tmp_path, word):
+    """Two batches would train without a word, two models end in gloo's abort, half a resume never."""
+    processes = kill_runs.start(tmp_path, 2, functools.partial(given_otherwise, word))
+    assert kill_runs.ended(processes) == [2, 2]
+    for rank in (0, 1):
+        [said] = console(tmp_path, rank)
+        assert f"rank 1: another {word.partition('=')[0]} than rank 0" in said
+    assert not (tmp_path / "run.txt").exists()
+
+
+def other_artifact(rank):
+    """Let rank 1 read other bytes, which are as sound as rank 0's."""
+    check = t.check_ranks_agree
+    if rank == 1:
+        t.check_ranks_agree = lambda h, m, dataset, blob: check(h, m, dataset, blob + b"\0")
+
+
+def test_ranks_that_score_two_artifacts_are_refused_before_there_is_a_log(undisturbed, tmp_path):
+    processes = start_scoring(undisturbed, tmp_path, "eval", other_artifact)
+    assert kill_runs.ended(processes) == [2, 2]
+    assert any("rank 1: another artifact" in line for line in console(tmp_path, 0))
+    assert not (tmp_path / "out").exists()
+
+
 def delay_by_rank(rank):
     """Make the warm-up of every rank but the first longer."""
     warmup = t.warmup

@@ -129,6 +129,19 @@ def test_ctrl_c_in_the_first_seconds_shows_no_traceback(tmp_path, seconds):
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_a_run_well_unless_nohup_has_it_ignored(tmp_path, ignored):
+    knobs = args(tmp_path, iterations=30 if ignored else 100_000, checkpoint_every=0)
+    command = [*(["nohup"] if ignored else []), sys.executable, t.__file__, "train", *knobs]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+    assert kill_runs.wait_until(lambda: (tmp_path / "run.txt").exists() and has_line(tmp_path, "step:4/"))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert has_line(tmp_path, "stopping_early: signal") is not ignored
+    assert lines(tmp_path)[-1].startswith("final_score ")
+
+
 def test_a_first_signal_says_what_follows(tmp_path):
     folder = tmp_path / "stopped"
     process = kill_runs.start(folder, checkpoint_every=0, iterations=100_000)

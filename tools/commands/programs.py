@@ -23,15 +23,19 @@ def run(program: list[str]) -> int:
     """Run a Python program in this terminal and return its exit status, 128 + N if signal N ended it.
 
     The program keeps the terminal as its own, with no pipe in between, so that its status line stays live.
-    Ctrl-C reaches it from the terminal; it decides how to end while this process waits. SIGTERM is passed on.
+    Ctrl-C reaches it from the terminal; it decides how to end while this process waits. SIGTERM is passed on,
+    and so is SIGHUP of a terminal that is closed, unless the caller has it ignored, as nohup does.
     """
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None)}
     child = subprocess.Popen([sys.executable, *program])
-    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, frame: child.send_signal(number))
     status = child.wait()
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return status if status >= 0 else 128 - status
 
 

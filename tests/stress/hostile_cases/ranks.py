@@ -39,6 +39,10 @@ RANK=0 LOCAL_RANK=0 "$@"; status=$?
 wait $other; echo "rank 1: $?"
 exit $status
 """
+# The same, with an additional word for rank 1.
+BY_HAND_APART = BY_HAND.replace('"$@" 2>&1 &', '"${@:2}" "$1" 2>&1 &').replace(
+    '"$@"; status', '"${@:2}"; status'
+)
 # Start the same run twice, the second when the first one trains; the status is the second's.
 TWICE = """
 "$@" >/dev/null & first=$!
@@ -235,6 +239,15 @@ CASES = (
         seconds=150,
     ),
     Case("two ranks and an unknown knob", run_of_two("sed=1"), ("sed",), env=TWO, seconds=150),
+    *(
+        Case(
+            f"two ranks by hand, the second with another {word.partition('=')[0]}",
+            shell(BY_HAND_APART, word, *train()),
+            (f"rank 1: another {word.partition('=')[0]} than rank 0", *both_end(2)),
+            lines=0,
+        )
+        for word in ("seed=2", "train_batch_tokens=1024", "iterations=5", "model_dim=64", "resume=auto")
+    ),
     Case("two ranks by hand", shell(BY_HAND, *train()), ("final_score", *both_end(0)), 0, leaves=OUTPUT),
     Case(
         "two ranks by hand without data",
