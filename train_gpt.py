@@ -1055,6 +1055,20 @@ def share_levels(ranks: Ranks) -> tuple[Level, ...]:
     return Level(inside, everything, kept), Level(across, kept, own)
 
 
+LEAST_TORCH = (2, 11)  # nobody has tried an older one
+
+
+def check_torch() -> None:
+    """Raise InputError if this PyTorch is older than LEAST_TORCH."""
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < LEAST_TORCH:
+        least = ".".join(map(str, LEAST_TORCH))
+        raise InputError(
+            f"PyTorch {torch.__version__} is too old: it takes {least} or later; "
+            "pip install -r requirements.txt"
+        )
+
+
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
     """Join or create the process group, set PyTorch's global switches, and bind a Machine.
 
@@ -5584,6 +5598,9 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         log("\n".join(lines), shown="")
         log(f"preset: {h.preset}\n{machine}")
 
+    if not m.is_gpu and torch.backends.mps.is_available():
+        log("Apple's GPU is not used: it has no Triton and no NCCL; this run takes the CPU")
+
     train_tokens = sum(map(shard_tokens, find_shards(h.data_path, "train")))
     log(
         f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
@@ -6395,6 +6412,7 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
         knobs = vars(load_config(rest, env))
         show("\n".join(f"{key}: {value}" for key, value in sorted(knobs.items())))
         return 0
+    check_torch()
     if command == "train":
         return command_train(load_config(rest, env), env)
     if command == "eval" and has_file:

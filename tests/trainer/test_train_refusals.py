@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import torch
 
 import train_gpt as t
 from helpers import (
@@ -53,6 +54,27 @@ def test_a_disk_that_fills_up_at_export_is_one_line(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(t, "write_atomic", full)
     err = stop_one_line(english_args(iterations=1, warmup_steps=0, out_dir=tmp_path), capsys)
     assert "run.int6.xz" in err and "No space" in err
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.9.1+cu130", "1.13.1"])
+def test_an_older_pytorch_is_one_line(version, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    err = stop_one_line(english_args(iterations=1, out_dir=tmp_path / "logs"), capsys)
+    assert f"PyTorch {version} is too old: it takes 2.11 or later" in err
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "3.0.0a0+git1234"])
+def test_pytorch_of_today_and_tomorrow_is_taken(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    t.check_torch()
+
+
+@pytest.mark.parametrize("apple", [True, False])
+def test_a_run_says_that_apples_gpu_is_not_used(apple, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert t.main(english_args(iterations=1, warmup_steps=0, out_dir=tmp_path)) == 0
+    assert ("\nApple's GPU is not used: " in (tmp_path / "run.txt").read_text().split("=" * 100)[-1]) == apple
 
 
 def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
