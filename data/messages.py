@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
+LARGEST = 1 << 28  # bytes of a manifest or a tokenizer
+
 
 class BadInput(Exception):
     """An error the user can fix. The message is the one line that the user sees: file, problem, remedy."""
@@ -77,6 +79,16 @@ def require_file(path: str | Path) -> None:
     """Raise BadInput if there is something else than a file at `path`: reading a pipe might never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadInput(f"{path}: not a file; give a file, not a folder or a pipe")
+
+
+def read_whole(path: str | Path) -> bytes:
+    """Return the bytes of a manifest or a tokenizer. Raises OSError or, for no file, BadInput."""
+    require_file(path)
+    with open(path, "rb") as file:
+        blob = file.read(LARGEST + 1)
+    if len(blob) > LARGEST:
+        raise BadInput(f"{path}: more than {LARGEST} bytes, which is not what it should be; make it again")
+    return blob
 
 
 def is_panic(error: BaseException) -> bool:

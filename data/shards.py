@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 
-from messages import BadInput, explain, require_file
+from messages import BadInput, explain, read_whole, require_file
 
 try:
     import fcntl
@@ -322,9 +322,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 def load_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a dataset folder. Raises BadInput if it is absent or not sound."""
     path = Path(folder) / MANIFEST
-    require_file(path)
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_whole(path))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; give a folder made by download, text or offline") from None
     except OSError as error:

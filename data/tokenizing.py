@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import shards
-from messages import BadInput, explain, require, require_file
+from messages import BadInput, explain, read_whole, require
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -165,9 +165,8 @@ def open_tokenizer(name: str | Path) -> Tokenizer:
 def sentencepiece_tokenizer(path: Path) -> Tokenizer:
     """Return the Tokenizer of the SentencePiece model file at `path`. Raises BadInput if it is not one."""
     processor = require("sentencepiece").SentencePieceProcessor()
-    require_file(path)
     try:
-        blob = Path(path).read_bytes()
+        blob = read_whole(path)
     except OSError as error:
         raise BadInput(f"--tokenizer {explain(error, path)}") from None
     try:

@@ -194,7 +194,10 @@ def export(t: ModuleType, argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as scratch:
         draft = Path(scratch, "draft")
         draft.mkdir()
-        write_folder(t, draft, stored, tokenizer, log)
+        try:
+            write_folder(t, draft, stored, tokenizer, log)
+        except OSError as error:  # which names no file when a disk is full
+            raise BadInput(f"{arguments.out}: cannot write it ({error.strerror}); free some space") from None
         os.rename(draft, arguments.out)
     for file in sorted(arguments.out.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")
