@@ -5901,7 +5901,7 @@ def train(run: Run) -> Trained:
         run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
 
     m.sync()
-    train_ms = clock()
+    train_ms, _ = m.agree(clock())  # one clock: the files of the last checkpoint must say the same
     late_graphs = compiled_graphs() - graphs_before
     vitals = Vitals(*fetch_newest()[0].tolist())
     return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs))
