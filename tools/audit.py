@@ -81,8 +81,6 @@ NEEDS = (
     *("Dataset.counts", "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of"),
 )
 TTT_NEEDS = ("learning", "Run.loss_fn")  # of a script that can train at test time
-SCORING_NEEDS = ("Run.scoring",)  # of one that gives its learners windows; older ones give a chunk's tokens
-CODEC_NEEDS = ("CODECS", "codec_of")  # of a script whose artifacts name their compressor
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -99,10 +97,84 @@ def default_script(artifact: str) -> Path:
 def load_audited(path: Path) -> ModuleType:
     """Load the script to audit. Raises BadInput if it lacks a name that the tests use."""
     script = load_script(path, MODULE, NEEDS, "audit")
-    trains_at_test_time = not missing_names(script, ("Config.ttt_lr",))
-    if trains_at_test_time:
+    if can_learn(script):
         require_names(script, path, TTT_NEEDS, "audit")
     return script
+
+
+# ---- older scripts -------------------------------------------------------------------------------
+# Records are audited with their own scripts, which lack what came later. Every difference is bridged here;
+# script.py has those that other tools meet as well (known_fault, leave_if_lost, one_layer).
+
+SCORING_NEEDS = ("Run.scoring",)  # a script has it if it gives its learners windows
+CODEC_NEEDS = ("CODECS", "codec_of")  # a script has them if its artifacts name their compressor
+
+
+def can_learn(script: ModuleType) -> bool:
+    """Return whether the script has test-time training."""
+    return not missing_names(script, ("Config.ttt_lr",))
+
+
+def chunk_of(h: Any) -> int:
+    """Return the targets that are scored before they are learned from; 0: nothing is learned."""
+    return h.ttt_chunk_tokens if getattr(h, "ttt_lr", 0) else 0
+
+
+def gives_windows(script: ModuleType) -> bool:
+    """Return whether the script gives its learners windows; older ones give a chunk's tokens."""
+    return not missing_names(script, SCORING_NEEDS)
+
+
+def learns_apart(scoring: Any) -> bool:
+    """Return whether a ScoreRun scores every document apart, and forgets what it learned after each."""
+    return getattr(scoring, "bos_id", -1) >= 0
+
+
+def plan_older_scores(script: ModuleType, run: Any, chunk: int, log: Any) -> Any:
+    """Return the ScoreRun of the final score of a script that has no Run.scoring to make it."""
+    h = run.h
+    batch = h.eval_batch_tokens // h.eval_seq_len
+    scoring = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", log)
+    if chunk:
+        learner = partial(script.learning, run.model, run.loss_fn, h, run.m)
+        scoring = scoring._replace(chunk=chunk, learner=learner)
+    return scoring
+
+
+def targets_of(tokens: Tensor, lesson: Tensor | float) -> Tensor:
+    """Return the targets that a learner is given: those of windows (n, 3), or of an older one's tokens."""
+    if isinstance(lesson, float):
+        return tokens[1:]
+    return torch.cat([tokens[first + 1 : end + 1] for _, end, first in lesson.tolist()])
+
+
+def compressor(script: ModuleType, blob: bytes) -> Callable[[bytes], bytes]:
+    """Return what compressed the artifact `blob`: the script's codec, or xz for one that knows no other."""
+    if missing_names(script, CODEC_NEEDS):
+        return partial(lzma.compress, **script.XZ)
+    return script.CODECS[script.codec_of(blob)].pack
+
+
+def with_own_signals(m: Any) -> Any:
+    """Return a Machine whose signals are new: a first one ends `train`; the audit leaves at once.
+
+    The first scripts handle no signals, the next ones keep a list of them.
+    """
+    return dataclasses.replace(m, signals=type(m.signals)()) if hasattr(m, "signals") else m
+
+
+def passes_of(run: Any, model: Any) -> dict[str, Callable]:
+    """Return the fields of a Run that hold the passes of a model without a loop, by name.
+
+    Both passes are the same there. Scripts from before the loop have one pass only.
+    """
+    return {name: model.loss for name in ("loss_fn", "plain_loss_fn") if hasattr(run, name)}
+
+
+def guarded(script: ModuleType, run: Any) -> Any:
+    """Return the context in which the script reports a failure; the first records' scripts have none."""
+    guard = getattr(script, "guarded", None)
+    return guard(run.m, run.log) if guard else nullcontext()
 
 
 # ---- progress ------------------------------------------------------------------------------------
@@ -210,10 +282,10 @@ class Audit:
             return
         tokens = torch.from_numpy(self.piece.astype(np.int32)).to(self.run.m.device)
         with self.scoring.learner() as learn:
-            if missing_names(self.script, SCORING_NEEDS):
-                learn(tokens[: self.chunk + 1], 0.0)
-            else:
+            if gives_windows(self.script):
                 learn(tokens, self.first_lesson())
+            else:
+                learn(tokens[: self.chunk + 1], 0.0)
             yield
 
     def first_lesson(self) -> Tensor:
@@ -225,11 +297,6 @@ class Audit:
         return torch.stack([starts, starts + self.scoring.seq_len, starts], 1)
 
 
-def learns_apart(scoring: Any) -> bool:
-    """Return whether a ScoreRun scores every document apart, and forgets what it learned after each."""
-    return getattr(scoring, "bos_id", -1) >= 0
-
-
 def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
     """Make the Audit of a run whose model holds the weights of the artifact `blob`.
 
@@ -237,7 +304,7 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
     chunks of text.
     """
     h = run.h
-    chunk = h.ttt_chunk_tokens if getattr(h, "ttt_lr", 0) else 0
+    chunk = chunk_of(h)
     if chunk and run.m.device.type == "cuda" and not h.deterministic:
         raise script.InputError(
             "ttt_lr on a GPU: gradients do not repeat to the bit, which T1 and T3 compare; "
@@ -260,16 +327,10 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
 
 def plan_scores(script: ModuleType, run: Any, chunk: int) -> Any:
     """Return the script's ScoreRun of the final score, with a log that tells nothing: Progress does."""
-    h = run.h
     silent = script.Log("", None)
-    if not missing_names(script, SCORING_NEEDS):
-        return run.scoring("audit", h.eval_stride, learns=chunk > 0)._replace(log=silent)
-    batch = h.eval_batch_tokens // h.eval_seq_len
-    scoring = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", silent)
-    if chunk:
-        learner = partial(script.learning, run.model, run.loss_fn, h, run.m)
-        scoring = scoring._replace(chunk=chunk, learner=learner)
-    return scoring
+    if gives_windows(script):
+        return run.scoring("audit", run.h.eval_stride, learns=chunk > 0)._replace(log=silent)
+    return plan_older_scores(script, run, chunk, silent)
 
 
 def size_of_piece(tokens: np.ndarray, h: Any, chunk: int) -> int:
@@ -447,13 +508,6 @@ class Learning(NamedTuple):
 def idle_learner() -> nullcontext:
     """Return the context of a learner that learns nothing."""
     return nullcontext(lambda *_: None)
-
-
-def targets_of(tokens: Tensor, lesson: Tensor | float) -> Tensor:
-    """Return the targets that a learner is given: those of windows (n, 3), or of an older one's tokens."""
-    if isinstance(lesson, float):
-        return tokens[1:]
-    return torch.cat([tokens[first + 1 : end + 1] for _, end, first in lesson.tolist()])
 
 
 def examine_learning(audit: Audit) -> Learning:
@@ -727,20 +781,12 @@ def audit_leak(audit: Audit) -> Verdict:
 # ---- T7, T8, T9: the same again, no held-out file, no network --------------------------------------
 
 
-def compressor(audit: Audit) -> Callable[[bytes], bytes]:
-    """Return what compressed the artifact: the script's codec, or xz for a script that knows no other."""
-    script = audit.script
-    if missing_names(script, CODEC_NEEDS):
-        return partial(lzma.compress, **script.XZ)
-    return script.CODECS[script.codec_of(audit.blob)].pack
-
-
 def audit_repeat(audit: Audit) -> Verdict:
     """T7: the artifact packs to the same bytes again, and scoring twice gives the same bits."""
     header, payload = audit.script.open_artifact(audit.blob)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     raw = b"".join([audit.script.MAGIC, struct.pack("<I", len(text)), text, payload])
-    again = compressor(audit)(raw)
+    again = compressor(audit.script, audit.blob)(raw)
     packs_again = again == audit.blob
     audit.progress.expect(2, "scores")
     repeats = bool((audit.nats(audit.piece) == audit.nats(audit.piece)).all())
@@ -809,17 +855,12 @@ def audit_files(audit: Audit) -> Verdict:
     splits = ["val", h.report_split] if h.report_split else ["val"]
     held_out = {os.path.realpath(file) for split in splits for file in script.split_files(h.data_path, split)}
     small = script.GPT(h, run.m.ops, run.m.dtype).to(run.m.device)
-    m = run.m
-    if hasattr(m, "signals"):  # for `train`, a first signal ends training; for the audit, it leaves at once
-        m = dataclasses.replace(m, signals=type(m.signals)())  # in old scripts they are a list
-    # One layer has no loop: both passes are the same. Scripts before the loop have one pass only.
-    passes = {name: small.loss for name in ("loss_fn", "plain_loss_fn") if hasattr(run, name)}
     small_run = dataclasses.replace(
         run,
         h=h,
-        m=m,
+        m=with_own_signals(run.m),
         model=small,
-        **passes,
+        **passes_of(run, small),
         nats_fn=small.nats,
         phases={},
         splits={},
@@ -880,8 +921,7 @@ def fingerprint(path: str) -> str:
 def run_audit(script: ModuleType, artifact: str, knobs: list[str]) -> int:
     """Run all tests on an artifact and log a line for each. Returns the exit status, 1 if one fails."""
     run, blob = script.load_run(artifact, knobs, os.environ)
-    guarded = getattr(script, "guarded", None)  # the first records' scripts have none
-    with guarded(run.m, run.log) if guarded else nullcontext():
+    with guarded(script, run):
         return run_tests(script, run, blob)
 
 
