@@ -55,8 +55,6 @@ def read_options(argv: list[str], description: str = "") -> argparse.Namespace:
         raise BadInput(f"--seconds {args.seconds:g}: give a number above 0")
     if not 1 <= args.steps <= MOST_STEPS:
         raise BadInput(f"--steps {args.steps}: give 1 to {MOST_STEPS}")
-    if args.candidates and not args.candidates.is_file():
-        raise BadInput(f"--candidates {args.candidates}: no such file; tools/lab/model/plain_paths.py is one")
     if args.json and not args.json.resolve().parent.is_dir():
         raise BadInput(f"--json {args.json}: no such folder; make it first")
     if args.only and not args.candidates:
@@ -67,6 +65,8 @@ def read_options(argv: list[str], description: str = "") -> argparse.Namespace:
         raise BadInput("--paths needs --attention")
     if args.sustain is not None:
         check_sustain(args)
+    if args.candidates and not args.candidates.is_file():
+        raise BadInput(f"--candidates {args.candidates}: no such file; tools/lab/model/plain_paths.py is one")
     return args
 
 
