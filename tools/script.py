@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -150,6 +151,8 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
     """
     loader = SourceFileLoader(name, str(path))
     try:
+        if path.is_fifo():  # reading it may never end
+            raise OSError(errno.EINVAL, "it is a pipe")
         source = loader.get_data(str(path))
     except OSError as error:
         raise BadInput(

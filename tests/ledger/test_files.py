@@ -48,6 +48,17 @@ def test_a_text_may_not_be_huge(name, tmp_path, monkeypatch):
         files.read_text(tmp_path / name)
 
 
+def test_a_pipe_or_device_is_written_to_in_its_place(tmp_path):
+    """A renamed file would take the place of /dev/stdout."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read_end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    files.write_atomic(pipe, "a\n")
+    assert pipe.is_fifo() and os.read(read_end, 9) == b"a\n"
+    os.close(read_end)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_a_date_is_a_day_of_this_century():
     assert is_date("2026-11-28") and is_date("2000-02-29")
     for text in ("9999-12-31", "0001-01-01", "20261128", "2026-W48-1", "2026-02-30", "yesterday", ""):

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from children import output_of
@@ -90,10 +89,11 @@ def vocabulary_of(artifact: str, knobs: Sequence[str]) -> int:
 
 def print_vocabulary(artifact: str, knobs: list[str]) -> int:
     """Print the size of an artifact's vocabulary: the child's side of `vocabulary_of`."""
-    needs = ("Config", "EXTRA_FIELDS", "InputError", "make_config", "open_artifact", "read_knobs")
-    trainer = load_script(TRAINER, "trainer", needs, "score")
+    values = ("Config", "EXTRA_FIELDS", "InputError")
+    functions = ("make_config", "open_artifact", "read_file", "read_knobs")
+    trainer = load_script(TRAINER, "trainer", values + functions, "score")
     try:
-        header, _ = trainer.open_artifact(Path(artifact).read_bytes())
+        header, _ = trainer.open_artifact(trainer.read_file(artifact))
         defaults = {key: getattr(trainer.Config, key) for key in trainer.EXTRA_FIELDS}
         trainer.make_config(trainer.read_knobs(knobs, {}), defaults | header["config"])
     except (ValueError, trainer.InputError) as error:

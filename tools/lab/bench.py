@@ -75,6 +75,7 @@ from lab.shared.trainer import (
 from lab.step import timeline
 from lab.step.parts import time_loader, time_step
 from lab.step.sustained import measure_sustained
+from ledger.files import write_atomic
 from script import BadInput, guard_console, refuse
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def run_bench(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     say_noise(s)
     s.report["seconds"] = time.perf_counter() - started
     if args.json and s.m.rank == 0:
-        args.json.write_text(json.dumps(s.report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_atomic(args.json, json.dumps(s.report, indent=1, sort_keys=True) + "\n")
         s.say(f"json: {args.json}")
     return 0
 

@@ -32,7 +32,7 @@ from script import TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
 NEEDS = (
-    *("CODECS", "ENCODINGS", "codec_of", "read_header", "read_entry"),
+    *("CODECS", "ENCODINGS", "codec_of", "read_header", "read_entry", "read_file"),
     *("row_classes", "column_classes", "model_codes", "unpack_artifact"),
 )
 
@@ -142,7 +142,7 @@ def print_entropies(trainer: ModuleType, raw: bytes) -> None:
 def measure(trainer: ModuleType, path: Path) -> None:
     """Print all of this about one artifact. Raises BadInput if it is none."""
     try:
-        blob = path.read_bytes()
+        blob = trainer.read_file(str(path))
         codec = trainer.codec_of(blob)
         raw = trainer.CODECS[codec].unpack(blob)
         trainer.unpack_artifact(blob)

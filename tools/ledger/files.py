@@ -74,11 +74,15 @@ def read_json(path: Path) -> object:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write the whole file or nothing: to a temporary file beside it first, then by renaming it.
 
+    A device or a pipe, such as /dev/stdout, is written to in its place.
     Raises BadInput, naming the file, when the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     blob = data.encode("utf-8") if isinstance(data, str) else data
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(blob)
+            return
         temporary.write_bytes(blob)
         os.replace(temporary, path)
     except OSError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import train_gpt as t
 from bombs import BOMBS
 from hostile_cases.case import (
+    WITH_SAFETENSORS,
     Case,
     Group,
     audit,
@@ -18,11 +19,16 @@ from hostile_cases.case import (
     cut,
     edited,
     evaluate,
+    export,
     flip,
+    lab,
+    pipe,
     removed,
     run_sh,
+    sample,
     scoring,
     shell,
+    with_huge,
     written,
 )
 from hostile_cases.paths import OUTPUT
@@ -85,6 +91,20 @@ def payload(encoding: str, value: bytes, last: bool) -> Callable[[bytes], bytes]
     return change
 
 
+def key_twice(blob: bytes) -> bytes:
+    """Give the header a second list of tensors, which is empty."""
+    found, values = t.open_artifact(blob)
+    return container(json.dumps(found)[:-1] + ', "tensors": []}', values)
+
+
+def long_number(blob: bytes) -> bytes:
+    """Give the header a number that Python refuses to read."""
+    found, values = t.open_artifact(blob)
+    text = json.dumps(found)
+    assert '"num_layers": 2' in text
+    return container(text.replace('"num_layers": 2', '"num_layers": ' + "9" * 5000), values)
+
+
 NAN = struct.pack("<e", float("nan"))
 INFINITE = struct.pack("<e", float("inf"))
 
@@ -139,6 +159,13 @@ CHANGES = (
     ("an int6 code beyond its limit", payload("int6", b"\x7f", False), ("code beyond",)),
     ("an int6 scale that is no number", payload("int6", NAN, True), ("not finite",)),
     ("an int8 scale that is infinite", payload("int8", INFINITE, True), ("not finite",)),
+    ("a header with a key twice", key_twice, ("bytes after",)),
+    ("a number of 5000 digits", long_number, ("header",)),
+    ("a header with a byte order mark", lambda blob: container("\ufeff{}", b""), ("header",)),
+    ("a tensor whose name sends codes to the terminal", entry(0, "\x1b]0;x\x07"), ("'\\x1b]0;x\\x07'",)),
+    ("a tensor of a true dimension", entry(2, [True, 2, 32]), ("tensor",)),
+    ("a tensor at a fraction", entry(3, 0.0), ("tensor",)),
+    ("a stream before it", lambda blob: lzma.compress(b"") + blob, ("artifact",)),
     ("no payload", lambda blob: container(json.dumps(t.open_artifact(blob)[0]), b""), ("past the end",)),
 )
 FEW_BOMBS = ("1 GiB of zeros", "1 GiB after a sound start", "a header of empty lists", "a shape of ones")
@@ -167,6 +194,42 @@ OTHERS = (
         Case(f"audit: {name}", audit(BAD), (BAD,), setup=(copied(GOOD, BAD), edited(BAD, change)))
         for name, change in AUDITED
     ),
+    Case("sample: a prompt that is not UTF-8", sample("prompt=\udce9x"), ("prompt=", "not UTF-8")),
+    Case("sample: a temperature that is no number", sample("temperature=nan"), ("temperature=nan",)),
+    Case("sample: more texts than there are", sample("held_out=9999"), ("held_out=9999", "ask for fewer")),
+    Case(
+        "sample: an artifact that is cut",
+        run_sh("sample", BAD, "data_path=data"),
+        (BAD, "artifact"),
+        setup=(copied(GOOD, BAD), edited(BAD, cut(-1))),
+    ),
+    Case("sample | head", shell('"$@" | head -c 1', *sample("tokens=3000")), status=0),
+    Case(
+        "export: below a file",
+        export("data/manifest.json/x"),
+        ("data/manifest.json",),
+        under=WITH_SAFETENSORS,
+    ),
+    Case("export: a folder that is there", export("data"), ("data", "exists"), under=WITH_SAFETENSORS),
+    Case(
+        "two evals of one name",
+        shell(
+            '"$@" >/dev/null 2>&1 & "$@" 2>&1; first=$?; wait $!; echo "$((first + $?)) in all"',
+            *evaluate(GOOD),
+        ),
+        ("2 in all",),
+        0,
+        leaves=OUTPUT,
+    ),
+    Case("audit: a pipe", audit("p"), ("p: cannot read", "not a file"), setup=(pipe("p"),)),
+    Case(
+        "audit: a script that is a pipe",
+        audit(GOOD, "--script", "p"),
+        ("p: cannot read",),
+        setup=(pipe("p"),),
+    ),
+    Case("codecs of a pipe", lab("codecs", "p"), ("p: cannot read", "not a file"), setup=(pipe("p"),)),
+    Case("run.sh eval: huge", with_huge(BAD, run_sh("eval", BAD)), (BAD, "artifact")),
     Case("audit: a folder", audit("run"), ("run", "name a file")),
     Case("audit: without an artifact", audit("--script"), ("usage",)),
     Case("audit: a script that is missing", audit(GOOD, "--script", "gone.py"), ("gone.py", "--script PATH")),

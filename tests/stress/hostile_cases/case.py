@@ -95,6 +95,20 @@ def run_sh(*words: str) -> tuple[str, ...]:
     return (str(ROOT / "run.sh"), *words)
 
 
+def sample(*words: str) -> tuple[str, ...]:
+    """Return the command that lets the artifact of run/ write three tokens."""
+    return run_sh("sample", "run/run.int6.xz", "data_path=data", "tokens=3", *words)
+
+
+def export(out: str) -> tuple[str, ...]:
+    """Return the command that exports the artifact of run/."""
+    return run_sh("export", "run/run.int6.xz", "--out", out, "data_path=data")
+
+
+# Without the package that export needs, a case is skipped.
+WITH_SAFETENSORS = (PYTHON, "-c", "import os, safetensors, sys; os.execvp(sys.argv[1], sys.argv[1:])")
+
+
 def data(*words: str) -> tuple[str, ...]:
     """Return a command of data/prepare.py."""
     return (PYTHON, str(ROOT / "data/prepare.py"), *words)

@@ -4,10 +4,12 @@ import os
 
 from hostile_cases.case import (
     TRAINER,
+    WITH_SAFETENSORS,
     Case,
     Group,
     data,
     evaluate,
+    export,
     lab,
     linked,
     record,
@@ -156,6 +158,23 @@ CASES = (
         ("made", "file too large", "--shard-tokens"),
         under=at_most(9000),
         lines=0,
+    ),
+    *(
+        Case(
+            f"export: no room in {kib} KiB",
+            export("made/x"),
+            ("made/", "No space left"),
+            under=(*WITH_SAFETENSORS, *small_disk("made", kib)),
+            leaves=("made",),
+        )
+        for kib in (60, 140)  # for the weights; for what follows them
+    ),
+    Case(
+        "export: a read-only disk",
+        export("made/x"),
+        ("made/", "Read-only"),
+        under=(*WITH_SAFETENSORS, *read_only("made")),
+        leaves=("made",),
     ),
     Case(
         "data offline: no room",

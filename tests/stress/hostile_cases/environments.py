@@ -67,6 +67,15 @@ HELPED = (
 )
 TOOLS = {"PYTHONPATH": str(ROOT / "tools")}
 
+# Each is imported as Python starts and changes the system's clock for the program.
+BACK = "import time; t = iter(range(10**9, 0, -3600)); time.time = lambda: float(next(t))"
+FIXED = "import time; time.time = lambda: {0}; g = time.gmtime; time.gmtime = lambda: g({0})"
+CLOCKS = (
+    ("set back an hour at each look", BACK),
+    ("at 1970", FIXED.format(0.0)),
+    ("past the year 9999", FIXED.format(3e11)),
+)
+
 CASES = (
     *(
         Case(f"python -OO: help of {name}", command, (says,), 0, env=BARE | TOOLS)
@@ -109,6 +118,18 @@ CASES = (
         3,
         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "not a url"},
         lines=0,
+    ),
+    *(
+        Case(
+            f"the clock is {name}: train",
+            train("checkpoint_every=1e-6", "run_id="),
+            ("final_score",),
+            0,
+            setup=(written("clock/sitecustomize.py", source),),
+            env={"PYTHONPATH": "clock"},
+            leaves=("out", "out/*"),
+        )
+        for name, source in CLOCKS
     ),
     Case("train without HOME", train(), status=0, env=NO_HOME, leaves=OUTPUT),
     Case("train with a HOME that is missing", train(), status=0, env={"HOME": "/nope"}, leaves=OUTPUT),

@@ -281,6 +281,14 @@ OTHERS = (
         0,
         leaves=("repo/records/*", "err"),
     ),
+    Case(
+        "diff --html to a pipe",
+        shell('cat p & "$@"; status=$?; wait; exit $status', *record("diff", LOG, "Base", "--html", "p")),
+        ("<html",),
+        0,
+        setup=(pipe("p"),),
+        seconds=20,
+    ),
     Case("new of no date", new("X", date="yesterday"), ("--date yesterday", "YYYY-MM-DD")),
     Case("new of a date that is none", new("X", date="2026-02-30"), ("--date 2026-02-30", "YYYY-MM-DD")),
     Case(

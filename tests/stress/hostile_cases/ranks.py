@@ -259,6 +259,7 @@ CASES = (
         "two ranks by hand and a log that is there",
         shell(BY_HAND, *train("out_dir=run")),
         ("run/run.txt", *both_end(2)),
+        setup=(removed("run/run.int6.xz"),),
         lines=0,
     ),
     *(

@@ -185,6 +185,7 @@ OTHERS = (
     Case("the command line wins over the environment", config("seed=4"), ("seed: 4",), 0, env={"SEED": "3"}),
     Case("a bad value in the environment", config(), ("seed", "'x'"), env={"SEED": "x"}),
     Case("an empty value in the environment", config(), ("iterations", "''"), env={"ITERATIONS": ""}),
+    Case("ten thousand words", train(*["seed=5"] * 10_000), ("final_score",), 0, leaves=OUTPUT),
     Case("run.sh: an unknown knob", run_sh("config", "sed=5"), ("sed",)),
     Case("run.sh: a knob without a value", run_sh("train", "seed"), ("'seed'", "key=value")),
     Case("run.sh: an option", run_sh("train", "--seed", "5"), ("--seed",)),
@@ -237,12 +238,9 @@ OTHERS = (
     ),
     Case("a split of one target", train("val_tokens=1"), ("2 tokens of val", "eval_seq_len=32")),
     Case(
-        "a batch that no memory holds",
-        shell(
-            'ulimit -v 3000000; exec "$@"',
-            *train("train_batch_tokens=268435456", "micro_batch_tokens=268435456"),
-        ),
-        ("no memory left", "lower micro_batch_tokens"),
+        "a model that no memory holds",
+        shell('ulimit -v 1400000; exec "$@"', *train("model_dim=1024", "num_layers=12")),
+        ("no memory left", "make the model smaller"),
         1,
         leaves=("out", "out/run.txt"),
     ),

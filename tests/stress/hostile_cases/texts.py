@@ -2,7 +2,21 @@
 
 import json
 
-from hostile_cases.case import Case, Group, copied, cut, data, edited, removed, shell, text, written
+from hostile_cases.case import (
+    Case,
+    Group,
+    copied,
+    cut,
+    data,
+    edited,
+    linked,
+    pipe,
+    removed,
+    shell,
+    text,
+    with_huge,
+    written,
+)
 
 TOY = ("--name", "toy")
 MADE = ("made", "made/*")
@@ -135,6 +149,26 @@ OTHERS = (
         setup=(copied("docs/tokenizer.model", "docs/e.model"), edited("docs/e.model", cut(900))),
     ),
     Case("--tokenizer is text", text(tokenizer="docs/val.txt"), ("val.txt", "give"), 1),
+    Case(
+        "--tokenizer is huge",
+        with_huge("docs/huge.model", text(tokenizer="docs/huge.model")),
+        ("docs/huge.model", "more than"),
+    ),
+    Case("--tokenizer is a pipe", text(tokenizer="p"), ("p: not a file",), setup=(pipe("p"),)),
+    Case(
+        "a link stands where a shard is written first",
+        text(*TOY),
+        ("written",),
+        0,
+        setup=(written("precious", "x"), linked("made/.tmp.toy_val_000000.bin", "../precious")),
+        leaves=MADE,
+    ),
+    Case(
+        "two commands build one folder",
+        shell('"$@" >/dev/null 2>&1 & "$@"; wait', *text(*TOY)),
+        status=0,
+        leaves=MADE,
+    ),
     Case(
         "another data set is there", text(*TOY, out="data"), ("data", "holds another dataset", "--replace"), 1
     ),
