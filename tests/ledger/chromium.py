@@ -89,7 +89,10 @@ class Chromium:
             ready, _, _ = select.select([self.reads], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 return None
-            self.buffer += os.read(self.reads, 1 << 20)
+            received = os.read(self.reads, 1 << 20)
+            if not received:
+                raise RuntimeError(f"the browser has ended with status {self.process.wait()}")
+            self.buffer += received
         text, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(text)
         self.note(message.get("method"), message.get("params", {}))

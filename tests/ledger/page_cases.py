@@ -37,7 +37,7 @@ audit 8 of 9 tests passed
 
 
 def small_ledger(root: Path) -> Path:
-    """Make a repository with two records, a non-record, a race, a sweep, timelines and a ladder."""
+    """Make a repository with records, a non-record, a race, a sweep, timelines and another picture."""
     (root / "records").mkdir(parents=True)
     (root / "requirements.txt").write_text("torch==2.13.0\nnumpy==2.2.6\nsentencepiece==0.2.3\n")
     (root / "README.md").write_text(MARKERS)
@@ -66,11 +66,22 @@ def small_ledger(root: Path) -> Path:
 
     shutil.copytree(RECORDS / "sweeps" / SWEEP, root / "records" / "sweeps" / SWEEP)
     shutil.copytree(RECORDS / "timelines" / TIMELINE, root / "records" / "timelines" / TIMELINE)
-    ladder = root / "records" / "ladder" / "2026-12-01_Sizes"
-    ladder.mkdir(parents=True)
-    shutil.copy(RECORDS / "timelines" / TIMELINE / "record.png", ladder / "sizes.png")
-    (ladder / "README.md").write_text("# Sizes\n\nFour sizes of *one* model.\n")
+    sizes = root / "records" / "scaling" / "2026-12-01_Sizes"
+    sizes.mkdir(parents=True)
+    shutil.copy(RECORDS / "timelines" / TIMELINE / "record.png", sizes / "sizes.png")
+    (sizes / "README.md").write_text("# Sizes\n\nFour sizes of *one* model.\n")
     return root
+
+
+def add_rung(root: Path) -> None:
+    """Add the sweep once more, as if it had had 60 s, so that its ideas make a ladder."""
+    folder = root / "records" / "sweeps" / f"{SWEEP}60"
+    shutil.copytree(RECORDS / "sweeps" / SWEEP, folder)
+    for log in (folder / "logs").iterdir():
+        text = log.read_text(encoding="utf-8")
+        log.write_text(
+            text.replace("max_wallclock_seconds: 120.0", "max_wallclock_seconds: 60.0"), encoding="utf-8"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from ledger import record, stats
 from ledger.folders import sweep_folders
 from ledger.show import site
 from ledger.show.web import facts, library
-from page_cases import HOSTILE, MISSING, RECORDS, SWEEP, small_ledger, with_packages
+from page_cases import HOSTILE, MISSING, RECORDS, SWEEP, add_rung, small_ledger, with_packages
 from record_helpers import NAME, SEEDS, TRACK, edit_log, run
 from script import BadInput
 
@@ -75,6 +75,11 @@ class Outline(HTMLParser):
             self.scripts[-1] += data
 
 
+def payload_of(page: str) -> dict:
+    """Return what the programs of the page read."""
+    return json.loads(next(text for text in Outline(page).scripts if text.startswith('{"histories"')))
+
+
 # ---- facts, without the packages -----------------------------------------------------------------
 
 
@@ -86,7 +91,7 @@ def test_the_hash_is_that_of_sha256sum_and_tells_any_change(ledger):
     before = facts.ledger_hash(ledger / "records")
     assert listed.stdout.split()[0] == before
 
-    note = ledger / "records" / "ladder" / "2026-12-01_Sizes" / "README.md"
+    note = ledger / "records" / "scaling" / "2026-12-01_Sizes" / "README.md"
     text = note.read_text()
     note.write_text(text + "\n")
     (ledger / "records" / ".hidden").write_text("not of the ledger")
@@ -200,7 +205,7 @@ def test_text_of_the_ledger_is_never_markup(page):
     assert HOSTILE not in page and "<script>alert" not in page
     scripts = Outline(page).scripts
     assert not any("alert(1)" in text for text in scripts if not text.lstrip().startswith("{"))
-    found = json.loads(next(text for text in scripts if text.startswith('{"histories"')))
+    found = payload_of(page)
     assert found["entries"][f"{TRACK}/{NAME}"]["figures"]["seeds"] == len(SEEDS)
 
 
@@ -219,12 +224,25 @@ def test_the_page_shows_all_of_the_ledger(page):
         f"<h3>{SWEEP}</h3>",
         "-0.0122 to -0.0099",
         '<h2 id="kind-timelines-title">Timelines of a step</h2>',
-        '<h2 id="kind-ladder-title">Ladder</h2>',
+        '<h2 id="kind-scaling-title">Scaling</h2>',
         "<p>Four sizes of <em>one</em> model.</p>",
     ):
         assert said in page, said
     assert page.count("verified record</span>") == 3
     assert "Directions and step rules" not in page  # this ledger has none
+    assert 'id="ladder"' not in page
+
+
+@with_packages
+def test_a_ladder_appears_with_its_second_rung(tmp_path):
+    root = small_ledger(tmp_path / "repo")
+    add_rung(root)
+    assert run(root, "site", "--out", tmp_path / "page", "--no-verify") == 0
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert '<h2 id="ladder-title">The ladder</h2>' in page and "60 s and 120 s" in page
+    ideas = {idea["name"]: idea for idea in payload_of(page)["ideas"]}
+    assert ideas["fp8"]["budget"] == [60, 120] and ideas["fp8"]["seeds"] == [3, 3]
+    assert ideas["fp8"]["mean"][0] == ideas["fp8"]["mean"][1] < 0 < ideas["fp8"]["reach"][0]
 
 
 @with_packages

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ledger import stats
 from ledger.files import write_atomic
+from ledger.make import ladder
 from ledger.make.record_folder import fact_table, layout_of
 from ledger.make.seed_table import seed_table
 from ledger.make.sweep_table import mean_curve, row_of, runs_at_best_rate, summary, table_lines
@@ -78,6 +79,7 @@ def render(ledger: Ledger, proved: bool) -> str:
         tracks=track_views(ledger),
         entries=[entry_view(entry, ledger) for track in TRACKS for entry in in_board_order(ledger, track)],
         sweeps=[sweep_view(sweep) for sweep in ledger.sweeps],
+        ladder=[line for line in ladder.lines_of(ledger.ideas) if ledger.ideas and line[:1] != "!"],
         kinds=kind_views(ledger.pictures),
         markdown=lambda text: Markup(prose.html_of(text)),
     )
@@ -306,6 +308,18 @@ def sweep_payload(sweep: Sweep) -> dict:
     return {"baseline": sweep.table["baseline"], "effects": effects(sweep.table), "runs": runs}
 
 
+def idea_payload(idea: ladder.Idea) -> dict:
+    """Return the effects of an idea by budget, in bits per byte."""
+    effects = idea.effects.values()
+    return {
+        "name": idea.name,
+        "budget": [effect.budget for effect in effects],
+        "mean": [effect.mean for effect in effects],
+        "reach": [effect.reach for effect in effects],
+        "seeds": [len(effect.gaps) for effect in effects],
+    }
+
+
 def kind_views(folders: list[Pictures]) -> list[dict]:
     """Return the folders with pictures by kind, in the order of the kinds' names."""
     views = []
@@ -340,5 +354,6 @@ def payload(ledger: Ledger) -> dict:
             entry.key: entry_payload(entry) for track in tracks for entry in in_board_order(ledger, track)
         },
         "pairs": welch_pairs(ledger.entries),
+        "ideas": [idea_payload(idea) for idea in ledger.ideas],
         "sweeps": {sweep.folder.name: sweep_payload(sweep) for sweep in ledger.sweeps},
     }

@@ -4,7 +4,7 @@
 
 const SERIES_COLORS = 10;
 const HEIGHT = 300; // of a chart, in pixels, unless its rows decide
-const MANY_POINTS = 30; // a longer curve is drawn without a dot for each of its points
+const MANY_POINTS = 12; // a longer curve is drawn without a dot for each of its points
 
 // ---- elements ----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ledger import stats
 from ledger.files import read_json, read_text
 from ledger.folders import log_files, logs_of, measurement_folders, record_folders, sweep_folders
+from ledger.make.ladder import Idea, find_ideas
 from ledger.make.record_folder import NOTES
 from ledger.make.sweep_table import read_runs
 from ledger.prove.claims import Finding, Verdict
@@ -87,7 +88,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A folder of records/KIND/ that holds pictures and pages: a measurement, a timeline, a ladder."""
+    """A folder of records/KIND/ that holds pictures and pages: a measurement, a timeline."""
 
     kind: str
     folder: Path
@@ -104,6 +105,7 @@ class Ledger:
     files: int
     entries: list[Entry]
     sweeps: list[Sweep]
+    ideas: list[Idea]  # those trained at two budgets or more
     pictures: list[Pictures]
 
 
@@ -164,6 +166,7 @@ def read_ledger(root: Path, examine: Examine | None, say: Callable[[str], None])
             Sweep(folder, read_json(folder / "table.json"), read_runs(folder), findings(number, folder))
             for number, folder in enumerate(sweeps, 1 + len(folders))
         ],
+        ideas=find_ideas(records),
         pictures=[*direction_pictures(records), *other_pictures(records)],
     )
 

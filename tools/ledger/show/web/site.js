@@ -294,6 +294,46 @@ function drawEffects(node, { effects, baseline }) {
   node.setAttribute("aria-label", rows.map((row) => `${row.name} ${signed(row.diff, 4)}`).join("; "));
 }
 
+// ---- the ladder --------------------------------------------------------------------------------
+
+function drawLadder(node) {
+  const traces = payload.ideas.map((idea, index) => ({
+    type: "scatter",
+    mode: "lines+markers",
+    name: idea.name,
+    x: idea.budget,
+    y: idea.mean,
+    error_y: { type: "data", array: idea.reach, color: seriesColor(index), thickness: 1, width: 3 },
+    line: { color: seriesColor(index), width: 1.4 },
+    marker: { color: seriesColor(index), size: 6 },
+    customdata: idea.seeds,
+    hovertemplate: "%{y:+.4f} (%{customdata} seeds)",
+  }));
+  const budgets = [...new Set(payload.ideas.flatMap((idea) => idea.budget))].sort((a, b) => a - b);
+  plot(node, traces, {
+    height: 360,
+    hovermode: "x unified",
+    xaxis: {
+      type: "log",
+      title: { text: "device-seconds of training", standoff: 8 },
+      tickvals: budgets,
+      ticktext: budgets.map((budget) => budget.toLocaleString("en-US")),
+    },
+    yaxis: { tickformat: "+.3f", title: { text: "bits per byte", standoff: 8 } },
+    shapes: [{ type: "line", x0: 0, x1: 1, xref: "paper", y0: 0, y1: 0, line: { color: color("ink"), width: 1 } }],
+  });
+  node.setAttribute("role", "img");
+  node.setAttribute("aria-label", "effects of ideas against their budget; the table below has them");
+}
+
+function startLadder() {
+  const block = document.getElementById("ladder-curves");
+  if (!block) return;
+  const node = element("div", { class: "plot" });
+  block.append(element("ul", { class: "key" }, ...keyOf(payload.ideas.map((idea, color) => ({ ...idea, color })))), node);
+  keepDrawn(node, () => drawLadder(node));
+}
+
 // ---- source diffs ------------------------------------------------------------------------------
 
 let diffs = null;
@@ -380,6 +420,7 @@ async function start() {
     openOnClick(each);
   }
   showComparison();
+  startLadder();
   drawWhenSeen();
   addEventListener("beforeprint", openForPrint);
   document.documentElement.dataset.ready = "yes";
