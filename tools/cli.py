@@ -74,6 +74,13 @@ def record(request: Request) -> int:
     return ledger_record.main(request.words)
 
 
+def watch(request: Request) -> int:
+    """Show runs in progress on a page of this machine."""
+    from ledger.show import watch as ledger_watch
+
+    return ledger_watch.main(request.words)
+
+
 COMMANDS = {
     "train": Command(
         train,
@@ -201,6 +208,16 @@ COMMANDS = {
         ),
         files=("tools/ledger/record.py",),
         check=check_record,
+        reads_knobs=False,
+    ),
+    "watch": Command(
+        watch,
+        forms=(
+            Form(
+                "[LOG...]", "Show runs in progress on a page, by default the newest.", "watch logs/first.txt"
+            ),
+        ),
+        files=("tools/ledger/show/watch.py",),
         reads_knobs=False,
     ),
     "test": Command(

@@ -8,7 +8,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-COMMANDS = ["train", "eval", "audit", "sample", "export", "config", "bench", "data", "record", "test"]
+COMMANDS = [
+    "train",
+    "eval",
+    "audit",
+    "sample",
+    "export",
+    "config",
+    "bench",
+    "data",
+    "record",
+    "watch",
+    "test",
+]
 
 # Notes every call, then does as little as tools/cli.py needs to go on. Questions (-c) and tools/cli.py itself
 # go to a real interpreter, which takes this stand-in for its own executable.
