@@ -140,6 +140,10 @@ def summary(rows):
     return f"{behaved} of {len(run)} behaved{left_out}, {seconds:.0f} s of programs"
 
 
+def stay(number, frame):
+    """Handle a signal by doing nothing, which, unlike ignoring it, no program inherits."""
+
+
 def main(argv):
     """Run the command and return its exit status."""
     workers = os.cpu_count() or 1
@@ -151,8 +155,10 @@ def main(argv):
         print(f"hostile.py: no case holds {' '.join(argv)!r}; without words, all run", file=sys.stderr)
         return 2
 
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: cases send it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # In the background of a shell or under nohup a signal is ignored, and so it would be by the cases.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, stay)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     start = time.monotonic()
     rows = run_cases(cases, workers, Progress(len(cases)))
     print_table(rows)

@@ -194,11 +194,11 @@ OTHERS = (
     ),
     Case(
         "SIGINT to record verify",
-        record("verify"),
+        record("verify", *["Base"] * 60),
         ("interrupted",),
         130,
         lines=0,
-        signals=(Signal(INT, "", 0.6, "terminal"),),
+        signals=(Signal(INT, "", 2.0, "terminal"),),
     ),
     Case(
         "SIGTERM to a sweep",
