@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from threading import Thread
+from threading import Thread, current_thread, main_thread
+from types import FrameType
 from typing import TypeVar
 
 from messages import BadInput, describe, is_panic
@@ -74,17 +75,32 @@ def work(function: Callable[[Item], Result], item: Item) -> Result:
 def signals_held_back() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until the end of the block, in which processes may start.
 
-    Half of what a process needs to start would make it show a traceback. A process inherits the blocked
-    signals: it hears of SIGTERM when it has started, and never of Ctrl-C.
+    Half of what a process needs to start would make it show a traceback, or wait for the rest for ever. A
+    process inherits the blocked signals: it hears of SIGTERM when it has started, and never of Ctrl-C. That
+    is not enough for this one: a thread of a library that does not block a signal may take it, and Python
+    then handles it in the main thread, at once.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if (
+        not hasattr(signal, "pthread_sigmask") or current_thread() is not main_thread()
+    ):  # Windows; no handlers
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    held_back = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, note) for number in held_back}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def nothing() -> None:

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -18,6 +19,25 @@ import tokenizing
 import workers
 from data_cases import make_documents, one_line, read_split, replaced, write_docs
 from messages import BadInput
+
+
+def test_ctrl_c_that_another_thread_takes_waits_for_the_end_of_the_block():
+    """Raised while a process starts, it would leave a half-started one that waits for the rest for ever."""
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)  # as a library has one; it does not block signals
+    other.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    finished = False
+    try:
+        with pytest.raises(KeyboardInterrupt), workers.signals_held_back():
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            time.sleep(0.1)
+            finished = True
+    finally:
+        signal.signal(signal.SIGINT, before)
+        stop.set()
+        other.join()
+    assert finished
 
 
 class Panic(BaseException):
