@@ -172,6 +172,11 @@ def test_a_verified_record_is_a_record_whose_claims_were_proved(ledger):
     }
 
 
+def test_data_in_a_script_cannot_end_it():
+    written = library.json_for_script({HOSTILE: [HOSTILE]})
+    assert "<" not in written and json.loads(written) == {HOSTILE: [HOSTILE]}
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -278,8 +283,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(ledger, tmp_path, capsys, monk
         capsys.readouterr()
         assert run(root, "site", "--out", out, "--no-verify") == 2
         printed = capsys.readouterr()
-        assert printed.out == "" and printed.err.count("\n") == 1 and not (tmp_path / "page").exists()
-        return printed.err
+        *progress, reason = printed.err.splitlines()
+        assert printed.out == "" and all(line.startswith("site: reading ") for line in progress)
+        assert not (tmp_path / "page").exists()
+        return reason
 
     if not MISSING:
         (tmp_path / "file").write_text("")

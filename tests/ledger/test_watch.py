@@ -161,6 +161,7 @@ class Watching:
 
 @with_packages
 def test_the_page_is_told_what_the_log_tells(log, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "LINGER_SECONDS", 300.0)  # not waited for: a page has fetched the end
     watching = Watching(monkeypatch, capsys, log)
     state = watching.state()
     (run,) = state["runs"]

@@ -50,7 +50,9 @@ def write_site(root: Path, out: Path, examine: Examine | None, say: Callable[[st
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file; name a folder, in which {PAGE} is written")
 
-    page = render(read_ledger(root, examine, say), proved=examine is not None)
+    ledger = read_ledger(root, examine, say)
+    say("comparing every script with its parent's")
+    page = render(ledger, proved=examine is not None)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -151,10 +151,9 @@ def read_ledger(root: Path, examine: Examine | None, say: Callable[[str], None])
     total = len(folders) + len(sweeps)
 
     def findings(number: int, folder: Path) -> list[Finding]:
-        if examine is None:
-            return []
-        say(f"proving {number} of {total}: {folder.parent.name}/{folder.name}")
-        return examine(folder)
+        doing = "reading" if examine is None else "proving"
+        say(f"{doing} {number} of {total}: {folder.parent.name}/{folder.name}")
+        return [] if examine is None else examine(folder)
 
     entries = [read_entry(folder, findings(number, folder)) for number, folder in enumerate(folders, 1)]
     return Ledger(
