@@ -133,7 +133,9 @@ def test_only_what_was_scored_on_the_same_text_is_tested(ledger):
     assert pairs[f"{base} {following}"]["diff"] == pytest.approx(test.diff, abs=1e-6)
 
     other = next(entry for entry in entries if entry.key == following)
-    other.sub["val_tokens"] -= 1
+    other.sub["data_manifest_sha256"] = "c" * 64  # another vocabulary of the same text
+    assert len(facts.welch_pairs(entries)) == 2
+    other.sub["val_bytes"] -= 1
     assert facts.welch_pairs(entries) == {}
 
 

@@ -266,7 +266,7 @@ def entry_payload(entry: Entry) -> dict:
         "date": entry.sub["date"],
         "anchor": entry.anchor,
         "record": entry.sub["record"],
-        "text": f"{entry.sub['data_manifest_sha256']} {entry.sub['val_tokens']}",
+        "text": entry.sub["val_bytes"],
         "vocabulary": entry.sub["tokenizer_sha256"],
         "score": "race" if entry.is_race else board.score_of(entry.sub),
         "figures": {

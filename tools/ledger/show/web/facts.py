@@ -219,8 +219,11 @@ def other_pictures(records: Path) -> list[Pictures]:
 
 
 def same_text(a: Entry, b: Entry) -> bool:
-    """Return whether two entries were scored on the same text, in the same windows."""
-    keys = ("data_manifest_sha256", "val_tokens", "track")
+    """Return whether two entries of a track were scored on the same text, in the same windows.
+
+    A text is known by its bytes, as in the ladder: two vocabularies of one text compare.
+    """
+    keys = ("val_bytes", "track")
     return all(a.sub[key] == b.sub[key] for key in keys) and score_of(a.sub) == score_of(b.sub)
 
 
