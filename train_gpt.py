@@ -282,6 +282,9 @@ class Config:
     ttt_chunk_tokens: int = knob(32_768, STORED_IF_LEARNS)  # targets that are scored, then learned from
     ttt_passes: int = knob(3, STORED_IF_LEARNS)  # steps on each chunk
     ttt_rank: int = knob(8, STORED_IF_SET)  # rank of the changes that the lora form learns
+    # size
+    depth: Count = 0  # layers of a model of which all else follows (follow_dials); 0: the preset's own model
+    tokens_per_param: float = 0.0  # sets iterations: training tokens per parameter of scaling_params; 0: off
     # model
     vocab_size: int = knob(1024, SIZE, STORED)  # the tokenizer's size, or that padded to a multiple of 128
     num_layers: int = knob(11, SIZE, STORED)
@@ -594,17 +597,115 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
 
 
 def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None = None) -> Config:
-    """Resolve every knob: defaults < preset < an artifact's header < knobs given.
+    """Resolve every knob: defaults < preset < what its dials imply < an artifact's header < knobs given.
 
     A given target_loss removes the time limit. Raises InputError for a value out of range, or for knobs that
     contradict each other.
     """
     preset = PRESETS.get(knobs.get("preset"), {})
     race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
-    h = Config(**{**preset, **race, **(header or {}), **knobs})
+    given = {**(header or {}), **knobs}
+    h = Config(**{**preset, **race, **given})
+    check_ranges(h)
+    h = follow_dials(h, given)
     check_ranges(h)
     check_relations(h)
     return h
+
+
+# The dials take a preset's rates and decays for those of depth 12, where nanochat tunes its own.
+DEPTHS = range(2, 27)
+TUNED_DEPTH = 12
+TUNED_WIDTH = 768
+TUNED_BATCH = 1 << 19  # tokens: nanochat's measured optimum at depth 12
+NO_CAP = 1 << 40  # bytes, more than any artifact has
+
+
+def follow_dials(h: Config, given: Mapping[str, object]) -> Config:
+    """Return h with all that follows from its depth and tokens_per_param, except for the knobs given.
+
+    The rules are nanochat's: scripts/base_train.py and nanochat/gpt.py at 00255c1. Each rule sees what the
+    ones before it and the given knobs have set. Raises InputError for a dial out of range.
+    """
+    if h.depth and h.depth not in DEPTHS:
+        raise InputError(f"config key depth: {h.depth} must be 0 or from {DEPTHS[0]} to {DEPTHS[-1]}")
+    if h.tokens_per_param > 1e6:
+        raise InputError(f"config key tokens_per_param: {h.tokens_per_param:g} must be at most 1e6")
+    rules = (shape_by_depth, run_by_depth, rates_by_depth) if h.depth else ()
+    for rule in rules:
+        h = replace(h, **{**rule(h), **given})
+    if h.tokens_per_param:
+        h = replace(h, **{**length_by_tokens(h), **given})
+    return h
+
+
+def shape_by_depth(h: Config) -> dict[str, object]:
+    """Return the knobs of the model that follow from depth."""
+    width = -(-64 * h.depth // 128) * 128  # --aspect-ratio 64, up to whole heads of --head-dim 128
+    short = str(-(-h.train_seq_len // 4 // 128) * 128)  # a quarter of the sequence, up to blocks of 128
+    pattern = [short, short, short, "0"] * h.depth  # --window-pattern SSSL
+
+    def share(layers: int) -> int:
+        return -(-layers * h.depth // h.num_layers)  # ours: as large a share of the layers as in the preset
+
+    return dict(
+        num_layers=h.depth,
+        model_dim=width,
+        num_heads=width // 128,
+        num_kv_heads=width // 128,  # n_kv_head = n_head
+        mlp_mult=4.0,
+        attn_windows=" ".join([*pattern[: h.depth - 1], "0"]),  # the last layer always sees everything
+        xsa_last_n=share(h.xsa_last_n),
+        ve_last_n=share(h.ve_last_n),
+        parallel_last_n=share(h.parallel_last_n),
+        loop_layers="",  # ours: depth counts all visits
+        loop_times=0,
+    )
+
+
+def size_by_depth(h: Config) -> float:
+    """Return the parameters of h as a multiple of those at depth 12, the ratio of their training tokens."""
+    tuned = replace(h, **shape_by_depth(replace(h, depth=TUNED_DEPTH)))
+    return scaling_params(h) / scaling_params(tuned)
+
+
+def run_by_depth(h: Config) -> dict[str, object]:
+    """Return the knobs of batch, length and score that follow from depth and the model's size."""
+    # The best batch grows as tokens^0.383 (arXiv:2505.13738); the nearest power of two.
+    batch = 1 << round(math.log2(TUNED_BATCH * size_by_depth(h) ** 0.383))
+    return dict(
+        train_batch_tokens=batch,
+        micro_batch_tokens=min(batch, 1 << h.micro_batch_tokens.bit_length() - 1),  # ours: divides the batch
+        start_batch_tokens=0,
+        tokens_per_param=12.0,  # --target-param-data-ratio
+        max_wallclock_seconds=0.0,
+        eval_stride=h.eval_seq_len,  # a sliding score costs 32 times as much
+        codec="xz",  # rans decodes at most MAX_RANS_CODES
+        size_cap=NO_CAP if h.size_cap else 0,
+    )
+
+
+def rates_by_depth(h: Config) -> dict[str, object]:
+    """Return the rates and decays that follow from batch, width and size."""
+    batch = math.sqrt(h.train_batch_tokens / TUNED_BATCH)  # rates go as the root of the batch
+    width = math.sqrt(TUNED_WIDTH / h.model_dim)  # those of AdamW's matrices also as width^-0.5
+    # Decay keeps T_epoch = batch / (rate * decay * tokens) constant (arXiv:2405.13698).
+    decay = batch / size_by_depth(h)
+    return dict(
+        matrix_lr=h.matrix_lr * batch,
+        embed_lr=h.embed_lr * batch * width,
+        scalar_lr=h.scalar_lr * batch,
+        copy_lr=h.copy_lr * batch,
+        muon_wd=h.muon_wd * decay,
+        embed_wd=h.embed_wd * decay,
+        scalar_wd=h.scalar_wd * decay,
+    )
+
+
+def length_by_tokens(h: Config) -> dict[str, object]:
+    """Return the knobs of a run's length that follow from tokens_per_param."""
+    steps = int(h.tokens_per_param * scaling_params(h)) // h.train_batch_tokens
+    return dict(iterations=max(1, steps), max_wallclock_seconds=0.0)
 
 
 def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
@@ -733,6 +834,9 @@ def relations_of_the_model(h: Config) -> Iterator[Relation]:
         f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
     )
     yield Relation(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
+    yield Relation(
+        h.depth in (0, h.num_layers), f"depth={h.depth} and num_layers={h.num_layers} differ; leave one out"
+    )
 
 
 def relations_of_training(h: Config) -> Iterator[Relation]:
@@ -746,6 +850,10 @@ def relations_of_training(h: Config) -> Iterator[Relation]:
     )
     yield Relation(
         h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0"
+    )
+    yield Relation(
+        h.tokens_per_param == 0 or h.start_batch_tokens == 0,
+        "tokens_per_param needs start_batch_tokens=0: it counts on equal steps",
     )
     yield Relation(
         h.target_loss <= math.log(h.vocab_size),
@@ -2464,6 +2572,41 @@ def parameter_table(h: Config) -> dict[str, Parameter]:
     return table
 
 
+def product_weights(h: Config, visits: int) -> int:
+    """Return how many weights a token is multiplied by, of a model whose layers are visited `visits` times.
+
+    They are the layers' matrices, the projections and the output layer. Embeddings are looked up, and gates
+    and scales are too small to count.
+    """
+    shapes = parameter_table(h)
+    total = 0
+    for spec in PARAM_TABLE:
+        if spec.name in shapes and (spec.stored_as in ("int6", "int8") or spec.name == "tok_emb"):
+            count = math.prod(shapes[spec.name].shape)
+            total += count if spec.buffer == "flat" else count // h.num_layers * visits
+    return total
+
+
+def scaling_params(h: Config) -> int:
+    """Return the parameters that tokens_per_param counts: all weights in products, each once.
+
+    nanochat counts the layers' matrices and the output layer as well: they gave it the cleanest scaling laws.
+    """
+    return product_weights(h, h.num_layers)
+
+
+def flops_per_token(h: Config, loops: bool = True) -> int:
+    """Return the FLOPs of the model, forwards and backwards, for a token of training.
+
+    6 for every weight in a product and 12 D for every key that a token attends to: PaLM's formula
+    (arXiv:2204.02311, appendix B), with windows as in nanochat. Causal masks halve nothing. loops: whether
+    the layers of a loop are visited again.
+    """
+    visits = layer_table(h if loops else replace(h, loop_times=0))
+    keys = sum(min(spec.window or h.train_seq_len, h.train_seq_len) for spec in visits)
+    return 6 * product_weights(h, len(visits)) + 12 * h.model_dim * keys
+
+
 def init_tensor(shape: tuple[int, ...], init: Init, generator: torch.Generator) -> Tensor:
     """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown kind."""
     out = torch.zeros(shape)
@@ -4096,7 +4239,9 @@ MAGIC = b"GPT6"
 STORED_AS = {spec.name: spec.stored_as for spec in PARAM_TABLE}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, times the row's largest magnitude
 LEAST_SCALE = 2.0**-24  # the smallest f16
-MAX_RAW_BYTES = 1 << 28
+MAX_RAW_BYTES = 1 << 28  # of a file of up to 64 MiB
+MAX_RAW_RATIO = 4  # of a larger one; codes pack to between 1/2 and 3/4
+MAX_WEIGHTS = 1 << 30
 MAX_HEADER_BYTES = 1 << 16
 
 
@@ -4445,7 +4590,7 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     """Return float32 tensors by name. Raises ValueError for a blob that is not well-formed.
 
     Names and shapes are not checked. Whatever the blob holds, this runs no code from it and takes no more
-    memory than a few times MAX_RAW_BYTES and their float32 values.
+    memory than a few times MAX_RAW_BYTES, or MAX_RAW_RATIO times the blob, and their float32 values.
     """
     return read_tensors(*open_artifact(blob))
 
@@ -4522,10 +4667,13 @@ compress = partial(lzma.compress, **XZ)
 
 
 def decompress(blob: bytes) -> bytes:
-    """Return the content of one xz stream, at most MAX_RAW_BYTES. Raises ValueError for anything else."""
+    """Return the content of one xz stream. Raises ValueError for anything else.
+
+    It has at most MAX_RAW_BYTES or, if that is more, MAX_RAW_RATIO times the bytes of the stream.
+    """
     reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
     try:
-        raw = reader.decompress(blob, max_length=MAX_RAW_BYTES)
+        raw = reader.decompress(blob, max_length=max(MAX_RAW_BYTES, MAX_RAW_RATIO * len(blob)))
     except lzma.LZMAError as e:
         raise ValueError(f"artifact: damaged xz stream ({e})") from None
     if not reader.eof:
@@ -4830,7 +4978,7 @@ class Codec(NamedTuple):
 
 
 CODECS = {
-    "xz": Codec(b"\xfd7zXZ\0", "lzma", MAX_RAW_BYTES, compress, decompress),
+    "xz": Codec(b"\xfd7zXZ\0", "lzma", MAX_WEIGHTS, compress, decompress),
     "rans": Codec(RANS_MAGIC, "rans", MAX_RANS_CODES, pack_rans, unpack_rans),
 }
 
@@ -6129,7 +6277,9 @@ def score_artifact(run: Run) -> FinalScore:
 
 
 def describe_size(num_bytes: int, cap: int) -> str:
-    """Return a submission's size and its distance from the cap."""
+    """Return a submission's size and its distance from the cap, if there is one."""
+    if cap >= NO_CAP:
+        return f"{num_bytes:,} bytes with the packed code"
     distance = f"{cap - num_bytes:,} left under" if num_bytes <= cap else f"{num_bytes - cap:,} over"
     return f"{num_bytes:,} bytes with the packed code, {distance} the cap of {cap:,}"
 
@@ -6313,14 +6463,14 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     fixes. Such a knob in env is ignored.
     """
     free = ("eval_", "ttt_")
-    fixed = ["codec", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith(free))]
+    fixed = ["codec", "depth", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith(free))]
     for argument in argv:
         if argument.split("=")[0] in fixed:
             raise InputError(f"{argument[:80]}: the artifact fixes this knob; leave it out")
     knobs = read_knobs(argv, {k: v for k, v in env.items() if k.lower() not in fixed})
 
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
-        blob = read_file(path)
+        blob = read_file(path, MAX_WEIGHTS)
 
     try:
         header, payload = open_artifact(blob)
@@ -6399,6 +6549,17 @@ def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
     return status if status >= 0 else 128 - status
 
 
+def describe_scale(h: Config) -> str:
+    """Return a line on what a run of a given length takes: parameters, tokens, FLOPs, memory."""
+    tokens = h.iterations * h.train_batch_tokens
+    params = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
+    return (
+        f"# {scaling_params(h):,} of {params:,} parameters in products, {tokens:,} tokens, "
+        f"{flops_per_token(h):,} FLOPs each, {tokens * flops_per_token(h):.3g} in all; "
+        f"{TRAINING_BYTES * params / 1e9:.3g} GB to train, activations aside"
+    )
+
+
 USAGE = "usage: train_gpt.py [train | eval ARTIFACT | audit ARTIFACT | bench | config] [key=value ...]"
 
 
@@ -6409,8 +6570,10 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
         show(f"{USAGE}\n\n{__doc__ or ''}")  # python -OO has no docstrings
         return 0
     if command == "config":
-        knobs = vars(load_config(rest, env))
-        show("\n".join(f"{key}: {value}" for key, value in sorted(knobs.items())))
+        h = load_config(rest, env)
+        show("\n".join(f"{key}: {value}" for key, value in sorted(vars(h).items())))
+        if h.tokens_per_param:
+            show(describe_scale(h))
         return 0
     check_torch()
     if command == "train":

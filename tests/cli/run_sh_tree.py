@@ -88,7 +88,7 @@ class Config:
 
 def load_config(argv, env):
     values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
-    values |= {"matrix_lr": 0.05, "target_loss": 0.0}
+    values |= {"matrix_lr": 0.05, "target_loss": 0.0, "max_wallclock_seconds": 600.0}
     given = {key: value for key in values if (value := env.get(key.upper()))}
     given |= dict(word.split("=", 1) for word in argv)
     preset = given.get("preset", "")
@@ -96,7 +96,8 @@ def load_config(argv, env):
     values |= {"train_batch_tokens": 2048 if preset.startswith("cpu") else 786432} | given
     for key in ("seed", "vocab_size", "iterations", "train_batch_tokens"):
         values[key] = int(values[key])
-    values |= {key: float(values[key]) for key in ("matrix_lr", "target_loss")}
+    for key in ("matrix_lr", "target_loss", "max_wallclock_seconds"):
+        values[key] = float(values[key])
     if values["preset"] == "wrong":
         raise InputError("config key preset: 'wrong' is not one of record")
     return SimpleNamespace(**values)

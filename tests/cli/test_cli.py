@@ -62,9 +62,13 @@ def test_presets_for_gpus_are_shared_by_any_count(preset):
         assert accum * sequences * h.train_seq_len * count == h.train_batch_tokens
 
 
-@pytest.mark.parametrize("preset", [name for name in t.PRESETS if "race" in name or "gpt2" in name])
-def test_a_race_sees_no_token_twice(preset, asked):
-    run = resolved(f"preset={preset}")
+WHOLE_RUNS = [name for name in t.PRESETS if "race" in name or "gpt2" in name]
+WHOLE_RUNS += ["h100x1 depth=12", "cpu depth=2", "record tokens_per_param=40", "cpu depth=26"]
+
+
+@pytest.mark.parametrize("preset", WHOLE_RUNS)
+def test_a_run_that_takes_all_its_iterations_sees_no_token_twice(preset, asked):
+    run = resolved(*f"preset={preset}".split())
     datasets.find_training_data(run, 1)
     assert asked[-2] == "--train-shards"
     assert 0 <= int(asked[-1]) * 100_000_000 - run.iterations * run.train_batch_tokens < 100_000_000

@@ -343,3 +343,16 @@ def test_a_run_by_every_knob_writes_and_scores_its_artifact(tmp_path, capsys):
     again = (tmp_path / "again.txt").read_text(encoding="utf-8").splitlines()[-1]
     assert again.split()[1:4] == last.split()[1:4]  # metric, loss, bpb
     assert "codec=xz: the artifact fixes this knob" in stop_one_line([*evaluate, "codec=xz"], capsys)
+
+
+def test_a_large_file_may_hold_more_but_no_file_holds_much_more_than_itself(monkeypatch):
+    """Beyond MAX_RAW_BYTES, a large model's codes are read and a bomb is not."""
+    monkeypatch.setattr(t, "MAX_RAW_BYTES", 1 << 19)
+    codes = gaussian_codes(1 << 20).tobytes()
+    blob = t.compress(codes)
+    assert 1 << 19 < len(blob) < len(codes)
+    assert t.decompress(blob) == codes
+    with pytest.raises(ValueError, match="larger than any model"):
+        t.decompress(t.compress(codes + bytes(4 * len(blob))))
+    with pytest.raises(ValueError, match="larger than any model"):
+        t.decompress(t.compress(bytes((1 << 19) + 1)))

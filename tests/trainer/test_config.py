@@ -60,13 +60,22 @@ VALUES_BY_NAME = {
     "deterministic": ("1", True),
     "gptq_embed": ("1", True),
     "fp8": ("0", False),
+    "depth": ("12", 12),
+    "tokens_per_param": ("3", 3.0),
+}
+# The knobs that these values change in the defaults, besides themselves; None: test_depth.py has them.
+CHANGED_WITH = {
+    "preset": t.PRESETS["cpu"],
+    "target_loss": {"max_wallclock_seconds": 0.0},
+    "tokens_per_param": {"max_wallclock_seconds": 0.0, "iterations": 101},
+    "depth": None,
 }
 
 
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_every_field_is_settable_from_text(name, source, monkeypatch):
-    """The value has the field's type; only a preset and a target change other fields, too."""
+    """The value has the field's type; only CHANGED_WITH's change other fields, too."""
     monkeypatch.setattr(t, "check_ranges", lambda h: None)
     monkeypatch.setattr(t, "check_relations", lambda h: None)
     default = FIELDS[name].default
@@ -80,8 +89,9 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
     assert found == value
     assert type(found) is type(default)
     assert found != default
-    others = {"preset": t.PRESETS["cpu"], "target_loss": {"max_wallclock_seconds": 0.0}}.get(name, {})
-    assert dataclasses.asdict(h) == dataclasses.asdict(t.Config()) | others | {name: value}
+    others = CHANGED_WITH.get(name, {})
+    if others is not None:
+        assert dataclasses.asdict(h) == dataclasses.asdict(t.Config()) | others | {name: value}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +158,8 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         ("parallel_form=three", ["parallel_form", "three", "two_streams"]),
         ("attn_gate_dims=513", ["attn_gate_dims", "model_dim"]),
         ("vocab_size=65537", ["vocab_size"]),
+        ("depth=27", ["depth", "27", "2 to 26"]),
+        ("tokens_per_param=2e6", ["tokens_per_param", "1e6"]),
         ("ema_frac=0", ["ema_frac"]),
         ("warmdown_frac=0", ["warmdown_frac"]),
         ("warmdown_frac=1.5", ["warmdown_frac"]),

@@ -29,6 +29,7 @@ class Resolved(NamedTuple):
     codec: str  # ends the artifact's name
     matrix_lr: float
     target_loss: float  # what a race must reach; 0: the run is no race
+    max_wallclock_seconds: float  # 0: the run takes all of its iterations
     vocab_size: int
     train_batch_tokens: int
     iterations: int

@@ -48,7 +48,7 @@ def find_data(*options: str) -> str:
 def shards_wanted(run: Resolved, processes: int | None) -> int:
     """Return how many train shards suffice for a run to see no token twice."""
     every_step = -(-run.iterations * run.train_batch_tokens // SHARD_TOKENS)
-    if run.target_loss:  # a race takes exactly that many steps
+    if not run.max_wallclock_seconds:  # a race, or a length in tokens: exactly that many steps
         return every_step
     return min(every_step, SHARDS_PER_PROCESS * min(processes or 1, MACHINES[0].processes))
 

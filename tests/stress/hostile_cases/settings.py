@@ -12,6 +12,8 @@ ILLEGAL = {
     "max_wallclock_seconds": "-1",
     "iterations": "0",
     "warmup_steps": "-1",
+    "depth": "1",
+    "tokens_per_param": "nan",
     "val_loss_every": "-1",
     "train_log_every": "0",
     "val_tokens": "-5",
