@@ -5939,6 +5939,7 @@ class Pace(NamedTuple):
     count: int  # micro-batches of each
     step: int = 0  # the first of them
     clock_ms: float = 0.0  # the training clock when it began
+    before: Pace | None = None  # the pace of the steps before; a resumed run knows none
 
     def step_ms(self, step: int, clock_ms: float) -> float:
         """Return the mean time of the steps of this cost, up to `step`, which ended at clock_ms."""
@@ -5950,8 +5951,9 @@ class Pace(NamedTuple):
         return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
 
 
-def log_changes(run: Run, before: Pace, pace: Pace, progress: float) -> None:
+def log_changes(run: Run, pace: Pace, progress: float) -> None:
     """Log that the loop begins or the batch grows, which makes a pace differ from the one before it."""
+    before = pace.before
     at = f"step:{pace.step} progress:{progress:.3f}"
     if pace.loops != before.loops:
         run.log(f"loop_begins {at} visits:{run.h.num_visits}")
@@ -6029,9 +6031,8 @@ def train(run: Run) -> Trained:
         hp = hyper_at(h, step, clock_ms)
         count = batch_shape.count(hp.growth)
         if (hp.loops, count) != (pace.loops, pace.count):
-            before = pace
-            pace = Pace(hp.loops, count, step, clock_ms)
-            log_changes(run, before, pace, hp.progress)
+            pace = Pace(hp.loops, count, step, clock_ms, before=pace)
+            log_changes(run, pace, hp.progress)
         batch = ready.loader.next(pace.count)
         loss = train_step(ready.warm.passes.of(hp), ready.optimizer, batch, hp)
         ready.ema.update(hp.progress)
@@ -6052,11 +6053,11 @@ def train(run: Run) -> Trained:
     train_ms, _ = m.agree(clock())  # one clock: the files of the last checkpoint must say the same
     late_graphs = compiled_graphs() - graphs_before
     vitals = Vitals(*fetch_newest()[0].tolist())
-    return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs))
+    return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs), pace)
 
 
-def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
-    """Calibrate, choose the weights for the artifact, and write the last checkpoint.
+def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained:
+    """Calibrate, choose the weights for the artifact, and write the last checkpoint. pace: of the last step.
 
     It logs an early end. Raises Diverged if the last step or the calibration of any rank has diverged.
     """
@@ -6069,6 +6070,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
         raise Diverged(describe_divergence(run, step, vitals, good), step, train_ms)
 
     position = ready.loader.position
+    log_compute(run, pace, step, train_ms, tokens=position * run.h.train_seq_len)
     grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.calibrates else {}
     check_grams(grams, step, train_ms)
     artifact_weights = run.h.artifact_weights
@@ -6086,6 +6088,56 @@ def finish_training(run: Run, ready: Ready, ended: Ended) -> Trained:
         grams=grams,
         artifact_weights=artifact_weights,
     )
+
+
+# Dense bf16 FLOPs a second by a part of the device's name, from NVIDIA's data sheets; the first that fits.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) -> int:
+    """Return the FLOPs of the first `step` steps, the last of which had a pace. micro_batch: its tokens."""
+    total = 0
+    while pace:
+        tokens = (step - pace.step) * pace.count * micro_batch
+        total += tokens * flops_per_token(h, pace.loops)
+        step = pace.step
+        pace = pace.before
+    return total
+
+
+def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -> None:
+    """Log how much was computed, and the share of the devices' peak that this is (MFU): model FLOPs / peak.
+
+    The MLP's fp8 products count like the others, against the peak of bf16. A device that PEAKS does not know
+    has no MFU. A resumed run whose steps were not all alike has no FLOPs either.
+    """
+    h = run.h
+    params = scaling_params(h)
+    line = f"compute scaling_params:{params} flops_per_token:{flops_per_token(h)} tokens:{tokens} "
+    line += f"tokens_per_param:{tokens / params:.4f}"
+    shown = f"compute: {tokens:,} tokens, {tokens / params:.3g} for each of {params:,} parameters"
+    if not run.resumed or not (h.has_loop or h.start_batch_tokens):
+        micro_batch = h.train_batch_tokens // cut_batch(h, run.m.world_size).accum
+        flops = training_flops(h, pace, step, micro_batch)
+        line += f" flops:{flops:.6e}"
+        shown += f", {flops:.3g} FLOPs"
+        peak = next((peak for name, peak in PEAKS.items() if name in run.m.names["device"]), 0.0)
+        if peak:
+            mfu = flops / (train_ms / 1000 * run.m.world_size * peak)
+            line += f" mfu:{mfu:.4f}"
+            shown += f", MFU {mfu:.1%}"
+    run.log(line, shown=shown)
 
 
 def describe_progress(h: Config, step: int, clock_ms: float) -> str:

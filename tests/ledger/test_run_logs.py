@@ -60,3 +60,13 @@ def test_new_names_the_broken_log(repo, capsys, pattern, new, says):
     assert error.count("\n") == 1
     assert sorted(p.name for p in (repo / "records" / TRACK).iterdir()) == [NAME]
     assert not list((repo / "records").glob(".new*"))
+
+
+def test_a_resumed_run_forgets_the_compute_of_its_earlier_end(tmp_path):
+    """Its own line may lack what the earlier one said."""
+    path = Path(write_logs(tmp_path, (42,))[0])
+    earlier = "compute scaling_params:9 tokens:18 flops:1.5e+03\n"
+    path.write_text(path.read_text() + earlier)
+    assert runlog.parse_log(path).number("compute", "flops") == 1500
+    path.write_text(path.read_text() + "resumed step:1 from x\ncompute scaling_params:9 tokens:27\n")
+    assert runlog.parse_log(path).facts["compute"] == {"scaling_params": "9", "tokens": "27"}

@@ -41,7 +41,7 @@ VERSIONS = {
 PAIR = re.compile(r"(\w+):(.*?)(?=\s\w+:|$)")
 RESUMED = re.compile(r"resumed step:(\d{1,18}) ")
 SOURCE_HASH = re.compile(r"train_gpt\.py sha256:([0-9a-f]{64})\n")
-FACT_LINES = ("machine", "data", "phase_times")  # first words; holds_facts knows the others
+FACT_LINES = ("machine", "data", "compute", "phase_times")  # first words; holds_facts knows the others
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,8 @@ def undo_steps(run: Run, line: str) -> None:
     last = int(match[1])
     # The validation of the checkpoint's own step comes after the checkpoint, so it runs again.
     run.steps = [s for s in run.steps if s.step < last or (s.step == last and s.kind == "train")]
-    run.facts = {name: facts for name, facts in run.facts.items() if not name.startswith("final_")}
+    ended = ("final_", "compute")
+    run.facts = {name: facts for name, facts in run.facts.items() if not name.startswith(ended)}
     run.stopped = {}
     run.over_cap = False
     run.final_scores = 0

@@ -13,7 +13,7 @@ LEAST_SHARE = 0.02  # a phase is named by itself if it takes this share of the t
 def summarize(run: Run) -> list[str]:
     """Return the lines of a run's summary. What an old or foreign log does not tell is left out."""
     lines = []
-    for part in (describe_reading, describe_time, describe_rounding):
+    for part in (describe_reading, describe_compute, describe_time, describe_rounding):
         with suppress(BadInput):
             lines.append(part(run))
     return lines
@@ -29,6 +29,13 @@ def describe_reading(run: Run) -> str:
     tokens = steps * int(run.config["train_batch_tokens"])
     text = run.count("data", "train_tokens")
     return f"{told}; {tokens:,} tokens, {tokens / max(text, 1):.3g} times the training text"
+
+
+def describe_compute(run: Run) -> str:
+    """Return the compute of a run, and the share of the devices' peak. Raises BadInput without it."""
+    told = f"compute: {run.number('compute', 'flops'):.3g} FLOPs"
+    told += f", {run.number('compute', 'tokens_per_param'):.3g} tokens for each parameter"
+    return told + (f", MFU {run.number('compute', 'mfu'):.1%}" if run.has("compute", "mfu") else "")
 
 
 def describe_time(run: Run) -> str:
