@@ -132,6 +132,9 @@ class Workers:
         if kind is not None:  # nobody wants what they are working on
             for process in multiprocessing.active_children():
                 process.terminate()
+            # One may have ended halfway through a result. As long as this process could write there as well,
+            # the pool's thread would wait for the rest of it.
+            self.pool._result_queue._writer.close()
         self.pool.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:

@@ -40,6 +40,34 @@ def test_ctrl_c_that_another_thread_takes_waits_for_the_end_of_the_block():
     assert finished
 
 
+# Leaves the work while processes write results that no pipe holds at once.
+LEAVES = """
+import sys
+import workers
+
+def large(item):
+    return bytes(1 << 24)
+
+if __name__ == "__main__":
+    try:
+        with workers.Workers(2) as pool:
+            for _ in pool.run(large, range(100)):
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print("left")
+"""
+
+
+def test_a_process_that_ends_halfway_through_a_result_is_not_waited_for(tmp_path):
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    env = os.environ | {"PYTHONPATH": os.path.dirname(workers.__file__)}
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, tmp_path / "leaves.py"], env=env, capture_output=True, text=True, timeout=30
+        )
+        assert done.stdout == "left\n", done.stderr
+
+
 class Panic(BaseException):
     """The panic of a Rust library: no Exception."""
 

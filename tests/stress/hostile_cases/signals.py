@@ -194,11 +194,11 @@ OTHERS = (
     ),
     Case(
         "SIGINT to record verify",
-        record("verify", *["Base"] * 60),
+        record("verify", *["Base"] * 600),
         ("interrupted",),
         130,
         lines=0,
-        signals=(Signal(INT, "", 2.0, "terminal"),),
+        signals=(Signal(INT, "", 1.5, "terminal"),),
     ),
     Case(
         "SIGTERM to a sweep",
@@ -224,7 +224,7 @@ OTHERS = (
         data("verify", "data"),
         status=-INT,
         lines=0,
-        signals=(Signal(INT, "", 0.05),),
+        signals=(Signal(INT, "", 0.1),),
     ),
 )
 
