@@ -53,12 +53,15 @@ function keepDrawn(node, draw) {
   draw();
 }
 
-function redrawAll() {
+/** Draw the charts inside an element again, in the room and the theme that they have now. */
+function redraw(within = document.body) {
   for (const [node, draw] of charts) {
-    if (node.isConnected) draw();
-    else charts.delete(node);
+    if (!node.isConnected) charts.delete(node);
+    else if (within.contains(node) && node.clientWidth) draw();
   }
 }
+
+const redrawAll = () => redraw();
 
 function startThemeSwitch() {
   const root = document.documentElement;
@@ -78,6 +81,8 @@ function startThemeSwitch() {
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
   matchMedia("print").addEventListener("change", redrawAll);
+  addEventListener("resize", redrawAll);
+  addEventListener("toggle", (event) => redraw(event.target), true); // what was hidden had no room
 }
 
 // ---- the library -------------------------------------------------------------------------------
@@ -106,6 +111,7 @@ function plot(node, traces, given) {
     font: { family: getComputedStyle(document.documentElement).getPropertyValue("--sans"), size: 12, color: muted },
     margin: { l: 8, r: 8, t: 8, b: 8 },
     height: HEIGHT,
+    width: node.clientWidth, // a chart that sizes itself does so too late for a sheet of paper
     showlegend: false,
     dragmode: isTouch ? false : "zoom",
     hoverlabel: {
@@ -117,7 +123,7 @@ function plot(node, traces, given) {
     xaxis: { ...axis, ...xaxis },
     yaxis: { ...axis, ...yaxis },
   };
-  const config = { responsive: true, displayModeBar: false, doubleClick: "reset+autosize", scrollZoom: false };
+  const config = { displayModeBar: false, doubleClick: "reset+autosize", scrollZoom: false };
   Plotly.react(node, traces, layout, config);
 }
 

@@ -394,10 +394,17 @@ function openTarget() {
   target.scrollIntoView();
 }
 
-/** Before printing, open every result and draw all of it; source diffs stay closed. */
+/** Before printing, open every result and draw all of it as wide as paper; source diffs stay closed. */
 function openForPrint() {
+  document.documentElement.dataset.paper = "yes";
   document.querySelectorAll("details.entry").forEach((details) => (details.open = true));
   document.querySelectorAll(".curves[data-entries], [data-sweep]").forEach(drawBlock);
+  redrawAll();
+}
+
+function leavePrint() {
+  delete document.documentElement.dataset.paper;
+  redrawAll();
 }
 
 async function start() {
@@ -423,6 +430,7 @@ async function start() {
   startLadder();
   drawWhenSeen();
   addEventListener("beforeprint", openForPrint);
+  addEventListener("afterprint", leavePrint);
   document.documentElement.dataset.ready = "yes";
 }
 
