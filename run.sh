@@ -166,7 +166,8 @@ if [ -n "${BANKSHOT_PYTHON:-}" ]; then
         die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program: give the path of a Python interpreter"
     case ${1:-train} in data | record) packages=numpy ;; esac
     wants_help "$@" || has_packages $packages ||
-        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON has not all of $packages: install requirements.txt for it"
+        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON lacks one of ${packages// /, };" \
+            "run $py -m pip install -r requirements.txt"
 elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else

@@ -75,10 +75,10 @@ def work(function: Callable[[Item], Result], item: Item) -> Result:
 def signals_held_back() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until the end of the block, in which processes may start.
 
-    Half of what a process needs to start would make it show a traceback, or wait for the rest for ever. A
-    process inherits the blocked signals: it hears of SIGTERM when it has started, and never of Ctrl-C. That
-    is not enough for this one: a thread of a library that does not block a signal may take it, and Python
-    then handles it in the main thread, at once.
+    A worker interrupted during start-up would print a traceback, or wait for ever. A process inherits the
+    blocked signals: it hears of SIGTERM when it has started, and never of Ctrl-C. To block them is not enough
+    for this process: a library's thread that does not block a signal may take it, and Python then handles the
+    signal in the main thread, at once.
     """
     if (
         not hasattr(signal, "pthread_sigmask") or current_thread() is not main_thread()

@@ -224,7 +224,7 @@ class Progress:
         return line
 
     def tell_all(self) -> None:
-        """Be the thread: tell until the audit ends."""
+        """Thread body: report progress until the audit ends."""
         told = 0.0
         while not self.ended.wait(TICK_SECONDS):
             if sys.stderr.isatty():

@@ -27,7 +27,7 @@ from commands.machine import MACHINES, count_gpus, with_preset
 from commands.programs import add_tools_to_path, run
 from commands.suite import test
 from commands.train import train
-from commands.words import Command, Form, Request, Takes, check_knobs, enter_repository, read_request
+from commands.words import Command, Form, Request, check_knobs, enter_repository, read_request
 from script import ROOT, BadInput, describe, guard_console, leave_console, take_ctrl_c
 
 
@@ -55,17 +55,23 @@ def data(request: Request) -> int:
 MEASURED = ("codecs", "directions", "encodings", "sweep", "wire")
 
 
+def is_measured(request: Request) -> bool:
+    """Return whether a verb of `record` is one that measures."""
+    return bool(request.words) and request.words[0] in MEASURED
+
+
 def check_record(request: Request) -> None:
     """Exit if a verb of the ledger would refuse its words. Those that measure need torch to tell."""
     from ledger import record as ledger_record
 
-    if not {"-h", "--help"} & set(request.words) and request.words[:1] not in [[verb] for verb in MEASURED]:
+    wants_help = not {"-h", "--help"}.isdisjoint(request.words)
+    if not wants_help and not is_measured(request):
         ledger_record.parser().parse_args(request.words)
 
 
 def record(request: Request) -> int:
     """Run a verb of the ledger, or of the lab if it measures on this machine, with torch."""
-    if request.words[:1] and request.words[0] in MEASURED:
+    if is_measured(request):
         verb, *words = request.words
         add_tools_to_path()
         return run(["-m", f"lab.{verb}", *words])
@@ -112,7 +118,6 @@ COMMANDS = {
         ),
         files=("train_gpt.py", "tools/audit.py"),
         needs_artifact=True,
-        options={"--script": Takes.SCRIPT},
     ),
     "sample": Command(
         sample,
@@ -145,7 +150,6 @@ COMMANDS = {
         files=("train_gpt.py", "tools/use/export.py"),
         needs_artifact=True,
         check=check_export,
-        options={"--out": Takes.FILE},
         keys=("data_path", "tokenizer_path"),
     ),
     "config": Command(
@@ -179,19 +183,6 @@ COMMANDS = {
         ),
         files=("train_gpt.py", "tools/lab/bench.py"),
         check=check_bench,
-        options={
-            "--attention": Takes.NOTHING,
-            "--all": Takes.NOTHING,
-            "--json": Takes.FILE,
-            "--candidates": Takes.FILE,
-            "--timeline": Takes.FILE,
-            "--script": Takes.SCRIPT,
-            "--only": Takes.VALUE,
-            "--paths": Takes.VALUE,
-            "--seconds": Takes.VALUE,
-            "--steps": Takes.VALUE,
-            "--sustain": Takes.VALUE,
-        },
     ),
     "data": Command(
         data,

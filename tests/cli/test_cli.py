@@ -12,6 +12,8 @@ import cli
 import prepare
 import train_gpt as t
 from commands import ask_trainer, datasets, machine, programs
+from commands.words import Takes
+from lab.shared.bench_options import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +24,17 @@ def test_every_row_of_the_machine_table_can_be_trained(row):
     accum, sequences, _ = t.cut_batch(h, row.processes)
     tokens = accum * sequences * h.train_seq_len * row.processes
     assert tokens == h.train_batch_tokens and row.processes <= max(1, row.gpus)
+
+
+def test_the_help_of_bench_shows_the_options_of_its_parser():
+    kinds = {bool: Takes.NOTHING, Path: Takes.FILE}
+    parsed = {}
+    for action in make_parser("")._actions:
+        for option in action.option_strings:
+            kind = bool if action.nargs == 0 else action.type
+            parsed[option] = kinds.get(kind, Takes.VALUE)
+    del parsed["-h"], parsed["--help"]
+    assert cli.COMMANDS["bench"].options == parsed | {"--script": Takes.SCRIPT}
 
 
 def resolved(*knobs):
@@ -123,7 +136,7 @@ def test_a_misspelt_setting_of_sample_is_found_as_well(tmp_path, capsys):
     artifact = tmp_path / "x.int6.xz"
     artifact.touch()
     assert cli.main(["--check", "sample", str(artifact), "prompt=a", "top_p=0.9"]) == 2
-    assert "unknown config key 'top_p': prompt, tokens, temperature, " in capsys.readouterr().err
+    assert "'top_p=0.9' is not a setting of sample: prompt, tokens, temperature, " in capsys.readouterr().err
     assert cli.main(["--check", "sample", str(artifact), "prompt=a", "top_k=5"]) == 0
 
 

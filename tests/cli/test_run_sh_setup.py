@@ -102,7 +102,8 @@ exec "@FAKE@" "$@"
 
 def test_a_prepared_interpreter_without_packages_is_refused(tree):
     tree.tool("bare", BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
-    refused(tree.run("config", BANKSHOT_PYTHON="bare"), "BANKSHOT_PYTHON=bare", "numpy", "requirements.txt")
+    lacks = "BANKSHOT_PYTHON=bare lacks one of numpy, torch, sentencepiece; "
+    refused(tree.run("config", BANKSHOT_PYTHON="bare"), f"{lacks}run bare -m pip install -r requirements.txt")
     assert tree.calls() == []
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable
 from enum import Enum
-from types import MappingProxyType
 from typing import NamedTuple
 
 from script import ROOT, TRAINER, BadInput
@@ -24,12 +24,30 @@ class Takes(Enum):
     SCRIPT = "a train_gpt.py, which must exist"
 
 
+OPTION = re.compile(r"(--\w+)(?: ([A-Z][\w.,]*))?")  # in Form.arguments: its name, and what follows it
+TAKES = {
+    "FILE": Takes.FILE,
+    "FILE.py": Takes.FILE,
+    "FILE.json": Takes.FILE,
+    "DIR": Takes.FILE,
+    "PATH": Takes.SCRIPT,
+}
+
+
 class Form(NamedTuple):
-    """One way to use a command, for --help."""
+    """One way to use a command. arguments: as --help prints them; the options are read from them."""
 
     arguments: str
     summary: str
     example: str
+
+    @property
+    def options(self) -> dict[str, Takes]:
+        """What each option in the arguments takes: by the word after it, a plain value unless in TAKES."""
+        found = {}
+        for option, word in OPTION.findall(self.arguments):
+            found[option] = TAKES.get(word, Takes.VALUE) if word else Takes.NOTHING
+        return found
 
 
 class Request(NamedTuple):
@@ -49,9 +67,16 @@ class Command(NamedTuple):
     files: tuple[str, ...] = ()  # files that the command needs
     reads_knobs: bool = True  # if not, its words go to another program as they are
     needs_artifact: bool = False
-    options: Mapping[str, Takes] = MappingProxyType({})
     keys: tuple[str, ...] = ()  # keys of its key=value words; (): the knobs of the trainer
     check: Callable[[Request], None] = lambda request: None  # raises BadInput, before data is looked for
+
+    @property
+    def options(self) -> dict[str, Takes]:
+        """The options of all forms."""
+        found = {}
+        for form in self.forms:
+            found |= form.options
+        return found
 
 
 def from_caller(path: str) -> str:

@@ -100,7 +100,10 @@ def mlp_work(rows: int, D: int, hidden: int, size: int) -> tuple[Work, Work]:
 
 
 def lookup_work(rows: int, table_numbers: int, out_bytes: int, k: int, n: int) -> tuple[Work, Work]:
-    """Return forward and backward of looking up `rows` ids in tables and projecting from k to n; k 0: no."""
+    """Return forward and backward of looking up `rows` ids in tables and projecting from k to n.
+
+    With k = 0 there is no projection.
+    """
     ids = ID_BYTES * rows
     tables = TABLE_BYTES * table_numbers
     forward = Work(ids + tables + out_bytes, (matmul(rows, k, n),))

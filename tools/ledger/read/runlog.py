@@ -100,7 +100,7 @@ class Run:
             raise BadInput(f"{self.path}: {line} {key}:{value[:40]} is not a number") from None
 
         if not math.isfinite(figure):
-            raise BadInput(f"{self.path}: {line} {key}:{value[:40]} is no finite number: the run diverged")
+            raise BadInput(f"{self.path}: {line} {key}:{value[:40]} is not finite: the run diverged")
         return figure
 
     def count(self, line: str, key: str) -> int:

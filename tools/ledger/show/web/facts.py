@@ -233,7 +233,7 @@ def scores(entry: Entry) -> list[float]:
 
 
 def welch_pairs(entries: list[Entry]) -> dict[str, dict[str, float]]:
-    """Return Welch's test of val_bpb for every two entries that compare, under `A B`: B minus A.
+    """Return Welch's test of val_bpb for every comparable pair; key "A B" holds B minus A.
 
     Races are decided by steps or time, not by bits per byte, and are left out.
     """
