@@ -11,10 +11,9 @@ import train_gpt as t
 from helpers import temporary_folder
 from hostile_cases import judge
 from hostile_cases.case import Case, Group, Signal, shell, written
-from hostile_cases.settings import ILLEGAL
+from hostile_cases.settings import FREE_TEXT, ILLEGAL, illegal_values
 from hostile_cases.sound_files import SoundFiles
 
-FREE = {"run_id", "out_dir", "data_path", "tokenizer_path", "report_split", "resume"}
 NAMED = ("file", "remedy")
 
 # A program, and what the judge says of it. It should say "file: a remedy", end with 2 and change nothing.
@@ -156,11 +155,20 @@ def test_the_cases_have_names_of_their_own():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_every_knob_with_bounds_has_an_illegal_value():
-    assert set(ILLEGAL) == {field.name for field in dataclasses.fields(t.Config)} - FREE
-    for key, value in ILLEGAL.items():
-        with pytest.raises(t.InputError, match=key):
-            t.load_config([f"{key}={value}"], {})
+def test_no_knob_takes_an_illegal_value():
+    tried = {setting.key for setting in ILLEGAL}
+    assert tried == {field.name for field in dataclasses.fields(t.Config)} - FREE_TEXT
+    for setting in ILLEGAL:
+        with pytest.raises(t.InputError, match=setting.key):
+            t.load_config([setting.word], {})
+
+
+def test_an_illegal_value_lies_beside_each_bound_of_a_kind():
+    values = {name: list(illegal_values(kind)) for name, kind in t.KINDS.items()}
+    assert "0" in values["int"] and "-1" in values["Count"]
+    assert "2" in values["Share"] and "1" in values["Decay"]
+    assert {"nan", "inf", "-1"} <= set(values["float"])
+    assert values["bool"] == ["no such value"]
 
 
 # A case of each group, and the sound files that it needs.

@@ -1,102 +1,66 @@
 """Settings: every knob beyond its bounds, knobs that contradict, odd spellings, huge sizes."""
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import train_gpt as t
 from hostile_cases.case import Case, Group, config, lab, run_sh, shell, train
 from hostile_cases.paths import OUTPUT
 
-# A value for every knob that is a number, a choice or a switch, that is beyond its bounds or of another type.
-ILLEGAL = {
-    "preset": "laptop",
-    "seed": "-1",
-    "bos_id": "-1",
-    "checkpoint_every": "-0.1",
-    "max_wallclock_seconds": "-1",
-    "iterations": "0",
-    "warmup_steps": "-1",
-    "depth": "1",
-    "tokens_per_param": "nan",
-    "val_loss_every": "-1",
-    "train_log_every": "0",
-    "val_tokens": "-5",
-    "train_batch_tokens": "0",
-    "micro_batch_tokens": "0",
-    "train_seq_len": "0",
-    "mix_tokens": "-1",
-    "eval_seq_len": "0",
-    "eval_stride": "0",
-    "eval_batch_tokens": "0",
-    "ttt_lr": "-0.1",
-    "ttt_chunk_tokens": "0",
-    "ttt_passes": "0",
-    "ttt_form": "adam",
-    "ttt_rank": "0",
-    "vocab_size": "0",
-    "num_layers": "0",
-    "model_dim": "0",
-    "num_heads": "0",
-    "num_kv_heads": "0",
-    "mlp_mult": "-3",
-    "rope_dims": "-2",
-    "rope_base": "nan",
-    "loop_layers": "5 4",
-    "loop_times": "-1",
-    "loop_frac": "1.5",
-    "attn_gate_dims": "-1",
-    "skip_gates": "no",
-    "parallel_last_n": "-1",
-    "parallel_form": "three_streams",
-    "copy_dim": "-1",
-    "copy_lr": "nan",
-    "attn_windows": "256 -1",
-    "doc_mask": "yes",
-    "xsa_last_n": "-1",
-    "ve_last_n": "-1",
-    "ve_dim": "0",
-    "bigram_vocab_size": "-1",
-    "bigram_dim": "0",
-    "logit_softcap": "-30",
-    "qk_gain_init": "nan",
-    "tied_embed_init_std": "inf",
-    "ortho": "svd",
-    "step_rule": "adam",
-    "matrix_lr": "nan",
-    "embed_lr": "inf",
-    "scalar_lr": "-inf",
-    "muon_wd": "-0.04",
-    "embed_wd": "nan",
-    "scalar_wd": "-1",
-    "muon_momentum": "1",
-    "muon_momentum_start": "1.0",
-    "muon_momentum_warmup_frac": "1.1",
-    "cautious_wd": "2",
-    "normuon_beta2": "1",
-    "proj_init_std": "-1",
-    "adam_beta1": "1",
-    "adam_beta2": "1",
-    "adam_eps": "-1",
-    "grad_clip": "-0.3",
-    "target_loss": "-1",
-    "start_batch_tokens": "-1",
-    "batch_growth_frac": "0",
-    "momentum_spread": "0.5",
-    "decay_follows_rate": "maybe",
-    "fp8": "maybe",
-    "deterministic": "",
-    "wire_dtype": "float16",
-    "warmdown_frac": "1.5",
-    "min_lr_frac": "2",
-    "ema_frac": "-0.1",
-    "artifact_weights": "best",
-    "gptq_batches": "-1",
-    "gptq_embed": "x",
-    "equalize_rows": "2",
-    "matrix_clip_sd": "-1",
-    "embed_bits": "9",
-    "embed_clip_sd": "inf",
-    "codec": "zip",
-    "int6_step": "1.01",
-    "fit_cap": "on",
-    "size_cap": "-16",
-}
+
+class Setting(NamedTuple):
+    """A knob and its value, as the command line has them."""
+
+    key: str
+    value: str
+
+    @property
+    def word(self) -> str:
+        return f"{self.key}={self.value}"
+
+
+# Text of any kind is legal for these: paths and names.
+FREE_TEXT = {"run_id", "out_dir", "data_path", "tokenizer_path", "report_split", "resume"}
+
+
+def illegal_values(kind: t.Kind) -> Iterator[str]:
+    """Yield the values beside the range of a kind of knob, and one of another type."""
+    yield "no such value"
+    if kind.type in ("int", "float"):
+        yield str(kind.least - 1)
+        if kind.below < math.inf:
+            yield str(kind.below)
+        if kind.most < math.inf:
+            yield str(kind.most + 1)
+    if kind.type == "float":
+        yield "nan"
+        yield "inf"
+    if kind.type == "int":
+        yield "1.5"
+
+
+def illegal_settings() -> Iterator[Setting]:
+    """Yield what no knob may be, by the ranges of train_gpt.py."""
+    for key, kind in t.kinds_of_knobs().items():
+        if key not in FREE_TEXT:
+            for value in illegal_values(kind):
+                yield Setting(key, value)
+
+
+# Values of the right type that are beyond limits of their own.
+BEYOND = (
+    Setting("depth", "1"),
+    Setting("depth", "1000000"),
+    Setting("loop_layers", "5 4"),
+    Setting("attn_windows", "256 -1"),
+    Setting("embed_bits", "9"),
+    Setting("int6_step", "1.01"),
+    Setting("scalar_lr", "-inf"),
+    Setting("deterministic", ""),
+)
+
+ILLEGAL = (*illegal_settings(), *BEYOND)
 
 # Knobs that contradict each other, and what the error names.
 CONTRADICTIONS = (
@@ -171,7 +135,7 @@ DIVERGING = (
 def cases() -> tuple[Case, ...]:
     """Return the cases of the tables above."""
     return (
-        *(Case(f"{key}={value}", config(f"{key}={value}"), (key,)) for key, value in ILLEGAL.items()),
+        *(Case(setting.word, config(setting.word), (setting.key,)) for setting in ILLEGAL),
         *(Case(" ".join(given), train(*given), says) for given, says in CONTRADICTIONS),
         *(Case(f"spelling {words[0][:30]!r}", train(*words), says) for words, says in SPELLINGS),
         *(Case(" ".join(given)[:60], train(*given), says) for given, says in HUGE),
