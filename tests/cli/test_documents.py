@@ -13,6 +13,7 @@ import pytest
 
 import cli
 import prepare
+import train_gpt as t
 from commands.words import check_knobs, read_request
 from ledger import record
 
@@ -228,3 +229,31 @@ def test_the_checks_see_what_is_wrong(tmp_path):
     for line in bad:
         with pytest.raises((cli.BadInput, SystemExit, AssertionError)):
             check_command(line.split(), str(artifact))
+
+
+# ---------------------------------------------------------------- presets and encodings
+
+PRESET = re.compile(r"preset=([a-z]\w*)|`((?:h100x\d|cpu_|gpt2_)\w*)`")
+
+
+def unknown_presets(text):
+    """Return the presets that a text names and train_gpt.py lacks."""
+    return [name for found in PRESET.finditer(text) if (name := found[1] or found[2]) not in t.PRESETS]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/LOG.md"])  # the log keeps old names
+def test_every_preset_named_exists(name):
+    assert unknown_presets((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+def test_an_unknown_preset_is_found():
+    assert unknown_presets("`h100x1`, `h100x1_sp4` and preset=cpux") == ["h100x1_sp4", "cpux"]
+
+
+def test_the_page_of_the_artifact_lists_the_encodings():
+    page = (ROOT / "docs/artifact.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (int\d|f16, f32) \| [^|]* \| ([^|]*) \|$", page, re.M))
+    listed = {encoding for row in rows for encoding in row.split(", ")}
+    assert listed == set(t.ENCODINGS)
+    int8 = {spec.name for spec in t.PARAM_TABLE if spec.stored_as == "int8"}
+    assert set(re.findall(r"`(\w+_proj)`", rows["int8"])) == int8
