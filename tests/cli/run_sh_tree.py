@@ -120,6 +120,11 @@ def make_config(knobs, header):
         raise InputError("config key eval_stride: 0 must be at least 1")
 
 
+def read_file(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def open_artifact(blob):
     if blob == b"damaged":
         raise ValueError("artifact: damaged")
