@@ -61,7 +61,7 @@ import time
 import tokenize
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
@@ -215,6 +215,11 @@ def plain_name(key: str, name: str) -> str:
             "go on with these and . , + = @ ~ -, and use at most 200 bytes"
         )
     return name
+
+
+def first_reason(reasons: Iterable[str]) -> str:
+    """Return the first reason of a failure, where "" stands for none; "" if nothing failed."""
+    return next(filter(None, reasons), "")
 
 
 def sha256(data: bytes) -> str:
@@ -957,6 +962,13 @@ class Signals:
     may_finish: bool = False  # whether the first one ends training and not the process; set by `train`
 
 
+class Agreed(NamedTuple):
+    """The numbers on which all ranks agree after a step of training."""
+
+    clock_ms: float  # rank 0's
+    flag: float  # the largest of all ranks
+
+
 @dataclass(frozen=True)
 class Machine:
     """This process's rank, and the choices for its device, so that other code rarely asks which it is."""
@@ -1054,27 +1066,34 @@ class Machine:
             failure = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
         failures = [""] * self.world_size
         dist.all_gather_object(failures, failure)
-        if any(failures):
-            return Captured(fn, max(failures))
+        if failure := first_reason(failures):
+            return Captured(fn, failure)
         return Captured(launch, "")
 
-    def agree(self, value: float, flag: float = 0.0) -> tuple[float, float]:
-        """Return rank 0's value, which must not be negative, and the largest flag of all ranks.
+    def largest_of_each(self, *numbers: float) -> list[float]:
+        """Return for each number the largest of all ranks, on every rank.
 
-        Every rank gets the same two numbers. It uses gloo, which fails at once when a rank has exited.
+        It uses gloo, which fails at once when a rank has exited.
         """
-        box = torch.tensor([value if self.rank == 0 else 0.0, flag], dtype=torch.float64)
+        box = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
-        return tuple(box.tolist())
+        return box.tolist()
 
-    def largest(self, flag: float) -> float:
-        """Return the largest of all ranks' flags, none of which may be negative, on every rank."""
-        _, flag = self.agree(0.0, flag)
-        return flag
+    def agree(self, clock_ms: float, flag: float) -> Agreed:
+        """Return rank 0's clock, which must not be negative, and the largest flag, by one collective."""
+        return Agreed(*self.largest_of_each(clock_ms if self.rank == 0 else 0.0, flag))
+
+    def largest(self, number: float) -> float:
+        """Return the largest of all ranks' numbers, on every rank."""
+        return self.largest_of_each(number)[0]
+
+    def number_of_rank_0(self, number: float) -> float:
+        """Return rank 0's number, which must not be negative, on every rank once all have called."""
+        return self.largest(number if self.rank == 0 else 0.0)
 
     def check_ranks(self) -> None:
-        """Fail at once if another rank has exited, before a collective of the device waits for it."""
-        self.agree(0.0)
+        """Fail at once if another rank has exited, before a device collective would hang on it."""
+        self.largest(0.0)
 
     def of_rank_0(self, value):
         """Return rank 0's value, any object that can be pickled, on every rank. It uses gloo."""
@@ -3238,12 +3257,12 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
     for windowed, has_docs in masks:
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
         trials.append(bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv))
-    worst = max(trials, key=lambda trial: trial.failure)  # any that failed
-    if not worst.failure:
+    failure = first_reason(trial.failure for trial in trials)
+    if not failure:
         return Bound(attend_flash4, "flash4")
 
-    not_installed = worst.missing.startswith("flash_attn")
-    rejected = "" if not_installed else rejection("flash4", worst.failure)
+    not_installed = first_reason(trial.missing for trial in trials).startswith("flash_attn")
+    rejected = "" if not_installed else rejection("flash4", failure)
     for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
     for name in SDPA_KERNELS:
         enable_only(name)
@@ -4321,7 +4340,7 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
     both = torch.stack(losses)
     dist.all_reduce(both, dist.ReduceOp.AVG)
     of_live, of_average = both.tolist()
-    average_wins, _ = run.m.agree(float(of_average <= of_live))  # a nan does not win
+    average_wins = run.m.number_of_rank_0(of_average <= of_live)  # a nan does not win
     chosen = "ema" if average_wins else "live"
     run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
     return chosen
@@ -5439,14 +5458,15 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
             reason = str(e)
         reasons = [""] * m.world_size
         dist.all_gather_object(reasons, reason)
-        if not any(reasons):
+        damage = first_reason(reasons)
+        if not damage:
             state = SavedState(step, f"{found.base}.step{step}.*", parts, skipped)
             with m.together():
                 check_origin(state, origin(h, dataset))
             return state
         if h.resume != "auto":
-            raise InputError(f"config key resume: {max(reasons)}; resume=auto takes the newest intact set")
-        skipped.append(f"checkpoint step:{step} skipped: {max(reasons)}")
+            raise InputError(f"config key resume: {damage}; resume=auto takes the newest intact set")
+        skipped.append(f"checkpoint step:{step} skipped: {damage}")
     return SavedState(0, "", [], skipped)
 
 
@@ -5552,7 +5572,7 @@ class Checkpoints:
             return False
 
         self.pending = None
-        failure = max(failure for _, failure in outcomes)  # of any rank; "" if none failed
+        failure = first_reason(failure for _, failure in outcomes)
         if failure:
             stays = f"step:{self.good} stays" if self.good else "there is none before it"
             self.run.log(f"checkpoint step:{step} failed: {failure}; {stays}")
@@ -6024,9 +6044,9 @@ def train(run: Run) -> Trained:
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
         if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
-            validated_at = time.perf_counter()
+            validation_began = time.perf_counter()
             validate(run, step, clock())
-            start += time.perf_counter() - validated_at  # the clock stands meanwhile
+            start += time.perf_counter() - validation_began  # the clock stands meanwhile
 
         hp = hyper_at(h, step, clock_ms)
         count = batch_shape.count(hp.growth)
@@ -6040,9 +6060,10 @@ def train(run: Run) -> Trained:
 
         fetch_previous = fetch_newest
         fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
-        lagging = Vitals(*fetch_previous()[0].tolist())  # one step late, while the device works on the newest
-        clock_ms, highest = m.agree(clock(), reason_to_stop(m, lagging))
-        stop = Stop(highest)
+        # One step late: the device works on the newest step meanwhile.
+        previous_vitals = Vitals(*fetch_previous()[0].tolist())
+        clock_ms, stop_code = m.agree(clock(), reason_to_stop(m, previous_vitals))
+        stop = Stop(stop_code)
 
         if step % h.train_log_every == 0 or step.bit_count() == 1:  # powers of two: loss falls fast at first
             shown_loss = log_step(run, step, loss, clock_ms)
@@ -6050,7 +6071,7 @@ def train(run: Run) -> Trained:
         run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
 
     m.sync()
-    train_ms, _ = m.agree(clock())  # one clock: the files of the last checkpoint must say the same
+    train_ms = m.number_of_rank_0(clock())  # one clock: the files of the last checkpoint must say the same
     late_graphs = compiled_graphs() - graphs_before
     vitals = Vitals(*fetch_newest()[0].tolist())
     return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs), pace)
@@ -6179,7 +6200,7 @@ def hold_back(run: Run, calibrate_ms: float) -> Config:
     Calibration counts as training time. 1.5 times calibrate_ms, the time of rank 0's rehearsal, is held back
     for it. Raises InputError if that is more than half of the budget. Collective.
     """
-    held_back_ms, _ = run.m.agree(1.5 * calibrate_ms)
+    held_back_ms = run.m.number_of_rank_0(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
     budget = run.h.max_wallclock_seconds
     if budget == 0:

@@ -76,6 +76,8 @@ def train_rank(rank, folder, knobs, per_node=0):
         again=again,  # whether steps 2 to STEPS, trained again from a snapshot, gave the same bits
         steps=optimizer.steps - 1,  # that the optimizer counted
         agreed=m.agree(rank + 0.5, rank),
+        of_rank_0=m.number_of_rank_0(rank + 0.5),
+        largest=m.largest(rank),
     )
     schedule = dict(
         calls=calls,  # collectives of one step
@@ -133,7 +135,9 @@ def test_ranks_hold_the_same_bits(worlds):
         for other in ranks[1:]:
             assert all_equal(ranks[0]["ema"], other["ema"])
             assert other["factors"] == ranks[0]["factors"] and other["losses"] == ranks[0]["losses"]
-        assert [r["agreed"] for r in ranks] == [(0.5, world - 1)] * world  # rank 0's clock, the highest flag
+        for r in ranks:
+            assert r["agreed"] == t.Agreed(clock_ms=0.5, flag=world - 1)
+            assert (r["of_rank_0"], r["largest"]) == (0.5, world - 1)
 
 
 def test_the_world_size_changes_only_rounding(worlds):
