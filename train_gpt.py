@@ -25,11 +25,11 @@ Contents
  11. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
  12. Optimizer          sharded state, and every collective of a step
  13. Schedules          rates as functions of progress; the average of the weights
- 14. Artifact           calibrate, quantize, byte layout, pack, unpack, packed source
+ 14. Artifact           quantize, byte layout, pack, unpack, packed source
  15. Codecs             xz, and rans for the codes of each row and column
  16. Score              windows that tile the split, one evaluator, test-time training
  17. Checkpoints        written by a thread, read by any number of ranks
- 18. Training           warm-up, clock, loop
+ 18. Training           warm-up, clock, loop, calibration
  19. Commands           train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
@@ -72,7 +72,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 if __name__ == "__main__":
     # Until `guarded` handles it, Ctrl-C ends the process without a traceback.
@@ -4087,10 +4087,12 @@ class Optimizer:
         # 1. Average the gradients: reduce-scatter each bank, level by level; all-reduce the flat buffer.
         arrivals = []
         for buffer, grad in self.bank_grad.items():
-            wire = self.wire[buffer].copy_(grad)  # does nothing if the two are one tensor
+            wire = self.wire[buffer].copy_(
+                grad
+            )  # casts to wire_dtype; a no-op for float32, where wire is grad
             for depth, level in enumerate(self.m.levels):
                 if depth > 0:
-                    arrivals[-1].wait()  # nodes exchange averages of their own ranks
+                    arrivals[-1].wait()  # the second level sends what the first one has averaged
                 arrivals.append(
                     reduce_scatter(
                         wire[level.kept],
@@ -4105,8 +4107,10 @@ class Optimizer:
         for work in arrivals:
             work.wait()
 
-        # 2. Take one norm over all gradients.
-        scalars = StepScalars(*self.scalars.unbind())._replace(clip=self.clip_factor())
+        # 2. Take one norm over all gradients. The last square, the flat buffer's, is whole on every rank.
+        squares = self.squared_norms()
+        dist.all_reduce(squares[:-1])
+        scalars = StepScalars(*self.scalars.unbind())._replace(clip=self.clip_factor(squares))
 
         with self.m.lanes() as lane:
             # 3. Update the small parameters, identically on every rank.
@@ -4123,17 +4127,18 @@ class Optimizer:
                         )
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]
-                    for level in reversed(self.m.levels):
+                    for level in reversed(self.m.levels):  # .wait() holds the lane, not the host
                         all_gather(bank[level.whole], bank[level.kept], level.group, async_op=True).wait()
 
-    def clip_factor(self) -> Tensor:
-        """Return min(1, grad_clip / global norm), (), the same on every rank. Sets self.norm. Collective."""
+    def squared_norms(self) -> Tensor:
+        """Return the squared gradient norms of this rank's share of each bank, then of the flat buffer."""
         own_share = self.m.own_share
         gradients = [self.wire[buffer][own_share] for buffer in self.bank] + [self.wire["flat"]]
         norms = torch._foreach_norm(gradients, 2, torch.float64)  # float32 had a relative error of 2e-4
-        squares = torch.stack(norms).square()
+        return torch.stack(norms).square()
 
-        dist.all_reduce(squares[:-1])  # without the last: every rank holds the flat buffer whole
+    def clip_factor(self, squares: Tensor) -> Tensor:
+        """Return min(1, grad_clip / global norm), (), given squared_norms over all ranks. Sets self.norm."""
         self.norm.copy_(squares.sum().sqrt())
         return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
 
@@ -4229,7 +4234,7 @@ class Ema:
 
 
 # -----------------------------------------------------------------------------
-# 14. Artifact: calibrate, quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
+# 14. Artifact: quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
 #
 #   artifact := what a row of CODECS makes of raw; its first bytes tell which row
 #   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
@@ -4262,88 +4267,6 @@ MAX_RAW_BYTES = 1 << 28  # of a file of up to 64 MiB
 MAX_RAW_RATIO = 4  # of a larger one; codes pack to between 1/2 and 3/4
 MAX_WEIGHTS = 1 << 30
 MAX_HEADER_BYTES = 1 << 16
-
-
-def gram_of(x: Tensor) -> Tensor:
-    """Return the sum of x x' over the inputs x. (..., N) -> (N, N) float32."""
-    flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
-    return flat.T @ flat
-
-
-@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
-@torch.no_grad()
-def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
-    """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
-
-    With gptq_embed, the inputs of the output layer give a (D, D) for the embedding that is tied to it. The
-    inputs come from the loader's next gptq_batches batches, on all ranks, with the live weights.
-    """
-    h = run.h
-    device = run.m.device
-    weights = run.model.layer_weights()
-    sums = {}  # (layers, N, N) for each of qkv, o, up, down
-    sum_of = {}  # from a matrix, by its id, to its layer's (N, N), to which every visit adds
-    for product in ("qkv", "o", "up", "down"):
-        matrices = [getattr(w, product) for w in weights]
-        N = matrices[0].size(1)
-        sums[product] = torch.zeros(len(matrices), N, N, device=device)
-        for W, of_layer in zip(matrices, sums[product]):
-            sum_of[id(W)] = of_layer
-    of_head = torch.zeros(h.model_dim, h.model_dim, device=device)
-
-    def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
-        sum_of[id(W)].add_(gram_of(x))
-        return F.linear(x, W)
-
-    recording = copy(run.model)  # with the same parameters
-    recorded_mlp = partial(mlp, linear=recorded_linear)
-    recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
-
-    started = time.perf_counter()
-    for i in range(h.gptq_batches):
-        for sequences in loader.next():
-            x = recording.trunk(sequences[:, :-1], weights)
-            if h.gptq_embed:
-                of_head += gram_of(x)
-        run.m.sync()
-        run.log.progress("calibration, batches", i + 1, h.gptq_batches, started)
-
-    grams = {
-        "qo_bank": torch.cat([sums["qkv"], sums["o"]]),
-        "kv_bank": sums["qkv"].repeat(2, 1, 1),
-        "mlp_up_bank": sums["up"],
-        "mlp_down_bank": sums["down"],
-    }
-    if h.gptq_embed:
-        grams["tok_emb"] = of_head
-    for gram in grams.values():
-        dist.all_reduce(gram)
-    return grams
-
-
-@torch.no_grad()
-def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
-    """Return "live" or "ema": the weights with the lower loss on the loader's next training batch; log it.
-
-    This is for a run that ended early, when the average may lag far behind. All ranks return the same.
-    """
-    model = copy(run.model)  # with the same parameters
-    model.ops = Ops(run.model.ops.attend)  # nothing that would compile
-    batch = loader.next()
-    live = [p.clone() for p in ema.params]
-    losses = []
-    for weights in (live, ema.average):
-        torch._foreach_copy_(ema.params, weights)
-        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
-    torch._foreach_copy_(ema.params, live)
-
-    both = torch.stack(losses)
-    dist.all_reduce(both, dist.ReduceOp.AVG)
-    of_live, of_average = both.tolist()
-    average_wins = run.m.number_of_rank_0(of_average <= of_live)  # a nan does not win
-    chosen = "ema" if average_wins else "live"
-    run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
-    return chosen
 
 
 def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
@@ -5014,7 +4937,8 @@ def codec_of(blob: bytes) -> str:
 # 16. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
 # The columns of score windows, which are rows of three numbers: a window shows the model the tokens of
-# [start, end) and scores the targets of [score_from, end). Target i is token i + 1.
+# [start, end) and scores the targets of [score_from, end). Target i is token i + 1. A row of zeros is an
+# empty window: it scores nothing and only fills a shape.
 START = 0
 END = 1
 SCORE_FROM = 2
@@ -5046,9 +4970,11 @@ class ScoreRun(NamedTuple):
     batch: int  # windows per forward pass on one rank
     label: str  # for the terminal's status line
     log: Log
-    chunk: int = 0  # targets to score between two rounds of test-time training; 0: never learn
-    learner: Callable = nullcontext  # context manager that yields learn(tokens, windows), as `learning` does
-    bos_id: int = -1  # first token of the documents that are scored and learned from apart; -1: one stream
+    # stream: the windows follow each other through the split | documents: each document is scored apart.
+    layout: Literal["stream", "documents"] = "stream"
+    bos_id: int | None = None  # first token of every document; the stream needs none
+    chunk: int | None = None  # targets to score between two lessons of test-time training; None: no lessons
+    learner: Callable = nullcontext  # context manager that yields `learn`, as `learning` does
 
 
 class WindowGroup(NamedTuple):
@@ -5057,6 +4983,7 @@ class WindowGroup(NamedTuple):
     last: int  # the model returns nats for the last `last` positions of each window
     windows: np.ndarray  # (n, 3)
     lesson: np.ndarray  # (k, 3): windows whose targets, already scored, are learned from first
+    begins: np.ndarray | None = None  # (n,) bool: whether the window begins a document; None in a stream
 
 
 def as_windows(start: np.ndarray, end: np.ndarray, score_from: np.ndarray) -> np.ndarray:
@@ -5114,8 +5041,8 @@ def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[W
     """Lay out the documents of `tokens` side by side, chunk after chunk. A group has a window for each slot.
 
     A free slot takes the next document, so only earlier tokens decide where and when a document is scored. A
-    window begins seq_len tokens before the end of its chunk, or where the document begins. A group's
-    lesson is the group before it; a slot that begins a document has no lesson, but a row of zeros.
+    window begins seq_len tokens before the end of its chunk, or where the document begins. A slot's lesson is
+    the window before, of the same document. Where a document begins or none is left, the lesson is empty.
     """
     total = len(tokens) - 1
     begins = np.union1d(0, np.flatnonzero(tokens[:total] == scoring.bos_id))
@@ -5133,12 +5060,12 @@ def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[W
 
     all_windows = np.zeros((free.max(), slots, 3), np.int64)
     all_lessons = np.zeros_like(all_windows)
+    all_begins = np.zeros((free.max(), slots), bool)
     for slot, span, windows in placed:
         all_windows[span, slot] = windows
         all_lessons[span, slot][1:] = windows[:-1]
-    return [
-        WindowGroup(scoring.seq_len, windows, lesson) for windows, lesson in zip(all_windows, all_lessons)
-    ]
+        all_begins[span.start, slot] = True
+    return [WindowGroup(scoring.seq_len, *parts) for parts in zip(all_windows, all_lessons, all_begins)]
 
 
 class WindowBatch(NamedTuple):
@@ -5156,7 +5083,7 @@ def read_windows(tokens: Tensor, windows: Tensor, seq_len: int) -> WindowBatch:
     end = windows[:, END]  # (B, 1)
     position = windows[:, START] + torch.arange(seq_len, device=tokens.device)
     scored = (position >= windows[:, SCORE_FROM]) & (position < end)
-    index = position.minimum(end - 1).clamp_min(0)  # 0 in a window of zeros
+    index = position.minimum(end - 1).clamp_min(0)  # 0 in an empty window
     return WindowBatch(tokens[index].long(), tokens[index + 1].long(), index, scored)
 
 
@@ -5170,7 +5097,7 @@ class Scored(NamedTuple):
 def score_batch(
     nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreRun
 ) -> tuple[Tensor, Tensor]:
-    """Score at most B = scoring.batch windows (n, 3). Windows that score nothing fill the compiled shape.
+    """Score at most B = scoring.batch windows (n, 3). Empty windows fill the compiled shape.
 
     Returns the index of the target at each position, (B * last,), and (2, B * last) float64: the nats of the
     target and 1, or zeros if its window does not score it.
@@ -5184,35 +5111,36 @@ def score_batch(
 
 @torch.no_grad()
 def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: Machine) -> Scored:
-    """Score the targets of `tokens` (N,), each rank those of every world_size-th window.
+    """Score the targets of `tokens` (N,). Rank r scores windows r, r + world_size, ... of each group.
 
-    Group after group: if it has a lesson, all ranks first learn from that together; then each rank scores its
-    windows in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
+    If a group has a lesson, all ranks first learn from the lesson together; then each rank scores its windows
+    in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
-    if scoring.bos_id < 0:
-        groups = window_groups(total, scoring)
-    else:
+    if scoring.layout == "documents":
         groups = document_groups(tokens, scoring, scoring.batch * m.world_size)
+    else:
+        groups = window_groups(total, scoring)
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    all_windows = sum(len(group.windows) for group in groups)
+    window_count = sum(len(group.windows) for group in groups)
     out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
     done = 0
     with scoring.learner() as learn:
         for group in groups:
             if len(group.lesson):
-                learn(tokens, torch.from_numpy(group.lesson))
+                begins = None if group.begins is None else torch.from_numpy(group.begins)
+                learn(tokens, torch.from_numpy(group.lesson), begins)
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
             for i, windows in enumerate(mine.split(scoring.batch)):
                 positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
                 out.index_add_(1, positions, values)
-                done = min(done + scoring.batch * m.world_size, all_windows)
+                done = min(done + scoring.batch * m.world_size, window_count)
                 # Progress needs a sync, which stalls a GPU: only every 16th batch shows it there.
                 if i % 16 == 0 or not m.is_gpu:
                     m.sync()
-                    scoring.log.progress(f"scoring {scoring.label}, windows", done, all_windows, started)
+                    scoring.log.progress(f"scoring {scoring.label}, windows", done, window_count, started)
     return Scored(*out)
 
 
@@ -5265,7 +5193,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     momentum = torch.zeros(sum(sizes), device=m.device)
     moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
 
-    def learn(tokens: Tensor, windows: Tensor) -> None:
+    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> None:
         targets = (windows[:, END] - windows[:, SCORE_FROM]).sum().item()
         progress = windows[0, START].item() / (len(tokens) - 1)
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
@@ -5298,7 +5226,7 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
     steps = torch.zeros(slots, 1, device=m.device)
     model.factors = factors.detach().requires_grad_(True)  # the same memory
 
-    def learn(tokens: Tensor, windows: Tensor) -> None:
+    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> None:
         mine = windows[m.rank :: m.world_size]
         for _ in range(h.ttt_passes):
             gradient = lesson_gradient([model.factors], nats_fn, tokens, mine, h).view_as(factors)
@@ -5306,11 +5234,11 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
             second.lerp_(gradient.square(), 1 - LORA_BETA2)
             spread = (second / (1 - LORA_BETA2**steps)).sqrt()
             factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
-        # A window of zeros is no lesson: the slot begins a document (document_groups).
-        is_blank = mine[:, END, None].to(m.device) == 0
-        factors.copy_(torch.where(is_blank, fresh, factors))
-        second.masked_fill_(is_blank, 0)
-        steps.masked_fill_(is_blank, 0)
+        if begins is not None:
+            anew = begins[m.rank :: m.world_size, None].to(m.device)
+            factors.copy_(torch.where(anew, fresh, factors))
+            second.masked_fill_(anew, 0)
+            steps.masked_fill_(anew, 0)
 
     yield learn
     model.factors = None
@@ -5320,9 +5248,10 @@ TTT_FORMS: dict[str, Callable] = {"sgd": sgd_of_weights, "lora": lora_of_documen
 
 
 def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
-    """Return a context that yields learn(tokens, windows) and afterwards puts the weights back.
+    """Return a context that yields learn(tokens, windows, begins) and afterwards puts the weights back.
 
-    learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score.
+    learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score. begins (n,)
+    bool: the slots in which a document begins, which start anew with the weights; None: no slot does.
     """
     return TTT_FORMS[h.ttt_form](model, nats_fn, h, m)
 
@@ -5632,7 +5561,7 @@ class Checkpoints:
 
 
 # -----------------------------------------------------------------------------
-# 18. Training: warm-up, clock, loop.
+# 18. Training: warm-up, clock, loop, calibration.
 
 DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
@@ -5711,8 +5640,8 @@ class Run:
         if not learns:
             return scoring
         learner = partial(learning, self.model, self.nats_fn, h, self.m)
-        bos_id = h.bos_id if h.ttt_form == "lora" else -1
-        return scoring._replace(chunk=h.ttt_chunk_tokens, learner=learner, bos_id=bos_id)
+        layout = "documents" if h.ttt_form == "lora" else "stream"
+        return scoring._replace(layout=layout, bos_id=h.bos_id, chunk=h.ttt_chunk_tokens, learner=learner)
 
     @memory_remedy("to score", "lower eval_batch_tokens, or val_tokens if the split does not fit")
     def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:
@@ -6159,6 +6088,88 @@ def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -
             line += f" mfu:{mfu:.4f}"
             shown += f", MFU {mfu:.1%}"
     run.log(line, shown=shown)
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """Return the sum of x x' over the inputs x. (..., N) -> (N, N) float32."""
+    flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
+    return flat.T @ flat
+
+
+@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
+@torch.no_grad()
+def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
+    """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
+
+    With gptq_embed, the inputs of the output layer give a (D, D) for the embedding that is tied to it. The
+    inputs come from the loader's next gptq_batches batches, on all ranks, with the live weights.
+    """
+    h = run.h
+    device = run.m.device
+    weights = run.model.layer_weights()
+    sums = {}  # (layers, N, N) for each of qkv, o, up, down
+    sum_of = {}  # from a matrix, by its id, to its layer's (N, N), to which every visit adds
+    for product in ("qkv", "o", "up", "down"):
+        matrices = [getattr(w, product) for w in weights]
+        N = matrices[0].size(1)
+        sums[product] = torch.zeros(len(matrices), N, N, device=device)
+        for W, of_layer in zip(matrices, sums[product]):
+            sum_of[id(W)] = of_layer
+    of_head = torch.zeros(h.model_dim, h.model_dim, device=device)
+
+    def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
+        sum_of[id(W)].add_(gram_of(x))
+        return F.linear(x, W)
+
+    recording = copy(run.model)  # with the same parameters
+    recorded_mlp = partial(mlp, linear=recorded_linear)
+    recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
+
+    started = time.perf_counter()
+    for i in range(h.gptq_batches):
+        for sequences in loader.next():
+            x = recording.trunk(sequences[:, :-1], weights)
+            if h.gptq_embed:
+                of_head += gram_of(x)
+        run.m.sync()
+        run.log.progress("calibration, batches", i + 1, h.gptq_batches, started)
+
+    grams = {
+        "qo_bank": torch.cat([sums["qkv"], sums["o"]]),
+        "kv_bank": sums["qkv"].repeat(2, 1, 1),
+        "mlp_up_bank": sums["up"],
+        "mlp_down_bank": sums["down"],
+    }
+    if h.gptq_embed:
+        grams["tok_emb"] = of_head
+    for gram in grams.values():
+        dist.all_reduce(gram)
+    return grams
+
+
+@torch.no_grad()
+def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
+    """Return "live" or "ema": the weights with the lower loss on the loader's next training batch; log it.
+
+    This is for a run that ended early, when the average may lag far behind. All ranks return the same.
+    """
+    model = copy(run.model)  # with the same parameters
+    model.ops = Ops(run.model.ops.attend)  # nothing that would compile
+    batch = loader.next()
+    live = [p.clone() for p in ema.params]
+    losses = []
+    for weights in (live, ema.average):
+        torch._foreach_copy_(ema.params, weights)
+        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
+    torch._foreach_copy_(ema.params, live)
+
+    both = torch.stack(losses)
+    dist.all_reduce(both, dist.ReduceOp.AVG)
+    of_live, of_average = both.tolist()
+    average_wins = run.m.number_of_rank_0(of_average <= of_live)  # a nan does not win
+    chosen = "ema" if average_wins else "live"
+    run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
+    return chosen
 
 
 def describe_progress(h: Config, step: int, clock_ms: float) -> str:

@@ -126,7 +126,12 @@ def gives_windows(script: ModuleType) -> bool:
 
 
 def learns_apart(scoring: Any) -> bool:
-    """Return whether a ScoreRun scores every document apart, and forgets what it learned after each."""
+    """Return whether a ScoreRun scores every document apart, and forgets what it learned after each.
+
+    Older scripts have no layout: with windows one after the other, their bos_id is -1 or missing.
+    """
+    if hasattr(scoring, "layout"):
+        return scoring.layout == "documents"
     return getattr(scoring, "bos_id", -1) >= 0
 
 
@@ -533,7 +538,7 @@ def tokens_learned_early(audit: Audit) -> int:
         scored[y[:, -last:]] = 1
         return torch.zeros(len(x), last, device=m.device)
 
-    def learn(tokens: Tensor, lesson: Tensor | float) -> None:
+    def learn(tokens: Tensor, lesson: Tensor | float, *_: Any) -> None:
         nonlocal early
         dist.all_reduce(scored)
         early += int((scored[targets_of(tokens, lesson).long()] == 0).sum())

@@ -42,8 +42,8 @@ def train_rank(rank, folder, knobs, per_node=0):
     losses = []
     saved = None
 
-    def noted_clip_factor():
-        factors.append(clip_factor())
+    def noted_clip_factor(squares):
+        factors.append(clip_factor(squares))
         return factors[-1]
 
     optimizer.clip_factor = noted_clip_factor

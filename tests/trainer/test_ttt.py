@@ -52,7 +52,7 @@ def learning_run(h, model, m, **changes):
     learner = partial(t.learning, model, model.nats, h, m)
     run = t.ScoreRun(h.eval_seq_len, h.eval_stride, 4, "x", SILENT, chunk=h.ttt_chunk_tokens, learner=learner)
     if h.ttt_form == "lora":
-        run = run._replace(bos_id=h.bos_id)
+        run = run._replace(layout="documents", bos_id=h.bos_id)
     return run._replace(**changes)
 
 
@@ -176,7 +176,7 @@ def test_scores_are_those_of_score_then_learn(total, stride):
     with group_of_one() as m:
         run = learning_run(h, model, m)
         nats, times_scored = t.score_targets(model.nats, tokens, run, m)
-        still = run._replace(chunk=0, learner=nullcontext)
+        still = run._replace(chunk=None, learner=nullcontext)
         without_learning, _ = t.score_targets(model.nats, tokens, still, m)
     assert (times_scored == 1).all()
     torch.testing.assert_close(nats, naive_scores(model, tokens, h), rtol=1e-4, atol=1e-5)
@@ -206,7 +206,7 @@ class Witness:
         self.scored.update(y[:, -last:].flatten().tolist())
         return torch.zeros(len(x), last)
 
-    def learn(self, tokens, windows):
+    def learn(self, tokens, windows, begins):
         """Check that the next chunk comes, and that all of it has been scored."""
         first = self.learned * self.chunk
         end = first + self.chunk
@@ -463,15 +463,16 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
         seq_len = int(rng.integers(1, 20))
         chunk = int(rng.integers(1, seq_len + 1))
         tokens = np.where(rng.random(int(rng.integers(2, 200))) < 0.1, 1, 2)
-        run = t.ScoreRun(seq_len, 1, slots, "x", SILENT, chunk=chunk, bos_id=1)
+        run = t.ScoreRun(seq_len, 1, slots, "x", SILENT, layout="documents", bos_id=1, chunk=chunk)
         scored = np.zeros(len(tokens) - 1, int)
         learned = np.zeros(len(tokens) - 1, int)
         owner = [-1] * slots  # document that the slot has learned from since it was last reset
         begins = np.maximum.accumulate(np.where(tokens == 1, np.arange(len(tokens)), 0))
         for group in t.document_groups(tokens, run, slots):
             for slot, (_, end, first) in enumerate(group.lesson):
-                if end == 0:
+                if group.begins[slot]:
                     owner[slot] = -1
+                if end == 0:
                     continue
                 assert owner[slot] in (-1, begins[first]) and (scored[first:end] == 1).all()
                 owner[slot] = begins[first]
@@ -697,10 +698,10 @@ def test_the_pass_is_compiled_before_the_clock_and_on_no_token_of_the_split(tmp_
     def watched_learning(*args):
         with learning(*args) as learn:
 
-            def watched_learn(tokens, windows):
+            def watched_learn(tokens, windows, begins):
                 blank = bool((tokens == tokens[0]).all())
                 events.append((int((windows[:, t.END] - windows[:, t.SCORE_FROM]).sum()), blank))
-                learn(tokens, windows)
+                learn(tokens, windows, begins)
 
             yield watched_learn
 
