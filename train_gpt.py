@@ -109,7 +109,7 @@ class OneLineError(Exception):
     status = 1
 
     def __str__(self) -> str:
-        """Return the line. A name in it shows line breaks as \\n, and what a terminal would obey escaped."""
+        """Return the line. Line breaks and control characters are shown escaped."""
         line = "\\n".join(super().__str__().splitlines())
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
@@ -566,7 +566,10 @@ KINDS = {
 
 
 def kinds_of_knobs() -> dict[str, Kind]:
-    """Return the kind of every knob."""
+    """Return the kind of every knob.
+
+    f.type is the text of the annotation, because this file imports annotations from __future__.
+    """
     return {f.name: KINDS[f.type] for f in fields(Config)}
 
 
@@ -1003,7 +1006,8 @@ class Machine:
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
         """Start copying tensors to the host and return a function that waits for the copies and returns them.
 
-        That function raises Fault after PATIENCE seconds, because NCCL's watchdog does not cover CUDA graphs.
+        The returned function raises Fault after PATIENCE seconds, because NCCL's watchdog does not cover CUDA
+        graphs.
         """
         copies = [t.clone() for t in tensors]
         if not self.is_gpu:
@@ -1178,8 +1182,8 @@ def share_levels(ranks: Ranks) -> tuple[Level, ...]:
     same_local_rank = [[*range(i, ranks.world, ranks.local_world)] for i in range(ranks.local_world)]
     across, _ = dist.new_subgroups_by_enumeration(same_local_rank)
     kept = slice(ranks.local_rank * nodes, (ranks.local_rank + 1) * nodes)  # one share per node
-    own = slice(kept.start + node, kept.start + node + 1)
-    return Level(inside, everything, kept), Level(across, kept, own)
+    one_share = slice(kept.start + node, kept.start + node + 1)
+    return Level(inside, everything, kept), Level(across, kept, one_share)
 
 
 LEAST_TORCH = (2, 11)  # nobody has tried an older one
@@ -1191,8 +1195,8 @@ def check_torch() -> None:
     if version < LEAST_TORCH:
         least = ".".join(map(str, LEAST_TORCH))
         raise InputError(
-            f"PyTorch {torch.__version__} is too old: it takes {least} or later; "
-            "pip install -r requirements.txt"
+            f"PyTorch {torch.__version__} is too old: {least} or later is required; "
+            "run pip install -r requirements.txt"
         )
 
 
@@ -1907,8 +1911,9 @@ class TokenLoader:
     """An endless stream of shuffled documents, cut into micro-batches. Its state is the next one's index.
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
-    is cut into sequences of T + 1 tokens; neighbours share one token. The sequences of each mix_tokens of the
-    stream are shuffled; otherwise one long document would fill a batch.
+    is cut into sequences of T + 1 tokens; neighbours share one token. A draw is a run of draw_batches global
+    batches (mix_tokens of text); its sequences are shuffled, or one long document would fill a batch.
+    With one batch to a draw they stay in order.
 
     Text before a shard's first BOS (the whole shard, if it has none) is the fragment: the end of a document
     that began in another shard. It counts as a document of its own. The stream gives it the BOS that the file
@@ -1916,7 +1921,7 @@ class TokenLoader:
 
     In this shuffled order, micro-batch n of rank r holds the sequences [(n * world + r) * B, ...), so that a
     global batch is the same for every world size. A thread builds the next batch while the device works on
-    this one.
+    the current batch.
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
@@ -1951,7 +1956,7 @@ class TokenLoader:
         return ShardOrder(order, np.cumsum(self.sizes[order]))
 
     def shuffle_documents(self, epoch: int, shard: int) -> ShuffledShard:
-        """Draw an epoch's order of a shard's documents and its fragment."""
+        """Draw an epoch's order of a shard's documents and of the shard's fragment."""
         tokens = load_shard(self.files[shard], self.h.vocab_size)
         starts = np.flatnonzero(tokens == self.h.bos_id)
         if len(tokens) < self.sizes[shard]:
@@ -2008,7 +2013,7 @@ class TokenLoader:
     def shuffle_sequences(self, draw: int) -> np.ndarray:
         """Return the order in which a draw's sequences are dealt, as their numbers within the draw."""
         order = np.arange(self.draw_batches * self.h.train_batch_tokens // self.h.train_seq_len)
-        if self.draw_batches > 1:
+        if self.draw_batches > 1:  # otherwise the order changes no batch
             random_stream(self.h.seed, RandomUse.SEQUENCES, draw).shuffle(order)
         return order
 
@@ -2115,13 +2120,14 @@ def layer_table(h: Config) -> tuple[LayerSpec, ...]:
     """Lay out a U-Net: the first half of the visits keep their outputs, later ones add them, last first."""
     visits = visit_order(h)
     half = len(visits) // 2
+    takes_skip = range(half, 2 * half)  # an odd last visit has no skip
     first_ve = h.num_layers - h.ve_last_n
     windows = h.attn_windows.split() or ["0"]
     return tuple(
         LayerSpec(
             layer=i,
             push=visit < half,
-            skip=visit - half if half <= visit < 2 * half else -1,
+            skip=visit - half if visit in takes_skip else -1,
             xsa=i >= h.num_layers - h.xsa_last_n,
             ve=i - first_ve if i >= first_ve else -1,
             window=int(windows[i % len(windows)]),
@@ -3198,8 +3204,8 @@ def bind(
 ) -> Bound:
     """Bind `fast` if it agrees with the reference, else the reference.
 
-    Both run on `inputs`, bf16 or float32 tensors, the reference in float32. Compared are the outputs and the
-    gradients of those inputs that require one; the relative error |a - b| / |b| of each must be below limit.
+    Both run on `inputs`, bf16 or float32 tensors, the reference in float32. It compares the outputs and the
+    gradients of inputs that require one, by |a - b| / |b|; each must be below limit.
     """
     try:
         found = results_of(fast, inputs)
@@ -3888,7 +3894,7 @@ class FlatBuffers(NamedTuple):
 
 
 def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
-    """Move the average towards g in place. Return where the next step would move it, if g came again."""
+    """Move the average towards g in place. Return where a next step with the same g would move it."""
     average.mul_(beta).add_(g * (1 - beta))
     return g * (1 - beta) + average * beta
 
@@ -3898,10 +3904,10 @@ def matrix_update(
 ) -> None:
     """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    momentum: (b, M, N), or with momentum_spread above 1 two of them, (b, 2, M, N), of which the mean is
-    taken. Their horizons, 1 / (1 - beta), are momentum_spread times shorter and longer than that of
-    s.momentum. second: the rule's state. Rows may be equalized before the direction. Cautious decay
-    (arXiv:2510.12402) acts only where U and W agree in sign.
+    momentum: (b, M, N). With momentum_spread above 1 there are two momenta, (b, 2, M, N), and the update
+    takes their mean. The horizons of the two, 1 / (1 - beta), are momentum_spread times shorter and longer
+    than the horizon of s.momentum. second: the rule's state. Rows may be equalized before the direction.
+    Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
     """
     g = g.float() * s.clip
     if h.momentum_spread == 1:
@@ -4278,15 +4284,15 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     """Round W (..., M, N) to codes (..., M, N), float32, that keep the products Wx with typical inputs x.
 
     scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x' over those inputs. Columns are
-    rounded one at a time. The columns that are not rounded yet then change so that they make up for the error
-    of this one as well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one
+    rounded one at a time. After column j is rounded, columns j+1.. are shifted to cancel its error in Wx as
+    well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one
     column. 1 % of the mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not
     finite.
     """
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
-    H = gram + damping[..., None, None] * torch.eye(W.size(-1), device=W.device)
-    # U'U is the inverse of H. Row j of U, divided by its diagonal entry, is how column j's error spreads.
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    damped = gram + damping[..., None, None] * torch.eye(W.size(-1), device=W.device)
+    # U'U is the inverse of `damped`. Column j's error, divided by U_jj, spreads to the others by row j of U.
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
     W = W.clone()
     codes = torch.empty_like(W)
@@ -4382,6 +4388,13 @@ def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
     return CODECS[h.codec].pack(raw_artifact(tensors, h))
 
 
+# For fit_artifact. Steps are multiples of the row's root mean square, as in int6_step.
+FILLED = 0.998  # the share of the room that an artifact must take, so that no further attempt is made
+AIM = 0.999  # the share that a guess aims at, in the middle between FILLED and 1
+FIRST_GUESS = 0.1  # a guess multiplies at least this step: a configured step of 0 would stay 0
+LEAST_GUESS = 0.01  # the smallest step that a guess may give
+
+
 class Fitted(NamedTuple):
     """An artifact and its int6 step."""
 
@@ -4399,8 +4412,8 @@ def fit_artifact(
     """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
     If the artifact does not fit as configured, up to eight more attempts look for the int6 step that fills
-    the room to within 0.2 %. Each guess assumes that doubling the step saves one bit per code. The step never
-    exceeds 1. If fit_cap is off, or no attempt fits, the result may exceed the room.
+    the room. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1.
+    If fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
     codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
@@ -4417,12 +4430,12 @@ def fit_artifact(
             best = tried
 
         fits_as_configured = attempt == 0 and best is not None
-        fills_the_room = 0.998 * room <= size <= room
+        fills_the_room = FILLED * room <= size <= room
         coarsest = step == 1.0
         if not h.fit_cap or fits_as_configured or fills_the_room or coarsest:
             break
-        step = max(step, 0.1) * 2 ** (8 * (size - 0.999 * room) / codes)
-        step = min(max(step, configured, 0.01), 1.0)
+        step = max(step, FIRST_GUESS) * 2 ** (8 * (size - AIM * room) / codes)
+        step = min(max(step, configured, LEAST_GUESS), 1.0)
     return best or tried
 
 
@@ -4641,6 +4654,8 @@ def decompress(blob: bytes) -> bytes:
 
 RANS_MAGIC = b"GPT6rans"
 PRECISION = 14  # frequencies of a context sum to 2^PRECISION
+TABLE_SUM = 1 << (PRECISION - 1)  # of a context's row of CodeModel.tables
+SLOT_MASK = (1 << PRECISION) - 1  # the bits of a state that choose a code
 LEAST_STATE = 1 << 32  # a state lies in [2^32, 2^48) and takes in 16 bits at a time
 CLASS_EDGES = np.array([round(4096 * 2 ** ((k - 7.5) / 4)) for k in range(16)])
 CLASS_WEIGHTS = np.array([round(4096 * 2 ** ((8 - k) / 4)) for k in range(17)])
@@ -4654,7 +4669,7 @@ class CodeModel(NamedTuple):
 
     rows: np.ndarray
     columns: np.ndarray
-    tables: np.ndarray  # (CONTEXTS, limit + 1) int64; each sums to 2^(PRECISION - 1)
+    tables: np.ndarray  # (CONTEXTS, limit + 1) int64; each row sums to TABLE_SUM
 
     @property
     def contexts(self) -> np.ndarray:
@@ -4691,11 +4706,12 @@ def count_magnitudes(contexts: np.ndarray, magnitudes: np.ndarray, limit: int) -
 
 def tables_for(counts: np.ndarray) -> np.ndarray:
     """Return a CodeModel's tables for counts of magnitudes. No magnitude that occurs gets frequency 0."""
-    whole = 1 << PRECISION - 1
-    tables = np.diff(counts.cumsum(1) * whole // np.maximum(counts.sum(1), 1)[:, None], prepend=0)
+    totals = np.maximum(counts.sum(1), 1)
+    ends = counts.cumsum(1) * TABLE_SUM // totals[:, None]
+    tables = np.diff(ends, prepend=0)
     tables[(tables == 0) & (counts > 0)] = 1
     largest = (np.arange(CONTEXTS), tables.argmax(1))  # entry 0 in a context without codes
-    tables[largest] += whole - tables.sum(1)
+    tables[largest] += TABLE_SUM - tables.sum(1)
     return tables
 
 
@@ -4732,12 +4748,13 @@ def model_codes(codes: np.ndarray, limit: int) -> CodeModel:
 
     models = []
     needs = []
-    for own_rows in (np.full_like(rows, 8), rows):
-        for own_columns in (np.full_like(columns, 8), columns):
-            counts = count_magnitudes(own_rows[:, :, None] + own_columns[:, None, :], magnitudes, limit)
-            model = CodeModel(own_rows, own_columns, tables_for(counts))
+    for tried_rows in (np.full_like(rows, 8), rows):
+        for tried_columns in (np.full_like(columns, 8), columns):
+            contexts = tried_rows[:, :, None] + tried_columns[:, None, :]
+            counts = count_magnitudes(contexts, magnitudes, limit)
+            model = CodeModel(tried_rows, tried_columns, tables_for(counts))
             models.append(model)
-            needs.append(code_bits(counts, model.tables) + class_bits(own_rows) + class_bits(own_columns))
+            needs.append(code_bits(counts, model.tables) + class_bits(tried_rows) + class_bits(tried_columns))
     return models[needs.index(min(needs))]
 
 
@@ -4792,7 +4809,7 @@ def rans_decode(words: np.ndarray, models: list[CodeModel], counts: list[int]) -
         for start in range(0, count, step):
             context = contexts[start : start + step]
             x = states[: len(context)]
-            slot = x & (1 << PRECISION) - 1
+            slot = x & SLOT_MASK
             i = index_at[np.left_shift(context, PRECISION, dtype=np.int64) | slot]
             index[start : start + step] = i
             x[:] = frequencies[i] * (x >> PRECISION) + slot - starts[i]
@@ -4824,7 +4841,9 @@ def pack_rans(raw: bytes) -> bytes:
     models = []
     tensors = []
     for entry in map(read_entry, header["tensors"]):
-        values = entry.count
+        plain = (
+            entry.count
+        )  # values that are stored as planes: those of a tensor without codes, or the scales
         size = ENCODINGS[entry.encoding].dtype.itemsize
         if entry.limit:
             codes = np.frombuffer(raw, np.int8, entry.count, at)
@@ -4833,10 +4852,10 @@ def pack_rans(raw: bytes) -> bytes:
             tensors.append(codes)
             side += [model.rows.tobytes(), model.columns.tobytes(), to_planes(model.tables.astype("<u2"), 2)]
             at += entry.count
-            values = entry.scales
+            plain = entry.scales
             size = 2
-        side.append(to_planes(raw[at : at + values * size], size))
-        at += values * size
+        side.append(to_planes(raw[at : at + plain * size], size))
+        at += plain * size
     packed = compress(b"".join(side))
     rest = b"".join([len(packed).to_bytes(4, "little"), packed, rans_encode(models, tensors)])
     return RANS_MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
@@ -4867,7 +4886,7 @@ class SideReader:
             raise ValueError(f"artifact: tensor {entry.name[:40]!r} has a class beyond {len(CLASS_EDGES)}")
         planes = self.take(2 * CONTEXTS * (entry.limit + 1))
         tables = np.frombuffer(from_planes(planes, 2), "<u2").reshape(CONTEXTS, -1).astype(np.int64)
-        if (tables.sum(1) != 1 << PRECISION - 1).any():
+        if (tables.sum(1) != TABLE_SUM).any():
             raise ValueError(f"artifact: tensor {entry.name[:40]!r} has a table with a wrong sum")
         return CodeModel(of_rows, of_columns, tables)
 
@@ -4902,10 +4921,10 @@ def unpack_rans(blob: bytes) -> bytes:
 
     tensors = iter(rans_decode(np.frombuffer(blob[end:], "<u2"), models, counts))
     payload = []
-    for entry, own in zip(entries, values):
+    for entry, plain in zip(entries, values):
         if entry.limit:
             payload.append(next(tensors).tobytes())
-        payload.append(own)
+        payload.append(plain)
     return b"".join([side[:at], *payload])
 
 
@@ -5310,13 +5329,16 @@ def check_ranks_agree(h: Config, m: Machine, dataset: Dataset, blob: bytes = b""
     Paths may differ between nodes. Raises InputError on every rank.
     """
     resume = h.resume if h.resume in ("", "auto") else "FILE"
-    own = origin(h, dataset) | dict(checkpoint_every=h.checkpoint_every, resume=resume, artifact=sha256(blob))
-    first = m.of_rank_0(own)
-    different = sorted(key for key in own if own[key] != first[key])
+    given = origin(h, dataset) | dict(
+        checkpoint_every=h.checkpoint_every, resume=resume, artifact=sha256(blob)
+    )
+    given_to_rank_0 = m.of_rank_0(given)
+    different = sorted(key for key in given if given[key] != given_to_rank_0[key])
     with m.together():
         if different:
             raise InputError(
-                f"rank {m.rank}: another {', '.join(different)} than rank 0; start all ranks with the same"
+                f"rank {m.rank} has a different {', '.join(different)} from rank 0; "
+                "start all ranks with the same settings"
             )
 
 
@@ -5484,9 +5506,10 @@ class Checkpoints:
         write_atomic(path, *chunks, digest.digest())
 
     def finish_set(self, wait: bool) -> bool:
-        """Finish the set being written, if every rank has written its file. Returns whether no set is left.
+        """Finish the set being written. Return True once no write is pending.
 
-        Finishing it logs the outcome and removes all sets but the newest two. wait: until all ranks are done.
+        A set is finished once every rank has written its file. That logs the outcome and removes all sets but
+        the newest two. wait: until all ranks are done.
         All ranks begin a set at the same step, and only after the set before it is known to be complete or to
         have failed. So no file that a complete set needs is ever removed. Collective.
         """
@@ -5929,7 +5952,7 @@ def get_ready(run: Run) -> Ready:
     fitting = run.timed("compile", fit_micro_batch, run, optimizer)
     loader = TokenLoader(fitting.h, run.m)
     warm = run.timed("compile", warmup, fitting, optimizer, ema, loader)
-    # Checkpoints keep the h that was given: a resumed run is compared with that one.
+    # Checkpoints keep the Config that was given: a resumed run's Config is compared with the given one.
     checkpoints = Checkpoints(run, optimizer, ema, loader)
     return Ready(run=fitting, optimizer=optimizer, ema=ema, loader=loader, warm=warm, checkpoints=checkpoints)
 
@@ -5948,8 +5971,8 @@ def train(run: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
     The training clock is rank 0's; it stands still during validation. The host queues a step while the device
-    works on the one before. It then waits for that one's loss and gradient norm, so it sees a divergence one
-    step late.
+    works on the previous step. The host then waits for the previous step's loss and gradient norm, so it sees
+    a divergence one step late.
     """
     m = run.m
     ready = get_ready(run)
@@ -6113,9 +6136,9 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         matrices = [getattr(w, product) for w in weights]
         N = matrices[0].size(1)
         sums[product] = torch.zeros(len(matrices), N, N, device=device)
-        for W, of_layer in zip(matrices, sums[product]):
-            sum_of[id(W)] = of_layer
-    of_head = torch.zeros(h.model_dim, h.model_dim, device=device)
+        for W, layer_sum in zip(matrices, sums[product]):
+            sum_of[id(W)] = layer_sum
+    output_layer_sum = torch.zeros(h.model_dim, h.model_dim, device=device)
 
     def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
         sum_of[id(W)].add_(gram_of(x))
@@ -6130,7 +6153,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         for sequences in loader.next():
             x = recording.trunk(sequences[:, :-1], weights)
             if h.gptq_embed:
-                of_head += gram_of(x)
+                output_layer_sum += gram_of(x)
         run.m.sync()
         run.log.progress("calibration, batches", i + 1, h.gptq_batches, started)
 
@@ -6141,7 +6164,7 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         "mlp_down_bank": sums["down"],
     }
     if h.gptq_embed:
-        grams["tok_emb"] = of_head
+        grams["tok_emb"] = output_layer_sum
     for gram in grams.values():
         dist.all_reduce(gram)
     return grams
@@ -6165,10 +6188,12 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
 
     both = torch.stack(losses)
     dist.all_reduce(both, dist.ReduceOp.AVG)
-    of_live, of_average = both.tolist()
-    average_wins = run.m.number_of_rank_0(of_average <= of_live)  # a nan does not win
+    live_loss, average_loss = both.tolist()
+    average_wins = run.m.number_of_rank_0(average_loss <= live_loss)  # a nan does not win
     chosen = "ema" if average_wins else "live"
-    run.log(f"ended_early: train_loss live:{of_live:.4f} ema:{of_average:.4f} the artifact takes {chosen}")
+    run.log(
+        f"ended_early: train_loss live:{live_loss:.4f} ema:{average_loss:.4f} the artifact takes {chosen}"
+    )
     return chosen
 
 
@@ -6209,7 +6234,7 @@ def hold_back(run: Run, calibrate_ms: float) -> Config:
     """Return a config whose time limit leaves enough for calibration, and log how much is held back.
 
     Calibration counts as training time. 1.5 times calibrate_ms, the time of rank 0's rehearsal, is held back
-    for it. Raises InputError if that is more than half of the budget. Collective.
+    for it. If that is more than half of the budget, it discards the log and raises InputError. Collective.
     """
     held_back_ms = run.m.number_of_rank_0(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
@@ -6249,9 +6274,9 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     dist.all_gather_object(every, sums)
 
     most = max(every, key=every.count)
-    for rank, theirs in enumerate(every):
-        for name, own, common in zip(names, theirs, most):
-            if own != common:
+    for rank, rank_sums in enumerate(every):
+        for name, rank_sum, common_sum in zip(names, rank_sums, most):
+            if rank_sum != common_sum:
                 raise Fault(
                     f"step {step}: {name} of rank {rank} differs from the others; is its memory faulty?"
                 )
@@ -6326,22 +6351,26 @@ class FinalScore(NamedTuple):
         return f"metric:{self.metric} {self.score.exact}"
 
 
-def score_artifact(run: Run) -> FinalScore:
-    """Score the weights in disjoint windows, sliding if the stride is shorter, and with learning if set.
+def metrics_of(h: Config) -> list[Metric]:
+    """Return the metrics by which a run scores its artifact. The last one counts, and the auditor tests it.
 
-    Logs each score. Returns the last.
+    They are disjoint windows, sliding ones if the stride is shorter, and test-time training if it is on.
     """
-    h = run.h
-    run.phases["eval"] = 0.0
-    coder = CODECS[h.codec].label
     metrics = [Metric("chunked", "roundtrip", h.eval_seq_len)]
     if h.eval_stride < h.eval_seq_len:
         metrics.append(Metric("sliding", "sliding_window", h.eval_stride))
     if h.ttt_lr > 0:
         stride = h.eval_stride if h.ttt_form == "sgd" else h.ttt_chunk_tokens
         metrics.append(Metric("ttt", "ttt", stride, learns=True))
+    return metrics
 
-    for metric in metrics:
+
+def score_artifact(run: Run) -> FinalScore:
+    """Score the weights by each metric of metrics_of and log each score. Returns the last."""
+    h = run.h
+    run.phases["eval"] = 0.0
+    coder = CODECS[h.codec].label
+    for metric in metrics_of(h):
         label = f"final_int6_{metric.label}"
         score = run.score(label, metric.stride, learns=metric.learns)
         shown_stride = f"stride:{metric.stride} " if metric.stride < h.eval_seq_len else ""

@@ -27,7 +27,7 @@ class BadInput(Exception):
 
 
 def one_line(message: object) -> str:
-    """Return a message on one line. A name in it shows what is no text, such as line breaks, escaped."""
+    """Return a message on one line. Line breaks and control characters are shown escaped."""
     line = "\\n".join(str(message).splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 

@@ -107,6 +107,7 @@ def load_audited(path: Path) -> ModuleType:
 # script.py has those that other tools meet as well (known_fault, leave_if_lost, one_layer).
 
 SCORING_NEEDS = ("Run.scoring",)  # a script has it if it gives its learners windows
+METRIC_NEEDS = ("metrics_of",)  # a script has it if it says by which metrics it scores
 CODEC_NEEDS = ("CODECS", "codec_of")  # a script has them if its artifacts name their compressor
 
 
@@ -123,6 +124,11 @@ def chunk_of(h: Any) -> int:
 def gives_windows(script: ModuleType) -> bool:
     """Return whether the script gives its learners windows; older ones give a chunk's tokens."""
     return not missing_names(script, SCORING_NEEDS)
+
+
+def counted_stride(script: ModuleType, h: Any) -> int:
+    """Return the stride of the score that counts; scripts without metrics_of slide by eval_stride."""
+    return h.eval_stride if missing_names(script, METRIC_NEEDS) else script.metrics_of(h)[-1].stride
 
 
 def learns_apart(scoring: Any) -> bool:
@@ -334,7 +340,7 @@ def plan_scores(script: ModuleType, run: Any, chunk: int) -> Any:
     """Return the script's ScoreRun of the final score, with a log that tells nothing: Progress does."""
     silent = script.Log("", None)
     if gives_windows(script):
-        return run.scoring("audit", run.h.eval_stride, learns=chunk > 0)._replace(log=silent)
+        return run.scoring("audit", counted_stride(script, run.h), learns=chunk > 0)._replace(log=silent)
     return plan_older_scores(script, run, chunk, silent)
 
 

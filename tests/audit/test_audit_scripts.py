@@ -35,6 +35,14 @@ def test_a_script_that_lacks_a_name_is_refused_in_one_line(name, honest, tmp_pat
     assert not (tmp_path / "logs").exists()
 
 
+def test_the_stride_of_the_score_that_counts_is_audited(honest, monkeypatch):
+    """Not that of eval_stride, if a script has a second sliding score."""
+    rows = [t.Metric("chunked", "roundtrip", honest.h.eval_seq_len), t.Metric("finer", "finer", 3)]
+    monkeypatch.setattr(t, "metrics_of", lambda h: rows)
+    assert honest.h.eval_stride != 3
+    assert audit.plan_scores(t, honest.run, 0).stride == 3
+
+
 def without_member(kind, member):
     """Return an object that has the names of a class but for one method or dataclass field."""
     all_fields = vars(kind).get("__dataclass_fields__", {})

@@ -159,7 +159,7 @@ def test_ranks_that_were_given_other_knobs_are_refused_before_there_is_a_log(tmp
     assert kill_runs.ended(processes) == [2, 2]
     for rank in (0, 1):
         [said] = console(tmp_path, rank)
-        assert f"rank 1: another {word.partition('=')[0]} than rank 0" in said
+        assert f"rank 1 has a different {word.partition('=')[0]} from rank 0" in said
     assert not (tmp_path / "run.txt").exists()
 
 

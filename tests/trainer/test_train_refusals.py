@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_at_export_is_one_line(tmp_path, capsys, monkeypatc
 def test_an_older_pytorch_is_one_line(version, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     err = stop_one_line(english_args(iterations=1, out_dir=tmp_path / "logs"), capsys)
-    assert f"PyTorch {version} is too old: it takes 2.11 or later" in err
+    assert f"PyTorch {version} is too old: 2.11 or later is required" in err
     assert not (tmp_path / "logs").exists()
 
 

@@ -243,7 +243,7 @@ CASES = (
         Case(
             f"two ranks by hand, the second with another {word.partition('=')[0]}",
             shell(BY_HAND_APART, word, *train()),
-            (f"rank 1: another {word.partition('=')[0]} than rank 0", *both_end(2)),
+            (f"rank 1 has a different {word.partition('=')[0]} from rank 0", *both_end(2)),
             lines=0,
         )
         for word in ("seed=2", "train_batch_tokens=1024", "iterations=5", "model_dim=64", "resume=auto")

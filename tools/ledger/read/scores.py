@@ -59,6 +59,10 @@ def computed_scores(runs: list[Run]) -> list[Score]:
 
 
 def counted_score(metric: str) -> Score:
-    """Return the score that a metric such as `int6_lzma_sliding` names; any unknown one means chunked."""
+    """Return the score that the last word of a metric such as `int6_lzma_sliding` names.
+
+    Two scores that slide need two last words; of rows with the same one, the first is meant. Any unknown one
+    means chunked.
+    """
     last_word = metric.rpartition("_")[2]
     return next((score for score in SCORES if score.metric == last_word), CHUNKED)
