@@ -74,27 +74,36 @@ class Direction(NamedTuple):
     wide, square: the band of the singular values that Gaussian matrices of that shape end with, measured over
     ten seeds, and some margin. The lowest tenth lies above, all lie below. (A square Gaussian has a few tiny
     singular values that no row lifts.)
+    any_shape: the band of every shape, for a row that keeps the singular vectors; None if it turns them.
     """
 
     formula: Callable[[np.ndarray], np.ndarray]  # in float64, one matrix (M, N) -> (M, N)
     wide: tuple[float, float]
     square: tuple[float, float]
     products: list[str]  # the operators of section 10 that it calls, in order
+    any_shape: tuple[float, float] | None = None
 
 
 STEP = ["symmetric_op", "symmetric_op"]  # of a quintic: X X', then b A + c A A
 SOLVE = ["symmetric_op", "solve_op"]
 
 DIRECTIONS = {
-    "ns5": Direction(ns5_by_hand, wide=(0.66, 1.16), square=(0.66, 1.22), products=STEP * 5),
+    "ns5": Direction(
+        ns5_by_hand, wide=(0.66, 1.16), square=(0.66, 1.22), products=STEP * 5, any_shape=(0.6, 1.3)
+    ),
     "polar_express": Direction(
-        lambda G: polar_by_hand(G, FIVE), wide=(0.85, 1.15), square=(0.85, 1.15), products=STEP * 5
+        lambda G: polar_by_hand(G, FIVE),
+        wide=(0.85, 1.15),
+        square=(0.85, 1.15),
+        products=STEP * 5,
+        any_shape=(0.85, 1.15),
     ),
     "polar_express4": Direction(
         lambda G: polar_by_hand(G, t.polar_express(3e-3, 4, 2e-2, 2e-2)),
         wide=(0.77, 1.23),
         square=(0.77, 1.23),
         products=STEP * 4,
+        any_shape=(0.75, 1.25),
     ),
     "turbo": Direction(turbo_by_hand, wide=(0.93, 1.07), square=(0.93, 1.07), products=STEP * 4),
     "mud": Direction(lambda G: mud_by_hand(G, 1), wide=(0.78, 1.20), square=(0.22, 1.55), products=SOLVE),
@@ -102,3 +111,4 @@ DIRECTIONS = {
         lambda G: mud_by_hand(G, 2), wide=(0.95, 1.06), square=(0.50, 1.45), products=SOLVE * 2
     ),
 }
+POLAR = tuple(name for name, row in DIRECTIONS.items() if row.any_shape)  # those that keep singular vectors

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import train_gpt as t
+from direction_cases import DIRECTIONS, POLAR
 from helpers import tiny
 
-# Singular values that Gaussian matrices end with, for the rows of ORTHO that keep singular vectors.
-# turbo and mud do not; test_optimizers.py tests them.
-BANDS = {"ns5": (0.6, 1.3), "polar_express": (0.85, 1.15), "polar_express4": (0.75, 1.25)}
 SHAPES = [(32, 48), (48, 32), (40, 40), (3, 24, 16), (2, 3, 16, 24), (1, 8), (8, 1), (2, 1, 1)]
 
 
@@ -23,14 +21,14 @@ def gaussian(*shape, seed=0):
 # ---------------------------------------------------------------- directions
 
 
-@pytest.mark.parametrize("method", BANDS)
+@pytest.mark.parametrize("method", POLAR)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_singular_values_move_towards_one_and_vectors_stay(method, shape):
     G = gaussian(*shape)
     out = t.orthogonalize(G, method)
     assert out.shape == G.shape and out.dtype == G.dtype
 
-    low, high = BANDS[method]
+    low, high = DIRECTIONS[method].any_shape
     given = G.reshape(-1, *shape[-2:]).double()
     found = out.reshape(-1, *shape[-2:]).double()
     for g, u in zip(given, found):
@@ -82,7 +80,7 @@ def test_the_gpus_constant_scale_leaves_room(method):
     assert not direction(torch.zeros(1, 16, 24, dtype=torch.bfloat16)).any()
 
 
-@pytest.mark.parametrize("method", BANDS)
+@pytest.mark.parametrize("method", POLAR)
 def test_zero_and_rank_one(method):
     zero = t.orthogonalize(torch.zeros(2, 16, 24), method)
     assert torch.equal(zero, torch.zeros_like(zero))

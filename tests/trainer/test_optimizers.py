@@ -25,7 +25,6 @@ from helpers import (
     tiny,
 )
 
-POLAR = ("ns5", "polar_express", "polar_express4")  # singular vectors stay; the other rows turn them
 RULES = tuple(t.STEP_RULES)
 PAIRS = list(itertools.product(t.ORTHO, t.STEP_RULES))
 
