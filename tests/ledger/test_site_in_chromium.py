@@ -199,7 +199,7 @@ def test_a_phone_has_no_horizontal_scroll(page, address):
     page.run("document.querySelectorAll('.curves[data-entries], [data-sweep]').forEach(drawBlock)")
     assert page.run("document.documentElement.scrollWidth") == 375
     wide = page.run(
-        "[...document.querySelectorAll('.plot, figure, p, h2, summary')].filter((node) =>"
+        "[...document.querySelectorAll('.plot, figure, p, h2, summary, caption')].filter((node) =>"
         " node.getBoundingClientRect().right > 376).length"
     )
     assert wide == 0
