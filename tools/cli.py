@@ -196,6 +196,7 @@ COMMANDS = {
         forms=(
             Form("VERB", "Make, check, compare and list records.", "record verify"),
             Form("sweep PLAN", "Train many configurations and compare them fairly.", "record sweep --help"),
+            Form("site --out DIR", "Show the whole ledger on one page.", "record site --out page"),
         ),
         files=("tools/ledger/record.py",),
         check=check_record,
