@@ -7,6 +7,7 @@
     ./run.sh record diff A B [--stat | --html FILE]           config first, then source by section
     ./run.sh record compare A B                               t-tests between two sets of seeds
     ./run.sh record ladder                                    effects at little compute beside those at more
+    ./run.sh record scaling                                   loss against compute over depths, and its law
     ./run.sh record target TARGET... --loss L [--time]        hold the runs of a race against a target loss
     ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
     ./run.sh record track LOG... --to TRACKER --dir DIR       send logs to TensorBoard, Trackio or wandb
@@ -43,7 +44,7 @@ from ledger.folders import (
     shown,
     sweep_folders,
 )
-from ledger.make import ladder, markdown, pictures, record_folder
+from ledger.make import ladder, markdown, pictures, record_folder, scaling
 from ledger.prove.challenge_claims import is_challenge_folder
 from ledger.prove.claim_table import examine_challenge_folder, examine_race, examine_record
 from ledger.prove.claims import Finding, Verdict
@@ -283,6 +284,20 @@ def show_ladder(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_scaling(args: argparse.Namespace) -> int:
+    """Rewrite the tables and the picture of docs/scaling.md, and print the tables."""
+    curves = scaling.find_curves(args.root / "records")
+    lines = scaling.lines_of(curves)
+    page = args.root / "docs" / "scaling.md"
+    text = scaling.BLOCK.replaced(read_text(page), "\n".join([*lines, ""]), page)
+
+    if curves:
+        scaling.draw(curves, args.root / "docs" / "pictures" / "scaling.png")
+    write_atomic(page, text)
+    print("\n".join(lines))
+    return 0
+
+
 def target(args: argparse.Namespace) -> int:
     """Print how the runs of a race stand to a target loss. Returns 1 if neither rule shows it reached."""
     folders = [find_target(text, args.root / "records") for text in args.targets]
@@ -382,6 +397,8 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("b", metavar="B")
 
     verb("ladder", show_ladder, "show what effects at little compute tell about more, in docs/ladder.md")
+
+    verb("scaling", show_scaling, "show loss against compute over depths, and its law, in docs/scaling.md")
 
     added = verb("target", target, "hold the runs of a race against a target loss")
     added.add_argument("targets", nargs="+", metavar="TARGET", help="a folder of logs, or logs")
