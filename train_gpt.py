@@ -6547,7 +6547,8 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     # Any fault of the input is found here, before a log exists, which would take the run_id.
     artifact = f"{base}.int6.{h.codec}"
     with m.together():
-        if os.path.lexists(artifact) and not h.resume:
+        has_log = os.path.lexists(base + ".txt")  # then Log names it, or the run resumes
+        if os.path.lexists(artifact) and not has_log and not h.resume:
             raise InputError(f"{artifact}: exists; choose another run_id, or move it away")
         dataset = load_dataset(h, trains=True)
     check_ranks_agree(h, m, dataset)

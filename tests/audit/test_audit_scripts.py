@@ -81,7 +81,7 @@ def test_needs_are_what_the_auditor_reaches():
             reached.add(node.attr)
         if owner in class_of:
             reached.add(f"{class_of[owner]}.{node.attr}")
-    optional = {*audit.TTT_NEEDS, *audit.SCORING_NEEDS, *audit.CODEC_NEEDS}
+    optional = {*audit.TTT_NEEDS, *audit.SCORING_NEEDS, *audit.CODEC_NEEDS, *audit.METRIC_NEEDS}
     assert reached == {*audit.NEEDS, *optional}
 
 

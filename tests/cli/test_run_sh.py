@@ -67,7 +67,7 @@ def test_bad_input_is_one_line(tree):
 # Words that a command refuses; what it says. Data that was made first would have taken minutes.
 REFUSED_BEFORE_DATA = {
     "bench --seconds x": "--seconds: invalid float value: 'x'",
-    "bench --seconds 0": "--seconds 0: give a number above 0",
+    "bench --seconds -1": "--seconds -1: give 0 or more",
     "bench --timeline t.json --steps 0": "--steps 0: give 1 to 100",
     "bench --sustain -1": "--sustain -1: not a number of seconds",
     "bench --only a": "--only needs --candidates",

@@ -173,7 +173,7 @@ def other_artifact(rank):
 def test_ranks_that_score_two_artifacts_are_refused_before_there_is_a_log(undisturbed, tmp_path):
     processes = start_scoring(undisturbed, tmp_path, "eval", other_artifact)
     assert kill_runs.ended(processes) == [2, 2]
-    assert any("rank 1: another artifact" in line for line in console(tmp_path, 0))
+    assert any("rank 1 has a different artifact from rank 0" in line for line in console(tmp_path, 0))
     assert not (tmp_path / "out").exists()
 
 

@@ -51,8 +51,8 @@ def read_options(argv: list[str], description: str = "") -> argparse.Namespace:
     description: what --help prints above the options.
     """
     args = make_parser(description).parse_intermixed_args(argv)
-    if not args.seconds > 0:
-        raise BadInput(f"--seconds {args.seconds:g}: give a number above 0")
+    if not args.seconds >= 0:
+        raise BadInput(f"--seconds {args.seconds:g}: give 0 or more")
     if not 1 <= args.steps <= MOST_STEPS:
         raise BadInput(f"--steps {args.steps}: give 1 to {MOST_STEPS}")
     if args.json and not args.json.resolve().parent.is_dir():
