@@ -116,10 +116,11 @@ def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
 
 
 RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
+SCRIPTS = {path.read_bytes(): path for path in reversed(RECORDS)}.values()  # many records share one script
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", RECORDS, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.parent.name)
 def test_every_record_can_be_audited(script, honest, tmp_path, capsys):
     """Train an artifact with the record's script, and audit it with that script."""
     before = sorted(script.parent.rglob("*"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,8 @@ def test_a_signal_to_run_sh_ends_its_install(name, number, tmp_path):
 
     env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "STAYS": name.split()[0]}
     command = ["bash", str(repository / "run.sh"), "config"]
-    run_sh = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    default = partial(signal.signal, number, signal.SIG_DFL)  # bash keeps ignoring what nohup has it ignore
+    run_sh = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     assert end_both(run_sh, said(run_sh), number) == 128 + number
     assert not (repository / ".venv/.requirements.sha256").exists()
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import soak
 import train_gpt as t
 
@@ -44,6 +46,7 @@ def test_a_process_that_has_just_ended_has_no_memory():
     assert soak.resident(process.pid) is None and soak.resident(os.getpid()) > 10
 
 
+@pytest.mark.long
 def test_a_plain_run_is_within_a_wide_bound(capsys):
     assert soak.soak(5, 30_000) == 0
     assert " MiB/hour after the first third, bound 30000" in capsys.readouterr().out

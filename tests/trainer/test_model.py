@@ -595,7 +595,7 @@ def test_a_loop_repeats_rows_of_the_table():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["one_stream", "two_streams"])
+@pytest.mark.parametrize("form", ["one_stream", pytest.param("two_streams", marks=pytest.mark.long)])
 def test_both_tables_compile_into_one_graph_each(form):
     """Compile with fullgraph and static shapes, and call both in turn, as around the loop's begin."""
     torch._dynamo.reset()

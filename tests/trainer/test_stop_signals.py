@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +138,9 @@ def test_a_closed_terminal_ends_a_run_well_unless_nohup_has_it_ignored(tmp_path,
     knobs = args(tmp_path, iterations=30 if ignored else 100_000, checkpoint_every=0)
     command = [*(["nohup"] if ignored else []), sys.executable, t.__file__, "train", *knobs]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+    # These tests may themselves run under nohup.
+    handled = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env, preexec_fn=handled)
     assert kill_runs.wait_until(lambda: (tmp_path / "run.txt").exists() and has_line(tmp_path, "step:4/"))
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0
