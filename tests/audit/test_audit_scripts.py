@@ -116,7 +116,9 @@ def test_bytecode_beside_the_script_is_not_trusted(tmp_path):
 
 
 RECORDS = sorted((ROOT / "records").glob("track_*/*/train_gpt.py"))
-SCRIPTS = {path.read_bytes(): path for path in reversed(RECORDS)}.values()  # many records share one script
+OF_SCRIPT = {path.read_bytes(): path for path in reversed(RECORDS)}  # many records share one script
+NEWEST, *OLDER, OLDEST = sorted(OF_SCRIPT.values(), key=lambda path: path.parent.name, reverse=True)
+SCRIPTS = [NEWEST, *(pytest.param(path, marks=pytest.mark.long) for path in OLDER), OLDEST]
 
 
 @pytest.mark.slow
