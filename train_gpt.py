@@ -1912,8 +1912,8 @@ class TokenLoader:
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
     is cut into sequences of T + 1 tokens; neighbours share one token. A draw is a run of draw_batches global
-    batches (mix_tokens of text); its sequences are shuffled, or one long document would fill a batch.
-    With one batch to a draw they stay in order.
+    batches (mix_tokens of text). Its sequences are shuffled, or one long document would fill a batch; with
+    one batch to a draw they stay in order.
 
     Text before a shard's first BOS (the whole shard, if it has none) is the fragment: the end of a document
     that began in another shard. It counts as a document of its own. The stream gives it the BOS that the file
@@ -4093,9 +4093,8 @@ class Optimizer:
         # 1. Average the gradients: reduce-scatter each bank, level by level; all-reduce the flat buffer.
         arrivals = []
         for buffer, grad in self.bank_grad.items():
-            wire = self.wire[buffer].copy_(
-                grad
-            )  # casts to wire_dtype; a no-op for float32, where wire is grad
+            # Casts to wire_dtype; a no-op for float32, where the wire is the gradient itself.
+            wire = self.wire[buffer].copy_(grad)
             for depth, level in enumerate(self.m.levels):
                 if depth > 0:
                     arrivals[-1].wait()  # the second level sends what the first one has averaged
@@ -4285,9 +4284,8 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
 
     scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x' over those inputs. Columns are
     rounded one at a time. After column j is rounded, columns j+1.. are shifted to cancel its error in Wx as
-    well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one
-    column. 1 % of the mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not
-    finite.
+    well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column. 1 % of the
+    mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not finite.
     """
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
     damped = gram + damping[..., None, None] * torch.eye(W.size(-1), device=W.device)
@@ -4412,8 +4410,8 @@ def fit_artifact(
     """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
     If the artifact does not fit as configured, up to eight more attempts look for the int6 step that fills
-    the room. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1.
-    If fit_cap is off, or no attempt fits, the result may exceed the room.
+    the room. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1. If
+    fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
     codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
@@ -4841,9 +4839,7 @@ def pack_rans(raw: bytes) -> bytes:
     models = []
     tensors = []
     for entry in map(read_entry, header["tensors"]):
-        plain = (
-            entry.count
-        )  # values that are stored as planes: those of a tensor without codes, or the scales
+        plain = entry.count  # numbers stored as planes: those of a tensor without codes, or the scales
         size = ENCODINGS[entry.encoding].dtype.itemsize
         if entry.limit:
             codes = np.frombuffer(raw, np.int8, entry.count, at)
@@ -5319,7 +5315,8 @@ class SavedState(NamedTuple):
 
 def origin(h: Config, dataset: Dataset) -> dict:
     """Return the knobs, script and data that a run must share with the checkpoint from which it resumes."""
-    shared = {key: value for key, value in asdict(h).items() if key not in knobs_with(FREE)}
+    free = knobs_with(FREE)
+    shared = {key: value for key, value in asdict(h).items() if key not in free}
     return {**shared, "script": sha256(Path(__file__).read_bytes()), "data": dataset.manifest_sha256}
 
 
@@ -5509,9 +5506,9 @@ class Checkpoints:
         """Finish the set being written. Return True once no write is pending.
 
         A set is finished once every rank has written its file. That logs the outcome and removes all sets but
-        the newest two. wait: until all ranks are done.
-        All ranks begin a set at the same step, and only after the set before it is known to be complete or to
-        have failed. So no file that a complete set needs is ever removed. Collective.
+        the newest two. wait: until all ranks are done. All ranks begin a set at the same step, and only after
+        the set before it is known to be complete or to have failed. So no file that a complete set needs is
+        ever removed. Collective.
         """
         if self.pending is None:
             return True
