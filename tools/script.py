@@ -26,7 +26,7 @@ class BadInput(Exception):
     """An error the user can fix: one line that names the file, key or value and the remedy."""
 
     def __str__(self) -> str:
-        """Return the line. A name in it shows line breaks as \\n, and what a terminal would obey escaped."""
+        """Return the line. Line breaks and control characters are shown escaped."""
         line = "\\n".join(super().__str__().splitlines())
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 
 from ledger import races
 from ledger.files import read_text, write_atomic
@@ -270,32 +271,32 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def show_ladder(args: argparse.Namespace) -> int:
-    """Rewrite the tables and the picture of docs/ladder.md, and print the tables."""
-    ideas = ladder.find_ideas(args.root / "records")
-    lines = ladder.lines_of(ideas)
-    page = args.root / "docs" / "ladder.md"
-    text = ladder.BLOCK.replaced(read_text(page), "\n".join([*lines, ""]), page)
+def rewrite_study(root: Path, name: str, study: ModuleType, found: list) -> int:
+    """Rewrite the tables and the picture of one page of docs/, and print the tables.
 
-    if ideas:
-        ladder.draw(ideas, args.root / "docs" / "pictures" / "ladder.png")
+    name: the page and its picture, without their endings.
+    study: the module that makes both from what it found in the ledger. No picture is drawn of nothing.
+    """
+    docs = root / "docs"
+    page = docs / f"{name}.md"
+    lines = study.lines_of(found)
+    text = study.BLOCK.replaced(read_text(page), "\n".join([*lines, ""]), page)
+
+    if found:
+        study.draw(found, docs / "pictures" / f"{name}.png")
     write_atomic(page, text)
     print("\n".join(lines))
     return 0
+
+
+def show_ladder(args: argparse.Namespace) -> int:
+    """Rewrite and print what effects at little compute tell about more."""
+    return rewrite_study(args.root, "ladder", ladder, ladder.find_ideas(args.root / "records"))
 
 
 def show_scaling(args: argparse.Namespace) -> int:
-    """Rewrite the tables and the picture of docs/scaling.md, and print the tables."""
-    curves = scaling.find_curves(args.root / "records")
-    lines = scaling.lines_of(curves)
-    page = args.root / "docs" / "scaling.md"
-    text = scaling.BLOCK.replaced(read_text(page), "\n".join([*lines, ""]), page)
-
-    if curves:
-        scaling.draw(curves, args.root / "docs" / "pictures" / "scaling.png")
-    write_atomic(page, text)
-    print("\n".join(lines))
-    return 0
+    """Rewrite and print how the loss falls with compute."""
+    return rewrite_study(args.root, "scaling", scaling, scaling.find_curves(args.root / "records"))
 
 
 def target(args: argparse.Namespace) -> int:

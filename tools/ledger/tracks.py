@@ -115,6 +115,11 @@ TRACKS = {
 }
 
 
+def track_of(preset: str) -> str:
+    """Return the track that a preset trains for, "" if it is none's."""
+    return next((name for name, track in TRACKS.items() if track.preset == preset), "")
+
+
 def target_of(track: str) -> Target | None:
     """Return the target of a track, None if it has none or there is no such track."""
     return TRACKS[track].target if track in TRACKS else None

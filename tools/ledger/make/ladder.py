@@ -105,12 +105,17 @@ def settings_of(run: Run) -> dict[str, str]:
     }
 
 
+def machine_of(run: Run, but: tuple[str, ...] = ()) -> str:
+    """Return device and bindings of a run, without the facts named in `but`."""
+    facts = sorted(run.facts.get("machine", {}).items())
+    return " ".join(f"{key}:{value}" for key, value in facts if key not in but)
+
+
 def conditions_of(run: Run) -> Conditions:
     """Return what a run shares with those it may be compared with. Raises BadInput for what the log lacks."""
-    machine = " ".join(f"{key}:{value}" for key, value in sorted(run.facts.get("machine", {}).items()))
     return Conditions(
         source=sha256(run.source),
-        machine=machine,
+        machine=machine_of(run),
         versions=" ".join(run.versions.values()),
         text=run.text("data", "val_bytes"),
         seconds=float(run.config.get("max_wallclock_seconds", "0")),

@@ -17,7 +17,7 @@ from ledger import stats
 from ledger.files import sha256
 from ledger.folders import log_files, record_folders, sweep_folders
 from ledger.make import markdown, pictures
-from ledger.make.ladder import settings_of
+from ledger.make.ladder import machine_of, settings_of
 from ledger.read.runlog import Run, parse_log
 
 BLOCK = markdown.block("scaling")
@@ -91,13 +91,12 @@ def counts(run: Run) -> bool:
 
 def key_of(run: Run) -> Key:
     """Return what a run has in common with those of its curve. Raises BadInput for what the log lacks."""
-    machine = {key: value for key, value in run.facts.get("machine", {}).items() if key != "world_size"}
     settings = settings_of(run)
     return Key(
         row=run.facts.get("sweep", {}).get("row", ""),
         preset=run.preset,
         source=sha256(run.source),
-        machine=" ".join(f"{key}:{value}" for key, value in sorted(machine.items())),
+        machine=machine_of(run, but=("world_size",)),
         text=run.text("data", "val_bytes"),
         settings=tuple(sorted(item for item in settings.items() if item[0] not in BY_DEPTH)),
     )

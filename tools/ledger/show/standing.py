@@ -8,7 +8,7 @@ from ledger.folders import record_folders
 from ledger.races import is_race
 from ledger.read.runlog import Run
 from ledger.show.board import best_first, read_submission
-from ledger.tracks import TRACKS, target_of
+from ledger.tracks import target_of, track_of
 from script import BadInput
 
 
@@ -17,7 +17,7 @@ def compare_with_board(run: Run, records: Path) -> str:
 
     Scores compare only on the same text: the same manifest, and as many of its tokens.
     """
-    track = next((name for name, about in TRACKS.items() if about.preset == run.preset), "")
+    track = track_of(run.preset)
     if is_race(run) != (target_of(track) is not None):
         return ""
     try:

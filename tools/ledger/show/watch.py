@@ -26,7 +26,7 @@ from ledger.show.board import best_first, read_submission
 from ledger.show.standing import compare_with_board, is_same_text
 from ledger.show.web import library
 from ledger.show.web.curves import run_curves
-from ledger.tracks import TRACKS
+from ledger.tracks import track_of
 from script import ROOT, BadInput
 
 POLL_SECONDS = 1.0  # between two looks at the logs
@@ -134,8 +134,7 @@ def run_view(followed: Followed) -> dict:
 
 def best_run(run: Run) -> tuple[str, Run] | None:
     """Return name and first run of the best record of a run's track on the same text, None if none."""
-    track = next((name for name, about in TRACKS.items() if about.preset == run.preset), "")
-    folders = [folder for folder in record_folders(RECORDS) if folder.parent.name == track]
+    folders = [folder for folder in record_folders(RECORDS) if folder.parent.name == track_of(run.preset)]
     by_name = {folder.name: folder for folder in folders}
     subs = [sub for sub in map(read_submission, folders) if sub["record"] and is_same_text(run, sub)]
     if not subs:
@@ -144,16 +143,13 @@ def best_run(run: Run) -> tuple[str, Run] | None:
     return best["name"], parse_log(logs_of(by_name[f"{best['date']}_{best['name']}"])[0])
 
 
-def references(all_followed: list[Followed]) -> list[dict]:
-    """Return the curves of the best record of each track that a run belongs to, to be drawn behind."""
-    found: dict[str, dict] = {}
-    for followed in all_followed:
-        if followed.run is not None and followed.run.has("data", "val_tokens"):
-            with suppress(BadInput):  # a damaged record is the business of `record verify`
-                if best := best_run(followed.run):
-                    name, run = best
-                    found[name] = {"name": f"{name}, the best record", "muted": True, **run_curves(run)}
-    return list(found.values())
+def best_curves(run: Run) -> dict | None:
+    """Return the curves of the best record of a run's track, to be drawn behind; None if there is none."""
+    with suppress(BadInput):  # a damaged record is the business of `record verify`
+        if best := best_run(run):
+            name, record = best
+            return {"name": f"{name}, the best record", "muted": True, **run_curves(record)}
+    return None
 
 
 class Told(NamedTuple):
@@ -169,6 +165,7 @@ class State:
 
     def __init__(self, all_followed: list[Followed]):
         self.all_followed = all_followed
+        self.behind: dict[Path, dict | None] = {}  # best_curves of each log that names its text, found once
         self.seen_end = threading.Event()  # a page has fetched the last version
         self.told = Told(version=0, body=b"", is_over=False)
         self.tell()
@@ -181,9 +178,18 @@ class State:
             "version": version,
             "over": is_over,
             "runs": [run_view(followed) for followed in self.all_followed],
-            "references": references(self.all_followed),
+            "references": self.curves_behind(),
         }
         self.told = Told(version, json.dumps(view, allow_nan=False).encode("utf-8"), is_over)
+
+    def curves_behind(self) -> list[dict]:
+        """Return the curves to be drawn behind all runs, each record once."""
+        for followed in self.all_followed:
+            names_text = followed.run is not None and followed.run.has("data", "val_tokens")
+            if names_text and followed.path not in self.behind:
+                self.behind[followed.path] = best_curves(followed.run)
+        by_name = {found["name"]: found for found in self.behind.values() if found is not None}
+        return list(by_name.values())
 
     def refresh(self) -> None:
         """Read the logs again, and tell the page if one has changed."""
