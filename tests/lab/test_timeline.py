@@ -79,22 +79,22 @@ def test_the_arithmetic_agrees_with_a_grid():
         assert points(clipped(a, (10, 20))) == points(a) & set(range(10, 20))
         found = account((5, 35), a, b)
         window = set(range(5, 35))
-        assert found["compute_ms"] == len(points(a) & window)
-        assert found["communication_ms"] == len(points(b) & window)
-        assert found["exposed_ms"] == len((points(b) - points(a)) & window)
-        assert found["idle_ms"] == len(window - points(a) - points(b))
+        assert found.times.compute == len(points(a) & window)
+        assert found.times.communication == len(points(b) & window)
+        assert found.times.exposed == len((points(b) - points(a)) & window)
+        assert found.times.idle == len(window - points(a) - points(b))
 
 
 def test_a_step_by_hand():
     compute = [(10, 40), (30, 60), (95, 130)]  # overlapping; the last reaches into the next step
     collectives = [(50, 80), (70, 90), (75, 76), (20, 30), (98, 99)]  # overlapping, nested, hidden
     found = account((0, 100), compute, collectives)
-    assert [found[name] for name in timeline.FIGURES] == [100, 55, 51, 30, 15, 80]
-    assert found["exposed"] == [(60, 90)]
-    assert found["each"] == [20, 20, 1, 0, 0]  # side by side: each is charged all that it exposes
+    assert list(found.times) == [100, 55, 51, 30, 15, 80]
+    assert found.exposed_parts == [(60, 90)]
+    assert found.exposed_by == [20, 20, 1, 0, 0]  # side by side: each is charged all that it exposes
     empty = account((3, 7), [], [])
-    assert [empty[name] for name in timeline.FIGURES] == [4, 0, 0, 0, 4, 0]
-    assert empty["each"] == []
+    assert list(empty.times) == [4, 0, 0, 0, 4, 0]
+    assert empty.exposed_by == []
 
 
 # ---- traces --------------------------------------------------------------------------------------
@@ -147,13 +147,13 @@ def test_a_gpu_trace():
     assert lanes.bounds == [400, 1400, 2400]
     for i in range(2):
         found = timeline.step_figures(lanes, i, CALLS, True)
-        assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 610, 360, 290, 100, 600]
-        rows = found["collectives"]
-        assert [r["kind"] for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
-        assert [r["bytes"] for r in rows] == [8000, 400, 8000]
-        assert [r["wire"] for r in rows] == [4000, 400, 4000]
-        assert [round(1000 * r["exposed_ms"]) for r in rows] == [100, 10, 190]
-        assert [round(1000 * r["start_ms"]) for r in rows] == [400, 490, 650]
+        assert [round(1000 * ms) for ms in found.times] == [1000, 610, 360, 290, 100, 600]
+        rows = found.collectives
+        assert [r.kind for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
+        assert [r.bytes for r in rows] == [8000, 400, 8000]
+        assert [r.wire for r in rows] == [4000, 400, 4000]
+        assert [round(1000 * r.exposed_ms) for r in rows] == [100, 10, 190]
+        assert [round(1000 * r.start_ms) for r in rows] == [400, 490, 650]
 
 
 def test_a_step_without_device_work_is_refused():
@@ -189,8 +189,8 @@ def test_a_cpu_trace():
     lanes = timeline.read_lanes(events, cuda=False)
     assert [s.name for s in lanes.compute] == ["aten::linear", "aten::add", "aten::mul"]
     found = timeline.step_figures(lanes, 0, [Collective("reduce-scatter", 800, (0, 1), "float32")], False)
-    assert [round(1000 * found[name]) for name in timeline.FIGURES] == [1000, 370, 160, 130, 500, 560]
-    assert found["collectives"][0]["kind"] == "reduce-scatter"  # as called; gloo runs an all-reduce
+    assert [round(1000 * ms) for ms in found.times] == [1000, 370, 160, 130, 500, 560]
+    assert found.collectives[0].kind == "reduce-scatter"  # as called; gloo runs an all-reduce
 
 
 def spans(*kinds):
@@ -225,21 +225,20 @@ def planted_ranks():
         ]
         lanes = Lanes(lanes.bounds, lanes.compute, moved)
         steps = [timeline.step_figures(lanes, i, CALLS, True) for i in range(2)]
-        calls = [call._asdict() for call in CALLS]
-        ranks.append(dict(rank=rank, plain_ms=1.0, lanes=lanes, calls=calls, steps=steps))
+        ranks.append(timeline.RankFigures(rank, 1.0, lanes, CALLS, steps))
     return ranks
 
 
 def test_bandwidth_is_that_of_the_last_to_come():
-    rows = timeline.collective_rows(planted_ranks())
-    assert rows[0]["ms"] == pytest.approx(0.07)
-    assert rows[0]["last_ms"] == pytest.approx(0.04)
-    assert rows[0]["bus_gbps"] == pytest.approx(4000 / 40e-6 / 1e9)
-    assert rows[2]["last_ms"] == pytest.approx(0.25)
-    assert rows[2]["bus_gbps"] == pytest.approx(4000 / 250e-6 / 1e9)
+    rows = timeline.collective_medians(planted_ranks())
+    assert rows[0].ms == pytest.approx(0.07)
+    assert rows[0].last_ms == pytest.approx(0.04)
+    assert rows[0].bus_gbps == pytest.approx(4000 / 40e-6 / 1e9)
+    assert rows[2].last_ms == pytest.approx(0.25)
+    assert rows[2].bus_gbps == pytest.approx(4000 / 250e-6 / 1e9)
     ranks = planted_ranks()
-    ranks[1]["steps"][0]["collectives"].pop()
-    assert timeline.collective_rows(ranks) == []
+    ranks[1].steps[0].collectives.pop()
+    assert timeline.collective_medians(ranks) == []
     assert "1.000 " in timeline.step_table(planted_ranks())
 
 

@@ -68,7 +68,6 @@ KINDS = {
     "SendRecv": "all-to-all",
 }
 GLOO = "gloo:"
-FIGURES = ("step_ms", "compute_ms", "communication_ms", "exposed_ms", "idle_ms", "update_ms")
 PIXELS = 2000  # a picture's width: narrower gaps are not drawn
 
 Interval = tuple[float, float]
@@ -118,8 +117,33 @@ def clipped(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
     return [(start, end) for start, end in cut if start < end]
 
 
-def account(window: Interval, compute: list[Interval], collectives: list[Interval]) -> dict:
-    """Return a step's FIGURES in the intervals' unit, its `exposed` parts and how much `each` exposes."""
+class Times(NamedTuple):
+    """Where the time of a step goes, six lengths in one unit; the module's docstring defines them."""
+
+    step: float
+    compute: float
+    communication: float
+    exposed: float
+    idle: float
+    update: float
+
+
+FIGURES = tuple(f"{name}_ms" for name in Times._fields)  # what tables and reports call them
+
+
+class Account(NamedTuple):
+    """A step taken apart. times: in the unit of the intervals, like all lengths here.
+
+    exposed_parts: where a collective runs and no compute does. exposed_by: that length for each collective.
+    """
+
+    times: Times
+    exposed_parts: list[Interval]
+    exposed_by: list[float]
+
+
+def account(window: Interval, compute: list[Interval], collectives: list[Interval]) -> Account:
+    """Take the step that fills the window apart."""
     busy = merged(clipped(compute, window))
     communication = merged(clipped(collectives, window))
     exposed = minus(communication, busy)
@@ -127,16 +151,15 @@ def account(window: Interval, compute: list[Interval], collectives: list[Interva
     step = window[1] - window[0]
     computing = length(busy)
     uncovered = length(exposed)
-    return dict(  # the caller turns the unit of the intervals into ms
-        step_ms=step,
-        compute_ms=computing,
-        communication_ms=length(communication),
-        exposed_ms=uncovered,
-        idle_ms=step - computing - uncovered,
-        update_ms=window[1] - communication[0][0] if communication else 0,
-        exposed=exposed,
-        each=[length(minus([one], busy)) for one in collectives],
+    times = Times(
+        step=step,
+        compute=computing,
+        communication=length(communication),
+        exposed=uncovered,
+        idle=step - computing - uncovered,
+        update=window[1] - communication[0][0] if communication else 0,
     )
+    return Account(times, exposed, [length(minus([one], busy)) for one in collectives])
 
 
 # ---- the trace -----------------------------------------------------------------------------------
@@ -265,29 +288,65 @@ def matched(collectives: list[Span], calls: list[Collective], by_kind: bool) -> 
     return out
 
 
-def collective_row(span: Span, call: Collective | None, step_start: float, exposed: float) -> dict:
-    """Return the figures of one collective, in ms and bytes. exposed: microseconds of it."""
-    row: dict[str, Any] = dict(
-        start_ms=(span.start - step_start) / 1000,
-        ms=(span.end - span.start) / 1000,
-        exposed_ms=exposed / 1000,
-    )
+class CollectiveFigures(NamedTuple):
+    """One collective of a step. start_ms: from the start of the step; bytes and wire: None if unknown."""
+
+    start_ms: float
+    ms: float
+    exposed_ms: float
+    kind: str
+    bytes: int | None
+    wire: int | float | None
+    ranks: int | None
+
+
+class StepFigures(NamedTuple):
+    """One step of one rank. times: in ms; exposed_parts: intervals of the trace, in microseconds."""
+
+    times: Times
+    collectives: list[CollectiveFigures]
+    exposed_parts: list[Interval]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The times under the names of FIGURES."""
+        return dict(zip(FIGURES, self.times))
+
+
+class RankFigures(NamedTuple):
+    """What one rank measured. plain_ms: a step without the profiler; calls: the collectives of one step."""
+
+    rank: int
+    plain_ms: float
+    lanes: Lanes
+    calls: list[Collective]
+    steps: list[StepFigures]
+
+
+def collective_figures(
+    span: Span, call: Collective | None, step_start: float, exposed: float
+) -> CollectiveFigures:
+    """Return the figures of one collective. step_start, exposed: in microseconds, as the span."""
+    start_ms = (span.start - step_start) / 1000
+    ms = (span.end - span.start) / 1000
     if call is None:
-        return row | dict(kind=span.kind, bytes=None, wire=None, ranks=None)
-    return row | dict(kind=call.kind, bytes=call.payload, wire=call.wire, ranks=len(call.ranks))
+        return CollectiveFigures(start_ms, ms, exposed / 1000, span.kind, None, None, None)
+    return CollectiveFigures(
+        start_ms, ms, exposed / 1000, call.kind, call.payload, call.wire, len(call.ranks)
+    )
 
 
-def step_figures(lanes: Lanes, step: int, calls: list[Collective], by_kind: bool) -> dict:
-    """Return a step's FIGURES in ms, its collectives in order, and its exposed parts in microseconds."""
+def step_figures(lanes: Lanes, step: int, calls: list[Collective], by_kind: bool) -> StepFigures:
+    """Return a step's times and its collectives in order."""
     window = lanes.window(step)
     mine = [span for span in lanes.collectives if window[0] <= span.start < window[1]]
     mine.sort(key=lambda span: span.start)
     found = account(window, [s.interval for s in lanes.compute], [s.interval for s in mine])
 
-    triples = zip(mine, matched(mine, calls, by_kind), found["each"])
-    rows = [collective_row(span, call, window[0], exposed) for span, call, exposed in triples]
-    figures = {name: found[name] / 1000 for name in FIGURES}
-    return figures | dict(collectives=rows, exposed=found["exposed"])
+    triples = zip(mine, matched(mine, calls, by_kind), found.exposed_by)
+    collectives = [collective_figures(span, call, window[0], exposed) for span, call, exposed in triples]
+    times_ms = Times(*(microseconds / 1000 for microseconds in found.times))
+    return StepFigures(times_ms, collectives, found.exposed_parts)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -340,7 +399,7 @@ def trace_steps(s: Session, step: Callable[[], Any], steps: int) -> Lanes:
     return read_lanes(trace_events(s.cuda, run), s.cuda)
 
 
-def measure_rank(s: Session, steps: int, recorder: Recorder) -> dict:
+def measure_rank(s: Session, steps: int, recorder: Recorder) -> RankFigures:
     """Return one rank's figures and spans."""
     watch = StepWatch(s.t, recorder)
     run = build_trained(s)
@@ -362,13 +421,8 @@ def measure_rank(s: Session, steps: int, recorder: Recorder) -> dict:
     plain_ms = 1000 * (time.perf_counter() - start) / steps
 
     lanes = trace_steps(s, step, steps)
-    return dict(
-        rank=s.m.rank,
-        plain_ms=plain_ms,
-        lanes=lanes,
-        calls=[call._asdict() for call in calls],
-        steps=[step_figures(lanes, i, calls, s.cuda) for i in range(steps)],
-    )
+    figures = [step_figures(lanes, i, calls, s.cuda) for i in range(steps)]
+    return RankFigures(s.m.rank, plain_ms, lanes, calls, figures)
 
 
 # ---- tables over all ranks -----------------------------------------------------------------------
@@ -382,49 +436,71 @@ def spread(values: list[float]) -> str:
     return f"{middle} ({min(values):.3f} to {max(values):.3f})"
 
 
-def median_of_steps(rank: dict, figure: str) -> float:
-    """Return the median of a figure over one rank's steps."""
-    return median([step[figure] for step in rank["steps"]])
+def medians_of_steps(rank: RankFigures) -> Times:
+    """Return the medians of one rank's steps, in ms."""
+    return Times(*(median(column) for column in zip(*(step.times for step in rank.steps))))
 
 
-def step_table(ranks: list[dict]) -> str:
+def step_table(ranks: list[RankFigures]) -> str:
     """Format a line for each step, with the median and spread over the ranks, and one for the median step."""
+
+    def cells(of_ranks: list[Times]) -> list[str]:
+        return [spread(list(column)) for column in zip(*of_ranks)]
+
     rows = []
-    for i in range(len(ranks[0]["steps"])):
-        cells = [spread([rank["steps"][i][figure] for rank in ranks]) for figure in FIGURES]
-        rows.append((str(i), "", *cells))
-    medians = [spread([median_of_steps(rank, figure) for rank in ranks]) for figure in FIGURES]
-    rows.append(("median", "", *medians))
+    for i in range(len(ranks[0].steps)):
+        rows.append((str(i), "", *cells([rank.steps[i].times for rank in ranks])))
+    rows.append(("median", "", *cells([medians_of_steps(rank) for rank in ranks])))
 
     heads = [figure.replace("_", " ") for figure in FIGURES]
     return aligned(("step", "", *heads), rows)
 
 
-def collective_rows(ranks: list[dict]) -> list[dict]:
+class CollectiveMedians(NamedTuple):
+    """One collective over all ranks and steps, times in ms. last_ms: what the last rank to arrive took."""
+
+    kind: str
+    bytes: int | None
+    wire: int | float | None
+    ranks: int | None
+    ms: float
+    last_ms: float
+    exposed_ms: float
+    exposed_least: float
+    exposed_most: float
+    bus_gbps: float | None
+
+
+def collective_medians(ranks: list[RankFigures]) -> list[CollectiveMedians]:
     """Return each collective of a step over all ranks and steps; none if the steps' collectives differ."""
-    steps = [step["collectives"] for rank in ranks for step in rank["steps"]]
-    if len({tuple(one["kind"] for one in step) for step in steps}) > 1:
+    steps = [step.collectives for rank in ranks for step in rank.steps]
+    if len({tuple(one.kind for one in step) for step in steps}) > 1:
         return []
 
     rows = []
     for j, first in enumerate(steps[0]):
-        times = [step[j]["ms"] for step in steps]
-        exposed = [step[j]["exposed_ms"] for step in steps]
-        same_step = zip(*(rank["steps"] for rank in ranks))
-        last_ms = median([min(step["collectives"][j]["ms"] for step in same) for same in same_step])
-        row = {key: first[key] for key in ("kind", "bytes", "wire", "ranks")}
-        row["ms"] = median(times)
-        row["last_ms"] = last_ms  # the last rank to arrive took this long
-        row["exposed_ms"] = median(exposed)
-        row["exposed_least"] = min(exposed)
-        row["exposed_most"] = max(exposed)
-        row["bus_gbps"] = first["wire"] / last_ms / 1e6 if first["wire"] and last_ms else None
-        rows.append(row)
+        exposed = [step[j].exposed_ms for step in steps]
+        same_step = zip(*(rank.steps for rank in ranks))
+        last_ms = median([min(step.collectives[j].ms for step in same) for same in same_step])
+        rows.append(
+            CollectiveMedians(
+                kind=first.kind,
+                bytes=first.bytes,
+                wire=first.wire,
+                ranks=first.ranks,
+                ms=median([step[j].ms for step in steps]),
+                last_ms=last_ms,
+                exposed_ms=median(exposed),
+                exposed_least=min(exposed),
+                exposed_most=max(exposed),
+                bus_gbps=first.wire / last_ms / 1e6 if first.wire and last_ms else None,
+            )
+        )
     return rows
 
 
-def collective_table(rows: list[dict]) -> str:
-    """Format collective_rows; '-' is unknown."""
+def collective_table(rows: list[CollectiveMedians]) -> str:
+    """Format collective_medians; '-' is unknown."""
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -432,16 +508,16 @@ def collective_table(rows: list[dict]) -> str:
     heads = ("collective", "ranks", "bytes", "ms", "last to arrive", "bus GB/s", "exposed ms", "exposed")
     lines = []
     for i, row in enumerate(rows):
-        percent = 100 * row["exposed_ms"] / row["ms"] if row["ms"] else 0
+        percent = 100 * row.exposed_ms / row.ms if row.ms else 0
         lines.append(
             (
-                f"{i + 1} {row['kind']}",
-                number(row["ranks"], "d"),
-                number(row["bytes"], ",d"),
-                f"{row['ms']:.3f}",
-                f"{row['last_ms']:.3f}",
-                number(row["bus_gbps"], ".3g"),
-                f"{row['exposed_ms']:.3f}",
+                f"{i + 1} {row.kind}",
+                number(row.ranks, "d"),
+                number(row.bytes, ",d"),
+                f"{row.ms:.3f}",
+                f"{row.last_ms:.3f}",
+                number(row.bus_gbps, ".3g"),
+                f"{row.exposed_ms:.3f}",
                 f"{percent:.0f} %",
             )
         )
@@ -458,7 +534,7 @@ FIRST_LANE = 2  # where lanes of streams or threads begin
 class RankTrace:
     """Collects the events of one rank's process. zero: the time that the trace begins with."""
 
-    def __init__(self, rank: dict, zero: float) -> None:
+    def __init__(self, rank: RankFigures, zero: float) -> None:
         self.rank = rank
         self.zero = zero
         self.names = {STEPS_LANE: "steps", EXPOSED_LANE: "exposed communication"}
@@ -466,24 +542,23 @@ class RankTrace:
 
     def add(self, lane: int, name: str, when: Interval, **args: Any) -> None:
         start, end = when
-        event = dict(ph="X", pid=self.rank["rank"], tid=lane, name=name)
+        event = dict(ph="X", pid=self.rank.rank, tid=lane, name=name)
         self.events.append(event | dict(ts=start - self.zero, dur=end - start, args=args))
 
     def describe(self, what: str, lane: int, **args: Any) -> None:
-        self.events.append(dict(ph="M", pid=self.rank["rank"], tid=lane, name=what, args=args))
+        self.events.append(dict(ph="M", pid=self.rank.rank, tid=lane, name=what, args=args))
 
     def add_steps(self) -> None:
         """Add the lanes of steps and of exposed communication."""
-        lanes = self.rank["lanes"]
-        for i, step in enumerate(self.rank["steps"]):
-            figures = {name: step[name] for name in FIGURES}
-            self.add(STEPS_LANE, f"step {i}", lanes.window(i), **figures)
-            for part in step["exposed"]:
+        lanes = self.rank.lanes
+        for i, step in enumerate(self.rank.steps):
+            self.add(STEPS_LANE, f"step {i}", lanes.window(i), **step.figures)
+            for part in step.exposed_parts:
                 self.add(EXPOSED_LANE, "exposed", part)
 
     def add_spans(self) -> None:
         """Add a lane for each stream or thread."""
-        lanes = self.rank["lanes"]
+        lanes = self.rank.lanes
         numbers: dict[tuple[str, int], int] = {}
         for label, spans in (("communication", lanes.collectives), ("compute", lanes.compute)):
             for span in spans:
@@ -494,16 +569,16 @@ class RankTrace:
 
     def add_names(self) -> None:
         """Name the process and its lanes, and order them."""
-        self.describe("process_name", 0, name=f"rank {self.rank['rank']}")
+        self.describe("process_name", 0, name=f"rank {self.rank.rank}")
         for lane, name in self.names.items():
             self.describe("thread_name", lane, name=name)
         for lane in self.names:
             self.describe("thread_sort_index", lane, sort_index=lane)
 
 
-def chrome_trace(ranks: list[dict]) -> dict:
+def chrome_trace(ranks: list[RankFigures]) -> dict:
     """Return the ranks' steps as one trace, a process for each rank."""
-    zero = min(rank["lanes"].bounds[0] for rank in ranks)
+    zero = min(rank.lanes.bounds[0] for rank in ranks)
     events = []
     for rank in ranks:
         trace = RankTrace(rank, zero)
@@ -517,12 +592,12 @@ def chrome_trace(ranks: list[dict]) -> dict:
 # ---- the picture ---------------------------------------------------------------------------------
 
 
-def draw_rank(axis: Any, row: int, rank: dict, step: int, zoomed: bool) -> None:
+def draw_rank(axis: Any, row: int, rank: RankFigures, step: int, zoomed: bool) -> None:
     """Draw a rank's step, compute below and communication above, in ms from its start.
 
     zoomed: only from the first collective to the last.
     """
-    lanes = rank["lanes"]
+    lanes = rank.lanes
     window = lanes.window(step)
     zero = window[0]
     communication = merged(clipped([s.interval for s in lanes.collectives], window))
@@ -540,17 +615,18 @@ def draw_rank(axis: Any, row: int, rank: dict, step: int, zoomed: bool) -> None:
 
     draw("compute", "C0", 0.0, without_gaps([s.interval for s in lanes.compute]))
     draw("hidden communication", "C2", 0.45, without_gaps(communication))
-    draw("exposed communication", "C3", 0.45, clipped(rank["steps"][step]["exposed"], window))
+    draw("exposed communication", "C3", 0.45, clipped(rank.steps[step].exposed_parts, window))
     axis.grid(axis="y", visible=False)
 
 
-def median_step(ranks: list[dict]) -> int:
+def median_step(ranks: list[RankFigures]) -> int:
     """Return the index of the step of median length."""
-    times = [median([rank["steps"][i]["step_ms"] for rank in ranks]) for i in range(len(ranks[0]["steps"]))]
-    return times.index(median_low(times))
+    same_step = zip(*(rank.steps for rank in ranks))
+    lengths = [median([step.times.step for step in same]) for same in same_step]
+    return lengths.index(median_low(lengths))
 
 
-def picture(ranks: list[dict], out: Path) -> None:
+def picture(ranks: list[RankFigures], out: Path) -> None:
     """Draw the median step: two lanes for each rank, exposed communication in red."""
     plt = pictures.pyplot()
     step = median_step(ranks)
@@ -560,7 +636,7 @@ def picture(ranks: list[dict], out: Path) -> None:
         for row, rank in enumerate(reversed(ranks)):
             draw_rank(axis, row, rank, step, zoomed)
 
-    names = [f"rank {rank['rank']}" for rank in reversed(ranks)]
+    names = [f"rank {rank.rank}" for rank in reversed(ranks)]
     axes[0].set_yticks([row + 0.42 for row in range(len(ranks))], names)
     axes[0].set_xlabel(f"ms of step {step}")
     axes[1].set_xlabel("ms of the same step, from the first collective to the last")
@@ -586,13 +662,14 @@ def check_options(args: argparse.Namespace) -> Path:
     return image
 
 
-def result_of(s: Session, ranks: list[dict], rows: list[dict]) -> dict:
+def reported_step(step: StepFigures) -> dict:
+    """Return a step as the JSON report has it."""
+    return dict(**step.figures, collectives=[collective._asdict() for collective in step.collectives])
+
+
+def result_of(s: Session, ranks: list[RankFigures], rows: list[CollectiveMedians]) -> dict:
     """Return the JSON report: every figure of every rank and step, and the medians."""
-    medians = {name: median([median_of_steps(rank, name) for rank in ranks]) for name in FIGURES}
-    reported_ranks = []
-    for rank in ranks:
-        steps = [{key: step[key] for key in step if key != "exposed"} for step in rank["steps"]]
-        reported_ranks.append(dict(rank=rank["rank"], plain_ms=rank["plain_ms"], steps=steps))
+    medians = [median(column) for column in zip(*(medians_of_steps(rank) for rank in ranks))]
     return dict(
         schema=1,
         device=s.m.names["device"],
@@ -600,28 +677,35 @@ def result_of(s: Session, ranks: list[dict], rows: list[dict]) -> dict:
         torch=torch.__version__,
         world_size=s.m.world_size,
         config=dataclasses.asdict(s.h),
-        median=medians,
-        plain_step_ms=median([rank["plain_ms"] for rank in ranks]),
-        collectives=rows,
-        calls=ranks[0]["calls"],
-        ranks=reported_ranks,
+        median=dict(zip(FIGURES, medians)),
+        plain_step_ms=median([rank.plain_ms for rank in ranks]),
+        collectives=[row._asdict() for row in rows],
+        calls=[call._asdict() for call in ranks[0].calls],
+        ranks=[
+            dict(
+                rank=rank.rank,
+                plain_ms=rank.plain_ms,
+                steps=[reported_step(step) for step in rank.steps],
+            )
+            for rank in ranks
+        ],
     )
 
 
-def say_tables(s: Session, ranks: list[dict], result: dict) -> None:
+def say_tables(s: Session, ranks: list[RankFigures], rows: list[CollectiveMedians]) -> None:
     """Print the tables of steps and collectives."""
+    plain_ms = median([rank.plain_ms for rank in ranks])
     s.say(
-        f"timeline of {len(ranks[0]['steps'])} steps on {s.m.world_size} rank(s), device "
+        f"timeline of {len(ranks[0].steps)} steps on {s.m.world_size} rank(s), device "
         f"{s.m.names['device']}, update {s.m.names['update']}; without the profiler a step takes "
-        f"{result['plain_step_ms']:.3f} ms"
+        f"{plain_ms:.3f} ms"
     )
     s.say("\nsteps: median of the ranks (least to most)\n" + step_table(ranks))
-    if result["collectives"]:
-        table = collective_table(result["collectives"])
-        s.say(f"\ncollectives of a step, medians over steps and ranks\n{table}")
+    if rows:
+        s.say(f"\ncollectives of a step, medians over steps and ranks\n{collective_table(rows)}")
 
-    traced = len(ranks[0]["steps"][0]["collectives"])
-    called = len(ranks[0]["calls"])
+    traced = len(ranks[0].steps[0].collectives)
+    called = len(ranks[0].calls)
     if traced != called:
         note = " (NCCL runs no kernel for one rank)" if s.m.world_size == 1 else ""
         s.say(
@@ -630,16 +714,17 @@ def say_tables(s: Session, ranks: list[dict], result: dict) -> None:
         )
 
 
-def conclude(s: Session, ranks: list[dict], args: argparse.Namespace, image: Path) -> None:
+def conclude(s: Session, ranks: list[RankFigures], args: argparse.Namespace, image: Path) -> None:
     """Print the tables and write the files, on rank 0."""
-    result = result_of(s, ranks, collective_rows(ranks))
-    say_tables(s, ranks, result)
-    typical(s, "step, under the profiler", [step["step_ms"] for rank in ranks for step in rank["steps"]])
+    rows = collective_medians(ranks)
+    say_tables(s, ranks, rows)
+    typical(s, "step, under the profiler", [step.times.step for rank in ranks for step in rank.steps])
     say_noise(s)
     write_atomic(args.timeline, json.dumps(chrome_trace(ranks)) + "\n")
     s.say(f"\ntimeline: {args.timeline}")
     if args.json:
-        write_atomic(args.json, json.dumps(result, indent=1, sort_keys=True) + "\n")
+        report = result_of(s, ranks, rows)
+        write_atomic(args.json, json.dumps(report, indent=1, sort_keys=True) + "\n")
         s.say(f"json: {args.json}")
     try:
         picture(ranks, image)
