@@ -17,7 +17,7 @@ from lab import wire
 from lab.network import one_step, predict
 from lab.network.predict import StepTimes
 from lab.shared import collectives
-from lab.shared.collectives import Collective, MatrixBatch, Wait
+from lab.shared.collectives import Collective, MatrixBatch, Scope, Wait
 from script import TRAINER, BadInput
 
 KNOBS = tuple(f"{k}={v}" for k, v in TINY.items())
@@ -95,15 +95,23 @@ def test_a_planted_schedule():
     found = collectives.totals(steps[0], 2)
     assert found.counts == {"reduce-scatter": 1, "all-reduce": 1, "all-gather": 1, "broadcast": 1}
     assert found.payload == 480 + 56 + 480 + 12
-    assert found.wire == {"intra": 56, "inter": 360 + 360 + 12}
-    assert collectives.totals(steps[0], 4).wire == {"intra": 56 + 360 + 360 + 12, "inter": 0}
-    assert collectives.totals(steps[2], 1).wire["intra"] == 0
+    assert found.wire == {Scope.WITHIN_NODE: 56, Scope.ACROSS_NODES: 360 + 360 + 12}
+    assert collectives.totals(steps[0], 4).wire == {
+        Scope.WITHIN_NODE: 56 + 360 + 360 + 12,
+        Scope.ACROSS_NODES: 0,
+    }
+    assert collectives.totals(steps[2], 1).wire[Scope.WITHIN_NODE] == 0
     assert collectives.padding(steps) == (4 * (120 + 12) + 120) / (4 * (480 + 56 + 120 + 12))
 
 
 def test_the_scope_of_a_group():
     groups = [(0, 1, 2, 3), (4, 6), (3, 4), (0, 4)]
-    assert [collectives.scope(ranks, 4) for ranks in groups] == ["intra", "intra", "inter", "inter"]
+    assert [collectives.scope(ranks, 4) for ranks in groups] == [
+        Scope.WITHIN_NODE,
+        Scope.WITHIN_NODE,
+        Scope.ACROSS_NODES,
+        Scope.ACROSS_NODES,
+    ]
 
 
 # ---------------------------------------------------------------- real steps
@@ -142,7 +150,7 @@ def test_a_real_step(real, world):
     for result in ranks:
         found = collectives.totals(result.events, world)
         assert found.counts == STEP, found.counts
-        assert found.wire["inter"] == 0
+        assert found.wire[Scope.ACROSS_NODES] == 0
 
         calls = collectives.collectives_of(result.events)
         assert {call.ranks for call in calls} == {tuple(range(world))}
@@ -224,8 +232,8 @@ def test_groups_of_nodes(tmp_path):
     assert [call.ranks for call in calls] == [(2, 3), (1, 3)]
     found = collectives.totals(ranks[3].events, 2).wire
     plain = collectives.totals(ranks[3].events[4:], 2).wire
-    assert found["intra"] - plain["intra"] == 40
-    assert found["inter"] - plain["inter"] == 400
+    assert found[Scope.WITHIN_NODE] - plain[Scope.WITHIN_NODE] == 40
+    assert found[Scope.ACROSS_NODES] - plain[Scope.ACROSS_NODES] == 400
     dry = one_step.in_processes(one_step.dry_steps, [(one_step.RankTask(script, KNOBS, 4, 2),)])[0]
     for events, r in zip(dry.steps[0], ranks):
         assert [bare(e) for e in events] == [bare(e) for e in r.events]
@@ -257,7 +265,7 @@ def test_the_published_schedule_on_the_record_shapes():
     banks = 2 * (24 * 512 * 512 + 24 * 256 * 512 + 2 * 16 * 1536 * 512)  # 22 -> 24, 11 -> 16 slots of bf16
     small_bytes = 4 * sum(torch.Size(shapes[name]).numel() for name in small)
     assert found.payload == 2 * banks + small_bytes
-    assert found.wire["intra"] == pytest.approx(2 * banks * 7 / 8 + small_bytes * 7 / 4)
+    assert found.wire[Scope.WITHIN_NODE] == pytest.approx(2 * banks * 7 / 8 + small_bytes * 7 / 4)
     padded = 2 * (2 * 512 * 512 + 2 * 256 * 512 + 2 * 5 * 1536 * 512)
     given = banks + banks / 8 + small_bytes
     assert collectives.padding([events]) == pytest.approx((padded + padded / 8) / given)
@@ -288,13 +296,15 @@ def test_a_walk_by_hand():
         Wait(6),
         Wait(1),
     ]
-    lanes = dict.fromkeys((0, 1, 4, 6), "intra")
+    lanes = dict.fromkeys((0, 1, 4, 6), Scope.WITHIN_NODE)
     got = predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes, {3: 10.0, 5: 2.0})
     # arrivals end at 2 and 5; directions 2-12, 12-14; gathers 12-16, 16-17
     assert got == StepTimes(end=17.0, before=2.0, update=12.0, exposed=5.0, communication=10.0)
-    got = predict.walk(events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: "inter"}, {3: 10.0, 5: 2.0})
+    got = predict.walk(
+        events, {0: 2.0, 1: 3.0, 4: 4.0, 6: 1.0}, lanes | {6: Scope.ACROSS_NODES}, {3: 10.0, 5: 2.0}
+    )
     assert got.end == 16.0  # the second gather on a link of its own: 14-15
-    assert predict.walk([a, Wait(0)], {0: 2.0}, {0: "intra"}, {}).before == 2.0
+    assert predict.walk([a, Wait(0)], {0: 2.0}, {0: Scope.WITHIN_NODE}, {}).before == 2.0
     assert predict.walk([], {}, {}, {}) == StepTimes(
         end=0.0, before=0.0, update=0.0, exposed=0.0, communication=0
     )

@@ -36,7 +36,9 @@ from children import child_environment, unwind_on_sigterm
 from lab.shared.command_line import parse
 from lab.shared.timing import is_noisy, noise_warning
 from lab.update.cases import (
+    Part,
     Setup,
+    Share,
     TimedCase,
     all_cases,
     calls_of,
@@ -243,7 +245,7 @@ def momentum_of(s: Setup, args: argparse.Namespace) -> list[Inputs]:
 def check_arguments_known(s: Setup) -> None:
     """Raise BadInput if an update of this script takes an argument that this tool has no value for."""
     inputs = {name: torch.zeros(1, 2, 2) for name in ("W", "g", "momentum")}
-    calls_of(s, TimedCase("update", "all", s.h.ortho), [[inputs]], uncompiled)
+    calls_of(s, TimedCase(Part.UPDATE, Share.ALL, s.h.ortho), [[inputs]], uncompiled)
 
 
 def measure_all(s: Setup, args: argparse.Namespace) -> None:

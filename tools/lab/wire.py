@@ -48,6 +48,7 @@ from lab.network.predict import (
 )
 from lab.shared.collectives import (
     Event,
+    Scope,
     Totals,
     batches_of,
     collectives_of,
@@ -114,7 +115,7 @@ def order_table(steps: list[list[Event]], node_ranks: int) -> list[str]:
     rows = []
     for index, call in enumerate(calls_by_rank[0]):
         padded = padding_share([calls[index] for calls in calls_by_rank])
-        where = scope(call.ranks, node_ranks)
+        where = scope(call.ranks, node_ranks).value
         size = f"{call.payload:,}"
         label = f"{index + 1} {call.kind}"
         rows.append([label, call.dtype, len(call.ranks), where, size, percent(padded), mb(call.wire)])
@@ -135,8 +136,8 @@ def schedule_column(schedule: Schedule, kinds: list[str]) -> dict[str, object]:
         **{kind: counts[kind] for kind in kinds},
         "collectives": counts.total(),
         "payload, MB": mb(payload),
-        "per link each way within nodes, MB": mb(wire["intra"]),
-        "per link each way across nodes, MB": mb(wire["inter"]),
+        "per link each way within nodes, MB": mb(wire[Scope.WITHIN_NODE]),
+        "per link each way across nodes, MB": mb(wire[Scope.ACROSS_NODES]),
         "padding, of the bytes": percent(schedule.padding),
         "matrices of a rank": f"{min(matrices)} to {max(matrices)}",
         "the same with padding": f"{min(slots)} to {max(slots)}",

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lab.shared.collectives import Collective, Event, MatrixBatch, Wait, scope
+from lab.shared.collectives import Collective, Event, MatrixBatch, Scope, Wait, scope
 
 Shapes = dict[str, tuple[int, ...]]  # parameters by name; a bank is (matrices, rows, columns)
 
@@ -178,7 +178,7 @@ def collective_ms(call: Collective, node_ranks: int, a: Assumptions) -> float:
     """Return the predicted milliseconds of a collective; 0 for a group of one."""
     if len(call.ranks) == 1:
         return 0.0
-    if scope(call.ranks, node_ranks) == "intra":
+    if scope(call.ranks, node_ranks) == Scope.WITHIN_NODE:
         return a.nvlink_latency_ms + call.wire / a.nvlink_gbps / 1e6
 
     ranks_on_a_node = max(Counter(rank // node_ranks for rank in call.ranks).values())
@@ -195,7 +195,7 @@ def update_ms(share: float, eighth: float, a: Assumptions) -> float:
 
 
 def walk(
-    events: list[Event], costs: dict[int, float], scopes: dict[int, str], directions: dict[int, float]
+    events: list[Event], costs: dict[int, float], scopes: dict[int, Scope], directions: dict[int, float]
 ) -> StepTimes:
     """Return the times of a step whose events take the given milliseconds.
 
@@ -203,7 +203,7 @@ def walk(
     """
     now = 0.0
     before = None
-    free: dict[str, float] = Counter()  # when the links of a scope are free
+    free: dict[Scope, float] = Counter()  # when the links of a scope are free
     ends: dict[int, float] = {}
     for i, event in enumerate(events):
         if isinstance(event, Collective):

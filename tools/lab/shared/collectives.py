@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import inspect
 from collections import Counter
@@ -220,10 +221,17 @@ class Recorder:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def scope(ranks: tuple[int, ...], node_ranks: int) -> str:
-    """Return "intra" when all ranks of a group lie on one node (rank // node_ranks), else "inter"."""
+class Scope(enum.Enum):
+    """Which links a group of ranks uses. The values are the words of the tables."""
+
+    WITHIN_NODE = "intra"
+    ACROSS_NODES = "inter"
+
+
+def scope(ranks: tuple[int, ...], node_ranks: int) -> Scope:
+    """Return the scope of a group; a rank lies on node rank // node_ranks."""
     nodes = {rank // node_ranks for rank in ranks}
-    return "intra" if len(nodes) == 1 else "inter"
+    return Scope.WITHIN_NODE if len(nodes) == 1 else Scope.ACROSS_NODES
 
 
 class Totals(NamedTuple):
@@ -231,15 +239,14 @@ class Totals(NamedTuple):
 
     counts: Counter[str]  # calls of each kind
     payload: int  # bytes
-    wire: dict[str, float]  # bytes per link by scope
+    wire: dict[Scope, float]  # bytes per link
 
 
 def totals(events: list[Event], node_ranks: int) -> Totals:
     """Add up the collectives of one rank's step."""
     calls = collectives_of(events)
     wire = {
-        where: sum(call.wire for call in calls if scope(call.ranks, node_ranks) == where)
-        for where in ("intra", "inter")
+        where: sum(call.wire for call in calls if scope(call.ranks, node_ranks) == where) for where in Scope
     }
     return Totals(Counter(call.kind for call in calls), sum(call.payload for call in calls), wire)
 

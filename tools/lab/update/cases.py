@@ -6,6 +6,7 @@ A direction takes momentum and gives a direction; an update takes a gradient and
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from script import BadInput
 
 SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
-RANKS = 8  # the largest share of one of them is "an eighth"
+RANKS = 8  # the largest share of one of them is called an eighth
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(
     clip=1.0, momentum=0.95, matrix_lr=0.025, adam_lr_mul=1.0, decay_mul=1.0, correction1=0.1,
@@ -46,15 +47,31 @@ class Bank(NamedTuple):
         return self.count * self.rows * self.columns
 
 
+class Word(str, enum.Enum):
+    """A choice that is written to the log as its value."""
+
+    __str__ = str.__str__
+
+
+class Part(Word):
+    """What is timed: momentum in and direction out, or gradient in and weights out."""
+
+    DIRECTION = "direction"
+    UPDATE = "update"
+
+
+class Share(Word):
+    """How many matrices of every bank: all, or those of the busiest of eight ranks."""
+
+    ALL = "all"
+    EIGHTH = "eighth"
+
+
 class TimedCase(NamedTuple):
-    """A row of the tables of times.
+    """A row of the tables of times."""
 
-    part: "direction" (momentum in, direction out) or "update" (gradient in, weights out).
-    share: "all" matrices of every bank, or the "eighth" that one of eight ranks owns.
-    """
-
-    part: str
-    share: str
+    part: Part
+    share: Share
     row: str
     rule: str = "muon"
     cautious: int = 0
@@ -98,7 +115,7 @@ def skipping(log: Callable[[str], None], what: str) -> Iterator[None]:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def banks_of(s: Setup, share: str) -> list[Bank]:
+def banks_of(s: Setup, share: Share) -> list[Bank]:
     """Return the banks of matrices in the order of their update.
 
     An eighth is the share of the busiest of eight ranks: of the matrices that share a buffer,
@@ -109,7 +126,7 @@ def banks_of(s: Setup, share: str) -> list[Bank]:
     for spec in s.t.MATRICES:
         shape, _ = table[spec.name]
         buffers.setdefault(spec.buffer, []).append(Bank(spec.name, *shape))
-    if share == "all":
+    if share is Share.ALL:
         return [bank for banks in buffers.values() for bank in banks]
 
     eighth = []
@@ -124,12 +141,12 @@ def all_cases(s: Setup) -> list[TimedCase]:
     rows = list(s.t.ORTHO)
     rules = [rule for rule in s.t.STEP_RULES if rule != "muon"]
     return [
-        *(TimedCase("direction", "all", row) for row in rows),
-        *(TimedCase("update", "all", row) for row in rows),
-        *(TimedCase("update", "all", s.h.ortho, rule) for rule in rules),
-        TimedCase("update", "all", s.h.ortho, cautious=1),
-        *(TimedCase("update", "eighth", row) for row in rows),
-        *(TimedCase("direction", "eighth", row) for row in rows),
+        *(TimedCase(Part.DIRECTION, Share.ALL, row) for row in rows),
+        *(TimedCase(Part.UPDATE, Share.ALL, row) for row in rows),
+        *(TimedCase(Part.UPDATE, Share.ALL, s.h.ortho, rule) for rule in rules),
+        TimedCase(Part.UPDATE, Share.ALL, s.h.ortho, cautious=1),
+        *(TimedCase(Part.UPDATE, Share.EIGHTH, row) for row in rows),
+        *(TimedCase(Part.DIRECTION, Share.EIGHTH, row) for row in rows),
     ]
 
 
@@ -168,7 +185,7 @@ def cache_bytes(s: Setup) -> int:
     return torch.cuda.get_device_properties(s.m.device).L2_cache_size if s.cuda else 0
 
 
-def input_sets(s: Setup, share: str) -> list[list[dict]]:
+def input_sets(s: Setup, share: Share) -> list[list[dict]]:
     """Return [set][bank] -> W, g, momentum (count, rows, columns) float32; together at least twice the L2."""
     banks = banks_of(s, share)
     set_bytes = 4 * sum(bank.numel for bank in banks)
@@ -199,7 +216,7 @@ def state_shape_of(t: ModuleType, rule: str) -> Callable | None:
 
 def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) -> list[list[Callable]]:
     """Return [set][bank] -> the call that is timed. wrap: the trainer's compiler, or uncompiled."""
-    if case.part == "direction":
+    if case.part is Part.DIRECTION:
         fn = wrap(s.t.orthogonalize)
         return [[partial(fn, inputs["momentum"], case.row) for inputs in banks] for banks in sets]
 

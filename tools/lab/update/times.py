@@ -10,7 +10,9 @@ import torch
 
 from lab.update.cases import (
     Bank,
+    Part,
     Setup,
+    Share,
     TimedCase,
     banks_of,
     cache_bytes,
@@ -26,8 +28,8 @@ PRODUCTS = 20  # calls of a floor's products in one CUDA graph, each on inputs o
 HOST_SECONDS = 2.0  # on a CPU a case ends after this long, with three repetitions at least
 # Bytes a number that no implementation can avoid: float32 in and out, bf16 between and as a direction.
 MOVED_BYTES = {
-    "direction": 4 + 2,  # momentum in, direction out
-    "update": 3 * 4 + 2 * 4 + 2,  # gradient, momentum, weights in; momentum, weights out; direction
+    Part.DIRECTION: 4 + 2,  # momentum in, direction out
+    Part.UPDATE: 3 * 4 + 2 * 4 + 2,  # gradient, momentum, weights in; momentum, weights out; direction
 }
 
 
@@ -151,7 +153,7 @@ def modes_of(s: Setup, case: TimedCase, sets: list[list[dict]]) -> Iterator[tupl
 @torch.no_grad()
 def time_cases(s: Setup, cases: list[TimedCase], deadline: float) -> None:
     """Log a `time` line for every case and mode, or a `skip` line that says why there is none."""
-    share = ""
+    share: Share | None = None
     sets: list[list[dict]] = []
     for case in cases:
         if time.perf_counter() > deadline:
@@ -172,7 +174,7 @@ def time_cases(s: Setup, cases: list[TimedCase], deadline: float) -> None:
 
 def log_work(s: Setup) -> None:
     """Log `moved`, the MB that any implementation moves, and `work`, the GFLOP by row and bank."""
-    for share in ("all", "eighth"):
+    for share in Share:
         banks = banks_of(s, share)
         numel = sum(bank.numel for bank in banks)
         for part, each in MOVED_BYTES.items():
@@ -224,7 +226,7 @@ def log_floors(s: Setup) -> None:
     s.log(f"copy gbps:{2 * 4 * size / times[len(times) // 2] / 1e6:.2f} mb:{4 * size / 1e6:.1f}")
     del source, target
 
-    for share in ("all", "eighth"):
+    for share in Share:
         for bank in banks_of(s, share):
             ms = products_ms(s, bank)
             n, long = sorted((bank.rows, bank.columns))
