@@ -10,7 +10,7 @@ import hostile
 import train_gpt as t
 from helpers import temporary_folder
 from hostile_cases import judge
-from hostile_cases.case import Case, Group, Signal, shell, written
+from hostile_cases.case import Case, Group, Rank, Receiver, Signal, shell, written
 from hostile_cases.settings import FREE_TEXT, ILLEGAL, illegal_values
 from hostile_cases.sound_files import SoundFiles
 
@@ -118,6 +118,21 @@ def test_a_signal_comes_after_its_words(sound_files):
     script = 'trap "echo done; exit 5" TERM; echo ready; while :; do sleep 0.05; done'
     case = Case("signal", shell(script), ("done",), 5, lines=0, signals=(Signal(15, "^ready"),))
     assert judge.judge(case, (), sound_files).behaved
+
+
+# A second of waiting, after which `hit` says whether a SIGTERM came.
+WAITS = "hit=0; trap hit=1 TERM; echo ready; for i in $(seq 50); do sleep 0.02; done"
+
+
+@needs_proc
+@pytest.mark.parametrize("receiver, status", [(Receiver.PROGRAM, 1), (Rank(1), 2), (Receiver.TERMINAL, 3)])
+def test_a_signal_comes_to_its_receiver(receiver, status, sound_files):
+    """The status says which processes were hit: 1 for the program, 2 for the rank that it started."""
+    rank = written("rank.sh", f"{WAITS}; exit $((2 * hit))")
+    program = shell(f"RANK=1 bash rank.sh & {WAITS}; wait $!; exit $((hit + $?))")
+    signals = (Signal(15, "ready\nready", 0.1, receiver),)
+    case = Case("signal", program, status=status, lines=0, signals=signals, setup=(rank,))
+    assert judge.judge(case, (), sound_files).faults == ()
 
 
 def test_a_case_whose_program_is_missing_is_skipped(sound_files):

@@ -1,5 +1,6 @@
 """A hostile case is a row: what is broken, the command that meets it, and what must hold then."""
 
+import enum
 import os
 import shutil
 import sys
@@ -13,16 +14,26 @@ PYTHON = sys.executable
 TRAINER = str(ROOT / "train_gpt.py")
 
 
-class Signal(NamedTuple):
-    """A signal that a case sends. after: a pattern that the console shows first; to: its receiver.
+class Receiver(enum.Enum):
+    """Which processes of a case get a signal, if not one Rank."""
 
-    to: "program", "terminal" (all processes of the case, as Ctrl-C does), or "rank N".
-    """
+    PROGRAM = "the program that the case starts"
+    TERMINAL = "all processes of the case, as with Ctrl-C"
+
+
+class Rank(NamedTuple):
+    """The process of a run that has this rank."""
+
+    number: int
+
+
+class Signal(NamedTuple):
+    """A signal that a case sends. after: a pattern that the console shows first."""
 
     number: int
     after: str = ""
     seconds: float = 0.0  # after that
-    to: str = "program"
+    to: Receiver | Rank = Receiver.PROGRAM
 
 
 class Case(NamedTuple):

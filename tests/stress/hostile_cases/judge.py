@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import train_gpt as t
 from helpers import free_port
-from hostile_cases.case import PYTHON, TRAINER
+from hostile_cases.case import PYTHON, TRAINER, Receiver
 
 MARK = "HOSTILE_CASE"  # the environment variable by which the processes of a case are found
 GRACE = 8.0  # seconds in which all processes must be gone after the first
@@ -146,13 +146,13 @@ def start(case, here, env, consoles):
 def marked_processes(mark, session):
     """Return {process id: its environment as text} of the living processes of a case, where /proc tells.
 
-    They have its mark, or, as forks of another program, its session.
+    They have its mark, or, as forks of another program, its session. Each variable is between two NULs.
     """
-    wanted = f"{MARK}={mark}\0"
+    wanted = f"\0{MARK}={mark}\0"
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            text = (entry / "environ").read_bytes().decode(errors="replace") + "\0"
+            text = "\0" + (entry / "environ").read_bytes().decode(errors="replace") + "\0"
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
             if (wanted in text or int(fields[3]) == session) and fields[0] != "Z":
                 found[int(entry.name)] = text
@@ -161,17 +161,16 @@ def marked_processes(mark, session):
 
 def send(wanted, process, mark):
     """Send one Signal to its receiver."""
-    if wanted.to == "program":
+    if wanted.to is Receiver.PROGRAM:
         process.send_signal(wanted.number)
-    elif wanted.to == "terminal":
-        for pid in marked_processes(mark, process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, wanted.number)
-    else:
-        rank = wanted.to.removeprefix("rank ")
-        for pid, text in marked_processes(mark, process.pid).items():
-            if f"\0RANK={rank}\0" in text:
-                os.kill(pid, wanted.number)
+        return
+
+    processes = marked_processes(mark, process.pid)
+    if wanted.to is not Receiver.TERMINAL:
+        processes = [pid for pid, text in processes.items() if f"\0RANK={wanted.to.number}\0" in text]
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, wanted.number)
 
 
 def shown(consoles, here):

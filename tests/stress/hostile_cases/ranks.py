@@ -10,6 +10,7 @@ from pathlib import Path
 from hostile_cases.case import (
     Case,
     Group,
+    Rank,
     Signal,
     copied,
     cut,
@@ -269,7 +270,7 @@ CASES = (
             both_end(137 if rank == 1 else 1),
             137 if rank == 0 else 1,
             lines=0,
-            signals=(Signal(signal.SIGKILL, "^step:3/", 0.0, f"rank {rank}"),),
+            signals=(Signal(signal.SIGKILL, "^step:3/", 0.0, Rank(rank)),),
             leaves=LOG,
             holds=log_names_the_loss,
         )
@@ -281,7 +282,7 @@ CASES = (
         status=1,
         lines=0,
         env=TWO,
-        signals=(Signal(signal.SIGKILL, "running: ", 4.0, "rank 1"),),
+        signals=(Signal(signal.SIGKILL, "running: ", 4.0, Rank(1)),),
         seconds=150,
     ),
     Case(
@@ -290,7 +291,7 @@ CASES = (
         both_end(137),
         1,
         lines=0,
-        signals=(Signal(signal.SIGKILL, "^warmup_step", 0.2, "rank 1"),),
+        signals=(Signal(signal.SIGKILL, "^warmup_step", 0.2, Rank(1)),),
         leaves=LOG,
     ),
     Case(
@@ -299,7 +300,7 @@ CASES = (
         both_end(137),
         1,
         lines=0,
-        signals=(Signal(signal.SIGKILL, "^final_int6_roundtrip_exact", 0.0, "rank 1"),),
+        signals=(Signal(signal.SIGKILL, "^final_int6_roundtrip_exact", 0.0, Rank(1)),),
         leaves=OUTPUT,
     ),
     Case(
@@ -309,7 +310,7 @@ CASES = (
         1,
         lines=0,
         env=TWO,
-        signals=(Signal(signal.SIGKILL, "^step:3/", 0.0, "rank 1"),),
+        signals=(Signal(signal.SIGKILL, "^step:3/", 0.0, Rank(1)),),
         leaves=("out", "out/run.txt", "out/run.png"),
         seconds=150,
     ),

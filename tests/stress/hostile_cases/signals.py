@@ -8,6 +8,7 @@ from helpers import english
 from hostile_cases.case import (
     Case,
     Group,
+    Receiver,
     Signal,
     data,
     evaluate,
@@ -120,7 +121,7 @@ OTHERS = (
         run_sh(*train(LONG, SAVES)[2:]),
         ("stopping_early: signal", "final_score"),
         0,
-        signals=(Signal(INT, FIRST_STEP, 0.5, "terminal"),),
+        signals=(Signal(INT, FIRST_STEP, 0.5, Receiver.TERMINAL),),
         leaves=("out", "out/*"),
         holds=resumes,
     ),
@@ -172,7 +173,7 @@ OTHERS = (
         run_sh(*train()[2:]),
         status=-signal.SIGHUP,
         lines=0,
-        signals=(Signal(signal.SIGHUP, "", 1.0, "terminal"),),
+        signals=(Signal(signal.SIGHUP, "", 1.0, Receiver.TERMINAL),),
     ),
     Case(
         "SIGINT from the terminal to data text",
@@ -181,7 +182,7 @@ OTHERS = (
         130,
         lines=0,
         setup=(LONG_TEXT,),
-        signals=(Signal(INT, "^tokenize val", 0.2, "terminal"),),
+        signals=(Signal(INT, "^tokenize val", 0.2, Receiver.TERMINAL),),
     ),
     Case(
         "SIGTERM to data text",
@@ -198,7 +199,7 @@ OTHERS = (
         ("interrupted",),
         130,
         lines=0,
-        signals=(Signal(INT, "", 1.5, "terminal"),),
+        signals=(Signal(INT, "", 1.5, Receiver.TERMINAL),),
     ),
     Case(
         "SIGTERM to a sweep",
@@ -215,7 +216,7 @@ OTHERS = (
         ("interrupted; the same command continues",),
         2,
         lines=0,
-        signals=(Signal(INT, "^sweep ", 6.0, "terminal"),),
+        signals=(Signal(INT, "^sweep ", 6.0, Receiver.TERMINAL),),
         setup=(SWEEP_PLAN,),
         leaves=("swept*",),
     ),
