@@ -128,6 +128,16 @@ def padding_of(optimizer, model, buffer):
     return bank[free]
 
 
+def gaussian(*shape, seed=0):
+    """Return a tensor of normal numbers, float32, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def all_equal(a, b):
+    """Return whether two lists of tensors are equal bit for bit. Raises ValueError if one is longer."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def random_tokens(h, shape, seed=0, bos_share=0.1):
     """Return random token ids of which a share of `bos_share` is BOS, int64 of `shape`."""
     rng = np.random.default_rng(seed)

@@ -47,11 +47,6 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def all_equal(a, b):
-    """Return whether two sequences of tensors are equal bit for bit."""
-    return all(torch.equal(x, y) for x, y in zip(a, b))
-
-
 def env_machine(h, per_node=0):
     """Return the Machine of this process of run_ranks. per_node: ranks on a node; 0: all on one."""
     env = dict(os.environ)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import as_arguments, noisy_model, stop_one_line, tiny
+from helpers import as_arguments, gaussian, noisy_model, stop_one_line, tiny
 
 SMALL = dict(
     num_layers=2,
@@ -46,11 +46,6 @@ def blob(h, tensors):
 
 
 # ---------------------------------------------------------------- quantize
-
-
-def gaussian(*shape, seed=0):
-    """Return a Gaussian tensor, float32, the same for the same seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("encoding,limit", [("int6", 31), ("int8", 127)])

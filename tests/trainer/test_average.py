@@ -8,11 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
-    noisy_model,
-    tiny,
-)
-from schedule_cases import all_equal, parameters
+from helpers import all_equal, noisy_model, tiny
+from schedule_cases import parameters
 
 
 def averaged(steps, frac):

@@ -8,14 +8,9 @@ import torch
 
 import train_gpt as t
 from direction_cases import DIRECTIONS, POLAR
-from helpers import tiny
+from helpers import gaussian, tiny
 
 SHAPES = [(32, 48), (48, 32), (40, 40), (3, 24, 16), (2, 3, 16, 24), (1, 8), (8, 1), (2, 1, 1)]
-
-
-def gaussian(*shape, seed=0):
-    """Return a Gaussian tensor, float32, the same for the same seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------- directions

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import emulate_fp8, english_args, noisy_model, random_tokens, tiny
+from helpers import emulate_fp8, english_args, gaussian, noisy_model, random_tokens, tiny
 from lab.training import planning
 from lab.training.worker import Worker
 from ledger.make import sweep_table
@@ -56,7 +56,7 @@ def draw_operands(B, T, D, hidden):
 
 def output_gradient(y):
     """Return a fixed random gradient of an output."""
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPE)
+    return gaussian(*y.shape, seed=1).to(DEVICE, DTYPE)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as t
-from helpers import english_args, group_of_one, noisy_model, random_tokens, run_ranks, tiny
+from helpers import english_args, gaussian, group_of_one, noisy_model, random_tokens, run_ranks, tiny
 
 LIMIT = t.ENCODINGS["int6"].limit
 BANKS = {spec.name for spec in t.MATRICES}
@@ -62,7 +62,7 @@ def output_error(W, codes, steps, gram):
 
 def input_gram(rows, columns):
     """Return the gram of random, correlated inputs, (N, N) float32."""
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    x = gaussian(rows, columns, seed=1)
     return x.T @ x + 20
 
 

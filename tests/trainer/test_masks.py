@@ -14,7 +14,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 
 import train_gpt as t
-from helpers import noisy_model, random_tokens, tiny
+from helpers import gaussian, noisy_model, random_tokens, tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # (window, whether tokens see their own document only), for sequences of 16 tokens.
@@ -600,7 +600,7 @@ def test_a_compiled_model_with_masks_trains_on_the_device():
         model = t.GPT(h, t.Ops(attend=attend), dtype).to(DEVICE)
         with torch.no_grad():
             for i, p in enumerate(model.parameters()):
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(DEVICE))
+                p.add_(0.05 * gaussian(*p.shape, seed=i).to(DEVICE))
         loss = torch.compile(model.loss, dynamic=False, fullgraph=True)(tokens, targets)
         loss.backward()
         losses.append(loss.item())

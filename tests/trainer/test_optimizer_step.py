@@ -8,13 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
-    group_of_one,
-    noisy_model,
-    random_tokens,
-    tiny,
-)
-from schedule_cases import all_equal, data_folder, parameters, setup
+from helpers import all_equal, group_of_one, noisy_model, random_tokens, tiny
+from schedule_cases import data_folder, parameters, setup
 
 # ---------------------------------------------------------------- one process
 

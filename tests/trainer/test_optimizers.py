@@ -16,6 +16,7 @@ import train_gpt as t
 from direction_cases import DIRECTIONS, FIVE, polar_by_hand, poly
 from helpers import (
     english_args,
+    gaussian,
     group_of_one,
     noisy_model,
     padding_of,
@@ -39,11 +40,6 @@ PAPER = [
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 ]
-
-
-def gaussian(*shape, seed=0):
-    """Draw a tensor of normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scalars(momentum=0.9, matrix_lr=0.025, clip=1.0):

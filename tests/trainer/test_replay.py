@@ -12,6 +12,7 @@ import torch
 
 import train_gpt as t
 from helpers import (
+    all_equal,
     english_args,
     group_of_one,
     machine,
@@ -53,11 +54,6 @@ def add_gradients(model, seed):
     tokens = random_tokens(model.h, (2, 16), seed)
     targets = random_tokens(model.h, (2, 16), seed + 100)
     model.loss(tokens, targets).backward()
-
-
-def all_equal(a, b):
-    """Return whether two sequences of tensors are equal bit for bit."""
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from audit_cases import audit_args, by_auditor, changed_script, honest  # noqa: 
 from helpers import (
     OTHER_PARTS,
     ROOT,
+    all_equal,
     as_arguments,
     english_args,
     english_dataset,
@@ -65,11 +66,6 @@ def sequences(first, end, seq_len):
 def weights_of(model):
     """Copy a model's weights."""
     return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(a, b):
-    """Return whether two lists of tensors are equal, bit for bit."""
-    return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 # ---------------------------------------------------------------- the learner
@@ -122,7 +118,7 @@ def test_a_step_is_that_of_a_naive_loop(batch, scale):
             naive.learn(tokens[64 * i : 64 * i + 65], i / 4)
             assert_close_to(naive, model)
         assert all((a != b).any() for a, b in zip(weights_of(model), before) if a.dim() > 1)
-    assert equal(weights_of(model), before)
+    assert all_equal(weights_of(model), before)
     assert max(naive.norms) > 1, naive.norms
     assert (min(naive.norms) < 1) == (scale == 0.01), naive.norms  # some are clipped, or all
 
@@ -143,7 +139,7 @@ def test_a_rank_that_is_gone_ends_a_step_before_its_collective(monkeypatch):
         with pytest.raises(RuntimeError, match="closed by peer"):
             learn(random_tokens(h, (65,), 2).int(), sequences(0, 64, 16))
         monkeypatch.undo()
-    assert not calls and equal(weights_of(model), before)
+    assert not calls and all_equal(weights_of(model), before)
 
 
 # ---------------------------------------------------------------- the order of scoring and learning
@@ -301,7 +297,7 @@ def ranks_score(rank, knobs):
 
     run = learning_run(h, model, m, learner=watched)
     score = t.evaluate(model.nats, tokens, ONE_BYTE, run, m)
-    return score.loss, digests, equal(weights_of(model), before)
+    return score.loss, digests, all_equal(weights_of(model), before)
 
 
 # With a chunk of one sequence, the other ranks have nothing of their own to learn from.
@@ -638,7 +634,7 @@ def test_learning_moves_no_other_score_and_no_weight():
         assert exact_of(learns.lines, label) == exact_of(plain.lines, label)
     of_learner = t.unpack_artifact(learns.path.read_bytes())
     of_plain = t.unpack_artifact(plain.path.read_bytes())
-    assert equal(of_learner.values(), of_plain.values())
+    assert all_equal(of_learner.values(), of_plain.values())
 
 
 def test_eval_scores_as_the_artifact_was_scored(tmp_path):
