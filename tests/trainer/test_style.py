@@ -97,62 +97,6 @@ def named(tree, kind, name: str):
 
 # ---------------------------------------------------------------- import
 
-# A program that imports the libraries, then watches every effect while it imports train_gpt.
-IMPORT_PROBE = """
-import importlib, importlib.abc, json, os, sys
-root, script, libraries = sys.argv[1], sys.argv[2], sys.argv[3:]
-for name in libraries:
-    try: importlib.import_module(name)
-    except ImportError: pass
-import torch
-effects, reads, watching = [], [], True
-
-def watch(event, args):
-    if not watching: return
-    if event == "open" and not str(args[0]).endswith((".py", ".pyc")):
-        effects.append(f"opens {args[0]!r} ({args[1]})")
-    elif event == "open" and (set(args[1] or "") & set("wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
-        effects.append(f"writes {args[0]!r}")
-    elif event.split(".")[0] in ("socket", "subprocess", "urllib", "shutil", "ctypes") or event in (
-            "os.mkdir", "os.remove", "os.rename", "os.putenv", "os.unsetenv", "os.system", "os.fork",
-            "os.chdir"):
-        effects.append(f"{event} {args!r}"[:200])
-
-def called_by_script():
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename in (__file__, os.__file__, "<frozen os>") or \\
-            "_collections_abc" in frame.f_code.co_filename: frame = frame.f_back
-    return os.path.realpath(frame.f_code.co_filename) == script
-
-class Environ(type(os.environ)):
-    def __init__(self, real): self.__dict__.update(real.__dict__)
-    def __getitem__(self, key):
-        if called_by_script(): reads.append(str(key))
-        return super().__getitem__(key)
-    def __iter__(self):
-        if called_by_script(): reads.append("all of it")
-        return super().__iter__()
-    def __setitem__(self, key, value):
-        if called_by_script(): effects.append(f"sets {key} in the environment")
-        super().__setitem__(key, value)
-
-def state():
-    return dict(rng=torch.get_rng_state().tolist(), dtype=str(torch.get_default_dtype()), argv=list(sys.argv),
-                precision=torch.get_float32_matmul_precision(), threads=torch.get_num_threads(),
-                grad=torch.is_grad_enabled(), cwd=os.getcwd(), tf32=torch.backends.cudnn.allow_tf32)
-
-os.environ = Environ(os.environ)
-sys.path.insert(0, root)
-before = state()
-sys.addaudithook(watch)
-import train_gpt
-watching = False
-effects += [f"changes {k}" for k, v in state().items() if v != before[k]]
-if torch.cuda.is_initialized(): effects.append("starts CUDA")
-if torch.distributed.is_initialized(): effects.append("joins a process group")
-print(json.dumps(dict(effects=effects, reads=reads)))
-"""
-
 
 def libraries(tree) -> list[str]:
     """List the modules that a script imports, at its top level or in a function."""
@@ -167,8 +111,7 @@ def libraries(tree) -> list[str]:
 
 def probe(script: Path, tree, tmp_path) -> dict:
     """Import a script in a process of its own. Returns its `effects` and its `reads` of the environment."""
-    program = tmp_path / "probe.py"
-    program.write_text(IMPORT_PROBE)
+    program = Path(__file__).with_name("import_probe.py")
     arguments = [str(script.parent), str(script.resolve()), *libraries(tree)]
     command = [sys.executable, "-B", str(program), *arguments]
     done = subprocess.run(command, env={}, cwd=tmp_path, capture_output=True, text=True, timeout=120)
