@@ -5313,6 +5313,14 @@ class SavedState(NamedTuple):
     skipped: list[str]  # a line for the log about each newer set that is damaged
 
 
+class SavedTensor(NamedTuple):
+    """A tensor of a checkpoint, whatever the number of ranks. It has either `whole` or `rows`."""
+
+    share: Tensor  # what this rank writes
+    whole: Tensor | None = None  # every rank holds all of it
+    rows: slice | None = None  # this rank's matrices among those of all ranks
+
+
 def origin(h: Config, dataset: Dataset) -> dict:
     """Return the knobs, script and data that a run must share with the checkpoint from which it resumes."""
     free = knobs_with(FREE)
@@ -5443,13 +5451,14 @@ class Checkpoints:
         self.good = 0  # step of the newest complete set
         self.saved_ms = 0.0
 
-        self.whole = {"flat_m": optimizer.flat_m, "flat_v": optimizer.flat_v}  # the same on every rank
+        whole = {"flat_m": optimizer.flat_m, "flat_v": optimizer.flat_v}
         for (name, p), average in zip(run.model.named_parameters(), ema.average):
-            self.whole[name] = p.data
-            self.whole[f"average.{name}"] = average
-        self.shares = {name: self.share(x) for name, x in self.whole.items()}
-        self.shares |= {f"momentum.{name}": x for name, x in optimizer.momentum.items()}
-        self.shares |= {f"second.{name}": x for name, x in optimizer.second.items()}
+            whole[name] = p.data
+            whole[f"average.{name}"] = average
+        self.tensors = {name: SavedTensor(self.share(x), whole=x) for name, x in whole.items()}
+        for kind, of_matrices in (("momentum", optimizer.momentum), ("second", optimizer.second)):
+            for name, x in of_matrices.items():
+                self.tensors[f"{kind}.{name}"] = SavedTensor(x, rows=optimizer.rows[name])
 
         self.made_by = origin(run.h, run.dataset)
         set_device = partial(torch.cuda.set_device, self.m.device) if self.m.is_gpu else None
@@ -5477,7 +5486,7 @@ class Checkpoints:
                 progress=self.ema.progress,
                 position=self.loader.position,
             )
-            fetched = self.m.fetch(*self.shares.values())
+            fetched = self.m.fetch(*(tensor.share for tensor in self.tensors.values()))
             self.pending = (step, self.pool.submit(self.write, step, header, fetched))
             self.saved_ms = train_ms
         if last:
@@ -5485,7 +5494,7 @@ class Checkpoints:
 
     def write(self, step: int, header: dict, fetched: Callable[[], list[Tensor]]) -> None:
         """Write this rank's file, in the thread. Raises InputError if that fails or a value is not finite."""
-        host = {name: x.contiguous().numpy() for name, x in zip(self.shares, fetched()) if len(x)}
+        host = {name: x.contiguous().numpy() for name, x in zip(self.tensors, fetched()) if len(x)}
         index = []
         offset = 0
         for name, x in host.items():
@@ -5553,7 +5562,7 @@ class Checkpoints:
                 self.run.log("resumed step:0 from the beginning: no intact checkpoint")
             return 0, 0.0
 
-        for name, share in self.shares.items():
+        for name, tensor in self.tensors.items():
             saved = [tensors[name] for _, tensors in state.parts if name in tensors]
             with explained(
                 f"{state.pattern}: {name} does not fit",
@@ -5561,11 +5570,10 @@ class Checkpoints:
                 *(ValueError, RuntimeError, IndexError),
             ):
                 complete = torch.cat(saved)
-                if name in self.whole:
-                    self.whole[name].copy_(complete.view_as(self.whole[name]))
+                if tensor.whole is not None:
+                    tensor.whole.copy_(complete.view_as(tensor.whole))
                 else:
-                    _, _, parameter = name.partition(".")
-                    share.copy_(complete[self.optimizer.rows[parameter]].view_as(share))
+                    tensor.share.copy_(complete[tensor.rows].view_as(tensor.share))
         header, _ = state.parts[0]
         self.optimizer.steps = state.step
         self.good = state.step
