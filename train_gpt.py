@@ -75,7 +75,7 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 if __name__ == "__main__":
-    # Until `guarded` handles it, Ctrl-C ends the process without a traceback.
+    # Until `guarded` takes over, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Otherwise the next file that is opened would get the number of a closed console stream.
     while (free := os.open(os.devnull, os.O_RDWR)) < 3:
@@ -237,8 +237,8 @@ Share = float  # in [0, 1]
 Decay = float  # in [0, 1)
 
 # What else is known about a knob. SIZE: the number of parameters depends on it. FREE: a run that resumes may
-# change it. STORED: it is in the header of every artifact; _IF_LEARNS: if test-time training scores that;
-# _IF_SET: if it is not the default, so that artifacts older than the knob stay valid.
+# change the knob. STORED: every artifact has the knob in its header. STORED_IF_LEARNS: artifacts whose score
+# learns have it. STORED_IF_SET: artifacts have it unless it is the default, so that older ones stay valid.
 SIZE = "size"
 FREE = "free"
 STORED = "stored"
@@ -695,8 +695,8 @@ def run_by_depth(h: Config) -> dict[str, object]:
 
 def rates_by_depth(h: Config) -> dict[str, object]:
     """Return the rates and decays that follow from batch, width and size."""
-    batch = math.sqrt(h.train_batch_tokens / TUNED_BATCH)  # rates go as the root of the batch
-    width = math.sqrt(TUNED_WIDTH / h.model_dim)  # those of AdamW's matrices also as width^-0.5
+    batch = math.sqrt(h.train_batch_tokens / TUNED_BATCH)  # rates go as batch^0.5
+    width = math.sqrt(TUNED_WIDTH / h.model_dim)  # rates of AdamW's matrices go as width^-0.5, too
     # Decay keeps T_epoch = batch / (rate * decay * tokens) constant (arXiv:2405.13698).
     decay = batch / size_by_depth(h)
     return dict(
@@ -755,7 +755,7 @@ class Relation(NamedTuple):
     """A relation between knobs."""
 
     holds: bool
-    complaint: str  # if it does not hold
+    complaint: str  # what to say if the relation does not hold
 
 
 def check_relations(h: Config) -> None:
@@ -1306,7 +1306,7 @@ class Log:
         self.live = sys.stderr.isatty()
         with explained(f"{self.path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            if Path(self.path).is_fifo():  # opening it would wait for a reader
+            if Path(self.path).is_fifo():  # to open a pipe is to wait for its reader
                 raise OSError(errno.EINVAL, "it is a pipe")
             if not resume:
                 open(self.path, "x").close()
@@ -2880,9 +2880,8 @@ def qk_kernel(
         cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
         if dy_ptr is None:
-            xp = load_head(
-                x_ptr + head * x_h, n, T, x_b, x_t, partner, live
-            )  # the same lines, so L1 has them
+            # The partners lie in the cache lines that x was just read from.
+            xp = load_head(x_ptr + head * x_h, n, T, x_b, x_t, partner, live)
             x = (x * cos + xp * sin) * rstd
         else:
             dy = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, d, live)
@@ -3227,7 +3226,7 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     y = fn(*leaves)
     if isinstance(y, tuple):
         y = torch.cat(y, 2)  # q, k and v along heads
-    # Any gradient will do. This one is not contiguous, since gradients in the model need not be.
+    # Any gradient will do. A transposed one shows that the kernel needs none that is contiguous.
     dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
     y.backward(dy.to(y.dtype))
     gradients = [x.grad for x in leaves if x.requires_grad]
@@ -3316,6 +3315,8 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
 
 # -----------------------------------------------------------------------------
 # 10. Matrix kernels: the three products that directions are made of, and the sizes at which kernels win.
+#
+# Here and in sections 11 and 12 a stack of S matrices is (S, M, N). Papers give one matrix, (M, N) or (m, n).
 
 
 @triton.jit
@@ -3338,7 +3339,7 @@ def store_tile(ptr, tile, rows, columns, M, N, stride_m, stride_n):
 
 @triton.jit
 def symmetric_kernel(
-    x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_b, stride_m, stride_n, a, b, c,
+    x_ptr, r_ptr, out_ptr, sums_ptr, M, N, stride_s, stride_m, stride_n, a, b, c,
     POLY: tl.constexpr, SCALED: tl.constexpr, POWER: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -3349,14 +3350,14 @@ def symmetric_kernel(
     image to sums[i, columns].
     """
     pid = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    matrix = tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8 * pid + 1.5) - 1) / 2).to(tl.int32)  # i (i + 1) / 2 <= pid; 1.5, not 1: sqrt rounds
     j = pid - i * (i + 1) // 2
     rows = i * BLOCK + tl.arange(0, BLOCK)
     columns = j * BLOCK + tl.arange(0, BLOCK)
-    x_ptr += batch * stride_b
-    out_ptr += batch * M * M
-    r_ptr += batch * M
+    x_ptr += matrix * stride_s
+    out_ptr += matrix * M * M
+    r_ptr += matrix * M
 
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, N, BK):
@@ -3384,7 +3385,7 @@ def symmetric_kernel(
 
     if POWER:
         size = tl.abs(acc) if POWER == 1 else acc * acc
-        sums_ptr += batch * tl.cdiv(M, BLOCK) * M
+        sums_ptr += matrix * tl.cdiv(M, BLOCK) * M
         tl.store(sums_ptr + j * M + rows, tl.sum(size, 1), mask=rows < M)
         if i != j:
             tl.store(sums_ptr + i * M + columns, tl.sum(size, 0), mask=columns < M)
@@ -3399,10 +3400,10 @@ def block_inverse_kernel(
     [P, 0; C, Q]^-1 is [P^-1, 0; -Q^-1 C P^-1, Q^-1]. T is a Gram matrix of unit rows, so no entry of an
     inverse exceeds 1 and no doubling loses digits.
     """
-    batch = tl.program_id(1).to(tl.int64)
+    matrix = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK)
     at = tl.program_id(0) * BLOCK + n
-    T = load_tile(t_ptr + batch * M * M, at, at, M, M, M, 1, False).to(tl.float32)
+    T = load_tile(t_ptr + matrix * M * M, at, at, M, M, M, 1, False).to(tl.float32)
     row = n[:, None]
     column = n[None, :]
 
@@ -3413,14 +3414,14 @@ def block_inverse_kernel(
         if step > 0:
             C = tl.dot(inverse, tl.dot(C, inverse, input_precision=PRECISION), input_precision=PRECISION)
         inverse -= C
-    out_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
+    out_ptr += (matrix * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
     store_tile(out_ptr, inverse, n, n, BLOCK, BLOCK, BLOCK, 1)
 
 
 @triton.jit
 def substitution_kernel(
     t_ptr, inverse_ptr, x_ptr, d_ptr, y_ptr, squares_ptr, M, N,
-    stride_b, stride_m, stride_n, out_b, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr,
+    stride_s, stride_m, stride_n, out_s, out_m, out_n, BLOCK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Solve TY = diag(d) X for BN columns of Y, one block of rows after another.
 
@@ -3428,19 +3429,19 @@ def substitution_kernel(
     barrier. It reads only those blocks of T that lie below the diagonal.
     """
     panel = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    matrix = tl.program_id(1).to(tl.int64)
     columns = panel * BN + tl.arange(0, BN)
     n = tl.arange(0, BLOCK)
-    t_ptr += batch * M * M
-    x_ptr += batch * stride_b
-    y_ptr += batch * out_b
+    t_ptr += matrix * M * M
+    x_ptr += matrix * stride_s
+    y_ptr += matrix * out_s
 
     blocks = tl.cdiv(M, BLOCK)
     for i in range(blocks):
         rows = i * BLOCK + n
-        d = tl.load(d_ptr + batch * M + rows, mask=rows < M, other=0.0)[:, None]
+        d = tl.load(d_ptr + matrix * M + rows, mask=rows < M, other=0.0)[:, None]
         x = load_tile(x_ptr, rows, columns, M, N, stride_m, stride_n, False).to(tl.float32)
-        at = inverse_ptr + (batch * blocks + i) * BLOCK * BLOCK
+        at = inverse_ptr + (matrix * blocks + i) * BLOCK * BLOCK
         inverse = load_tile(at, n, n, BLOCK, BLOCK, BLOCK, 1, True)
 
         acc = tl.zeros((BLOCK, BN), tl.float32)
@@ -3453,7 +3454,7 @@ def substitution_kernel(
         y = acc.to(y_ptr.dtype.element_ty)
         store_tile(y_ptr, y, rows, columns, M, N, out_m, out_n)
 
-        squares = squares_ptr + (batch * tl.num_programs(0) + panel) * M + rows
+        squares = squares_ptr + (matrix * tl.num_programs(0) + panel) * M + rows
         tl.store(squares, tl.sum(y.to(tl.float32) * y.to(tl.float32), 1), mask=rows < M)
         tl.debug_barrier()
 
@@ -3463,21 +3464,21 @@ def substitution_kernel(
     "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)",
 )
 def symmetric_op(X, r, poly, power, dtype, tile):
-    """Launch symmetric_kernel -> (matrices (B, M, M), partial row sums). poly: (a, b, c) or ().
+    """Launch symmetric_kernel -> (matrices (S, M, M), partial row sums). poly: (a, b, c) or ().
 
     tile: (BLOCK, BK, warps, stages).
     """
-    B, M, N = X.shape
+    S, M, N = X.shape
     block, bk, warps, stages = tile
     a, b, c = poly or (0.0, 0.0, 0.0)
     tiles = -(-M // block)  # on a side
-    stride_b, stride_m, stride_n = X.stride()
+    stride_s, stride_m, stride_n = X.stride()
 
-    out = X.new_empty(B, M, M, dtype=dtype)
-    sums = X.new_empty(B, tiles if power else 0, M, dtype=torch.float32)
-    symmetric_kernel[(tiles * (tiles + 1) // 2, B)](
+    out = X.new_empty(S, M, M, dtype=dtype)
+    sums = X.new_empty(S, tiles if power else 0, M, dtype=torch.float32)
+    symmetric_kernel[(tiles * (tiles + 1) // 2, S)](
         x_ptr=X, r_ptr=X if r is None else r, out_ptr=out, sums_ptr=sums,
-        M=M, N=N, stride_b=stride_b, stride_m=stride_m, stride_n=stride_n, a=a, b=b, c=c,
+        M=M, N=N, stride_s=stride_s, stride_m=stride_m, stride_n=stride_n, a=a, b=b, c=c,
         POLY=len(poly) > 0, SCALED=r is not None, POWER=power, EVEN=M % block == 0 and N % bk == 0,
         BLOCK=block, BK=bk, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -3486,9 +3487,9 @@ def symmetric_op(X, r, poly, power, dtype, tile):
 
 @symmetric_op.register_fake
 def _(X, r, poly, power, dtype, tile):
-    B, M, _ = X.shape
-    sums = X.new_empty(B, -(-M // tile[0]) if power else 0, M, dtype=torch.float32)
-    return X.new_empty(B, M, M, dtype=dtype), sums
+    S, M, _ = X.shape
+    sums = X.new_empty(S, -(-M // tile[0]) if power else 0, M, dtype=torch.float32)
+    return X.new_empty(S, M, M, dtype=dtype), sums
 
 
 SOLVE_BLOCK = 64
@@ -3496,24 +3497,24 @@ SOLVE_BLOCK = 64
 
 @operator("solve", "(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
 def solve_op(T, X, d, tile):
-    """Solve TY = diag(d) X: Y (B, M, N), partial row sums of Y^2 (B, panels, M). tile: BN, warps, stages."""
-    B, M, N = X.shape
+    """Solve TY = diag(d) X: Y (S, M, N), partial row sums of Y^2 (S, panels, M). tile: BN, warps, stages."""
+    S, M, N = X.shape
     bn, warps, stages = tile
     blocks = -(-M // SOLVE_BLOCK)
     panels = -(-N // bn)
 
     Y = torch.empty_like(X, dtype=T.dtype)
-    squares = d.new_empty(B, panels, M)
-    inverses = T.new_empty(B, blocks, SOLVE_BLOCK, SOLVE_BLOCK)
-    block_inverse_kernel[(blocks, B)](
+    squares = d.new_empty(S, panels, M)
+    inverses = T.new_empty(S, blocks, SOLVE_BLOCK, SOLVE_BLOCK)
+    block_inverse_kernel[(blocks, S)](
         t_ptr=T, out_ptr=inverses, M=M, BLOCK=SOLVE_BLOCK, DOUBLINGS=6, PRECISION="tf32x3", num_warps=4
     )
 
-    stride_b, stride_m, stride_n = X.stride()
-    out_b, out_m, out_n = Y.stride()
-    substitution_kernel[(panels, B)](
+    stride_s, stride_m, stride_n = X.stride()
+    out_s, out_m, out_n = Y.stride()
+    substitution_kernel[(panels, S)](
         t_ptr=T, inverse_ptr=inverses, x_ptr=X, d_ptr=d, y_ptr=Y, squares_ptr=squares, M=M, N=N,
-        stride_b=stride_b, stride_m=stride_m, stride_n=stride_n, out_b=out_b, out_m=out_m, out_n=out_n,
+        stride_s=stride_s, stride_m=stride_m, stride_n=stride_n, out_s=out_s, out_m=out_m, out_n=out_n,
         BLOCK=SOLVE_BLOCK, BN=bn, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return Y, squares
@@ -3521,8 +3522,8 @@ def solve_op(T, X, d, tile):
 
 @solve_op.register_fake
 def _(T, X, d, tile):
-    B, M, N = X.shape
-    return torch.empty_like(X, dtype=T.dtype), d.new_empty(B, -(-N // tile[0]), M)
+    S, M, N = X.shape
+    return torch.empty_like(X, dtype=T.dtype), d.new_empty(S, -(-N // tile[0]), M)
 
 
 class Win(NamedTuple):
@@ -3551,16 +3552,16 @@ WINS = (
 
 
 def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
-    """Return the tile of WINS for a product with X (B, M, N), or None to run the reference.
+    """Return the tile of WINS for a product with X (S, M, N), or None to run the reference.
 
     Only 2-byte dtypes and sides that are multiples of 64 were measured, on Hopper.
     """
-    B, M, N = X.shape
+    S, M, N = X.shape
     hopper = X.is_cuda and torch.cuda.get_device_properties(X.device).major == 9
     if not hopper or X.dtype.itemsize != 2 or M % 64 or N % 64:
         return None
     for win in WINS:
-        if win.product == product and M <= win.short_side and B <= win.matrices:
+        if win.product == product and M <= win.short_side and S <= win.matrices:
             return win.tile
     return None
 
@@ -3568,9 +3569,9 @@ def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
 def xxt(
     X: Tensor, r: Tensor | None = None, power: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return A = diag(r) XX' diag(r) (B, M, M) in `dtype` or X's, and the row sums of |A|^power (B, M).
+    """Return A = diag(r) XX' diag(r) (S, M, M) in `dtype` or X's, and the row sums of |A|^power (S, M).
 
-    X (B, M, N). power: 1 or 2; 0: no sums.
+    X (S, M, N). power: 1 or 2; 0: no sums.
     """
     if tile := tile_of("xxt", X):
         A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, tile)
@@ -3583,7 +3584,7 @@ def xxt(
 
 
 def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None) -> Tensor:
-    """Return (aI + bA + cA^2) diag(r) for a symmetric A. (B, M, M), (B, M) -> (B, M, M)."""
+    """Return (aI + bA + cA^2) diag(r) for a symmetric A. (S, M, M), (S, M) -> (S, M, M)."""
     if tile := tile_of("ba_plus_caa", A):
         return symmetric_op(A, r, (a, b, c), 0, A.dtype, tile)[0]
     X = A.to(torch.promote_types(A.dtype, torch.float32))  # the diagonal must not be rounded twice
@@ -3594,7 +3595,7 @@ def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None
 
 
 def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve TY = diag(d) X for Y (B, M, N), where T has a unit diagonal. Also returns the |Y_i|^2 (B, M).
+    """Solve TY = diag(d) X for Y (S, M, N), where T has a unit diagonal. Also returns the |Y_i|^2 (S, M).
 
     Only the part of T below its diagonal is read.
     """
@@ -3684,14 +3685,14 @@ def inverse_root(x: Tensor) -> Tensor:
 
 
 def frobenius_scale(X: Tensor) -> Tensor:
-    """Return 1 / |X|, with the Frobenius norm of each matrix, for every row: (B, M, N) -> (B, M) float32."""
+    """Return 1 / |X|, with the Frobenius norm of each matrix, for every row: (S, M, N) -> (S, M) float32."""
     return inverse_root(X.float().square().sum((-2, -1)))[:, None].repeat(1, X.size(1))
 
 
 def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
     """Iterate X <- aX + (bA + cA^2)X with A = XX', once per row of coefficients, starting from diag(r) X.
 
-    An iteration changes singular values and keeps singular vectors. X (B, M, N), r (B, M). diag(r) X is never
+    An iteration changes singular values and keeps singular vectors. X (S, M, N), r (S, M). diag(r) X is never
     stored: r scales the first A and the columns of the first polynomial instead. A: the Gram matrix of
     diag(r) X, if known. A step takes 17.8 us with aI in the polynomial, 27.3 us with baddbmm (H100,
     22 x 512 x 512).
@@ -3736,31 +3737,31 @@ def ortho_turbo(X: Tensor) -> Tensor:
     return quintic(X, TURBO, r, (A * r[:, :, None] * r[:, None]).to(A.dtype))
 
 
-def ortho_mud(X: Tensor, passes: int) -> Tensor:
+def ortho_mud(X: Tensor, rounds: int) -> Tensor:
     """Decorrelate the rows of a momentum (MUD: Southworth & Thomas, arXiv:2603.17970, Alg. 2).
 
-    A pass scales rows to unit norm, Q = diag(d) X, takes the lower triangle T of QQ' and solves TY = Q. The
-    last scaling stays in d. Passes converge to Gram-Schmidt in row order, not to the polar factor. |Y_i| <= 1
-    and |T_ij| <= 1 fit fp16, which is eight times finer than bf16.
+    A round, which the paper calls a pass, scales rows to unit norm, Q = diag(d) X, takes the lower triangle T
+    of QQ' and solves TY = Q. The last scaling stays in d. Rounds converge to Gram-Schmidt in row order, not
+    to the polar factor. |Y_i| <= 1 and |T_ij| <= 1 fit fp16, which is eight times finer than bf16.
     """
     dtype = X.dtype
     fine = torch.half if dtype == torch.bfloat16 else dtype
     d = inverse_root(X.float().square().sum(-1))
-    for _ in range(passes):
+    for _ in range(rounds):
         T, _ = xxt(X, d, dtype=fine)
         X, squares = lower_solve(T, X, d)
         d = inverse_root(squares)
     return (X * d[:, :, None]).to(dtype)
 
 
-# Each maps (B, M, N), with M <= N and norms whose squares fit float32, to the same shape. A GPU runs bf16.
+# Each maps (S, M, N), with M <= N and norms whose squares fit float32, to the same shape. A GPU runs bf16.
 ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
     "ns5": ortho_ns5,
     "polar_express": partial(ortho_polar_express, coefficients=PE5),
     "polar_express4": partial(ortho_polar_express, coefficients=PE4),
     "turbo": ortho_turbo,
-    "mud": partial(ortho_mud, passes=1),
-    "mud2": partial(ortho_mud, passes=2),
+    "mud": partial(ortho_mud, rounds=1),
+    "mud2": partial(ortho_mud, rounds=2),
 }
 
 
@@ -3782,7 +3783,7 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
 
 
 def equalize_rows(U: Tensor) -> Tensor:
-    """Scale each row of U (b, M, N), as stored, to unit norm; a zero row stays zero. MuonEq-R.
+    """Scale each row of U (S, M, N), as stored, to unit norm; a zero row stays zero. MuonEq-R.
 
     arXiv:2603.28254; parameter-golf #1285. Entries are first scaled to at most 1: their squares fit float32.
     """
@@ -3791,17 +3792,17 @@ def equalize_rows(U: Tensor) -> Tensor:
 
 
 def with_norm(X: Tensor, norm: float | Tensor) -> Tensor:
-    """Scale each matrix of X (b, M, N) to Frobenius norm `norm`, a number or (b, 1, 1). Zero stays zero."""
+    """Scale each matrix of X (S, M, N) to Frobenius norm `norm`, a number or (S, 1, 1). Zero stays zero."""
     return X * (norm / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-10))
 
 
-def neuron_shape(b: int, M: int, N: int) -> tuple[int, int, int]:
+def neuron_shape(S: int, M: int, N: int) -> tuple[int, int, int]:
     """Return the shape that holds one number per neuron: per row if M >= N, else per column."""
-    return (b, M, 1) if M >= N else (b, 1, N)
+    return (S, M, 1) if M >= N else (S, 1, N)
 
 
 def normalize_neurons(U: Tensor, v: Tensor, beta2: float) -> Tensor:
-    """Divide each neuron of U (b, M, N) by the root of v, its running mean square. NorMuon, arXiv:2510.05491.
+    """Divide each neuron of U (S, M, N) by the root of v, its running mean square. NorMuon, arXiv:2510.05491.
 
     Wide matrices are normalized by column, as in modded-nanogpt, since their rows already have unit norm.
     Each matrix keeps its Frobenius norm. v, which has neuron_shape, is updated in place.
@@ -3821,12 +3822,12 @@ def muon_scale(rows: int, columns: int) -> float:
 
 
 def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
-    """Decay W (b, M, N) by lr * wd, then subtract lr * muon_scale U, in place."""
+    """Decay W (S, M, N) by lr * wd, then subtract lr * muon_scale U, in place."""
     W.mul_(1 - lr * wd).sub_(U * (lr * muon_scale(*W.shape[-2:])))
 
 
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
-    """Subtract lr |W| U / |U| from W (b, M, N), then scale W back to its Frobenius norm |W|, in place: MuonH.
+    """Subtract lr |W| U / |U| from W (S, M, N), then scale W back to its Frobenius norm |W|, in place: MuonH.
 
     So lr is an angle, and wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay
     zero: parameter_table starts none there.
@@ -3836,13 +3837,13 @@ def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None
 
 
 class StepRule(NamedTuple):
-    """How a direction U becomes a step of the weights W, both (b, M, N)."""
+    """How a direction U becomes a step of the weights W, both (S, M, N)."""
 
     step: Callable[[Tensor, Tensor, Tensor, float | Tensor], None]  # (W, U, lr, wd): changes W in place
     keeps_norms: bool = False  # whether W keeps its Frobenius norm, so that none may start at zero
-    # (U, state, beta2) -> the U that `step` takes; it changes the state in place. None: U as it is.
+    # (U, state, beta2) -> the U that `step` takes; changes the state in place. None: `step` takes U itself.
     prepare: Callable[[Tensor, Tensor, float], Tensor] | None = None
-    state_shape: Callable[[int, int, int], tuple] | None = None  # (b, M, N) -> the shape of prepare's state
+    state_shape: Callable[[int, int, int], tuple] | None = None  # (S, M, N) -> the shape of prepare's state
 
 
 STEP_RULES = {
@@ -3864,7 +3865,7 @@ class StepScalars(NamedTuple):
     A new value of a tensor triggers no recompilation.
     """
 
-    clip: Tensor | float  # factor on every gradient
+    gradient_factor: Tensor | float  # on every gradient, which clips the norm of all of them
     momentum: Tensor | float
     matrix_lr: Tensor | float
     adam_lr_mul: Tensor | float
@@ -3874,11 +3875,11 @@ class StepScalars(NamedTuple):
 
 
 class OwnedMatrices(NamedTuple):
-    """The b matrices of one parameter that this rank updates: views of its bank and wire, and their state."""
+    """The S matrices of one parameter that this rank updates: views of its bank and wire, and their state."""
 
-    weights: Tensor  # (b, M, N)
-    gradient: Tensor  # (b, M, N), in wire_dtype
-    momentum: Tensor  # (b, M, N), or (b, 2, M, N) with momentum_spread above 1
+    weights: Tensor  # (S, M, N)
+    gradient: Tensor  # (S, M, N), in wire_dtype
+    momentum: Tensor  # (S, M, N), or (S, 2, M, N) with momentum_spread above 1
     second: Tensor | None  # the step rule's state, if it has one
 
 
@@ -3902,14 +3903,14 @@ def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
 def matrix_update(
     W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config, second: Tensor | None = None
 ) -> None:
-    """Update matrices W (b, M, N) and their state in place: Nesterov momentum, direction, step rule.
+    """Update matrices W (S, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
-    momentum: (b, M, N). With momentum_spread above 1 there are two momenta, (b, 2, M, N), and the update
+    momentum: (S, M, N). With momentum_spread above 1 there are two momenta, (S, 2, M, N), and the update
     takes their mean. The horizons of the two, 1 / (1 - beta), are momentum_spread times shorter and longer
     than the horizon of s.momentum. second: the rule's state. Rows may be equalized before the direction.
     Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
     """
-    g = g.float() * s.clip
+    g = g.float() * s.gradient_factor
     if h.momentum_spread == 1:
         U = nesterov(momentum, g, s.momentum)
     else:
@@ -3932,7 +3933,7 @@ def matrix_update(
 def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
     """Update the flat buffers in place by AdamW (arXiv:1711.05101)."""
     p, g, m, v, lr, wd = buffers
-    g = g.float() * s.clip
+    g = g.float() * s.gradient_factor
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
     v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
     step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
@@ -4070,7 +4071,7 @@ class Optimizer:
         """
         self.steps += 1
         scalars = StepScalars(
-            clip=1.0,  # schedule computes it on the device
+            gradient_factor=1.0,  # a placeholder: schedule computes the factor on the device
             momentum=hp.momentum,
             matrix_lr=self.h.matrix_lr * hp.lr_mul,
             adam_lr_mul=hp.lr_mul,
@@ -4115,7 +4116,8 @@ class Optimizer:
         # 2. Take one norm over all gradients. The last square, the flat buffer's, is whole on every rank.
         squares = self.squared_norms()
         dist.all_reduce(squares[:-1])
-        scalars = StepScalars(*self.scalars.unbind())._replace(clip=self.clip_factor(squares))
+        factor = self.gradient_factor(squares)
+        scalars = StepScalars(*self.scalars.unbind())._replace(gradient_factor=factor)
 
         with self.m.lanes() as lane:
             # 3. Update the small parameters, identically on every rank.
@@ -4142,7 +4144,7 @@ class Optimizer:
         norms = torch._foreach_norm(gradients, 2, torch.float64)  # float32 had a relative error of 2e-4
         return torch.stack(norms).square()
 
-    def clip_factor(self, squares: Tensor) -> Tensor:
+    def gradient_factor(self, squares: Tensor) -> Tensor:
         """Return min(1, grad_clip / global norm), (), given squared_norms over all ranks. Sets self.norm."""
         self.norm.copy_(squares.sum().sqrt())
         return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
@@ -4643,7 +4645,7 @@ def decompress(blob: bytes) -> bytes:
 #                 u8 class of each row | u8 class of each column of each matrix | u16 tables | scales
 #               else its values; numbers of several bytes are stored as planes, highest bytes first
 #   tables   := per context half the frequencies of 0, then the frequencies of 1 and -1, of 2 and -2, ...
-#   words    := the states at the start of decoding, 3 words each, highest first; then what they take in
+#   words    := the states at the start of decoding, 3 words each, highest first; then the words taken in
 #
 # A code's context is the class of its row + that of its column. A class says how large their codes are, in
 # quarter octaves around class 8, the mean of the tensor. With S states, state i codes the i-th of every S
@@ -4839,7 +4841,7 @@ def pack_rans(raw: bytes) -> bytes:
     models = []
     tensors = []
     for entry in map(read_entry, header["tensors"]):
-        plain = entry.count  # numbers stored as planes: those of a tensor without codes, or the scales
+        plain = entry.count  # numbers stored as planes: all of a tensor without codes, else its scales
         size = ENCODINGS[entry.encoding].dtype.itemsize
         if entry.limit:
             codes = np.frombuffer(raw, np.int8, entry.count, at)
@@ -5152,7 +5154,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: M
                 positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
                 out.index_add_(1, positions, values)
                 done = min(done + scoring.batch * m.world_size, window_count)
-                # Progress needs a sync, which stalls a GPU: only every 16th batch shows it there.
+                # Progress needs a sync, which stalls a GPU: there, only every 16th batch reports it.
                 if i % 16 == 0 or not m.is_gpu:
                     m.sync()
                     scoring.log.progress(f"scoring {scoring.label}, windows", done, window_count, started)
@@ -5463,7 +5465,9 @@ class Checkpoints:
         self.made_by = origin(run.h, run.dataset)
         set_device = partial(torch.cuda.set_device, self.m.device) if self.m.is_gpu else None
         self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # new threads would start on device 0
-        self.pending: tuple[int, Future] | None = None  # the set being written: its step, and when it is done
+        self.pending: tuple[int, Future] | None = (
+            None  # the set being written: its step, and the end of writing
+        )
 
     def share(self, whole: Tensor) -> Tensor:
         """Return this rank's share of a tensor that every rank holds whole, as a view, possibly empty."""
@@ -5914,8 +5918,8 @@ class Pace(NamedTuple):
 
     loops: bool  # Hyper.loops of the steps
     count: int  # micro-batches of each
-    step: int = 0  # the first of them
-    clock_ms: float = 0.0  # the training clock when it began
+    step: int = 0  # the first step that costs this
+    clock_ms: float = 0.0  # the training clock before that step
     before: Pace | None = None  # the pace of the steps before; a resumed run knows none
 
     def step_ms(self, step: int, clock_ms: float) -> float:
@@ -6507,7 +6511,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     written = path
     if h.size_cap == 0:
         log("no artifact is made: size_cap=0")
-    elif m.rank == 0:  # the artifact first: it is there whatever fails later
+    elif m.rank == 0:  # first, so that the artifact exists whatever fails later
         written = export(run, trained, path, h.size_cap - code_bytes)
 
     scores = score_trained(run, trained)
@@ -6552,7 +6556,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     # Any fault of the input is found here, before a log exists, which would take the run_id.
     artifact = f"{base}.int6.{h.codec}"
     with m.together():
-        has_log = os.path.lexists(base + ".txt")  # then Log names it, or the run resumes
+        has_log = os.path.lexists(base + ".txt")  # if so, Log refuses the run or resumes it
         if os.path.lexists(artifact) and not has_log and not h.resume:
             raise InputError(f"{artifact}: exists; choose another run_id, or move it away")
         dataset = load_dataset(h, trains=True)
@@ -6593,7 +6597,7 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
 
     try:
         header, payload = open_artifact(blob)
-        tensors = read_tensors(header, payload)  # checked throughout before a model is built from it
+        tensors = read_tensors(header, payload)  # every byte is checked before a model is built
         known = {key: getattr(Config, key) for key in EXTRA_FIELDS} | header["config"]
         h = make_config(knobs, known | {"codec": codec_of(blob)})
         stored = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}

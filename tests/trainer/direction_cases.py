@@ -36,11 +36,11 @@ def ns5_by_hand(G):
     return (U * poly(S / np.linalg.norm(S), [(3.4445, -4.7750, 2.0315)] * 5)) @ Vh
 
 
-def mud_by_hand(G, passes):
+def mud_by_hand(G, rounds):
     """Decorrelate rows by forward substitution, row by row, in float64."""
     x = G.T if G.shape[0] > G.shape[1] else G
     x = x / np.linalg.norm(x)
-    for _ in range(passes):
+    for _ in range(rounds):
         q = unit_rows(x)
         gram = q @ q.T
         y = np.zeros_like(q)

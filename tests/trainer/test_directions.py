@@ -165,7 +165,7 @@ def test_step_rule_is_its_formula(rule, shape):
 
 def scalars(**given):
     """Return the scalars of a step. A rate that is not given is nan: an update that read it would show it."""
-    values = dict(clip=1.0, momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan)
+    values = dict(gradient_factor=1.0, momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan)
     values |= dict(decay_mul=1.0, correction1=1.0, correction2=1.0)
     return t.StepScalars(**{name: torch.tensor(value) for name, value in (values | given).items()})
 
@@ -187,12 +187,12 @@ def test_matrix_update_over_several_steps(shape):
         g = gaussian(*shape, seed=10 + step)
         mu = 0.85 + 0.02 * step
         lr = 0.02 * (1 - 0.1 * step)
-        clip = [1.0, 0.3][step % 2]
+        factor = [1.0, 0.3][step % 2]
         before = g.clone()
-        t.matrix_update(W, g, momentum, scalars(clip=clip, momentum=mu, matrix_lr=lr), h)
+        t.matrix_update(W, g, momentum, scalars(gradient_factor=factor, momentum=mu, matrix_lr=lr), h)
         assert torch.equal(g, before)
 
-        clipped = clip * before.double().numpy()
+        clipped = factor * before.double().numpy()
         expected_momentum = mu * expected_momentum + (1 - mu) * clipped
         nesterov = (1 - mu) * clipped + mu * expected_momentum
         for i in range(len(expected_W)):
@@ -224,14 +224,14 @@ def test_adam_update_is_adamw():
     buffers = flat_buffers(p, per_element(lrs), per_element(wds))
     for step in range(1, 7):
         g = gaussian(57, seed=step)
-        clip = [1.0, 0.2][step % 2]
+        factor = [1.0, 0.2][step % 2]
         lr_mul = 1.0 - 0.1 * step
         corrections = dict(correction1=1 - 0.8**step, correction2=1 - 0.9**step)
-        s = scalars(clip=clip, momentum=math.nan, adam_lr_mul=lr_mul, **corrections)
+        s = scalars(gradient_factor=factor, momentum=math.nan, adam_lr_mul=lr_mul, **corrections)
         t.adam_update(buffers._replace(g=g), s, h)
 
         for x, part, group, lr in zip(reference, g.split(sizes), adamw.param_groups, lrs):
-            x.grad = clip * part.double()
+            x.grad = factor * part.double()
             group["lr"] = lr * lr_mul
         adamw.step()
         expected = torch.cat([x.detach() for x in reference])

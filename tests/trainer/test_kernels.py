@@ -310,12 +310,12 @@ TILES = {"xxt": (64, 64, 4, 2), "ba_plus_caa": (64, 128, 4, 2), "lower_solve": (
 SIZES = [(3, 70, 131), (1, 128, 64)]  # batch, sides
 
 
-def matrices(B, M, N, layout, seed=0):
-    """Draw (B, M, N): contiguous, a transposed view, or a slice of a wider and deeper tensor."""
+def matrices(S, M, N, layout, seed=0):
+    """Draw (S, M, N): contiguous, a transposed view, or a slice of a wider and deeper tensor."""
     draw = draws_on_device(seed)
     if layout == "slice":
-        return draw(2 * B, M + 3, N + 5)[::2, 2 : 2 + M, 1 : 1 + N]
-    return draw(B, N, M).mT if layout == "tall" else draw(B, M, N)
+        return draw(2 * S, M + 3, N + 5)[::2, 2 : 2 + M, 1 : 1 + N]
+    return draw(S, N, M).mT if layout == "tall" else draw(S, M, N)
 
 
 def assert_no_worse(got, reference, exact, factor=2.0):
@@ -328,12 +328,12 @@ def assert_no_worse(got, reference, exact, factor=2.0):
 
 @in_float32
 @pytest.mark.parametrize("layout", ["wide", "tall", "slice"])
-@pytest.mark.parametrize("B,M,N", SIZES)
+@pytest.mark.parametrize("S,M,N", SIZES)
 @pytest.mark.parametrize("tile", [(32, 128, 4, 2), (64, 64, 4, 3)], ids=str)
-def test_symmetric_products_match_float64(B, M, N, layout, tile):
+def test_symmetric_products_match_float64(S, M, N, layout, tile):
     """Use tiles that divide the sizes and that do not, rows scaled or not, both kinds of partial sums."""
-    X = matrices(B, M, N, layout)
-    r = (torch.rand(B, M, generator=torch.Generator().manual_seed(1)) + 0.5).to(DEVICE)
+    X = matrices(S, M, N, layout)
+    r = (torch.rand(S, M, generator=torch.Generator().manual_seed(1)) + 0.5).to(DEVICE)
     block = tile[0]
     for scale, power in ((r, 1), (None, 2)):
         exact, _ = t.xxt(X.double(), None if scale is None else r.double())
@@ -371,9 +371,9 @@ CORRELATED = {
 }
 
 
-def correlated(case, B, M, N, layout):
-    """Draw matrices of a case of CORRELATED, (B, M, N)."""
-    X = CORRELATED[case](matrices(B, M, N, "wide"))
+def correlated(case, S, M, N, layout):
+    """Draw matrices of a case of CORRELATED, (S, M, N)."""
+    X = CORRELATED[case](matrices(S, M, N, "wide"))
     return X.mT.contiguous().mT if layout == "tall" else X
 
 
@@ -398,11 +398,11 @@ def solve_exactly(T, X, d):
 @in_float32
 @pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
 @pytest.mark.parametrize(
-    "B,M,N,layout", [(2, 70, 131, "wide"), (1, 193, 200, "tall"), (1, 64, 64, "wide"), (1, 7, 30, "tall")]
+    "S,M,N,layout", [(2, 70, 131, "wide"), (1, 193, 200, "tall"), (1, 64, 64, "wide"), (1, 7, 30, "tall")]
 )
-def test_substitution_matches_float64_on_any_correlation(case, B, M, N, layout):
+def test_substitution_matches_float64_on_any_correlation(case, S, M, N, layout):
     """Cover cases where the powers of T - I that a product formula needs reach 1e30."""
-    X = correlated(case, B, M, N, layout)
+    X = correlated(case, S, M, N, layout)
     for dtype in (torch.float32, torch.float16):
         T, d = solve_inputs(X, dtype)
         exact = solve_exactly(T, X, d)
@@ -543,11 +543,11 @@ def test_the_table_of_wins(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["wide", "tall"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("B,M,N", [(3, 512, 512), (2, 256, 512), (2, 512, 1536), (1, 200, 328), (2, 70, 131)])
-def test_products_in_16_bits_are_no_worse_than_the_reference(B, M, N, layout, dtype, monkeypatch):
+@pytest.mark.parametrize("S,M,N", [(3, 512, 512), (2, 256, 512), (2, 512, 1536), (1, 200, 328), (2, 70, 131)])
+def test_products_in_16_bits_are_no_worse_than_the_reference(S, M, N, layout, dtype, monkeypatch):
     monkeypatch.setattr(t, "tile_of", lambda product, X: None)
-    X = matrices(B, M, N, layout).to(dtype)
-    r = (torch.rand(B, M, device=DEVICE) + 0.5) / N**0.5
+    X = matrices(S, M, N, layout).to(dtype)
+    r = (torch.rand(S, M, device=DEVICE) + 0.5) / N**0.5
     exact, _ = t.xxt(X.double(), r.double())
     poly = (3.5, -0.4, 0.2)
     for tile in ((64, 64, 4, 4), (128, 64, 8, 3)):
@@ -578,7 +578,7 @@ MISCOMPILED = pytest.mark.xfail(strict=True, reason="Triton 3.6 miscompiles the 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CORRELATED, ids=lambda x: x.replace(" ", "_"))
 @pytest.mark.parametrize(
-    "B,M,N,layout",
+    "S,M,N,layout",
     [
         (22, 512, 512, "wide"),
         (3, 512, 1536, "tall"),
@@ -586,13 +586,13 @@ MISCOMPILED = pytest.mark.xfail(strict=True, reason="Triton 3.6 miscompiles the 
         pytest.param(5, 200, 328, "wide", marks=MISCOMPILED),
     ],
 )
-def test_substitution_in_fp16_is_right_and_the_same_every_time(case, B, M, N, layout):
+def test_substitution_in_fp16_is_right_and_the_same_every_time(case, S, M, N, layout):
     """Show why tile_of gives it sides of whole 64s only.
 
     On an H200 200 x 328 came out wrong from row 16 on, and 200 x 320 was an illegal access; the interpreter,
     above, is right at any side.
     """
-    X = correlated(case, B, M, N, layout).bfloat16()
+    X = correlated(case, S, M, N, layout).bfloat16()
     T, d = solve_inputs(X, torch.half)
     exact = solve_exactly(T, X, d)
     for tile in ((32, 4, 3), (64, 4, 3), (128, 8, 2)):

@@ -15,7 +15,7 @@ SPREAD = dict(momentum_spread=3.0)
 
 def scalars(momentum, decay_mul=1.0):
     """Return the scalars of a step with rate 0.1."""
-    values = dict(clip=1.0, momentum=momentum, matrix_lr=0.1, adam_lr_mul=1.0, decay_mul=decay_mul)
+    values = dict(gradient_factor=1.0, momentum=momentum, matrix_lr=0.1, adam_lr_mul=1.0, decay_mul=decay_mul)
     values |= dict(correction1=1.0, correction2=1.0)
     return t.StepScalars(**{name: torch.tensor(value) for name, value in values.items()})
 

@@ -205,14 +205,14 @@ def test_warmup_leaves_no_trace(one):
 
 @pytest.mark.parametrize("clip", [0.05, 1e9])
 @pytest.mark.parametrize("knobs", [{}, dict(bigram_vocab_size=600_000)], ids=["tiny", "5 million"])
-def test_clip_factor(one, clip, knobs):
+def test_the_factor_that_clips_gradients(one, clip, knobs):
     """Compare with float64: a float32 sum over millions would be short by more than the tolerance."""
     model, optimizer, _, _ = setup(one, grad_clip=clip, **knobs)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.grad.copy_(torch.randn(p.shape, generator=generator))
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
-    assert optimizer.clip_factor(optimizer.squared_norms()).item() == pytest.approx(
+    assert optimizer.gradient_factor(optimizer.squared_norms()).item() == pytest.approx(
         min(1.0, clip / norm), rel=1e-5
     )
 

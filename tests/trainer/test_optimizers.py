@@ -42,9 +42,9 @@ PAPER = [
 ]
 
 
-def scalars(momentum=0.9, matrix_lr=0.025, clip=1.0):
+def scalars(momentum=0.9, matrix_lr=0.025, factor=1.0):
     """Return StepScalars for matrix_update, which does not read adam_lr_mul."""
-    return t.StepScalars(*(torch.tensor(x) for x in (clip, momentum, matrix_lr, math.nan, 1.0, 1.0, 1.0)))
+    return t.StepScalars(*(torch.tensor(x) for x in (factor, momentum, matrix_lr, math.nan, 1.0, 1.0, 1.0)))
 
 
 def second_moment(rule, shape):

@@ -29,16 +29,16 @@ def train_rank(rank, folder, knobs, per_node=0):
     assert m.rank == rank
     model, optimizer, ema, loader = setup(m, **knobs)
     backward, _ = t.capture_pass(model.loss, optimizer)
-    clip_factor = optimizer.clip_factor
+    gradient_factor = optimizer.gradient_factor
     factors = []
     losses = []
     saved = None
 
-    def noted_clip_factor(squares):
-        factors.append(clip_factor(squares))
+    def noted_factor(squares):
+        factors.append(gradient_factor(squares))
         return factors[-1]
 
-    optimizer.clip_factor = noted_clip_factor
+    optimizer.gradient_factor = noted_factor
     for step in range(STEPS):
         if step == 2:
             saved = optimizer.snapshot()

@@ -25,9 +25,15 @@ SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
 RANKS = 8  # the largest share of one of them is called an eighth
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(
-    clip=1.0, momentum=0.95, matrix_lr=0.025, adam_lr_mul=1.0, decay_mul=1.0, correction1=0.1,
+    gradient_factor=1.0,
+    clip=1.0,  # scripts of older records call the factor this
+    momentum=0.95,
+    matrix_lr=0.025,
+    adam_lr_mul=1.0,
+    decay_mul=1.0,
+    correction1=0.1,
     correction2=0.05,
-)  # fmt: skip
+)
 
 
 class Bank(NamedTuple):
@@ -207,7 +213,7 @@ def uncompiled(fn: Callable) -> Callable:
 
 
 def state_shape_of(t: ModuleType, rule: str) -> Callable | None:
-    """Return the function from (b, M, N) to the shape of a step rule's state, or None if it has no state.
+    """Return the function from (S, M, N) to the shape of a step rule's state, or None if it has no state.
 
     Older scripts list the shapes in RULE_STATE, apart from the rules.
     """
