@@ -210,9 +210,18 @@ def test_pairs_take_turns(monkeypatch):
     assert order[:4] == ["other", "plain", "plain", "other"]
 
 
+def test_the_table_of_parameters_chooses_the_noise(monkeypatch):
+    """A gain lies near 0.5; as a matrix, it would have a mean of zero."""
+    model = t.GPT(a_session().h)
+    assert trainer.fill_weights(t, model).attn_scale.mean() > 0.3
+    table = [spec._replace(stored_as="int8") if spec.name == "attn_scale" else spec for spec in t.PARAM_TABLE]
+    monkeypatch.setattr(t, "PARAM_TABLE", table)
+    assert abs(trainer.fill_weights(t, model).attn_scale.mean()) < 0.1
+
+
 def test_the_reference_is_the_model_in_float64():
     s = a_session()
-    model = trainer.fill_weights(t.GPT(s.h))
+    model = trainer.fill_weights(t, t.GPT(s.h))
     tokens = torch.randint(s.h.vocab_size, (3, s.h.train_seq_len + 1))
     loss, grads = candidates.reference_of(s, SimpleNamespace(model=model), tokens)
 

@@ -298,7 +298,7 @@ class Comparison:
         self.tokens = run.batches[0]
         self.known: dict[str, PlainSection] = {}
         with torch.no_grad():
-            fill_weights(run.model)
+            fill_weights(s.t, run.model)
         self.exact = reference_of(s, run, self.tokens)
         self.plain_errors = model_errors(run.model, run.loss_fn, self.tokens, self.exact)
 

@@ -27,11 +27,12 @@ from script import BadInput
 
 NEEDS = (
     "InputError", "GPT", "Ops", "Optimizer", "Ema", "TokenLoader", "capture_pass", "train_step", "log_step",
-    "hyper_at", "Machine.fetch",
+    "hyper_at", "Machine.fetch", "PARAM_TABLE",
 )  # fmt: skip
 TOOL = "bench.py"  # begins its errors
 MODULE = "benched_script"  # its name in sys.modules; a copy with a candidate gets a suffix
 DOCUMENTS_PER_SEQUENCE = 4  # where the config keeps documents apart
+ENCODING = 5  # the column of PARAM_TABLE; scripts of another age call it by another name
 TRAINING_BATCHES = 4  # batches of random tokens; each pass draws one
 
 
@@ -135,15 +136,19 @@ def zero_model(s: Session, t: ModuleType, h: Any, ops: Any, dtype: torch.dtype) 
 
 
 @torch.no_grad()
-def fill_weights(model: Any, seed: int = 0) -> Any:
-    """Fill in weights none of which is zero or one, so that no path is switched off. Returns the model."""
+def fill_weights(t: ModuleType, model: Any, seed: int = 0) -> Any:
+    """Fill in weights none of which is zero or one, so that no path is switched off. Returns the model.
+
+    A parameter is an embedding by its rate, and else a matrix by its encoding: whole numbers.
+    """
+    specs = {spec.name: spec for spec in t.PARAM_TABLE}
     for i, (name, p) in enumerate(model.named_parameters()):
         generator = torch.Generator().manual_seed(seed + i)
         noise = torch.randn(p.shape, generator=generator)
-        if "bank" in name or "proj" in name:
-            p.copy_(0.7 * noise * p.size(-1) ** -0.5)
-        elif "emb" in name:
+        if specs[name].lr == "embed_lr":
             p.copy_(0.05 * noise)
+        elif specs[name][ENCODING].startswith("int"):
+            p.copy_(0.7 * noise * p.size(-1) ** -0.5)
         else:
             p.copy_(0.5 + 0.1 * noise)
     return model
@@ -153,7 +158,7 @@ def one_layer_model(s: Session, t: ModuleType, ops: Any, dtype: torch.dtype) -> 
     """Build a model of one layer that computes in `dtype`, its tensors outside the layers at full size."""
     h = script.one_layer(s.h)
     stored = torch.float64 if dtype == torch.float64 else torch.float32
-    model = fill_weights(zero_model(s, t, h, ops, torch.float32)).to(stored)
+    model = fill_weights(t, zero_model(s, t, h, ops, torch.float32)).to(stored)
     model.dtype = dtype
     return model
 
