@@ -19,7 +19,7 @@ from lab import sweep
 from lab.training import planning
 from ledger import record
 from ledger.make import sweep_table
-from ledger.read import runlog
+from ledger.read import knobs, runlog
 from script import ROOT
 from sweep_cases import base, raw_plan, tiny_plan
 
@@ -289,8 +289,18 @@ def test_the_documents_count_the_configurations_of_the_plans():
 
 
 def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
-    knobs = {f.name for f in dataclasses.fields(t.Config)}
+    known = {f.name for f in dataclasses.fields(t.Config)}
     fixed = set(sweep_table.FIXED)
-    model = set(sweep_table.MODEL)
-    assert {*t.MODEL_FIELDS, *t.EXTRA_FIELDS} <= fixed | model <= knobs
-    assert set(sweep_table.NAMES) <= knobs and not fixed & model
+    model = set(sweep_table.model_knobs())
+    assert {*t.MODEL_FIELDS, *t.EXTRA_FIELDS, *t.knobs_with(t.SIZE)} <= fixed | model <= known
+    assert set(sweep_table.NAMES) <= known and not fixed & model
+
+
+def test_the_traits_of_knobs_are_read_without_importing_the_trainer():
+    """As the trainer itself has them, trait by trait."""
+    traits = ("SIZE", "FREE", "STORED", "STORED_IF_LEARNS", "STORED_IF_SET")
+    read = knobs.knob_traits()
+    assert list(read) == [f.name for f in dataclasses.fields(t.Config)]
+    for trait in traits:
+        having = tuple(name for name in read if trait in read[name])
+        assert having == t.knobs_with(getattr(t, trait)), trait

@@ -14,7 +14,7 @@ import train_gpt as t
 from helpers import english_args, gaussian, noisy_model, stop_one_line, tiny
 
 WIDE = dict(num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, mlp_mult=8.0, ve_dim=16, bigram_dim=16)
-EMBEDDINGS = {"tok_emb", "bigram_emb", "ve_emb"}
+EMBEDDINGS = {spec.name for spec in t.PARAM_TABLE if spec.stored_as == "embed"}
 BANKS = {spec.name for spec in t.MATRICES}
 
 

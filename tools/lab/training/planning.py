@@ -156,7 +156,7 @@ def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Ma
 
     rate_key = given.get("rate_key", plan.get("rate_key", "matrix_lr"))
     start = getattr(resolve(trainer, where, {**base, **settings}), str(rate_key), None)
-    if not isinstance(start, float) or rate_key in (*sweep_table.FIXED, *sweep_table.MODEL):
+    if not isinstance(start, float) or rate_key in (*sweep_table.FIXED, *sweep_table.model_knobs()):
         raise BadInput(
             f"{where}: rate_key {rate_key!r} must be a knob that holds a fraction, such as matrix_lr"
         )

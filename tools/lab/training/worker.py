@@ -88,9 +88,9 @@ def without_source(log: str) -> str:
 # ---- the worker ----------------------------------------------------------------------------------
 
 
-def model_knobs(h: Any) -> list:
+def bound_settings(h: Any) -> list:
     """Return the settings that the machine's bindings and the compiled functions depend on."""
-    return [getattr(h, key) for key in sweep_table.MODEL]
+    return [getattr(h, key) for key in sweep_table.model_knobs()]
 
 
 class Worker:
@@ -103,7 +103,7 @@ class Worker:
         self.dataset = trainer.load_dataset(h)
         trainer.check_train_split(h, self.m)
         self.kind = device_kind(trainer, self.m)
-        self.model_knobs: list | None = model_knobs(h)  # what self.m is bound for
+        self.bound_for: list | None = bound_settings(h)  # what self.m is bound for
         self.kept: Any = None  # the first Run of this model
         # Each rate and rule is another graph of matrix_update, by four shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = 100_000
@@ -123,7 +123,7 @@ class Worker:
         So neither new contents nor the storage that Optimizer.move gives them compile it again, but new
         settings would. torch 2.13 would accept a new model of the same shapes, too; keeping it is safer.
         """
-        if model_knobs(h) != self.model_knobs:
+        if bound_settings(h) != self.bound_for:
             self.change_model(h)
         run = self.trainer.start_run(h, self.m, log, self.dataset, time.perf_counter())
         if self.kept is None:
@@ -138,11 +138,11 @@ class Worker:
     def change_model(self, h: Any) -> None:
         """Forget the model and all that is compiled for it, and bind the machine for another."""
         self.kept = None
-        self.model_knobs = None  # if binding fails, the next configuration binds again
+        self.bound_for = None  # if binding fails, the next configuration binds again
         torch._dynamo.reset()
         gc.collect()
         self.m = self.machine_for(h)
-        self.model_knobs = model_knobs(h)
+        self.bound_for = bound_settings(h)
 
     def train(self, request: Mapping, folder: Path) -> None:
         """Train and score one configuration. Its log appears in logs/ when it is complete.

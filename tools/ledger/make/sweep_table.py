@@ -16,6 +16,7 @@ from ledger.files import read_json, sha256, write_atomic
 from ledger.folders import log_files, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.submission import common
+from ledger.read.knobs import stored_knobs
 from ledger.read.runlog import Run, parse_log
 from script import BadInput
 
@@ -49,32 +50,6 @@ FIXED = (
     "ttt_form",
     "ttt_rank",
 )
-# Settings that a row may change, at the price of a compilation of its own.
-MODEL = (
-    "num_layers",
-    "model_dim",
-    "num_heads",
-    "num_kv_heads",
-    "mlp_mult",
-    "rope_dims",
-    "rope_base",
-    "attn_windows",
-    "doc_mask",
-    "parallel_last_n",
-    "parallel_form",
-    "loop_layers",
-    "loop_times",
-    "attn_gate_dims",
-    "copy_dim",
-    "skip_gates",
-    "xsa_last_n",
-    "ve_last_n",
-    "ve_dim",
-    "bigram_vocab_size",
-    "bigram_dim",
-    "logit_softcap",
-    "fp8",
-)
 NAMES = ("run_id", "seed", "out_dir")  # settings that tell two logs apart, or say where they lie
 PATHS = ("data_path", "tokenizer_path")
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
@@ -87,6 +62,14 @@ p two-sided (paired: over shared seeds). "at {equal_step}" is the live bpb at st
 of any run here: a faster row has not finished its warmdown there. Bytes and bits per weight (order-0 entropy of
 the int6 codes) are at one int6_step, {int6_step}, not fitted to the cap. A best rate marked "edge" is the largest
 or the smallest tried: the row may do better beyond it."""  # noqa: E501
+
+
+def model_knobs() -> tuple[str, ...]:
+    """Return the settings that a row may change at the price of a compilation of its own.
+
+    They are those of the model, which scoring depends on, and fp8, which only training does.
+    """
+    return (*(key for key in stored_knobs() if key not in FIXED), "fp8")
 
 
 # ---- the logs ------------------------------------------------------------------------------------
@@ -276,7 +259,7 @@ def changed_settings(runs: list[Run], base_runs: list[Run]) -> dict[str, str]:
 
 def shared_config(runs: list[Run]) -> dict[str, object]:
     """Return the settings that all rows have in common. Raises BadInput where a fixed one differs."""
-    model = [key for key in MODEL if len({run.config.get(key) for run in runs}) == 1]
+    model = [key for key in model_knobs() if len({run.config.get(key) for run in runs}) == 1]
     keys = [key for key in (*FIXED, *model) if key not in PATHS]
 
     def setting(key: str) -> object:
