@@ -409,10 +409,10 @@ def run_ranks(fn, world, *args, timeout=60):
 # ---------------------------------------------------------------- refused commands
 
 
-def stop_one_line(argv, capsys, wanted=2):
-    """Return the one line on stderr with which the trainer ends under `argv`, and check its status."""
+def stop_one_line(argv, capsys, wanted=2, main=t.main):
+    """Return the one line on stderr with which main ends under `argv`, and check its status."""
     capsys.readouterr()
-    status = t.main(argv)
+    status = main(argv)
     err = capsys.readouterr().err
     assert status == wanted, f"status {status}"
     assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err

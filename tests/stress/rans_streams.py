@@ -5,6 +5,7 @@ A mutation is a function (rng, base) -> blob, as in mutations.py; `base` is a Sm
 
 import lzma
 import struct
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -40,9 +41,15 @@ def put_together(side, words, size=None):
     return with_checksum(struct.pack("<I", len(packed) if size is None else size) + packed + words)
 
 
+@cache
+def packed(raw):
+    """Return bytes as codec rans packs them. Every mutation of a base asks for the same."""
+    return t.CODECS["rans"].pack(raw)
+
+
 def rans(base):
     """Return the Parts of a base as codec rans packs it."""
-    return take_apart(t.CODECS["rans"].pack(base.raw))
+    return take_apart(packed(base.raw))
 
 
 class Places(NamedTuple):
@@ -71,7 +78,7 @@ def as_rans(mutation):
     """Return a mutation of the bytes of any artifact as one of a rans artifact."""
 
     def mutated(rng, base):
-        return mutation(rng, base._replace(blob=t.CODECS["rans"].pack(base.raw)))
+        return mutation(rng, base._replace(blob=packed(base.raw)))
 
     mutated.__name__ = f"rans_{mutation.__name__}"
     mutated.__doc__ = mutation.__doc__

@@ -16,6 +16,7 @@ import fuzz_artifact
 import mutations
 import reader
 import train_gpt as t
+from audit_helpers import main_here
 from helpers import english_dataset, stop_one_line
 from mutations import ENCODING, NAME, OFFSET, SHAPE
 from xz_streams import blocks, compress
@@ -246,7 +247,7 @@ def test_the_command_refuses_in_one_line(command, name, scored, tmp_path, capfd,
     monkeypatch.setattr(mutations, "MARK", str(tmp_path / "ran"))
     file = tmp_path / "bad.int6.xz"
     file.write_bytes(FILES[name](scored))
-    said = stop_one_line([command, str(file), *knobs(tmp_path)], capfd)
+    said = stop_one_line([command, str(file), *knobs(tmp_path)], capfd, main=main_here)
     assert len(said) < 1000, said
     assert not (tmp_path / "ran").exists() and not (tmp_path / "logs").exists(), "something was done first"
     assert not dist.is_initialized()
@@ -255,7 +256,8 @@ def test_the_command_refuses_in_one_line(command, name, scored, tmp_path, capfd,
 @pytest.mark.parametrize("command", ["eval", "audit"])
 def test_the_command_refuses_what_is_no_file(command, tmp_path, capfd):
     for path in (tmp_path, tmp_path / "missing.xz", Path("x" * 300)):
-        assert str(path)[:100] in stop_one_line([command, str(path), *knobs(tmp_path)], capfd)
+        said = stop_one_line([command, str(path), *knobs(tmp_path)], capfd, main=main_here)
+        assert str(path)[:100] in said
 
 
 def test_configs_at_random(scored, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from audit_helpers import main_here
 from helpers import (
     english_args,
     english_dataset,
@@ -103,7 +104,7 @@ def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_pa
     with monkeypatch.context() as patch:
         patch.setitem(t.STORED_AS, name, t.STORED_AS.get(name, "f16"))
         path.write_bytes(t.pack_artifact(tensors, h))
-    err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capfd)
+    err = stop_one_line([command, str(path), f"data_path={english_dataset().path}"], capfd, main=main_here)
     assert str(path) in err
     assert f"{name!r} does not fit" in err
     assert "the script that wrote it" in err
@@ -127,7 +128,7 @@ def test_a_header_that_makes_no_config_names_the_file(command, changes, words, t
     path = tmp_path / "odd.int6.xz"
     path.write_bytes(t.compress(b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload])))
     knobs = [f"data_path={english_dataset().path}", f"out_dir={tmp_path}/out"]
-    err = stop_one_line([command, str(path), *knobs], capfd)
+    err = stop_one_line([command, str(path), *knobs], capfd, main=main_here)
     assert f"{path} with the knobs given: config" in err and words in err
     assert not (tmp_path / "out").exists()
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
 from script import ROOT, TRAINER, BadInput
@@ -159,6 +160,7 @@ def check_knobs(command: Command, knobs: Iterable[str]) -> None:
             raise BadInput(f"config key {key}: {value[:40]!r} is not of type {known[key]}") from None
 
 
+@cache
 def trainer_knobs() -> dict[str, str]:
     """Return the knobs of the trainer and their types, from its source: torch may not be installed yet."""
     tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
