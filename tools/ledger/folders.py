@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import date
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from script import BadInput
 
 MEASUREMENT_NAME = re.compile(r"^(\d{4}-\d{2}-\d{2})_([A-Za-z0-9.-]+?)(?:_(\d+))?$")  # date, device, number
+LOG_NAME = re.compile(r"(?!requirements\.txt$).+\.txt(\.gz)?", re.DOTALL)
 
 
 def is_date(text: str) -> bool:
@@ -20,22 +22,39 @@ def is_date(text: str) -> bool:
     return re.fullmatch(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}", text) is not None
 
 
+def inner_folders(place: Path) -> list[Path]:
+    """Return the folders in a folder, without hidden ones, by name; [] if it is missing.
+
+    A folder that may not be read stands for those in it, so that whoever reads them meets the reason.
+    """
+    try:
+        with os.scandir(place) as entries:
+            return sorted(place / entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError:
+        return [place]
+
+
 def record_folders(records: Path) -> list[Path]:
     """Return every record folder, by track and date."""
-    return sorted(path for path in records.glob("track_*/[!.]*") if path.is_dir())
+    tracks = [path for path in inner_folders(records) if path.name.startswith("track_")]
+    return [path for track in tracks for path in inner_folders(track)]
 
 
 def sweep_folders(records: Path) -> list[Path]:
     """Return every sweep folder, by name."""
-    return sorted(path for path in records.glob("sweeps/[!.]*") if path.is_dir())
+    return inner_folders(records / "sweeps")
 
 
 def measurement_folders(records: Path) -> list[Path]:
     """Return every measurement of the directions, oldest first."""
+    place = records / "directions"
     found = []
-    for path in (records / "directions").glob("*"):
-        match = MEASUREMENT_NAME.match(path.name)
-        if match and path.is_dir():
+    for path in inner_folders(place):
+        if path == place:  # it may not be read
+            return [place]
+        if match := MEASUREMENT_NAME.match(path.name):
             found.append((match[1], int(match[3] or 1), path))
     return [path for _, _, path in sorted(found)]
 
@@ -80,9 +99,15 @@ def find_target(text: str, records: Path) -> Path:
 
 
 def log_files(folder: Path) -> list[Path]:
-    """Return the .txt and .txt.gz files of a folder, by name, but not requirements.txt."""
-    found = [*folder.glob("*.txt"), *folder.glob("*.txt.gz")]
-    return sorted(path for path in found if path.name != "requirements.txt")
+    """Return the .txt and .txt.gz files of a folder, by name, but not requirements.txt; [] if it is missing.
+
+    Raises OSError if it may not be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(names) if LOG_NAME.fullmatch(name)]
 
 
 def logs_of(target: Path) -> list[Path]:

@@ -183,7 +183,19 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def examine(folder: Path, records: Path) -> list[Finding]:
-    """Return the findings about a folder of any kind."""
+    """Return the findings about a folder of any kind; a single failure if the system refuses to read it."""
+    try:
+        return examine_by_kind(folder, records)
+    except OSError as error:
+        place = Path(error.filename or "/")
+        if not place.is_relative_to(folder):
+            raise
+        evidence = f"cannot be read ({place.name}: {error.strerror}); check the permissions"
+        return [Finding(Verdict.FAIL, "readable", evidence)]
+
+
+def examine_by_kind(folder: Path, records: Path) -> list[Finding]:
+    """Return the findings about a folder: a measurement, a sweep, a published folder, a race or a record."""
     if is_measurement(folder):
         return examine_measurement(folder)
     if is_sweep(folder):

@@ -20,13 +20,14 @@ from hostile_cases.case import (
     with_huge,
     written,
 )
-from hostile_cases.paths import new
+from hostile_cases.paths import UNPRIVILEGED, UNREADABLE, new
 
 TRACK = "repo/records/track_h100x1_5min"
 BASE = f"{TRACK}/2026-11-22_Base"
 LOG = f"{BASE}/logs/seed42.txt"
 SUBMISSION = f"{BASE}/submission.json"
 INPUT = "repo/logs_Base/run42.txt"
+SCALING_PAGE = "<!-- scaling:start -->\n<!-- scaling:end -->\n"
 VERBS = (("verify",), ("plot",), ("compare",), ("diff",), ("reproduce", "--dry-run"))
 
 
@@ -197,7 +198,39 @@ def cases() -> tuple[Case, ...]:
     return tuple(made)
 
 
+# A folder of the ledger that may not be read, the verb that meets it, and the words of it.
+# verify goes on with the other folders; what needs all of them refuses, and writes nothing.
+PERMISSIONS = (
+    (BASE, ("verify",), ("readable", "Permission denied", "2 folders")),
+    (f"{BASE}/logs", ("verify",), ("fail", "logs", "2 folders")),
+    (TRACK, ("verify",), ("readable", "Permission denied", "2 folders")),
+    (BASE, ("board",), ("2026-11-22_Base", "Permission denied")),
+    (TRACK, ("board",), (TRACK, "Permission denied")),
+    (TRACK, ("scaling",), (TRACK, "Permission denied")),
+    (f"{BASE}/logs", ("scaling",), (f"{BASE}/logs", "Permission denied")),
+    (f"{BASE}/logs", ("compare", "Base", "Base"), (f"{BASE}/logs", "Permission denied")),
+)
+
+
+def unreadable_folders() -> tuple[Case, ...]:
+    """Return a case for each row of PERMISSIONS, beside a sweep that may be read."""
+    return tuple(
+        Case(
+            f"{words[0]}: {Path(place).name} may not be read",
+            shell(UNREADABLE.replace("$0", place), *record(*words)),
+            says,
+            1 if words[0] == "verify" else 2,
+            setup=(written("repo/records/sweeps/toy/log.txt"), written("repo/docs/scaling.md", SCALING_PAGE)),
+            under=UNPRIVILEGED,
+            leaves=(place, f"{place}/*"),
+            lines=0 if words[0] == "verify" else 1,
+        )
+        for place, words, says in PERMISSIONS
+    )
+
+
 OTHERS = (
+    *unreadable_folders(),
     Case("no verb", record(), ("VERB",), lines=0),
     Case("an unknown verb", record("fly"), ("fly",), lines=0),
     Case("new of an unknown track", new("X", track="track_moon"), ("track_moon", "track_cpu"), lines=0),

@@ -278,7 +278,8 @@ def plot_spectrum(axis, curve: dict) -> None:
 
 def newest(records: Path) -> dict[str, Path]:
     """Return {device as in the folder's name: its newest measurement}."""
-    return {MEASUREMENT_NAME.match(path.name)[2]: path for path in measurement_folders(records)}
+    matches = [(MEASUREMENT_NAME.match(path.name), path) for path in measurement_folders(records)]
+    return {match[2] if match else path.name: path for match, path in matches}
 
 
 def block_text(records: Path) -> str:
