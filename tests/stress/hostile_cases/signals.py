@@ -29,7 +29,7 @@ LONG = "iterations=1000000"
 FIRST_STEP = r"^step:1/"
 SLOW_CALIBRATION = ("iterations=40", "train_log_every=1", "gptq_batches=60")
 VERY_SLOW_CALIBRATION = (*SLOW_CALIBRATION, "gptq_batches=1200")
-SLOW_SCORING = ("eval_stride=1", "eval_batch_tokens=32", "eval_seq_len=32")
+SLOW_SCORING = ("eval_stride=1", "eval_batch_tokens=32", "eval_seq_len=32", "val_tokens=1500")
 
 
 def resumes(here: Path) -> str:
