@@ -352,6 +352,8 @@ class Config:
     artifact_weights: str = "ema"  # ema | live; with ema, a run that ended early takes the better of the two
     gptq_batches: Count = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
     gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
+    column_steps: bool = False  # int6 steps differ by column, finer where inputs matter more; codes to 127
+    row_steps: bool = False  # int6 steps are finer in rows that the loss depends on more
     int6_step: Share = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     matrix_clip_sd: float = 0.0  # clip of an int6 row, in its root mean squares; 0: least squared error
     embed_bits: int = 8  # bits of an embedding's codes: 6 | 7 | 8
@@ -890,7 +892,8 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
     yield Relation(
         h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
     )
-    yield Relation(h.gptq_batches > 0 or not h.gptq_embed, "gptq_embed needs gptq_batches of at least 1")
+    for key in ("gptq_embed", "column_steps", "row_steps"):
+        yield Relation(h.gptq_batches > 0 or not getattr(h, key), f"{key} needs gptq_batches of at least 1")
 
 
 # -----------------------------------------------------------------------------
@@ -2804,9 +2807,14 @@ class GPT(nn.Module):
             logits = self.copies(x, tokens, tokens.size(1)).log_probabilities(logits)
         return logits
 
-    def nats(self, tokens: Tensor, targets: Tensor, last: int) -> Tensor:
-        """Return the nats of the last `last` targets of each sequence. Two (B, T) -> (B, last) float32."""
-        x = self.trunk(tokens)
+    def nats(
+        self, tokens: Tensor, targets: Tensor, last: int, weights: list[LayerWeights] | None = None
+    ) -> Tensor:
+        """Return the nats of the last `last` targets of each sequence. Two (B, T) -> (B, last) float32.
+
+        weights: as in trunk.
+        """
+        x = self.trunk(tokens, weights)
         targets = targets[:, -last:]
         logits = self.unembed(x[:, -last:])
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(-1, last)
@@ -4249,20 +4257,24 @@ class Ema:
 #   payload  := the tensors in the order of their names, each by its encoding:
 #   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
 #   int7, int8 := the same with codes in [-63, 63], [-127, 127]       f16, f32 := the values
+#   columns := like int8, then one int8 e per column of each matrix; w = code * scale * 2^(e / 4)
 # An int6 code takes a whole byte on purpose: xz models bytes better than packed bits (6.5 % less, measured).
 
 
 class Encoding(NamedTuple):
-    """How a tensor's values are stored. limit: the largest code; 0 if they are stored as they are."""
+    """How a tensor's values are stored."""
 
     dtype: np.dtype
-    limit: int = 0
+    limit: int = 0  # the largest code; 0 if the values are stored as they are
+    clip_code: int = 0  # the code of a row's clip; 0: the largest
+    has_column_steps: bool = False
 
 
 ENCODINGS = {
     "int6": Encoding(np.dtype("i1"), 31),
     "int7": Encoding(np.dtype("i1"), 63),
     "int8": Encoding(np.dtype("i1"), 127),
+    "columns": Encoding(np.dtype("i1"), 127, clip_code=31, has_column_steps=True),
     "f16": Encoding(np.dtype("<f2")),
     "f32": Encoding(np.dtype("<f4")),
 }
@@ -4270,6 +4282,9 @@ MAGIC = b"GPT6"
 STORED_AS = {spec.name: spec.stored_as for spec in PARAM_TABLE}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, times the row's largest magnitude
 LEAST_SCALE = 2.0**-24  # the smallest f16
+COLUMN_STEPS = np.exp2(np.arange(-128, 128) / 4).astype(np.float32)  # of the exponents -128 ... 127
+EXPONENT_LIMIT = 12  # column steps lie between 1/8 and 8 times their geometric mean
+STEP_FACTOR_LIMIT = 4.0  # row_steps multiplies int6_step by between 1/4 and 4
 MAX_RAW_BYTES = 1 << 28  # of a file of up to 64 MiB
 MAX_RAW_RATIO = 4  # of a larger one; codes pack to between 1/2 and 3/4
 MAX_WEIGHTS = 1 << 30
@@ -4281,19 +4296,24 @@ def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
     return (W / scale).round().clamp(-limit, limit)
 
 
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Return the upper triangular U with U'U the inverse of `gram` (..., N, N), which is damped first.
+
+    1 % of the mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not finite.
+    """
+    damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
+    damped = gram + damping[..., None, None] * torch.eye(gram.size(-1), device=gram.device)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
 def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     """Round W (..., M, N) to codes (..., M, N), float32, that keep the products Wx with typical inputs x.
 
     scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x' over those inputs. Columns are
     rounded one at a time. After column j is rounded, columns j+1.. are shifted to cancel its error in Wx as
-    well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column. 1 % of the
-    mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not finite.
+    well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column.
     """
-    damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
-    damped = gram + damping[..., None, None] * torch.eye(W.size(-1), device=W.device)
-    # U'U is the inverse of `damped`. Column j's error, divided by U_jj, spreads to the others by row j of U.
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-
+    U = inverse_factor(gram)  # column j's error, divided by U_jj, spreads to the others by row j of U
     W = W.clone()
     codes = torch.empty_like(W)
     for j in range(W.size(-1)):
@@ -4304,23 +4324,62 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     return codes
 
 
+def column_exponents(gram: Tensor) -> Tensor:
+    """Return e of the column steps 2^(e/4), for inputs with this gram (..., N, N): int8 (..., 1, N).
+
+    An error of column j that the later columns cannot cancel changes Wx by error^2 / U_jj^2 (inverse_factor).
+    At a given entropy the sum is least if all columns add the same, so steps go as U_jj: WaterSIC (Lifar et
+    al., arXiv:2603.04956). Their geometric mean is 1.
+    """
+    octaves = inverse_factor(gram).diagonal(dim1=-2, dim2=-1).log2()
+    octaves = octaves - octaves.mean(-1, keepdim=True)
+    return (4 * octaves).round().clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).to(torch.int8).unsqueeze(-2)
+
+
+def column_sizes(exponents: Tensor) -> Tensor:
+    """Return the column steps 2^(e/4) of exponents, float32 of the same shape."""
+    return torch.from_numpy(COLUMN_STEPS).to(exponents.device)[exponents.int() + 128]
+
+
+class Codes(NamedTuple):
+    """A quantized tensor (..., M, N): code * scale, times 2^(exponent / 4) if its columns have steps."""
+
+    codes: Tensor  # int8 (..., M, N)
+    scales: Tensor  # f16 (..., M, 1)
+    exponents: Tensor | None = None  # int8 (..., 1, N)
+
+
 def quantize(
-    W: Tensor, encoding: str, least_step: float = 0.0, gram: Tensor | None = None, clip_sd: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Quantize each row symmetrically. W (..., N) -> codes int8 (..., N), scales f16 (..., 1).
+    W: Tensor,
+    encoding: str,
+    least_step: float | Tensor = 0.0,
+    gram: Tensor | None = None,
+    clip_sd: float = 0.0,
+) -> Codes:
+    """Quantize each row of W (..., M, N) symmetrically.
 
     A row's clip is clip_sd times its root mean square. If clip_sd is 0, it is the one of CLIPS with the least
-    squared error under rounding to nearest. The scale, which is the step, is the clip / the largest code, and
-    at least least_step root mean squares. Codes are the nearest ones, or gptq's if a gram is given.
+    squared error under rounding to nearest. The scale, which is the step, is the clip / the clip's code, and
+    at least least_step root mean squares: one number, or (..., M, 1). Codes are the nearest ones, or gptq's
+    if a gram (..., N, N) is given. An encoding with column steps needs one: W is divided by the column steps
+    first, so that all columns matter alike. Their geometric mean is 1, which leaves the entropy as it was.
     """
     W = W.float()
     limit = ENCODINGS[encoding].limit
-    peak = W.abs().amax(-1, keepdim=True)
+    clip_code = ENCODINGS[encoding].clip_code or limit
     deviation = W.square().mean(-1, keepdim=True).sqrt()
+    exponents = None
+    if ENCODINGS[encoding].has_column_steps:
+        exponents = column_exponents(gram)
+        sizes = column_sizes(exponents)
+        W = W / sizes
+        gram = gram * sizes * sizes.mT
+
+    peak = W.abs().amax(-1, keepdim=True)
     floor = (deviation * least_step).clamp_min(LEAST_SCALE)
 
     clips = [clip_sd * deviation] if clip_sd > 0 else [clip * peak for clip in CLIPS]
-    scales = [torch.maximum(clip / limit, floor).half().float() for clip in clips]
+    scales = [torch.maximum(clip / clip_code, floor).half().float() for clip in clips]
     errors = [(nearest_codes(W, s, limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
     winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
     scale = torch.stack(scales).gather(0, winner)[0]
@@ -4329,12 +4388,12 @@ def quantize(
         codes = nearest_codes(W, scale, limit)
     else:
         codes = gptq(W, scale, gram, limit)
-    return codes.to(torch.int8), scale.half()
+    return Codes(codes.to(torch.int8), scale.half(), exponents)
 
 
 def largest_value(encoding: str) -> float:
     """Return the largest weight that an encoding can hold. With codes, the f16 scale sets the limit."""
-    dtype, limit = ENCODINGS[encoding]
+    dtype, limit, *_ = ENCODINGS[encoding]
     return limit * float(np.finfo(np.float16).max) if limit else float(np.finfo(dtype).max)
 
 
@@ -4343,32 +4402,69 @@ def header_fields(learns: bool, extra: list[str]) -> list[str]:
     return [*MODEL_FIELDS, *(TTT_FIELDS if learns else ()), *extra]
 
 
-def raw_artifact(
-    tensors: Mapping[str, Tensor], h: Config, grams: Mapping[str, Tensor] | None = None
-) -> bytes:
-    """Return the artifact before compression. tensors: by parameter name; grams: what calibrate returned.
+class Calibration(NamedTuple):
+    """What training text tells about rounding, by parameter. It may lack any of them."""
+
+    grams: Mapping[str, Tensor] = {}  # the sum of x x' over a matrix's inputs x: float32 (matrices, N, N)
+    sensitivities: Mapping[str, Tensor] = {}  # of the loss, by each row's output: float32 (matrices, M, 1)
+
+
+def row_step_factors(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> dict[str, Tensor]:
+    """Return what int6_step is multiplied by in each row, (matrices, M, 1) by parameter.
+
+    A step s in a row adds about s^2 / 12 * sensitivity * the sum of 1 / U_jj^2 (inverse_factor) to the loss.
+    At a given entropy the sum is least if all weights add the same. Factors are relative to the row's root
+    mean square, as int6_step is; the geometric mean over all weights is 1, before they are limited.
+    """
+    importance = {}
+    for name, sensitivity in calibration.sensitivities.items():
+        W = tensors[name].float()
+        widths = inverse_factor(calibration.grams[name]).diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        if h.column_steps:
+            widths = widths / column_sizes(column_exponents(calibration.grams[name]))
+        per_step = sensitivity * widths.square().reciprocal().mean(-1, keepdim=True)
+        importance[name] = (per_step * W.square().mean(-1, keepdim=True)).clamp_min(1e-30).log()
+
+    weights = sum(tensors[name].numel() for name in importance)
+    total = sum(logs.sum() * tensors[name].size(-1) for name, logs in importance.items())
+    return {
+        name: (-0.5 * (logs - total / weights)).exp().clamp(1 / STEP_FACTOR_LIMIT, STEP_FACTOR_LIMIT)
+        for name, logs in importance.items()
+    }
+
+
+def raw_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration | None = None) -> bytes:
+    """Return the artifact before compression. tensors: by parameter name; calibration: what guides rounding.
 
     Raises Fault for a tensor with values that are not finite or that its encoding cannot hold.
     """
-    grams = grams or {}
+    calibration = calibration or Calibration()
     clips_sd = {"int6": h.matrix_clip_sd, "embed": h.embed_clip_sd}  # by ParamSpec.stored_as
+    factors = row_step_factors(tensors, h, calibration)
     index = []
     payload = []
     offset = 0
     for name in sorted(tensors):
         stored_as = STORED_AS[name]
         encoding = f"int{h.embed_bits}" if stored_as == "embed" else stored_as
-        dtype, limit = ENCODINGS[encoding]
+        gram = calibration.grams.get(name)
+        if h.column_steps and stored_as == "int6" and gram is not None:
+            encoding = "columns"
+        dtype, limit, *_ = ENCODINGS[encoding]
         W = tensors[name].detach()
         index.append([name, encoding, list(W.shape), offset])
         if limit:
-            least_step = h.int6_step if stored_as == "int6" else 0.0
-            codes, scales = quantize(W, encoding, least_step, grams.get(name), clips_sd.get(stored_as, 0.0))
-            arrays = [codes.cpu().numpy().astype(dtype), scales.cpu().numpy().astype("<f2")]
+            least_step = h.int6_step * factors.get(name, 1.0) if stored_as == "int6" else 0.0
+            quantized = quantize(W, encoding, least_step, gram, clips_sd.get(stored_as, 0.0))
+            arrays = [quantized.codes.cpu().numpy(), quantized.scales.cpu().numpy().astype("<f2")]
+            if quantized.exponents is not None:
+                arrays.append(quantized.exponents.cpu().numpy())
+            largest = arrays[1]
         else:
             with np.errstate(over="ignore"):  # refused below
-                arrays = [W.float().cpu().numpy().astype(dtype)]
-        if not np.isfinite(arrays[-1]).all():
+                largest = W.float().cpu().numpy().astype(dtype)
+            arrays = [largest]
+        if not np.isfinite(largest).all():
             raise Fault(
                 f"artifact: tensor {name} has weights up to {W.abs().max():.3g}, and {encoding} holds at "
                 f"most {largest_value(encoding):.3g}; train with lower rates or more weight decay"
@@ -4383,9 +4479,9 @@ def raw_artifact(
     return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
 
 
-def pack_artifact(tensors: Mapping[str, Tensor], h: Config) -> bytes:
-    """Quantize and compress. The same tensors give the same bytes."""
-    return CODECS[h.codec].pack(raw_artifact(tensors, h))
+def pack_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration | None = None) -> bytes:
+    """Quantize and compress. The same tensors and calibration give the same bytes."""
+    return CODECS[h.codec].pack(raw_artifact(tensors, h, calibration))
 
 
 # For fit_artifact. Steps are multiples of the row's root mean square, as in int6_step.
@@ -4407,7 +4503,7 @@ def fit_artifact(
     h: Config,
     room: int,
     timed: Callable,
-    grams: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | None = None,
 ) -> Fitted:
     """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
 
@@ -4423,7 +4519,7 @@ def fit_artifact(
     best = None
 
     for attempt in range(9):
-        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), grams)
+        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), calibration)
         tried = Fitted(timed("compress", pack, raw), step)
         size = len(tried.blob)
         if size <= room and (best is None or size > len(best.blob)):
@@ -4493,6 +4589,11 @@ class TensorEntry(NamedTuple):
     def scales(self) -> int:
         return self.count // self.shape[-1] if self.limit else 0
 
+    @property
+    def exponents(self) -> int:
+        has_column_steps = ENCODINGS[self.encoding].has_column_steps
+        return math.prod(self.shape[:-2]) * self.shape[-1] if has_column_steps else 0
+
 
 def read_entry(row: object) -> TensorEntry:
     """Check one entry of the header's list of tensors. Raises ValueError if it is malformed."""
@@ -4519,8 +4620,9 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
         entry = read_entry(row)
         name, encoding, shape, offset = entry
         count = entry.count
-        dtype, limit = ENCODINGS[encoding]
-        end = offset + count * dtype.itemsize + 2 * entry.scales
+        dtype, limit, _, has_column_steps = ENCODINGS[encoding]
+        exponents_at = offset + count * dtype.itemsize + 2 * entry.scales
+        end = exponents_at + entry.exponents
         if offset != expected or name in out or end > len(payload):
             raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
         expected = end
@@ -4532,6 +4634,9 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
                 raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {limit}")
             scales = np.frombuffer(payload, "<f2", entry.scales, offset + count).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
+        if has_column_steps:
+            exponents = np.frombuffer(payload, np.int8, entry.exponents, exponents_at)
+            tensor *= column_sizes(torch.from_numpy(exponents.copy())).view(*shape[:-2], 1, shape[-1])
         floats = scales if limit else values  # a code times a finite scale is finite
         if not np.isfinite(floats).all():
             raise ValueError(f"artifact: tensor {name[:40]!r} has values that are not finite")
@@ -4643,6 +4748,7 @@ def decompress(blob: bytes) -> bytes:
 #   rans     := "GPT6rans" | u32 crc32 of the rest | u32 side_bytes | xz(side) | u16 words
 #   side     := MAGIC | u32 header_bytes | header | then for each tensor, if it has codes,
 #                 u8 class of each row | u8 class of each column of each matrix | u16 tables | scales
+#                 | exponents of column steps, if it has them
 #               else its values; numbers of several bytes are stored as planes, highest bytes first
 #   tables   := per context half the frequencies of 0, then the frequencies of 1 and -1, of 2 and -2, ...
 #   words    := the states at the start of decoding, 3 words each, highest first; then the words taken in
@@ -4854,6 +4960,8 @@ def pack_rans(raw: bytes) -> bytes:
             size = 2
         side.append(to_planes(raw[at : at + plain * size], size))
         at += plain * size
+        side.append(raw[at : at + entry.exponents])
+        at += entry.exponents
     packed = compress(b"".join(side))
     rest = b"".join([len(packed).to_bytes(4, "little"), packed, rans_encode(models, tensors)])
     return RANS_MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
@@ -4910,7 +5018,8 @@ def unpack_rans(blob: bytes) -> bytes:
     for entry in entries:
         if entry.limit:
             models.append(reader.model(entry))
-            values.append(from_planes(reader.take(2 * entry.scales), 2))
+            scales = from_planes(reader.take(2 * entry.scales), 2)
+            values.append(scales + reader.take(entry.exponents))
         else:
             size = ENCODINGS[entry.encoding].dtype.itemsize
             values.append(from_planes(reader.take(size * entry.count), size))
@@ -5699,7 +5808,7 @@ class Trained(NamedTuple):
     steps: int
     train_ms: float
     late_graphs: int  # graphs compiled while the clock ran; should be 0
-    grams: dict[str, Tensor]  # what calibrate returned
+    calibration: Calibration
     artifact_weights: str  # ema | live: the knob, or the better ones if the run ended early
 
 
@@ -6053,8 +6162,10 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
 
     position = ready.loader.position
     log_compute(run, pace, step, train_ms, tokens=position * run.h.train_seq_len)
-    grams = run.timed("calibrate", calibrate, run, ready.loader) if run.h.calibrates else {}
-    check_grams(grams, step, train_ms)
+    calibration = Calibration()
+    if run.h.calibrates:
+        calibration = run.timed("calibrate", calibrate, run, ready.loader)
+    check_calibration(calibration, step, train_ms)
     artifact_weights = run.h.artifact_weights
     if run.h.size_cap and artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
@@ -6067,7 +6178,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
         steps=step,
         train_ms=train_ms,
         late_graphs=late_graphs,
-        grams=grams,
+        calibration=calibration,
         artifact_weights=artifact_weights,
     )
 
@@ -6128,39 +6239,58 @@ def gram_of(x: Tensor) -> Tensor:
     return flat.T @ flat
 
 
-@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
-@torch.no_grad()
-def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
-    """Sum x x' over the inputs x of all int6 matrices, for gptq: float32 (matrices, N, N) by parameter.
+class Recording(NamedTuple):
+    """A model that hands every product of its matrices to a function; weights: what to pass to its trunk."""
 
-    With gptq_embed, the inputs of the output layer give a (D, D) for the embedding that is tied to it. The
-    inputs come from the loader's next gptq_batches batches, on all ranks, with the live weights.
+    model: GPT
+    weights: list[LayerWeights]
+
+
+PRODUCTS = ("qkv", "o", "up", "down")
+
+
+def record(run: Run, linear: Callable) -> Recording:
+    """Return the run's model with linear(x, W) for its products, and the matrices that it will get."""
+    model = copy(run.model)  # with the same parameters
+    model.ops = Ops(run.model.ops.attend, mlp=partial(mlp, linear=linear), linear=linear)
+    return Recording(model, run.model.layer_weights())
+
+
+def sums_for(weights: list[LayerWeights], shape_of: Callable) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """Return zeros (layers, *shape_of(matrix)) for each of PRODUCTS, and each matrix's part by its id.
+
+    Every visit of a layer adds to the same part.
+    """
+    sums = {}
+    part_of = {}
+    for product in PRODUCTS:
+        matrices = [getattr(w, product) for w in weights]
+        shape = (len(matrices), *shape_of(matrices[0]))
+        sums[product] = torch.zeros(shape, device=matrices[0].device)
+        for W, part in zip(matrices, sums[product]):
+            part_of[id(W)] = part
+    return sums, part_of
+
+
+@torch.no_grad()
+def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
+    """Sum x x' over the inputs x of all int6 matrices: float32 (matrices, N, N) by parameter.
+
+    With gptq_embed, the inputs of the output layer give a (D, D) for the embedding that is tied to it.
     """
     h = run.h
-    device = run.m.device
-    weights = run.model.layer_weights()
-    sums = {}  # (layers, N, N) for each of qkv, o, up, down
-    sum_of = {}  # from a matrix, by its id, to its layer's (N, N), to which every visit adds
-    for product in ("qkv", "o", "up", "down"):
-        matrices = [getattr(w, product) for w in weights]
-        N = matrices[0].size(1)
-        sums[product] = torch.zeros(len(matrices), N, N, device=device)
-        for W, layer_sum in zip(matrices, sums[product]):
-            sum_of[id(W)] = layer_sum
-    output_layer_sum = torch.zeros(h.model_dim, h.model_dim, device=device)
+    output_layer_sum = torch.zeros(h.model_dim, h.model_dim, device=run.m.device)
 
     def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
         sum_of[id(W)].add_(gram_of(x))
         return F.linear(x, W)
 
-    recording = copy(run.model)  # with the same parameters
-    recorded_mlp = partial(mlp, linear=recorded_linear)
-    recording.ops = Ops(run.model.ops.attend, mlp=recorded_mlp, linear=recorded_linear)
-
+    model, weights = record(run, recorded_linear)
+    sums, sum_of = sums_for(weights, lambda W: (W.size(1), W.size(1)))
     started = time.perf_counter()
     for i in range(h.gptq_batches):
         for sequences in loader.next():
-            x = recording.trunk(sequences[:, :-1], weights)
+            x = model.trunk(sequences[:, :-1], weights)
             if h.gptq_embed:
                 output_layer_sum += gram_of(x)
         run.m.sync()
@@ -6174,9 +6304,66 @@ def calibrate(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     }
     if h.gptq_embed:
         grams["tok_emb"] = output_layer_sum
-    for gram in grams.values():
-        dist.all_reduce(gram)
     return grams
+
+
+SENSED_TOKENS = 16384  # of each rank: enough for a mean square, and the backward pass without a graph is slow
+
+
+@torch.no_grad()
+def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
+    """Sum the squares of the gradients by each output of the int6 matrices: (matrices, M, 1) by parameter.
+
+    Gradients of the sum of nats over about SENSED_TOKENS targets of the loader's next batch. The outputs are
+    those of the banks' own rows: the factors that layer_weights folds into them are accounted for.
+    """
+    h = run.h
+    sequences = loader.next()[0][: max(1, SENSED_TOKENS // h.train_seq_len)]
+    outputs = []  # (id of the matrix, output), in the order of the products
+
+    def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
+        y = F.linear(x, W)
+        outputs.append((id(W), y))
+        return y
+
+    model, weights = record(run, recorded_linear)
+    sums, sum_of = sums_for(weights, lambda W: (W.size(0),))
+    with torch.enable_grad():
+        nats = model.nats(sequences[:, :-1], sequences[:, 1:], h.train_seq_len, weights).sum()
+        gradients = torch.autograd.grad(nats, [y for _, y in outputs])
+    for (matrix, _), gradient in zip(outputs, gradients):
+        sum_of[matrix] += gradient.float().square().flatten(0, -2).sum(0)
+
+    L = h.num_layers
+    KV = h.num_kv_heads * h.head_dim
+    q, k, v = sums["qkv"].split([h.model_dim, KV, KV], dim=1)
+    by_bank = {
+        "qo_bank": torch.cat([q, sums["o"]]),
+        "kv_bank": torch.cat([k, v]),
+        "mlp_up_bank": sums["up"],
+        "mlp_down_bank": sums["down"],
+    }
+    depth = torch.arange(1, L + 1, device=run.m.device)[:, None] ** -0.5
+    folded = {
+        "qo_bank": torch.cat([depth.expand(L, h.model_dim), run.model.attn_scale]),
+        "kv_bank": depth.repeat(2, 1),
+        "mlp_up_bank": depth,
+        "mlp_down_bank": run.model.mlp_scale,
+    }
+    return {name: (squares * folded[name].square()).unsqueeze(-1) for name, squares in by_bank.items()}
+
+
+@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
+def calibrate(run: Run, loader: TokenLoader) -> Calibration:
+    """Measure, for rounding, the live weights on the loader's next batches, summed over all ranks.
+
+    gptq_batches of them give the inputs of the matrices; with row_steps, a part of one more the gradients.
+    """
+    grams = measure_inputs(run, loader)
+    sensitivities = measure_sensitivities(run, loader) if run.h.row_steps else {}
+    for values in [*grams.values(), *sensitivities.values()]:
+        dist.all_reduce(values)
+    return Calibration(grams, sensitivities)
 
 
 @torch.no_grad()
@@ -6217,16 +6404,17 @@ def describe_progress(h: Config, step: int, clock_ms: float) -> str:
     return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
 
 
-def check_grams(grams: Mapping[str, Tensor], step: int, train_ms: float) -> None:
+def check_calibration(calibration: Calibration, step: int, train_ms: float) -> None:
     """Raise Diverged if calibration met values that are not finite, which the last update must have made."""
-    for name, gram in grams.items():
-        if not gram.isfinite().all():
-            raise Diverged(
-                f"step {step}: diverged, calibration finds that the inputs of {name} are not finite; "
-                "train with lower rates",
-                step,
-                train_ms,
-            )
+    for what, found in (("inputs", calibration.grams), ("gradients", calibration.sensitivities)):
+        for name, values in found.items():
+            if not values.isfinite().all():
+                raise Diverged(
+                    f"step {step}: diverged, calibration finds that the {what} of {name} are not finite; "
+                    "train with lower rates",
+                    step,
+                    train_ms,
+                )
 
 
 def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None:
@@ -6325,7 +6513,7 @@ def export(run: Run, trained: Trained, path: str, room: int) -> str:
     weights = dict(run.model.named_parameters())
     if trained.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
-    fitted = fit_artifact(weights, h, room, run.timed, trained.grams)
+    fitted = fit_artifact(weights, h, room, run.timed, trained.calibration)
     written = write_somewhere(path, fitted.blob)
     run.log(f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}")
     if written != path:

@@ -52,7 +52,7 @@ def blob(h, tensors):
 def test_quantize_takes_the_clip_of_least_squared_error(encoding, limit):
     """Try every clip of every row in numpy float64. The rows are long enough for clipping to pay in int6."""
     W = gaussian(6, 3000) * torch.tensor([1e-3, 0.1, 1.0, 1.0, 10.0, 100.0])[:, None]
-    codes, scales = t.quantize(W, encoding)
+    codes, scales, _ = t.quantize(W, encoding)
     assert codes.dtype == torch.int8 and codes.shape == W.shape
     assert scales.dtype == torch.float16 and scales.shape == (6, 1)
     assert codes.abs().max() <= limit
@@ -74,7 +74,7 @@ def test_quantize_takes_the_clip_of_least_squared_error(encoding, limit):
 @pytest.mark.parametrize("encoding,limit", [("int6", 31), ("int8", 127)])
 def test_without_clipping_the_error_is_half_a_step(encoding, limit):
     W = gaussian(4, 200).clamp(-2, 2)  # so many values at the bounds that the full range is best
-    codes, scales = t.quantize(W, encoding)
+    codes, scales, _ = t.quantize(W, encoding)
     half_steps = W.abs().amax(-1) / limit / 2
     error = codes * scales.float() - W
     assert (error.square().sum() <= half_steps.square().sum() * 200).all()
@@ -83,7 +83,7 @@ def test_without_clipping_the_error_is_half_a_step(encoding, limit):
 def test_rows_of_zeros_and_tiny_rows():
     W = torch.stack([torch.zeros(8), torch.full((8,), 1e-9), gaussian(8)])
     for encoding in ("int6", "int8"):
-        codes, scales = t.quantize(W, encoding)
+        codes, scales, _ = t.quantize(W, encoding)
         back = codes * scales.float()
         assert torch.isfinite(scales).all() and (scales > 0).all()
         assert codes[0].abs().max() == 0 and back[1].abs().max() < 1e-7
@@ -92,8 +92,8 @@ def test_rows_of_zeros_and_tiny_rows():
 
 def test_more_dimensions_are_more_rows():
     W = gaussian(2, 3, 16)
-    codes, scales = t.quantize(W, "int6")
-    flat_codes, flat_scales = t.quantize(W.reshape(6, 16), "int6")
+    codes, scales, _ = t.quantize(W, "int6")
+    flat_codes, flat_scales, _ = t.quantize(W.reshape(6, 16), "int6")
     assert torch.equal(codes.reshape(6, 16), flat_codes)
     assert torch.equal(scales.reshape(6, 1), flat_scales)
 
@@ -104,7 +104,7 @@ def test_least_step_coarsens_and_shrinks(h, tensors):
     errors = []
     used = []  # different codes
     for step in (0.0, 0.15, 0.3, 0.6):
-        codes, scales = t.quantize(W, "int6", step)
+        codes, scales, _ = t.quantize(W, "int6", step)
         assert (scales.float() >= step * std * 0.999).all()
         errors.append((codes * scales.float() - W).square().sum().item())
         used.append(len(codes.unique()))
@@ -136,7 +136,7 @@ def test_round_trip_error_by_kind(tensors, blob):
         elif encoding == "f16":
             assert torch.equal(out[name], W.half().float()), name
         else:
-            codes, scales = t.quantize(W, encoding)
+            codes, scales, _ = t.quantize(W, encoding)
             assert torch.equal(out[name], codes * scales.float()), name
             error = (out[name] - W).abs()
             limit = {"int6": 31, "int8": 127}[encoding]

@@ -125,8 +125,8 @@ def test_weights_and_gram_are_left_alone():
 
 def test_quantize_takes_the_scales_of_the_clip_search():
     W, _, gram = (tensor.float() for tensor in problem(rows=8, columns=12))
-    plain_codes, plain_scales = t.quantize(W, "int6", 0.3)
-    codes, scales = t.quantize(W, "int6", 0.3, gram)
+    plain_codes, plain_scales, _ = t.quantize(W, "int6", 0.3)
+    codes, scales, _ = t.quantize(W, "int6", 0.3, gram)
     assert torch.equal(plain_scales, scales) and codes.dtype == torch.int8
     assert torch.equal(codes, t.gptq(W, scales.float(), gram, LIMIT).to(torch.int8))
     assert not torch.equal(plain_codes, codes)
@@ -137,8 +137,8 @@ def test_only_matrices_with_a_gram_change_in_an_artifact():
     tensors = parameters_of(noisy_model(h))
     grams = {"qo_bank": input_gram(50, h.model_dim).expand(len(tensors["qo_bank"]), -1, -1)}
 
-    plain = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, {})))
-    changed = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, grams)))
+    plain = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h)))
+    changed = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, t.Calibration(grams))))
     assert differing(plain, changed) == {"qo_bank"}
     assert t.pack_artifact(tensors, h) == t.compress(t.raw_artifact(tensors, h))
 
@@ -157,9 +157,9 @@ def test_fitting_uses_the_grams():
         return fn(*args)
 
     for room in (10**9, int(0.8 * len(t.pack_artifact(tensors, h)))):
-        blob, step = t.fit_artifact(tensors, h, room, untimed, grams)
+        blob, step = t.fit_artifact(tensors, h, room, untimed, t.Calibration(grams))
         fitted = dataclasses.replace(h, int6_step=step)
-        assert blob == t.compress(t.raw_artifact(tensors, fitted, grams))
+        assert blob == t.compress(t.raw_artifact(tensors, fitted, t.Calibration(grams)))
         assert blob != t.pack_artifact(tensors, fitted) and len(blob) <= room
 
 
@@ -220,7 +220,7 @@ def test_grams_are_of_the_inputs_of_every_matrix(knobs, order):
     micro_batches = [random_tokens(h, (3, 17), seed=i) for i in range(3)]
     with group_of_one() as m:
         model = noisy_model(h)
-        grams = t.calibrate(run_of(h, m, model), Batches(micro_batches[:2], micro_batches[2:]))
+        grams = t.calibrate(run_of(h, m, model), Batches(micro_batches[:2], micro_batches[2:])).grams
     assert set(grams) == BANKS and model.ops == t.Ops()
 
     expected = {name: torch.zeros_like(gram).double() for name, gram in grams.items()}
@@ -259,7 +259,7 @@ def test_inputs_are_told_apart_by_their_matrix_and_not_by_the_order_of_calls(mon
     for form in (t.one_stream, feed_first):
         monkeypatch.setitem(t.FORMS, "one_stream", form)
         with group_of_one() as m:
-            grams.append(t.calibrate(run_of(h, m, noisy_model(h)), Batches([tokens])))
+            grams.append(t.calibrate(run_of(h, m, noisy_model(h)), Batches([tokens])).grams)
     assert all(torch.equal(gram, grams[1][name]) for name, gram in grams[0].items())
 
 
@@ -271,7 +271,7 @@ def test_the_gram_of_the_output_layer_is_of_its_inputs():
         with group_of_one() as m:
             model = noisy_model(h)
             loader = Batches(micro_batches[:2], micro_batches[2:])
-            grams[knob] = t.calibrate(run_of(h, m, model), loader)
+            grams[knob] = t.calibrate(run_of(h, m, model), loader).grams
     assert set(grams["0"]) == BANKS and set(grams["1"]) == BANKS | {"tok_emb"}
     assert all(torch.equal(grams["0"][name], grams["1"][name]) for name in BANKS)
 
@@ -298,7 +298,7 @@ def test_the_logits_change_less(bits):
 
     errors = {}
     for label, grams in (("nearest", {}), ("guided", {"tok_emb": seen.T @ seen})):
-        back = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, grams)))["tok_emb"]
+        back = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, t.Calibration(grams))))["tok_emb"]
         errors[label] = float((unseen @ (back - W).T).square().mean())
     assert errors["guided"] < 0.7 * errors["nearest"]
 
@@ -326,7 +326,7 @@ def calibrate_rank(rank):
     sequences = random_tokens(h, (8, 17), seed=5)
     own = sequences[m.rank :: m.world_size].split(2)
     half = len(own) // 2
-    return t.calibrate(run_of(h, m, noisy_model(h)), Batches(own[:half], own[half:]))
+    return t.calibrate(run_of(h, m, noisy_model(h)), Batches(own[:half], own[half:])).grams
 
 
 def test_ranks_put_their_inputs_together():

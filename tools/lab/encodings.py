@@ -42,7 +42,7 @@ NEEDS = (
 )
 ROW_KNOBS = (  # what a row may change: all that acts after training
     *("artifact_weights", "codec", "embed_bits", "embed_clip_sd", "fit_cap", "gptq_batches", "gptq_embed"),
-    *("int6_step", "matrix_clip_sd", "size_cap"),
+    *("column_steps", "int6_step", "matrix_clip_sd", "row_steps", "size_cap"),
 )
 INPUTS = ("data_path", "tokenizer_path", "val_tokens", "eval_batch_tokens")  # all that may change, and these
 
@@ -124,10 +124,10 @@ def load_weights(run: Any, weights: dict[str, Tensor]) -> None:
             parameter.copy_(weights[name])
 
 
-def grams_of(t: ModuleType, run: Any, weights: Weights, h: Any) -> dict[str, Tensor]:
+def calibration_of(t: ModuleType, run: Any, weights: Weights, h: Any) -> Any:
     """Calibrate as the run does when training ends: on its next batches, with the live weights."""
     if h.gptq_batches == 0:
-        return {}
+        return t.Calibration()
     load_weights(run, weights.live)
     loader = t.TokenLoader(h, run.m)
     loader.seek_sequence(weights.position)
@@ -140,9 +140,9 @@ def measure_row(t: ModuleType, run: Any, weights: Weights, row: str, h: Any, cod
     load_weights(run, chosen)
     before = run.score("weights", h.eval_seq_len)
 
-    grams = grams_of(t, run, weights, h)
+    calibration = calibration_of(t, run, weights, h)
     started = time.perf_counter()
-    fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, run.timed, grams)
+    fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, run.timed, calibration)
     seconds = time.perf_counter() - started
 
     load_weights(run, t.unpack_artifact(fitted.blob))

@@ -67,13 +67,13 @@ def entropy_bytes(raw: bytes) -> float:
 def int6_codes(trainer: ModuleType, run: Any, trained: Any) -> bytes:
     """Return the int6 codes of the weights that are exported, one byte each."""
     weights = trained.ema.average if trained.artifact_weights == "ema" else trained.ema.params
-    codes = []
-    for (name, _), p in zip(run.model.named_parameters(), weights):
-        if trainer.STORED_AS[name] == "int6":
-            gram = trained.grams.get(name)
-            code, *_ = trainer.quantize(p, "int6", run.h.int6_step, gram, run.h.matrix_clip_sd)
-            codes.append(code.cpu().numpy().tobytes())
-    return b"".join(codes)
+    names = [name for name, _ in run.model.named_parameters()]
+    raw = trainer.raw_artifact(dict(zip(names, weights)), run.h, trained.calibration)
+    header, start = trainer.read_header(raw)
+    payload = memoryview(raw)[start:]
+    entries = [trainer.read_entry(row) for row in header["tensors"]]
+    coded = [entry for entry in entries if trainer.STORED_AS[entry.name] == "int6"]
+    return b"".join(payload[entry.offset : entry.offset + entry.count] for entry in coded)
 
 
 def without_source(log: str) -> str:
