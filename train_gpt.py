@@ -1885,7 +1885,7 @@ class RandomUse(IntEnum):
 
     SHARDS = 0  # the order of the shards; a stream per epoch
     DOCUMENTS = 1  # the order of a shard's documents; a stream per epoch and shard
-    SEQUENCES = 2  # the order of the sequences; a stream per draw
+    SEQUENCES = 2  # the order of the sequences; a stream per deal
 
 
 def random_stream(seed: int, use: RandomUse, *numbers: int) -> np.random.Generator:
@@ -1914,9 +1914,9 @@ class TokenLoader:
     """An endless stream of shuffled documents, cut into micro-batches. Its state is the next one's index.
 
     Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
-    is cut into sequences of T + 1 tokens; neighbours share one token. A draw is a run of draw_batches global
+    is cut into sequences of T + 1 tokens; neighbours share one token. A deal is a run of deal_batches global
     batches (mix_tokens of text). Its sequences are shuffled, or one long document would fill a batch; with
-    one batch to a draw they stay in order.
+    one batch to a deal they stay in order.
 
     Text before a shard's first BOS (the whole shard, if it has none) is the fragment: the end of a document
     that began in another shard. It counts as a document of its own. The stream gives it the BOS that the file
@@ -1939,7 +1939,7 @@ class TokenLoader:
         check_train_length(h, self.total)
 
         self.accum, self.sequences, _ = cut_batch(h, m.world_size)
-        self.draw_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
+        self.deal_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
         self.open_file = lru_cache(maxsize=OPEN_SHARDS)(self.open_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
         self.document_order = lru_cache(maxsize=len(self.files) + 1)(self.shuffle_documents)
@@ -2013,28 +2013,28 @@ class TokenLoader:
         check_tokens(path, out[:filled], self.h.vocab_size)
         return filled
 
-    def shuffle_sequences(self, draw: int) -> np.ndarray:
-        """Return the order in which a draw's sequences are dealt, as their numbers within the draw."""
-        order = np.arange(self.draw_batches * self.h.train_batch_tokens // self.h.train_seq_len)
-        if self.draw_batches > 1:  # otherwise the order changes no batch
-            random_stream(self.h.seed, RandomUse.SEQUENCES, draw).shuffle(order)
+    def shuffle_sequences(self, deal: int) -> np.ndarray:
+        """Return the order in which a deal's sequences are dealt, as their numbers within the deal."""
+        order = np.arange(self.deal_batches * self.h.train_batch_tokens // self.h.train_seq_len)
+        if self.deal_batches > 1:  # otherwise the order changes no batch
+            random_stream(self.h.seed, RandomUse.SEQUENCES, deal).shuffle(order)
         return order
 
     def build(self, index: int) -> Tensor:
         """Build this rank's micro-batch `index`: a host tensor (B, T + 1), int64.
 
-        A draw is cut into draw_batches global batches of `accum` micro-batches. Within it, the shuffled
+        A deal is cut into deal_batches global batches of `accum` micro-batches. Within it, the shuffled
         sequences are dealt out B at a time: to rank 0, rank 1, ..., and then for the next micro-batch.
         """
         B = self.sequences
         T = self.h.train_seq_len
-        draw, micro_batch = divmod(index, self.draw_batches * self.accum)  # micro_batch: within the draw
-        order = self.sequence_order(draw)
+        deal, micro_batch = divmod(index, self.deal_batches * self.accum)  # micro_batch: within the deal
+        order = self.sequence_order(deal)
         first = (micro_batch * self.m.world_size + self.m.rank) * B
-        draw_start = draw * len(order)  # sequences before this draw
+        deal_start = deal * len(order)  # sequences before this deal
         sequences = torch.empty(B, T + 1, dtype=torch.long, pin_memory=self.m.is_gpu)
         for row, sequence in zip(sequences.numpy(), order[first : first + B].tolist()):
-            row[:] = self.read((draw_start + sequence) * T, T + 1)
+            row[:] = self.read((deal_start + sequence) * T, T + 1)
         return sequences
 
     def seek(self, index: int, count: int = 0) -> None:

@@ -528,15 +528,15 @@ def test_batches_share_out_the_sequences_of_a_stretch_of_the_stream(shards, mix_
     data = loader(shards[0], mix_tokens=mix_tokens)
     count = data.h.train_batch_tokens // data.h.train_seq_len
     if span is None:
-        assert data.draw_batches == data.total // data.h.train_batch_tokens > 3
+        assert data.deal_batches == data.total // data.h.train_batch_tokens > 3
     else:
-        assert data.draw_batches == span
+        assert data.deal_batches == span
 
     orders = []
-    for draw in range(5 if span else 2):  # into the next epoch
-        wanted = stream_sequences(data, draw * data.draw_batches * count, data.draw_batches * count)
+    for deal in range(5 if span else 2):  # into the next epoch
+        wanted = stream_sequences(data, deal * data.deal_batches * count, data.deal_batches * count)
         got = []
-        for _ in range(data.draw_batches):
+        for _ in range(data.deal_batches):
             batch = global_batch([data.next()])
             assert batch.dtype == torch.int64 and batch.shape == (count, data.h.train_seq_len + 1)
             got += [tuple(sequence) for sequence in batch.numpy()]
@@ -693,7 +693,7 @@ from helpers import machine, tiny
 h = tiny(data_path=sys.argv[1], mix_tokens=10**9, val_tokens=0)
 data = t.TokenLoader(h, machine())
 before = data.read(0, 2 * data.total)
-for _ in range(2 * data.draw_batches):
+for _ in range(2 * data.deal_batches):
     data.next()
 assert (data.read(0, 2 * data.total) == before).all()
 print(len(data.files), len(t.load_split(h, "val")))

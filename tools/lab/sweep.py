@@ -236,7 +236,7 @@ class Sweep:
                 row = configuration.row
                 attempt = self.attempt(index, configuration)
                 with self.lock:
-                    self.settle(index, configuration, attempt)
+                    self.record_end(index, configuration, attempt)
                     self.lock.notify_all()
         except Exception as error:  # not lost in a thread: the sweep ends with it
             self.stop(f"{type(error).__name__}: {error}")
@@ -267,7 +267,7 @@ class Sweep:
             return False
         return time.monotonic() - self.began + self.estimate() > self.budget
 
-    def settle(self, index: int, configuration: Configuration, attempt: Attempt) -> None:
+    def record_end(self, index: int, configuration: Configuration, attempt: Attempt) -> None:
         """Record how an attempt ended, and tell the user."""
         if self.error:
             return

@@ -293,7 +293,7 @@ class Queue:
         return [trial for trial in self.plan.first_stage() if trial.row == row]
 
     def best_rate(self, row: str) -> str | None:
-        """Return the rate with the lowest bpb when all rates of the row are settled and one has a score."""
+        """Return the rate with the lowest bpb; None while a rate is to be trained, or if none has a score."""
         trials = self.trials(row)
         if any(trial.name not in self.outcomes and trial.name not in self.failed for trial in trials):
             return None
@@ -305,7 +305,7 @@ class Queue:
         return min(scored)[2] if scored else None
 
     def open(self) -> list[Configuration]:
-        """Return the needed configurations that are neither settled nor running."""
+        """Return the needed configurations that have neither ended nor failed and are not running."""
         busy = {*self.outcomes, *self.failed, *self.running}
         return [configuration for configuration in self.needed() if configuration.name not in busy]
 
