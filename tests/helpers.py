@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import socket
@@ -27,6 +28,19 @@ import train_gpt as t
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread only waits
+
+pack_anew = t.packed_code
+PACKED = {}  # source -> its packed code; ranks in processes of their own are given it
+
+
+def packed_once(source):
+    """Pack a program once for all runs: a tiny one spends nearly half of its time on that."""
+    if source not in PACKED:
+        PACKED[source] = pack_anew(source)
+    return PACKED[source]
+
+
+t.packed_code = packed_once
 
 BOS = 1
 
@@ -331,7 +345,7 @@ def group_of_one():
 PRELOAD = ["torch", "torch.distributed", "numpy", "pytest"]
 if not torch.cuda.is_available():
     # init_machine imports Inductor, which takes 2 s. It may look at a GPU, which must not be before the fork.
-    PRELOAD.append("torch._inductor")
+    PRELOAD += ["torch._inductor", "train_gpt"]
 
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -340,6 +354,12 @@ def fork_server():
     """Return a multiprocessing context whose server imports torch once; then a process costs milliseconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    here = os.getcwd()
+    os.chdir(ROOT)  # where a server that starts now finds train_gpt.py; a rank changes to its caller's folder
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.chdir(here)
     return context
 
 
@@ -360,9 +380,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def rank_entry(fn, rank, env, out, args):
-    """Run one rank: set torchrun's environment, call fn(rank, *args), write its result or error to `out`."""
+def rank_entry(fn, rank, env, out, args, packed):
+    """Run one rank: set torchrun's environment, call fn(rank, *args), write its result or error to `out`.
+
+    packed: the PACKED of the process that starts it.
+    """
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    PACKED.update(packed)
     torch.set_num_threads(1)
     try:
         result = ("ok", fn(rank, *args))
@@ -386,7 +410,7 @@ def run_ranks(fn, world, *args, timeout=60):
     env = group_environment(world)
     processes = []
     for rank in range(world):
-        processes.append(context.Process(target=rank_entry, args=(fn, rank, env, str(out), args)))
+        processes.append(context.Process(target=rank_entry, args=(fn, rank, env, str(out), args, PACKED)))
         processes[-1].start()
 
     results = []

@@ -26,6 +26,7 @@ import torch
 import train_gpt as t
 from helpers import (
     LOOPBACK_INTERFACE,
+    PACKED,
     english_args,
     fork_server,
     group_environment,
@@ -40,9 +41,13 @@ VIOLATION = "VIOLATION"  # the first word of an outcome that breaks the claim
 # ---------------------------------------------------------------- the trainer's processes
 
 
-def entry(main, argv, env, console, fault):
-    """Run one rank in a process of its own: set its environment and console, call the fault, then main."""
+def entry(main, argv, env, console, fault, packed):
+    """Run one rank in a process of its own: set its environment and console, call the fault, then main.
+
+    packed: the PACKED of the process that starts it.
+    """
     os.environ.update(env)
+    PACKED.update(packed)
     torch.set_num_threads(1)
     file = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)  # stdout
@@ -75,12 +80,14 @@ def start_ranks(folder, argv, world=1, fault=None, main=t.main):
     folder.mkdir(exist_ok=True)
     env = group_environment(world) if world > 1 else {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE}
 
+    t.packed_code(t.own_source())  # PACKED has it from now on
     context = fork_server()
     processes = []
     for rank in range(world):
         rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else env
         console = str(folder / f"console.{rank}")
-        process = context.Process(target=entry, args=(main, argv, rank_env, console, fault), daemon=True)
+        args = (main, argv, rank_env, console, fault, PACKED)
+        process = context.Process(target=entry, args=args, daemon=True)
         process.start()
         processes.append(process)
     return processes
