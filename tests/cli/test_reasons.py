@@ -25,7 +25,12 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+# One command of each program is always asked: each imports torch three times.
+LONG = ("eval", "audit of no script", "bench --timeline")
+NAMES = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in COMMANDS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_last_line_of_two_ranks_is_the_reason(name):
     words, reason = COMMANDS[name]
     env = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "CUDA_VISIBLE_DEVICES": ""}

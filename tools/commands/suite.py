@@ -13,7 +13,9 @@ from script import ROOT
 FAST = (
     *("-m", "not slow and not gpu"),
     *("tests/cli", "tests/data", "tests/ledger"),
-    *("--ignore=tests/cli/test_reasons.py", "--ignore=tests/cli/test_signals.py"),  # they start many programs
+    # These start many programs.
+    *("--ignore=tests/cli/test_ranks.py", "--ignore=tests/cli/test_reasons.py"),
+    *("--ignore=tests/cli/test_signals.py", "--ignore=tests/data/test_workers.py"),
     "tests/audit/test_audit_honest.py::test_nine_tests_pass_on_an_honest_run",
     "tests/trainer/test_artifact.py",
     "tests/trainer/test_bytes.py",
@@ -26,7 +28,7 @@ FAST = (
     "tests/trainer/test_windows.py",
 )
 STRESS = ("tests/stress",)
-MOST = ("-m", "not long")  # without arguments; about ten minutes on two cores
+MOST = ("-m", "not long")  # without arguments; about nine minutes on two cores
 LONG = ("-m", "long")  # the few that take over 20 s each
 
 
