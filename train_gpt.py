@@ -54,6 +54,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from enum import IntEnum
 from functools import cache, lru_cache, partial
 from itertools import chain, cycle
@@ -1203,6 +1205,44 @@ def check_torch() -> None:
         )
 
 
+JOIN = 600  # most seconds that a rank waits for the others to start
+
+
+def meet(ranks: Ranks, env: Mapping[str, str]) -> dict:
+    """Return the store in which all ranks meet and the place of this one, as init_process_group takes them.
+
+    Raises InputError if not all of them come within JOIN seconds; PyTorch itself refuses wrong variables.
+    """
+    if "RANK" not in env:
+        return dict(store=dist.HashStore(), rank=0, world_size=1)
+    address = env.get("MASTER_ADDR")
+    port = env.get("MASTER_PORT", "")
+    place = f"MASTER_ADDR={address} MASTER_PORT={port}"
+    waited = f"WORLD_SIZE={ranks.world} RANK={ranks.rank}: waited {JOIN} s at {place} for"
+    remedy = "start every rank with the same address, or unset WORLD_SIZE and RANK"
+
+    # PyTorch would wait for rank 0 as well, and then print a trace of its C++ calls.
+    deadline = time.monotonic() + JOIN
+    while ranks.rank and address and port.isdecimal() and not listens(address, int(port)):
+        if time.monotonic() > deadline:
+            raise InputError(f"{waited} rank 0, which does not answer there; {remedy}")
+        time.sleep(0.1)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+    except dist.DistStoreError as e:
+        raise InputError(f"{waited} all {ranks.world} ranks ({e}); {remedy}") from None
+    return dict(store=store, rank=rank, world_size=world_size)
+
+
+def listens(address: str, port: int) -> bool:
+    """Return whether a program answers at a port."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
     """Join or create the process group, set PyTorch's global switches, and bind a Machine.
 
@@ -1220,9 +1260,8 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     if h.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: 1 s
         torch.use_deterministic_algorithms(h.deterministic)
 
-    alone = {} if "RANK" in env else dict(store=dist.HashStore(), rank=0, world_size=1)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meet(ranks, env))
     except (RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(

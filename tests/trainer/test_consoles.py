@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 import train_gpt as t
 from fault_cases import FULL, args, lines, needs_full
-from helpers import ROOT, stop_one_line
+from helpers import ROOT, group_environment, stop_one_line
 from ledger.read import runlog
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -89,6 +90,19 @@ def test_training_goes_on_without_a_console(tmp_path, console):
     assert done.stderr == ""
     assert lines(tmp_path)[-1].startswith("final_score ")
     assert runlog.parse_log(tmp_path / "run.txt").source == (ROOT / "train_gpt.py").read_text()
+
+
+@pytest.mark.parametrize("rank, lacking", [(0, "all 2 ranks"), (1, "rank 0, which does not answer")])
+def test_a_rank_whose_peer_never_starts_ends_in_one_line(rank, lacking, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(t, "JOIN", 0.5)
+    for key, value in (group_environment(2) | {"RANK": rank, "LOCAL_RANK": rank}).items():
+        monkeypatch.setenv(key, str(value))
+    started = time.monotonic()
+    err = stop_one_line(args(tmp_path), capfd)  # what PyTorch's C++ prints counts, too
+    assert time.monotonic() - started < 10
+    assert f"WORLD_SIZE=2 RANK={rank}: waited 0.5 s at MASTER_ADDR=127.0.0.1 MASTER_PORT=" in err
+    assert lacking in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_machine_without_a_loopback_network_is_one_line(tmp_path, monkeypatch, capsys):
