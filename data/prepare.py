@@ -9,14 +9,17 @@ Exit status: 0 done; 1 verify found a fault, or memory or a library failed; 2 ba
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C shows no traceback
 
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):  # PYTHONSAFEPATH leaves this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import argparse
-import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType

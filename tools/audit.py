@@ -25,19 +25,22 @@ The exit status is 0 if all tests pass, 1 if one fails, and 2 for bad input, whi
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the script's `guarded`, Ctrl-C shows no traceback
+
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):  # PYTHONSAFEPATH leaves this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import dataclasses
 import hashlib
 import json
 import lzma
 import math
-import os
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator

@@ -12,13 +12,15 @@ The exit status is the program's own (128 + N after signal N), or 2 for bad inpu
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C shows no traceback
 
-import os
-import sys
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):  # PYTHONSAFEPATH leaves this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from commands.artifacts import audit, check_export, check_sample, evaluate, export, sample
 from commands.ask_trainer import print_resolved, print_vocabulary

@@ -213,6 +213,27 @@ def test_modules_of_the_callers_are_not_taken_for_ours(words, tmp_path):
     assert "a module of the caller" not in done.stderr
 
 
+# Programs that a person may start by name, and what one says of a file that is missing.
+BARE = (
+    ("data/prepare.py", ["verify", "gone"], "gone/manifest.json"),
+    ("tools/audit.py", ["gone"], "gone"),
+    ("tools/cli.py", ["eval", "gone"], "gone"),
+)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+@pytest.mark.parametrize("program, words, says", BARE, ids=lambda value: str(value)[:20])
+def test_pythonsafepath_hides_no_module_of_a_program(program, words, says, tmp_path):
+    for name in ("script", "shards", "commands"):
+        (tmp_path / f"{name}.py").write_text(IMPORTS)
+    command = [sys.executable, str(ROOT / program), *words]
+    env = os.environ | {"PYTHONSAFEPATH": "1"}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) in ((1, 1), (2, 1)), done.stderr
+    assert says in done.stderr
+
+
 # A module that a program imports while it starts, and the program. Interrupted there, it has done nothing.
 STARTING = (
     ("ast", [*CLI, "record", "verify", "--quiet"]),
