@@ -135,6 +135,13 @@ def test_a_signal_comes_to_its_receiver(receiver, status, sound_files):
     assert judge.judge(case, (), sound_files).faults == ()
 
 
+@needs_proc
+def test_a_signal_waits_for_the_rank_that_it_is_for(sound_files):
+    late = shell("echo ready; sleep 0.3; RANK=1 sleep 30 & wait $!; exit $(($? == 143 ? 4 : 5))")
+    case = Case("signal", late, status=4, lines=0, signals=(Signal(15, "ready", 0.0, Rank(1)),), seconds=5)
+    assert judge.judge(case, (), sound_files).faults == ()
+
+
 def test_a_case_whose_program_is_missing_is_skipped(sound_files):
     verdict = judge.judge(Case("x", shell("exit 1"), under=("no_such_program",)), (), sound_files)
     assert "no_such_program" in verdict.skipped

@@ -159,16 +159,22 @@ def marked_processes(mark, session):
     return found
 
 
-def send(wanted, process, mark):
-    """Send one Signal to its receiver."""
+def receivers(wanted, process, mark):
+    """Return the processes that get a Signal, as ids. A rank is there only once it has started."""
     if wanted.to is Receiver.PROGRAM:
-        process.send_signal(wanted.number)
-        return
-
+        return [process.pid]
     processes = marked_processes(mark, process.pid)
     if wanted.to is not Receiver.TERMINAL:
         processes = [pid for pid, text in processes.items() if f"\0RANK={wanted.to.number}\0" in text]
-    for pid in processes:
+    return list(processes)
+
+
+def send(wanted, process, mark):
+    """Send one Signal to its receivers."""
+    if wanted.to is Receiver.PROGRAM:
+        process.send_signal(wanted.number)
+        return
+    for pid in receivers(wanted, process, mark):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, wanted.number)
 
@@ -185,7 +191,7 @@ def wait(process, case, consoles, here, mark):
     """Send the signals of a case at their times and wait for its end. Returns what went wrong, or ""."""
     deadline = time.monotonic() + case.seconds
     for wanted in case.signals:
-        while not re.search(wanted.after, shown(consoles, here), re.M):
+        while not (re.search(wanted.after, shown(consoles, here), re.M) and receivers(wanted, process, mark)):
             if process.poll() is not None:
                 return f"ended before the signal after {wanted.after!r}"
             if time.monotonic() > deadline:

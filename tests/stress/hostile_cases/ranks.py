@@ -282,7 +282,7 @@ CASES = (
         status=1,
         lines=0,
         env=TWO,
-        signals=(Signal(signal.SIGKILL, "running: ", 4.0, Rank(1)),),
+        signals=(Signal(signal.SIGKILL, "running: ", 0.5, Rank(1)),),
         seconds=150,
     ),
     Case(
