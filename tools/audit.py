@@ -66,6 +66,7 @@ from script import (
     load_script,
     missing_names,
     one_layer,
+    print_help,
     refuse,
     require_names,
 )
@@ -982,8 +983,7 @@ def main(argv: list[str]) -> int:
     """Audit an artifact and return the exit status. An error that the user can fix is one line."""
     guard_console()
     if argv[:1] in (["-h"], ["--help"]):
-        print((__doc__ or USAGE).strip())
-        return 0
+        return print_help(TOOL, __doc__ or USAGE)
     try:
         arguments = parse(argv)
         script = load_audited(arguments.script)

@@ -87,6 +87,16 @@ def refuse(tool: str, error: Exception) -> int:
     return getattr(error, "status", 2)
 
 
+def print_help(tool: str, text: str) -> int:
+    """Print the help of a tool and return the exit status, also on a full disk or to a reader that left."""
+    try:
+        print(text.strip(), flush=True)
+    except OSError as error:
+        leave_console()
+        return 141 if isinstance(error, BrokenPipeError) else refuse(tool, BadInput(describe(error)))
+    return 0
+
+
 def known_fault(script: ModuleType, error: Exception) -> Exception | None:
     """Return the one line that a trainer's script has for an error, None if it has none.
 

@@ -33,20 +33,24 @@ def test_an_ascii_console_shows_another_path_escaped(tmp_path):
     assert "donn\\xe9es" in done.stderr
 
 
-@pytest.mark.parametrize("program", ["train_gpt.py", "tools/cli.py"])
-def test_a_reader_that_has_seen_enough_is_no_error(program):
+@pytest.mark.parametrize(
+    "program,word,status",
+    [("train_gpt.py", "config", 1), ("tools/cli.py", "config", 1), ("tools/audit.py", "--help", 141)],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(program, word, status):
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, ROOT / program, "config"], stdout=writing, stderr=subprocess.PIPE, text=True
+        [sys.executable, ROOT / program, word], stdout=writing, stderr=subprocess.PIPE, text=True
     )
     os.close(writing)
-    assert done.stderr == "" and done.returncode == 1
+    assert done.stderr == "" and done.returncode == status
 
 
 PRINTING = [
     ["train_gpt.py", "config"],
     ["tools/cli.py", "--help"],
+    ["tools/audit.py", "--help"],
     ["tools/cli.py", "record", "--root", "{here}", "verify"],
 ]
 

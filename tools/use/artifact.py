@@ -21,6 +21,7 @@ from script import (
     known_fault,
     leave_console,
     load_script,
+    print_help,
     refuse,
     take_ctrl_c,
 )
@@ -98,8 +99,7 @@ def run_tool(tool: str, command: Any, argv: list[str], usage: str) -> int:
     guard_console()
     take_ctrl_c()
     if argv[:1] in (["-h"], ["--help"]):
-        print(usage.strip())
-        return 0
+        return print_help(tool, usage)
     try:
         t = load_trainer(tool)
     except BadInput as error:
