@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from functools import cache
 from pathlib import Path
@@ -395,8 +396,17 @@ def rank_entry(fn, rank, env, out, args, packed):
     torch.save(result, f"{out}/{rank}.tmp")
     os.replace(f"{out}/{rank}.tmp", f"{out}/{rank}.pt")
 
+    if result[0] == "ok":
+        wait_for_results(out, int(env["WORLD_SIZE"]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def wait_for_results(out, world, seconds=10):
+    """Wait until every rank has a result: one that leaves early breaks the groups that others still make."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not all(os.path.exists(f"{out}/{rank}.pt") for rank in range(world)):
+        time.sleep(0.01)
 
 
 def run_ranks(fn, world, *args, timeout=60):
