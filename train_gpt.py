@@ -392,6 +392,11 @@ class Config:
     def mlp_dim(self) -> int:
         return round(self.mlp_mult * self.model_dim)
 
+    @property
+    def time_limit_ms(self) -> float:
+        """The limit on the training clock; infinite if there is none."""
+        return 1000 * self.max_wallclock_seconds if self.max_wallclock_seconds > 0 else math.inf
+
 
 FEW_STEPS = dict(muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02)
 ONE_GPU = dict(
@@ -2220,8 +2225,11 @@ def fresh_factors(h: Config) -> Tensor:
     return rows
 
 
+PRODUCTS = ("qkv", "o", "up", "down")  # the matrices of LayerWeights
+
+
 class LayerWeights(NamedTuple):
-    """One layer's matrices in the compute dtype, with diagonal factors folded in, and its control tensors."""
+    """One layer's matrices in the compute dtype, with row_scales folded in, and its control tensors."""
 
     qkv: Tensor  # (D + 2 Hkv*Dh, D)
     o: Tensor  # (D, D)
@@ -2719,24 +2727,32 @@ class GPT(nn.Module):
         model.layers = layer_table(replace(self.h, loop_times=0))
         return model
 
+    def row_scales(self) -> dict[str, Tensor]:
+        """Return the factors on the rows of each of PRODUCTS, (L, 1 or M, 1) float32.
+
+        Matrices that read the residual stream are scaled by 1/sqrt(depth); those that write to it, by
+        learned scales.
+        """
+        depth = torch.arange(1, self.h.num_layers + 1, device=self.q_gain.device)[:, None, None] ** -0.5
+        return dict(qkv=depth, o=self.attn_scale[..., None], up=depth, down=self.mlp_scale[..., None])
+
     def layer_weights(self) -> list[LayerWeights]:
         """Cut the stacked matrices into one LayerWeights per layer.
 
-        Diagonal factors are folded into the matrices, in float32 before the cast: 1/sqrt(depth) into columns,
-        output scales into rows. So no pass over activations applies them, which saves 0.19 ms per layer at
-        48 x 2048 (H100).
+        The factors of row_scales are folded into the matrices, in float32 before the cast. Without that, a
+        pass over the activations would apply them: 0.19 ms more per layer at 48 x 2048 (H100).
         """
         h = self.h
         L = h.num_layers
-        depth = torch.arange(1, L + 1, device=self.q_gain.device)[:, None, None] ** -0.5
         q, o = self.qo_bank.unflatten(0, (2, L))
         k, v = self.kv_bank.unflatten(0, (2, L))
+        scales = self.row_scales()
 
         stacked = LayerWeights(
-            qkv=(torch.cat([q, k, v], dim=1) * depth).to(self.dtype),
-            o=(self.attn_scale[..., None] * o).to(self.dtype),
-            up=(self.mlp_up_bank * depth).to(self.dtype),
-            down=(self.mlp_scale[..., None] * self.mlp_down_bank).to(self.dtype),
+            qkv=(torch.cat([q, k, v], dim=1) * scales["qkv"]).to(self.dtype),
+            o=(scales["o"] * o).to(self.dtype),
+            up=(self.mlp_up_bank * scales["up"]).to(self.dtype),
+            down=(scales["down"] * self.mlp_down_bank).to(self.dtype),
             q_gain=self.q_gain,
             resid_mix=self.resid_mix,
             attn_gate=self.attn_gate if h.attn_gate_dims else None,
@@ -4194,7 +4210,8 @@ class Optimizer:
     def gradient_factor(self, squares: Tensor) -> Tensor:
         """Return min(1, grad_clip / global norm), (), given squared_norms over all ranks. Sets self.norm."""
         self.norm.copy_(squares.sum().sqrt())
-        return ((self.h.grad_clip or math.inf) / (self.norm + 1e-6)).clamp_max(1.0).float()
+        limit = self.h.grad_clip if self.h.grad_clip > 0 else math.inf
+        return (limit / (self.norm + 1e-6)).clamp_max(1.0).float()
 
     def state(self) -> list[Tensor]:
         """Return every tensor that a step changes, parameters included."""
@@ -4233,8 +4250,7 @@ class Hyper(NamedTuple):
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
     """Return a step's values: rates stay constant, then fall linearly; momentum and batch grow at first."""
-    time_used = elapsed_ms / (1000 * h.max_wallclock_seconds) if h.max_wallclock_seconds > 0 else 0.0
-    progress = min(1.0, max(time_used, step / h.iterations))
+    progress = min(1.0, max(elapsed_ms / h.time_limit_ms, step / h.iterations))
 
     lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
     ramp = 1.0
@@ -4432,8 +4448,10 @@ def quantize(
 
 def largest_value(encoding: str) -> float:
     """Return the largest weight that an encoding can hold. With codes, the f16 scale sets the limit."""
-    dtype, limit, *_ = ENCODINGS[encoding]
-    return limit * float(np.finfo(np.float16).max) if limit else float(np.finfo(dtype).max)
+    stored = ENCODINGS[encoding]
+    if stored.limit:
+        return stored.limit * float(np.finfo(np.float16).max)
+    return float(np.finfo(stored.dtype).max)
 
 
 def header_fields(learns: bool, extra: list[str]) -> list[str]:
@@ -4489,10 +4507,9 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibrat
         gram = calibration.grams.get(name)
         if h.column_steps and stored_as == "int6" and gram is not None:
             encoding = "columns"
-        dtype, limit, *_ = ENCODINGS[encoding]
         W = tensors[name].detach()
         index.append([name, encoding, list(W.shape), offset])
-        if limit:
+        if ENCODINGS[encoding].limit:
             least_step = h.int6_step * factors.get(name, 1.0) if stored_as == "int6" else 0.0
             quantized = quantize(W, encoding, least_step, gram, clips_sd.get(stored_as, 0.0))
             arrays = [quantized.codes.cpu().numpy(), quantized.scales.cpu().numpy().astype("<f2")]
@@ -4501,7 +4518,7 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibrat
             largest = arrays[1]
         else:
             with np.errstate(over="ignore"):  # refused below
-                largest = W.float().cpu().numpy().astype(dtype)
+                largest = W.float().cpu().numpy().astype(ENCODINGS[encoding].dtype)
             arrays = [largest]
         if not np.isfinite(largest).all():
             raise Fault(
@@ -4657,26 +4674,27 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     expected = 0
     for row in header["tensors"]:
         entry = read_entry(row)
-        name, encoding, shape, offset = entry
-        count = entry.count
-        dtype, limit, _, has_column_steps = ENCODINGS[encoding]
-        exponents_at = offset + count * dtype.itemsize + 2 * entry.scales
+        name = entry.name
+        shape = entry.shape
+        dtype = ENCODINGS[entry.encoding].dtype
+        scales_at = entry.offset + entry.count * dtype.itemsize
+        exponents_at = scales_at + 2 * entry.scales
         end = exponents_at + entry.exponents
-        if offset != expected or name in out or end > len(payload):
+        if entry.offset != expected or name in out or end > len(payload):
             raise ValueError(f"artifact: tensor {name[:40]!r} is out of order, repeated or past the end")
         expected = end
 
-        values = np.frombuffer(payload, dtype, count, offset)
+        values = np.frombuffer(payload, dtype, entry.count, entry.offset)
         tensor = torch.from_numpy(values.astype(np.float32)).view(shape)
-        if limit:
-            if max(int(values.max()), -int(values.min())) > limit:
-                raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {limit}")
-            scales = np.frombuffer(payload, "<f2", entry.scales, offset + count).astype(np.float32)
+        if entry.limit:
+            if max(int(values.max()), -int(values.min())) > entry.limit:
+                raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {entry.limit}")
+            scales = np.frombuffer(payload, "<f2", entry.scales, scales_at).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
-        if has_column_steps:
+        if entry.exponents:
             exponents = np.frombuffer(payload, np.int8, entry.exponents, exponents_at)
             tensor *= column_sizes(torch.from_numpy(exponents.copy())).view(*shape[:-2], 1, shape[-1])
-        floats = scales if limit else values  # a code times a finite scale is finite
+        floats = scales if entry.limit else values  # a code times a finite scale is finite
         if not np.isfinite(floats).all():
             raise ValueError(f"artifact: tensor {name[:40]!r} has values that are not finite")
         out[name] = tensor
@@ -6021,7 +6039,7 @@ class WarmUp(NamedTuple):
 
 
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
-    """Compile, capture and run everything that the training clock will see, then undo its effects."""
+    """Compile, capture and run everything that the training clock will see, then undo all effects."""
     h = run.h
     passes = capture_passes(run, optimizer)
     if optimizer.graph_failure:
@@ -6071,13 +6089,15 @@ class Pace(NamedTuple):
     before: Pace | None = None  # the pace of the steps before; a resumed run knows none
 
     def step_ms(self, step: int, clock_ms: float) -> float:
-        """Return the mean time of the steps of this cost, up to `step`, which ended at clock_ms."""
+        """Return the mean time of this pace's steps up to `step`, which ended at clock_ms; 0 for no step."""
         return (clock_ms - self.clock_ms) / max(step - self.step, 1)
 
     def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
-        """Return whether the step in flight and another one should both finish in time."""
-        limit_ms = 1000 * h.max_wallclock_seconds or math.inf
-        return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
+        """Return whether the step in flight and another one, each of the mean time, would end in time.
+
+        So a run's first step always begins, and the first step of a slower pace is judged by faster steps.
+        """
+        return clock_ms + 2 * self.step_ms(step, clock_ms) <= h.time_limit_ms
 
 
 def log_changes(run: Run, pace: Pace, progress: float) -> None:
@@ -6092,26 +6112,43 @@ def log_changes(run: Run, pace: Pace, progress: float) -> None:
 
 
 class Ready(NamedTuple):
-    """The parts of training, compiled and captured."""
+    """The parts of training, compiled and captured, and the point from which training goes on."""
 
-    run: Run  # with micro-batches that fit
+    run: Run  # its micro-batches fit the memory, and its time limit leaves enough for calibration
     optimizer: Optimizer
     ema: Ema
     loader: TokenLoader
-    warm: WarmUp
+    passes: Passes
     checkpoints: Checkpoints
+    step: int  # steps already taken; 0 unless the run resumes
+    clock_ms: float
 
 
-def get_ready(run: Run) -> Ready:
-    """Build the parts of training and warm them up. Afterwards all state is that of step 0 again."""
-    optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
-    ema = Ema(run.model, run.h)
-    fitting = run.timed("compile", fit_micro_batch, run, optimizer)
-    loader = TokenLoader(fitting.h, run.m)
-    warm = run.timed("compile", warmup, fitting, optimizer, ema, loader)
-    # Checkpoints keep the Config that was given: a resumed run's Config is compared with the given one.
-    checkpoints = Checkpoints(run, optimizer, ema, loader)
-    return Ready(run=fitting, optimizer=optimizer, ema=ema, loader=loader, warm=warm, checkpoints=checkpoints)
+def get_ready(given: Run) -> Ready:
+    """Build the parts of training, warm them up, and restore the checkpoint of a run that resumes.
+
+    From the end of this on, a signal ends training in good order. Collective: all ranks leave together.
+    """
+    optimizer = given.timed("compile", Optimizer, given.model, given.h, given.m)
+    ema = Ema(given.model, given.h)
+    fitted = given.timed("compile", fit_micro_batch, given, optimizer)
+    loader = TokenLoader(fitted.h, given.m)
+    warm = given.timed("compile", warmup, fitted, optimizer, ema, loader)
+
+    # Checkpoints hold the given Config: a run that resumes compares its own given Config with it.
+    checkpoints = Checkpoints(given, optimizer, ema, loader)
+    step, clock_ms = checkpoints.restore(given.resumed) if given.resumed else (0, 0.0)
+    given.m.signals.may_finish = True
+    return Ready(
+        run=hold_back(fitted, warm.calibrate_ms),
+        optimizer=optimizer,
+        ema=ema,
+        loader=loader,
+        passes=warm.passes,
+        checkpoints=checkpoints,
+        step=step,
+        clock_ms=clock_ms,
+    )
 
 
 class Ended(NamedTuple):
@@ -6124,21 +6161,20 @@ class Ended(NamedTuple):
     late_graphs: int
 
 
-def train(run: Run) -> Trained:
+def train(given: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
     The training clock is rank 0's; it stands still during validation. The host queues a step while the device
     works on the previous step. The host then waits for the previous step's loss and gradient norm, so it sees
     a divergence one step late.
     """
+    ready = get_ready(given)
+    run = ready.run
+    h = run.h
     m = run.m
-    ready = get_ready(run)
-    step, clock_ms = ready.checkpoints.restore(run.resumed) if run.resumed else (0, 0.0)
-    m.signals.may_finish = True
+    step = ready.step
+    clock_ms = ready.clock_ms
     fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
-
-    h = hold_back(ready.run, ready.warm.calibrate_ms)  # collective, so all ranks start their clocks together
-    run = replace(ready.run, h=h)  # schedules and ETAs end when the steps do
     graphs_before = compiled_graphs()
     start = time.perf_counter() - clock_ms / 1000
 
@@ -6163,7 +6199,7 @@ def train(run: Run) -> Trained:
             pace = Pace(hp.loops, count, step, clock_ms, before=pace)
             log_changes(run, pace, hp.progress)
         batch = ready.loader.next(pace.count)
-        loss = train_step(ready.warm.passes.of(hp), ready.optimizer, batch, hp)
+        loss = train_step(ready.passes.of(hp), ready.optimizer, batch, hp)
         ready.ema.update(hp.progress)
         step += 1
 
@@ -6207,6 +6243,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
     check_calibration(calibration, step, train_ms)
     artifact_weights = run.h.artifact_weights
     if run.h.size_cap and artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
+        # Counted as calibration, because it too reads training text after the last step.
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
     ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
     ready.checkpoints.save(step, train_ms, last=True)
@@ -6278,37 +6315,50 @@ def gram_of(x: Tensor) -> Tensor:
     return flat.T @ flat
 
 
-class Recording(NamedTuple):
-    """A model that hands every product of its matrices to a function; weights: what to pass to its trunk."""
+class PlacedMatrix(NamedTuple):
+    """A matrix with its place in the model."""
+
+    W: Tensor
+    product: str  # one of PRODUCTS
+    layer: int
+
+
+class ObservedModel(NamedTuple):
+    """A model whose products are observed, and what to pass to its trunk: weights of PlacedMatrix."""
 
     model: GPT
     weights: list[LayerWeights]
 
 
-PRODUCTS = ("qkv", "o", "up", "down")
+def observe_products(
+    model: GPT, weights: list[LayerWeights], observe: Callable[[PlacedMatrix, Tensor, Tensor], None]
+) -> ObservedModel:
+    """Return a model with the same parameters that calls observe(matrix, x, y) for every product y = Wx.
 
-
-def record(run: Run, linear: Callable) -> Recording:
-    """Return the run's model with linear(x, W) for its products, and the matrices that it will get."""
-    model = copy(run.model)  # with the same parameters
-    model.ops = Ops(run.model.ops.attend, mlp=partial(mlp, linear=linear), linear=linear)
-    return Recording(model, run.model.layer_weights())
-
-
-def sums_for(weights: list[LayerWeights], shape_of: Callable) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-    """Return zeros (layers, *shape_of(matrix)) for each of PRODUCTS, and each matrix's part by its id.
-
-    Every visit of a layer adds to the same part.
+    weights: what model.layer_weights returned.
     """
+
+    def linear(x: Tensor, matrix: PlacedMatrix) -> Tensor:
+        y = F.linear(x, matrix.W)
+        observe(matrix, x, y)
+        return y
+
+    observed = copy(model)
+    observed.ops = Ops(model.ops.attend, mlp=partial(mlp, linear=linear), linear=linear)
+    placed = []
+    for layer, w in enumerate(weights):
+        matrices = {product: PlacedMatrix(getattr(w, product), product, layer) for product in PRODUCTS}
+        placed.append(w._replace(**matrices))
+    return ObservedModel(observed, placed)
+
+
+def zeros_for(weights: list[LayerWeights], shape_of: Callable) -> dict[str, Tensor]:
+    """Return zeros (layers, *shape_of(W)) float32 for the matrices W of each of PRODUCTS."""
     sums = {}
-    part_of = {}
     for product in PRODUCTS:
-        matrices = [getattr(w, product) for w in weights]
-        shape = (len(matrices), *shape_of(matrices[0]))
-        sums[product] = torch.zeros(shape, device=matrices[0].device)
-        for W, part in zip(matrices, sums[product]):
-            part_of[id(W)] = part
-    return sums, part_of
+        W = getattr(weights[0], product)
+        sums[product] = torch.zeros(len(weights), *shape_of(W), device=W.device)
+    return sums
 
 
 @torch.no_grad()
@@ -6319,17 +6369,17 @@ def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """
     h = run.h
     output_layer_sum = torch.zeros(h.model_dim, h.model_dim, device=run.m.device)
+    weights = run.model.layer_weights()
+    sums = zeros_for(weights, lambda W: (W.size(1), W.size(1)))
 
-    def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
-        sum_of[id(W)].add_(gram_of(x))
-        return F.linear(x, W)
+    def add_inputs(matrix: PlacedMatrix, x: Tensor, y: Tensor) -> None:
+        sums[matrix.product][matrix.layer].add_(gram_of(x))  # every visit of a layer adds to the same sum
 
-    model, weights = record(run, recorded_linear)
-    sums, sum_of = sums_for(weights, lambda W: (W.size(1), W.size(1)))
+    observed = observe_products(run.model, weights, add_inputs)
     started = time.perf_counter()
     for i in range(h.gptq_batches):
         for sequences in loader.next():
-            x = model.trunk(sequences[:, :-1], weights)
+            x = observed.model.trunk(sequences[:, :-1], observed.weights)
             if h.gptq_embed:
                 output_layer_sum += gram_of(x)
         run.m.sync()
@@ -6346,50 +6396,47 @@ def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     return grams
 
 
-SENSED_TOKENS = 16384  # of each rank: enough for a mean square, and the backward pass without a graph is slow
+SENSED_TOKENS = 16384  # on each rank: enough for a mean square; the backward pass is slow without a graph
 
 
 @torch.no_grad()
 def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum the squares of the gradients by each output of the int6 matrices: (matrices, M, 1) by parameter.
 
-    Gradients of the sum of nats over about SENSED_TOKENS targets of the loader's next batch. The outputs are
-    those of the banks' own rows: the factors that layer_weights folds into them are accounted for.
+    The gradients are those of the summed nats of about SENSED_TOKENS targets on each rank, from the loader's
+    next batch. They are taken by the outputs of the banks' own rows, without the factors of row_scales.
     """
     h = run.h
     sequences = loader.next()[0][: max(1, SENSED_TOKENS // h.train_seq_len)]
-    outputs = []  # (id of the matrix, output), in the order of the products
+    matrices = []  # of all products, in order
+    outputs = []
 
-    def recorded_linear(x: Tensor, W: Tensor) -> Tensor:
-        y = F.linear(x, W)
-        outputs.append((id(W), y))
-        return y
+    def note(matrix: PlacedMatrix, x: Tensor, y: Tensor) -> None:
+        matrices.append(matrix)
+        outputs.append(y)
 
-    model, weights = record(run, recorded_linear)
-    sums, sum_of = sums_for(weights, lambda W: (W.size(0),))
+    weights = run.model.layer_weights()
+    observed = observe_products(run.model, weights, note)
     with torch.enable_grad():
-        nats = model.nats(sequences[:, :-1], sequences[:, 1:], h.train_seq_len, weights).sum()
-        gradients = torch.autograd.grad(nats, [y for _, y in outputs])
-    for (matrix, _), gradient in zip(outputs, gradients):
-        sum_of[matrix] += gradient.float().square().flatten(0, -2).sum(0)
+        x = sequences[:, :-1]
+        y = sequences[:, 1:]
+        nats = observed.model.nats(x, y, h.train_seq_len, observed.weights).sum()
+        gradients = torch.autograd.grad(nats, outputs)
 
-    L = h.num_layers
-    KV = h.num_kv_heads * h.head_dim
-    q, k, v = sums["qkv"].split([h.model_dim, KV, KV], dim=1)
-    by_bank = {
+    sums = zeros_for(weights, lambda W: (W.size(0), 1))
+    for matrix, gradient in zip(matrices, gradients):
+        squares = gradient.float().square().flatten(0, -2).sum(0)
+        sums[matrix.product][matrix.layer].add_(squares[:, None])
+    for product, scale in run.model.row_scales().items():
+        sums[product] *= scale.square()
+
+    q, k, v = sums["qkv"].split([h.model_dim, h.kv_dim, h.kv_dim], dim=1)
+    return {
         "qo_bank": torch.cat([q, sums["o"]]),
         "kv_bank": torch.cat([k, v]),
         "mlp_up_bank": sums["up"],
         "mlp_down_bank": sums["down"],
     }
-    depth = torch.arange(1, L + 1, device=run.m.device)[:, None] ** -0.5
-    folded = {
-        "qo_bank": torch.cat([depth.expand(L, h.model_dim), run.model.attn_scale]),
-        "kv_bank": depth.repeat(2, 1),
-        "mlp_up_bank": depth,
-        "mlp_down_bank": run.model.mlp_scale,
-    }
-    return {name: (squares * folded[name].square()).unsqueeze(-1) for name, squares in by_bank.items()}
 
 
 @memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
@@ -6466,17 +6513,18 @@ def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None
     )
 
 
-def hold_back(run: Run, calibrate_ms: float) -> Config:
-    """Return a config whose time limit leaves enough for calibration, and log how much is held back.
+def hold_back(run: Run, calibrate_ms: float) -> Run:
+    """Return the run with a time limit that leaves enough for calibration, and log how much is held back.
 
     Calibration counts as training time. 1.5 times calibrate_ms, the time of rank 0's rehearsal, is held back
-    for it. If that is more than half of the budget, it discards the log and raises InputError. Collective.
+    for it, so schedules and ETAs end when the steps do. If this takes more than half of the budget, the log
+    is discarded. Collective. Raises InputError in that case.
     """
     held_back_ms = run.m.number_of_rank_0(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
     budget = run.h.max_wallclock_seconds
     if budget == 0:
-        return run.h
+        return run
     run.log(
         f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration",
         shown=f"{seconds:.1f} of the {budget:g} s are kept for calibration",
@@ -6487,7 +6535,7 @@ def hold_back(run: Run, calibrate_ms: float) -> Config:
             f"config key max_wallclock_seconds: {seconds:.1f} of {budget:g} s are held back for calibration, "
             f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
         )
-    return replace(run.h, max_wallclock_seconds=budget - seconds)
+    return replace(run, h=replace(run.h, max_wallclock_seconds=budget - seconds))
 
 
 def describe_divergence(run: Run, step: int, newest: Vitals, good: int) -> str:
@@ -6964,7 +7012,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as e:
-        return end_with(e)  # which keeps no reference to the error, whose frames hold graphs
+        return end_with(e)  # end_with must not keep the error: its frames keep CUDA graphs alive
     finally:
         if dist.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])  # drop graphs, or NCCL's shutdown waits for them
