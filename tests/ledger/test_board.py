@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ledger.show.board import BOARD, best_first
+from ledger.show.board import BOARD, LOSS_NOTE, best_first
 from record_helpers import MARKERS, make, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,16 @@ def test_the_front_page_shows_records_best_first(repo):
     assert page.startswith("# Title\n")
     assert "old" not in page  # what stood between the markers
     assert page.endswith("last line\n")
+
+
+def test_both_pages_say_once_which_losses_compare(repo):
+    """A larger vocabulary has more nats per token, so that a better record may have the higher loss."""
+    make(repo, loss=2.0, meta={"name": "Best", "date": "2026-11-23"})
+    assert run(repo, "board") == 0
+    for page in (repo / "README.md", repo / "records" / "README.md"):
+        text = page.read_text()
+        assert text.count(LOSS_NOTE) == 1
+        assert text.index("[Base]") < text.index(LOSS_NOTE) < text.index("<!-- board:end -->")
 
 
 def test_a_score_in_disjoint_windows_comes_after_all_sliding_ones():

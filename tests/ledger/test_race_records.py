@@ -16,6 +16,7 @@ from ledger.make import record_folder
 from ledger.prove import claim_table
 from ledger.read.runlog import parse_log
 from ledger.read.schema import submission_schema
+from ledger.show.board import LOSS_NOTE
 from ledger.show.standing import compare_with_board
 from ledger.tracks import TRACKS
 from record_helpers import MARKERS, META, TRACK, edit, edit_json, edit_log, refuse, run, write_logs
@@ -257,6 +258,7 @@ def test_the_board_ranks_races_by_time_or_by_steps(race_repo):
     places = [page.index(f"[{name}]") for name in ("Quick", "Turbo", "Slow", "Few", "Many")]
     assert places == sorted(places)
     assert "| 1 | 3,250 | 162.50 | 0.00 | 3.27829 | 0.00128 | 10 | 0.0011 | +0.00541 |" in page
+    assert LOSS_NOTE not in page  # races of a track have one vocabulary
     assert not (race_repo / "records" / "history.png").exists()
 
 

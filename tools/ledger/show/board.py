@@ -18,6 +18,10 @@ ALIGN = "rrrlrrrlll"
 RACE_HEAD = ["#", "steps", "time s", "std", "val_loss", "std", "runs", "p", "margin", "what", "date", "by"]
 RACE_ALIGN = "rrrrrrrrrlll"
 BEST = 10  # records of a track on the front page
+LOSS_NOTE = (  # below the tables of scores
+    "val_loss is in nats per token, so it compares runs of one vocabulary only: a token of a larger "
+    "vocabulary stands for more text."
+)
 
 
 def read_submission(folder: Path) -> dict:
@@ -107,6 +111,9 @@ def front_page_text(subs: list[dict]) -> str:
     lines: list[str] = []
     for track, records in records_by_track(subs).items():
         lines += [heading(track), "", *board_table(best_first(records)[:BEST], "records/"), ""]
+
+    if any(sub["record"] and has_score(sub) for sub in subs):
+        lines += [LOSS_NOTE, ""]
     return "\n".join(lines or ["No records yet.", ""])
 
 
@@ -123,9 +130,16 @@ def ledger_page_text(subs: list[dict]) -> str:
         if others:
             lines += ["Non-records:", "", *board_table(best_first(others), ""), ""]
 
-    if any(sub["record"] and not target_of(sub["track"]) for sub in subs):
+    if any(has_score(sub) for sub in subs):
+        lines += [LOSS_NOTE, ""]
+    if any(sub["record"] and has_score(sub) for sub in subs):
         lines += ["![records over time](history.png)", ""]
     return "\n".join(lines or ["No records yet.", ""])
+
+
+def has_score(sub: dict) -> bool:
+    """Return whether a submission is judged by its bpb, which races are not."""
+    return not target_of(sub["track"])
 
 
 def heading(track: str) -> str:
