@@ -124,6 +124,12 @@ def test_links_and_files_exist(name):
     assert missing_files(text) == []
 
 
+def test_the_front_page_stays_short_and_begins_with_commands():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page.count("\n") <= 250
+    assert page.index("```bash\n./run.sh") < page.index("<!-- board:start -->")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_are_accepted(name, tmp_path, monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
