@@ -75,7 +75,7 @@ ends_with_us() {    # ends_with_us PROGRAM...: SIGTERM and Ctrl-C end the progra
     return "$status"
 }
 
-end_job() {    # end_job GROUP STATUS: a second to clean up for all of the group, then its end, then that of run.sh
+end_job() {    # end_job GROUP STATUS: give the group one second to clean up, kill it, then exit
     trap '' TERM INT HUP
     say "interrupted: the same command continues"
     kill -INT -- "-$1" 2>/dev/null || :

@@ -98,8 +98,8 @@ class HubFile(NamedTuple):
 def probe_hub(timeout: float = 4.0) -> None:
     """Raise HubUnreachable unless the hub gives any answer within `timeout` seconds.
 
-    This saves the half minute for which huggingface_hub would retry. The request has a thread of its own
-    because looking up a host name has no timeout.
+    This saves the half minute that huggingface_hub would spend on retries. The request has a thread of its
+    own because looking up a host name has no timeout.
     """
     constants = require("huggingface_hub.constants")
     if constants.HF_HUB_OFFLINE:

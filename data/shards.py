@@ -3,7 +3,7 @@
 A shard has the challenge's own format: 256 int32 little-endian (magic 20240520, version 1, number of tokens,
 zeros), then that many uint16 little-endian token ids, so 1024 + 2 * tokens bytes. Every document begins with
 the tokenizer's BOS id; there is no end marker. The format comes from openai/parameter-golf
-(data/download_hf_docs_and_tokenize.py), which has it from llm.c.
+(data/download_hf_docs_and_tokenize.py), which took it from llm.c.
 
 A dataset folder holds shards named {name}_{split}_{index:06d}.bin, `tokenizer.model` if the tokenizer is
 SentencePiece, and `manifest.json`. The manifest is written last: a folder without it is not a dataset.

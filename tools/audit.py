@@ -854,7 +854,7 @@ def log_of_steps(audit: Audit) -> Any:
 
 
 def audit_files(audit: Audit) -> Verdict:
-    """T8: training opens no held-out file before its clock stops. Trains one layer for two steps."""
+    """T8: training without validations opens no held-out file. Trains one layer for two steps."""
     run = audit.run
     script = audit.script
     h = dataclasses.replace(

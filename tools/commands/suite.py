@@ -29,7 +29,7 @@ FAST = (
 )
 STRESS = ("tests/stress",)
 MOST = ("-m", "not long")  # without arguments; about nine minutes on two cores
-LONG = ("-m", "long")  # the few that take over 20 s each
+LONG = ("-m", "long")  # the few that take over 15 s, alone or together
 
 
 def test(request: Request) -> int:
