@@ -18,7 +18,7 @@ from helpers import TINY, refused_by
 from lab import bench
 from lab.shared.collectives import Collective, Recorder
 from lab.step import timeline
-from lab.step.timeline import Lanes, Span, account, clipped, length, matched, merged, minus
+from lab.step.timeline import RankTrace, Span, account, clipped, length, matched, merged, minus
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]
@@ -143,10 +143,10 @@ CALLS = [
 
 
 def test_a_gpu_trace():
-    lanes = timeline.read_lanes(gpu_trace(), cuda=True)
-    assert lanes.bounds == [400, 1400, 2400]
+    trace = timeline.read_trace(gpu_trace(), cuda=True)
+    assert trace.bounds == [400, 1400, 2400]
     for i in range(2):
-        found = timeline.step_figures(lanes, i, CALLS, True)
+        found = timeline.step_figures(trace, i, CALLS, True)
         assert [round(1000 * ms) for ms in found.times] == [1000, 610, 360, 290, 100, 600]
         rows = found.collectives
         assert [r.kind for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
@@ -159,7 +159,7 @@ def test_a_gpu_trace():
 def test_a_step_without_device_work_is_refused():
     events = [e for e in gpu_trace() if e.get("args", {}).get("correlation") not in (11, 21)]
     with pytest.raises(timeline.BadInput, match="no device work"):
-        timeline.read_lanes(events, cuda=True)
+        timeline.read_trace(events, cuda=True)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_a_cpu_trace():
         host("c10d::allreduce_", 450, 20), host("gloo:all_reduce", 440, 160, "user_annotation", tid=5),
         host("aten::div_", 590, 5, tid=5), host("aten::mul", 550, 20),
     ]  # fmt: skip
-    lanes = timeline.read_lanes(events, cuda=False)
-    assert [s.name for s in lanes.compute] == ["aten::linear", "aten::add", "aten::mul"]
-    found = timeline.step_figures(lanes, 0, [Collective("reduce-scatter", 800, (0, 1), "float32")], False)
+    trace = timeline.read_trace(events, cuda=False)
+    assert [s.name for s in trace.compute] == ["aten::linear", "aten::add", "aten::mul"]
+    found = timeline.step_figures(trace, 0, [Collective("reduce-scatter", 800, (0, 1), "float32")], False)
     assert [round(1000 * ms) for ms in found.times] == [1000, 370, 160, 130, 500, 560]
     assert found.collectives[0].kind == "reduce-scatter"  # as called; gloo runs an all-reduce
 
@@ -218,14 +218,14 @@ def planted_ranks():
     """Return the results of two ranks and three steps, of which rank 1 is 60 us late."""
     ranks = []
     for rank, late in ((0, 0), (1, 60)):
-        lanes = timeline.read_lanes(gpu_trace(), cuda=True)
+        trace = timeline.read_trace(gpu_trace(), cuda=True)
         moved = [
             span._replace(start=span.start + late) if span.kind == "reduce-scatter" else span
-            for span in lanes.collectives
+            for span in trace.collectives
         ]
-        lanes = Lanes(lanes.bounds, lanes.compute, moved)
-        steps = [timeline.step_figures(lanes, i, CALLS, True) for i in range(2)]
-        ranks.append(timeline.RankFigures(rank, 1.0, lanes, CALLS, steps))
+        trace = RankTrace(trace.bounds, trace.compute, moved)
+        steps = [timeline.step_figures(trace, i, CALLS, True) for i in range(2)]
+        ranks.append(timeline.RankFigures(rank, 1.0, trace, CALLS, steps))
     return ranks
 
 
@@ -245,7 +245,7 @@ def test_bandwidth_is_that_of_the_last_to_come():
 def test_the_chrome_trace(tmp_path):
     trace = timeline.chrome_trace(planted_ranks())["traceEvents"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace if e["name"] == "thread_name"}
-    assert [names[1, lane] for lane in range(6)] == [
+    assert [names[1, line] for line in range(6)] == [
         "steps",
         "exposed communication",
         "communication, 20",
@@ -256,10 +256,10 @@ def test_the_chrome_trace(tmp_path):
     for rank in range(2):
         mine = [e for e in trace if e["ph"] == "X" and e["pid"] == rank]
         assert min(e["ts"] for e in mine) == 0 and "old" not in {e["name"] for e in mine}
-        lanes = {tid: [e for e in mine if e["tid"] == tid] for tid in range(6)}
-        exposed_ms = sum(e["args"]["exposed_ms"] for e in lanes[0])
-        assert sum(e["dur"] for e in lanes[1]) == pytest.approx(exposed_ms * 1000)
-        assert len(lanes[0]) == 2 and len(lanes[4]) == 2
+        lines = {tid: [e for e in mine if e["tid"] == tid] for tid in range(6)}
+        exposed_ms = sum(e["args"]["exposed_ms"] for e in lines[0])
+        assert sum(e["dur"] for e in lines[1]) == pytest.approx(exposed_ms * 1000)
+        assert len(lines[0]) == 2 and len(lines[4]) == 2
     timeline.picture(planted_ranks(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -321,8 +321,8 @@ def test_two_ranks(tmp_path):
     seen = [e for e in trace if e["ph"] == "X"]
     assert {e["pid"] for e in seen} == {0, 1} and min(e["ts"] for e in seen) >= 0
     for r in result["ranks"]:
-        lane = [e["dur"] for e in seen if (e["pid"], e["tid"]) == (r["rank"], 1)]
-        assert sum(lane) / 1000 == pytest.approx(sum(s["exposed_ms"] for s in r["steps"]))
+        line = [e["dur"] for e in seen if (e["pid"], e["tid"]) == (r["rank"], 1)]
+        assert sum(line) / 1000 == pytest.approx(sum(s["exposed_ms"] for s in r["steps"]))
     assert "timeline of 3 steps on 2 rank(s)" in done.stdout
     assert "1 reduce-scatter" in done.stdout
 

@@ -3,21 +3,21 @@
     NPROC=8 ./run.sh bench --timeline FILE.json [--steps 5] [--json REPORT.json] [key=value ...]
     PYTHONPATH=tools torchrun --standalone --nproc_per_node=8 -m lab.bench --timeline FILE.json preset=record
 
-Whole steps, compiled and warm, run back to back on random tokens under torch.profiler. On a GPU the lanes are
+Whole steps, compiled and warm, run back to back on random tokens under torch.profiler. On a GPU the trace is
 the device's: NCCL kernels, found by name, are communication; every other kernel, copy and fill is compute. A
 step begins with the first of its device work to start and ends where the next step begins. A kernel belongs
-to the step that launched it; the replay of a CUDA graph is one launch. On a CPU the lanes are the host's:
+to the step that launched it; the replay of a CUDA graph is one launch. On a CPU the trace is the host's:
 what gloo's threads run is communication, operators on other threads are compute, and a step is its call.
 
 step = compute + exposed + idle. Exposed: a collective runs and no compute does. Idle: neither runs. update:
 from the start of the first collective to the end of the step; forward and backward come before it. When
 collectives run side by side each is charged all that it exposes, so their figures may add up to more than the
-lane's. A rank that arrives early waits inside the collective, so bus GB/s (bytes per link each way, as
+step's. A rank that arrives early waits inside the collective, so bus GB/s (bytes per link each way, as
 nccl-tests count them) is computed for the last rank to arrive, from the shortest of the ranks' times.
 
 Bytes come from watching torch.distributed's functions, also while a CUDA graph is captured; where the number
 of calls differs from the number of collectives traced, they are unknown. FILE.json is a Chrome trace
-(chrome://tracing, Perfetto) with a process for each rank and a lane of exposed communication; FILE.png shows
+(chrome://tracing, Perfetto) with a process for each rank and a line of exposed communication; FILE.png shows
 the median step.
 """
 
@@ -166,7 +166,10 @@ def account(window: Interval, compute: list[Interval], collectives: list[Interva
 
 
 class Span(NamedTuple):
-    """An event of the trace, in microseconds. lane: the stream or thread; kind: of a collective, else ''."""
+    """An event of the trace, in microseconds.
+
+    lane: the stream, or the thread of a CPU; kind: of a collective, else empty.
+    """
 
     name: str
     start: float
@@ -179,7 +182,7 @@ class Span(NamedTuple):
         return (self.start, self.end)
 
 
-class Lanes(NamedTuple):
+class RankTrace(NamedTuple):
     """One rank's trace. bounds: where each step begins, and where the last one ends."""
 
     bounds: list[float]
@@ -201,8 +204,8 @@ def span_of(event: dict, kind: str, lane: int) -> Span:
     return Span(event["name"], event["ts"], event["ts"] + event["dur"], lane, kind)
 
 
-def device_lanes(events: list[dict], starts: list[float]) -> Lanes:
-    """Return the lanes of a GPU's trace. starts: of the host's ranges.
+def device_trace(events: list[dict], starts: list[float]) -> RankTrace:
+    """Return the trace of a rank with a GPU. starts: of the host's ranges.
 
     Raises BadInput if a step shows no device work.
     """
@@ -226,11 +229,11 @@ def device_lanes(events: list[dict], starts: list[float]) -> Lanes:
     if len(begins) < len(starts):
         raise BadInput("--timeline: the profiler saw no device work in a step; is another using this GPU?")
     bounds = [begins[step] for step in range(len(starts))]
-    return Lanes(bounds, [s for s in spans if not s.kind], [s for s in spans if s.kind])
+    return RankTrace(bounds, [s for s in spans if not s.kind], [s for s in spans if s.kind])
 
 
-def host_lanes(events: list[dict], starts: list[float]) -> Lanes:
-    """Return the lanes of a CPU's trace. Threads that run collectives do nothing else."""
+def host_trace(events: list[dict], starts: list[float]) -> RankTrace:
+    """Return the trace of a rank on a CPU. Threads that run collectives do nothing else."""
     gloo = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(GLOO)]
     threads = {event["tid"] for event in gloo}
     compute = []
@@ -247,18 +250,18 @@ def host_lanes(events: list[dict], starts: list[float]) -> Lanes:
     collectives = [
         span_of(event, event["name"].removeprefix(GLOO).replace("_", "-"), event["tid"]) for event in gloo
     ]
-    return Lanes(starts, compute, collectives)
+    return RankTrace(starts, compute, collectives)
 
 
-def read_lanes(events: list[dict], cuda: bool) -> Lanes:
-    """Return compute, collectives and steps of a Chrome trace's events."""
+def read_trace(events: list[dict], cuda: bool) -> RankTrace:
+    """Return the rank's trace from the events of a Chrome trace."""
     whole = [event for event in events if event.get("ph") == "X"]
     starts = sorted(
         event["ts"]
         for event in whole
         if event.get("cat") == "user_annotation" and event["name"].startswith(STEP)
     )
-    return device_lanes(whole, starts) if cuda else host_lanes(whole, starts)
+    return device_trace(whole, starts) if cuda else host_trace(whole, starts)
 
 
 def matched(collectives: list[Span], calls: list[Collective], by_kind: bool) -> list[Collective | None]:
@@ -318,7 +321,7 @@ class RankFigures(NamedTuple):
 
     rank: int
     plain_ms: float
-    lanes: Lanes
+    trace: RankTrace
     calls: list[Collective]
     steps: list[StepFigures]
 
@@ -336,12 +339,12 @@ def collective_figures(
     )
 
 
-def step_figures(lanes: Lanes, step: int, calls: list[Collective], by_kind: bool) -> StepFigures:
+def step_figures(trace: RankTrace, step: int, calls: list[Collective], by_kind: bool) -> StepFigures:
     """Return a step's times and its collectives in order."""
-    window = lanes.window(step)
-    mine = [span for span in lanes.collectives if window[0] <= span.start < window[1]]
+    window = trace.window(step)
+    mine = [span for span in trace.collectives if window[0] <= span.start < window[1]]
     mine.sort(key=lambda span: span.start)
-    found = account(window, [s.interval for s in lanes.compute], [s.interval for s in mine])
+    found = account(window, [s.interval for s in trace.compute], [s.interval for s in mine])
 
     triples = zip(mine, matched(mine, calls, by_kind), found.exposed_by)
     collectives = [collective_figures(span, call, window[0], exposed) for span, call, exposed in triples]
@@ -385,7 +388,7 @@ class StepWatch:
         return collectives_of([*events, *before] if replayed else events)
 
 
-def trace_steps(s: Session, step: Callable[[], Any], steps: int) -> Lanes:
+def trace_steps(s: Session, step: Callable[[], Any], steps: int) -> RankTrace:
     """Trace this many steps and one more, after one that pays for the profiler's start."""
 
     def run() -> None:
@@ -396,7 +399,7 @@ def trace_steps(s: Session, step: Callable[[], Any], steps: int) -> Lanes:
         s.m.sync()
 
     s.m.sync()
-    return read_lanes(trace_events(s.cuda, run), s.cuda)
+    return read_trace(trace_events(s.cuda, run), s.cuda)
 
 
 def measure_rank(s: Session, steps: int, recorder: Recorder) -> RankFigures:
@@ -420,9 +423,9 @@ def measure_rank(s: Session, steps: int, recorder: Recorder) -> RankFigures:
     s.m.sync()
     plain_ms = 1000 * (time.perf_counter() - start) / steps
 
-    lanes = trace_steps(s, step, steps)
-    figures = [step_figures(lanes, i, calls, s.cuda) for i in range(steps)]
-    return RankFigures(s.m.rank, plain_ms, lanes, calls, figures)
+    trace = trace_steps(s, step, steps)
+    figures = [step_figures(trace, i, calls, s.cuda) for i in range(steps)]
+    return RankFigures(s.m.rank, plain_ms, trace, calls, figures)
 
 
 # ---- tables over all ranks -----------------------------------------------------------------------
@@ -526,66 +529,66 @@ def collective_table(rows: list[CollectiveMedians]) -> str:
 
 # ---- the Chrome trace ----------------------------------------------------------------------------
 
-STEPS_LANE = 0
-EXPOSED_LANE = 1
-FIRST_LANE = 2  # where lanes of streams or threads begin
+STEPS_LINE = 0
+EXPOSED_LINE = 1
+FIRST_LINE = 2  # of those of streams or threads
 
 
-class RankTrace:
+class ChromeProcess:
     """Collects the events of one rank's process. zero: the time that the trace begins with."""
 
     def __init__(self, rank: RankFigures, zero: float) -> None:
         self.rank = rank
         self.zero = zero
-        self.names = {STEPS_LANE: "steps", EXPOSED_LANE: "exposed communication"}
+        self.names = {STEPS_LINE: "steps", EXPOSED_LINE: "exposed communication"}
         self.events: list[dict] = []
 
-    def add(self, lane: int, name: str, when: Interval, **args: Any) -> None:
+    def add(self, line: int, name: str, when: Interval, **args: Any) -> None:
         start, end = when
-        event = dict(ph="X", pid=self.rank.rank, tid=lane, name=name)
+        event = dict(ph="X", pid=self.rank.rank, tid=line, name=name)
         self.events.append(event | dict(ts=start - self.zero, dur=end - start, args=args))
 
-    def describe(self, what: str, lane: int, **args: Any) -> None:
-        self.events.append(dict(ph="M", pid=self.rank.rank, tid=lane, name=what, args=args))
+    def describe(self, what: str, line: int, **args: Any) -> None:
+        self.events.append(dict(ph="M", pid=self.rank.rank, tid=line, name=what, args=args))
 
     def add_steps(self) -> None:
-        """Add the lanes of steps and of exposed communication."""
-        lanes = self.rank.lanes
+        """Add the lines of steps and of exposed communication."""
+        trace = self.rank.trace
         for i, step in enumerate(self.rank.steps):
-            self.add(STEPS_LANE, f"step {i}", lanes.window(i), **step.figures)
+            self.add(STEPS_LINE, f"step {i}", trace.window(i), **step.figures)
             for part in step.exposed_parts:
-                self.add(EXPOSED_LANE, "exposed", part)
+                self.add(EXPOSED_LINE, "exposed", part)
 
     def add_spans(self) -> None:
-        """Add a lane for each stream or thread."""
-        lanes = self.rank.lanes
+        """Add a line for each stream or thread."""
+        trace = self.rank.trace
         numbers: dict[tuple[str, int], int] = {}
-        for label, spans in (("communication", lanes.collectives), ("compute", lanes.compute)):
+        for label, spans in (("communication", trace.collectives), ("compute", trace.compute)):
             for span in spans:
-                if lanes.bounds[0] <= span.start < lanes.bounds[-1]:
-                    lane = numbers.setdefault((label, span.lane), FIRST_LANE + len(numbers))
-                    self.names[lane] = f"{label}, {span.lane}"
-                    self.add(lane, span.name, span.interval)
+                if trace.bounds[0] <= span.start < trace.bounds[-1]:
+                    line = numbers.setdefault((label, span.lane), FIRST_LINE + len(numbers))
+                    self.names[line] = f"{label}, {span.lane}"
+                    self.add(line, span.name, span.interval)
 
     def add_names(self) -> None:
-        """Name the process and its lanes, and order them."""
+        """Name the process and its lines, and order them."""
         self.describe("process_name", 0, name=f"rank {self.rank.rank}")
-        for lane, name in self.names.items():
-            self.describe("thread_name", lane, name=name)
-        for lane in self.names:
-            self.describe("thread_sort_index", lane, sort_index=lane)
+        for line, name in self.names.items():
+            self.describe("thread_name", line, name=name)
+        for line in self.names:
+            self.describe("thread_sort_index", line, sort_index=line)
 
 
 def chrome_trace(ranks: list[RankFigures]) -> dict:
     """Return the ranks' steps as one trace, a process for each rank."""
-    zero = min(rank.lanes.bounds[0] for rank in ranks)
+    zero = min(rank.trace.bounds[0] for rank in ranks)
     events = []
     for rank in ranks:
-        trace = RankTrace(rank, zero)
-        trace.add_steps()
-        trace.add_spans()
-        trace.add_names()
-        events += trace.events
+        process = ChromeProcess(rank, zero)
+        process.add_steps()
+        process.add_spans()
+        process.add_names()
+        events += process.events
     return dict(traceEvents=events, displayTimeUnit="ms")
 
 
@@ -597,10 +600,10 @@ def draw_rank(axis: Any, row: int, rank: RankFigures, step: int, zoomed: bool) -
 
     zoomed: only from the first collective to the last.
     """
-    lanes = rank.lanes
-    window = lanes.window(step)
+    trace = rank.trace
+    window = trace.window(step)
     zero = window[0]
-    communication = merged(clipped([s.interval for s in lanes.collectives], window))
+    communication = merged(clipped([s.interval for s in trace.collectives], window))
     if zoomed and communication:
         window = (communication[0][0], communication[-1][1])
     gap = (window[1] - window[0]) / PIXELS
@@ -613,7 +616,7 @@ def draw_rank(axis: Any, row: int, rank: RankFigures, step: int, zoomed: bool) -
         legend = label if row == 0 else None  # one entry for all rows
         axis.broken_barh(bars, (row + above, 0.4), color=color, linewidth=0, label=legend)
 
-    draw("compute", "C0", 0.0, without_gaps([s.interval for s in lanes.compute]))
+    draw("compute", "C0", 0.0, without_gaps([s.interval for s in trace.compute]))
     draw("hidden communication", "C2", 0.45, without_gaps(communication))
     draw("exposed communication", "C3", 0.45, clipped(rank.steps[step].exposed_parts, window))
     axis.grid(axis="y", visible=False)
@@ -627,7 +630,7 @@ def median_step(ranks: list[RankFigures]) -> int:
 
 
 def picture(ranks: list[RankFigures], out: Path) -> None:
-    """Draw the median step: two lanes for each rank, exposed communication in red."""
+    """Draw the median step: two lines for each rank, exposed communication in red."""
     plt = pictures.pyplot()
     step = median_step(ranks)
     size = (13, 1.4 + 0.6 * len(ranks))
