@@ -86,11 +86,35 @@ if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+
+def wrong_setting(error: BaseException) -> str:
+    """Return one line about an error of importing a module of PyTorch, naming the variables that it reads.
+
+    "" for any other error. PyTorch itself says only what int() says of a wrong value.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    loading = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+    if not any(name.partition(".")[0] in ("torch", "triton") for name in loading):
+        return ""
+    keys = [key for key in sorted(os.environ) if re.match("TORCH(?!ELASTIC)|PYTORCH|TRITON", key)]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    if not keys:
+        return f"PyTorch does not import ({reason}); run pip install -r requirements.txt"
+    keys = [key for key in keys if re.search(rf"(?<!\w){re.escape(os.environ[key])}(?!\w)", reason)] or keys
+    return f"{', '.join(keys)}: PyTorch does not import with this setting ({reason}); change or unset it"
+
+
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except Exception as e:
+    if __name__ != "__main__" or not wrong_setting(e):
+        raise
+    print(f"train_gpt.py: {wrong_setting(e)}", file=sys.stderr)
+    sys.exit(2)
 
 try:
     import fcntl
@@ -1484,7 +1508,7 @@ def memory_remedy(doing: str, remedy: str) -> Iterator[None]:
 
 
 def known_fault(error: Exception) -> OneLineError | None:
-    """Return the one line for an error: a OneLineError itself, a Fault if memory ran out, else None."""
+    """Return the one line for an error that is one, or that memory or a variable explains, else None."""
     if isinstance(error, OneLineError):
         return error
     if is_out_of_memory(error):
@@ -1492,6 +1516,8 @@ def known_fault(error: Exception) -> OneLineError | None:
             "lower micro_batch_tokens, train_batch_tokens or eval_batch_tokens, or make the model smaller"
         )
         return memory_fault("no memory left", error, remedy)
+    if line := wrong_setting(error):
+        return InputError(line)
     return None
 
 

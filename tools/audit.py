@@ -35,6 +35,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):  # PYTHONSAFEPATH leaves this folder out
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+from script import explain_imports
+
+if __name__ == "__main__":
+    explain_imports("audit.py")
+
 import dataclasses
 import hashlib
 import json

@@ -6,11 +6,20 @@ Exit status: 0 if every rank ended well; 1 if one failed, which the last line na
 after signal N.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":  # until torchrun handles it, Ctrl-C ends this process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):  # PYTHONSAFEPATH leaves this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from script import explain_imports
+
+if __name__ == "__main__":
+    explain_imports("ranks.py")
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException

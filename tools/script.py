@@ -6,16 +6,18 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from io import TextIOWrapper
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +74,38 @@ def describe(error: OSError) -> str:
     """Return one line about an error of a file, or of stdout, which has no name."""
     place = error.filename or "standard output"
     return str(BadInput(f"{place}: {error.strerror}; check the path, its permissions and the free space"))
+
+
+# ---- errors of importing PyTorch -----------------------------------------------------------------
+
+
+def wrong_setting(error: BaseException) -> str:
+    """Return one line about an error of importing a module of PyTorch, naming the variables that it reads.
+
+    "" for any other error. PyTorch itself says only what int() says of a wrong value.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    loading = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+    if not any(name.partition(".")[0] in ("torch", "triton") for name in loading):
+        return ""
+    keys = [key for key in sorted(os.environ) if re.match("TORCH(?!ELASTIC)|PYTORCH|TRITON", key)]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    if not keys:
+        return f"PyTorch does not import ({reason}); run pip install -r requirements.txt"
+    keys = [key for key in keys if re.search(rf"(?<!\w){re.escape(os.environ[key])}(?!\w)", reason)] or keys
+    return f"{', '.join(keys)}: PyTorch does not import with this setting ({reason}); change or unset it"
+
+
+def explain_imports(tool: str) -> None:
+    """From now on, let an error of importing PyTorch end this process with its one line and status 2."""
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (line := wrong_setting(error)):
+            sys.__excepthook__(kind, error, trace)
+            return
+        raise SystemExit(refuse(tool, BadInput(line)))
+
+    sys.excepthook = explain
 
 
 # ---- errors of a rank ----------------------------------------------------------------------------
@@ -174,6 +208,8 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
     try:
         exec(loader.source_to_code(source, str(path)), module.__dict__)
     except (Exception, SystemExit) as error:
+        if line := wrong_setting(error):
+            raise BadInput(line) from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{path}: does not import here ({reason}); fix it or {tool} another") from None
 

@@ -1,5 +1,6 @@
 """The commands of run.sh without stand-ins: the machine table against the trainer, help, Ctrl-C."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 import cli
 import prepare
+import script
 import train_gpt as t
 from commands import ask_trainer, datasets, machine, programs
 from commands.words import Takes
@@ -232,6 +234,44 @@ def test_pythonsafepath_hides_no_module_of_a_program(program, words, says, tmp_p
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) in ((1, 1), (2, 1)), done.stderr
     assert says in done.stderr
+
+
+IMPORTERS = (
+    ("train_gpt.py", [str(ROOT / "train_gpt.py"), "config"]),
+    ("audit.py", [str(ROOT / "tools/audit.py"), "gone"]),
+    ("ranks.py", [str(ROOT / "tools/ranks.py"), "1", "gone.py"]),
+    ("record", ["-m", "lab.codecs", "gone"]),  # which loads the trainer
+    ("sample.py", ["-m", "use.sample", "gone"]),
+)
+
+
+@pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
+def test_a_variable_with_which_torch_does_not_import_is_named(tool, words):
+    env = os.environ | {"TORCH_LOGS": "nonsense", "PYTHONSAFEPATH": "1"}
+    if words[0] == "-m":
+        env["PYTHONPATH"] = str(ROOT / "tools")
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"{tool}: ") and "TORCH_LOGS: PyTorch does not import" in done.stderr
+    assert "nonsense" in done.stderr and done.stderr.endswith("change or unset it\n")
+
+
+def error_of(module: str) -> Exception:
+    """Return the error of a wrong number, which a module meets as it is imported."""
+    with pytest.raises(ValueError) as caught:
+        exec(compile("int('x')", module, "exec"), {"__name__": module})
+    return caught.value
+
+
+def test_a_variable_that_torch_reads_late_is_named_too(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "x")
+    fault = t.known_fault(error_of("torch._inductor.config"))
+    assert fault.status == 2 and str(fault).startswith("TORCHINDUCTOR_COMPILE_THREADS: ")
+    assert t.known_fault(error_of("numpy")) is None
+
+
+def test_the_trainer_and_the_tools_explain_such_errors_alike():
+    assert inspect.getsource(t.wrong_setting) == inspect.getsource(script.wrong_setting)
 
 
 # A module that a program imports while it starts, and the program. Interrupted there, it has done nothing.

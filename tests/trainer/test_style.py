@@ -161,9 +161,11 @@ def looked_up(node) -> str | None:
 def test_environment_is_read_in_main_only(tree):
     """Let `main` pass os.environ on, and others only do what is not about a run's settings.
 
-    `init_machine` sets a default, `tell_torchrun` finds torchrun's file, `read_ranks` looks up only ranks.
+    `init_machine` sets a default, `tell_torchrun` finds torchrun's file, `read_ranks` looks up only ranks,
+    `wrong_setting` names PyTorch's own variables.
     """
-    readers = [f for f in functions(tree) if f.name in ("main", "init_machine", "tell_torchrun")]
+    allowed_names = ("main", "init_machine", "tell_torchrun", "wrong_setting")
+    readers = [f for f in functions(tree) if f.name in allowed_names]
     allowed = {id(node) for f in readers for node in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"):

@@ -43,6 +43,11 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
 
+from script import explain_imports
+
+if __name__ == "__main__":
+    explain_imports("bench.py")
+
 import argparse
 import gc
 import hashlib

@@ -14,6 +14,11 @@ names.
 
 from __future__ import annotations
 
+from script import explain_imports
+
+if __name__ == "__main__":
+    explain_imports("export.py")
+
 import json
 import os
 import shutil

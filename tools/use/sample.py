@@ -15,6 +15,11 @@ The exit status is 0, or 2 for bad input, which one line names.
 
 from __future__ import annotations
 
+from script import explain_imports
+
+if __name__ == "__main__":
+    explain_imports("sample.py")
+
 import os
 import sys
 import time

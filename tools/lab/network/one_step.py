@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lab.network.predict import Shapes, is_bank
 from lab.shared.collectives import Event, Recorder, batches_of
 from lab.update.cases import direction_flops
-from script import BadInput, load_script
+from script import BadInput, load_script, wrong_setting
 
 NEEDS = (
     "InputError", "GPT", "init_tensor", "Optimizer", "load_config", "init_machine", "hyper_at",
@@ -213,7 +213,7 @@ def child_entry(pipe: connection.Connection, fn: Callable, task: Any) -> None:
         pipe.send((False, str(error)))
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        pipe.send((False, f"the step does not run ({text})"))
+        pipe.send((False, wrong_setting(error) or f"the step does not run ({text})"))
     finally:  # after the reason is sent, since leaving the group makes the other ranks fail
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -10,6 +10,11 @@ Either may be answered with {"refused": reason}.
 
 from __future__ import annotations
 
+from script import explain_imports
+
+if __name__ == "__main__":
+    explain_imports("worker")
+
 import argparse
 import dataclasses
 import gc
