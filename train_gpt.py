@@ -79,10 +79,11 @@ from typing import Literal, NamedTuple
 if __name__ == "__main__":
     # Until `guarded` takes over, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Otherwise the next file that is opened would get the number of a closed console stream.
-    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(free)
+    # Open descriptors 0 to 2 where they are closed, or the next file would get the number of a console.
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
 
@@ -259,7 +260,7 @@ def sha256(data: bytes) -> str:
 
 # What a knob may be, by its annotation.
 Count = int  # a whole number that may be 0; an int is at least 1
-Share = float  # in [0, 1]
+Fraction = float  # in [0, 1]
 Decay = float  # in [0, 1)
 
 # What else is known about a knob. SIZE: the number of parameters depends on it. FREE: a run that resumes may
@@ -302,7 +303,7 @@ class Config:
     train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
     micro_batch_tokens: int = 98_304  # at most, per forward pass on one rank
     start_batch_tokens: Count = 0  # batch at the start of the run; 0: train_batch_tokens throughout
-    batch_growth_frac: Share = 0.5  # share of the run in which the batch grows to train_batch_tokens
+    batch_growth_frac: Fraction = 0.5  # share of the run in which the batch grows to train_batch_tokens
     train_seq_len: int = 2048
     mix_tokens: Count = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
     eval_seq_len: int = knob(2048, STORED)
@@ -333,7 +334,7 @@ class Config:
     # Neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
     loop_layers: str = knob("", STORED_IF_SET)
     loop_times: Count = knob(0, SIZE, STORED_IF_SET)  # further visits; 0: none
-    loop_frac: Share = 0.5  # share of the run before training loops; 1: only scoring loops
+    loop_frac: Fraction = 0.5  # share of the run before training loops; 1: only scoring loops
     xsa_last_n: Count = knob(4, STORED)  # layers with exclusive self-attention
     attn_gate_dims: Count = knob(0, SIZE, STORED_IF_SET)  # inputs that set the gate of a head; 0: no gates
     skip_gates: bool = knob(False, STORED_IF_SET)  # skips blend by a learned gate instead of adding
@@ -357,7 +358,7 @@ class Config:
     scalar_wd: float = 0.04
     muon_momentum: Decay = 0.99
     muon_momentum_start: Decay = 0.92
-    muon_momentum_warmup_frac: Share = 0.2  # share of the run in which momentum rises to muon_momentum
+    muon_momentum_warmup_frac: Fraction = 0.2  # share of the run in which momentum rises to muon_momentum
     momentum_spread: float = 1.0  # above 1: mean of two momenta, with horizons shorter and longer by this
     equalize_rows: bool = False  # scale rows to unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step shrinks as well
@@ -371,8 +372,8 @@ class Config:
     fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
     deterministic: bool = False  # a GPU repeats a seed bit for bit, if iterations end the run
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
-    warmdown_frac: Share = 0.5  # share of the run, at its end, in which rates fall linearly
-    min_lr_frac: Share = 0.0  # each rate ends at this share of its peak
+    warmdown_frac: Fraction = 0.5  # share of the run, at its end, in which rates fall linearly
+    min_lr_frac: Fraction = 0.0  # each rate ends at this share of its peak
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a share of the run
     artifact_weights: str = "ema"  # ema | live; with ema, a run that ended early takes the better of the two
@@ -380,7 +381,7 @@ class Config:
     gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
     column_steps: bool = False  # int6 steps differ by column, finer where inputs matter more; codes to 127
     row_steps: bool = False  # int6 steps are finer in rows that the loss depends on more
-    int6_step: Share = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
+    int6_step: Fraction = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     matrix_clip_sd: float = 0.0  # clip of an int6 row, in its root mean squares; 0: least squared error
     embed_bits: int = 8  # bits of an embedding's codes: 6 | 7 | 8
     embed_clip_sd: float = 0.0  # like matrix_clip_sd, for the embeddings
@@ -593,7 +594,7 @@ KINDS = {
     "int": Kind("int", int, least=1),
     "Count": Kind("int", int),
     "float": Kind("float", float),
-    "Share": Kind("float", float, most=1),
+    "Fraction": Kind("float", float, most=1),
     "Decay": Kind("float", float, below=1),
 }
 
@@ -686,8 +687,8 @@ def shape_by_depth(h: Config) -> dict[str, object]:
     short = str(-(-h.train_seq_len // 4 // 128) * 128)  # a quarter of the sequence, up to blocks of 128
     pattern = [short, short, short, "0"] * h.depth  # --window-pattern SSSL
 
-    def share(layers: int) -> int:
-        return -(-layers * h.depth // h.num_layers)  # ours: as large a share of the layers as in the preset
+    def scaled_layers(layers: int) -> int:
+        return -(-layers * h.depth // h.num_layers)  # ours: the preset's fraction of the layers, rounded up
 
     return dict(
         num_layers=h.depth,
@@ -696,9 +697,9 @@ def shape_by_depth(h: Config) -> dict[str, object]:
         num_kv_heads=width // 128,  # n_kv_head = n_head
         mlp_mult=4.0,
         attn_windows=" ".join([*pattern[: h.depth - 1], "0"]),  # the last layer always sees everything
-        xsa_last_n=share(h.xsa_last_n),
-        ve_last_n=share(h.ve_last_n),
-        parallel_last_n=share(h.parallel_last_n),
+        xsa_last_n=scaled_layers(h.xsa_last_n),
+        ve_last_n=scaled_layers(h.ve_last_n),
+        parallel_last_n=scaled_layers(h.parallel_last_n),
         loop_layers="",  # ours: depth counts all visits
         loop_times=0,
     )
@@ -930,7 +931,7 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
 # -----------------------------------------------------------------------------
 # 3. Machine: the differences between a laptop and eight GPUs, bound once. There is always a process group.
 
-PATIENCE = 60  # most seconds that a step on the device or a batch from the disk may take
+PATIENCE_S = 60  # the longest that a step on the device or a batch from the disk may take
 
 
 class BatchShape(NamedTuple):
@@ -1040,8 +1041,7 @@ class Machine:
     def fetch(self, *tensors: Tensor) -> Callable[[], list[Tensor]]:
         """Start copying tensors to the host and return a function that waits for the copies and returns them.
 
-        The returned function raises Fault after PATIENCE seconds, because NCCL's watchdog does not cover CUDA
-        graphs.
+        The returned function raises Fault after PATIENCE_S: NCCL's watchdog does not cover CUDA graphs.
         """
         copies = [t.clone() for t in tensors]
         if not self.is_gpu:
@@ -1056,10 +1056,10 @@ class Machine:
             t.record_stream(side)  # so that its memory is reused only after the copy
 
         def arrived() -> list[Tensor]:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + PATIENCE_S
             while not passed.query():
                 if time.monotonic() > deadline:
-                    raise Fault(f"the device has been busy for {PATIENCE} s; is another rank gone?")
+                    raise Fault(f"the device has been busy for {PATIENCE_S} s; is another rank gone?")
                 time.sleep(1e-4)
             return host
 
@@ -1234,30 +1234,30 @@ def check_torch() -> None:
         )
 
 
-JOIN = 600  # most seconds that a rank waits for the others to start
+JOIN_S = 600  # the longest that a rank waits for the others to start
 
 
 def meet(ranks: Ranks, env: Mapping[str, str]) -> dict:
     """Return the store in which all ranks meet and the place of this one, as init_process_group takes them.
 
-    Raises InputError if not all of them come within JOIN seconds; PyTorch itself refuses wrong variables.
+    Raises InputError if not all of them come within JOIN_S seconds; PyTorch itself refuses wrong variables.
     """
     if "RANK" not in env:
         return dict(store=dist.HashStore(), rank=0, world_size=1)
     address = env.get("MASTER_ADDR")
     port = env.get("MASTER_PORT", "")
     place = f"MASTER_ADDR={address} MASTER_PORT={port}"
-    waited = f"WORLD_SIZE={ranks.world} RANK={ranks.rank}: waited {JOIN} s at {place} for"
+    waited = f"WORLD_SIZE={ranks.world} RANK={ranks.rank}: waited {JOIN_S} s at {place} for"
     remedy = "start every rank with the same address, or unset WORLD_SIZE and RANK"
 
     # PyTorch would wait for rank 0 as well, and then print a trace of its C++ calls.
-    deadline = time.monotonic() + JOIN
+    deadline = time.monotonic() + JOIN_S
     while ranks.rank and address and port.isdecimal() and not listens(address, int(port)):
         if time.monotonic() > deadline:
             raise InputError(f"{waited} rank 0, which does not answer there; {remedy}")
         time.sleep(0.1)
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
     except dist.DistStoreError as e:
         raise InputError(f"{waited} all {ranks.world} ranks ({e}); {remedy}") from None
     return dict(store=store, rank=rank, world_size=world_size)
@@ -1344,11 +1344,13 @@ def machine_report(m: Machine) -> str:
 # -----------------------------------------------------------------------------
 # 4. Log and signals: what a run says, how a failure on one rank ends all of them, what Ctrl-C does.
 
-PROGRESS = 15  # seconds between two lines about the progress of long work, where no terminal shows it
-LINGER = 1  # seconds that a rank waits before it follows one that failed: torchrun blames the first to exit
+PROGRESS_S = 15  # between two lines about the progress of long work, where no terminal shows it
+LINGER_S = 1  # the wait of a rank before it follows one that failed: torchrun blames the first to exit
 HANGUP = getattr(signal, "SIGHUP", None)  # sent when a terminal is closed, not on Windows
 STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
-ECHO = 3  # seconds in which repeated signals count as one: torchrun repeats the terminal's
+ECHO_S = 3  # within which repeated signals count as one: torchrun repeats the terminal's
+SAME = None  # for Log: print the line that the file gets
+NOTHING = ""  # for Log: print nothing
 
 
 class Log:
@@ -1415,8 +1417,8 @@ class Log:
             os.remove(self.path)
         self.close()
 
-    def __call__(self, line: str, shown: str | None = None) -> None:
-        """Append text to the file and print it, or print `shown` instead: "" prints nothing.
+    def __call__(self, line: str, console: str | None = SAME) -> None:
+        """Append a line to the file, and print the same line, another text or nothing.
 
         The file keeps the formats that tools parse; the console is for people. Raises InputError on failure.
         """
@@ -1429,8 +1431,8 @@ class Log:
             if not self.may_move:
                 raise
             self.move(line, str(e))
-        text = line if shown is None else shown
-        if text:
+        text = line if console is SAME else console
+        if text != NOTHING:
             with suppress(OSError, InputError):  # a run goes on without a console, as the log has everything
                 show(("\r\033[K" if self.live else "") + text)
 
@@ -1451,7 +1453,7 @@ class Log:
                 print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
-        """Show how far long work is and when it ends: live on a terminal, else a line every PROGRESS seconds.
+        """Show how far long work is and when it ends: live on a terminal, else a line every PROGRESS_S.
 
         started: perf_counter() when the work began. done: at least 1.
         """
@@ -1459,9 +1461,9 @@ class Log:
         eta = (now - started) / done * (total - done)
         text = f"{what}: {done}/{total}, ETA {eta:.0f} s"
         self.status(text)
-        if now - max(self.told_at, started) > PROGRESS:
+        if now - max(self.told_at, started) > PROGRESS_S:
             self.told_at = now
-            self(text, shown="" if self.live else None)
+            self(text, console=NOTHING if self.live else SAME)
 
 
 def lost_another_rank(error: Exception) -> bool:
@@ -1541,7 +1543,7 @@ def report_failure(m: Machine, log: Log, error: Exception) -> None:
 
     print(f"train_gpt.py: {lines[-1]}", file=sys.stderr, flush=True)
     if lost:
-        time.sleep(LINGER)
+        time.sleep(LINGER_S)
     else:
         tell_torchrun(reason.rstrip())
     os._exit(known.status if known else 1)
@@ -1552,17 +1554,17 @@ def guarded(m: Machine, log: Log) -> Iterator[None]:
     """Handle STOP_SIGNALS in the block, report its failure, and close the log after it.
 
     A signal before training exits at once. The first one after that ends training after the current step, or
-    does nothing if it has ended; another one more than ECHO seconds later exits at once.
+    does nothing if it has ended; another one more than ECHO_S seconds later exits at once.
     """
 
     def handle(number: int, frame) -> None:
         times = m.signals.times
         times.append(time.monotonic())
-        if not m.signals.may_finish or times[-1] > times[0] + ECHO:
+        if not m.signals.may_finish or times[-1] > times[0] + ECHO_S:
             os._exit(128 + number)
         # Only a person sends SIGINT: torchrun sends SIGTERM when another rank is gone.
         if m.rank == 0 and number == signal.SIGINT and len(times) == 1:
-            text = f"\nstopping: artifact and scores follow; another signal after {ECHO} s leaves at once\n"
+            text = f"\nstopping: artifact and scores follow; another signal after {ECHO_S} s leaves at once\n"
             with suppress(OSError):
                 os.write(2, text.encode())  # not print: the signal may have interrupted one
 
@@ -2127,14 +2129,14 @@ class TokenLoader:
     def next(self, count: int = 0) -> list[Tensor]:
         """Return this rank's next `count` micro-batches, on the device; start building as many again.
 
-        count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE seconds, or whatever
+        count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE_S seconds, or whatever
         building it raised.
         """
         count = count or self.accum
         if count != self.count:
             self.seek(self.index, count)
-        if wait([self.pending], PATIENCE).not_done:
-            raise Fault(f"{self.reading}: not read within {PATIENCE} s; is the disk there?")
+        if wait([self.pending], PATIENCE_S).not_done:
+            raise Fault(f"{self.reading}: not read within {PATIENCE_S} s; is the disk there?")
         batch = [t.to(self.m.device, non_blocking=True) for t in self.pending.result()]
         self.seek(self.index + count, count)  # only now, as the thread and the copies compete for the GIL
         return batch
@@ -2566,7 +2568,7 @@ def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> T
 
 
 class Init(NamedTuple):
-    """How init_tensor fills a parameter, and the value it needs: a number, or a word of parameter_table."""
+    """How init_tensor fills a parameter: a row of INITS, with a number or a word of parameter_table."""
 
     kind: str
     value: float | str = 0.0
@@ -2708,27 +2710,49 @@ def flops_per_token(h: Config, loops: bool = True) -> int:
     return 6 * product_weights(h, len(visits)) + 12 * h.model_dim * keys
 
 
+def init_constant(out: Tensor, value: float, generator: torch.Generator) -> None:
+    """Fill with the value."""
+    out.fill_(value)
+
+
+def init_first_of_two(out: Tensor, value: float, generator: torch.Generator) -> None:
+    """Set the first of two, along dimension 1, to 1 and leave the second one at 0."""
+    out[:, 0] = 1
+
+
+def init_twins(out: Tensor, value: float, generator: torch.Generator) -> None:
+    """Fill all matrices with one orthogonal matrix."""
+    nn.init.orthogonal_(out[0], generator=generator)
+    out[1:] = out[0]
+
+
+def init_matrices(out: Tensor, value: float, generator: torch.Generator, orthogonal: float) -> None:
+    """Make a fraction of the matrices orthogonal, the others normal with standard deviation `value`."""
+    matrices = out.view(-1, *out.shape[-2:])
+    count = int(orthogonal * len(matrices))
+    for matrix in matrices[:count]:
+        nn.init.orthogonal_(matrix, generator=generator)
+    if value:
+        matrices[count:].normal_(0, value, generator=generator)
+
+
+# Each fills a tensor of zeros in place: (out, Init.value, generator).
+INITS: dict[str, Callable[[Tensor, float, torch.Generator], None]] = {
+    "constant": init_constant,
+    "first_of_two": init_first_of_two,
+    "twins": init_twins,
+    "normal": partial(init_matrices, orthogonal=0.0),
+    "half_orthogonal": partial(init_matrices, orthogonal=0.5),
+    "orthogonal": partial(init_matrices, orthogonal=1.0),
+}
+
+
 def init_tensor(shape: tuple[int, ...], init: Init, generator: torch.Generator) -> Tensor:
     """Make a float32 tensor by a row of parameter_table. Raises ValueError for an unknown kind."""
-    out = torch.zeros(shape)
-    orthogonal_fraction = {"orthogonal": 1.0, "half_orthogonal": 0.5, "normal": 0.0}  # others are normal
-
-    if init.kind == "constant":
-        out.fill_(init.value)
-    elif init.kind == "first_of_two":
-        out[:, 0] = 1
-    elif init.kind == "twins":
-        nn.init.orthogonal_(out[0], generator=generator)
-        out[1:] = out[0]
-    elif init.kind in orthogonal_fraction:
-        matrices = out.view(-1, *shape[-2:])
-        count = int(orthogonal_fraction[init.kind] * len(matrices))
-        for matrix in matrices[:count]:
-            nn.init.orthogonal_(matrix, generator=generator)
-        if init.value:
-            matrices[count:].normal_(0, init.value, generator=generator)
-    else:
+    if init.kind not in INITS:
         raise ValueError(f"unknown initialization {init.kind!r}")
+    out = torch.zeros(shape)
+    INITS[init.kind](out, init.value, generator)
     return out
 
 
@@ -4185,9 +4209,9 @@ class Optimizer:
         for buffer, grad in self.bank_grad.items():
             # Casts to wire_dtype; a no-op for float32, where the wire is the gradient itself.
             wire = self.wire[buffer].copy_(grad)
-            for depth, level in enumerate(self.m.levels):
-                if depth > 0:
-                    arrivals[-1].wait()  # the second level sends what the first one has averaged
+            for i, level in enumerate(self.m.levels):
+                if i > 0:
+                    arrivals[-1].wait()  # the second level sends what the first level has averaged
                 arrivals.append(
                     reduce_scatter(
                         wire[level.kept],
@@ -4202,9 +4226,10 @@ class Optimizer:
         for work in arrivals:
             work.wait()
 
-        # 2. Take one norm over all gradients. The last square, the flat buffer's, is whole on every rank.
+        # 2. Take one norm over all gradients. Every rank has a share of each bank, and the whole flat buffer.
         squares = self.squared_norms()
-        dist.all_reduce(squares[:-1])
+        bank_squares = squares[:-1]
+        dist.all_reduce(bank_squares)  # in place, within squares
         factor = self.gradient_factor(squares)
         scalars = StepScalars(*self.scalars.unbind())._replace(gradient_factor=factor)
 
@@ -4687,11 +4712,18 @@ def read_entry(row: object) -> TensorEntry:
     raise ValueError(f"artifact: bad tensor entry {str(row)[:80]}; expected [name, encoding, shape, offset]")
 
 
-def open_artifact(blob: bytes) -> tuple[dict, bytes]:
-    """Return the header and the payload of an artifact. Raises ValueError when it is damaged or not one."""
+class OpenedArtifact(NamedTuple):
+    """The two parts of a raw artifact."""
+
+    header: dict
+    payload: bytes
+
+
+def open_artifact(blob: bytes) -> OpenedArtifact:
+    """Decompress an artifact and read its header. Raises ValueError for bytes that are no sound artifact."""
     raw = CODECS[codec_of(blob)].unpack(blob)
     header, end = read_header(raw)
-    return header, raw[end:]
+    return OpenedArtifact(header, raw[end:])
 
 
 def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
@@ -4735,7 +4767,8 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     Names and shapes are not checked. Whatever the blob holds, this runs no code from it and takes no more
     memory than a few times MAX_RAW_BYTES, or MAX_RAW_RATIO times the blob, and their float32 values.
     """
-    return read_tensors(*open_artifact(blob))
+    opened = open_artifact(blob)
+    return read_tensors(opened.header, opened.payload)
 
 
 def bare_code(source: str) -> str:
@@ -4836,18 +4869,19 @@ def decompress(blob: bytes) -> bytes:
 #   tables   := per context half the frequencies of 0, then the frequencies of 1 and -1, of 2 and -2, ...
 #   words    := the states at the start of decoding, 3 words each, highest first; then the words taken in
 #
-# A code's context is the class of its row + that of its column. A class says how large their codes are, in
-# quarter octaves around class 8, the mean of the tensor. With S states, state i codes the i-th of every S
-# codes, so that numpy codes S at a time. All decisions use whole numbers, so that all machines write the same
-# bytes.
+# A code's context is the class of its row + the class of its column. A class says how large the codes of the
+# row or column are, in quarter octaves around MEAN_CLASS, the mean of the tensor. With S states, state i
+# codes the i-th of every S codes, so numpy codes S at a time. All decisions use whole numbers, so all
+# machines write the same bytes.
 
 RANS_MAGIC = b"GPT6rans"
 PRECISION = 14  # frequencies of a context sum to 2^PRECISION
 TABLE_SUM = 1 << (PRECISION - 1)  # of a context's row of CodeModel.tables
 SLOT_MASK = (1 << PRECISION) - 1  # the bits of a state that choose a code
 LEAST_STATE = 1 << 32  # a state lies in [2^32, 2^48) and takes in 16 bits at a time
-CLASS_EDGES = np.array([round(4096 * 2 ** ((k - 7.5) / 4)) for k in range(16)])
-CLASS_WEIGHTS = np.array([round(4096 * 2 ** ((8 - k) / 4)) for k in range(17)])
+MEAN_CLASS = 8  # of the mean magnitude; there are as many classes below as above
+CLASS_EDGES = np.array([round(4096 * 2 ** ((k + 0.5 - MEAN_CLASS) / 4)) for k in range(2 * MEAN_CLASS)])
+CLASS_WEIGHTS = np.array([round(4096 * 2 ** ((MEAN_CLASS - k) / 4)) for k in range(2 * MEAN_CLASS + 1)])
 CONTEXTS = 2 * len(CLASS_EDGES) + 1
 MAX_RANS_TENSORS = 256
 MAX_RANS_CODES = 1 << 26  # decoded in seconds
@@ -4926,25 +4960,31 @@ def column_classes(magnitudes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return classes_of(np.stack([CLASS_WEIGHTS[row] @ matrix for row, matrix in zip(rows, magnitudes)]))
 
 
+class Candidate(NamedTuple):
+    """A CodeModel and what its artifact would take with it, in 65,536ths of a bit."""
+
+    bits: int
+    model: CodeModel
+
+
 def model_codes(codes: np.ndarray, limit: int) -> CodeModel:
     """Return the CodeModel of codes (m, R, N) that needs the fewest bits.
 
-    It has classes for rows, for columns, for both or for neither. Without classes, all are in class 8.
+    The model has classes for rows, for columns, for both or for neither; without them, all are MEAN_CLASS.
     """
     magnitudes = np.abs(codes.astype(np.int16))
     rows = row_classes(magnitudes)
     columns = column_classes(magnitudes, rows)
 
-    models = []
-    needs = []
-    for tried_rows in (np.full_like(rows, 8), rows):
-        for tried_columns in (np.full_like(columns, 8), columns):
+    candidates = []
+    for tried_rows in (np.full_like(rows, MEAN_CLASS), rows):
+        for tried_columns in (np.full_like(columns, MEAN_CLASS), columns):
             contexts = tried_rows[:, :, None] + tried_columns[:, None, :]
             counts = count_magnitudes(contexts, magnitudes, limit)
             model = CodeModel(tried_rows, tried_columns, tables_for(counts))
-            models.append(model)
-            needs.append(code_bits(counts, model.tables) + class_bits(tried_rows) + class_bits(tried_columns))
-    return models[needs.index(min(needs))]
+            bits = code_bits(counts, model.tables) + class_bits(tried_rows) + class_bits(tried_columns)
+            candidates.append(Candidate(bits, model))
+    return min(candidates, key=lambda candidate: candidate.bits).model
 
 
 def states_for(codes: int) -> int:
@@ -5171,8 +5211,8 @@ class Score(NamedTuple):
         return f"val_bpb {self.bpb:.4f}, val_loss {self.loss:.4f} over {self.tokens:,} tokens"
 
 
-class ScoreRun(NamedTuple):
-    """The settings of one score."""
+class ScoreSettings(NamedTuple):
+    """How to score a split."""
 
     seq_len: int
     stride: int
@@ -5210,7 +5250,7 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
     return as_windows(start=np.maximum(end - seq_len, 0), end=end, score_from=np.append(0, end[:-1]))
 
 
-def window_groups(total: int, scoring: ScoreRun) -> list[WindowGroup]:
+def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
     """Cut the score windows of `total` targets into groups wherever the chunk or the shape changes.
 
     Before a chunk is scored, its lesson holds all earlier targets that have not been learned from: those of
@@ -5246,7 +5286,7 @@ class PlacedDocument(NamedTuple):
     windows: np.ndarray  # (n, 3), a chunk each
 
 
-def document_groups(tokens: np.ndarray, scoring: ScoreRun, slots: int) -> list[WindowGroup]:
+def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> list[WindowGroup]:
     """Lay out the documents of `tokens` side by side, chunk after chunk. A group has a window for each slot.
 
     A free slot takes the next document, so only earlier tokens decide where and when a document is scored. A
@@ -5300,11 +5340,11 @@ class Scored(NamedTuple):
     """The scores of targets, (N - 1,) float64 each. A target that other ranks score has zeros."""
 
     nats: Tensor
-    times: Tensor  # how often each target was scored
+    counts: Tensor  # how often each target was scored
 
 
 def score_batch(
-    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreRun
+    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreSettings
 ) -> tuple[Tensor, Tensor]:
     """Score at most B = scoring.batch windows (n, 3). Empty windows fill the compiled shape.
 
@@ -5318,8 +5358,20 @@ def score_batch(
     return batch.index[:, -last:].flatten(), values
 
 
+def report_progress(
+    scoring: ScoreSettings, m: Machine, batch: int, done: int, total: int, started: float
+) -> None:
+    """Report how many windows are scored, after each batch on a CPU, after every 16th on a GPU.
+
+    A report waits for the device, which costs a GPU time. started: as in Log.progress.
+    """
+    if batch % 16 == 0 or not m.is_gpu:
+        m.sync()
+        scoring.log.progress(f"scoring {scoring.label}, windows", done, total, started)
+
+
 @torch.no_grad()
-def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: Machine) -> Scored:
+def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings, m: Machine) -> Scored:
     """Score the targets of `tokens` (N,). Rank r scores windows r, r + world_size, ... of each group.
 
     If a group has a lesson, all ranks first learn from the lesson together; then each rank scores its windows
@@ -5346,15 +5398,12 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreRun, m: M
                 positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
                 out.index_add_(1, positions, values)
                 done = min(done + scoring.batch * m.world_size, window_count)
-                # Progress needs a sync, which stalls a GPU: there, only every 16th batch reports it.
-                if i % 16 == 0 or not m.is_gpu:
-                    m.sync()
-                    scoring.log.progress(f"scoring {scoring.label}, windows", done, window_count, started)
-    return Scored(*out)
+                report_progress(scoring, m, batch=i, done=done, total=window_count, started=started)
+    return Scored(nats=out[0], counts=out[1])
 
 
 def evaluate(
-    nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, scoring: ScoreRun, m: Machine
+    nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, scoring: ScoreSettings, m: Machine
 ) -> Score:
     """Score every target of `tokens` (N,) once, with the work split over all ranks. Sums are float64."""
     started = time.perf_counter()
@@ -5498,13 +5547,27 @@ def set_of(path: str) -> CheckpointSet | None:
     return CheckpointSet(int(name["step"]), int(name["world"]), name["base"]) if name else None
 
 
+class SavedPart(NamedTuple):
+    """The content of a checkpoint file."""
+
+    header: dict
+    tensors: dict[str, Tensor]
+
+
 class SavedState(NamedTuple):
     """A checkpoint set as read from its files. Step 0 means that there is none."""
 
     step: int
     pattern: str  # BASE.stepN.*, which matches its files
-    parts: list[tuple[dict, dict[str, Tensor]]]  # header and tensors of each file, in order
+    parts: list[SavedPart]  # of each file, in order
     skipped: list[str]  # a line for the log about each newer set that is damaged
+
+
+class Writing(NamedTuple):
+    """A set that is being written."""
+
+    step: int
+    future: Future  # the end of this rank's writing
 
 
 class SavedTensor(NamedTuple):
@@ -5546,8 +5609,8 @@ def checkpoint_files(base: str) -> list[str]:
     return [f for f in glob.glob(glob.escape(base) + ".step*") if set_of(f)]
 
 
-def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
-    """Return header and tensors of one file. Raises OSError if it is missing, ValueError if damaged."""
+def read_checkpoint(path: str) -> SavedPart:
+    """Read one file. Raises OSError if it is missing, ValueError if damaged."""
     blob = read_file(path, -1)
     if hashlib.sha256(blob[:-DIGEST_BYTES]).digest() != blob[-DIGEST_BYTES:]:
         raise ValueError(f"{path}: checksum mismatch")
@@ -5557,18 +5620,18 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
     numbers = ("step", "train_ms", "progress", "position")
     if types_of(header) != wanted or not all(0 <= header[key] < 1 << 53 for key in numbers):
         raise ValueError(f"{path}: its header is not that of a checkpoint")
-    return header, read_tensors(header, blob[end:-DIGEST_BYTES])
+    return SavedPart(header, read_tensors(header, blob[end:-DIGEST_BYTES]))
 
 
-def read_set(found: CheckpointSet) -> list[tuple[dict, dict[str, Tensor]]]:
-    """Return header and tensors of each file of a set.
+def read_set(found: CheckpointSet) -> list[SavedPart]:
+    """Read all files of a set.
 
     Raises OSError, ValueError or RecursionError if one is missing, damaged or of another set.
     """
     parts = [read_checkpoint(found.file(share)) for share in range(found.world)]
-    first = {**parts[0][0], "step": found.step}
-    for share, (header, _) in enumerate(parts):
-        if {**header, "tensors": []} != {**first, "tensors": []}:
+    expected = {**parts[0].header, "step": found.step, "tensors": []}
+    for share, part in enumerate(parts):
+        if {**part.header, "tensors": []} != expected:
             raise ValueError(f"{found.file(share)}: it belongs to another set")
     return parts
 
@@ -5622,8 +5685,7 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
 
 def check_origin(state: SavedState, wanted: dict) -> None:
     """Raise an InputError that names every knob or input in which this run differs from a checkpoint."""
-    header, _ = state.parts[0]
-    found = header["made_by"]
+    found = state.parts[0].header["made_by"]
     different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
     if different:
         raise InputError(
@@ -5657,9 +5719,7 @@ class Checkpoints:
         self.made_by = origin(run.h, run.dataset)
         set_device = partial(torch.cuda.set_device, self.m.device) if self.m.is_gpu else None
         self.pool = ThreadPoolExecutor(1, "checkpoint", set_device)  # new threads would start on device 0
-        self.pending: tuple[int, Future] | None = (
-            None  # the set being written: its step, and the end of writing
-        )
+        self.pending: Writing | None = None
 
     def share(self, whole: Tensor) -> Tensor:
         """Return this rank's share of a tensor that every rank holds whole, as a view, possibly empty."""
@@ -5683,7 +5743,7 @@ class Checkpoints:
                 position=self.loader.position,
             )
             fetched = self.m.fetch(*(tensor.share for tensor in self.tensors.values()))
-            self.pending = (step, self.pool.submit(self.write, step, header, fetched))
+            self.pending = Writing(step, self.pool.submit(self.write, step, header, fetched))
             self.saved_ms = train_ms
         if last:
             self.finish_set(wait=True)
@@ -5759,7 +5819,7 @@ class Checkpoints:
             return 0, 0.0
 
         for name, tensor in self.tensors.items():
-            saved = [tensors[name] for _, tensors in state.parts if name in tensors]
+            saved = [part.tensors[name] for part in state.parts if name in part.tensors]
             with explained(
                 f"{state.pattern}: {name} does not fit",
                 "begin anew with another run_id",
@@ -5770,7 +5830,7 @@ class Checkpoints:
                     tensor.whole.copy_(complete.view_as(tensor.whole))
                 else:
                     tensor.share.copy_(complete[tensor.rows].view_as(tensor.share))
-        header, _ = state.parts[0]
+        header = state.parts[0].header
         self.optimizer.steps = state.step
         self.good = state.step
         self.ema.progress = header["progress"]
@@ -5857,10 +5917,12 @@ class Run:
             self.splits[split] = tokens
         return self.splits[split]
 
-    def scoring(self, label: str, stride: int, learns: bool = False) -> ScoreRun:
+    def scoring(self, label: str, stride: int, learns: bool = False) -> ScoreSettings:
         """Return the settings of a score, which trains on scored chunks if it learns."""
         h = self.h
-        scoring = ScoreRun(h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log)
+        scoring = ScoreSettings(
+            h.eval_seq_len, stride, h.eval_batch_tokens // h.eval_seq_len, label, self.log
+        )
         if not learns:
             return scoring
         learner = partial(learning, self.model, self.nats_fn, h, self.m)
@@ -5904,7 +5966,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     if log.goes_on:
         log(f"\n{machine}")  # after a line that may have been cut
     elif log.file:
-        log(own_source(), shown="")
+        log(own_source(), console=NOTHING)
         rule = "=" * 100
         lines = [
             rule,
@@ -5916,7 +5978,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
             "config:",
             *(f"  {key}: {value}" for key, value in sorted(asdict(h).items())),
         ]
-        log("\n".join(lines), shown="")
+        log("\n".join(lines), console=NOTHING)
         log(f"preset: {h.preset}\n{machine}")
 
     if not m.is_gpu and torch.backends.mps.is_available():
@@ -5926,7 +5988,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
     log(
         f"data path:{h.data_path} manifest_sha256:{dataset.manifest_sha256} "
         f"tokenizer_sha256:{dataset.tokenizer_sha256} vocab_size:{h.vocab_size} train_tokens:{train_tokens}",
-        shown=f"data {h.data_path}: {train_tokens:,} training tokens, {h.vocab_size:,} in the vocabulary",
+        console=f"data {h.data_path}: {train_tokens:,} training tokens, {h.vocab_size:,} in the vocabulary",
     )
 
     torch.manual_seed(h.seed)
@@ -5990,13 +6052,20 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
     return replace(run, h=h)
 
 
-def capture_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Tensor, int], Tensor], str]:
-    """Capture forward and backward of a micro-batch. Returns `backward`, and Captured.failure.
+class CapturedPass(NamedTuple):
+    """Forward and backward of a micro-batch.
 
     backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
-    loss / count, (). That tensor is the same at every call. The caller reads it on the stream of the passes
-    before it calls again.
+    loss / count, (). Every call returns the same tensor, so the caller must read the tensor, on the stream of
+    the passes, before the next call.
     """
+
+    backward: Callable[[Tensor, int], Tensor]
+    failure: str  # as in Captured
+
+
+def capture_pass(loss_fn: Callable, optimizer: Optimizer) -> CapturedPass:
+    """Capture forward and backward of a micro-batch."""
     h = optimizer.h
     m = optimizer.m
     B = cut_batch(h, m.world_size).sequences
@@ -6018,7 +6087,7 @@ def capture_pass(loss_fn: Callable, optimizer: Optimizer) -> tuple[Callable[[Ten
         launch()
         return result
 
-    return backward, failure
+    return CapturedPass(backward, failure)
 
 
 def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
@@ -6031,7 +6100,7 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
 
 
 class Passes(NamedTuple):
-    """The passes of a run, each as capture_pass returns it. None: no step of the run takes it."""
+    """The passes of a run, each a CapturedPass.backward. None: no step of the run takes this pass."""
 
     looped: Callable[[Tensor, int], Tensor] | None
     plain: Callable[[Tensor, int], Tensor] | None  # visits every layer once
@@ -6045,10 +6114,10 @@ def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
     """Capture the passes that the steps of a run take. Logs failures."""
 
     def capture(loss_fn: Callable) -> Callable:
-        backward, failure = capture_pass(loss_fn, optimizer)
-        if failure:
-            run.log(f"pass:eager, no graph ({failure})")
-        return backward
+        captured = capture_pass(loss_fn, optimizer)
+        if captured.failure:
+            run.log(f"pass:eager, no graph ({captured.failure})")
+        return captured.backward
 
     h = run.h
     # The loop begins once and stays: the last step tells whether any loops, the first whether any does not.
@@ -6332,7 +6401,7 @@ def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -
             mfu = flops / (train_ms / 1000 * run.m.world_size * peak)
             line += f" mfu:{mfu:.4f}"
             shown += f", MFU {mfu:.1%}"
-    run.log(line, shown=shown)
+    run.log(line, console=shown)
 
 
 def gram_of(x: Tensor) -> Tensor:
@@ -6535,7 +6604,7 @@ def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None
     reason = "a signal" if by_signal else "the time is up"
     run.log(
         f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{run.h.iterations}",
-        shown=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
+        console=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
     )
 
 
@@ -6553,7 +6622,7 @@ def hold_back(run: Run, calibrate_ms: float) -> Run:
         return run
     run.log(
         f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration",
-        shown=f"{seconds:.1f} of the {budget:g} s are kept for calibration",
+        console=f"{seconds:.1f} of the {budget:g} s are kept for calibration",
     )
     if seconds > budget / 2:
         run.log.discard()
@@ -6595,7 +6664,7 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     run.log(
         f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
         f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms",
-        shown=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}",
+        console=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}",
     )
     return score
 
@@ -6606,7 +6675,7 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
     run.log(
         f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
         f"step_avg:{clock_ms / step:.2f}ms",
-        shown=f"{describe_progress(run.h, step, clock_ms)}: train_loss {loss.item():.4f}, "
+        console=f"{describe_progress(run.h, step, clock_ms)}: train_loss {loss.item():.4f}, "
         f"{clock_ms / step:.1f} ms a step",
     )
     return loss.item()
@@ -6687,9 +6756,9 @@ def score_artifact(run: Run) -> FinalScore:
         run.log(
             f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {shown_stride}"
             f"eval_time:{score.ms:.0f}ms",
-            shown=f"artifact, {metric.name}: {score.words}",
+            console=f"artifact, {metric.name}: {score.words}",
         )
-        run.log(f"{label}_exact {score.exact}", shown="")
+        run.log(f"{label}_exact {score.exact}", console=NOTHING)
         run.phases["eval"] += score.ms
         final = FinalScore(f"int6_{coder}_{metric.name}", score)
 
@@ -6712,8 +6781,8 @@ PHASES = ("load", "compile", "train", "calibrate", "quantize", "compress", "deco
 
 def describe_phases(phases: Mapping[str, float]) -> str:
     """Return the seconds of all phases that took noticeable time. phases: name -> ms, as in Run."""
-    seconds = {phase: phases.get(phase, 0.0) / 1000 for phase in PHASES}
-    return ", ".join(f"{phase} {time:.1f} s" for phase, time in seconds.items() if time >= 0.05)
+    took = {phase: phases.get(phase, 0.0) / 1000 for phase in PHASES}
+    return ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in took.items() if seconds >= 0.05)
 
 
 class TrainedScores(NamedTuple):
@@ -6729,14 +6798,14 @@ def score_trained(run: Run, trained: Trained) -> TrainedScores:
     live = validate(run, trained.steps, trained.train_ms)
     torch._foreach_copy_(trained.ema.params, trained.ema.average)
     averaged = run.score("ema", h.eval_seq_len)
-    run.log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", shown="")
+    run.log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", console=NOTHING)
     run.log(
         f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms",
-        shown=f"averaged weights: {averaged.words}",
+        console=f"averaged weights: {averaged.words}",
     )
     nats = unigram_nats(h, run.held_out("val")[1:])
     unigram = bpb(nats, live.bytes)
-    run.log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", shown="")
+    run.log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", console=NOTHING)
     return TrainedScores(live, unigram)
 
 
@@ -6757,7 +6826,7 @@ def score_submission(run: Run, written: str, bytes_code: int) -> Submission:
     run.log(
         f"Serialized model int6+{coder}: {len(blob)} bytes\nCode size: {bytes_code} bytes\n"
         f"Total submission size int6+{coder}: {bytes_total} bytes",
-        shown="",
+        console=NOTHING,
     )
     run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
     return Submission(score_artifact(run), bytes_total, bytes_code, sha256(blob))
@@ -6790,7 +6859,7 @@ def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submissio
     if submission:
         line.append(f"sha256:{submission.sha256}")
     shown.append(f"time: {describe_phases(run.phases)}")
-    run.log(" ".join(line), shown="\n".join(shown))
+    run.log(" ".join(line), console="\n".join(shown))
 
 
 def conclude(run: Run, trained: Trained, path: str) -> int:
@@ -6818,7 +6887,10 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     scores = score_trained(run, trained)
     submission = score_submission(run, written, code_bytes) if h.size_cap else None
 
-    log("phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES), shown="")
+    log(
+        "phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES),
+        console=NOTHING,
+    )
     over = submission.bytes_total - h.size_cap if submission else 0
     if over > 0:
         log(
@@ -6913,8 +6985,15 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     return StoredModel(blob, h, tensors)
 
 
-def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, bytes]:
-    """Return a run whose model holds an artifact's weights, and the artifact's bytes.
+class LoadedRun(NamedTuple):
+    """A run whose model holds an artifact's weights, and the artifact's bytes."""
+
+    run: Run
+    blob: bytes
+
+
+def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> LoadedRun:
+    """Make a run from an artifact.
 
     Raises InputError as read_model does, and for data that do not fit the model.
     """
@@ -6929,7 +7008,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> tuple[Run, b
     check_ranks_agree(h, m, dataset, stored.blob)
     run = start_run(h, m, Log(log_path, m), dataset, started)
     run.model.load_state_dict(stored.tensors)
-    return run, stored.blob
+    return LoadedRun(run, stored.blob)
 
 
 def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
@@ -6939,7 +7018,7 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
         final = score_artifact(run)
         run.log(
             f"eval_score {final.exact} eval_time:{run.phases['eval']:.0f}ms sha256:{sha256(blob)}",
-            shown=f"\nscore: {final.score.words}\ntime: {describe_phases(run.phases)}\nlog: {run.log.path}",
+            console=f"\nscore: {final.score.words}\ntime: {describe_phases(run.phases)}\nlog: {run.log.path}",
         )
     return 0
 
@@ -7019,7 +7098,7 @@ def end_with(error: Exception) -> int:
     if not lost_another_rank(error):
         raise error
     print("train_gpt.py: another rank is gone before the run began", file=sys.stderr, flush=True)
-    time.sleep(LINGER)
+    time.sleep(LINGER_S)
     os._exit(Fault.status)  # a proper shutdown would wait for that rank
 
 

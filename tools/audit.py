@@ -83,7 +83,17 @@ MODULE = "audited_script"  # the script's name in sys.modules
 # The names of the script that the tests use; CLASS.NAME is a method or field of its objects. The scripts of
 # old records are judged by the same names, so change one only with those records in mind.
 NEEDS = (
-    *("InputError", "Log", "load_shard", "split_files", "GPT", "MAGIC", "XZ", "open_artifact", "ScoreRun"),
+    *(
+        "InputError",
+        "Log",
+        "load_shard",
+        "split_files",
+        "GPT",
+        "MAGIC",
+        "XZ",
+        "open_artifact",
+        "ScoreSettings",
+    ),
     *("score_targets", "evaluate", "train", "load_run"),
     *("GPT.embed", "GPT.loss", "GPT.nats"),
     *("Run.h", "Run.m", "Run.log", "Run.dataset", "Run.model", "Run.nats_fn", "Run.held_out"),
@@ -141,7 +151,7 @@ def counted_stride(script: ModuleType, h: Any) -> int:
 
 
 def learns_apart(scoring: Any) -> bool:
-    """Return whether a ScoreRun scores every document apart, and forgets what it learned after each.
+    """Return whether a ScoreSettings scores every document apart, and forgets what it learned after each.
 
     Older scripts have no layout: with windows one after the other, their bos_id is -1 or missing.
     """
@@ -151,10 +161,10 @@ def learns_apart(scoring: Any) -> bool:
 
 
 def plan_older_scores(script: ModuleType, run: Any, chunk: int, log: Any) -> Any:
-    """Return the ScoreRun of the final score of a script that has no Run.scoring to make it."""
+    """Return the ScoreSettings of the final score of a script that has no Run.scoring to make it."""
     h = run.h
     batch = h.eval_batch_tokens // h.eval_seq_len
-    scoring = script.ScoreRun(h.eval_seq_len, h.eval_stride, batch, "audit", log)
+    scoring = script.ScoreSettings(h.eval_seq_len, h.eval_stride, batch, "audit", log)
     if chunk:
         learner = partial(script.learning, run.model, run.loss_fn, h, run.m)
         scoring = scoring._replace(chunk=chunk, learner=learner)
@@ -283,12 +293,12 @@ class Audit:
     run: Any  # the script's Run; its model holds the artifact's weights
     blob: bytes  # the artifact
     piece: np.ndarray  # (N,) tokens from the middle of the validation split, document starts among them
-    scoring: Any  # the script's ScoreRun: sliding, as in the final score, and learning if that learns
+    scoring: Any  # the script's ScoreSettings: sliding, as in the final score, and learning if that learns
     chunk: int  # targets that are scored before they are learned from; 0: nothing is learned
     progress: Progress
 
     def nats(self, tokens: np.ndarray, scoring: Any = None) -> Tensor:
-        """Score every target as the final score does, or as another ScoreRun says: (N - 1,) float64."""
+        """Score every target as the final score does, or as another ScoreSettings says: (N - 1,) float64."""
         out = self.script.score_targets(self.run.nats_fn, tokens, scoring or self.scoring, self.run.m)[0]
         dist.all_reduce(out)
         self.progress.advance()
@@ -346,7 +356,7 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
 
 
 def plan_scores(script: ModuleType, run: Any, chunk: int) -> Any:
-    """Return the script's ScoreRun of the final score, with a log that tells nothing: Progress does."""
+    """Return the script's ScoreSettings of the final score, with a log that tells nothing: Progress does."""
     silent = script.Log("", None)
     if gives_windows(script):
         return run.scoring("audit", counted_stride(script, run.h), learns=chunk > 0)._replace(log=silent)

@@ -148,18 +148,18 @@ def leave_if_lost(tool: str, script: ModuleType, error: Exception, when: str) ->
     if lost_another_rank is None or not lost_another_rank(error):
         return
     print(f"{tool}: another rank is gone {when}", file=sys.stderr, flush=True)
-    time.sleep(getattr(script, "LINGER", 0))  # so that torchrun names that rank as the cause
+    time.sleep(getattr(script, "LINGER_S", 0))  # so that torchrun names that rank as the cause
     os._exit(1)
 
 
 # ---- scripts -------------------------------------------------------------------------------------
 
 # Names of older scripts: the present name -> the one that it had before.
-RENAMED = {"capture_pass": "bind_pass"}
+RENAMED = {"capture_pass": "bind_pass", "LINGER_S": "LINGER", "ScoreSettings": "ScoreRun"}
 
 
 def rename_older_names(module: ModuleType) -> None:
-    """Give the functions of an older script the names that the trainer's have now."""
+    """Give what an older script defines the names that the trainer has for it now."""
     for name, older in RENAMED.items():
         if hasattr(module, older) and not hasattr(module, name):
             setattr(module, name, getattr(module, older))

@@ -188,7 +188,7 @@ def test_no_knob_takes_an_illegal_value():
 def test_an_illegal_value_lies_beside_each_bound_of_a_kind():
     values = {name: list(illegal_values(kind)) for name, kind in t.KINDS.items()}
     assert "0" in values["int"] and "-1" in values["Count"]
-    assert "2" in values["Share"] and "1" in values["Decay"]
+    assert "2" in values["Fraction"] and "1" in values["Decay"]
     assert {"nan", "inf", "-1"} <= set(values["float"])
     assert values["bool"] == ["no such value"]
 

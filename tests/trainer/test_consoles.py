@@ -98,7 +98,7 @@ def test_training_goes_on_without_a_console(tmp_path, console):
 
 @pytest.mark.parametrize("rank, lacking", [(0, "all 2 ranks"), (1, "rank 0, which does not answer")])
 def test_a_rank_whose_peer_never_starts_ends_in_one_line(rank, lacking, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(t, "JOIN", 0.5)
+    monkeypatch.setattr(t, "JOIN_S", 0.5)
     for key, value in (group_environment(2) | {"RANK": rank, "LOCAL_RANK": rank}).items():
         monkeypatch.setenv(key, str(value))
     started = time.monotonic()

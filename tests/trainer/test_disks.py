@@ -159,7 +159,7 @@ def refuse_logs_in(folder):
 
 def hang_reads(rank):
     """Make the disk hang at batch 6, and the trainer wait for half a second."""
-    t.PATIENCE = 0.5
+    t.PATIENCE_S = 0.5
     build = t.TokenLoader.build
 
     def stuck(self, index):

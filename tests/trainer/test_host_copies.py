@@ -53,7 +53,7 @@ def test_a_gpus_copies_run_on_a_side_stream_and_the_host_polls(monkeypatch, pass
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
     monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(torch.Tensor, "record_stream", hold)
-    monkeypatch.setattr(t, "PATIENCE", 0.3)
+    monkeypatch.setattr(t, "PATIENCE_S", 0.3)
     fetched = dataclasses.replace(machine(), device=torch.device("cuda"), streams=(side,)).fetch(
         torch.ones(2), torch.zeros(1)
     )

@@ -154,7 +154,7 @@ def test_snapshot_is_exact_and_a_copy(one):
 class Lines(list):
     """A log in memory."""
 
-    def __call__(self, line, shown=None):
+    def __call__(self, line, console=None):
         self.append(line)
 
     def progress(self, what, done, total, started):

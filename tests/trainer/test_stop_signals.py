@@ -77,7 +77,7 @@ def test_steps_that_were_lost_are_void(tmp_path, monkeypatch):
 def stop_twice(rank):
     """Send a signal and its echo during a step that does not end; then, later, another signal."""
     train_step = t.train_step
-    t.ECHO = 1
+    t.ECHO_S = 1
 
     def slow(backward, optimizer, batch, hp):
         if optimizer.steps == 4:

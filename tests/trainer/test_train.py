@@ -93,7 +93,7 @@ def test_long_work_shows_progress(live, tmp_path, monkeypatch, capsys):
 
 def test_calibration_and_scores_show_progress(tmp_path, monkeypatch):
     """In warm-up twice, at the end once, and in every score."""
-    monkeypatch.setattr(t, "PROGRESS", 0)
+    monkeypatch.setattr(t, "PROGRESS_S", 0)
     run = read_run(tmp_path, t.main(english_args(iterations=2, gptq_batches=3, out_dir=tmp_path)))
     calibrations = [line.partition(", ETA")[0] for line in starting(run, "calibration")]
     assert calibrations == [f"calibration, batches: {i}/3" for i in (1, 2, 3)] * 3

@@ -181,7 +181,7 @@ def test_what_is_learned_has_been_scored_and_nothing_is_learned_from_the_last_ch
     with group_of_one() as m:
         for total, seq_len, stride, chunk in [*EDGES, *sizes(80, 1)]:
             witness = Witness(total, chunk)
-            run = t.ScoreRun(seq_len, stride, 3, "x", SILENT, chunk=chunk, learner=witness.learner)
+            run = t.ScoreSettings(seq_len, stride, 3, "x", SILENT, chunk=chunk, learner=witness.learner)
             _, times_scored = t.score_targets(witness.nats, np.arange(total + 1), run, m)
             assert (times_scored == 1).all()
             starts = t.score_windows(total, seq_len, stride)[:, t.SCORE_FROM]
@@ -195,7 +195,7 @@ def test_chunks_alone_change_no_bit():
     h = tiny()
     model = noisy_model(h)
     tokens = random_tokens(h, (301,), 4).numpy()
-    run = t.ScoreRun(16, 4, 4, "x", SILENT)
+    run = t.ScoreSettings(16, 4, 4, "x", SILENT)
     idle = run._replace(chunk=64, learner=lambda: nullcontext(lambda *_: None))
     with group_of_one() as m:
         plain = t.score_targets(model.nats, tokens, run, m)

@@ -78,7 +78,7 @@ def probe_sum(total, seq_len, stride, batch, m):
     """Evaluate a Probe and return the sum of its values."""
     tokens = np.arange(total + 1)
     probe = Probe(total, seq_len)
-    run = t.ScoreRun(seq_len, stride, batch, "probe", SILENT)
+    run = t.ScoreSettings(seq_len, stride, batch, "probe", SILENT)
     score = t.evaluate(probe, tokens, ONE_BYTE, run, m)
     assert score.tokens == score.bytes == total
     # Only the two shapes that are compiled.
@@ -113,7 +113,7 @@ def ranks_score(rank, world):
 
     tokens = random_tokens(h, (301,), 4).numpy()
     model = noisy_model(h)
-    run = t.ScoreRun(16, 4, 4, "model", SILENT)
+    run = t.ScoreSettings(16, 4, 4, "model", SILENT)
     score = t.evaluate(model.nats, tokens, ONE_BYTE, run, m)
     return sums, score.loss, score.bpb
 
@@ -149,7 +149,7 @@ def test_evaluate_equals_single_forwards(total, stride):
     model = noisy_model(h)
     tokens = random_tokens(h, (total + 1,), 5).numpy()
     with group_of_one() as m, torch.no_grad():
-        score = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, stride, 4, "x", SILENT), m)
+        score = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreSettings(16, stride, 4, "x", SILENT), m)
         assert score.loss == pytest.approx(brute_force(model, tokens, 16, stride), rel=1e-6)
         assert score.bpb == pytest.approx(score.loss / np.log(2), rel=1e-12)  # one byte a token
 
@@ -162,7 +162,7 @@ def test_a_stride_of_seq_len_is_the_chunked_score():
     x = ids[:-1].view(7, 16)
     y = ids[1:].view(7, 16)
     with group_of_one() as m, torch.no_grad():
-        chunked = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, 16, 4, "x", SILENT), m)
+        chunked = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreSettings(16, 16, 4, "x", SILENT), m)
         assert chunked.loss == pytest.approx(model.loss(x, y).item(), rel=1e-6)
-        sliding = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreRun(16, 4, 4, "x", SILENT), m)
+        sliding = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreSettings(16, 4, 4, "x", SILENT), m)
         assert sliding.loss != chunked.loss

@@ -14,9 +14,11 @@ LORA = dict(ttt_form="lora", ttt_lr=0.02, ttt_chunk_tokens=6, ttt_passes=2, ttt_
 
 
 def learning_run(h, model, m, **changes):
-    """Return a ScoreRun that learns, as Run.score makes it."""
+    """Return a ScoreSettings that learns, as Run.score makes it."""
     learner = partial(t.learning, model, model.nats, h, m)
-    run = t.ScoreRun(h.eval_seq_len, h.eval_stride, 4, "x", SILENT, chunk=h.ttt_chunk_tokens, learner=learner)
+    run = t.ScoreSettings(
+        h.eval_seq_len, h.eval_stride, 4, "x", SILENT, chunk=h.ttt_chunk_tokens, learner=learner
+    )
     if h.ttt_form == "lora":
         run = run._replace(layout="documents", bos_id=h.bos_id)
     return run._replace(**changes)
