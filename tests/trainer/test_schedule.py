@@ -1,6 +1,7 @@
 """The optimizer's schedule on 1, 2 and 4 gloo ranks: who works on what, and what goes over the wire."""
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers import all_equal, gaussian, group_of_one, machine, noisy_model, pad
 from schedule_cases import (
     STEPS,
     TOLERANCE,
+    Call,
     data_folder,
     env_machine,
     parameters,
@@ -19,66 +21,121 @@ from schedule_cases import (
 )
 
 
-def train_rank(rank, folder, knobs, per_node=0):
-    """Train STEPS steps on this rank, then the last of them again from a snapshot, then watch a step.
+class Trained(NamedTuple):
+    """What a rank has after STEPS steps, for tests to compare with other ranks, world sizes and schedules."""
 
-    Returns parameters, averages, clip factors, losses, the sum of the padding and more, by name.
-    """
-    knobs = knobs | {"data_path": folder}
-    m = env_machine(tiny(**knobs), per_node)
-    assert m.rank == rank
-    model, optimizer, ema, loader = setup(m, **knobs)
-    backward, _ = t.capture_pass(model.loss, optimizer)
+    params: dict[str, torch.Tensor]
+    ema: list[torch.Tensor]
+    factors: list[float]  # by which each step clipped its gradients
+    losses: list[float]
+    padding: dict[str, float]  # sum of magnitudes of the padded rows, by bank
+    state: list[torch.Tensor]  # of the optimizer
+    middle: Any  # the optimizer's snapshot after step MIDDLE
+
+
+class Schedule(NamedTuple):
+    """What a rank does in one step of its optimizer."""
+
+    calls: list[Call]
+    groups: list[list[int]]  # the ranks of each level
+    sizes: list[int]  # of the banks, in bytes
+    owned: dict[str, int]  # matrices, by bank
+    parts: list[slice]  # that the rank keeps of each level's
+
+
+class RankResult(NamedTuple):
+    """What a rank returns."""
+
+    trained: Trained
+    repeats: bool  # whether the steps after MIDDLE, trained again from a snapshot, gave the same bits
+    steps: int  # that the optimizer counted
+    schedule: Schedule
+    agreed: t.Agreed
+    of_rank_0: float
+    largest: int
+
+
+MIDDLE = 2  # steps before the snapshot
+
+
+def run_steps(optimizer, backward, loader, steps, after=lambda step, loss: None):
+    """Train these steps, each followed by after(step, loss)."""
+    for step in steps:
+        after(step, t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0)))
+
+
+def train_steps(model, optimizer, ema, loader, backward):
+    """Train STEPS steps and return what came out."""
     gradient_factor = optimizer.gradient_factor
     factors = []
     losses = []
-    saved = None
 
     def noted_factor(squares):
         factors.append(gradient_factor(squares))
         return factors[-1]
 
-    optimizer.gradient_factor = noted_factor
-    for step in range(STEPS):
-        if step == 2:
-            saved = optimizer.snapshot()
-        loss = t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
+    def note(step, loss):
         ema.update(step / STEPS)
         t.dist.all_reduce(loss, t.dist.ReduceOp.AVG)
         losses.append(loss.item())
-    params = parameters(model)
-    padding = {name: padding_of(optimizer, model, name).abs().sum().item() for name in optimizer.bank}
-    state = [x.clone() for x in optimizer.state()]
 
-    optimizer.restore(saved)
-    loader.seek(2 * loader.accum)
-    for step in range(2, STEPS):
-        t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
-    again = all_equal(state, optimizer.state())
+    optimizer.gradient_factor = noted_factor
+    run_steps(optimizer, backward, loader, range(MIDDLE), note)
+    middle = optimizer.snapshot()
+    run_steps(optimizer, backward, loader, range(MIDDLE, STEPS), note)
+    optimizer.gradient_factor = gradient_factor
+    return Trained(
+        params=parameters(model),
+        ema=[x.clone() for x in ema.average],
+        factors=[x.item() for x in factors],
+        losses=losses,
+        padding={name: padding_of(optimizer, model, name).abs().sum().item() for name in optimizer.bank},
+        state=[x.clone() for x in optimizer.state()],
+        middle=middle,
+    )
 
+
+def repeats_from_snapshot(trained, optimizer, loader, backward):
+    """Return whether the steps after MIDDLE, trained again, give the same bits."""
+    optimizer.restore(trained.middle)
+    loader.seek(MIDDLE * loader.accum)
+    run_steps(optimizer, backward, loader, range(MIDDLE, STEPS))
+    return all_equal(trained.state, optimizer.state())
+
+
+def watch_schedule(optimizer, m):
+    """Return what one more step of the optimizer does."""
     with watch_collectives() as calls:
         optimizer.step(t.hyper_at(optimizer.h, 0, 0.0))
-    # What this rank saw, for the tests to compare with the other ranks, world sizes and schedules.
-    trained = dict(
-        params=params,  # after STEPS steps
-        ema=[x.clone() for x in ema.average],
-        factors=[x.item() for x in factors],  # by which each step clipped its gradients
-        padding=padding,  # sum of magnitudes of the padded rows, by bank
-        losses=losses,
-        again=again,  # whether steps 2 to STEPS, trained again from a snapshot, gave the same bits
-        steps=optimizer.steps - 1,  # that the optimizer counted
+    return Schedule(
+        calls=calls,
+        groups=[t.dist.get_process_group_ranks(level.group or t.dist.group.WORLD) for level in m.levels],
+        sizes=[bank.numel() * 4 for bank in optimizer.bank.values()],
+        owned={name: len(momentum) for name, momentum in optimizer.momentum.items()},
+        parts=[level.kept for level in m.levels],
+    )
+
+
+def train_rank(rank, folder, knobs, per_node=0):
+    """Train on this rank, train the last steps again, then watch a step. Returns a RankResult."""
+    knobs = knobs | {"data_path": folder}
+    m = env_machine(tiny(**knobs), per_node)
+    assert m.rank == rank
+    model, optimizer, ema, loader = setup(m, **knobs)
+    backward, _ = t.capture_pass(model.loss, optimizer)
+
+    trained = train_steps(model, optimizer, ema, loader, backward)
+    repeats = repeats_from_snapshot(trained, optimizer, loader, backward)
+    schedule = watch_schedule(optimizer, m)
+    return RankResult(
+        trained=trained._replace(state=[], middle=None),
+        repeats=repeats,
+        steps=optimizer.steps - 1,
+        schedule=schedule,
         agreed=m.agree(rank + 0.5, rank),
         of_rank_0=m.number_of_rank_0(rank + 0.5),
         largest=m.largest(rank),
     )
-    schedule = dict(
-        calls=calls,  # collectives of one step
-        groups=[t.dist.get_process_group_ranks(level.group or t.dist.group.WORLD) for level in m.levels],
-        sizes=[bank.numel() * 4 for bank in optimizer.bank.values()],  # bytes
-        owned={name: len(momentum) for name, momentum in optimizer.momentum.items()},  # matrices, by bank
-        parts=[level.kept for level in m.levels],
-    )
-    return trained | schedule
 
 
 CASES = {
@@ -114,52 +171,55 @@ def size_of(name, p, start):
     return p.norm().item()
 
 
-def assert_same_parameters(ranks):
-    """Check that all ranks hold the same bits."""
-    first = ranks[0]["params"]
-    for other in ranks[1:]:
-        assert all(torch.equal(p, other["params"][name]) for name, p in first.items()), len(ranks)
+def assert_same_parameters(params):
+    """Check that all ranks hold the same bits. params: the parameters of each rank, by name."""
+    first, *others = params
+    for other in others:
+        assert all(torch.equal(p, other[name]) for name, p in first.items()), len(params)
 
 
 def test_ranks_hold_the_same_bits(worlds):
     for world, ranks in worlds.items():
-        assert_same_parameters(ranks)
+        assert_same_parameters([r.trained.params for r in ranks])
         for other in ranks[1:]:
-            assert all_equal(ranks[0]["ema"], other["ema"])
-            assert other["factors"] == ranks[0]["factors"] and other["losses"] == ranks[0]["losses"]
+            assert all_equal(ranks[0].trained.ema, other.trained.ema)
+            assert (
+                other.trained.factors == ranks[0].trained.factors
+                and other.trained.losses == ranks[0].trained.losses
+            )
         for r in ranks:
-            assert r["agreed"] == t.Agreed(clock_ms=0.5, flag=world - 1)
-            assert (r["of_rank_0"], r["largest"]) == (0.5, world - 1)
+            assert r.agreed == t.Agreed(clock_ms=0.5, flag=world - 1)
+            assert (r.of_rank_0, r.largest) == (0.5, world - 1)
 
 
 def test_the_world_size_changes_only_rounding(worlds):
     alone = worlds[1][0]
-    start = start_of(alone["params"])
+    start = start_of(alone.trained.params)
     for world in (2, 4):
-        for name, p in worlds[world][0]["params"].items():
-            expected = alone["params"][name]
+        for name, p in worlds[world][0].trained.params.items():
+            expected = alone.trained.params[name]
             moved = (expected - start[name]).norm().item()
             error = (p - expected).norm().item()
             assert error <= TOLERANCE * size_of(name, expected, start[name]), (world, name, error, moved)
             # Training moved it, and far more than that.
             assert name == "skip_weights" or moved > 100 * error, name
-        assert worlds[world][0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert worlds[world][0].trained.losses == pytest.approx(alone.trained.losses, rel=1e-5)
 
 
 def test_padding_stays_zero(worlds):
     """Cover one layer on four ranks: two ranks own only padding, the middle ones for the MLP's bank."""
     for ranks in worlds.values():
-        assert all(total == 0.0 for r in ranks for total in r["padding"].values())
-        assert all(torch.isfinite(p).all() for p in ranks[0]["params"].values())
+        assert all(total == 0.0 for r in ranks for total in r.trained.padding.values())
+        assert all(torch.isfinite(p).all() for p in ranks[0].trained.params.values())
 
 
 def test_restore_and_train_again_is_bit_equal(worlds):
-    assert all(r["again"] and r["steps"] == STEPS for ranks in worlds.values() for r in ranks)
+    assert all(r.repeats and r.steps == STEPS for ranks in worlds.values() for r in ranks)
 
 
 def test_clipping_acts_on_the_global_norm_of_the_mean_gradient(worlds):
     """Compare the factor of the first step with a float64 norm over all parameters on the whole batch."""
-    params = worlds[1][0]["params"]
+    params = worlds[1][0].trained.params
     layers = params["q_gain"].size(0)
     ve_layers = params["ve_layer_scale"].size(0)
     h = tiny(data_path=data_folder(), num_layers=layers, xsa_last_n=min(2, layers), ve_last_n=ve_layers)
@@ -170,7 +230,7 @@ def test_clipping_acts_on_the_global_norm_of_the_mean_gradient(worlds):
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
     assert norm > 0.6  # it does clip
     for ranks in worlds.values():
-        assert ranks[0]["factors"][0] == pytest.approx(0.3 / norm, rel=1e-4)
+        assert ranks[0].trained.factors[0] == pytest.approx(0.3 / norm, rel=1e-4)
 
 
 # ---------------------------------------------------------------- work
@@ -301,7 +361,7 @@ WIRE_LOSS = 5e-4
 def test_bfloat16_gradients_train_the_same_model_to_their_precision(wires):
     exact = wires["float32", 1][0]
     for (dtype, world), ranks in wires.items():
-        assert_same_parameters(ranks)
+        assert_same_parameters([r["params"] for r in ranks])
         bound = TOLERANCE if dtype == "float32" else WIRE_BOUND
         for name, p in ranks[0]["params"].items():
             expected = exact["params"][name]
@@ -361,21 +421,21 @@ def nodes(request):
 def test_nodes_train_the_model_of_one_rank(nodes):
     _, alone, ranks = nodes
     first = ranks[0]
-    start = start_of(alone["params"])
+    start = start_of(alone.trained.params)
     for r in ranks:
-        assert all(torch.equal(p, r["params"][name]) for name, p in first["params"].items())
-        assert all_equal(first["ema"], r["ema"])
-        assert r["factors"] == first["factors"]
-        assert r["again"]
-        assert not any(r["padding"].values())
-    for name, p in first["params"].items():
-        expected = alone["params"][name]
+        assert all(torch.equal(p, r.trained.params[name]) for name, p in first.trained.params.items())
+        assert all_equal(first.trained.ema, r.trained.ema)
+        assert r.trained.factors == first.trained.factors
+        assert r.repeats
+        assert not any(r.trained.padding.values())
+    for name, p in first.trained.params.items():
+        expected = alone.trained.params[name]
         assert (p - expected).norm() <= TOLERANCE * size_of(name, expected, start[name]), name
-    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    assert first["factors"] == pytest.approx(alone["factors"], rel=1e-5)
+    assert first.trained.losses == pytest.approx(alone.trained.losses, rel=1e-5)
+    assert first.trained.factors == pytest.approx(alone.trained.factors, rel=1e-5)
     matrices = {spec.name for spec in t.MATRICES}
-    for name, p in alone["params"].items():  # each matrix has one owner in the whole world
-        assert name not in matrices or sum(r["owned"].get(name, 0) for r in ranks) == len(p)
+    for name, p in alone.trained.params.items():  # each matrix has one owner in the whole world
+        assert name not in matrices or sum(r.schedule.owned.get(name, 0) for r in ranks) == len(p)
 
 
 def test_only_a_nodes_share_crosses_nodes(nodes):
@@ -392,18 +452,18 @@ def test_only_a_nodes_share_crosses_nodes(nodes):
         node, local_rank = divmod(rank, per_node)
         inside = list(range(node * per_node, (node + 1) * per_node))
         across = list(range(local_rank, world, per_node))
-        assert r["groups"] == [inside, across][: len(inward)]
+        assert r.schedule.groups == [inside, across][: len(inward)]
 
-        sizes = r["sizes"]
+        sizes = r.schedule.sizes
         assert sizes == sorted(sizes, reverse=True)
         expected = [("reduce_scatter", size // cut, n) for size in sizes for n, cut in inward]
         expected += [("all_gather", size // cut, n) for size in sizes[::-1] for n, cut in inward[::-1]]
-        of_banks = [call for call in r["calls"] if call.name != "all_reduce"]
+        of_banks = [call for call in r.schedule.calls if call.name != "all_reduce"]
         assert [(call.name, call.bytes, call.ranks) for call in of_banks] == expected
-        others = [call.ranks for call in r["calls"] if call.name == "all_reduce"]
+        others = [call.ranks for call in r.schedule.calls if call.name == "all_reduce"]
         assert others == [world] * 2  # the small tensors, the norm
 
-    owned = [r["parts"][-1] for r in ranks]
+    owned = [r.schedule.parts[-1] for r in ranks]
     assert sorted(part.start for part in owned) == list(range(world))
     assert all(part.stop - part.start == 1 for part in owned)
 
