@@ -55,13 +55,13 @@ PATHS = ("data_path", "tokenizer_path")
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
 SWEEP_KEYS = ("row", "baseline", "key", "rate", "seed", "stage", "workers", "kind", "init_sha256")
 NOTE = """val bpb is that of the int6 artifact, read back ({metric}); live and averaged are bpb of the
-training weights and of their average. Rows start from the same weights at each seed unless marked "own init".
-n runs have the row's best rate, the one with the lowest val bpb at the first seed, which therefore flatters
-that seed in every row alike. ± is the sample standard deviation over seeds; differences are to {baseline},
-p two-sided (paired: over shared seeds). "at {equal_step}" is the live bpb at step {equal_step}, the fewest steps
-of any run here: a faster row has not finished its warmdown there. Bytes and bits per weight (order-0 entropy of
-the int6 codes) are at one int6_step, {int6_step}, not fitted to the cap. A best rate marked "edge" is the largest
-or the smallest tried: the row may do better beyond it."""  # noqa: E501
+training weights and of their average. At each seed rows start from the same weights unless marked "own init".
+n is the number of runs at the row's best rate. That rate was chosen on the first seed, so the first seed's
+score is optimistic in every row. ± is the sample standard deviation over seeds. Differences are to
+{baseline}; p is two-sided (paired: over shared seeds). "at {equal_step}" is the live bpb at step {equal_step}, the
+fewest steps of any run here: a faster row has not finished its warmdown there. Bytes and bits per weight
+(order-0 entropy of the int6 codes) are at one int6_step, {int6_step}, not fitted to the cap. A best rate marked
+"edge" is the largest or the smallest tried: the row may do better beyond it."""  # noqa: E501
 
 
 def model_knobs() -> tuple[str, ...]:
