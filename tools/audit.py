@@ -43,7 +43,6 @@ if __name__ == "__main__":
 import dataclasses
 import hashlib
 import json
-import lzma
 import math
 import struct
 import threading
@@ -51,10 +50,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +60,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from audit_older import (
+    can_learn,
+    chunk_of,
+    compressor,
+    counted_stride,
+    gives_windows,
+    guarded,
+    learns_apart,
+    passes_of,
+    plan_older_scores,
+    targets_of,
+    with_own_signals,
+)
+from audit_script import ByteCounts, Config, Log, Run, Scoring
 from script import (
     TRAINER,
     BadInput,
@@ -69,7 +81,6 @@ from script import (
     known_fault,
     leave_if_lost,
     load_script,
-    missing_names,
     one_layer,
     print_help,
     refuse,
@@ -83,18 +94,8 @@ MODULE = "audited_script"  # the script's name in sys.modules
 # The names of the script that the tests use; CLASS.NAME is a method or field of its objects. The scripts of
 # old records are judged by the same names, so change one only with those records in mind.
 NEEDS = (
-    *(
-        "InputError",
-        "Log",
-        "load_shard",
-        "split_files",
-        "GPT",
-        "MAGIC",
-        "XZ",
-        "open_artifact",
-        "ScoreSettings",
-    ),
-    *("score_targets", "evaluate", "train", "load_run"),
+    *("InputError", "Log", "load_shard", "split_files", "GPT", "MAGIC", "XZ", "open_artifact"),
+    *("ScoreSettings", "score_targets", "evaluate", "train", "load_run"),
     *("GPT.embed", "GPT.loss", "GPT.nats"),
     *("Run.h", "Run.m", "Run.log", "Run.dataset", "Run.model", "Run.nats_fn", "Run.held_out"),
     *("Dataset.counts", "Dataset.manifest", "ByteCounts.base", "ByteCounts.space", "ByteCounts.of"),
@@ -121,92 +122,6 @@ def load_audited(path: Path) -> ModuleType:
     return script
 
 
-# ---- older scripts -------------------------------------------------------------------------------
-# Records are audited with their own scripts, which lack what came later. Every difference is bridged here;
-# script.py has those that other tools meet as well (known_fault, leave_if_lost, one_layer).
-
-SCORING_NEEDS = ("Run.scoring",)  # a script has it if it gives its learners windows
-METRIC_NEEDS = ("metrics_of",)  # a script has it if it says by which metrics it scores
-CODEC_NEEDS = ("CODECS", "codec_of")  # a script has them if its artifacts name their compressor
-
-
-def can_learn(script: ModuleType) -> bool:
-    """Return whether the script has test-time training."""
-    return not missing_names(script, ("Config.ttt_lr",))
-
-
-def chunk_of(h: Any) -> int:
-    """Return the targets that are scored before they are learned from; 0: nothing is learned."""
-    return h.ttt_chunk_tokens if getattr(h, "ttt_lr", 0) else 0
-
-
-def gives_windows(script: ModuleType) -> bool:
-    """Return whether the script gives its learners windows; older ones give a chunk's tokens."""
-    return not missing_names(script, SCORING_NEEDS)
-
-
-def counted_stride(script: ModuleType, h: Any) -> int:
-    """Return the stride of the score that counts; scripts without metrics_of slide by eval_stride."""
-    return h.eval_stride if missing_names(script, METRIC_NEEDS) else script.metrics_of(h)[-1].stride
-
-
-def learns_apart(scoring: Any) -> bool:
-    """Return whether a ScoreSettings scores every document apart, and forgets what it learned after each.
-
-    Older scripts have no layout: with windows one after the other, their bos_id is -1 or missing.
-    """
-    if hasattr(scoring, "layout"):
-        return scoring.layout == "documents"
-    return getattr(scoring, "bos_id", -1) >= 0
-
-
-def plan_older_scores(script: ModuleType, run: Any, chunk: int, log: Any) -> Any:
-    """Return the ScoreSettings of the final score of a script that has no Run.scoring to make it."""
-    h = run.h
-    batch = h.eval_batch_tokens // h.eval_seq_len
-    scoring = script.ScoreSettings(h.eval_seq_len, h.eval_stride, batch, "audit", log)
-    if chunk:
-        learner = partial(script.learning, run.model, run.loss_fn, h, run.m)
-        scoring = scoring._replace(chunk=chunk, learner=learner)
-    return scoring
-
-
-def targets_of(tokens: Tensor, lesson: Tensor | float) -> Tensor:
-    """Return the targets that a learner is given: those of windows (n, 3), or of an older one's tokens."""
-    if isinstance(lesson, float):
-        return tokens[1:]
-    return torch.cat([tokens[first + 1 : end + 1] for _, end, first in lesson.tolist()])
-
-
-def compressor(script: ModuleType, blob: bytes) -> Callable[[bytes], bytes]:
-    """Return what compressed the artifact `blob`: the script's codec, or xz for one that knows no other."""
-    if missing_names(script, CODEC_NEEDS):
-        return partial(lzma.compress, **script.XZ)
-    return script.CODECS[script.codec_of(blob)].pack
-
-
-def with_own_signals(m: Any) -> Any:
-    """Return a Machine whose signals are new: a first one ends `train`; the audit leaves at once.
-
-    The first scripts handle no signals, the next ones keep a list of them.
-    """
-    return dataclasses.replace(m, signals=type(m.signals)()) if hasattr(m, "signals") else m
-
-
-def passes_of(run: Any, model: Any) -> dict[str, Callable]:
-    """Return the fields of a Run that hold the passes of a model without a loop, by name.
-
-    Both passes are the same there. Scripts from before the loop have one pass only.
-    """
-    return {name: model.loss for name in ("loss_fn", "plain_loss_fn") if hasattr(run, name)}
-
-
-def guarded(script: ModuleType, run: Any) -> Any:
-    """Return the context in which the script reports a failure; the first records' scripts have none."""
-    guard = getattr(script, "guarded", None)
-    return guard(run.m, run.log) if guard else nullcontext()
-
-
 # ---- progress ------------------------------------------------------------------------------------
 
 TICK_SECONDS = 1.0  # between two live lines on a terminal
@@ -219,7 +134,7 @@ class Progress:
     A test works in stages, each of a number of scores, passes, documents, ... that are to be done.
     """
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: Log) -> None:
         self.log = log  # of the script
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.tell_all, daemon=True)
@@ -290,14 +205,14 @@ class Audit:
     """The subject of the tests: the script, a run with the artifact's weights, and how it is scored."""
 
     script: ModuleType
-    run: Any  # the script's Run; its model holds the artifact's weights
+    run: Run  # its model holds the artifact's weights
     blob: bytes  # the artifact
     piece: np.ndarray  # (N,) tokens from the middle of the validation split, document starts among them
-    scoring: Any  # the script's ScoreSettings: sliding, as in the final score, and learning if that learns
+    scoring: Scoring  # sliding, as in the final score, and learning if that learns
     chunk: int  # targets that are scored before they are learned from; 0: nothing is learned
     progress: Progress
 
-    def nats(self, tokens: np.ndarray, scoring: Any = None) -> Tensor:
+    def nats(self, tokens: np.ndarray, scoring: Scoring | None = None) -> Tensor:
         """Score every target as the final score does, or as another ScoreSettings says: (N - 1,) float64."""
         out = self.script.score_targets(self.run.nats_fn, tokens, scoring or self.scoring, self.run.m)[0]
         dist.all_reduce(out)
@@ -327,7 +242,7 @@ class Audit:
         return torch.stack([starts, starts + self.scoring.seq_len, starts], 1)
 
 
-def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
+def make_audit(script: ModuleType, run: Run, blob: bytes) -> Audit:
     """Make the Audit of a run whose model holds the weights of the artifact `blob`.
 
     Raises the script's InputError if test-time training would not repeat to the bit, or has less than three
@@ -355,7 +270,7 @@ def make_audit(script: ModuleType, run: Any, blob: bytes) -> Audit:
     return Audit(script, run, blob, piece, scoring, chunk, Progress(run.log))
 
 
-def plan_scores(script: ModuleType, run: Any, chunk: int) -> Any:
+def plan_scores(script: ModuleType, run: Run, chunk: int) -> Scoring:
     """Return the script's ScoreSettings of the final score, with a log that tells nothing: Progress does."""
     silent = script.Log("", None)
     if gives_windows(script):
@@ -363,14 +278,14 @@ def plan_scores(script: ModuleType, run: Any, chunk: int) -> Any:
     return plan_older_scores(script, run, chunk, silent)
 
 
-def size_of_piece(tokens: np.ndarray, h: Any, chunk: int) -> int:
+def size_of_piece(tokens: np.ndarray, h: Config, chunk: int) -> int:
     """Return the number of tokens in two chunks and a few score windows, at most all."""
     windows = 2 * h.eval_seq_len + 4 * h.eval_stride
     tail = h.eval_stride // 2 + 1  # the last window scores less than a stride
     return min(len(tokens), 2 * chunk + windows + tail)
 
 
-def choose_piece(tokens: np.ndarray, h: Any, chunk: int) -> np.ndarray:
+def choose_piece(tokens: np.ndarray, h: Config, chunk: int) -> np.ndarray:
     """Return a piece of a split around a document start in the middle."""
     length = size_of_piece(tokens, h, chunk)
     starts = np.flatnonzero(tokens[: len(tokens) - length + 1] == h.bos_id)
@@ -380,7 +295,7 @@ def choose_piece(tokens: np.ndarray, h: Any, chunk: int) -> np.ndarray:
     return np.array(tokens[begin : begin + length])
 
 
-def choose_document(script: ModuleType, tokens: np.ndarray, h: Any, chunk: int) -> np.ndarray:
+def choose_document(script: ModuleType, tokens: np.ndarray, h: Config, chunk: int) -> np.ndarray:
     """Return the shortest document of three chunks and what follows it, so that others are in the piece.
 
     Raises the script's InputError if there is none.
@@ -563,7 +478,7 @@ def tokens_learned_early(audit: Audit) -> int:
         scored[y[:, -last:]] = 1
         return torch.zeros(len(x), last, device=m.device)
 
-    def learn(tokens: Tensor, lesson: Tensor | float, *_: Any) -> None:
+    def learn(tokens: Tensor, lesson: Tensor | float, *_: object) -> None:
         nonlocal early
         dist.all_reduce(scored)
         early += int((scored[targets_of(tokens, lesson).long()] == 0).sum())
@@ -604,7 +519,7 @@ class Totals(NamedTuple):
     evidence: str
 
 
-def compare_with_manifest(run: Any, tokens: np.ndarray, size: int) -> Totals:
+def compare_with_manifest(run: Run, tokens: np.ndarray, size: int) -> Totals:
     """Compare a split's tokens and bytes (size) with those of the manifest, where it has them."""
     split = run.dataset.manifest.get("splits", {}).get("val", {})
     if not split:
@@ -671,7 +586,7 @@ class Tokenizer(NamedTuple):
     unknown: int  # the piece for text that the vocabulary cannot spell; -1: none
 
 
-def tokenizer_of(run: Any) -> Tokenizer:
+def tokenizer_of(run: Run) -> Tokenizer:
     """Return the tokenizer of a run's dataset."""
     named = run.dataset.manifest.get("tokenizer", {})
     if named.get("encoding") and not run.h.tokenizer_path:
@@ -742,7 +657,7 @@ class Hashes(NamedTuple):
     documents: np.ndarray
 
 
-def hash_text(tokens: np.ndarray, counts: Any, bos_id: int, n: int) -> Hashes:
+def hash_text(tokens: np.ndarray, counts: ByteCounts, bos_id: int, n: int) -> Hashes:
     """Hash all spans of n words and all documents of a token stream.
 
     A word begins at a token with a leading space and after a document start. The hash of tokens a to b is
@@ -858,11 +773,11 @@ def watch(*names: str) -> Iterator[list[Event]]:
 TRAINED_STEPS = 2  # by T8, after one step of warm-up
 
 
-def log_of_steps(audit: Audit) -> Any:
+def log_of_steps(audit: Audit) -> Log:
     """Return a log that writes nothing and counts the lines of steps."""
 
     class StepLog(audit.script.Log):
-        def __call__(self, line: str, *_: Any, **__: Any) -> None:
+        def __call__(self, line: str, *_: object, **__: object) -> None:
             audit.progress.advance(line.startswith(("warmup_step:", "step:")))
 
     return StepLog("", None)
@@ -955,7 +870,7 @@ def run_audit(script: ModuleType, artifact: str, knobs: list[str]) -> int:
         return run_tests(script, run, blob)
 
 
-def run_tests(script: ModuleType, run: Any, blob: bytes) -> int:
+def run_tests(script: ModuleType, run: Run, blob: bytes) -> int:
     """Run all tests on a run with the weights of the artifact `blob`. Returns the exit status."""
     run.log(f"auditing {fingerprint(script.__file__)} with {fingerprint(__file__)}")
     audit = make_audit(script, run, blob)

@@ -143,7 +143,7 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
     tools = tmp_path / "tools"  # the repository's, above the folder
     tools.mkdir()
-    for name in ("audit.py", "script.py"):
+    for name in ("audit.py", "audit_older.py", "audit_script.py", "script.py"):
         shutil.copy(ROOT / "tools" / name, tools / name)
     command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
