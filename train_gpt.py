@@ -33,10 +33,12 @@ Contents
  19. Commands           train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
-  Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. The
-  result depends on the seed, data order included, and on the world size only through the order of sums. Score
-  windows tile the split. The denominator of bpb is the UTF-8 length of the text, and the score is that of the
-  file on disk. Nothing compiles while the training clock runs. No token's score depends on a later token.
+  Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. For
+  a fixed number of steps the result depends on the seed, which also fixes the order of the data; the number
+  of ranks changes only the order of sums, unless the batch grows (its stages are micro-batches) or row_steps
+  is on (each rank adds a sample). Score windows tile the split. The denominator of bpb is the UTF-8 length of
+  the text. The score is computed from the file on disk. Nothing compiles while the training clock runs. No
+  token's score depends on a later token.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class OneLineError(Exception):
-    """An error reported as one line without a traceback. status: the exit status of the process."""
+    """An error that is reported as one line without a traceback. status: the exit status of the process."""
 
     status = 1
 
@@ -171,7 +173,7 @@ def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[N
 
 
 def read_file(path: str, most: int = 1 << 28) -> bytes:
-    """Return the bytes of a regular file, or the first `most` of them; -1: all, whatever memory that takes.
+    """Return the first `most` bytes of a regular file; -1: all, however much memory they take.
 
     Raises OSError for anything else: a pipe may never end.
     """
@@ -186,7 +188,7 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
     temporary = path + ".tmp"
     with explained(f"{path}: cannot write it", "free space or check permissions"):
         try:
-            Path(temporary).unlink(missing_ok=True)  # a link there would lead elsewhere, a pipe never end
+            Path(temporary).unlink(missing_ok=True)  # a link would lead elsewhere, a pipe would never end
             with open(temporary, "xb") as f:
                 for chunk in chunks:
                     f.write(chunk)
@@ -200,8 +202,8 @@ def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
 def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
     """Write a file that must not be lost, and return its path.
 
-    It tries `path` first, then a new folder in the temporary folder, then a new one in the working folder.
-    Raises InputError if none of them can be written.
+    The first of these that can be written is taken: `path`, a new folder in the temporary folder, a new
+    folder in the working folder. Raises InputError if all three fail.
     """
     try:
         write_atomic(path, *chunks)
@@ -263,9 +265,10 @@ Count = int  # a whole number that may be 0; an int is at least 1
 Fraction = float  # in [0, 1]
 Decay = float  # in [0, 1)
 
-# What else is known about a knob. SIZE: the number of parameters depends on it. FREE: a run that resumes may
-# change the knob. STORED: every artifact has the knob in its header. STORED_IF_LEARNS: artifacts whose score
-# learns have it. STORED_IF_SET: artifacts have it unless it is the default, so that older ones stay valid.
+# The traits of a knob. SIZE: the number of parameters depends on the knob. FREE: a run that resumes may
+# change the knob. STORED: the header of every artifact holds the knob. STORED_IF_LEARNS: only if the
+# artifact's score uses test-time training. STORED_IF_SET: only if the knob differs from its default, so older
+# artifacts stay valid.
 SIZE = "size"
 FREE = "free"
 STORED = "stored"
@@ -286,7 +289,7 @@ class Config:
     seed: Count = 1337  # sets the initial weights and the order of the data
     out_dir: str = knob("logs", FREE)  # OUT_DIR/RUN_ID.txt is the log, OUT_DIR/RUN_ID.int6.CODEC the artifact
     data_path: str = knob("data/datasets/fineweb10B_sp1024", FREE)
-    tokenizer_path: str = knob("", FREE)  # "": the one that DATA_PATH/manifest.json names
+    tokenizer_path: str = knob("", FREE)  # "": the tokenizer that DATA_PATH/manifest.json names
     report_split: str = ""  # a second split to score and report, never used to choose
     bos_id: Count = knob(1, STORED)  # first token of every document
     checkpoint_every: float = knob(0.0, FREE)  # seconds on the training clock; 0: never
@@ -303,7 +306,7 @@ class Config:
     train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
     micro_batch_tokens: int = 98_304  # at most, per forward pass on one rank
     start_batch_tokens: Count = 0  # batch at the start of the run; 0: train_batch_tokens throughout
-    batch_growth_frac: Fraction = 0.5  # share of the run in which the batch grows to train_batch_tokens
+    batch_growth_frac: Fraction = 0.5  # part of the run, at its start, in which the batch grows
     train_seq_len: int = 2048
     mix_tokens: Count = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
     eval_seq_len: int = knob(2048, STORED)
@@ -315,10 +318,10 @@ class Config:
     ttt_passes: int = knob(3, STORED_IF_LEARNS)  # steps on each chunk
     ttt_rank: int = knob(8, STORED_IF_SET)  # rank of the changes that the lora form learns
     # size
-    depth: Count = 0  # layers of a model of which all else follows (follow_dials); 0: the preset's own model
+    depth: Count = 0  # layers, from which all else follows (follow_dials); 0: the preset's own model
     tokens_per_param: float = 0.0  # sets iterations: training tokens per parameter of scaling_params; 0: off
     # model
-    vocab_size: int = knob(1024, SIZE, STORED)  # the tokenizer's size, or that padded to a multiple of 128
+    vocab_size: int = knob(1024, SIZE, STORED)  # the tokenizer's size, as it is or up to a multiple of 128
     num_layers: int = knob(11, SIZE, STORED)
     model_dim: int = knob(512, SIZE, STORED)
     num_heads: int = knob(4, SIZE, STORED)
@@ -334,7 +337,7 @@ class Config:
     # Neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
     loop_layers: str = knob("", STORED_IF_SET)
     loop_times: Count = knob(0, SIZE, STORED_IF_SET)  # further visits; 0: none
-    loop_frac: Fraction = 0.5  # share of the run before training loops; 1: only scoring loops
+    loop_frac: Fraction = 0.5  # fraction of the run before training loops; 1: only scoring loops
     xsa_last_n: Count = knob(4, STORED)  # layers with exclusive self-attention
     attn_gate_dims: Count = knob(0, SIZE, STORED_IF_SET)  # inputs that set the gate of a head; 0: no gates
     skip_gates: bool = knob(False, STORED_IF_SET)  # skips blend by a learned gate instead of adding
@@ -358,11 +361,11 @@ class Config:
     scalar_wd: float = 0.04
     muon_momentum: Decay = 0.99
     muon_momentum_start: Decay = 0.92
-    muon_momentum_warmup_frac: Fraction = 0.2  # share of the run in which momentum rises to muon_momentum
+    muon_momentum_warmup_frac: Fraction = 0.2  # part of the run, at its start, in which momentum rises
     momentum_spread: float = 1.0  # above 1: mean of two momenta, with horizons shorter and longer by this
     equalize_rows: bool = False  # scale rows to unit norm before the direction
-    cautious_wd: bool = False  # decay only the weights that the step shrinks as well
-    decay_follows_rate: bool = False  # weight decay is scaled like the rates, and so falls with them
+    cautious_wd: bool = False  # decay only the weights that the step also shrinks
+    decay_follows_rate: bool = False  # weight decay falls with the rates
     normuon_beta2: Decay = 0.95  # decay of the second moment in the normuon rules
     proj_init_std: float = 0.0  # for O and MLP-down; 0: zeros, or 0.8 / sqrt(model_dim) with hyperball
     adam_beta1: Decay = 0.9
@@ -372,10 +375,10 @@ class Config:
     fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
     deterministic: bool = False  # a GPU repeats a seed bit for bit, if iterations end the run
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
-    warmdown_frac: Fraction = 0.5  # share of the run, at its end, in which rates fall linearly
-    min_lr_frac: Fraction = 0.0  # each rate ends at this share of its peak
+    warmdown_frac: Fraction = 0.5  # part of the run, at its end, in which rates fall linearly
+    min_lr_frac: Fraction = 0.0  # each rate ends at this fraction of its peak
     # averaging and artifact
-    ema_frac: float = 0.045  # horizon of the average, as a share of the run
+    ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
     artifact_weights: str = "ema"  # ema | live; with ema, a run that ended early takes the better of the two
     gptq_batches: Count = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
     gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
@@ -474,7 +477,7 @@ SP8192 = dict(
     warmdown_frac=0.667,
     ema_frac=0.067,
 )
-# On one H100 for 300 s. The steps that the loop costs are worth more than the loop (2026-11-27_Sp8192NoLoop).
+# For one H100 and 300 s. Without the loop there are more steps, and they gain more (2026-11-27_Sp8192NoLoop).
 SHORT_SP8192 = dict(
     loop_layers="",
     loop_times=0,
@@ -570,7 +573,7 @@ def parse_flag(text: str) -> bool:
     return {"0": False, "false": False, "1": True, "true": True}[text.lower()]
 
 
-# Each rate with the weight decay of its parameters, which a step shrinks by the product of the two.
+# Each rate with the weight decay of its parameters. A step shrinks them by the product of the two.
 DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
 MAX_TOKENS = 1 << 30  # in a batch
 LONGEST_VALUE = 4000  # characters of a knob's value: the system's limit on a path is 4,096 bytes
@@ -578,7 +581,7 @@ TRAINING_BYTES = 20  # per parameter: float32 weight, gradient, two moments, ave
 
 
 class Kind(NamedTuple):
-    """The values that a knob may have. Numbers are at least `least` and below 2^53."""
+    """The values that a knob may have. Numbers lie in [least, 2^53)."""
 
     type: str  # for messages
     parse: Callable[[str], object]
@@ -655,7 +658,7 @@ def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None
     return h
 
 
-# The dials take a preset's rates and decays for those of depth 12, where nanochat tunes its own.
+# The dials assume that a preset's rates and decays were tuned at depth 12, as nanochat's were.
 DEPTHS = range(2, 27)
 TUNED_DEPTH = 12
 TUNED_WIDTH = 768
@@ -664,10 +667,10 @@ NO_CAP = 1 << 40  # bytes, more than any artifact has
 
 
 def follow_dials(h: Config, given: Mapping[str, object]) -> Config:
-    """Return h with all that follows from its depth and tokens_per_param, except for the knobs given.
+    """Return h with every knob that follows from depth and tokens_per_param, except for the knobs given.
 
-    The rules are nanochat's: scripts/base_train.py and nanochat/gpt.py at 00255c1. Each rule sees what the
-    ones before it and the given knobs have set. Raises InputError for a dial out of range.
+    The rules are nanochat's: scripts/base_train.py and nanochat/gpt.py at 00255c1. Each rule sees the given
+    knobs and the results of earlier rules. Raises InputError for a dial out of range.
     """
     if h.depth and h.depth not in DEPTHS:
         raise InputError(f"config key depth: {h.depth} must be 0 or from {DEPTHS[0]} to {DEPTHS[-1]}")
@@ -706,7 +709,7 @@ def shape_by_depth(h: Config) -> dict[str, object]:
 
 
 def size_by_depth(h: Config) -> float:
-    """Return the parameters of h as a multiple of those at depth 12, the ratio of their training tokens."""
+    """Return h's scaling_params divided by those at depth 12; training tokens have the same ratio."""
     tuned = replace(h, **shape_by_depth(replace(h, depth=TUNED_DEPTH)))
     return scaling_params(h) / scaling_params(tuned)
 
@@ -841,7 +844,7 @@ def relations_of_batches(h: Config) -> Iterator[Relation]:
     if h.ttt_lr > 0 and h.ttt_form == "lora":
         yield Relation(
             h.ttt_chunk_tokens <= h.eval_seq_len,
-            "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len, which a chunk is scored within",
+            "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len: one window scores a chunk",
         )
         yield Relation(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
 
@@ -895,11 +898,11 @@ def relations_of_training(h: Config) -> Iterator[Relation]:
     )
     yield Relation(
         h.tokens_per_param == 0 or h.start_batch_tokens == 0,
-        "tokens_per_param needs start_batch_tokens=0: it counts on equal steps",
+        "tokens_per_param needs start_batch_tokens=0: it assumes that every step has the same batch",
     )
     yield Relation(
         h.target_loss <= math.log(h.vocab_size),
-        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which takes no training",
+        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which a uniform guess reaches",
     )
     yield Relation(
         h.target_loss == 0 or h.max_wallclock_seconds == 0,
@@ -942,12 +945,12 @@ class BatchShape(NamedTuple):
     first: int  # micro-batches per step at the start of the run
 
     def count(self, growth: float) -> int:
-        """Return how many micro-batches a step has. They grow one by one, in equal stages of Hyper.growth."""
+        """Return how many micro-batches a step has. The number grows by one, in equal stages of growth."""
         return self.first + int(growth * (self.accum - self.first))
 
 
 def cut_batch(h: Config, world_size: int) -> BatchShape:
-    """Cut global batches into equal micro-batches, alike on all ranks. Raises InputError if it cannot."""
+    """Cut global batches into equal micro-batches, the same number per rank; InputError if impossible."""
     sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
     accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
     if left or sequences == 0 or sequences % accum:
@@ -970,14 +973,14 @@ class Level(NamedTuple):
     """One level at which a bank is split over ranks. A bank is cut into world_size equal shares.
 
     Gradients go down the levels by reduce-scatter; updated weights come back up by all-gather. A single node
-    has one level: all shares go in and rank r keeps share r. Several nodes have two. With two nodes of four
-    ranks, rank 5 (node 1, local rank 1) sees
+    has one level: all shares go in, and rank r keeps share r. Several nodes have two levels. With two nodes
+    of four ranks, rank 5 (node 1, local rank 1) sees
 
         shares         0 1 2 3 4 5 6 7
         inside         * * * * * * * *   averaged over the four ranks of node 1: local rank 1 keeps 2 and 3
         across             * *           averaged over ranks 1 and 5, the local ranks 1: node 1 keeps 3
 
-    so each GPU sends only an eighth of a bank to the other node.
+    Each GPU thus sends only an eighth of a bank to the other node.
     """
 
     group: dist.ProcessGroup | None  # None: all ranks
@@ -1009,7 +1012,7 @@ class Agreed(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """This process's rank, and the choices for its device, so that other code rarely asks which it is."""
+    """This process's rank, and all choices that depend on the device."""
 
     rank: int
     world_size: int
@@ -1018,7 +1021,9 @@ class Machine:
     compile: Callable  # torch.compile, or the identity
     ops: Ops  # the model's functions for attention, QK, MLP and linear products
     levels: tuple[Level, ...]
-    names: dict[str, str]  # for the log: device, attention, qk, mlp, compile, pass, update
+    # For the log: device, attention, qk, mlp, compile, pass, update. The last two say what is tried, a graph
+    # or eager launches; the log of a run says so if a capture fails later.
+    names: dict[str, str]
     streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     signals: Signals = field(default_factory=Signals)
@@ -1053,7 +1058,7 @@ class Machine:
             host = [t.to("cpu", non_blocking=True) for t in copies]  # page-locked, from torch's cache
             passed = side.record_event()
         for t in copies:
-            t.record_stream(side)  # so that its memory is reused only after the copy
+            t.record_stream(side)  # the memory of t must not be reused before the copy ends
 
         def arrived() -> list[Tensor]:
             deadline = time.monotonic() + PATIENCE_S
@@ -1087,7 +1092,7 @@ class Machine:
     def captured(self, fn: Callable[[], None]) -> Captured:
         """Capture fn as one CUDA graph. fn must queue the same work on the same tensors at every call.
 
-        fn first runs three times on a side stream, as CUDA requires, which also compiles it; callers undo the
+        fn first runs three times on a side stream, as CUDA requires, and is compiled there; callers undo the
         effects. Either all ranks get a graph or none does. Without graph_capture, fn does not run here.
         """
         if self.graph_capture is None:
@@ -1109,9 +1114,9 @@ class Machine:
         return Captured(launch, "")
 
     def largest_of_each(self, *numbers: float) -> list[float]:
-        """Return for each number the largest of all ranks, on every rank.
+        """Return, on every rank, the maximum over all ranks of each number.
 
-        It uses gloo, which fails at once when a rank has exited.
+        Collective over gloo, which fails at once when a rank has exited.
         """
         box = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(box, dist.ReduceOp.MAX)
@@ -1134,16 +1139,17 @@ class Machine:
         self.largest(0.0)
 
     def of_rank_0(self, value):
-        """Return rank 0's value, any object that can be pickled, on every rank. It uses gloo."""
+        """Return rank 0's value, any object that can be pickled, on every rank. Collective over gloo."""
         box = [value]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """If the block raises a OneLineError on one rank, raise it on all of them. It uses gloo.
+        """If the block raises a OneLineError on one rank, raise it on every rank. Collective over gloo.
 
-        Otherwise the others would wait for that rank, or begin a log. The block must not communicate.
+        Otherwise the other ranks would wait for the failed rank, or begin a log. The block must not
+        communicate.
         """
         fault = None
         try:
@@ -1159,7 +1165,7 @@ class Machine:
 def capture_graph(stream: torch.cuda.Stream, pool: tuple, fn: Callable[[], None]) -> Callable[[], None]:
     """Capture the device work that fn queues, without running it. Returns the function that launches it.
 
-    Graphs of one pool share its memory, so they run one after another and leave no result in it.
+    Graphs of one pool share memory, so they must run one after another and leave no result in the pool.
     """
     graph = torch.cuda.CUDAGraph()
     # The outer context restores the current stream if capture fails; thread_local spares NCCL's watchdog.
@@ -1179,7 +1185,7 @@ class Ranks(NamedTuple):
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """Read torchrun's variables; without them this process is alone. Raises InputError if they do not fit."""
+    """Read torchrun's variables; without them this process is alone. Raises InputError for bad ones."""
     world_text = env.get("WORLD_SIZE", "1")
     rank_text = env.get("RANK", "0")
     local_world_text = env.get("LOCAL_WORLD_SIZE", world_text)
@@ -1238,9 +1244,9 @@ JOIN_S = 600  # the longest that a rank waits for the others to start
 
 
 def meet(ranks: Ranks, env: Mapping[str, str]) -> dict:
-    """Return the store in which all ranks meet and the place of this one, as init_process_group takes them.
+    """Return the store in which all ranks meet, and this rank's place, as arguments of init_process_group.
 
-    Raises InputError if not all of them come within JOIN_S seconds; PyTorch itself refuses wrong variables.
+    Raises InputError if a rank does not come within JOIN_S; PyTorch itself refuses wrong variables.
     """
     if "RANK" not in env:
         return dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -1275,7 +1281,7 @@ def listens(address: str, port: int) -> bool:
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
     """Join or create the process group, set PyTorch's global switches, and bind a Machine.
 
-    Raises InputError when torchrun's variables or the batch do not fit, or no attention kernel runs.
+    Raises InputError for bad variables of torchrun, a batch that cannot be split, or no attention kernel.
     """
     ranks = read_ranks(env)
     if trains:
@@ -1370,7 +1376,7 @@ class Log:
 
         if machine is None:
             return
-        with machine.together():  # otherwise, other ranks would append their errors to another run's log
+        with machine.together():  # if rank 0 fails, no rank may append its error to another run's log
             if machine.rank == 0:
                 self.create(resume)
 
@@ -1389,9 +1395,9 @@ class Log:
         self.lock()
 
     def lock(self) -> None:
-        """Keep other processes from this log until it is closed or this process ends, however it ends.
+        """Keep other processes from this log until the log is closed or this process ends in any way.
 
-        Raises InputError if another process has it.
+        Raises InputError if another process has the log.
         """
         if fcntl is None:
             return
@@ -1433,7 +1439,7 @@ class Log:
             self.move(line, str(e))
         text = line if console is SAME else console
         if text != NOTHING:
-            with suppress(OSError, InputError):  # a run goes on without a console, as the log has everything
+            with suppress(OSError, InputError):  # a run goes on without a console: the log has everything
                 show(("\r\033[K" if self.live else "") + text)
 
     def move(self, line: str, reason: str) -> None:
@@ -1524,7 +1530,7 @@ def known_fault(error: Exception) -> OneLineError | None:
 
 
 def report_failure(m: Machine, log: Log, error: Exception) -> None:
-    """Append the reason why this rank fails to the log of all ranks. If there are several, exit.
+    """Append to the log the reason why this rank fails. If there are several ranks, exit afterwards.
 
     The exit skips the proper shutdown, which would wait for the other ranks.
     """
@@ -1553,8 +1559,8 @@ def report_failure(m: Machine, log: Log, error: Exception) -> None:
 def guarded(m: Machine, log: Log) -> Iterator[None]:
     """Handle STOP_SIGNALS in the block, report its failure, and close the log after it.
 
-    A signal before training exits at once. The first one after that ends training after the current step, or
-    does nothing if it has ended; another one more than ECHO_S seconds later exits at once.
+    A signal before training exits at once. The first signal during training ends training after the current
+    step; after training, it does nothing. A signal more than ECHO_S after the first exits at once.
     """
 
     def handle(number: int, frame) -> None:
@@ -1591,12 +1597,12 @@ class ByteCounts:
     """How many UTF-8 bytes of the decoded text each target stands for. Arrays are (V,)."""
 
     base: np.ndarray  # bytes of the piece without its leading U+2581; 0 for a boundary
-    space: np.ndarray  # whether the piece begins with U+2581, a space: one byte more if the text has it
+    space: np.ndarray  # whether the piece begins with U+2581: one byte more if the text has that space
     boundary: np.ndarray  # whether the piece is a control, unknown or unused one
     # Without a piece U+2581, the byte pieces E2 96 81 spell a space: three tokens stand for one byte.
     spelled: tuple[int, int, int] | None = None
     keeps_first: bool = False  # whether the text has a space that follows a boundary
-    # The piece for text that the vocabulary cannot spell, so that its bytes are not known; -1: none.
+    # The piece for text that the vocabulary cannot spell, whose bytes are thus not known; -1: none.
     unknown: int = -1
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
@@ -1632,8 +1638,8 @@ def sentencepiece_counts(path: str) -> ByteCounts:
     spelled = tuple(sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xE2, 0x96, 0x81))
     can_spell = sp.is_unknown(sp.piece_to_id("\u2581")) and all(map(sp.is_byte, spelled))
 
-    # add_dummy_prefix gives documents a first space that is not in the text; remove_extra_whitespaces takes
-    # theirs away. With either flag, decode drops a first space.
+    # add_dummy_prefix adds a first space that is not in the text; remove_extra_whitespaces removes a first
+    # space of the text. With either flag, decode drops a first space.
     plain = sp.encode("a")
     prefix = "".join(sp.id_to_piece(plain)).startswith(("\u2581", "<0xE2><0x96><0x81>"))
     keeps_first = not prefix and sp.encode(" a") != plain
@@ -1675,7 +1681,7 @@ def bpb(nats: float, num_bytes: int) -> float:
 SHARD_HEADER_BYTES = 1024  # 256 little-endian int32: magic, version, number of tokens, zeros
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-OPEN_SHARDS = 64  # most files that a loader keeps open; macOS allows 256
+OPEN_SHARDS = 64  # how many files a loader keeps open at most; macOS allows 256
 
 
 def reading_shard(path: str):
@@ -1686,8 +1692,8 @@ def reading_shard(path: str):
 def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     """Read a shard's tokens, (num_tokens,) uint16, and check them.
 
-    The file is read, not mapped, because a process dies without a message if a mapped file is cut.
-    Raises InputError when header and size disagree, or a token is not below vocab_size.
+    The file is read, not mapped: if a mapped file is cut, the process dies without a message. Raises
+    InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
         head = read_file(path, SHARD_HEADER_BYTES)
@@ -1700,7 +1706,7 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
 
     expected = SHARD_HEADER_BYTES + 2 * int(header[2])
     raw = b""
-    if size == expected:  # only then, because a false file may be larger than the memory
+    if size == expected:  # a file that is no shard may be larger than the memory
         with reading_shard(path):
             raw = read_file(path, -1)
     if len(raw) != expected or header[2] < 0:
@@ -1746,13 +1752,13 @@ def split_files(data_path: str, split: str) -> list[str]:
             "names one"
         )
     with explained(f"{data_path}: cannot list its files", "check its permissions"):
-        os.scandir(data_path).close()  # glob finds nothing where it may not look
+        os.scandir(data_path).close()  # glob would hide the error and find nothing
     files = find_shards(data_path, split)
     if not files:
         raise InputError(f"{data_path}: no *_{split}_*.bin shards; prepare that split or change data_path")
     for f in files:
         if not os.path.isfile(f):  # reading a pipe would never end
-            raise InputError(f"{f}: not a file, or a link to none; download it or prepare it again")
+            raise InputError(f"{f}: not a file, or a link to a missing one; download it or prepare it again")
     return files
 
 
@@ -1819,7 +1825,7 @@ def listed_shards(path: Path, manifest: dict, split: str) -> dict[str, ShardEntr
 
 
 def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None:
-    """Check names and sizes of a split's files, if the manifest lists them; by_content: hashes, too.
+    """Check names and sizes of a split's files, if the manifest lists any; by_content: hashes, too.
 
     Raises InputError naming the first file that is missing, not listed, or different from its entry.
     """
@@ -1875,9 +1881,9 @@ def check_split(h: Config, counts: ByteCounts, manifest: dict, split: str) -> No
 def load_dataset(h: Config, trains: bool = False) -> Dataset:
     """Read the tokenizer and manifest of data_path; check them and the shards. Raises InputError if bad.
 
-    Held-out shards are read and compared with the manifest by name, size and listed hash. Training shards are
-    compared only by name and size, and only if this run trains: `check_train_split` reads them. After these
-    checks, training opens no held-out file unless val_loss_every is set.
+    Held-out shards are compared with the manifest by name, size and listed hash. Training shards are compared
+    by name and size only, and only if this run trains: `check_train_split` reads them. After these checks, a
+    run opens no held-out file while its clock runs, unless val_loss_every is set.
     """
     split_files(h.data_path, "val")
     path = Path(h.data_path, "manifest.json")
@@ -1963,7 +1969,8 @@ class RandomUse(IntEnum):
 def random_stream(seed: int, use: RandomUse, *numbers: int) -> np.random.Generator:
     """Return the random stream for a use. Streams for different uses or numbers are independent.
 
-    The spawn key makes them so. A list as seed is padded with zeros: [seed, 3] would equal [seed, 3, 0].
+    The spawn key makes the streams independent. A list as seed would be padded with zeros, so [seed, 3] would
+    equal [seed, 3, 0].
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(use, *numbers)))
 
@@ -1983,18 +1990,18 @@ class ShuffledShard(NamedTuple):
 
 
 class TokenLoader:
-    """An endless stream of shuffled documents, cut into micro-batches. Its state is the next one's index.
+    """An endless stream of shuffled documents, cut into micro-batches.
 
-    Epoch e visits the shards, and the documents of each shard, in an order drawn from (seed, e). The stream
-    is cut into sequences of T + 1 tokens; neighbours share one token. A deal is a run of deal_batches global
-    batches (mix_tokens of text). Its sequences are shuffled, or one long document would fill a batch; with
-    one batch to a deal they stay in order.
+    The only state is the index of the next micro-batch. Epoch e visits the shards, and the documents of each
+    shard, in an order drawn from (seed, e). The stream is cut into sequences of T + 1 tokens; neighbours
+    share one token. A deal is deal_batches consecutive global batches (mix_tokens of text). The sequences of
+    a deal are shuffled, or one long document would fill a batch; with one batch to a deal they stay in order.
 
-    Text before a shard's first BOS (the whole shard, if it has none) is the fragment: the end of a document
-    that began in another shard. It counts as a document of its own. The stream gives it the BOS that the file
-    lacks, which separates it from the random document before it, with doc_mask and without.
+    The fragment of a shard is the text before its first BOS, or the whole shard if there is no BOS: the end
+    of a document that began in another shard. A fragment counts as a document of its own. The stream puts a
+    BOS in front, which the file lacks, to separate the fragment from the random document before it.
 
-    In this shuffled order, micro-batch n of rank r holds the sequences [(n * world + r) * B, ...), so that a
+    In this shuffled order, micro-batch n of rank r holds the sequences [(n * world + r) * B, ...), so a
     global batch is the same for every world size. A thread builds the next batch while the device works on
     the current batch.
     """
@@ -2086,7 +2093,7 @@ class TokenLoader:
         return filled
 
     def shuffle_sequences(self, deal: int) -> np.ndarray:
-        """Return the order in which a deal's sequences are dealt, as their numbers within the deal."""
+        """Return the shuffled order of a deal's sequences, as their indices within the deal."""
         order = np.arange(self.deal_batches * self.h.train_batch_tokens // self.h.train_seq_len)
         if self.deal_batches > 1:  # otherwise the order changes no batch
             random_stream(self.h.seed, RandomUse.SEQUENCES, deal).shuffle(order)
@@ -2095,8 +2102,9 @@ class TokenLoader:
     def build(self, index: int) -> Tensor:
         """Build this rank's micro-batch `index`: a host tensor (B, T + 1), int64.
 
-        A deal is cut into deal_batches global batches of `accum` micro-batches. Within it, the shuffled
-        sequences are dealt out B at a time: to rank 0, rank 1, ..., and then for the next micro-batch.
+        A deal is cut into deal_batches global batches of `accum` micro-batches. Each rank in turn gets B of
+        the shuffled sequences for micro-batch 0 of the deal, then each rank gets B for micro-batch 1, and so
+        on.
         """
         B = self.sequences
         T = self.h.train_seq_len
@@ -2110,9 +2118,9 @@ class TokenLoader:
         return sequences
 
     def seek(self, index: int, count: int = 0) -> None:
-        """Make micro-batch `index` the next one, and start a thread that builds it and those after it.
+        """Go to micro-batch `index`, and start a thread that builds `count` micro-batches from there on.
 
-        count: how many in all; 0: as many as a fully grown batch has.
+        count: 0 for as many as a fully grown batch has.
         """
         self.index = index
         self.count = count or self.accum
@@ -2127,18 +2135,18 @@ class TokenLoader:
             pending.set_exception(e)
 
     def next(self, count: int = 0) -> list[Tensor]:
-        """Return this rank's next `count` micro-batches, on the device; start building as many again.
+        """Return this rank's next `count` micro-batches, on the device, and start building as many again.
 
-        count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE_S seconds, or whatever
-        building it raised.
+        count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE_S, or the error that
+        building the batch raised.
         """
         count = count or self.accum
         if count != self.count:
             self.seek(self.index, count)
         if wait([self.pending], PATIENCE_S).not_done:
-            raise Fault(f"{self.reading}: not read within {PATIENCE_S} s; is the disk there?")
+            raise Fault(f"{self.reading}: not read within {PATIENCE_S} s; is the disk still mounted?")
         batch = [t.to(self.m.device, non_blocking=True) for t in self.pending.result()]
-        self.seek(self.index + count, count)  # only now, as the thread and the copies compete for the GIL
+        self.seek(self.index + count, count)  # only now: the thread and the copies compete for the GIL
         return batch
 
     @property
@@ -2192,7 +2200,10 @@ def visit_order(h: Config) -> list[int]:
 
 
 def layer_table(h: Config) -> tuple[LayerSpec, ...]:
-    """Lay out a U-Net: the first half of the visits keep their outputs, later ones add them, last first."""
+    """Lay out a U-Net: visits of the first half keep their outputs; visits of the second half add them.
+
+    The output that was kept last is added first.
+    """
     visits = visit_order(h)
     half = len(visits) // 2
     takes_skip = range(half, 2 * half)  # an odd last visit has no skip
@@ -2339,7 +2350,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor |
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
-    """Attend under an explicit mask; the T queries are the last T of the K positions that have keys."""
+    """Attend under an explicit mask. The T queries stand at the last T of the keys' K positions."""
     T = q.size(1)
     K = k.size(1)
     query_at = torch.arange(K - T, K, device=q.device)
@@ -2359,11 +2370,10 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | N
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend within a window that divides T, in blocks: this computes about twice the scores needed.
+    """Attend within a window that divides T, in blocks, which computes about twice the needed scores.
 
-    A full mask would compute T / window times as many.
-
-    Queries of block i see keys of blocks i - 1 and i only. With T = 5 windows:
+    A full mask computes T / window times the needed scores. Queries of block i see only keys of blocks i - 1
+    and i. With T = 5 windows:
 
         keys        0 1 2 3 4
         queries 0   x .          blocks 0 and 1 are one call of 2 x 2 blocks;
@@ -2518,10 +2528,10 @@ def one_stream(
 def two_streams(
     streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
 ) -> tuple[Tensor, ...]:
-    """Let attention read one stream and the MLP the other, and both write to both with learned weights.
+    """Let attention read one stream and the MLP the other; each writes to both streams with learned weights.
 
-    Stream i becomes keep_i stream_i + add_i0 attention + add_i1 MLP. Both start as the single stream before.
-    Arguments as in `serial`. parameter-golf #1204, #1855.
+    Stream i becomes keep_i stream_i + add_i0 attention + add_i1 MLP. If there is a single stream before, both
+    start as copies of it. Arguments as in `serial`. parameter-golf #1204, #1855.
     """
     first = streams[0]
     second = streams[-1]
@@ -2553,7 +2563,7 @@ FORMS: dict[str, Callable] = {"serial": serial, "one_stream": one_stream, "two_s
 
 
 def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """Add weight * kept to x; with a gate, blend the two: x takes sigmoid(gate), weight * kept the rest.
+    """Return x + weight * kept or, with a gate, sigmoid(gate) x + (1 - sigmoid(gate)) weight * kept.
 
     x, kept (B, T, D); weight, gate (D,). The gate comes from parameter-golf #1218.
     """
@@ -2583,7 +2593,7 @@ class ParamSpec(NamedTuple):
     buffer: str  # a bank, split over ranks, for ORTHO and STEP_RULES | flat, on every rank, for AdamW
     lr: str  # the knob with its rate
     stored_as: str  # how the artifact holds it: a row of ENCODINGS, or embed, for int{embed_bits}
-    needs: str = ""  # a field of Config; if that is 0, the model has no such parameter
+    needs: str = ""  # a field of Config; where the field is 0, the model lacks the parameter
 
 
 PARAM_TABLE = (
@@ -2613,7 +2623,7 @@ PARAM_TABLE = (
     ParamSpec("stream_keep", "TL 2", Init("constant", 1.1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("stream_add", "TL 2 2", Init("constant", 1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("q_gain", "L H", Init("constant", "GAIN"), "flat", "scalar_lr", "f32"),
-    # First the projection of queries, then that of keys.
+    # First the queries' projection, then the keys'.
     ParamSpec("copy_proj", "2 C D", Init("twins"), "flat", "copy_lr", "int8", "copy_dim"),
     ParamSpec("copy_gate", "C", Init("constant", 0), "flat", "copy_lr", "f32", "copy_dim"),
     ParamSpec("copy_bias", "1", Init("constant", -3), "flat", "scalar_lr", "f32", "copy_dim"),
@@ -2655,9 +2665,9 @@ def sizes_of(h: Config) -> dict[str, int]:
 def parameter_table(h: Config) -> dict[str, Parameter]:
     """Return the shape and the initialization of every parameter of a Config's model, by name.
 
-    OUT, the standard deviation of matrices that write into the residual stream, is proj_init_std. If that is
-    0, rules that keep norms take 0.8 / sqrt(D), the mean of modded-nanogpt's values (O .026, MLP-down .031 at
-    768).
+    OUT is the standard deviation of matrices that write into the residual stream: proj_init_std. If that knob
+    is 0, step rules that keep norms take 0.8 / sqrt(D) instead, the mean of modded-nanogpt's values (O .026,
+    MLP-down .031 at 768).
     """
     sizes = sizes_of(h)
     out = h.proj_init_std
@@ -2676,10 +2686,10 @@ def parameter_table(h: Config) -> dict[str, Parameter]:
 
 
 def product_weights(h: Config, visits: int) -> int:
-    """Return how many weights a token is multiplied by, of a model whose layers are visited `visits` times.
+    """Return how many weights multiply a token, in a model with this many visits of layers.
 
-    They are the layers' matrices, the projections and the output layer. Embeddings are looked up, and gates
-    and scales are too small to count.
+    Counted are the layers' matrices, the projections and the output layer. Embeddings are looked up, and
+    gates and scales are too small to count.
     """
     shapes = parameter_table(h)
     total = 0
@@ -2693,7 +2703,7 @@ def product_weights(h: Config, visits: int) -> int:
 def scaling_params(h: Config) -> int:
     """Return the parameters that tokens_per_param counts: all weights in products, each once.
 
-    nanochat counts the layers' matrices and the output layer as well: they gave it the cleanest scaling laws.
+    nanochat, too, counts the layers' matrices and the output layer: this gave the cleanest scaling laws.
     """
     return product_weights(h, h.num_layers)
 
@@ -2701,9 +2711,9 @@ def scaling_params(h: Config) -> int:
 def flops_per_token(h: Config, loops: bool = True) -> int:
     """Return the FLOPs of the model, forwards and backwards, for a token of training.
 
-    6 for every weight in a product and 12 D for every key that a token attends to: PaLM's formula
-    (arXiv:2204.02311, appendix B), with windows as in nanochat. Causal masks halve nothing. loops: whether
-    the layers of a loop are visited again.
+    A weight in a product takes 6, and a key that a token attends to takes 12 D: PaLM's formula
+    (arXiv:2204.02311, appendix B), with windows as in nanochat. A causal mask does not halve the keys. loops:
+    whether the layers of a loop are visited again.
     """
     visits = layer_table(h if loops else replace(h, loop_times=0))
     keys = sum(min(spec.window or h.train_seq_len, h.train_seq_len) for spec in visits)
@@ -2844,7 +2854,7 @@ class GPT(nn.Module):
 
     def embed_values(self, tokens: Tensor) -> Tensor:
         """Embed tokens as values for attention. (B, T) -> (B, T, Hkv*Dh)."""
-        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast after, so that gradients sum in float32
+        ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast last, so gradients are summed in float32
         return F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
 
     def trunk(self, tokens: Tensor, weights: list[LayerWeights] | None = None) -> Tensor:
@@ -2887,11 +2897,11 @@ class GPT(nn.Module):
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
     def copies(self, x: Tensor, tokens: Tensor, last: int) -> Copies:
-        """Predict which earlier token the next one copies, for the last `last` positions.
+        """Predict, for the last `last` positions, which earlier token the next token copies.
 
-        x (B, T, D): the trunk's output; tokens (B, T). Where the text looks as it did at an earlier position,
-        the token that followed there may follow here. A pointer network (Merity et al., arXiv:1609.07843) at
-        the output of a small model, as in modded-nanogpt #379.
+        x (B, T, D): the trunk's output; tokens (B, T). If the text here looks like the text at an earlier
+        position, the token that followed there may follow here. This is a pointer network (Merity et al.,
+        arXiv:1609.07843) at the output of a small model, as in modded-nanogpt #379.
         """
         projections = self.copy_proj.to(self.dtype)
         q = F.linear(x[:, -last:], projections[0])
@@ -2902,9 +2912,10 @@ class GPT(nn.Module):
         return Copies(weights, F.pad(tokens[:, 1:], (0, 1)), gate.masked_fill(nothing_earlier, -math.inf))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return logits of every next token, whose softmax is the model's distribution. (B, T) -> (B, T, V).
+        """Return logits of every next token: (B, T) -> (B, T, V) float32.
 
-        float32. With a copy output they are the log-probabilities of the mixture: softmax is right for both.
+        Their softmax is the model's distribution. With a copy output, they are the mixture's
+        log-probabilities.
         """
         x = self.trunk(tokens)
         logits = self.unembed(x)
@@ -2945,7 +2956,7 @@ except ImportError:  # without Triton the kernels are still defined, but never l
 
 
 def operator(name: str, schema: str) -> Callable:
-    """Register an operator that changes none of its inputs. A second copy of this file uses other names."""
+    """Register an operator that changes none of its inputs. Each copy of this file registers its own name."""
     return torch.library.custom_op(f"bankshot_{__name__.strip('_')}::{name}", mutates_args=(), schema=schema)
 
 
@@ -2977,7 +2988,7 @@ def qk_kernel(
     x_b, x_t, x_h, dy_b, dy_t, dy_h, out_t,
     H: tl.constexpr, DH: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Normalize, rotate and scale BLOCK tokens of one head, or compute the gradient of that.
+    """Normalize, rotate and scale BLOCK tokens of one head, or compute the gradient.
 
     Forward (no dy): out = g R z with z = rstd x. Backward: out = g rstd (R'dy - z mean(z R'dy)), and dgain
     gets one partial sum per program and head. Without gain: out = x. Tokens of `out` are out_t apart.
@@ -3090,11 +3101,11 @@ def mlp_kernel(
 ):  # fmt: skip
     """Compute a product u and hidden = LeakyReLU(u)^2, or the gradient of u.
 
-    Forward: out = hidden with u = a w', w (N, K). Backward: out = (a w) times the derivative of hidden by
-    u, w (K, N). The last bit of hidden is set if u < 0, so that hidden alone gives its derivative: 2
-    sqrt(hidden), or -sqrt(hidden). So u is never stored. SHIFT: how many bits hidden is shorter than
-    float32. With hidden8_desc, a and w are e4m3, u is their product times the number at u_ptr, and hidden
-    divided by the number at step_ptr is also stored, in e4m3.
+    Forward: out = hidden with u = a w', w (N, K). Backward: out = (a w) times the derivative of hidden by u,
+    w (K, N). u is not stored: the last bit of hidden is set if u < 0, so hidden alone gives its derivative, 2
+    sqrt(hidden) or -sqrt(hidden). SHIFT: how many bits hidden is shorter than float32. With hidden8_desc, a
+    and w are e4m3, u is their product times the number at u_ptr, and hidden divided by the number at step_ptr
+    is also stored, in e4m3.
     """
     m = tl.program_id(1) * BM
     n = tl.program_id(0) * BN
@@ -3216,9 +3227,9 @@ def _(x, up, down, steps, dtype):
 class FusedMLP8(FusedMLP):
     """FusedMLP whose forward products take e4m3 copies, with one quantization step per tensor.
 
-    x is normalized, so |x| <= sqrt(D), which a step of 1/8 can hold up to D = 3136. The step of hidden is 4
-    times the mean of u^2 for an isotropic x, ||up||^2 / F, so hidden saturates only where u exceeds 42 times
-    its RMS.
+    x is normalized, so |x| <= sqrt(D): a step of 1/8 suffices up to D = 3136. The step of hidden is 4 times
+    the mean of u^2 for an isotropic x, ||up||^2 / F, so hidden saturates only where u exceeds 42 times its
+    RMS.
     """
 
     @staticmethod
@@ -3278,8 +3289,8 @@ class Flash4(torch.autograd.Function):
 def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
     """Compute attend_sdpa with FlashAttention-4, which skips the keys that no query sees.
 
-    With docs, every batch counts as B * MAX_DOCUMENTS documents, so that shapes never change. The documents
-    that a sequence lacks are empty ones at its end.
+    With docs, every batch counts as B * MAX_DOCUMENTS documents, so shapes never change. A sequence with
+    fewer documents has empty ones at its end.
     """
     B, T = q.shape[:2]
     bounds = None
@@ -3298,7 +3309,7 @@ class Bound(NamedTuple):
     function: Callable
     name: str
     failure: str = ""  # why a faster function was rejected; "" if none was
-    missing: str = ""  # the module that the faster function lacks, if that is why
+    missing: str = ""  # the module that the faster function failed to import, if any
 
     @property
     def label(self) -> str:
@@ -3316,8 +3327,8 @@ def bind(
 ) -> Bound:
     """Bind `fast` if it agrees with the reference, else the reference.
 
-    Both run on `inputs`, bf16 or float32 tensors, the reference in float32. It compares the outputs and the
-    gradients of inputs that require one, by |a - b| / |b|; each must be below limit.
+    Both run on `inputs`, bf16 or float32 tensors, the reference in float32. `fast` is accepted if the
+    relative error |a - b| / |b| of its output and of every gradient is below `limit`.
     """
     try:
         found = results_of(fast, inputs)
@@ -3339,7 +3350,7 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     y = fn(*leaves)
     if isinstance(y, tuple):
         y = torch.cat(y, 2)  # q, k and v along heads
-    # Any gradient will do. A transposed one shows that the kernel needs none that is contiguous.
+    # Any gradient will do. A transposed gradient shows that the kernel needs no contiguous one.
     dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
     y.backward(dy.to(y.dtype))
     gradients = [x.grad for x in leaves if x.requires_grad]
@@ -3358,8 +3369,8 @@ def enable_only(*kernels: str) -> None:
 def bind_attention(h: Config, device: torch.device) -> Bound:
     """Bind FlashAttention-4 if it is correct under every mask that a layer uses, else PyTorch's attention.
 
-    For the latter, the first of PyTorch's kernels that runs stays enabled, and the memory-efficient one if a
-    layer needs a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
+    Of PyTorch's kernels, the first that runs stays enabled, and also the memory-efficient one if a layer
+    needs a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
     InputError when no kernel runs.
     """
     generator = torch.Generator().manual_seed(0)
@@ -3392,7 +3403,7 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
 
 
 def bind_mlp(h: Config, device: torch.device) -> Bound:
-    """Bind the fused MLP if it is correct; with fp8, calls with gradients take its e4m3 form if that is."""
+    """Bind the fused MLP if it is correct. With fp8, calls with gradients take the e4m3 form, if correct."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
     inputs = [
@@ -3429,7 +3440,7 @@ def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
 # -----------------------------------------------------------------------------
 # 10. Matrix kernels: the three products that directions are made of, and the sizes at which kernels win.
 #
-# Here and in sections 11 and 12 a stack of S matrices is (S, M, N). Papers give one matrix, (M, N) or (m, n).
+# Here and in sections 11 and 12, functions take a stack of S matrices (S, M, N). Papers describe one matrix.
 
 
 @triton.jit
@@ -3456,11 +3467,11 @@ def symmetric_kernel(
     POLY: tl.constexpr, SCALED: tl.constexpr, POWER: tl.constexpr, EVEN: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute tile (i, j <= i) of XX' and its mirror image, so that half of the products suffice.
+    """Compute tile (i, j <= i) of XX' and its mirror image: half of the products suffice.
 
     SCALED: multiply by r_row r_column. POLY: X is symmetric and the result is aI + bX + cXX', which SCALED
-    multiplies by r_column only. POWER: write row sums of |.|^POWER to sums[j, rows], and those of the mirror
-    image to sums[i, columns].
+    multiplies by r_column only. POWER: write row sums of |.|^POWER to sums[j, rows], and the row sums of the
+    mirror image to sums[i, columns].
     """
     pid = tl.program_id(0)
     matrix = tl.program_id(1).to(tl.int64)
@@ -3539,7 +3550,7 @@ def substitution_kernel(
     """Solve TY = diag(d) X for BN columns of Y, one block of rows after another.
 
     Y_i = T_ii^-1 (d_i X_i - sum_{k<i} T_ik Y_k). A program reads its earlier Y_k back from memory, after a
-    barrier. It reads only those blocks of T that lie below the diagonal.
+    barrier, and only those blocks of T that lie below the diagonal.
     """
     panel = tl.program_id(0)
     matrix = tl.program_id(1).to(tl.int64)
@@ -3643,12 +3654,12 @@ class Win(NamedTuple):
     """Sizes at which a kernel beats the torch reference on an H100."""
 
     product: str
-    short_side: int  # largest
-    matrices: int  # most
+    short_side: int  # at most
+    matrices: int  # at most
     tile: tuple[int, ...]  # as its operator takes it
 
 
-# The first row that fits is used; if none does, the reference runs. The comments give microseconds in a CUDA
+# The first row that fits is used; if none fits, the reference runs. The comments give microseconds in a CUDA
 # graph, reference / kernel. A kernel that is slower alone is still faster within ns5.
 WINS = (
     Win("xxt", 256, 24, (64, 64, 4, 4)),  # 22 x 256 x 512: 6.2 / 5.9
@@ -3720,7 +3731,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # -----------------------------------------------------------------------------
-# 11. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes a step of it.
+# 11. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes the step.
 
 NS5 = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan, Muon (2024): five steps map [0.0015, 1] into [0.68, 1.20]
 # thib-s/flash-newton-schulz: from a genetic search for the spectra that AOL leaves. The slope at 0 is 147.
@@ -3735,8 +3746,8 @@ SAFETY = 2e-2  # bf16 rounding must not lift a singular value out of [0, 1]
 
 
 def minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
-    """Return (a, b, c) of the odd quintic whose largest distance to 1 on [low, high] is least, by Remez."""
-    if low / high >= 1 - 5e-6:  # in the limit it is Newton-Schulz
+    """Return (a, b, c) of the odd quintic with the smallest maximal distance to 1 on [low, high] (Remez)."""
+    if low / high >= 1 - 5e-6:  # the limit is Newton-Schulz
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
 
     q = (3 * low + high) / 4
@@ -3765,8 +3776,8 @@ def odd_quintic(x: float, a: float, b: float, c: float) -> float:
 def polar_express(low: float, steps: int, safety: float, cushion: float) -> tuple:
     """Return coefficients (a, b, c) of each step of Polar Express (Amsel et al., arXiv:2505.16932).
 
-    Each step is the minimax quintic on [low, u], to which the steps before it map the initial [low, 1].
-    cushion: a step is fitted to at most [cushion * u, u], which bounds its slope, and then scaled to centre
+    Each step is the minimax quintic on [low, u], the image of the initial [low, 1] under the steps before.
+    cushion: a step is fitted to at most [cushion * u, u], which bounds the slope, and then scaled to centre
     its image on 1. safety: all steps but the last are evaluated at x / (1 + safety).
     """
     rows = []
@@ -3793,7 +3804,7 @@ PE4 = polar_express(3e-3, 4, SAFETY, 2e-2)
 
 
 def inverse_root(x: Tensor) -> Tensor:
-    """Return x^(-1/2), and 0 for 0, so that a zero row or matrix stays zero."""
+    """Return x^(-1/2), and 0 for 0: a zero row or matrix stays zero."""
     return torch.where(x > 0, x.rsqrt(), 0.0)
 
 
@@ -3805,9 +3816,9 @@ def frobenius_scale(X: Tensor) -> Tensor:
 def quintic(X: Tensor, coefficients: tuple, r: Tensor, A: Tensor | None = None) -> Tensor:
     """Iterate X <- aX + (bA + cA^2)X with A = XX', once per row of coefficients, starting from diag(r) X.
 
-    An iteration changes singular values and keeps singular vectors. X (S, M, N), r (S, M). diag(r) X is never
+    X (S, M, N), r (S, M). An iteration changes singular values and keeps singular vectors. diag(r) X is never
     stored: r scales the first A and the columns of the first polynomial instead. A: the Gram matrix of
-    diag(r) X, if known. A step takes 17.8 us with aI in the polynomial, 27.3 us with baddbmm (H100,
+    diag(r) X, if known. An iteration takes 17.8 us with aI in the polynomial, 27.3 us with baddbmm (H100,
     22 x 512 x 512).
     """
     for a, b, c in coefficients:
@@ -3828,8 +3839,8 @@ def ortho_ns5(X: Tensor) -> Tensor:
 def ortho_polar_express(X: Tensor, coefficients: tuple) -> Tensor:
     """Run Polar Express from a matrix of unit Schatten-4 norm, |XX'|^(1/2).
 
-    Like the Frobenius norm, this norm bounds the largest singular value, but 1.7 to 4 times more tightly. It
-    costs nothing, since the first step needs the Gram matrix anyway.
+    Like the Frobenius norm, this norm bounds the largest singular value, but 1.7 to 4 times more tightly. The
+    norm costs nothing: the first step needs the Gram matrix anyway.
     """
     r = frobenius_scale(X)
     A, sums = xxt(X, r, 2)
@@ -3867,7 +3878,7 @@ def ortho_mud(X: Tensor, rounds: int) -> Tensor:
     return (X * d[:, :, None]).to(dtype)
 
 
-# Each maps (S, M, N), with M <= N and norms whose squares fit float32, to the same shape. A GPU runs bf16.
+# Each maps X (S, M, N) to the same shape. M <= N, and squared norms fit float32. A GPU runs bf16.
 ORTHO: dict[str, Callable[[Tensor], Tensor]] = {
     "ns5": ortho_ns5,
     "polar_express": partial(ortho_polar_express, coefficients=PE5),
@@ -3898,7 +3909,7 @@ def orthogonalize(G: Tensor, method: str) -> Tensor:
 def equalize_rows(U: Tensor) -> Tensor:
     """Scale each row of U (S, M, N), as stored, to unit norm; a zero row stays zero. MuonEq-R.
 
-    arXiv:2603.28254; parameter-golf #1285. Entries are first scaled to at most 1: their squares fit float32.
+    arXiv:2603.28254; parameter-golf #1285. Entries are first scaled to at most 1, so squares fit float32.
     """
     U = U / U.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     return U / torch.linalg.vector_norm(U, dim=-1, keepdim=True).clamp_min(1e-30)
@@ -3929,7 +3940,7 @@ def muon_scale(rows: int, columns: int) -> float:
     """Return sqrt(max(1, rows / columns)), the factor on the step of a matrix.
 
     From Jordan's implementation of Muon (2024), after sqrt(rows / columns) of Bernstein, "Deriving Muon"
-    (2025): a step of lr then changes outputs by about lr times the inputs, both as root mean squares.
+    (2025). With this factor, a step of lr changes outputs by about lr times the inputs, in root mean squares.
     """
     return max(1.0, rows / columns) ** 0.5
 
@@ -3942,8 +3953,8 @@ def step_muon(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
 def step_hyperball(W: Tensor, U: Tensor, lr: Tensor, wd: float | Tensor) -> None:
     """Subtract lr |W| U / |U| from W (S, M, N), then scale W back to its Frobenius norm |W|, in place: MuonH.
 
-    So lr is an angle, and wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay
-    zero: parameter_table starts none there.
+    lr is thus an angle, and wd is not used. After modded-nanogpt track 3, record 5. A zero matrix would stay
+    zero, so parameter_table starts no matrix at zero.
     """
     R = torch.linalg.matrix_norm(W, keepdim=True)
     W.copy_(with_norm(W - with_norm(U, lr * R), R))
@@ -3953,8 +3964,9 @@ class StepRule(NamedTuple):
     """How a direction U becomes a step of the weights W, both (S, M, N)."""
 
     step: Callable[[Tensor, Tensor, Tensor, float | Tensor], None]  # (W, U, lr, wd): changes W in place
-    keeps_norms: bool = False  # whether W keeps its Frobenius norm, so that none may start at zero
-    # (U, state, beta2) -> the U that `step` takes; changes the state in place. None: `step` takes U itself.
+    keeps_norms: bool = False  # whether W keeps its Frobenius norm, so no matrix may start at zero
+    # (U, state, beta2) -> the U for `step`; changes the state in place. None: `step` takes the direction
+    # itself.
     prepare: Callable[[Tensor, Tensor, float], Tensor] | None = None
     state_shape: Callable[[int, int, int], tuple] | None = None  # (S, M, N) -> the shape of prepare's state
 
@@ -3978,7 +3990,7 @@ class StepScalars(NamedTuple):
     A new value of a tensor triggers no recompilation.
     """
 
-    gradient_factor: Tensor | float  # on every gradient, which clips the norm of all of them
+    gradient_factor: Tensor | float  # on every gradient, to clip their global norm
     momentum: Tensor | float
     matrix_lr: Tensor | float
     adam_lr_mul: Tensor | float
@@ -4008,7 +4020,7 @@ class FlatBuffers(NamedTuple):
 
 
 def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
-    """Move the average towards g in place. Return where a next step with the same g would move it."""
+    """Move the average towards g in place. Return what the average would be after one more step with g."""
     average.mul_(beta).add_(g * (1 - beta))
     return g * (1 - beta) + average * beta
 
@@ -4019,9 +4031,9 @@ def matrix_update(
     """Update matrices W (S, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
     momentum: (S, M, N). With momentum_spread above 1 there are two momenta, (S, 2, M, N), and the update
-    takes their mean. The horizons of the two, 1 / (1 - beta), are momentum_spread times shorter and longer
-    than the horizon of s.momentum. second: the rule's state. Rows may be equalized before the direction.
-    Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
+    takes their mean; their horizons, 1 / (1 - beta), are momentum_spread times shorter and longer than the
+    horizon of s.momentum. second: the rule's state. With equalize_rows, rows are equalized before the
+    direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
     """
     g = g.float() * s.gradient_factor
     if h.momentum_spread == 1:
@@ -4054,7 +4066,7 @@ def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
 
 
 class Optimizer:
-    """The update of all parameters and its communication. Matrix state exists only on the rank that owns it.
+    """The update of all parameters and its communication. Only a matrix's owner holds the matrix's state.
 
     Parameters and gradients become views of a few buffers on which collectives run in place. A bank holds one
     or two parameters of equal matrix size and is cut into one share per rank. The flat buffer holds all other
@@ -4099,7 +4111,7 @@ class Optimizer:
             rank     0     1     2     3     4     5     6     7
             rows   u u u u u u u u u u u . . d d d d d d d d d d d
 
-        so the padding belongs to ranks that would otherwise run two smaller batches, one for each shape.
+        The padding thus belongs to ranks that would otherwise run two smaller batches, one for each shape.
         Raises ValueError for more than two parameters.
         """
         if len(members) > 2:
@@ -4143,7 +4155,7 @@ class Optimizer:
         self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
-        """Make the flat buffers for all small parameters, which every rank holds whole and updates alike."""
+        """Make the flat buffers of all small parameters. Every rank holds and updates all of them."""
         specs = [spec for spec in SMALL if spec.name in params]
         # Multiples of 64 elements align every view to 256 bytes.
         sizes = [-(-params[spec.name].numel() // 64) * 64 for spec in specs]
@@ -4171,7 +4183,7 @@ class Optimizer:
 
     @staticmethod
     def move(p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
-        """Copy p into `value` and make that p's storage, with `grad` as the storage of its gradient."""
+        """Copy p into `value`. Make `value` the storage of p, and `grad` the storage of p's gradient."""
         value.copy_(p.data)
         p.data = value
         p.grad = grad
@@ -4179,12 +4191,12 @@ class Optimizer:
     def step(self, hp: Hyper) -> None:
         """Send this step's scalars to the device, then launch the update.
 
-        The pinned memory is new for every step, because the host may run ahead. Its allocator reuses it only
-        after the copy from it has ended.
+        The pinned memory is new for every step, because the host may run ahead. The allocator reuses pinned
+        memory only after the copy from there has ended.
         """
         self.steps += 1
         scalars = StepScalars(
-            gradient_factor=1.0,  # a placeholder: schedule computes the factor on the device
+            gradient_factor=1.0,  # schedule computes the factor on the device and puts it here
             momentum=hp.momentum,
             matrix_lr=self.h.matrix_lr * hp.lr_mul,
             adam_lr_mul=hp.lr_mul,
@@ -4201,8 +4213,8 @@ class Optimizer:
         """Launch every collective of a step, and the updates between them.
 
         Afterwards every rank holds all weights, and all gradients are zero. Gradients are averaged in the
-        order of PARAM_TABLE, the biggest bank first. Banks are updated in the opposite order, the cheapest
-        update first, so that its bank is gathered while the others are still updated.
+        order of PARAM_TABLE, the biggest bank first. Banks are updated in the opposite order: the bank with
+        the cheapest update is gathered while the other banks are still updated.
         """
         # 1. Average the gradients: reduce-scatter each bank, level by level; all-reduce the flat buffer.
         arrivals = []
@@ -4239,7 +4251,7 @@ class Optimizer:
                 self.adam_update(self.adam_buffers, scalars, self.h)
                 self.flat_grad.zero_()
 
-            # 4. On a lane per bank, update the matrices that this rank owns, then gather those of all ranks.
+            # 4. On a lane per bank, update the matrices that this rank owns, then gather the whole bank.
             for buffer in reversed(self.bank):
                 with lane():
                     for own in self.owned[buffer]:
@@ -4292,7 +4304,7 @@ class Optimizer:
 class Hyper(NamedTuple):
     """The scheduled values that a step uses."""
 
-    progress: float  # in [0, 1]: the share of the time or of the iterations that is used, the larger one
+    progress: float  # in [0, 1]: the used fraction of the time or of the iterations, whichever is larger
     momentum: float
     lr_mul: float  # factor on every rate
     loops: bool = False  # whether the step visits the layers of the loop again
@@ -4300,7 +4312,7 @@ class Hyper(NamedTuple):
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """Return a step's values: rates stay constant, then fall linearly; momentum and batch grow at first."""
+    """Return a step's values. Rates stay constant, then fall linearly; momentum and batch grow at first."""
     progress = min(1.0, max(elapsed_ms / h.time_limit_ms, step / h.iterations))
 
     lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
@@ -4314,15 +4326,15 @@ def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
 
 
 class Ema:
-    """An average of past weights, weighted by exp(-age / ema_frac), with age as a share of the run.
+    """An average of past weights, weighted by exp(-age / ema_frac), with age as a fraction of the run.
 
-    Let p_k be the progress at the k-th update, and p_0 = 0. The weights of that update stand for the stretch
-    from p_{k-1} to p_k. With f = ema_frac, their share at progress P is
+    Let p_k be the progress at the k-th update, and p_0 = 0. The weights of the k-th update stand for the
+    stretch from p_{k-1} to p_k. With f = ema_frac, their part of the average at progress P is
 
-        (e^(-(P - p_k) / f) - e^(-(P - p_{k-1}) / f)) / (1 - e^(-P / f)),
+        (e^(-(P - p_k) / f) - e^(-(P - p_{k-1}) / f)) / (1 - e^(-P / f)).
 
-    and all shares sum to 1: the initial weights have none. At an update from P - d to P, the newest weights
-    get the share (1 - e^(-d / f)) / (1 - e^(-P / f)), and those before keep their proportions.
+    All parts sum to 1; the initial weights have none. At an update from P - d to P, the newest weights get
+    the part (1 - e^(-d / f)) / (1 - e^(-P / f)), and older weights keep their proportions.
     """
 
     def __init__(self, model: GPT, h: Config) -> None:
@@ -4333,7 +4345,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Move towards the current weights by the progress since the last call. The first copies them."""
+        """Move towards the current weights by the progress since the last call. At first, copy them."""
         progress = max(progress, self.progress)  # smaller if a resumed run holds back less time
         weight = 1.0
         if self.progress > 0:
@@ -4357,7 +4369,7 @@ class Ema:
 # -----------------------------------------------------------------------------
 # 14. Artifact: quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
 #
-#   artifact := what a row of CODECS makes of raw; its first bytes tell which row
+#   artifact := raw, compressed by a row of CODECS; the first bytes tell which row
 #   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
 #   header   := compact sorted JSON {"config": {...}, "tensors": [[name, encoding, shape, offset], ...]}
 #   payload  := the tensors in the order of their names, each by its encoding:
@@ -4371,8 +4383,8 @@ class Encoding(NamedTuple):
     """How a tensor's values are stored."""
 
     dtype: np.dtype
-    limit: int = 0  # the largest code; 0 if the values are stored as they are
-    clip_code: int = 0  # the code of a row's clip; 0: the largest
+    limit: int = 0  # the largest code; 0: values are stored without codes
+    clip_code: int = 0  # the code of a row's clip; 0: the largest code
     has_column_steps: bool = False
 
 
@@ -4391,8 +4403,8 @@ LEAST_SCALE = 2.0**-24  # the smallest f16
 COLUMN_STEPS = np.exp2(np.arange(-128, 128) / 4).astype(np.float32)  # of the exponents -128 ... 127
 EXPONENT_LIMIT = 12  # column steps lie between 1/8 and 8 times their geometric mean
 STEP_FACTOR_LIMIT = 4.0  # row_steps multiplies int6_step by between 1/4 and 4
-MAX_RAW_BYTES = 1 << 28  # of a file of up to 64 MiB
-MAX_RAW_RATIO = 4  # of a larger one; codes pack to between 1/2 and 3/4
+MAX_RAW_BYTES = 1 << 28  # raw bytes in a file of up to 64 MiB
+MAX_RAW_RATIO = 4  # raw bytes per byte of a larger file; codes pack to between 1/2 and 3/4
 MAX_WEIGHTS = 1 << 30
 MAX_HEADER_BYTES = 1 << 16
 
@@ -4403,9 +4415,9 @@ def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
-    """Return the upper triangular U with U'U the inverse of `gram` (..., N, N), which is damped first.
+    """Return the upper triangular U such that U'U is the inverse of the damped `gram` (..., N, N).
 
-    1 % of the mean of gram's diagonal is added to the diagonal. Raises LinAlgError if gram is not finite.
+    To damp is to add 1 % of the diagonal's mean to the diagonal. Raises LinAlgError if gram is not finite.
     """
     damping = 0.01 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-10)
     damped = gram + damping[..., None, None] * torch.eye(gram.size(-1), device=gram.device)
@@ -4416,8 +4428,8 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     """Round W (..., M, N) to codes (..., M, N), float32, that keep the products Wx with typical inputs x.
 
     scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x' over those inputs. Columns are
-    rounded one at a time. After column j is rounded, columns j+1.. are shifted to cancel its error in Wx as
-    well as they can. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column.
+    rounded one at a time. Once column j is rounded, columns j+1.. are shifted to cancel as much as possible
+    of its error in Wx. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column.
     """
     U = inverse_factor(gram)  # column j's error, divided by U_jj, spreads to the others by row j of U
     W = W.clone()
@@ -4433,9 +4445,10 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
 def column_exponents(gram: Tensor) -> Tensor:
     """Return e of the column steps 2^(e/4), for inputs with this gram (..., N, N): int8 (..., 1, N).
 
-    An error of column j that the later columns cannot cancel changes Wx by error^2 / U_jj^2 (inverse_factor).
-    At a given entropy the sum is least if all columns add the same, so steps go as U_jj: WaterSIC (Lifar et
-    al., arXiv:2603.04956). Their geometric mean is 1.
+    The part of column j's error that later columns cannot cancel adds error^2 / U_jj^2 to the squared error
+    of Wx (U: inverse_factor). At a given entropy the total is smallest if every column adds the same, so
+    steps are proportional to U_jj: WaterSIC (Lifar et al., arXiv:2603.04956). The geometric mean of the steps
+    is 1.
     """
     octaves = inverse_factor(gram).diagonal(dim1=-2, dim2=-1).log2()
     octaves = octaves - octaves.mean(-1, keepdim=True)
@@ -4464,11 +4477,12 @@ def quantize(
 ) -> Codes:
     """Quantize each row of W (..., M, N) symmetrically.
 
-    A row's clip is clip_sd times its root mean square. If clip_sd is 0, it is the one of CLIPS with the least
-    squared error under rounding to nearest. The scale, which is the step, is the clip / the clip's code, and
-    at least least_step root mean squares: one number, or (..., M, 1). Codes are the nearest ones, or gptq's
-    if a gram (..., N, N) is given. An encoding with column steps needs one: W is divided by the column steps
-    first, so that all columns matter alike. Their geometric mean is 1, which leaves the entropy as it was.
+    The clip of a row is clip_sd times the row's root mean square or, if clip_sd is 0, the candidate of CLIPS
+    with the smallest squared error under rounding to nearest. The scale of a row is its step: the clip
+    divided by the clip's code, but at least least_step root mean squares. least_step: a number, or (..., M,
+    1). Codes are the nearest ones or, with a gram (..., N, N), those of gptq. An encoding with column steps
+    needs a gram: W is first divided by the column steps, so that all columns matter equally. The geometric
+    mean of the column steps is 1, so the entropy stays as it was.
     """
     W = W.float()
     limit = ENCODINGS[encoding].limit
@@ -4511,18 +4525,19 @@ def header_fields(learns: bool, extra: list[str]) -> list[str]:
 
 
 class Calibration(NamedTuple):
-    """What training text tells about rounding, by parameter. It may lack any of them."""
+    """What training text tells about rounding, by parameter. Any parameter may be missing."""
 
     grams: Mapping[str, Tensor] = {}  # the sum of x x' over a matrix's inputs x: float32 (matrices, N, N)
-    sensitivities: Mapping[str, Tensor] = {}  # of the loss, by each row's output: float32 (matrices, M, 1)
+    sensitivities: Mapping[str, Tensor] = {}  # of the loss to each row's output: float32 (matrices, M, 1)
 
 
 def row_step_factors(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> dict[str, Tensor]:
-    """Return what int6_step is multiplied by in each row, (matrices, M, 1) by parameter.
+    """Return the factor on int6_step in each row, (matrices, M, 1) by parameter.
 
     A step s in a row adds about s^2 / 12 * sensitivity * the sum of 1 / U_jj^2 (inverse_factor) to the loss.
-    At a given entropy the sum is least if all weights add the same. Factors are relative to the row's root
-    mean square, as int6_step is; the geometric mean over all weights is 1, before they are limited.
+    At a given entropy the total is smallest if every weight adds the same. Like int6_step, the factors are
+    relative to the row's root mean square. Their geometric mean over all weights is 1 before they are
+    limited.
     """
     importance = {}
     for name, sensitivity in calibration.sensitivities.items():
@@ -4542,9 +4557,9 @@ def row_step_factors(tensors: Mapping[str, Tensor], h: Config, calibration: Cali
 
 
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration | None = None) -> bytes:
-    """Return the artifact before compression. tensors: by parameter name; calibration: what guides rounding.
+    """Return the artifact before compression. tensors: by parameter name; calibration: a guide for rounding.
 
-    Raises Fault for a tensor with values that are not finite or that its encoding cannot hold.
+    Raises Fault for a tensor with values that are not finite or too large for its encoding.
     """
     calibration = calibration or Calibration()
     clips_sd = {"int6": h.matrix_clip_sd, "embed": h.embed_clip_sd}  # by ParamSpec.stored_as
@@ -4592,8 +4607,8 @@ def pack_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibra
 
 
 # For fit_artifact. Steps are multiples of the row's root mean square, as in int6_step.
-FILLED = 0.998  # the share of the room that an artifact must take, so that no further attempt is made
-AIM = 0.999  # the share that a guess aims at, in the middle between FILLED and 1
+FILLED = 0.998  # attempts end once an artifact takes this fraction of the room
+AIM = 0.999  # the fraction that a guess aims at, in the middle between FILLED and 1
 FIRST_GUESS = 0.1  # a guess multiplies at least this step: a configured step of 0 would stay 0
 LEAST_GUESS = 0.01  # the smallest step that a guess may give
 
@@ -4764,8 +4779,8 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
 def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     """Return float32 tensors by name. Raises ValueError for a blob that is not well-formed.
 
-    Names and shapes are not checked. Whatever the blob holds, this runs no code from it and takes no more
-    memory than a few times MAX_RAW_BYTES, or MAX_RAW_RATIO times the blob, and their float32 values.
+    Names and shapes are not checked. No blob can make this run code from the blob. The memory taken is at
+    most a few times MAX_RAW_BYTES, or MAX_RAW_RATIO times the blob, and the float32 values.
     """
     opened = open_artifact(blob)
     return read_tensors(opened.header, opened.payload)
@@ -4774,7 +4789,7 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
 def bare_code(source: str) -> str:
     """Return the source without comments, docstrings and blank lines; only a module keeps its docstring.
 
-    What remains is the source's own text, so that every Python version gives the same bytes.
+    What remains is the source's own text, so every Python version gives the same bytes.
     """
     lines = source.split("\n")
     inside_strings = set()  # lines whose blanks and ends belong to a string
@@ -4808,9 +4823,9 @@ ESCAPED = str.maketrans({"\0": r"\x00", "\n": r"\n", "\r": r"\r", '"': r"\"", "\
 def packed_code(source: str) -> bytes:
     """Return the source as a program that unpacks and runs itself: the bytes counted as code.
 
-    Comments and docstrings are left out. The program is a file in Latin-1, whose literals take one byte for a
-    byte; base 85 takes 1.25. The text is put where inspect looks for it, because Triton compiles kernels from
-    their text. The same source gives the same bytes.
+    Comments and docstrings are left out. The program is a file in Latin-1, where a literal takes one byte for
+    a byte; base 85 takes 1.25. Triton compiles kernels from their text, so the program puts the text where
+    inspect looks for source. The same source gives the same bytes.
     """
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
     raw = lzma.compress(bare_code(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
@@ -4845,7 +4860,7 @@ compress = partial(lzma.compress, **XZ)
 def decompress(blob: bytes) -> bytes:
     """Return the content of one xz stream. Raises ValueError for anything else.
 
-    It has at most MAX_RAW_BYTES or, if that is more, MAX_RAW_RATIO times the bytes of the stream.
+    The content has at most MAX_RAW_BYTES or, if this is more, MAX_RAW_RATIO times the bytes of the stream.
     """
     reader = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_RAW_BYTES)
     try:
@@ -4864,7 +4879,7 @@ def decompress(blob: bytes) -> bytes:
 #   rans     := "GPT6rans" | u32 crc32 of the rest | u32 side_bytes | xz(side) | u16 words
 #   side     := MAGIC | u32 header_bytes | header | then for each tensor, if it has codes,
 #                 u8 class of each row | u8 class of each column of each matrix | u16 tables | scales
-#                 | exponents of column steps, if it has them
+#                 | exponents of column steps, if there are any
 #               else its values; numbers of several bytes are stored as planes, highest bytes first
 #   tables   := per context half the frequencies of 0, then the frequencies of 1 and -1, of 2 and -2, ...
 #   words    := the states at the start of decoding, 3 words each, highest first; then the words taken in
@@ -4956,7 +4971,7 @@ def row_classes(magnitudes: np.ndarray) -> np.ndarray:
 
 
 def column_classes(magnitudes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the class of each column once every row is scaled to the mean by its class. -> uint8 (m, N)."""
+    """Return the class of each column, uint8 (m, N), with each row scaled to the mean by the row's class."""
     return classes_of(np.stack([CLASS_WEIGHTS[row] @ matrix for row, matrix in zip(rows, magnitudes)]))
 
 
@@ -4996,7 +5011,7 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
     """Return the words of the tensors' codes, each a flat int8 array coded by its model.
 
     Interleaved rANS: code i goes to state i modulo the number of states. A state that would exceed 48 bits
-    first gives its lowest 16 to the words. Codes go in from the last to the first, as decoding is a stack.
+    first gives its lowest 16 to the words. Codes go in from the last to the first: a state is a stack.
     """
     states = np.full(states_for(sum(map(len, tensors))), LEAST_STATE)
     step = len(states)
@@ -5121,7 +5136,7 @@ class SideReader:
 
 
 def unpack_rans(blob: bytes) -> bytes:
-    """Undo pack_rans: return the raw artifact. Raises ValueError for bytes that it did not write."""
+    """Undo pack_rans: return the raw artifact. Raises ValueError for bytes that pack_rans did not write."""
     if zlib.crc32(blob[12:]) != int.from_bytes(blob[8:12], "little"):
         raise ValueError("artifact: damaged (its checksum does not match)")
     end = 16 + int.from_bytes(blob[12:16], "little")
@@ -5159,7 +5174,7 @@ def unpack_rans(blob: bytes) -> bytes:
 
 
 class Codec(NamedTuple):
-    """A way to compress a raw artifact. unpack raises ValueError for what pack did not write."""
+    """A way to compress a raw artifact. unpack raises ValueError for bytes that pack did not write."""
 
     magic: bytes  # the first bytes of its artifacts
     label: str  # in logs and metrics
@@ -5253,8 +5268,8 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
     """Cut the score windows of `total` targets into groups wherever the chunk or the shape changes.
 
-    Before a chunk is scored, its lesson holds all earlier targets that have not been learned from: those of
-    the chunk before, and of any chunk between them in which no window begins. It is cut into sequences.
+    A chunk's lesson holds all earlier targets that have not been learned from: the targets of the chunk
+    before and of skipped chunks, in which no window begins. A lesson is cut into sequences.
     """
     seq_len = scoring.seq_len
     windows = score_windows(total, seq_len, scoring.stride)
@@ -5291,7 +5306,7 @@ def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> l
 
     A free slot takes the next document, so only earlier tokens decide where and when a document is scored. A
     window begins seq_len tokens before the end of its chunk, or where the document begins. A slot's lesson is
-    the window before, of the same document. Where a document begins or none is left, the lesson is empty.
+    the document's previous window; where a document begins or none is left, the lesson is empty.
     """
     total = len(tokens) - 1
     begins = np.union1d(0, np.flatnonzero(tokens[:total] == scoring.bos_id))
@@ -5327,7 +5342,7 @@ class WindowBatch(NamedTuple):
 
 
 def read_windows(tokens: Tensor, windows: Tensor, seq_len: int) -> WindowBatch:
-    """Read the tokens of windows (B, 3), none of them later than the last target that the window scores."""
+    """Read the tokens of windows (B, 3). No token is later than the last target that its window scores."""
     windows = windows.to(tokens.device)[..., None]
     end = windows[:, END]  # (B, 1)
     position = windows[:, START] + torch.arange(seq_len, device=tokens.device)
@@ -5440,11 +5455,11 @@ def lesson_gradient(
 def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
     """Learn with all weights, one chunk of the split after the other. See `learning`.
 
-    Each step follows the mean gradient over the lesson and all ranks, clipped to norm 1, with momentum 0.9,
-    which carries over to the next chunk. The rate falls from ttt_lr to 0 along half a cosine over the split.
-    After parameter-golf #549.
+    Each step follows the mean gradient over the lesson and all ranks, clipped to norm 1, with momentum 0.9.
+    The momentum carries over to the next chunk. The rate falls from ttt_lr to 0 along half a cosine over the
+    split. After parameter-golf #549.
     """
-    params = list(model.requires_grad_(True).parameters())  # even those that training left alone
+    params = list(model.requires_grad_(True).parameters())  # also those with rate 0 in training
     weights = [p.data for p in params]
     saved = [w.clone() for w in weights]
     sizes = [w.numel() for w in weights]
@@ -5473,8 +5488,8 @@ LORA_BETA2 = 0.99  # decay of the second moment; as in the source, there is no f
 def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
     """Learn a change of rank ttt_rank to every qkv and the output layer for each document. See `learning`.
 
-    Each slot of a batch has its own factors, which start anew with every document. There `up` is zero, so
-    that the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.
+    Each slot of a batch has its own factors, which are reset at the start of every document: `up` is then
+    zero, so the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.
     """
     model.requires_grad_(False)
     slots = h.eval_batch_tokens // h.eval_seq_len
@@ -5493,10 +5508,10 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
             spread = (second / (1 - LORA_BETA2**steps)).sqrt()
             factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
         if begins is not None:
-            anew = begins[m.rank :: m.world_size, None].to(m.device)
-            factors.copy_(torch.where(anew, fresh, factors))
-            second.masked_fill_(anew, 0)
-            steps.masked_fill_(anew, 0)
+            reset = begins[m.rank :: m.world_size, None].to(m.device)
+            factors.copy_(torch.where(reset, fresh, factors))
+            second.masked_fill_(reset, 0)
+            steps.masked_fill_(reset, 0)
 
     yield learn
     model.factors = None
@@ -5509,7 +5524,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
     """Return a context that yields learn(tokens, windows, begins) and afterwards puts the weights back.
 
     learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score. begins (n,)
-    bool: the slots in which a document begins, which start anew with the weights; None: no slot does.
+    bool: the slots in which a document begins and the weights are reset; None: no slot is reset.
     """
     return TTT_FORMS[h.ttt_form](model, nats_fn, h, m)
 
@@ -5519,11 +5534,11 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 #
 #   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of the rest
 #
-# The W files of step N together are a checkpoint set. File R holds the share of all state that belongs to the
-# rank with share R of the banks; a tensor is the concatenation of its shares. The header holds the step, the
-# training clock in ms, the progress of the average, the position in the text, the config, script and data of
-# the run, and a list of tensors as in an artifact. There is no other state: steps draw no random numbers, and
-# the text depends only on the position.
+# The W files of step N are a checkpoint set. File R is written by the rank that holds share R of the banks,
+# and has that rank's share of every tensor; a tensor is the concatenation of its shares. The header holds the
+# step, the training clock in ms, the progress of the average, the position in the text, the config, script
+# and data of the run, and a list of tensors as in an artifact. There is no other state: steps draw no random
+# numbers, and the text depends only on the position.
 
 CHECKPOINT_NAME = re.compile(r"(?P<base>.*)\.step(?P<step>\d+)\.\d+of(?P<world>[1-9]\d*)\.ckpt(?:\.tmp)?")
 DIGEST_BYTES = 32
@@ -5571,7 +5586,7 @@ class Writing(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A tensor of a checkpoint, whatever the number of ranks. It has either `whole` or `rows`."""
+    """A tensor of a checkpoint, for any number of ranks. Either `whole` or `rows` is set."""
 
     share: Tensor  # what this rank writes
     whole: Tensor | None = None  # every rank holds all of it
@@ -5586,7 +5601,7 @@ def origin(h: Config, dataset: Dataset) -> dict:
 
 
 def check_ranks_agree(h: Config, m: Machine, dataset: Dataset, blob: bytes = b"") -> None:
-    """Check that all ranks were given the same knobs, script, data and artifact. It uses gloo.
+    """Check that all ranks were given the same knobs, script, data and artifact. Collective over gloo.
 
     Paths may differ between nodes. Raises InputError on every rank.
     """
@@ -5652,10 +5667,10 @@ def check_resume(h: Config) -> None:
 
 
 def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState:
-    """Read the newest set that is intact on all ranks, or the set to which the file of resume= belongs.
+    """Read the newest set that is intact on all ranks, or the set that resume= names by one of its files.
 
-    base: OUT_DIR/RUN_ID. Raises InputError when a run with another config, script or data set wrote it, or
-    when the set that resume= names is damaged.
+    base: OUT_DIR/RUN_ID. Raises InputError when the set comes from a run with another config, script or data,
+    or when the set that resume= names is damaged.
     """
     with m.together():
         check_resume(h)
@@ -5728,9 +5743,9 @@ class Checkpoints:
         return whole[first : first + rows]
 
     def save(self, step: int, train_ms: float, last: bool = False) -> None:
-        """Start writing the state after `step` if that is due and no rank is still writing.
+        """Start writing the state after `step` if a checkpoint is due and no rank is still writing.
 
-        last: write it even if it is not due, and wait for the end. checkpoint_every=0 writes nothing.
+        last: write even if none is due, and wait for the end. checkpoint_every=0 writes nothing.
         """
         every_ms = 1000 * self.run.h.checkpoint_every
         due = every_ms > 0 and (last or train_ms >= self.saved_ms + every_ms)
@@ -5749,7 +5764,7 @@ class Checkpoints:
             self.finish_set(wait=True)
 
     def write(self, step: int, header: dict, fetched: Callable[[], list[Tensor]]) -> None:
-        """Write this rank's file, in the thread. Raises InputError if that fails or a value is not finite."""
+        """Write this rank's file, in the thread. Raises InputError on failure or if a value is not finite."""
         host = {name: x.contiguous().numpy() for name, x in zip(self.tensors, fetched()) if len(x)}
         index = []
         offset = 0
@@ -5768,12 +5783,12 @@ class Checkpoints:
         write_atomic(path, *chunks, digest.digest())
 
     def finish_set(self, wait: bool) -> bool:
-        """Finish the set being written. Return True once no write is pending.
+        """Finish the set being written. Return True once no write is pending. Collective.
 
-        A set is finished once every rank has written its file. That logs the outcome and removes all sets but
-        the newest two. wait: until all ranks are done. All ranks begin a set at the same step, and only after
-        the set before it is known to be complete or to have failed. So no file that a complete set needs is
-        ever removed. Collective.
+        A set is finished once every rank has written its file. Then the outcome is logged, and all sets but
+        the newest two are removed. wait: until all ranks are done. All ranks begin a set at the same step,
+        and only after the previous set is known to be complete or to have failed, so no file that a complete
+        set needs is ever removed.
         """
         if self.pending is None:
             return True
@@ -5807,7 +5822,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def restore(self, state: SavedState) -> tuple[int, float]:
-        """Load a set into this rank's parameters, average and optimizer state, and log that.
+        """Load a set into this rank's parameters, average and optimizer state, and log its step.
 
         Returns its step and clock in ms, or (0, 0.0) if there is no set.
         """
@@ -5851,7 +5866,7 @@ DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
 
 class Stop(IntEnum):
-    """Why training stops before its budgets are spent. The ranks agree on the largest."""
+    """Why training stops before its budgets are spent. Ranks may disagree; the largest value wins."""
 
     NO = 0
     SIGNAL = 1
@@ -5859,10 +5874,10 @@ class Stop(IntEnum):
 
 
 class Vitals(NamedTuple):
-    """The numbers of a step that show a divergence: this rank's loss, and the gradient norm, alike on all."""
+    """The numbers of a step that show a divergence."""
 
-    loss: float
-    norm: float
+    loss: float  # this rank's
+    norm: float  # of the averaged gradients, equal on all ranks
 
     @property
     def are_sound(self) -> bool:
@@ -5871,7 +5886,7 @@ class Vitals(NamedTuple):
 
 
 def reason_to_stop(m: Machine, vitals: Vitals) -> Stop:
-    """Return why this rank should stop: it has diverged, or it has received a signal; else NO."""
+    """Return why this rank should stop: a divergence or a signal that it has received; else NO."""
     if not vitals.are_sound:
         return Stop.DIVERGED
     return Stop.SIGNAL if m.signals.times else Stop.NO
@@ -6044,7 +6059,7 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
                 f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
                 "make the model smaller"
             )
-        B = max(divisor for divisor in range(1, B) if B % divisor == 0)  # so that the global batch stays
+        B = max(divisor for divisor in range(1, B) if B % divisor == 0)  # a divisor keeps the global batch
         run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
         h = replace(h, micro_batch_tokens=B * T)
     optimizer.clear_gradients()
@@ -6120,7 +6135,8 @@ def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
         return captured.backward
 
     h = run.h
-    # The loop begins once and stays: the last step tells whether any loops, the first whether any does not.
+    # The loop begins once and stays, so the last step tells whether any step loops, the first whether any
+    # does not.
     looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
     plain = None if hyper_at(h, 0, 0.0).loops else capture(run.plain_loss_fn)
     return Passes(looped, plain)
@@ -6175,13 +6191,13 @@ def compiled_graphs() -> int:
 
 
 class Pace(NamedTuple):
-    """The cost of a step, and since when it holds: until the loop begins or the batch grows."""
+    """A stretch of steps of equal cost: a new one begins when the loop begins or the batch grows."""
 
     loops: bool  # Hyper.loops of the steps
     count: int  # micro-batches of each
-    step: int = 0  # the first step that costs this
-    clock_ms: float = 0.0  # the training clock before that step
-    before: Pace | None = None  # the pace of the steps before; a resumed run knows none
+    step: int = 0  # the first step
+    clock_ms: float = 0.0  # the training clock before the first step
+    before: Pace | None = None  # the stretch before; a resumed run knows only those since it resumed
 
     def step_ms(self, step: int, clock_ms: float) -> float:
         """Return the mean time of this pace's steps up to `step`, which ended at clock_ms; 0 for no step."""
@@ -6196,7 +6212,7 @@ class Pace(NamedTuple):
 
 
 def log_changes(run: Run, pace: Pace, progress: float) -> None:
-    """Log that the loop begins or the batch grows, which makes a pace differ from the one before it."""
+    """Log which change has begun a pace: the loop begins, the batch grows, or both."""
     before = pace.before
     at = f"step:{pace.step} progress:{progress:.3f}"
     if pace.loops != before.loops:
@@ -6286,7 +6302,7 @@ def train(given: Run) -> Trained:
             m.sync()
             validation_began = time.perf_counter()
             validate(run, step, clock())
-            start += time.perf_counter() - validation_began  # the clock stands meanwhile
+            start += time.perf_counter() - validation_began  # the clock stands still during validation
 
         hp = hyper_at(h, step, clock_ms)
         count = batch_shape.count(hp.growth)
@@ -6300,7 +6316,7 @@ def train(given: Run) -> Trained:
 
         fetch_previous = fetch_newest
         fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
-        # One step late: the device works on the newest step meanwhile.
+        # One step late, so that the device can work on the newest step in the meantime.
         previous_vitals = Vitals(*fetch_previous()[0].tolist())
         clock_ms, stop_code = m.agree(clock(), reason_to_stop(m, previous_vitals))
         stop = Stop(stop_code)
@@ -6318,9 +6334,9 @@ def train(given: Run) -> Trained:
 
 
 def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained:
-    """Calibrate, choose the weights for the artifact, and write the last checkpoint. pace: of the last step.
+    """Calibrate, choose the weights for the artifact, write the last checkpoint, and log an early end.
 
-    It logs an early end. Raises Diverged if the last step or the calibration of any rank has diverged.
+    pace: of the last step. Raises Diverged if the last step or the calibration of any rank has diverged.
     """
     step, train_ms, stop, vitals, late_graphs = ended
     run.log.may_move = True
@@ -6370,7 +6386,7 @@ PEAKS = {
 
 
 def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) -> int:
-    """Return the FLOPs of the first `step` steps, the last of which had a pace. micro_batch: its tokens."""
+    """Return the FLOPs of the first `step` steps. pace: of the last; micro_batch: tokens over all ranks."""
     total = 0
     while pace:
         tokens = (step - pace.step) * pace.count * micro_batch
@@ -6381,10 +6397,10 @@ def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) ->
 
 
 def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -> None:
-    """Log how much was computed, and the share of the devices' peak that this is (MFU): model FLOPs / peak.
+    """Log the tokens, the model's FLOPs, and MFU, the ratio of these FLOPs to the devices' peak in the time.
 
-    The MLP's fp8 products count like the others, against the peak of bf16. A device that PEAKS does not know
-    has no MFU. A resumed run whose steps were not all alike has no FLOPs either.
+    The MLP's fp8 products count like all others, against the peak of bf16. A device that is not in PEAKS has
+    no MFU. A resumed run has neither FLOPs nor MFU if steps may have cost more or less before.
     """
     h = run.h
     params = scaling_params(h)
@@ -6406,7 +6422,7 @@ def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -
 
 def gram_of(x: Tensor) -> Tensor:
     """Return the sum of x x' over the inputs x. (..., N) -> (N, N) float32."""
-    flat = x.flatten(0, -2).float()  # from bfloat16, so that TF32 loses nothing
+    flat = x.flatten(0, -2).float()  # the values are bfloat16, so TF32 loses nothing
     return flat.T @ flat
 
 
@@ -6496,7 +6512,7 @@ SENSED_TOKENS = 16384  # on each rank: enough for a mean square; the backward pa
 
 @torch.no_grad()
 def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
-    """Sum the squares of the gradients by each output of the int6 matrices: (matrices, M, 1) by parameter.
+    """Sum the squared gradients of each output of the int6 matrices: (matrices, M, 1) by parameter.
 
     The gradients are those of the summed nats of about SENSED_TOKENS targets on each rank, from the loader's
     next batch. They are taken by the outputs of the banks' own rows, without the factors of row_scales.
@@ -6536,9 +6552,10 @@ def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
 
 @memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
 def calibrate(run: Run, loader: TokenLoader) -> Calibration:
-    """Measure, for rounding, the live weights on the loader's next batches, summed over all ranks.
+    """Measure the live weights for rounding, on the loader's next batches. Sums run over all ranks.
 
-    gptq_batches of them give the inputs of the matrices; with row_steps, a part of one more the gradients.
+    gptq_batches batches give the inputs of the matrices. With row_steps, part of one more gives the
+    gradients.
     """
     grams = measure_inputs(run, loader)
     sensitivities = measure_sensitivities(run, loader) if run.h.row_steps else {}
@@ -6549,9 +6566,9 @@ def calibrate(run: Run, loader: TokenLoader) -> Calibration:
 
 @torch.no_grad()
 def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
-    """Return "live" or "ema": the weights with the lower loss on the loader's next training batch; log it.
+    """Return and log which weights, "live" or "ema", have the lower loss on the loader's next training batch.
 
-    This is for a run that ended early, when the average may lag far behind. All ranks return the same.
+    This is for a run that ended early: the average may lag far behind. All ranks return the same.
     """
     model = copy(run.model)  # with the same parameters
     model.ops = Ops(run.model.ops.attend)  # nothing that would compile
@@ -6575,7 +6592,7 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
 
 
 def describe_progress(h: Config, step: int, clock_ms: float) -> str:
-    """Return how much of the budget that will end the run is used, time or iterations, and the ETA."""
+    """Return the ETA and how much is used of the budget, time or iterations, that will end the run."""
     progress = hyper_at(h, step, clock_ms).progress
     seconds = clock_ms / 1000
     if progress > step / h.iterations:
@@ -6586,7 +6603,7 @@ def describe_progress(h: Config, step: int, clock_ms: float) -> str:
 
 
 def check_calibration(calibration: Calibration, step: int, train_ms: float) -> None:
-    """Raise Diverged if calibration met values that are not finite, which the last update must have made."""
+    """Raise Diverged if calibration met values that are not finite: the last update must have diverged."""
     for what, found in (("inputs", calibration.grams), ("gradients", calibration.sensitivities)):
         for name, values in found.items():
             if not values.isfinite().all():
@@ -6634,7 +6651,7 @@ def hold_back(run: Run, calibrate_ms: float) -> Run:
 
 
 def describe_divergence(run: Run, step: int, newest: Vitals, good: int) -> str:
-    """Describe a run that diverged: last loss and gradient norm, first bad tensor, last good checkpoint."""
+    """Describe a divergence: the last loss and gradient norm, first bad tensor, last good checkpoint."""
     bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
     return (
         f"step {step}: diverged, loss {newest.loss:.4g}, gradient norm {newest.norm:.4g}, "
@@ -6645,16 +6662,16 @@ def describe_divergence(run: Run, step: int, newest: Vitals, good: int) -> str:
 def validate(run: Run, step: int, train_ms: float) -> Score:
     """Score val in disjoint windows and log it as a step. Returns the score.
 
-    Raises Fault if a rank's weights differ from most others'.
+    Raises Fault if a rank's weights differ from those of most ranks.
     """
     names, params = zip(*run.model.named_parameters())
     sums = torch.stack([p.detach().view(torch.int32).sum() for p in params]).tolist()
     every = [sums] * run.m.world_size
     dist.all_gather_object(every, sums)
 
-    most = max(every, key=every.count)
+    common = max(every, key=every.count)
     for rank, rank_sums in enumerate(every):
-        for name, rank_sum, common_sum in zip(names, rank_sums, most):
+        for name, rank_sum, common_sum in zip(names, rank_sums, common):
             if rank_sum != common_sum:
                 raise Fault(
                     f"step {step}: {name} of rank {rank} differs from the others; is its memory faulty?"
@@ -6670,7 +6687,7 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
 
 
 def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
-    """Average a step's loss over the ranks, in place, and log it. Returns it."""
+    """Average a step's loss over the ranks, in place. Log and return the mean."""
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     run.log(
         f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
@@ -6687,9 +6704,9 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
 
 @memory_remedy("to make the artifact", "close other programs, or make the model smaller")
 def export(run: Run, trained: Trained, path: str, room: int) -> str:
-    """Write the artifact of the averaged or live weights to `path`, or elsewhere if that cannot be written.
+    """Write the artifact of the averaged or live weights to `path`, or elsewhere if `path` cannot be written.
 
-    room: how many bytes it may have. Returns its path.
+    room: how many bytes the artifact may have. Returns the artifact's path.
     """
     h = run.h
     weights = dict(run.model.named_parameters())
@@ -6733,7 +6750,8 @@ class FinalScore(NamedTuple):
 def metrics_of(h: Config) -> list[Metric]:
     """Return the metrics by which a run scores its artifact. The last one counts, and the auditor tests it.
 
-    They are disjoint windows, sliding ones if the stride is shorter, and test-time training if it is on.
+    The metrics are disjoint windows, sliding windows if the stride is shorter, and test-time training if it
+    is on.
     """
     metrics = [Metric("chunked", "roundtrip", h.eval_seq_len)]
     if h.eval_stride < h.eval_seq_len:
@@ -6819,7 +6837,7 @@ class Submission(NamedTuple):
 
 
 def score_submission(run: Run, written: str, bytes_code: int) -> Submission:
-    """Load the weights of the artifact that rank 0 has written into the model, and score them. Logs all."""
+    """Read the artifact that rank 0 has written, load it into the model, score it, and log the results."""
     blob = run.m.of_rank_0(Path(written).read_bytes() if run.m.rank == 0 else b"")
     bytes_total = len(blob) + bytes_code
     coder = CODECS[run.h.codec].label
@@ -6926,7 +6944,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     m = init_machine(h, env)
     base = os.path.join(h.out_dir, m.of_rank_0(name))
 
-    # Any fault of the input is found here, before a log exists, which would take the run_id.
+    # All faults of the input are found here: a log would take the run_id.
     artifact = f"{base}.int6.{h.codec}"
     with m.together():
         has_log = os.path.lexists(base + ".txt")  # if so, Log refuses the run or resumes it
@@ -6955,8 +6973,8 @@ class StoredModel(NamedTuple):
 def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredModel:
     """Read an artifact. Its header fixes the model's knobs; argv and env set the others.
 
-    Raises InputError when the artifact is damaged or does not fit this script, or argv sets a knob that it
-    fixes. Such a knob in env is ignored.
+    Raises InputError when the artifact is damaged or does not fit this script, or argv sets a knob that the
+    artifact fixes. Such a knob in env is ignored.
     """
     free = ("eval_", "ttt_")
     fixed = ["codec", "depth", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith(free))]
@@ -7029,8 +7047,8 @@ TOOLS = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}
 def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
     """Run a tool of the repository on this script in a subprocess, and return its exit status.
 
-    SIGTERM is passed on to the tool. Tools live outside this file because they judge it. Raises InputError
-    outside the repository.
+    SIGTERM is passed on to the tool. Tools live outside this file because they judge this file. Raises
+    InputError outside the repository.
     """
     script = Path(__file__).resolve()
     root = next((folder for folder in script.parents if (folder / TOOLS[name]).is_file()), None)
@@ -7089,7 +7107,7 @@ def run_command(command: str, rest: list[str], env: Mapping[str, str]) -> int:
 
 
 def end_with(error: Exception) -> int:
-    """Print a known error as one line and return its exit status; raise any other again."""
+    """Print a known error as one line and return its exit status; raise any other error again."""
     fault = known_fault(error)
     if fault:
         print(f"train_gpt.py: {fault}", file=sys.stderr, flush=True)
@@ -7103,7 +7121,7 @@ def end_with(error: Exception) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run a command and return its exit status. Prints a OneLineError as its line."""
+    """Run a command and return its exit status. A OneLineError is printed as one line."""
     command = "train"
     rest = argv
     if argv and "=" not in argv[0]:
