@@ -59,6 +59,8 @@ VALUES_BY_NAME = {
     "doc_mask": ("true", True),
     "deterministic": ("1", True),
     "gptq_embed": ("1", True),
+    "column_steps": ("1", True),
+    "row_steps": ("1", True),
     "fp8": ("0", False),
     "depth": ("12", 12),
     "tokens_per_param": ("3", 3.0),
