@@ -2017,7 +2017,9 @@ class TokenLoader:
         self.total = int(self.sizes.sum())
         check_train_length(h, self.total)
 
-        self.accum, self.sequences, _ = cut_batch(h, m.world_size)
+        shape = cut_batch(h, m.world_size)
+        self.accum = shape.accum
+        self.sequences = shape.sequences
         self.deal_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
         self.open_file = lru_cache(maxsize=OPEN_SHARDS)(self.open_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
@@ -6338,13 +6340,14 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
 
     pace: of the last step. Raises Diverged if the last step or the calibration of any rank has diverged.
     """
-    step, train_ms, stop, vitals, late_graphs = ended
+    step = ended.step
+    train_ms = ended.train_ms
     run.log.may_move = True
     run.phases["train"] = train_ms
-    last_diverged = run.m.largest(not vitals.are_sound)
-    if last_diverged or stop == Stop.DIVERGED:
+    last_diverged = run.m.largest(not ended.vitals.are_sound)
+    if last_diverged or ended.stop == Stop.DIVERGED:
         good = ready.checkpoints.last_good()
-        raise Diverged(describe_divergence(run, step, vitals, good), step, train_ms)
+        raise Diverged(describe_divergence(run, step, ended.vitals, good), step, train_ms)
 
     position = ready.loader.position
     log_compute(run, pace, step, train_ms, tokens=position * run.h.train_seq_len)
@@ -6352,19 +6355,20 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
     if run.h.calibrates:
         calibration = run.timed("calibrate", calibrate, run, ready.loader)
     check_calibration(calibration, step, train_ms)
+    by_signal = ended.stop == Stop.SIGNAL
     artifact_weights = run.h.artifact_weights
-    if run.h.size_cap and artifact_weights == "ema" and (stop == Stop.SIGNAL or ready.ema.is_young):
+    if run.h.size_cap and artifact_weights == "ema" and (by_signal or ready.ema.is_young):
         # Counted as calibration, because it too reads training text after the last step.
         artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
     ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
     ready.checkpoints.save(step, train_ms, last=True)
     if step < run.h.iterations:
-        log_early_end(run, stop == Stop.SIGNAL, step, train_ms)
+        log_early_end(run, by_signal, step, train_ms)
     return Trained(
         ema=ready.ema,
         steps=step,
         train_ms=train_ms,
-        late_graphs=late_graphs,
+        late_graphs=ended.late_graphs,
         calibration=calibration,
         artifact_weights=artifact_weights,
     )
