@@ -26,7 +26,6 @@ class Trained(NamedTuple):
 
     params: dict[str, torch.Tensor]
     ema: list[torch.Tensor]
-    factors: list[float]  # by which each step clipped its gradients
     losses: list[float]
     padding: dict[str, float]  # sum of magnitudes of the padded rows, by bank
     state: list[torch.Tensor]  # of the optimizer
@@ -47,6 +46,7 @@ class RankResult(NamedTuple):
     """What a rank returns."""
 
     trained: Trained
+    factors: list[float]  # by which each step clipped its gradients, those trained again and watched too
     repeats: bool  # whether the steps after MIDDLE, trained again from a snapshot, gave the same bits
     steps: int  # that the optimizer counted
     schedule: Schedule
@@ -64,30 +64,34 @@ def run_steps(optimizer, backward, loader, steps, after=lambda step, loss: None)
         after(step, t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0)))
 
 
-def train_steps(model, optimizer, ema, loader, backward):
-    """Train STEPS steps and return what came out."""
+def note_factors(optimizer):
+    """Return a list to which every step of the optimizer appends the factor of its gradients."""
     gradient_factor = optimizer.gradient_factor
     factors = []
-    losses = []
 
     def noted_factor(squares):
         factors.append(gradient_factor(squares))
         return factors[-1]
+
+    optimizer.gradient_factor = noted_factor
+    return factors
+
+
+def train_steps(model, optimizer, ema, loader, backward):
+    """Train STEPS steps and return what came out."""
+    losses = []
 
     def note(step, loss):
         ema.update(step / STEPS)
         t.dist.all_reduce(loss, t.dist.ReduceOp.AVG)
         losses.append(loss.item())
 
-    optimizer.gradient_factor = noted_factor
     run_steps(optimizer, backward, loader, range(MIDDLE), note)
     middle = optimizer.snapshot()
     run_steps(optimizer, backward, loader, range(MIDDLE, STEPS), note)
-    optimizer.gradient_factor = gradient_factor
     return Trained(
         params=parameters(model),
         ema=[x.clone() for x in ema.average],
-        factors=[x.item() for x in factors],
         losses=losses,
         padding={name: padding_of(optimizer, model, name).abs().sum().item() for name in optimizer.bank},
         state=[x.clone() for x in optimizer.state()],
@@ -124,11 +128,13 @@ def train_rank(rank, folder, knobs, per_node=0):
     model, optimizer, ema, loader = setup(m, **knobs)
     backward, _ = t.capture_pass(model.loss, optimizer)
 
+    factors = note_factors(optimizer)
     trained = train_steps(model, optimizer, ema, loader, backward)
     repeats = repeats_from_snapshot(trained, optimizer, loader, backward)
     schedule = watch_schedule(optimizer, m)
     return RankResult(
         trained=trained._replace(state=[], middle=None),
+        factors=[x.item() for x in factors],
         repeats=repeats,
         steps=optimizer.steps - 1,
         schedule=schedule,
@@ -183,10 +189,8 @@ def test_ranks_hold_the_same_bits(worlds):
         assert_same_parameters([r.trained.params for r in ranks])
         for other in ranks[1:]:
             assert all_equal(ranks[0].trained.ema, other.trained.ema)
-            assert (
-                other.trained.factors == ranks[0].trained.factors
-                and other.trained.losses == ranks[0].trained.losses
-            )
+            assert other.factors == ranks[0].factors
+            assert other.trained.losses == ranks[0].trained.losses
         for r in ranks:
             assert r.agreed == t.Agreed(clock_ms=0.5, flag=world - 1)
             assert (r.of_rank_0, r.largest) == (0.5, world - 1)
@@ -230,7 +234,7 @@ def test_clipping_acts_on_the_global_norm_of_the_mean_gradient(worlds):
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
     assert norm > 0.6  # it does clip
     for ranks in worlds.values():
-        assert ranks[0].trained.factors[0] == pytest.approx(0.3 / norm, rel=1e-4)
+        assert ranks[0].factors[0] == pytest.approx(0.3 / norm, rel=1e-4)
 
 
 # ---------------------------------------------------------------- work
@@ -425,14 +429,14 @@ def test_nodes_train_the_model_of_one_rank(nodes):
     for r in ranks:
         assert all(torch.equal(p, r.trained.params[name]) for name, p in first.trained.params.items())
         assert all_equal(first.trained.ema, r.trained.ema)
-        assert r.trained.factors == first.trained.factors
+        assert r.factors == first.factors
         assert r.repeats
         assert not any(r.trained.padding.values())
     for name, p in first.trained.params.items():
         expected = alone.trained.params[name]
         assert (p - expected).norm() <= TOLERANCE * size_of(name, expected, start[name]), name
     assert first.trained.losses == pytest.approx(alone.trained.losses, rel=1e-5)
-    assert first.trained.factors == pytest.approx(alone.trained.factors, rel=1e-5)
+    assert first.factors == pytest.approx(alone.factors, rel=1e-5)
     matrices = {spec.name for spec in t.MATRICES}
     for name, p in alone.trained.params.items():  # each matrix has one owner in the whole world
         assert name not in matrices or sum(r.schedule.owned.get(name, 0) for r in ranks) == len(p)
