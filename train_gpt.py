@@ -1026,6 +1026,7 @@ class Machine:
     names: dict[str, str]
     streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
+    bind_ms: float = 0.0  # that binding the model's functions took, which mostly compiles them
     signals: Signals = field(default_factory=Signals)
 
     @property
@@ -1325,7 +1326,9 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
 def with_gpu(m: Machine, h: Config) -> Machine:
     """Return the machine with kernels, compiler, streams and graphs bound for its GPU."""
     torch.set_float32_matmul_precision("high")
+    began = time.perf_counter()
     ops, bound = bind_ops(h, m.device)
+    bind_ms = 1000 * (time.perf_counter() - began)
     streams = tuple(torch.cuda.Stream() for _ in range(6))
     names = {"device": torch.cuda.get_device_name(m.device), **bound}
     names |= {"compile": "inductor", "pass": "graph", "update": "graph"}
@@ -1337,6 +1340,7 @@ def with_gpu(m: Machine, h: Config) -> Machine:
         names=names,
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
+        bind_ms=bind_ms,
     )
 
 
@@ -5975,7 +5979,10 @@ class Trained(NamedTuple):
 
 
 def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
-    """Write the first part of the log and build the model. started: perf_counter() before loading data."""
+    """Write the first part of the log and build the model.
+
+    started: perf_counter() when loading began, later by what binding took since then: binding is compiling.
+    """
     parts = ("attention", "qk", "mlp", "compile", "pass", "update")
     bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
     dtype = str(m.dtype).removeprefix("torch.")
@@ -6021,7 +6028,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         loss_fn=loss_fn,
         plain_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else loss_fn,
         nats_fn=m.compile(model.nats),
-        phases={"load": 1000 * (time.perf_counter() - started)},
+        phases={"load": 1000 * (time.perf_counter() - started), "compile": m.bind_ms},
         splits={},
     )
 
@@ -6946,6 +6953,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     started = time.perf_counter()
     name = plain_name("run_id", h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}")
     m = init_machine(h, env)
+    started += m.bind_ms / 1000
     base = os.path.join(h.out_dir, m.of_rank_0(name))
 
     # All faults of the input are found here: a log would take the run_id.
@@ -7024,6 +7032,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> LoadedRun:
     started = time.perf_counter()
     run_id = plain_name("run_id", h.run_id or f"{utc_stamp()}_eval_{os.getpid()}")
     m = init_machine(h, env, trains=False)
+    started += m.bind_ms / 1000
     log_path = os.path.join(h.out_dir, m.of_rank_0(run_id) + ".txt")
     with m.together():
         dataset = load_dataset(h)

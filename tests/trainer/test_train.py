@@ -45,6 +45,24 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 # ---------------------------------------------------------------- one run
 
 
+def test_binding_counts_as_compiling_and_not_as_loading(monkeypatch, tmp_path):
+    """An hour of binding, which did not pass, is taken from the time of loading."""
+    init_machine = t.init_machine
+    hour = 3_600_000
+
+    def slow_to_bind(*args, **kwargs):
+        return dataclasses.replace(init_machine(*args, **kwargs), bind_ms=float(hour))
+
+    monkeypatch.setattr(t, "init_machine", slow_to_bind)
+    assert t.main(["train", *english_args(out_dir=str(tmp_path))]) == 0
+    phases = starting(read_run(tmp_path, 0), "phase_times")[0]
+    load, compiling = (
+        int(ms) for ms in re.match(r"phase_times load:(-?\d+)ms compile:(\d+)ms", phases).groups()
+    )
+    assert hour <= compiling < 1.5 * hour
+    assert -hour <= load < -hour / 2
+
+
 def test_a_run_ends_well_and_the_loss_falls():
     run = finished_with()
     assert run.status == 0
