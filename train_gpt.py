@@ -1993,6 +1993,13 @@ class ShuffledShard(NamedTuple):
     bounds: np.ndarray  # document i occupies [bounds[i], bounds[i + 1]) of the shuffled shard
 
 
+class ShardFile(io.FileIO):
+    """An unbuffered file that is closed when nobody holds it any longer: a cache and threads share it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class TokenLoader:
     """An endless stream of shuffled documents, cut into micro-batches.
 
@@ -2034,9 +2041,9 @@ class TokenLoader:
         self.reading = ""  # the file being read, for messages
         self.seek(0)
 
-    def open_shard(self, shard: int) -> io.FileIO:
+    def open_shard(self, shard: int) -> ShardFile:
         """Open a shard's file. An open file stays the same even if another one takes its name."""
-        return open(self.files[shard], "rb", buffering=0)
+        return ShardFile(self.files[shard])
 
     def shuffle_shards(self, epoch: int) -> ShardOrder:
         """Draw an epoch's order of the shards."""

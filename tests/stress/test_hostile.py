@@ -68,7 +68,8 @@ if __name__ == "__main__":
     atexit.register(print, "last")
     print(os.getcwd() == os.environ["HERE"], tempfile.gettempdir() == os.environ["TMPDIR"])
     print(sys.argv[1:], sys.stdin.read() == "", os.getsid(0) == os.getpid(), os.path.basename(__file__))
-    subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
+    left = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
+    left.returncode = 0  # else Python would warn of it
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
     open("new", "w").close()
     print("file: a remedy", file=sys.stderr)
@@ -94,6 +95,15 @@ def test_a_fork_is_judged_like_a_program(word, fresh, sound_files, monkeypatch):
     assert faults == [f"{left} processes left", "status 3", "left new"]
     if word == "in order":
         assert console.splitlines()[:3] == ["True True", "['in order'] True True p.py", "last"]
+
+
+@needs_proc
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_file_that_a_program_leaves_open_is_a_fault(fresh, sound_files):
+    script = "left = open(__file__)\nleft = None\n"
+    setup = (written("p.py", script),)
+    case = Case("x", (sys.executable, "p.py"), status=0, setup=setup, fresh=fresh)
+    assert judge.judge(case, (), sound_files).faults == ("a traceback on stderr",)
 
 
 def test_a_fork_that_a_signal_ends_has_a_program_s_status(sound_files):

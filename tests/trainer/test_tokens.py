@@ -1,12 +1,14 @@
 """Tokens: damaged shards and datasets are refused in one line; the loader's stream holds every document."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -637,6 +639,23 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(tmp_path):
     data.open_file.cache_clear()
     with pytest.raises(t.InputError, match=r"x_train_000000\.bin: cannot read the shard \(No such file"):
         data.read(0, data.total)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning", "error::ResourceWarning")
+def test_a_loader_leaves_no_shard_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "OPEN_SHARDS", 2)
+    for shard in range(5):
+        write_shard(tmp_path / f"x_train_{shard:06d}.bin", joined([[1] + [7] * 500 for _ in range(20)]))
+    data = loader(tmp_path)
+    data.read(0, data.total)
+    data.pending.result(timeout=10)
+    files = [data.open_file(shard) for shard in range(5)]  # three of which the cache has dropped
+    opened = weakref.WeakSet(files)
+    del files
+    assert len(opened) == 2
+    del data
+    gc.collect()
+    assert len(opened) == 0
 
 
 def test_a_shard_that_another_replaces_during_the_run(tmp_path):

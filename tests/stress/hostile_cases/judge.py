@@ -24,6 +24,7 @@ from hostile_cases.case import PYTHON, TRAINER, Receiver
 MARK = "HOSTILE_CASE"  # the environment variable by which the processes of a case are found
 GRACE = 8.0  # seconds in which all processes must be gone after the first
 LONGEST = 800  # characters of a refusal
+UNCLOSED = "error::ResourceWarning"  # shown as an exception that Python ignores, which is one of TRACES
 TRACES = r"Traceback \(most recent|Segmentation fault|Bus error|core dumped|Exception ignored"
 # torchrun's own report of a rank that failed, or of its own end by a signal.
 TORCHRUN = r"Traceback [^\n]*\n  File .<frozen runpy>.(?:(?!Traceback).)*(?:ChildFailed|SignalExc)[^\n]*"
@@ -62,6 +63,7 @@ def environment(case, place, mark):
         "MPLBACKEND": "Agg",
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONWARNINGS": UNCLOSED,
         "TMPDIR": str(place / "tmp"),
         "TRAINER": TRAINER,
     }
@@ -90,7 +92,7 @@ class Forked:
         """Start this thread's forked_program.py."""
         self.workers.process = subprocess.Popen(
             [PYTHON, str(Path(__file__).with_name("forked_program.py"))],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": UNCLOSED},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
