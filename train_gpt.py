@@ -12,6 +12,7 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
           Any knob of Config: `key=value` after the command, or KEY=value in the environment.
 
 Contents
+  0. Start-up           Ctrl-C and closed consoles, imports that fail
   1. Errors and files   one-line errors, atomic writes
   2. Config             every knob once, with its default; presets
   3. Machine            process group, device, CUDA graphs
@@ -77,6 +78,9 @@ from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
+
+# -----------------------------------------------------------------------------
+# 0. Start-up: Ctrl-C and closed consoles before anything else runs, and imports that fail in one line.
 
 if __name__ == "__main__":
     # Until `guarded` takes over, Ctrl-C ends the process without a traceback.
@@ -222,7 +226,7 @@ def write_somewhere(path: str, *chunks: bytes | np.ndarray) -> str:
             finally:
                 with suppress(OSError):
                     os.rmdir(folder)  # only if it is empty
-    raise InputError(f"{problem}; tried {' and '.join(others)}, too")
+    raise InputError(f"{problem}; also tried {' and '.join(others)}")
 
 
 def show(text: str) -> None:
@@ -337,7 +341,7 @@ class Config:
     # Neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
     loop_layers: str = knob("", STORED_IF_SET)
     loop_times: Count = knob(0, SIZE, STORED_IF_SET)  # further visits; 0: none
-    loop_frac: Fraction = 0.5  # fraction of the run before training loops; 1: only scoring loops
+    loop_frac: Fraction = 0.5  # training starts to loop at this fraction of the run; 1: scoring alone loops
     xsa_last_n: Count = knob(4, STORED)  # layers with exclusive self-attention
     attn_gate_dims: Count = knob(0, SIZE, STORED_IF_SET)  # inputs that set the gate of a head; 0: no gates
     skip_gates: bool = knob(False, STORED_IF_SET)  # skips blend by a learned gate instead of adding
@@ -1302,7 +1306,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
         reason = str(e).splitlines()[0]
         raise InputError(
             f"cannot make the process group ({reason}); start several processes with torchrun; gloo needs "
-            "the loopback network, for one process, too: `ip link set lo up`, or name an interface with "
+            "the loopback network even for one process: `ip link set lo up`, or name an interface with "
             "GLOO_SOCKET_IFNAME"
         ) from None
 
@@ -1700,9 +1704,9 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
-        head = read_file(path, SHARD_HEADER_BYTES)
+        raw_header = read_file(path, SHARD_HEADER_BYTES)
         size = os.path.getsize(path)
-    header = np.frombuffer(head.ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
+    header = np.frombuffer(raw_header.ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise InputError(
             f"{path}: not a token shard (magic {SHARD_MAGIC}, version {SHARD_VERSION}); prepare it again"
@@ -2008,13 +2012,13 @@ class TokenLoader:
     share one token. A deal is deal_batches consecutive global batches (mix_tokens of text). The sequences of
     a deal are shuffled, or one long document would fill a batch; with one batch to a deal they stay in order.
 
+    Within the shuffled sequences, micro-batch n of rank r holds [(n * world + r) * B, (n * world + r + 1) *
+    B), so a global batch is the same for every world size. A thread builds the next batch while the device
+    works on the current batch.
+
     The fragment of a shard is the text before its first BOS, or the whole shard if there is no BOS: the end
     of a document that began in another shard. A fragment counts as a document of its own. The stream puts a
     BOS in front, which the file lacks, to separate the fragment from the random document before it.
-
-    In this shuffled order, micro-batch n of rank r holds the sequences [(n * world + r) * B, ...), so a
-    global batch is the same for every world size. A thread builds the next batch while the device works on
-    the current batch.
     """
 
     def __init__(self, h: Config, m: Machine) -> None:
@@ -2070,10 +2074,10 @@ class TokenLoader:
         while filled < count:
             epoch, offset = divmod(position + filled, self.total)
             order = self.shard_order(epoch)
-            visit = int(np.searchsorted(order.ends, offset, side="right"))
-            shard = int(order.shards[visit])
+            slot_in_epoch = int(np.searchsorted(order.ends, offset, side="right"))
+            shard = int(order.shards[slot_in_epoch])
             self.reading = self.files[shard]
-            begin = int(order.ends[visit] - self.sizes[shard])
+            begin = int(order.ends[slot_in_epoch] - self.sizes[shard])
             filled += self.read_shard(epoch, shard, offset - begin, out[filled:])
         return out.astype(np.int64)
 
@@ -2832,10 +2836,12 @@ class GPT(nn.Module):
             stream_keep=self.stream_keep if h.two_stream_layers else None,
             stream_add=self.stream_add if h.two_stream_layers else None,
         )
+        # Each field gets a list of L entries. The first layers lack what only the last ones have: if L = 3,
+        # a second stream in the last two layers gives [None, stream_keep[0], stream_keep[1]].
         layers_by_field = []
         for tensor in stacked:
             present = () if tensor is None else tensor.unbind(0)
-            missing = [None] * (L - len(present))  # the first layers lack what only the last ones have
+            missing = [None] * (L - len(present))
             layers_by_field.append([*missing, *present])
         fields_by_layer = zip(*layers_by_field)
         return [LayerWeights(*of_layer) for of_layer in fields_by_layer]
@@ -3340,8 +3346,8 @@ def bind(
 ) -> Bound:
     """Bind `fast` if it agrees with the reference, else the reference.
 
-    Both run on `inputs`, bf16 or float32 tensors, the reference in float32. `fast` is accepted if the
-    relative error |a - b| / |b| of its output and of every gradient is below `limit`.
+    `fast` runs on `inputs` as given (bf16 or float32); the reference runs on float32 copies. `fast` is
+    accepted if the relative error |a - b| / |b| of its output and of every gradient is below `limit`.
     """
     try:
         found = results_of(fast, inputs)
@@ -4450,8 +4456,8 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     for j in range(W.size(-1)):
         column = slice(j, j + 1)
         codes[..., column] = nearest_codes(W[..., column], scale, limit)
-        error = (W[..., column] - codes[..., column] * scale) / U[..., column, column]
-        W[..., j:] -= error * U[..., column, j:]
+        scaled_error = (W[..., column] - codes[..., column] * scale) / U[..., column, column]
+        W[..., j:] -= scaled_error * U[..., column, j:]
     return codes
 
 
@@ -4930,7 +4936,10 @@ class CodeModel(NamedTuple):
     @property
     def frequencies(self) -> np.ndarray:
         """The frequencies of the codes -limit ... limit, int64 (CONTEXTS, 2 limit + 1)."""
-        return np.concatenate([self.tables[:, :0:-1], 2 * self.tables[:, :1], self.tables[:, 1:]], axis=1)
+        positive = self.tables[:, 1:]  # a code and its negative share the table's entry for their magnitude
+        negative = positive[:, ::-1]
+        zero = 2 * self.tables[:, :1]
+        return np.concatenate([negative, zero, positive], axis=1)
 
     @property
     def starts(self) -> np.ndarray:
@@ -5042,7 +5051,8 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
             words.append(x[full] & 0xFFFF)
             x[full] >>= 16
             quotient = x // f
-            x[:] = (quotient << PRECISION) + x - quotient * f + starts[i]
+            remainder = x - quotient * f
+            x[:] = (quotient << PRECISION) + starts[i] + remainder
     first = np.stack([states >> 32, states >> 16 & 0xFFFF, states & 0xFFFF], axis=1)
     return np.concatenate([first.ravel(), *reversed(words)]).astype("<u2")
 
@@ -6222,7 +6232,8 @@ class Pace(NamedTuple):
     def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
         """Return whether the step in flight and another one, each of the mean time, would end in time.
 
-        So a run's first step always begins, and the first step of a slower pace is judged by faster steps.
+        With no step timed yet the mean is 0, so the first step always begins. The first step of a slower pace
+        is judged by the mean of the faster steps.
         """
         return clock_ms + 2 * self.step_ms(step, clock_ms) <= h.time_limit_ms
 
@@ -6254,7 +6265,7 @@ class Ready(NamedTuple):
 def get_ready(given: Run) -> Ready:
     """Build the parts of training, warm them up, and restore the checkpoint of a run that resumes.
 
-    From the end of this on, a signal ends training in good order. Collective: all ranks leave together.
+    Once this returns, a signal ends training cleanly. Collective: all ranks leave together.
     """
     optimizer = given.timed("compile", Optimizer, given.model, given.h, given.m)
     ema = Ema(given.model, given.h)
@@ -6747,6 +6758,9 @@ def unigram_nats(h: Config, targets: np.ndarray) -> float:
 
 class Metric(NamedTuple):
     """A way to score an artifact."""
+
+    # The community's parsers look for `final_int6_*` and `int6_lzma_*` (the label of codec xz is lzma). These
+    # names stay, whatever the bits of the codes are.
 
     name: str  # chunked | sliding | ttt
     label: str  # names its lines in the log, final_int6_LABEL
