@@ -5915,7 +5915,7 @@ def reason_to_stop(m: Machine, vitals: Vitals) -> Stop:
     return Stop.SIGNAL if m.signals.times else Stop.NO
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """Everything a run works with, built once by start_run and passed down."""
 
@@ -5995,10 +5995,13 @@ class Trained(NamedTuple):
     artifact_weights: str  # ema | live: the knob, or the better ones if the run ended early
 
 
-def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float) -> Run:
+def start_run(
+    h: Config, m: Machine, log: Log, dataset: Dataset, started: float, resumed: SavedState | None = None
+) -> Run:
     """Write the first part of the log and build the model.
 
     started: perf_counter() when loading began, later by what binding took since then: binding is compiling.
+    resumed: as in Run.
     """
     parts = ("attention", "qk", "mlp", "compile", "pass", "update")
     bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
@@ -6047,6 +6050,7 @@ def start_run(h: Config, m: Machine, log: Log, dataset: Dataset, started: float)
         nats_fn=m.compile(model.nats),
         phases={"load": 1000 * (time.perf_counter() - started), "compile": m.bind_ms},
         splits={},
+        resumed=resumed,
     )
 
 
@@ -6990,8 +6994,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
 
     log = Log(base + ".txt", m, resume=bool(h.resume))
     with guarded(m, log):
-        run = start_run(h, m, log, dataset, started)
-        run.resumed = resumed
+        run = start_run(h, m, log, dataset, started, resumed=resumed)
         return conclude(run, train(run), artifact)
 
 

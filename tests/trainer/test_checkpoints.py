@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,6 +243,12 @@ def checkpoints_of(folder, name, model_seed):
         splits={},
     )
     return t.Checkpoints(run, t.Optimizer(model, h, m), t.Ema(model, h), StandingLoader())
+
+
+def test_a_run_does_not_change_once_it_is_built():
+    run = t.Run(*[None] * len(fields(t.Run)))
+    with pytest.raises(FrozenInstanceError):
+        run.resumed = None
 
 
 def train_and_save(rank, folder, steps):
