@@ -941,38 +941,6 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
 PATIENCE_S = 60  # the longest that a step on the device or a batch from the disk may take
 
 
-class BatchShape(NamedTuple):
-    """The shape of a rank's share of a global batch."""
-
-    accum: int  # micro-batches per step once the batch has grown
-    sequences: int  # sequences per micro-batch
-    first: int  # micro-batches per step at the start of the run
-
-    def count(self, growth: float) -> int:
-        """Return how many micro-batches a step has. The number grows by one, in equal stages of growth."""
-        return self.first + int(growth * (self.accum - self.first))
-
-
-def cut_batch(h: Config, world_size: int) -> BatchShape:
-    """Cut global batches into equal micro-batches, the same number per rank; InputError if impossible."""
-    sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
-    accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
-    if left or sequences == 0 or sequences % accum:
-        raise InputError(
-            f"WORLD_SIZE={world_size} ranks cannot split train_batch_tokens={h.train_batch_tokens} evenly "
-            f"(micro_batch_tokens={h.micro_batch_tokens}, train_seq_len={h.train_seq_len}); "
-            "change one of them or the number of processes"
-        )
-    micro_batch = h.train_batch_tokens // accum  # over all ranks
-    first, left = divmod(h.start_batch_tokens or h.train_batch_tokens, micro_batch)
-    if left or first == 0:
-        raise InputError(
-            f"config key start_batch_tokens: {h.start_batch_tokens} must be a multiple of {micro_batch}, the "
-            f"tokens of a micro-batch on {world_size} ranks; lower micro_batch_tokens for smaller steps"
-        )
-    return BatchShape(accum, sequences // accum, first)
-
-
 class Level(NamedTuple):
     """One level at which a bank is split over ranks. A bank is cut into world_size equal shares.
 
@@ -2002,6 +1970,38 @@ class ShardFile(io.FileIO):
 
     def __del__(self) -> None:
         self.close()
+
+
+class BatchShape(NamedTuple):
+    """The shape of a rank's share of a global batch."""
+
+    accum: int  # micro-batches per step once the batch has grown
+    sequences: int  # sequences per micro-batch
+    first: int  # micro-batches per step at the start of the run
+
+    def count(self, growth: float) -> int:
+        """Return how many micro-batches a step has. The number grows by one, in equal stages of growth."""
+        return self.first + int(growth * (self.accum - self.first))
+
+
+def cut_batch(h: Config, world_size: int) -> BatchShape:
+    """Cut global batches into equal micro-batches, the same number per rank; InputError if impossible."""
+    sequences, left = divmod(h.train_batch_tokens, world_size * h.train_seq_len)
+    accum = -(-sequences * h.train_seq_len // h.micro_batch_tokens)
+    if left or sequences == 0 or sequences % accum:
+        raise InputError(
+            f"WORLD_SIZE={world_size} ranks cannot split train_batch_tokens={h.train_batch_tokens} evenly "
+            f"(micro_batch_tokens={h.micro_batch_tokens}, train_seq_len={h.train_seq_len}); "
+            "change one of them or the number of processes"
+        )
+    micro_batch = h.train_batch_tokens // accum  # over all ranks
+    first, left = divmod(h.start_batch_tokens or h.train_batch_tokens, micro_batch)
+    if left or first == 0:
+        raise InputError(
+            f"config key start_batch_tokens: {h.start_batch_tokens} must be a multiple of {micro_batch}, the "
+            f"tokens of a micro-batch on {world_size} ranks; lower micro_batch_tokens for smaller steps"
+        )
+    return BatchShape(accum, sequences // accum, first)
 
 
 class TokenLoader:
