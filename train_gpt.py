@@ -975,11 +975,19 @@ class Signals:
     may_finish: bool = False  # whether the first one ends training and not the process; set by `train`
 
 
+class Stop(IntEnum):
+    """Why training stops before its budgets are spent. Ranks may disagree; the largest value wins."""
+
+    NO = 0
+    SIGNAL = 1
+    DIVERGED = 2
+
+
 class Agreed(NamedTuple):
-    """The numbers on which all ranks agree after a step of training."""
+    """What all ranks agree on after a step of training."""
 
     clock_ms: float  # rank 0's
-    flag: float  # the largest of all ranks
+    stop: Stop  # the largest of all ranks
 
 
 @dataclass(frozen=True)
@@ -1095,9 +1103,10 @@ class Machine:
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return box.tolist()
 
-    def agree(self, clock_ms: float, flag: float) -> Agreed:
-        """Return rank 0's clock, which must not be negative, and the largest flag, by one collective."""
-        return Agreed(*self.largest_of_each(clock_ms if self.rank == 0 else 0.0, flag))
+    def agree(self, clock_ms: float, stop: Stop) -> Agreed:
+        """Return rank 0's clock, which must not be negative, and the largest Stop, by one collective."""
+        clock_ms, stop = self.largest_of_each(clock_ms if self.rank == 0 else 0.0, stop)
+        return Agreed(clock_ms, Stop(stop))
 
     def largest(self, number: float) -> float:
         """Return the largest of all ranks' numbers, on every rank."""
@@ -5888,14 +5897,6 @@ class Checkpoints:
 DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
 
-class Stop(IntEnum):
-    """Why training stops before its budgets are spent. Ranks may disagree; the largest value wins."""
-
-    NO = 0
-    SIGNAL = 1
-    DIVERGED = 2
-
-
 class Vitals(NamedTuple):
     """The numbers of a step that show a divergence."""
 
@@ -6349,8 +6350,7 @@ def train(given: Run) -> Trained:
         fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
         # One step late, so that the device can work on the newest step in the meantime.
         previous_vitals = Vitals(*fetch_previous()[0].tolist())
-        clock_ms, stop_code = m.agree(clock(), reason_to_stop(m, previous_vitals))
-        stop = Stop(stop_code)
+        clock_ms, stop = m.agree(clock(), reason_to_stop(m, previous_vitals))
 
         if step % h.train_log_every == 0 or step.bit_count() == 1:  # powers of two: loss falls fast at first
             shown_loss = log_step(run, step, loss, clock_ms)

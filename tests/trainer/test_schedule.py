@@ -138,7 +138,7 @@ def train_rank(rank, folder, knobs, per_node=0):
         repeats=repeats,
         steps=optimizer.steps - 1,
         schedule=schedule,
-        agreed=m.agree(rank + 0.5, rank),
+        agreed=m.agree(rank + 0.5, t.Stop(min(rank, 2))),
         of_rank_0=m.number_of_rank_0(rank + 0.5),
         largest=m.largest(rank),
     )
@@ -192,7 +192,8 @@ def test_ranks_hold_the_same_bits(worlds):
             assert other.factors == ranks[0].factors
             assert other.trained.losses == ranks[0].trained.losses
         for r in ranks:
-            assert r.agreed == t.Agreed(clock_ms=0.5, flag=world - 1)
+            assert r.agreed == t.Agreed(clock_ms=0.5, stop=t.Stop(min(world - 1, 2)))
+            assert isinstance(r.agreed.stop, t.Stop)
             assert (r.of_rank_0, r.largest) == (0.5, world - 1)
 
 
