@@ -3331,23 +3331,31 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
     return Flash4.apply(*flat, bounds, (T, window if window < T else 0)).view(q.shape)
 
 
+class Rejection(NamedTuple):
+    """Why a faster function was not bound."""
+
+    name: str  # of the faster function
+    reason: str
+    missing: str = ""  # the module that it failed to import, if any
+
+
 class Bound(NamedTuple):
     """A function as bound on this machine, with its name for the log."""
 
     function: Callable
     name: str
-    failure: str = ""  # why a faster function was rejected; "" if none was
-    missing: str = ""  # the module that the faster function failed to import, if any
+    rejected: tuple[Rejection, ...] = ()  # the faster functions that were tried
 
     @property
     def label(self) -> str:
-        """The name to log, with the reason why a faster function was rejected."""
-        return f"{self.name} ({self.failure})" if self.failure else self.name
-
-
-def rejection(name: str, failure: str) -> str:
-    """Return the end of a label that says why the function called `name` was rejected, without blanks."""
-    return f",{name}:torch({failure})".replace(" ", "")
+        """The name to log, and the reason for each rejection. A Triton kernel's is `torch (reason)`."""
+        label = self.name
+        for rejection in self.rejected:
+            if rejection.name == "triton":
+                label += f" ({rejection.reason})"
+            else:
+                label += f",{rejection.name}:torch({rejection.reason})".replace(" ", "")
+        return label
 
 
 def bind(
@@ -3364,12 +3372,14 @@ def bind(
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # may be nan
     except ModuleNotFoundError as e:
-        return Bound(reference, "torch", f"missing:{e.name}", missing=e.name or "")
+        rejection = Rejection(name, f"missing:{e.name}", missing=e.name or "")
     except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
-        return Bound(reference, "torch", type(e).__name__)
-    if error < limit:
-        return Bound(fast, name)
-    return Bound(reference, "torch", f"error {error:.3f}")
+        rejection = Rejection(name, type(e).__name__)
+    else:
+        if error < limit:
+            return Bound(fast, name)
+        rejection = Rejection(name, f"error {error:.3f}")
+    return Bound(reference, "torch", (rejection,))
 
 
 def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
@@ -3410,23 +3420,23 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
 
     enable_only(*SDPA_KERNELS)
     masks = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
-    trials = []
+    rejected = ()
     for windowed, has_docs in masks:
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
-        trials.append(bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv))
-    failure = first_reason(trial.failure for trial in trials)
-    if not failure:
+        trial = bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv, "flash4")
+        rejected += trial.rejected
+    if not rejected:
         return Bound(attend_flash4, "flash4")
 
-    not_installed = first_reason(trial.missing for trial in trials).startswith("flash_attn")
-    rejected = "" if not_installed else rejection("flash4", failure)
+    not_installed = any(rejection.missing.startswith("flash_attn") for rejection in rejected)
+    told = () if not_installed else rejected[:1]
     for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
     for name in SDPA_KERNELS:
         enable_only(name)
         with suppress(Exception):  # whatever a compiler or driver raises: try the next kernel
             attend_sdpa(*qkv).sum().backward()
             enable_only(name, *for_masks)
-            return Bound(attend_sdpa, "+".join(dict.fromkeys([name, *for_masks])) + rejected)
+            return Bound(attend_sdpa, "+".join(dict.fromkeys([name, *for_masks])), told)
     raise InputError("no attention kernel of this PyTorch runs on this GPU; install one that supports it")
 
 
@@ -3440,9 +3450,9 @@ def bind_mlp(h: Config, device: torch.device) -> Bound:
     fused = bind(FusedMLP.apply, mlp, inputs)
     if not h.fp8:
         return fused
-    fp8 = bind(FusedMLP8.apply, mlp, inputs, limit=0.1)
-    if fp8.failure:
-        return Bound(fused.function, fused.label + rejection("fp8", fp8.failure))
+    fp8 = bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1)
+    if fp8.rejected:
+        return fused._replace(rejected=fused.rejected + fp8.rejected)
 
     def fp8_with_gradients(*args: Tensor) -> Tensor:
         function = fp8.function if torch.is_grad_enabled() else fused.function

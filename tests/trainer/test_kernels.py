@@ -274,7 +274,7 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     def broken(*inputs):
         raise RuntimeError("no such chip")
 
-    assert t.bind(broken, t.mlp, inputs) == t.Bound(t.mlp, "torch", "RuntimeError")
+    assert t.bind(broken, t.mlp, inputs) == t.Bound(t.mlp, "torch", (t.Rejection("triton", "RuntimeError"),))
 
     class Undefined(t.FusedMLP):
         @staticmethod
@@ -282,7 +282,8 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             dx, dup, ddown = t.FusedMLP.backward(ctx, dy)
             return dx, dup / 0, ddown * torch.nan
 
-    assert t.bind(Undefined.apply, t.mlp, inputs) == t.Bound(t.mlp, "torch", "error nan")
+    rejected = (t.Rejection("triton", "error nan"),)
+    assert t.bind(Undefined.apply, t.mlp, inputs) == t.Bound(t.mlp, "torch", rejected)
 
 
 @pytest.mark.parametrize("part", range(4), ids=["q", "k", "v", "gain"])
