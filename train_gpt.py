@@ -4103,6 +4103,13 @@ def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
     p.sub_(s.adam_lr_mul * lr * (s.decay_mul * wd * p + step))
 
 
+class Snapshot(NamedTuple):
+    """A copy of what a step of an Optimizer changes."""
+
+    steps: int
+    state: list[Tensor]  # as Optimizer.state lists it
+
+
 class Optimizer:
     """The update of all parameters and its communication. Only a matrix's owner holds the matrix's state.
 
@@ -4319,15 +4326,15 @@ class Optimizer:
         matrices = [*self.bank.values(), *self.momentum.values(), *self.second.values()]
         return [*matrices, self.flat, self.flat_m, self.flat_v]
 
-    def snapshot(self) -> tuple[int, list[Tensor]]:
+    def snapshot(self) -> Snapshot:
         """Copy the number of steps and the state."""
-        return self.steps, [t.clone() for t in self.state()]
+        return Snapshot(self.steps, [t.clone() for t in self.state()])
 
     @torch.no_grad()
-    def restore(self, saved: tuple[int, list[Tensor]]) -> None:
+    def restore(self, saved: Snapshot) -> None:
         """Return to a snapshot, bit for bit, and clear the gradients."""
-        self.steps, state = saved
-        torch._foreach_copy_(self.state(), state)
+        self.steps = saved.steps
+        torch._foreach_copy_(self.state(), saved.state)
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -5751,6 +5758,16 @@ def check_origin(state: SavedState, wanted: dict) -> None:
         )
 
 
+class Start(NamedTuple):
+    """The point from which training goes on."""
+
+    step: int  # steps already taken; 0 unless the run resumes
+    clock_ms: float  # the training clock
+
+
+BEGINNING = Start(step=0, clock_ms=0.0)
+
+
 class Checkpoints:
     """A run's checkpoints. Call restore before the first step, save after each, last_good on divergence."""
 
@@ -5863,17 +5880,17 @@ class Checkpoints:
         return self.good
 
     @torch.no_grad()
-    def restore(self, state: SavedState) -> tuple[int, float]:
+    def restore(self, state: SavedState) -> Start:
         """Load a set into this rank's parameters, average and optimizer state, and log its step.
 
-        Returns its step and clock in ms, or (0, 0.0) if there is no set.
+        Returns where its training went on, or the beginning if there is no set.
         """
         for line in state.skipped:
             self.run.log(line)
         if not state.parts:
             if self.run.log.goes_on:
                 self.run.log("resumed step:0 from the beginning: no intact checkpoint")
-            return 0, 0.0
+            return BEGINNING
 
         for name, tensor in self.tensors.items():
             saved = [part.tensors[name] for part in state.parts if name in part.tensors]
@@ -5898,7 +5915,7 @@ class Checkpoints:
             f"written by {len(state.parts)} ranks"
         )
         state.parts.clear()  # frees their memory
-        return state.step, self.saved_ms
+        return Start(state.step, self.saved_ms)
 
 
 # -----------------------------------------------------------------------------
@@ -6273,8 +6290,7 @@ class Ready(NamedTuple):
     loader: TokenLoader
     passes: Passes
     checkpoints: Checkpoints
-    step: int  # steps already taken; 0 unless the run resumes
-    clock_ms: float
+    start: Start
 
 
 def get_ready(given: Run) -> Ready:
@@ -6290,7 +6306,7 @@ def get_ready(given: Run) -> Ready:
 
     # Checkpoints hold the given Config: a run that resumes compares its own given Config with it.
     checkpoints = Checkpoints(given, optimizer, ema, loader)
-    step, clock_ms = checkpoints.restore(given.resumed) if given.resumed else (0, 0.0)
+    start = checkpoints.restore(given.resumed) if given.resumed else BEGINNING
     given.m.signals.may_finish = True
     return Ready(
         run=hold_back(fitted, warm.calibrate_ms),
@@ -6299,8 +6315,7 @@ def get_ready(given: Run) -> Ready:
         loader=loader,
         passes=warm.passes,
         checkpoints=checkpoints,
-        step=step,
-        clock_ms=clock_ms,
+        start=start,
     )
 
 
@@ -6325,8 +6340,7 @@ def train(given: Run) -> Trained:
     run = ready.run
     h = run.h
     m = run.m
-    step = ready.step
-    clock_ms = ready.clock_ms
+    step, clock_ms = ready.start
     fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
     graphs_before = compiled_graphs()
     start = time.perf_counter() - clock_ms / 1000

@@ -271,7 +271,7 @@ def resume_and_save(rank, folder, steps, name):
     checkpoints = checkpoints_of(folder, "run", model_seed=5)
     run = checkpoints.run
     state = t.read_state(run.h, run.m, checkpoints.base, run.dataset)
-    assert checkpoints.restore(state) == (steps, 123.0) and state.parts == []
+    assert checkpoints.restore(state) == t.Start(steps, 123.0) and state.parts == []
     assert checkpoints.optimizer.steps == steps and checkpoints.ema.progress == 0.25
     assert checkpoints.loader.position == 36
     checkpoints.base = f"{folder}/{name}"

@@ -126,10 +126,10 @@ def test_snapshot_is_exact_and_a_copy(one):
     for step in range(2):
         t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, step, 0.0))
     saved = optimizer.snapshot()
-    frozen = [x.clone() for x in saved[1]]
+    frozen = [x.clone() for x in saved.state]
     t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, 2, 0.0))
-    assert optimizer.steps == 3 and not all_equal(saved[1], optimizer.state())
-    assert all_equal(saved[1], frozen)  # a copy, not a view
+    assert optimizer.steps == 3 and not all_equal(saved.state, optimizer.state())
+    assert all_equal(saved.state, frozen)  # a copy, not a view
 
     tokens = random_tokens(optimizer.h, (2, 16), 1)
     targets = random_tokens(optimizer.h, (2, 16), 2)
