@@ -60,7 +60,7 @@ print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" 
         "$root/$2" 2>/dev/null
 }
 
-# What takes long runs as a job of its own, for bash would handle a signal only when it has ended.
+# Run long programs as jobs: bash handles a signal only after a foreground program ends.
 ends_with_us() {    # ends_with_us PROGRAM...: SIGTERM and Ctrl-C end the program and what it started, then run.sh
     local job status=0
     set -m    # the job gets a process group, which Ctrl-C of the terminal does not reach

@@ -1,8 +1,8 @@
 """The commands of run.sh: their table, their help, and the one that a command line asks for.
 
 run.sh finds Python, installs the requirements and hands over here, in the caller's working directory.
-COMMANDS is the list of commands, each a function of commands/; `./run.sh --help` is printed from it. Notes go
-to stderr, so that `./run.sh config > file` stays clean.
+COMMANDS is the list of commands, each a function of commands/ or, if it only passes its words on, of this
+file; `./run.sh --help` is printed from it. Notes go to stderr, so that `./run.sh config > file` stays clean.
 
 This process never imports torch, so that help and every refusal are quick. Children of it, `cli.py --resolve`
 and `cli.py --vocabulary`, ask the trainer for what only it knows (commands/ask_trainer.py).
