@@ -3,24 +3,37 @@
     ./run.sh bench --attention [--paths flash,flex] [--json FILE] [key=value ...]
     ./run.sh bench --attention preset=h100x1_sp1024 train_batch_tokens=98304 micro_batch_tokens=98304
 
-Tensors are those of one layer and one micro-batch: q (B, T, H, Dh), k and v (B, T, Hkv, Dh), contiguous,
-random. Two layouts: the config's heads, and half as many of twice the size. Masks, all causal: `causal`;
-`documents` (a token sees its own document; lengths are seeded and exponential with mean 1,000, or T / 2 if
-that is less; every sequence begins a document and its end cuts the last one); `window W` (a token sees itself
-and the W - 1 tokens before it; 512 and 256, at most T / 2 and T / 4); documents and window together.
+Tensors are those of one layer and one micro-batch: q (B, T, H, Dh), k and v (B, T, Hkv, Dh), contiguous and
+random. There are two layouts: the config's heads, and half as many heads of twice the size.
 
-Paths. cudnn, flash, efficient, math: the trainer's attend_sdpa with that backend of PyTorch, on `causal` only
-except for efficient, which accepts a mask; a GPU runs math only when --paths names it. varlen:
-torch.nn.attention.varlen. flex: flex_attention, compiled, with a block mask that is made off the clock.
-flash4: the trainer's attend_flash4, compiled as there (FlashAttention-4, package flash-attn-4). Where a
-kernel needs a mask, or as many k and v heads as q heads, its time includes making them; the row says so.
+Masks, all of them causal:
 
-Before a path is timed, its output, dq, dk and dv in the first and the last sequence are compared with the
-reference in float64: |x - x64| / |x64|. A path with an error over 2 % is wrong and is not timed. A path that
-raises is skipped with its reason, and the others go on. us: median of a layer by the device's clock; a matrix
-product is queued before each call so that launches by the host do not count. Backward is forward + backward
-less forward. TFLOP/s counts products of visible pairs only: 4 Dh for each pair and head forward, 2.5 times
-that backward. On a CPU flex has no backward.
+    causal       a token sees itself and all tokens before it
+    documents    a token sees its own document. Lengths are seeded and exponential, with mean 1,000, or T / 2
+                 if that is less. Every sequence begins a document, and its end cuts the last one.
+    window W     a token sees itself and the W - 1 tokens before it. W is 512 and 256, at most T / 2 and
+                 T / 4.
+    both         documents and a window together
+
+Paths:
+
+    cudnn, flash, efficient, math    the trainer's attend_sdpa with that backend of PyTorch. Only efficient
+                                     accepts a mask; the others run on `causal` alone. A GPU runs
+                                     math only when --paths names it.
+    varlen                           torch.nn.attention.varlen
+    flex                             flex_attention, compiled; its block mask is made off the clock. It has no
+                                     backward on a CPU.
+    flash4                           the trainer's attend_flash4, compiled as there (package flash-attn-4)
+
+A path that needs a mask, or as many k and v heads as q heads, is charged for making them; its row says so.
+
+A path is timed if its output, dq, dk and dv of the first and the last sequence have an error of at most 2 %,
+|x - x64| / |x64| against the reference in float64. A path that raises is skipped, with its reason.
+
+    us           the median of a layer by the device's clock. A matrix product is queued before each call, so
+                 that launches by the host do not count.
+    backward     The backward time is (forward + backward) minus forward.
+    TFLOP/s      products of visible pairs only: 4 Dh for each pair and head forward, 2.5 times that backward
 """
 
 from __future__ import annotations

@@ -3,22 +3,29 @@
     NPROC=8 ./run.sh bench --timeline FILE.json [--steps 5] [--json REPORT.json] [key=value ...]
     PYTHONPATH=tools torchrun --standalone --nproc_per_node=8 -m lab.bench --timeline FILE.json preset=record
 
-Whole steps, compiled and warm, run back to back on random tokens under torch.profiler. On a GPU the trace is
-the device's: NCCL kernels, found by name, are communication; every other kernel, copy and fill is compute. A
-step begins with the first of its device work to start and ends where the next step begins. A kernel belongs
-to the step that launched it; the replay of a CUDA graph is one launch. On a CPU the trace is the host's:
-what gloo's threads run is communication, operators on other threads are compute, and a step is its call.
+Whole steps, compiled and warm, run back to back on random tokens under torch.profiler.
 
-step = compute + exposed + idle. Exposed: a collective runs and no compute does. Idle: neither runs. update:
-from the start of the first collective to the end of the step; forward and backward come before it. When
-collectives run side by side each is charged all that it exposes, so their figures may add up to more than the
-step's. A rank that arrives early waits inside the collective, so bus GB/s (bytes per link each way, as
-nccl-tests count them) is computed for the last rank to arrive, from the shortest of the ranks' times.
+    on a GPU     The trace is the device's: NCCL kernels, found by name, are communication; every other
+                 kernel, copy and fill is compute. A step begins with the first of its device work to start
+                 and ends where the next step begins. A kernel belongs to the step that launched it; the
+                 replay of a CUDA graph is one launch.
+    on a CPU     The trace is the host's: what gloo's threads run is communication, operators on other threads
+                 are compute, and a step is its call.
 
-Bytes come from watching torch.distributed's functions, also while a CUDA graph is captured; where the number
-of calls differs from the number of collectives traced, they are unknown. FILE.json is a Chrome trace
-(chrome://tracing, Perfetto) with a process for each rank and a line of exposed communication; FILE.png shows
-the median step.
+A step is compute + exposed + idle:
+
+    exposed      A collective runs and no compute does. When collectives run side by side, each is charged all
+                 that it exposes, so their figures may add up to more than the step's.
+    idle         Neither runs.
+    update       from the start of the first collective to the end of the step; forward and backward come
+                 before it
+    bus GB/s     bytes per link each way, as nccl-tests count them. A rank that arrives early waits inside the
+                 collective, so the time is the shortest of the ranks', that of the last rank to arrive.
+    bytes        counted by watching torch.distributed's functions, also while a CUDA graph is captured. They
+                 are unknown where the number of calls differs from the number of collectives traced.
+
+FILE.json is a Chrome trace (chrome://tracing, Perfetto) with a process for each rank and a line of exposed
+communication. FILE.png shows the median step.
 """
 
 from __future__ import annotations
