@@ -78,7 +78,7 @@ def test_the_sustained_loop_is_trainings(tmp_path, calls):
         log.file.close()
         *_, first, _, _, _, _, _, calibration = [i for i, name in enumerate(calls) if name == "next"]
         last = [i for i, name in enumerate(calls[:calibration]) if name == "status"][-1]
-        assert calls[first - 2 : first] == ["fetch 0", "number_of_rank_0"]  # all ranks are ready
+        assert calls[first - 2 : first] == ["number_of_rank_0", "fetch 0"]  # all ranks are ready
         theirs = ["fetch 0", *calls[first : last + 1]]
         assert theirs.count("log_step") == 4  # the first, the second, fourth and sixth
         calls.clear()
