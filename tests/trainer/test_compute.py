@@ -99,14 +99,14 @@ def test_mfu_by_hand(device, peak):
     lines = []
     names = machine().names | {"device": device}
     m = SimpleNamespace(world_size=2, names=names)
-    run = SimpleNamespace(h=h, m=m, resumed=None, log=lambda line, shown: lines.append((line, shown)))
+    run = SimpleNamespace(h=h, m=m, resumed=None, log=lambda line, console: lines.append((line, console)))
     t.log_compute(run, t.Pace(False, t.cut_batch(h, 2).accum), step=10, train_ms=2.0, tokens=1280)
-    ((line, shown),) = lines
+    ((line, console),) = lines
     found = LINE.match(line)
     flops = 1280 * t.flops_per_token(h)
     assert float(found["flops"]) == pytest.approx(flops, rel=1e-6)
     if peak:
         assert float(found["mfu"]) == pytest.approx(flops / (0.002 * 2 * peak), abs=1e-4)
-        assert shown.endswith("%") and ", MFU " in shown
+        assert console.endswith("%") and ", MFU " in console
     else:
-        assert found["mfu"] is None and "MFU" not in shown
+        assert found["mfu"] is None and "MFU" not in console
