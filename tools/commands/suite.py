@@ -28,7 +28,7 @@ FAST = (
     "tests/trainer/test_windows.py",
 )
 STRESS = ("tests/stress",)
-MOST = ("-m", "not long")  # without arguments; about nine minutes on two cores
+MOST = ("-m", "not long")  # without arguments; about ten minutes on two cores
 LONG = ("-m", "long")  # the few that take over 15 s, alone or together
 
 
