@@ -12,7 +12,7 @@ Commands  torchrun --standalone --nproc_per_node=8 train_gpt.py                 
           Any knob of Config: `key=value` after the command, or KEY=value in the environment.
 
 Contents
-  0. Start-up           Ctrl-C and closed consoles, imports that fail
+  0. Start-up           closed consoles, imports that fail
   1. Errors and files   one-line errors, atomic writes
   2. Config             every knob once, with its default; presets
   3. Machine            process group, device, CUDA graphs
@@ -44,6 +44,12 @@ Invariants (tests/ holds them)
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `guarded` takes over, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import ast
 import errno
 import glob
@@ -56,7 +62,6 @@ import math
 import os
 import platform
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -80,18 +85,16 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 # -----------------------------------------------------------------------------
-# 0. Start-up: Ctrl-C and closed consoles before anything else runs, and imports that fail in one line.
+# 0. Start-up: closed consoles before any file is opened, and imports that fail in one line.
 
 if __name__ == "__main__":
-    # Until `guarded` takes over, Ctrl-C ends the process without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Open descriptors 0 to 2 where they are closed, or the next file would get the number of a console.
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def wrong_setting(error: BaseException) -> str:
@@ -1389,6 +1392,7 @@ class Log:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise InputError(
                 f"{self.path}: another process is writing it; wait until it ends, or choose another run_id"
             ) from None
@@ -1420,6 +1424,7 @@ class Log:
                 print(line, file=self.file, flush=True)
         except InputError as e:
             if not self.may_move:
+                self.close()
                 raise
             self.move(line, str(e))
         text = line if console is SAME else console

@@ -41,8 +41,8 @@ def guard_console() -> None:
     while (free := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # the number of a closed stream, which the next file to be opened would get
     os.close(free)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may not fit an ASCII terminal

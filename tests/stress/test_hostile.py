@@ -209,6 +209,8 @@ QUICK = (
     ("paths", "plot --out below a file", ("docs", "repo")),
     ("environments", "BANKSHOT_PYTHON does nothing", ()),
     ("environments", "data verify on an ASCII console", ("data",)),
+    ("environments", "data verify with stdout closed", ("data",)),
+    ("environments", "record verify with stdout closed", ("repo",)),
     ("data", "verify: the manifest is deep", ("data",)),
     ("data", "train: a shard's tokens are infinite", ("data",)),
     ("texts", "jsonl: a key holds a line break", ("docs",)),
