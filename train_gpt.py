@@ -492,6 +492,10 @@ SHORT_SP8192 = dict(
     codec="rans",
     gptq_embed=True,
     embed_bits=6,
+    column_steps=True,
+    row_steps=True,
+    min_lr_frac=0.1,
+    ema_frac=0.05,
 )
 H100X1 = SP8192 | FEW_STEPS | ONE_GPU | SHORT_SP8192
 RACE = dict(max_wallclock_seconds=0.0, size_cap=0, seed=1)  # the runs of a race are seeds 1, 2, 3, ...
