@@ -4478,14 +4478,14 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
-def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
+def gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int) -> Tensor:
     """Round W (..., M, N) to codes (..., M, N), float32, that keep the products Wx with typical inputs x.
 
-    scale (..., M, 1): the step of each row. gram (..., N, N): the sum of x x' over those inputs. Columns are
-    rounded one at a time. Once column j is rounded, columns j+1.. are shifted to cancel as much as possible
-    of its error in Wx. This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column.
+    scale (..., M, 1): the step of each row. U (..., N, N): inverse_factor of the sum of x x' over those
+    inputs. Columns are rounded one at a time. Once column j is rounded, columns j+1.. are shifted to cancel
+    as much as possible of its error in Wx: by that error / U_jj times row j of U. This is Alg. 1 of Frantar
+    et al., arXiv:2210.17323, in blocks of one column.
     """
-    U = inverse_factor(gram)  # column j's error, divided by U_jj, spreads to the others by row j of U
     W = W.clone()
     codes = torch.empty_like(W)
     for j in range(W.size(-1)):
@@ -4496,15 +4496,14 @@ def gptq(W: Tensor, scale: Tensor, gram: Tensor, limit: int) -> Tensor:
     return codes
 
 
-def column_exponents(gram: Tensor) -> Tensor:
-    """Return e of the column steps 2^(e/4), for inputs with this gram (..., N, N): int8 (..., 1, N).
+def column_exponents(U: Tensor) -> Tensor:
+    """Return e of the column steps 2^(e/4), int8 (..., 1, N), for inputs with inverse factor U (..., N, N).
 
     The part of column j's error that later columns cannot cancel adds error^2 / U_jj^2 to the squared error
-    of Wx (U: inverse_factor). At a given entropy the total is smallest if every column adds the same, so
-    steps are proportional to U_jj: WaterSIC (Lifar et al., arXiv:2603.04956). The geometric mean of the steps
-    is 1.
+    of Wx. At a given entropy the total is smallest if every column adds the same, so steps are proportional
+    to U_jj: WaterSIC (Lifar et al., arXiv:2603.04956). The geometric mean of the steps is 1.
     """
-    octaves = inverse_factor(gram).diagonal(dim1=-2, dim2=-1).log2()
+    octaves = U.diagonal(dim1=-2, dim2=-1).log2()
     octaves = octaves - octaves.mean(-1, keepdim=True)
     return (4 * octaves).round().clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).to(torch.int8).unsqueeze(-2)
 
@@ -4512,6 +4511,25 @@ def column_exponents(gram: Tensor) -> Tensor:
 def column_sizes(exponents: Tensor) -> Tensor:
     """Return the column steps 2^(e/4) of exponents, float32 of the same shape."""
     return torch.from_numpy(COLUMN_STEPS).to(exponents.device)[exponents.int() + 128]
+
+
+class ColumnGuide(NamedTuple):
+    """What the inputs of matrices (..., M, N) say about rounding, at any weights and any steps of rows."""
+
+    exponents: Tensor | None  # of the column steps, int8 (..., 1, N); None: the columns have no steps
+    U: Tensor  # (..., N, N): inverse_factor of the inputs of W divided by its column steps
+    widths: Tensor  # (..., 1, N): an error of e column steps in column j adds (e / width_j)^2 to that of Wx
+
+
+def column_guide(gram: Tensor, has_column_steps: bool) -> ColumnGuide:
+    """Return the guide for inputs x with this sum of x x', (..., N, N)."""
+    U = inverse_factor(gram)
+    widths = U.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    if not has_column_steps:
+        return ColumnGuide(None, U, widths)
+    exponents = column_exponents(U)
+    sizes = column_sizes(exponents)
+    return ColumnGuide(exponents, inverse_factor(gram * sizes * sizes.mT), widths / sizes)
 
 
 class Codes(NamedTuple):
@@ -4526,7 +4544,7 @@ def quantize(
     W: Tensor,
     encoding: str,
     least_step: float | Tensor = 0.0,
-    gram: Tensor | None = None,
+    guide: ColumnGuide | None = None,
     clip_sd: float = 0.0,
 ) -> Codes:
     """Quantize each row of W (..., M, N) symmetrically.
@@ -4534,20 +4552,17 @@ def quantize(
     The clip of a row is clip_sd times the row's root mean square or, if clip_sd is 0, the candidate of CLIPS
     with the smallest squared error under rounding to nearest. The scale of a row is its step: the clip
     divided by the clip's code, but at least least_step root mean squares. least_step: a number, or (..., M,
-    1). Codes are the nearest ones or, with a gram (..., N, N), those of gptq. An encoding with column steps
-    needs a gram: W is first divided by the column steps, so that all columns matter equally. The geometric
-    mean of the column steps is 1, so the entropy stays as it was.
+    1). Codes are the nearest ones or, with a guide, those of gptq. If the guide has column steps, W is first
+    divided by them, so that all columns matter equally. Their geometric mean is 1, so the entropy stays as it
+    was.
     """
     W = W.float()
     limit = ENCODINGS[encoding].limit
     clip_code = ENCODINGS[encoding].clip_code or limit
     deviation = W.square().mean(-1, keepdim=True).sqrt()
-    exponents = None
-    if ENCODINGS[encoding].has_column_steps:
-        exponents = column_exponents(gram)
-        sizes = column_sizes(exponents)
-        W = W / sizes
-        gram = gram * sizes * sizes.mT
+    exponents = None if guide is None else guide.exponents
+    if exponents is not None:
+        W = W / column_sizes(exponents)
 
     peak = W.abs().amax(-1, keepdim=True)
     floor = (deviation * least_step).clamp_min(LEAST_SCALE)
@@ -4558,10 +4573,10 @@ def quantize(
     winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
     scale = torch.stack(scales).gather(0, winner)[0]
 
-    if gram is None:
+    if guide is None:
         codes = nearest_codes(W, scale, limit)
     else:
-        codes = gptq(W, scale, gram, limit)
+        codes = gptq(W, scale, guide.U, limit)
     return Codes(codes.to(torch.int8), scale.half(), exponents)
 
 
@@ -4585,21 +4600,38 @@ class Calibration(NamedTuple):
     sensitivities: Mapping[str, Tensor] = {}  # of the loss to each row's output: float32 (matrices, M, 1)
 
 
-def row_step_factors(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> dict[str, Tensor]:
+class RoundingGuide(NamedTuple):
+    """What a calibration says about rounding these tensors at any int6_step, by parameter."""
+
+    columns: Mapping[str, ColumnGuide] = {}
+    row_factors: Mapping[str, Tensor] = {}  # on int6_step: (matrices, M, 1)
+
+
+UNGUIDED = RoundingGuide()
+
+
+def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> RoundingGuide:
+    """Do once what no int6_step changes: every Gram matrix is factorized here."""
+    columns = {}
+    for name, gram in calibration.grams.items():
+        columns[name] = column_guide(gram, h.column_steps and STORED_AS[name] == "int6")
+    return RoundingGuide(columns, row_step_factors(tensors, columns, calibration.sensitivities))
+
+
+def row_step_factors(
+    tensors: Mapping[str, Tensor], columns: Mapping[str, ColumnGuide], sensitivities: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the factor on int6_step in each row, (matrices, M, 1) by parameter.
 
-    A step s in a row adds about s^2 / 12 * sensitivity * the sum of 1 / U_jj^2 (inverse_factor) to the loss.
+    A step s in a row adds about s^2 / 12 * sensitivity * the sum of 1 / width^2 over its columns to the loss.
     At a given entropy the total is smallest if every weight adds the same. Like int6_step, the factors are
     relative to the row's root mean square. Their geometric mean over all weights is 1 before they are
     limited.
     """
     importance = {}
-    for name, sensitivity in calibration.sensitivities.items():
+    for name, sensitivity in sensitivities.items():
         W = tensors[name].float()
-        widths = inverse_factor(calibration.grams[name]).diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-        if h.column_steps:
-            widths = widths / column_sizes(column_exponents(calibration.grams[name]))
-        per_step = sensitivity * widths.square().reciprocal().mean(-1, keepdim=True)
+        per_step = sensitivity * columns[name].widths.square().reciprocal().mean(-1, keepdim=True)
         importance[name] = (per_step * W.square().mean(-1, keepdim=True)).clamp_min(1e-30).log()
 
     weights = sum(tensors[name].numel() for name in importance)
@@ -4610,28 +4642,26 @@ def row_step_factors(tensors: Mapping[str, Tensor], h: Config, calibration: Cali
     }
 
 
-def raw_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration | None = None) -> bytes:
-    """Return the artifact before compression. tensors: by parameter name; calibration: a guide for rounding.
+def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide = UNGUIDED) -> bytes:
+    """Return the artifact before compression. tensors: by parameter name.
 
     Raises Fault for a tensor with values that are not finite or too large for its encoding.
     """
-    calibration = calibration or Calibration()
     clips_sd = {"int6": h.matrix_clip_sd, "embed": h.embed_clip_sd}  # by ParamSpec.stored_as
-    factors = row_step_factors(tensors, h, calibration)
     index = []
     payload = []
     offset = 0
     for name in sorted(tensors):
         stored_as = STORED_AS[name]
         encoding = f"int{h.embed_bits}" if stored_as == "embed" else stored_as
-        gram = calibration.grams.get(name)
-        if h.column_steps and stored_as == "int6" and gram is not None:
+        columns = guide.columns.get(name)
+        if columns is not None and columns.exponents is not None:
             encoding = "columns"
         W = tensors[name].detach()
         index.append([name, encoding, list(W.shape), offset])
         if ENCODINGS[encoding].limit:
-            least_step = h.int6_step * factors.get(name, 1.0) if stored_as == "int6" else 0.0
-            quantized = quantize(W, encoding, least_step, gram, clips_sd.get(stored_as, 0.0))
+            least_step = h.int6_step * guide.row_factors.get(name, 1.0) if stored_as == "int6" else 0.0
+            quantized = quantize(W, encoding, least_step, columns, clips_sd.get(stored_as, 0.0))
             arrays = [quantized.codes.cpu().numpy(), quantized.scales.cpu().numpy().astype("<f2")]
             if quantized.exponents is not None:
                 arrays.append(quantized.exponents.cpu().numpy())
@@ -4657,7 +4687,8 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibrat
 
 def pack_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration | None = None) -> bytes:
     """Quantize and compress. The same tensors and calibration give the same bytes."""
-    return CODECS[h.codec].pack(raw_artifact(tensors, h, calibration))
+    guide = rounding_guide(tensors, h, calibration or Calibration())
+    return CODECS[h.codec].pack(raw_artifact(tensors, h, guide))
 
 
 # For fit_artifact. Steps are multiples of the row's root mean square, as in int6_step.
@@ -4688,6 +4719,7 @@ def fit_artifact(
     fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
+    guide = timed("quantize", rounding_guide, tensors, h, calibration or Calibration())
     codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
     clip_step = h.matrix_clip_sd / ENCODINGS["int6"].limit
     configured = max(h.int6_step, clip_step)  # the clip's own step is a floor as well
@@ -4695,7 +4727,7 @@ def fit_artifact(
     best = None
 
     for attempt in range(9):
-        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), calibration)
+        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), guide)
         tried = Fitted(timed("compress", pack, raw), step)
         size = len(tried.blob)
         if size <= room and (best is None or size > len(best.blob)):

@@ -78,7 +78,7 @@ def parameters_of(model):
 def test_codes_by_their_definition(scale):
     """Round column by column, with the columns not yet rounded where they make up best for the others."""
     W, steps, gram = problem(scale=scale)
-    codes = t.gptq(W, steps, gram, LIMIT)
+    codes = t.gptq(W, steps, t.inverse_factor(gram), LIMIT)
     for w, matrix_steps, H, found in zip(W.numpy(), steps.numpy(), damped(gram).numpy(), codes.numpy()):
         for row, (step,), row_codes in zip(w, matrix_steps, found):
             rounded = np.zeros(0)
@@ -93,14 +93,14 @@ def test_codes_by_their_definition(scale):
 
 def test_the_outputs_change_less():
     W, steps, gram = problem(rows=40, columns=48, scale=0.4)
-    codes = t.gptq(W, steps, gram, LIMIT)
+    codes = t.gptq(W, steps, t.inverse_factor(gram), LIMIT)
     assert output_error(W, codes, steps, gram) < 0.5 * output_error(W, nearest(W, steps), steps, gram)
     assert codes.abs().max() <= LIMIT and torch.equal(codes, codes.round())
 
 
 def test_codes_stay_in_their_range():
     W, steps, gram = problem(scale=0.01)
-    assert float(t.gptq(W, steps, gram, LIMIT).abs().max()) == LIMIT
+    assert float(t.gptq(W, steps, t.inverse_factor(gram), LIMIT).abs().max()) == LIMIT
 
 
 UNINFORMATIVE_GRAMS = {
@@ -112,23 +112,23 @@ UNINFORMATIVE_GRAMS = {
 @pytest.mark.parametrize("gram", UNINFORMATIVE_GRAMS.values(), ids=UNINFORMATIVE_GRAMS.keys())
 def test_uninformative_inputs_leave_the_nearest_codes(gram):
     W, steps, _ = problem()
-    assert torch.equal(t.gptq(W, steps, gram.expand(2, 12, 12), LIMIT), nearest(W, steps))
+    assert torch.equal(t.gptq(W, steps, t.inverse_factor(gram.expand(2, 12, 12)), LIMIT), nearest(W, steps))
 
 
 def test_weights_and_gram_are_left_alone():
     W, steps, gram = problem()
     W_before = W.clone()
     gram_before = gram.clone()
-    t.gptq(W, steps, gram, LIMIT)
+    t.gptq(W, steps, t.inverse_factor(gram), LIMIT)
     assert torch.equal(W, W_before) and torch.equal(gram, gram_before)
 
 
 def test_quantize_takes_the_scales_of_the_clip_search():
     W, _, gram = (tensor.float() for tensor in problem(rows=8, columns=12))
     plain_codes, plain_scales, _ = t.quantize(W, "int6", 0.3)
-    codes, scales, _ = t.quantize(W, "int6", 0.3, gram)
+    codes, scales, _ = t.quantize(W, "int6", 0.3, t.column_guide(gram, False))
     assert torch.equal(plain_scales, scales) and codes.dtype == torch.int8
-    assert torch.equal(codes, t.gptq(W, scales.float(), gram, LIMIT).to(torch.int8))
+    assert torch.equal(codes, t.gptq(W, scales.float(), t.inverse_factor(gram), LIMIT).to(torch.int8))
     assert not torch.equal(plain_codes, codes)
 
 
@@ -137,8 +137,8 @@ def test_only_matrices_with_a_gram_change_in_an_artifact():
     tensors = parameters_of(noisy_model(h))
     grams = {"qo_bank": input_gram(50, h.model_dim).expand(len(tensors["qo_bank"]), -1, -1)}
 
-    plain = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h)))
-    changed = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, t.Calibration(grams))))
+    plain = t.unpack_artifact(t.pack_artifact(tensors, h))
+    changed = t.unpack_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))
     assert differing(plain, changed) == {"qo_bank"}
     assert t.pack_artifact(tensors, h) == t.compress(t.raw_artifact(tensors, h))
 
@@ -159,7 +159,7 @@ def test_fitting_uses_the_grams():
     for room in (10**9, int(0.8 * len(t.pack_artifact(tensors, h)))):
         blob, step = t.fit_artifact(tensors, h, room, untimed, t.Calibration(grams))
         fitted = dataclasses.replace(h, int6_step=step)
-        assert blob == t.compress(t.raw_artifact(tensors, fitted, t.Calibration(grams)))
+        assert blob == t.pack_artifact(tensors, fitted, t.Calibration(grams))
         assert blob != t.pack_artifact(tensors, fitted) and len(blob) <= room
 
 
@@ -298,7 +298,7 @@ def test_the_logits_change_less(bits):
 
     errors = {}
     for label, grams in (("nearest", {}), ("guided", {"tok_emb": seen.T @ seen})):
-        back = t.unpack_artifact(t.compress(t.raw_artifact(tensors, h, t.Calibration(grams))))["tok_emb"]
+        back = t.unpack_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))["tok_emb"]
         errors[label] = float((unseen @ (back - W).T).square().mean())
     assert errors["guided"] < 0.7 * errors["nearest"]
 

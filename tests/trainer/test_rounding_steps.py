@@ -45,7 +45,7 @@ def calibrated(h, sequences, model):
 def test_column_steps_follow_the_errors_that_remain():
     """Without correlation, an error of column j changes outputs by its input's size: 2^(e/4) ~ 1 / size."""
     sizes = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.5])
-    exponents = t.column_exponents((sizes**2).diag() * 1000)
+    exponents = t.column_exponents(t.inverse_factor((sizes**2).diag() * 1000))
     octaves = sizes.log2().mean() - sizes.log2()
     assert exponents.shape == (1, 5) and exponents.dtype == torch.int8
     assert (exponents[0] / 4 - octaves).abs().max() <= 0.25  # a rounded quarter, and the damping
@@ -54,10 +54,10 @@ def test_column_steps_follow_the_errors_that_remain():
 def test_column_steps_have_limits_and_geometric_mean_one():
     sizes = torch.ones(400)
     sizes[:10] = 1e6
-    exponents = t.column_exponents((sizes**2).diag())
+    exponents = t.column_exponents(t.inverse_factor((sizes**2).diag()))
     assert (exponents[0, :10] == -t.EXPONENT_LIMIT).all() and (exponents[0, 10:] <= t.EXPONENT_LIMIT).all()
     x = uneven_inputs(48)
-    assert abs(float(t.column_exponents(x.T @ x).float().mean())) < 0.1
+    assert abs(float(t.column_exponents(t.inverse_factor(x.T @ x)).float().mean())) < 0.1
 
 
 def test_the_outputs_change_less_at_the_same_entropy():
@@ -65,8 +65,8 @@ def test_the_outputs_change_less_at_the_same_entropy():
     gram = x.T @ x
     W = torch.randn(400, 48, generator=torch.Generator().manual_seed(1))
 
-    plain = t.quantize(W, "int6", 0.5, gram)
-    columns = t.quantize(W, "columns", 0.51, gram)
+    plain = t.quantize(W, "int6", 0.5, t.column_guide(gram, False))
+    columns = t.quantize(W, "columns", 0.51, t.column_guide(gram, True))
     errors = {}
     for label, found in (("plain", plain), ("columns", columns)):
         steps = found.scales.float()
@@ -85,7 +85,8 @@ def test_column_steps_come_back_from_an_artifact(codec):
     calibration = calibrated(h, random_tokens(h, (3, 17)), model)
     back = t.unpack_artifact(t.pack_artifact(tensors, h, calibration))
     for name in BANKS:
-        found = t.quantize(tensors[name], "columns", h.int6_step, calibration.grams[name])
+        guide = t.column_guide(calibration.grams[name], True)
+        found = t.quantize(tensors[name], "columns", h.int6_step, guide)
         sizes = torch.exp2(found.exponents.float() / 4)
         assert torch.allclose(back[name], found.codes * found.scales.float() * sizes, rtol=1e-6)
         assert found.exponents.unique().numel() > 1
@@ -101,7 +102,7 @@ def test_only_what_has_a_gram_gets_column_steps():
     tensors = parameters_of(noisy_model(h))
     N = h.model_dim
     grams = {"qo_bank": torch.eye(N).expand(len(tensors["qo_bank"]), N, N)}
-    header, _ = t.read_header(t.raw_artifact(tensors, h, t.Calibration(grams)))
+    header, _ = t.open_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))
     encodings = {name: encoding for name, encoding, *_ in header["tensors"]}
     assert encodings["qo_bank"] == "columns" and encodings["kv_bank"] == "int6"
 
@@ -110,11 +111,37 @@ def test_only_what_has_a_gram_gets_column_steps():
 def test_an_artifact_that_ends_in_its_exponents_is_refused(codec):
     h = tiny(column_steps=1, gptq_batches=1, codec=codec)
     model = noisy_model(h)
-    raw = t.raw_artifact(parameters_of(model), h, calibrated(h, random_tokens(h, (3, 17)), model))
-    header, start = t.read_header(raw)
+    blob = t.pack_artifact(parameters_of(model), h, calibrated(h, random_tokens(h, (3, 17)), model))
+    header, payload = t.open_artifact(blob)
     last = t.read_entry(header["tensors"][-1])
     with pytest.raises(ValueError, match=f"tensor '{last.name}' is out of order, repeated or past the end"):
-        t.read_tensors(header, raw[start:-1])
+        t.read_tensors(header, payload[:-1])
+
+
+def test_fitting_factorizes_each_gram_once(monkeypatch):
+    """For the exponents and, divided by the column steps, for the codes: whatever the attempts at a step."""
+    h = tiny(column_steps=1, row_steps=1, gptq_batches=1, model_dim=64)
+    model = noisy_model(h)
+    tensors = parameters_of(model)
+    calibration = calibrated(h, random_tokens(h, (3, 17)), model)
+    room = int(0.8 * len(t.pack_artifact(tensors, h, calibration)))
+    calls = []
+
+    def counted(gram):
+        calls.append(gram.shape)
+        return inverse_factor(gram)
+
+    phases = []
+
+    def timed(phase, fn, *args):
+        phases.append(phase)
+        return fn(*args)
+
+    inverse_factor = t.inverse_factor
+    monkeypatch.setattr(t, "inverse_factor", counted)
+    blob, step = t.fit_artifact(tensors, h, room, timed, calibration)
+    assert phases.count("compress") > 1 and len(calls) == 2 * len(BANKS)
+    assert blob == t.pack_artifact(tensors, dataclasses.replace(h, int6_step=step), calibration)
 
 
 # ---------------------------------------------------------------- rows
@@ -162,7 +189,8 @@ def test_row_steps_fall_with_the_root_of_the_sensitivity():
     sensitivity[0, 0] = 9.0
     sensitivity[0, 1] = 1e9
 
-    factors = t.row_step_factors(tensors, h, t.Calibration(grams, {"qo_bank": sensitivity}))["qo_bank"]
+    calibration = t.Calibration(grams, {"qo_bank": sensitivity})
+    factors = t.rounding_guide(tensors, h, calibration).row_factors["qo_bank"]
     rms = tensors["qo_bank"].square().mean(-1, keepdim=True).sqrt()
     steps = factors * rms
     assert torch.allclose(steps[0, 0] * 3, steps[1, 0], rtol=1e-4)
@@ -170,7 +198,6 @@ def test_row_steps_fall_with_the_root_of_the_sensitivity():
     unlimited = factors[factors > 1 / t.STEP_FACTOR_LIMIT]
     assert abs(float(unlimited.log().mean())) < 0.5
 
-    calibration = t.Calibration(grams, {"qo_bank": sensitivity})
     even = t.unpack_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))
     uneven = t.unpack_artifact(t.pack_artifact(tensors, h, calibration))
     assert differing(even, uneven) == {"qo_bank"}

@@ -39,7 +39,7 @@ from script import TRAINER, load_script
 
 NEEDS = (
     "Diverged", "InputError", "Log", "OneLineError", "STORED_AS", "bind_ops", "check_train_split", "conclude",
-    "init_machine", "load_config", "load_dataset", "machine_report", "quantize", "start_run", "train",
+    "init_machine", "load_config", "load_dataset", "machine_report", "rounding_guide", "start_run", "train",
 )  # fmt: skip
 # A sweep may be started inside torchrun; its workers are groups of one all the same.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -73,7 +73,9 @@ def int6_codes(trainer: ModuleType, run: Any, trained: Any) -> bytes:
     """Return the int6 codes of the weights that are exported, one byte each."""
     weights = trained.ema.average if trained.artifact_weights == "ema" else trained.ema.params
     names = [name for name, _ in run.model.named_parameters()]
-    raw = trainer.raw_artifact(dict(zip(names, weights)), run.h, trained.calibration)
+    tensors = dict(zip(names, weights))
+    guide = trainer.rounding_guide(tensors, run.h, trained.calibration)
+    raw = trainer.raw_artifact(tensors, run.h, guide)
     header, start = trainer.read_header(raw)
     payload = memoryview(raw)[start:]
     entries = [trainer.read_entry(row) for row in header["tensors"]]
