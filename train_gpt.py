@@ -6570,6 +6570,16 @@ def zeros_for(weights: list[LayerWeights], shape_of: Callable) -> dict[str, Tens
     return sums
 
 
+def in_banks(*, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """Put what was measured of the matrices, (L, ...) each, in the order in which the banks hold them."""
+    return {
+        "qo_bank": torch.cat([q, o]),
+        "kv_bank": torch.cat([k, v]),
+        "mlp_up_bank": up,
+        "mlp_down_bank": down,
+    }
+
+
 @torch.no_grad()
 def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum x x' over the inputs x of all int6 matrices: float32 (matrices, N, N) by parameter.
@@ -6594,12 +6604,8 @@ def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
         run.m.sync()
         run.log.progress("calibration, batches", i + 1, h.gptq_batches, started)
 
-    grams = {
-        "qo_bank": torch.cat([sums["qkv"], sums["o"]]),
-        "kv_bank": sums["qkv"].repeat(2, 1, 1),
-        "mlp_up_bank": sums["up"],
-        "mlp_down_bank": sums["down"],
-    }
+    inputs = sums.pop("qkv")  # of queries, keys and values alike
+    grams = in_banks(q=inputs, k=inputs, v=inputs, **sums)
     if h.gptq_embed:
         grams["tok_emb"] = output_layer_sum
     return grams
@@ -6639,13 +6645,8 @@ def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     for product, scale in run.model.row_scales().items():
         sums[product] *= scale.square()
 
-    q, k, v = sums["qkv"].split([h.model_dim, h.kv_dim, h.kv_dim], dim=1)
-    return {
-        "qo_bank": torch.cat([q, sums["o"]]),
-        "kv_bank": torch.cat([k, v]),
-        "mlp_up_bank": sums["up"],
-        "mlp_down_bank": sums["down"],
-    }
+    q, k, v = sums.pop("qkv").split([h.model_dim, h.kv_dim, h.kv_dim], dim=1)
+    return in_banks(q=q, k=k, v=v, **sums)
 
 
 @memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
