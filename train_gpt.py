@@ -6140,8 +6140,8 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
 def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
     """Return the run with micro-batches that fit the memory of every rank. Collective.
 
-    Gives `optimizer` the same Config and logs a change. The global batch stays as it is. Raises Fault if not
-    even one sequence fits.
+    optimizer: its buffers take their part of the memory. The global batch stays as it is. Logs a change.
+    Raises Fault if not even one sequence fits.
     """
     h = run.h
     T = h.train_seq_len
@@ -6162,7 +6162,6 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
         run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
         h = replace(h, micro_batch_tokens=B * T)
     optimizer.clear_gradients()
-    optimizer.h = h
     return replace(run, h=h)
 
 
@@ -6178,11 +6177,11 @@ class CapturedPass(NamedTuple):
     failure: str  # as in Captured
 
 
-def capture_pass(loss_fn: Callable, optimizer: Optimizer) -> CapturedPass:
-    """Capture forward and backward of a micro-batch."""
+def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:
+    """Capture forward and backward of a micro-batch of `sequences`; None: of as many as configured."""
     h = optimizer.h
     m = optimizer.m
-    B = cut_batch(h, m.world_size).sequences
+    B = sequences or cut_batch(h, m.world_size).sequences
     result = torch.zeros((), device=m.device)
     divisor = torch.ones((), device=m.device)
     tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
@@ -6226,14 +6225,15 @@ class Passes(NamedTuple):
 
 def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
     """Capture the passes that the steps of a run take. Logs failures."""
+    h = run.h
+    fitting = cut_batch(h, run.m.world_size).sequences
 
     def capture(loss_fn: Callable) -> Callable:
-        captured = capture_pass(loss_fn, optimizer)
+        captured = capture_pass(loss_fn, optimizer, fitting)
         if captured.failure:
             run.log(f"pass:eager, no graph ({captured.failure})")
         return captured.backward
 
-    h = run.h
     # The loop begins once and stays, so the last step tells whether any step loops, the first whether any
     # does not.
     looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None

@@ -81,10 +81,10 @@ def eager_pass(rank):
     """Make the trainer launch a micro-batch kernel by kernel; the update is still a graph."""
     real = t.capture_pass
 
-    def bound(loss_fn, optimizer):
+    def bound(loss_fn, optimizer, sequences):
         m = optimizer.m
         optimizer.m = dataclasses.replace(m, graph_capture=None)
-        backward, failure = real(loss_fn, optimizer)
+        backward, failure = real(loss_fn, optimizer, sequences)
         optimizer.m = m
         return backward, failure
 
