@@ -391,6 +391,7 @@ class Config:
     gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
     column_steps: bool = False  # int6 steps differ by column, finer where inputs matter more; codes to 127
     row_steps: bool = False  # int6 steps are finer in rows that the loss depends on more
+    trellis: bool = False  # int6 weights may lie half a step beside their codes, as earlier codes tell
     int6_step: Fraction = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
     matrix_clip_sd: float = 0.0  # clip of an int6 row, in its root mean squares; 0: least squared error
     embed_bits: int = 8  # bits of an embedding's codes: 6 | 7 | 8
@@ -940,6 +941,7 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
     )
     for key in ("gptq_embed", "column_steps", "row_steps"):
         yield Relation(h.gptq_batches > 0 or not getattr(h, key), f"{key} needs gptq_batches of at least 1")
+    yield Relation(h.column_steps or not h.trellis, "trellis needs column_steps=1")
 
 
 # -----------------------------------------------------------------------------
@@ -4430,6 +4432,7 @@ class Ema:
 #   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
 #   int7, int8 := the same with codes in [-63, 63], [-127, 127]       f16, f32 := the values
 #   columns := like int8, then one int8 e per column of each matrix; w = code * scale * 2^(e / 4)
+#   trellis := like columns, with w = (code + shift) * scale * 2^(e / 4) and the shifts of trellis_shifts
 # An int6 code takes a whole byte on purpose: xz models bytes better than packed bits (6.5 % less, measured).
 
 
@@ -4440,6 +4443,7 @@ class Encoding(NamedTuple):
     limit: int = 0  # the largest code; 0: values are stored without codes
     clip_code: int = 0  # the code of a row's clip; 0: the largest code
     has_column_steps: bool = False
+    has_shifts: bool = False
 
 
 ENCODINGS = {
@@ -4447,6 +4451,7 @@ ENCODINGS = {
     "int7": Encoding(np.dtype("i1"), 63),
     "int8": Encoding(np.dtype("i1"), 127),
     "columns": Encoding(np.dtype("i1"), 127, clip_code=31, has_column_steps=True),
+    "trellis": Encoding(np.dtype("i1"), 127, clip_code=31, has_column_steps=True, has_shifts=True),
     "f16": Encoding(np.dtype("<f2")),
     "f32": Encoding(np.dtype("<f4")),
 }
@@ -4478,22 +4483,208 @@ def inverse_factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
-def gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int) -> Tensor:
-    """Round W (..., M, N) to codes (..., M, N), float32, that keep the products Wx with typical inputs x.
+def gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int, round_column: Callable = nearest_codes) -> Tensor:
+    """Round W (..., M, N) to multiples of `scale` that keep the products Wx with typical inputs x.
 
-    scale (..., M, 1): the step of each row. U (..., N, N): inverse_factor of the sum of x x' over those
-    inputs. Columns are rounded one at a time. Once column j is rounded, columns j+1.. are shifted to cancel
-    as much as possible of its error in Wx: by that error / U_jj times row j of U. This is Alg. 1 of Frantar
-    et al., arXiv:2210.17323, in blocks of one column.
+    Returns the multiples, float32 (..., M, N): whole numbers, or whatever round_column(column, scale, limit)
+    gives for a column (..., M, 1). scale (..., M, 1): the step of each row. U (..., N, N): inverse_factor of
+    the sum of x x' over those inputs. Columns are rounded one at a time. Once column j is rounded, columns
+    j+1.. are shifted to cancel as much as possible of its error in Wx: by that error / U_jj times row j of U.
+    This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column.
     """
     W = W.clone()
-    codes = torch.empty_like(W)
+    multiples = torch.empty_like(W)
     for j in range(W.size(-1)):
         column = slice(j, j + 1)
-        codes[..., column] = nearest_codes(W[..., column], scale, limit)
-        scaled_error = (W[..., column] - codes[..., column] * scale) / U[..., column, column]
+        multiples[..., column] = round_column(W[..., column], scale, limit)
+        scaled_error = (W[..., column] - multiples[..., column] * scale) / U[..., column, column]
         W[..., j:] -= scaled_error * U[..., column, j:]
-    return codes
+    return multiples
+
+
+# Trellis codes: the weights of a column are read from top to bottom. A state, which the codes above a weight
+# decide, says whether the weight lies at its code or is shifted by half a step, up in even rows and down in
+# odd ones. All weights together can lie on a finer grid than their codes, and a search finds the sequence of
+# codes with the least squared error: Marcellin and Fischer, 1990. At equal entropy, the error of normal
+# weights is 1.2 dB smaller with 256 states (measured; 1.0 dB with 8), and no code gains more than 1.53 dB.
+#
+# A state holds the last 8 bits of a shift register, the newest lowest. The next bit is the parity of the code
+# plus the bits in FLIP_TAPS. The shift is the parity of the bits in SHIFT_TAPS. Both are Ungerboeck's code of
+# 256 states (1987, part II, table I: h0 = 515, h1 = 362, octal).
+TRELLIS_STATES = 256
+SHIFT_TAPS = 0o362 >> 1
+FLIP_TAPS = 0o515 >> 1
+
+
+def tap_parity(states: np.ndarray, taps: int) -> np.ndarray:
+    """Return the parity, 0 or 1, of the bits of each state that `taps` selects."""
+    bits = states & taps
+    return sum(bits >> k & 1 for k in range(8)) % 2
+
+
+ALL_STATES = np.arange(TRELLIS_STATES)
+IS_SHIFTED = tap_parity(ALL_STATES, SHIFT_TAPS)  # by state
+NEWEST_BIT = tap_parity(ALL_STATES, FLIP_TAPS)[:, None] ^ np.array([0, 1])  # by state and a code's parity
+NEXT_STATE = (2 * ALL_STATES[:, None] + NEWEST_BIT) % TRELLIS_STATES
+# Which weights may follow a state, by state and newest bit: 2 if they are shifted, plus the code's parity.
+GRIDS = 2 * IS_SHIFTED[:, None] + NEWEST_BIT
+
+
+def half_steps(rows: int) -> Tensor:
+    """Return what a shift adds to the codes of each row: (rows, 1)."""
+    return 0.5 - (torch.arange(rows) % 2)[:, None]
+
+
+def trellis_shifts(codes: np.ndarray) -> np.ndarray:
+    """Return the shift of each code, 0 or half a step: int8 (..., M, N) -> float32, same shape."""
+    shifts = np.empty(codes.shape, np.float32)
+    half = half_steps(codes.shape[-2]).numpy()
+    state = np.zeros((*codes.shape[:-2], codes.shape[-1]), np.int64)
+    for row in range(codes.shape[-2]):
+        shifts[..., row, :] = half[row] * IS_SHIFTED[state]
+        state = NEXT_STATE[state, codes[..., row, :] & 1]
+    return shifts
+
+
+def trellis_codes(multiples: Tensor) -> Tensor:
+    """Return the codes of what trellis_multiples gave: (..., M, N)."""
+    half = half_steps(multiples.size(-2)).to(multiples)
+    return torch.where(multiples == multiples.floor(), multiples, multiples - half)
+
+
+def nearest_on_grids(x: Tensor, half: Tensor, limit: int) -> Tensor:
+    """Return for each x the nearest weight on each grid of GRIDS: (...) -> (..., 4). An odd limit."""
+    parity = torch.tensor([0.0, 1.0, 0.0, 1.0], device=x.device)
+    shift = torch.stack([torch.zeros_like(half), torch.zeros_like(half), half, half], -1)
+    pairs = ((x[..., None] - shift - parity) / 2 + 0.5).floor()
+    pairs = torch.minimum(torch.maximum(pairs, -(limit // 2) - parity), torch.full_like(parity, limit // 2))
+    return 2 * pairs + parity + shift
+
+
+def trellis_multiples(W: Tensor, scale: Tensor, limit: int) -> Tensor:
+    """Round columns W (..., M, 1) to the multiples of `scale` (..., M, 1) that some sequence of codes gives.
+
+    The squared error, in steps, is the smallest of all sequences (Viterbi's algorithm). Of two ways into a
+    state that are equally good, the one from the smaller state is taken.
+    """
+    x = (W / scale).reshape(-1, W.size(-2))
+    matrices, M = x.shape
+    states = TRELLIS_STATES
+    nearest = nearest_on_grids(x, half_steps(M).squeeze(-1).to(x), limit)
+    errors = (nearest - x[..., None]).square()
+    grids = torch.from_numpy(GRIDS).to(x.device)
+
+    cost = torch.full((matrices, states), math.inf, device=x.device)  # of the best way into each state
+    cost[:, 0] = 0
+    from_upper = []  # whether that way comes from the upper half of the states
+    for row in range(M):
+        # State s and newest bit b lead to state (2 s + b) % states, as does s + states / 2.
+        ways = (cost[..., None] + errors[:, row, grids]).view(matrices, 2, states // 2, 2)
+        from_upper.append((ways[:, 1] < ways[:, 0]).flatten(1))
+        cost = ways.amin(1).flatten(1)
+
+    state = cost.argmin(1)
+    multiples = torch.empty_like(x)
+    matrix = torch.arange(matrices, device=x.device)
+    for row in reversed(range(M)):
+        before = state // 2 + from_upper[row][matrix, state] * (states // 2)
+        multiples[:, row] = nearest[matrix, row, grids[before, state % 2]]
+        state = before
+    return multiples.view(W.shape)
+
+
+@triton.jit
+def nearest_on_grid(x, shift, parity, HALF_LIMIT: tl.constexpr):
+    """Return the multiple of 2, plus parity and shift, that is nearest to x."""
+    pairs = tl.floor((x - shift - parity) / 2 + 0.5)
+    return 2 * tl.minimum(tl.maximum(pairs, -HALF_LIMIT - parity), HALF_LIMIT) + parity + shift
+
+
+@triton.jit
+def cost_on_grid(x, grid, half, HALF_LIMIT: tl.constexpr):
+    """Return the squared error of x on its grid, a row of states at a time."""
+    error = x - nearest_on_grid(x, tl.where(grid >= 2, half, 0.0), (grid % 2).to(tl.float32), HALF_LIMIT)
+    return error * error
+
+
+@triton.jit
+def trellis_kernel(
+    x_ptr, grids_ptr, from_upper_ptr, out_ptr, M, STATES: tl.constexpr, HALF_LIMIT: tl.constexpr
+):
+    """Do trellis_multiples for one column of M values. from_upper (M, STATES) is scratch memory."""
+    matrix = tl.program_id(0).to(tl.int64)
+    x_ptr += matrix * M
+    out_ptr += matrix * M
+    from_upper_ptr += matrix * M * STATES
+    HALF: tl.constexpr = STATES // 2
+    n = tl.arange(0, HALF)
+    state = tl.arange(0, STATES)
+    lower_0 = tl.load(grids_ptr + 2 * n)
+    lower_1 = tl.load(grids_ptr + 2 * n + 1)
+    upper_0 = tl.load(grids_ptr + STATES + 2 * n)
+    upper_1 = tl.load(grids_ptr + STATES + 2 * n + 1)
+
+    cost = tl.where(state == 0, 0.0, float("inf"))
+    for row in range(M):
+        x = tl.load(x_ptr + row)
+        half = 0.5 - row % 2
+        lower, upper = tl.split(tl.trans(tl.reshape(cost, (2, HALF))))
+        by_lower_0 = lower + cost_on_grid(x, lower_0, half, HALF_LIMIT)
+        by_lower_1 = lower + cost_on_grid(x, lower_1, half, HALF_LIMIT)
+        by_upper_0 = upper + cost_on_grid(x, upper_0, half, HALF_LIMIT)
+        by_upper_1 = upper + cost_on_grid(x, upper_1, half, HALF_LIMIT)
+        chosen = tl.join((by_upper_0 < by_lower_0).to(tl.int8), (by_upper_1 < by_lower_1).to(tl.int8))
+        tl.store(from_upper_ptr + row * STATES + state, tl.reshape(chosen, (STATES,)))
+        best = tl.join(tl.minimum(by_lower_0, by_upper_0), tl.minimum(by_lower_1, by_upper_1))
+        cost = tl.reshape(best, (STATES,))
+
+    tl.debug_barrier()
+    at = tl.argmin(cost, 0)
+    for i in range(M):
+        row = M - 1 - i
+        before = at // 2 + tl.load(from_upper_ptr + row * STATES + at).to(tl.int32) * HALF
+        grid = tl.load(grids_ptr + 2 * before + at % 2)
+        shift = tl.where(grid >= 2, 0.5 - row % 2, 0.0)
+        x = tl.load(x_ptr + row)
+        tl.store(out_ptr + row, nearest_on_grid(x, shift, (grid % 2).to(tl.float32), HALF_LIMIT))
+        at = before
+
+
+def trellis_multiples_fused(W: Tensor, scale: Tensor, limit: int) -> Tensor:
+    """Do what trellis_multiples does by one kernel, a program per column."""
+    x = (W / scale).contiguous()
+    M = x.size(-2)
+    matrices = x.numel() // M
+    grids = torch.from_numpy(GRIDS.astype(np.int32)).to(x.device)
+    from_upper = torch.empty(matrices, M, TRELLIS_STATES, dtype=torch.int8, device=x.device)
+    out = torch.empty_like(x)
+    trellis_kernel[(matrices,)](
+        x_ptr=x, grids_ptr=grids, from_upper_ptr=from_upper, out_ptr=out, M=M,
+        STATES=TRELLIS_STATES, HALF_LIMIT=limit // 2, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def bind_trellis(device: torch.device) -> Bound:
+    """Bind the fused trellis_multiples if it is on a GPU and as good as the reference."""
+    if device.type != "cuda":
+        return Bound(trellis_multiples, "torch")
+    W = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0)).to(device)
+    scale = torch.full_like(W, 0.5)
+    try:
+        found = trellis_multiples_fused(W, scale, 127)
+        exact = trellis_multiples(W, scale, 127)
+        errors = [(W - multiples * scale).square().sum().item() for multiples in (found, exact)]
+        codes = trellis_codes(found).to(torch.int8).cpu().numpy()
+        can_be_read = (found.cpu().numpy() == codes + trellis_shifts(codes)).all()
+    except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
+        rejection = Rejection("triton", type(e).__name__)
+    else:
+        if can_be_read and errors[0] <= 1.001 * errors[1]:
+            return Bound(trellis_multiples_fused, "triton")
+        rejection = Rejection("triton", f"error {errors[0]:.4f} for {errors[1]:.4f}")
+    return Bound(trellis_multiples, "torch", (rejection,))
 
 
 def column_exponents(U: Tensor) -> Tensor:
@@ -4533,7 +4724,10 @@ def column_guide(gram: Tensor, has_column_steps: bool) -> ColumnGuide:
 
 
 class Codes(NamedTuple):
-    """A quantized tensor (..., M, N): code * scale, times 2^(exponent / 4) if its columns have steps."""
+    """A quantized tensor (..., M, N): code * scale, times 2^(exponent / 4) if its columns have steps.
+
+    In the encoding trellis the code is shifted first, by trellis_shifts.
+    """
 
     codes: Tensor  # int8 (..., M, N)
     scales: Tensor  # f16 (..., M, 1)
@@ -4575,6 +4769,8 @@ def quantize(
 
     if guide is None:
         codes = nearest_codes(W, scale, limit)
+    elif ENCODINGS[encoding].has_shifts:
+        codes = trellis_codes(gptq(W, scale, guide.U, limit, bind_trellis(W.device).function))
     else:
         codes = gptq(W, scale, guide.U, limit)
     return Codes(codes.to(torch.int8), scale.half(), exponents)
@@ -4656,7 +4852,7 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide 
         encoding = f"int{h.embed_bits}" if stored_as == "embed" else stored_as
         columns = guide.columns.get(name)
         if columns is not None and columns.exponents is not None:
-            encoding = "columns"
+            encoding = "trellis" if h.trellis else "columns"
         W = tensors[name].detach()
         index.append([name, encoding, list(W.shape), offset])
         if ENCODINGS[encoding].limit:
@@ -4848,6 +5044,9 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
         if entry.limit:
             if max(int(values.max()), -int(values.min())) > entry.limit:
                 raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {entry.limit}")
+            if ENCODINGS[entry.encoding].has_shifts:
+                matrices = values.reshape(-1, *entry.matrix)
+                tensor += torch.from_numpy(trellis_shifts(matrices)).view(shape)
             scales = np.frombuffer(payload, "<f2", entry.scales, scales_at).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
         if entry.exponents:
@@ -6813,7 +7012,10 @@ def export(run: Run, trained: Trained, path: str, room: int) -> str:
         weights = dict(zip(weights, trained.ema.average))
     fitted = fit_artifact(weights, h, room, run.timed, trained.calibration)
     written = write_somewhere(path, fitted.blob)
-    run.log(f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}")
+    made = f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}"
+    if h.trellis:
+        made += f" trellis:{bind_trellis(run.m.device).label}"
+    run.log(made)
     if written != path:
         run.log(f"artifact file:{written}, because {path} cannot be written; eval takes it from there")
     return written

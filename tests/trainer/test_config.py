@@ -61,6 +61,7 @@ VALUES_BY_NAME = {
     "gptq_embed": ("1", True),
     "column_steps": ("1", True),
     "row_steps": ("1", True),
+    "trellis": ("1", True),
     "fp8": ("0", False),
     "depth": ("12", 12),
     "tokens_per_param": ("3", 3.0),

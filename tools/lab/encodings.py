@@ -47,7 +47,7 @@ NEEDS = (
 )
 ROW_KNOBS = (  # what a row may change: all that acts after training
     *("artifact_weights", "codec", "embed_bits", "embed_clip_sd", "fit_cap", "gptq_batches", "gptq_embed"),
-    *("column_steps", "int6_step", "matrix_clip_sd", "row_steps", "size_cap"),
+    *("column_steps", "int6_step", "matrix_clip_sd", "row_steps", "trellis", "size_cap"),
 )
 INPUTS = ("data_path", "tokenizer_path", "val_tokens", "eval_batch_tokens")  # all that may change, and these
 
