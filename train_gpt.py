@@ -2812,7 +2812,6 @@ class GPT(nn.Module):
         self.ops = ops or Ops()
         self.dtype = dtype
         self.layers = layer_table(h)
-        self.factors: Tensor | None = None  # a row for each sequence, as cut_factors takes; None: no change
         generator = torch.Generator().manual_seed(h.seed)
         for name, parameter in parameter_table(h).items():
             tensor = init_tensor(parameter.shape, parameter.init, generator)
@@ -2896,10 +2895,16 @@ class GPT(nn.Module):
         ve = F.embedding(tokens, self.ve_emb).to(self.dtype)  # cast last, so gradients are summed in float32
         return F.linear(ve, (self.ve_scale * self.ve_proj).to(self.dtype))
 
-    def trunk(self, tokens: Tensor, weights: list[LayerWeights] | None = None) -> Tensor:
+    def trunk(
+        self,
+        tokens: Tensor,
+        weights: list[LayerWeights] | None = None,
+        changes: list[Factors] | None = None,
+    ) -> Tensor:
         """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized.
 
         weights: what layer_weights returned, if the caller must know the matrices; None: make them here.
+        changes: to the qkv of every visit, in order; None: no change.
         """
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
@@ -2910,9 +2915,8 @@ class GPT(nn.Module):
         streams = (x0,)
         kept = []
         weights = weights or self.layer_weights()
-        changes = [None] * len(self.layers) if self.factors is None else cut_factors(self.factors, h)
-        for spec, factors in zip(self.layers, changes):
-            w = weights[spec.layer]._replace(factors=factors)
+        for spec, change in zip(self.layers, changes or [None] * len(self.layers)):
+            w = weights[spec.layer]._replace(factors=change)
             if spec.skip >= 0:
                 gate = self.skip_gate[spec.skip] if h.skip_gates else None
                 taken = take_skip(streams[0], kept.pop(), self.skip_weights[spec.skip], gate)
@@ -2927,11 +2931,14 @@ class GPT(nn.Module):
                 kept.append(join(streams))
         return rms_norm(join(streams))
 
-    def unembed(self, x: Tensor) -> Tensor:
-        """Apply the tied output layer and the softcap. (..., D) -> logits (..., V) float32."""
+    def unembed(self, x: Tensor, change: Factors | None = None) -> Tensor:
+        """Apply the tied output layer and the softcap. (..., D) -> logits (..., V) float32.
+
+        change: to the output layer; None: no change.
+        """
         logits = F.linear(x, self.tok_emb.to(self.dtype))
-        if self.factors is not None:
-            logits = logits + cut_factors(self.factors, self.h)[-1].change(x)
+        if change is not None:
+            logits = logits + change.change(x)
         logits = logits.float()
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
@@ -2963,15 +2970,21 @@ class GPT(nn.Module):
         return logits
 
     def nats(
-        self, tokens: Tensor, targets: Tensor, last: int, weights: list[LayerWeights] | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        last: int,
+        weights: list[LayerWeights] | None = None,
+        factors: Tensor | None = None,
     ) -> Tensor:
         """Return the nats of the last `last` targets of each sequence. Two (B, T) -> (B, last) float32.
 
-        weights: as in trunk.
+        weights: as in trunk. factors: of every sequence, (B, n), as cut_factors takes them; None: no change.
         """
-        x = self.trunk(tokens, weights)
+        *changes, output_change = [None] if factors is None else cut_factors(factors, self.h)
+        x = self.trunk(tokens, weights, changes)
         targets = targets[:, -last:]
-        logits = self.unembed(x[:, -last:])
+        logits = self.unembed(x[:, -last:], output_change)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(-1, last)
         if self.h.copy_dim:
             nats = self.copies(x, tokens, last).nats(nats, targets)
@@ -5679,7 +5692,8 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
     """Score the targets of `tokens` (N,). Rank r scores windows r, r + world_size, ... of each group.
 
     If a group has a lesson, all ranks first learn from the lesson together; then each rank scores its windows
-    in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
+    in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats. What a lesson changes outside the
+    weights is in the nats_fn that `learn` returns.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
@@ -5695,7 +5709,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
         for group in groups:
             if len(group.lesson):
                 begins = None if group.begins is None else torch.from_numpy(group.begins)
-                learn(tokens, torch.from_numpy(group.lesson), begins)
+                nats_fn = learn(tokens, torch.from_numpy(group.lesson), begins) or nats_fn
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
             for i, windows in enumerate(mine.split(scoring.batch)):
@@ -5786,12 +5800,13 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
     factors = fresh.repeat(slots, 1)
     second = torch.zeros_like(factors)
     steps = torch.zeros(slots, 1, device=m.device)
-    model.factors = factors.detach().requires_grad_(True)  # the same memory
+    leaf = factors.detach().requires_grad_(True)  # the same memory
+    changed_nats_fn = partial(nats_fn, factors=leaf)
 
-    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> None:
+    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> Callable:
         mine = windows[m.rank :: m.world_size]
         for _ in range(h.ttt_passes):
-            gradient = lesson_gradient([model.factors], nats_fn, tokens, mine, h).view_as(factors)
+            gradient = lesson_gradient([leaf], changed_nats_fn, tokens, mine, h).view_as(factors)
             steps.add_(1)
             second.lerp_(gradient.square(), 1 - LORA_BETA2)
             spread = (second / (1 - LORA_BETA2**steps)).sqrt()
@@ -5801,9 +5816,9 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
             factors.copy_(torch.where(reset, fresh, factors))
             second.masked_fill_(reset, 0)
             steps.masked_fill_(reset, 0)
+        return changed_nats_fn
 
     yield learn
-    model.factors = None
 
 
 TTT_FORMS: dict[str, Callable] = {"sgd": sgd_of_weights, "lora": lora_of_documents}
@@ -5813,7 +5828,8 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
     """Return a context that yields learn(tokens, windows, begins) and afterwards puts the weights back.
 
     learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score. begins (n,)
-    bool: the slots in which a document begins and the weights are reset; None: no slot is reset.
+    bool: the slots in which a document begins and the weights are reset; None: no slot is reset. It returns
+    the nats_fn that scores with what it has learned; None: the weights themselves have changed.
     """
     return TTT_FORMS[h.ttt_form](model, nats_fn, h, m)
 

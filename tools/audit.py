@@ -73,7 +73,7 @@ from audit_older import (
     targets_of,
     with_own_signals,
 )
-from audit_script import ByteCounts, Config, Log, Run, Scoring
+from audit_script import ByteCounts, Config, Log, Nats, Run, Scoring
 from script import (
     TRAINER,
     BadInput,
@@ -220,18 +220,21 @@ class Audit:
         return out
 
     @contextmanager
-    def learned(self) -> Iterator[None]:
-        """Give the model, inside the block, the weights with which it scores the piece's second chunk."""
+    def learned(self) -> Iterator[Nats]:
+        """Yield what scores the piece's second chunk; inside the block the model has the weights for it.
+
+        A script whose `learn` returns nothing keeps all that it has learned in the model.
+        """
         if not self.chunk:
-            yield
+            yield self.run.nats_fn
             return
         tokens = torch.from_numpy(self.piece.astype(np.int32)).to(self.run.m.device)
         with self.scoring.learner() as learn:
             if gives_windows(self.script):
-                learn(tokens, self.first_lesson())
+                changed = learn(tokens, self.first_lesson())
             else:
-                learn(tokens[: self.chunk + 1], 0.0)
-            yield
+                changed = learn(tokens[: self.chunk + 1], 0.0)
+            yield changed or self.run.nats_fn
 
     def first_lesson(self) -> Tensor:
         """Return the windows of the first chunk: its sequences, or itself for every sequence of a batch."""
@@ -370,9 +373,9 @@ def replace_later_inputs(audit: Audit) -> Moved:
     keep = torch.arange(scoring.seq_len) < cuts
     changed = torch.where(keep, inputs, other)
 
-    with audit.learned(), torch.no_grad():
-        before = audit.run.nats_fn(inputs.to(device), targets, scoring.seq_len)
-        after = audit.run.nats_fn(changed.to(device), targets, scoring.seq_len)
+    with audit.learned() as nats_fn, torch.no_grad():
+        before = nats_fn(inputs.to(device), targets, scoring.seq_len)
+        after = nats_fn(changed.to(device), targets, scoring.seq_len)
     return count_moved((after - before).abs().cpu()[keep])
 
 
@@ -424,14 +427,14 @@ def audit_normalization(audit: Audit) -> Verdict:
     errors = []
     vocabulary = torch.arange(h.vocab_size, device=device).split(scoring.batch)
     audit.progress.expect(2 * len(vocabulary), "passes")
-    with audit.learned(), torch.no_grad():
+    with audit.learned() as nats_fn, torch.no_grad():
         for last in (scoring.seq_len, scoring.stride):
             total = torch.zeros(last, dtype=torch.float64, device=device)
             for ids in vocabulary:
                 # each sequence of the batch has one token of the vocabulary as all its targets
                 padded = F.pad(ids, (0, scoring.batch - len(ids)))
                 y = padded[:, None].expand(scoring.batch, scoring.seq_len).contiguous()
-                nats = audit.run.nats_fn(x, y, last)[: len(ids)]
+                nats = nats_fn(x, y, last)[: len(ids)]
                 total += (-nats.double()).exp().sum(0)
                 audit.progress.advance()
             errors.append((total - 1).abs().max())

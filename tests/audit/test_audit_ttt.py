@@ -30,7 +30,11 @@ LORA_CHEATS = {
     "learned before it is scored": ("T1 T3", LORA_LESSON, "all_lessons[span, slot] = windows"),
     "one token too many": ("T3", LORA_LESSON, f"{LORA_LESSON} + [0, 1, 1]"),
     "nothing is learned": ("T3", "factors.sub_(h.ttt_lr", "factors.sub_(0.0"),
-    "the model is not put back": ("T3", "model.factors = None", "pass"),
+    "the weights change and are not put back": (
+        "T1 T3 T7",
+        "return changed_nats_fn",
+        "model.tok_emb.data.mul_(1.001); return changed_nats_fn",
+    ),
     "a chunk is left out": (
         "T4",
         "all_windows[span, slot] = windows",

@@ -458,7 +458,7 @@ def test_every_parameter_matters_and_learns(knobs, name):
     h = tiny(**knobs)
     model = noisy_model(h, scale=0.3, dtype=torch.float64)
 
-    def unembed_in_float64(x):
+    def unembed_in_float64(x, change):
         return h.logit_softcap * torch.tanh(F.linear(x, model.tok_emb) / h.logit_softcap)
 
     model.unembed = unembed_in_float64

@@ -48,7 +48,7 @@ class NaiveLora:
             self.visit += 1
         return F.linear(x, W)
 
-    def unembed(self, x):
+    def unembed(self, x, change):
         up, down = self.changes[-1]
         logits = F.linear(x, self.model.tok_emb + up @ down)
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
@@ -104,7 +104,7 @@ def test_documents_are_scored_as_by_a_naive_loop(other):
     nats = lora_scores(model, tokens, h)
     torch.testing.assert_close(nats, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-3)
     without = lora_scores(model, tokens, h, learner=idle)
-    assert (nats - without).abs().max() > 0.05 and model.factors is None
+    assert (nats - without).abs().max() > 0.05
 
 
 def test_a_rate_of_almost_zero_scores_as_without_learning():

@@ -46,7 +46,6 @@ MODEL_INIT = """
         self.ops = Ops()
         self.dtype = torch.float32
         self.layers = layer_table(h)
-        self.factors = None  # only test-time training changes them
         for name, shape in h.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 """
