@@ -363,6 +363,7 @@ class Config:
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
     copy_lr: float = 0.004  # for the copy output's projections and gate
+    depth_lr_power: Fraction = 0.0  # with depth=N, matrix_lr goes as N^-depth_lr_power
     muon_wd: float = 0.04  # weight decay of the matrices
     embed_wd: float = 0.04
     scalar_wd: float = 0.04
@@ -383,6 +384,8 @@ class Config:
     deterministic: bool = False  # a GPU repeats a seed bit for bit, if iterations end the run
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
     warmdown_frac: Fraction = 0.5  # part of the run, at its end, in which rates fall linearly
+    matrix_warmdown_frac: Fraction = 0.0  # the same for matrix_lr; 0: warmdown_frac
+    matrix_warmup_frac: Fraction = 0.0  # part of the run, at its start, in which matrix_lr rises from 0
     min_lr_frac: Fraction = 0.0  # each rate ends at this fraction of its peak
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
@@ -743,17 +746,19 @@ def run_by_depth(h: Config) -> dict[str, object]:
 
 
 def rates_by_depth(h: Config) -> dict[str, object]:
-    """Return the rates and decays that follow from batch, width and size."""
+    """Return the rates and decays that follow from batch, width, size and depth."""
     batch = math.sqrt(h.train_batch_tokens / TUNED_BATCH)  # rates go as batch^0.5
     width = math.sqrt(TUNED_WIDTH / h.model_dim)  # rates of AdamW's matrices go as width^-0.5, too
+    # For MuonH, whose rate falls with depth: as depth^-0.5 in HyperP (arXiv:2603.28743).
+    depth = (TUNED_DEPTH / h.depth) ** h.depth_lr_power
     # Decay keeps T_epoch = batch / (rate * decay * tokens) constant (arXiv:2405.13698).
     decay = batch / size_by_depth(h)
     return dict(
-        matrix_lr=h.matrix_lr * batch,
+        matrix_lr=h.matrix_lr * batch * depth,
         embed_lr=h.embed_lr * batch * width,
         scalar_lr=h.scalar_lr * batch,
         copy_lr=h.copy_lr * batch,
-        muon_wd=h.muon_wd * decay,
+        muon_wd=h.muon_wd * decay / depth,
         embed_wd=h.embed_wd * decay,
         scalar_wd=h.scalar_wd * decay,
     )
@@ -4056,7 +4061,8 @@ class StepScalars(NamedTuple):
     momentum: Tensor | float
     matrix_lr: Tensor | float
     adam_lr_mul: Tensor | float
-    decay_mul: Tensor | float  # factor on every weight decay
+    matrix_decay_mul: Tensor | float  # factor on the weight decay of the matrices
+    adam_decay_mul: Tensor | float  # factor on every other weight decay
     correction1: Tensor | float  # 1 - beta1^t
     correction2: Tensor | float  # 1 - beta2^t
 
@@ -4111,7 +4117,7 @@ def matrix_update(
     rule = STEP_RULES[h.step_rule]
     if rule.prepare is not None:
         U = rule.prepare(U, second, h.normuon_beta2)
-    wd = s.decay_mul * h.muon_wd
+    wd = s.matrix_decay_mul * h.muon_wd
     if h.cautious_wd:
         wd = wd * (U * W >= 0)
     rule.step(W, U, s.matrix_lr, wd)
@@ -4124,7 +4130,7 @@ def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
     v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
     step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
-    p.sub_(s.adam_lr_mul * lr * (s.decay_mul * wd * p + step))
+    p.sub_(s.adam_lr_mul * lr * (s.adam_decay_mul * wd * p + step))
 
 
 class Snapshot(NamedTuple):
@@ -4264,12 +4270,14 @@ class Optimizer:
         memory only after the copy from there has ended.
         """
         self.steps += 1
+        follows = self.h.decay_follows_rate
         scalars = StepScalars(
             gradient_factor=1.0,  # schedule computes the factor on the device and puts it here
             momentum=hp.momentum,
-            matrix_lr=self.h.matrix_lr * hp.lr_mul,
-            adam_lr_mul=hp.lr_mul,
-            decay_mul=hp.lr_mul if self.h.decay_follows_rate else 1.0,
+            matrix_lr=self.h.matrix_lr * hp.matrix_lr_mul,
+            adam_lr_mul=hp.adam_lr_mul,
+            matrix_decay_mul=hp.matrix_lr_mul if follows else 1.0,
+            adam_decay_mul=hp.adam_lr_mul if follows else 1.0,
             correction1=1 - self.h.adam_beta1**self.steps,
             correction2=1 - self.h.adam_beta2**self.steps,
         )
@@ -4375,23 +4383,39 @@ class Hyper(NamedTuple):
 
     progress: float  # in [0, 1]: the used fraction of the time or of the iterations, whichever is larger
     momentum: float
-    lr_mul: float  # factor on every rate
+    matrix_lr_mul: float  # factor on matrix_lr
+    adam_lr_mul: float  # factor on every other rate
     loops: bool = False  # whether the step visits the layers of the loop again
     growth: float = 1.0  # how far the batch has grown from start_batch_tokens to train_batch_tokens
 
 
 def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
-    """Return a step's values. Rates stay constant, then fall linearly; momentum and batch grow at first."""
+    """Return a step's values. Rates stay constant, then fall linearly; momentum and batch grow at first.
+
+    The rate of the matrices may rise at first, and fall over another part of the run.
+    """
     progress = min(1.0, max(elapsed_ms / h.time_limit_ms, step / h.iterations))
 
-    lr_mul = max(min(1.0, (1 - progress) / h.warmdown_frac), h.min_lr_frac)
-    ramp = 1.0
-    if h.muon_momentum_warmup_frac > 0:
-        ramp = min(1.0, progress / h.muon_momentum_warmup_frac)
+    def rise(frac: float) -> float:
+        return min(1.0, progress / frac) if frac > 0 else 1.0
+
+    def fall(frac: float) -> float:
+        return max(min(1.0, (1 - progress) / frac), h.min_lr_frac)
+
+    matrix_lr_mul = rise(h.matrix_warmup_frac) * fall(h.matrix_warmdown_frac or h.warmdown_frac)
+    adam_lr_mul = fall(h.warmdown_frac)
+    ramp = rise(h.muon_momentum_warmup_frac)
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
     loops = h.has_loop and h.loop_frac < 1 and progress >= h.loop_frac
     growth = min(1.0, progress / h.batch_growth_frac)
-    return Hyper(progress, momentum, lr_mul, loops, growth)
+    return Hyper(
+        progress=progress,
+        momentum=momentum,
+        matrix_lr_mul=matrix_lr_mul,
+        adam_lr_mul=adam_lr_mul,
+        loops=loops,
+        growth=growth,
+    )
 
 
 class Ema:

@@ -56,10 +56,11 @@ def test_depth_26_by_hand():
     assert h.scalar_wd == pytest.approx(0.02 * 2**0.5 / ratio)
 
 
+@pytest.mark.parametrize("power", [0, 0.5])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_decay_takes_the_same_share_of_every_run(depth):
+def test_decay_takes_the_same_share_of_every_run(depth, power):
     """What the decay alone leaves of a weight, (1 - rate * decay)^steps, is the same at every depth."""
-    h = config(preset="h100x1", depth=depth)
+    h = config(preset="h100x1", depth=depth, depth_lr_power=power)
     tuned = config(preset="h100x1", depth=12)
     decayed = h.matrix_lr * h.muon_wd * h.iterations
     assert decayed == pytest.approx(tuned.matrix_lr * tuned.muon_wd * tuned.iterations, rel=0.01)

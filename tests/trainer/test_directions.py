@@ -166,7 +166,7 @@ def test_step_rule_is_its_formula(rule, shape):
 def scalars(**given):
     """Return the scalars of a step. A rate that is not given is nan: an update that read it would show it."""
     values = dict(gradient_factor=1.0, momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan)
-    values |= dict(decay_mul=1.0, correction1=1.0, correction2=1.0)
+    values |= dict(matrix_decay_mul=1.0, adam_decay_mul=1.0, correction1=1.0, correction2=1.0)
     return t.StepScalars(**{name: torch.tensor(value) for name, value in (values | given).items()})
 
 

@@ -15,8 +15,8 @@ SPREAD = dict(momentum_spread=3.0)
 
 def scalars(momentum, decay_mul=1.0):
     """Return the scalars of a step with rate 0.1."""
-    values = dict(gradient_factor=1.0, momentum=momentum, matrix_lr=0.1, adam_lr_mul=1.0, decay_mul=decay_mul)
-    values |= dict(correction1=1.0, correction2=1.0)
+    values = dict(gradient_factor=1.0, momentum=momentum, matrix_lr=0.1, adam_lr_mul=1.0)
+    values |= dict(matrix_decay_mul=decay_mul, adam_decay_mul=decay_mul, correction1=1.0, correction2=1.0)
     return t.StepScalars(**{name: torch.tensor(value) for name, value in values.items()})
 
 
@@ -72,9 +72,10 @@ def test_the_factor_of_the_decay_is_that_of_the_rates(monkeypatch):
         for follows in (0, 1):
             h = tiny(decay_follows_rate=follows)
             optimizer = t.Optimizer(t.GPT(h), h, m)
-            optimizer.step(t.Hyper(0.9, 0.9, 0.25))
-            found.append(t.StepScalars(*optimizer.scalars.tolist()).decay_mul)
-    assert found == [1.0, 0.25]
+            optimizer.step(t.Hyper(0.9, 0.9, matrix_lr_mul=0.25, adam_lr_mul=0.5))
+            s = t.StepScalars(*optimizer.scalars.tolist())
+            found.append((s.matrix_decay_mul, s.adam_decay_mul))
+    assert found == [(1.0, 1.0), (0.25, 0.5)]
 
 
 @pytest.mark.parametrize("knobs", [SPREAD, dict(decay_follows_rate=1)], ids=str)

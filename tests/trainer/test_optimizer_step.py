@@ -53,13 +53,14 @@ def test_a_step_is_the_float64_step(one):
     backward, _ = t.capture_pass(model.loss, optimizer)
     for step in range(1, 4):
         batch = loader.next()
-        hp = t.Hyper(0.0, 0.9, 0.8 / step)
+        hp = t.Hyper(0.0, 0.9, matrix_lr_mul=0.8 / step, adam_lr_mul=0.9 / step)
         grads = gradients_in_float64(h, params, batch)
         clip = min(1.0, h.grad_clip / math.sqrt(sum((g**2).sum() for g in grads.values())))
         for name, unclipped in grads.items():
             g = clip * unclipped
-            lr = getattr(h, specs[name].lr) * hp.lr_mul
+            lr = getattr(h, specs[name].lr)
             if specs[name].buffer == "flat":
+                lr *= hp.adam_lr_mul
                 first[name] = h.adam_beta1 * first[name] + (1 - h.adam_beta1) * g
                 second[name] = h.adam_beta2 * second[name] + (1 - h.adam_beta2) * g * g
                 mean = first[name] / (1 - h.adam_beta1**step)
@@ -67,6 +68,7 @@ def test_a_step_is_the_float64_step(one):
                 wd = {"embed_lr": h.embed_wd, "scalar_lr": h.scalar_wd}[specs[name].lr]
                 params[name] = params[name] * (1 - lr * wd) - lr * mean / (root + h.adam_eps)
                 continue
+            lr *= hp.matrix_lr_mul
             first[name] = 0.9 * first[name] + 0.1 * g
             for i in range(len(g)):
                 params[name][i] = muon_by_hand(params[name][i], first[name][i], g[i], lr, h.muon_wd)
@@ -232,7 +234,8 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
     points = [t.hyper_at(h, i, 0.0) for i in range(201)]
     assert points == [t.hyper_at(h, i, 0.0) for i in range(201)]
 
-    lr = [p.lr_mul for p in points]
+    lr = [p.adam_lr_mul for p in points]
+    assert lr == [p.matrix_lr_mul for p in points]
     assert lr[:121] == [1.0] * 121 and lr[200] == 0.1
     assert all(a > b or b == 0.1 for a, b in zip(lr[120:], lr[121:]))
     assert lr[160] == pytest.approx(0.5) and lr[140] == pytest.approx(0.75)  # linear
@@ -243,8 +246,32 @@ def test_hyper_at_is_pure_and_falls_to_the_floor():
     assert all(a < b for a, b in zip(momentum[:40], momentum[1:41]))
 
     assert t.hyper_at(h, 500, 0.0).progress == 1.0
-    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).lr_mul == 0.0
+    assert t.hyper_at(dataclasses.replace(h, min_lr_frac=0.0), 200, 0.0).adam_lr_mul == 0.0
     assert t.hyper_at(dataclasses.replace(h, muon_momentum_warmup_frac=0.0), 0, 0.0).momentum == 0.95
+
+
+def test_the_rates_of_matrices_rise_and_fall_apart():
+    """They rise in the first fifth and fall over the whole run; other rates only fall, in the last 0.4."""
+    knobs = dict(iterations=200, warmdown_frac=0.4, min_lr_frac=0.1)
+    apart = tiny(**knobs, matrix_warmdown_frac=1.0, matrix_warmup_frac=0.2)
+    alike = tiny(**knobs)
+    for step in range(201):
+        hp = t.hyper_at(apart, step, 0.0)
+        x = step / 200
+        assert hp.matrix_lr_mul == pytest.approx(min(1.0, x / 0.2) * max(1 - x, 0.1))
+        assert hp._replace(matrix_lr_mul=hp.adam_lr_mul) == t.hyper_at(alike, step, 0.0)
+
+
+@pytest.mark.parametrize("idle", ["matrix", "adam"])
+def test_each_multiplier_drives_its_own_parameters(one, idle):
+    model, optimizer, _, loader = setup(one)
+    before = parameters(model)
+    backward, _ = t.capture_pass(model.loss, optimizer)
+    rates = dict(matrix_lr_mul=1.0, adam_lr_mul=1.0) | {f"{idle}_lr_mul": 0.0}
+    t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, **rates))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    matrices = {spec.name for spec in t.MATRICES}
+    assert moved == (before.keys() - matrices if idle == "matrix" else matrices)
 
 
 def test_the_multiplier_drives_every_parameter(one):
@@ -252,7 +279,7 @@ def test_the_multiplier_drives_every_parameter(one):
         model, optimizer, _, loader = setup(one)
         before = parameters(model)
         backward, _ = t.capture_pass(model.loss, optimizer)
-        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, lr_mul))
+        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, lr_mul, lr_mul))
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == (before.keys() if lr_mul else set())
 
@@ -269,7 +296,7 @@ def steps_of(one, count, **knobs):
     backward, _ = t.capture_pass(model.loss, optimizer)
     states = [parameters(model)]
     for _ in range(count):
-        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0))
+        t.train_step(backward, optimizer, loader.next(), t.Hyper(0.0, 0.9, 1.0, 1.0))
         states.append(parameters(model))
     return model, states
 

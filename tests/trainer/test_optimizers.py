@@ -43,8 +43,9 @@ PAPER = [
 
 
 def scalars(momentum=0.9, matrix_lr=0.025, factor=1.0):
-    """Return StepScalars for matrix_update, which does not read adam_lr_mul."""
-    return t.StepScalars(*(torch.tensor(x) for x in (factor, momentum, matrix_lr, math.nan, 1.0, 1.0, 1.0)))
+    """Return StepScalars for matrix_update, which does not read those of AdamW."""
+    values = (factor, momentum, matrix_lr, math.nan, 1.0, math.nan, 1.0, 1.0)
+    return t.StepScalars(*(torch.tensor(x) for x in values))
 
 
 def second_moment(rule, shape):
@@ -453,7 +454,7 @@ def distance_to_updates_alone(h, m):
             gradient = gaussian(*W.shape, seed=10 * step + i) * torch.logspace(0, -2, W.size(-2))[:, None]
             getattr(model, name).grad.copy_(gradient)
             t.matrix_update(W, gradient, momentum[name], scalars(0.9, 0.5 * h.matrix_lr), h, second[name])
-        optimizer.step(t.Hyper(0.0, 0.9, 0.5))
+        optimizer.step(t.Hyper(0.0, 0.9, 0.5, 0.5))
     distances = [(getattr(model, name).detach() - W).norm() / W.norm() for name, W in weights.items()]
     return torch.stack(distances).max().item()
 

@@ -125,10 +125,11 @@ def test_training_is_the_same_bits_when_captured(one, rule, error):
         for step in range(3):
             add_gradients(model, step)
             lr_mul = 0.5 + step / 10
-            optimizer.step(t.Hyper(0.0, 0.9, lr_mul))
+            optimizer.step(t.Hyper(0.0, 0.9, lr_mul, lr_mul / 2))
             correction1 = 1 - h.adam_beta1 ** (step + 1)
             correction2 = 1 - h.adam_beta2 ** (step + 1)
-            expected = torch.tensor([1.0, 0.9, h.matrix_lr * lr_mul, lr_mul, 1.0, correction1, correction2])
+            rates = [h.matrix_lr * lr_mul, lr_mul / 2]
+            expected = torch.tensor([1.0, 0.9, *rates, 1.0, 1.0, correction1, correction2])
             torch.testing.assert_close(optimizer.scalars, expected)
             assert optimizer.scalars.data_ptr() == address
         states.append([x.clone() for x in optimizer.state()])

@@ -382,7 +382,7 @@ def test_gradients_in_bfloat16_are_added_up_in_float32():
     """Compare a bfloat16 gradient with its float32 copy: no sum or product is rounded to eight bits."""
     h = tiny(step_rule="normuon", ortho="polar_express")
     gradient = gaussian(2, 24, 16).bfloat16()
-    scalars = t.StepScalars(*(torch.tensor(x) for x in (0.3, 0.9, 0.02, 1.0, 1.0, 0.1, 0.05)))
+    scalars = t.StepScalars(*(torch.tensor(x) for x in (0.3, 0.9, 0.02, 1.0, 1.0, 1.0, 0.1, 0.05)))
 
     ends = []
     for sent in (gradient, gradient.float()):

@@ -30,7 +30,9 @@ SCALARS = dict(
     momentum=0.95,
     matrix_lr=0.025,
     adam_lr_mul=1.0,
-    decay_mul=1.0,
+    decay_mul=1.0,  # of older records, for matrices and all others alike
+    matrix_decay_mul=1.0,
+    adam_decay_mul=1.0,
     correction1=0.1,
     correction2=0.05,
 )
