@@ -354,7 +354,9 @@ class Config:
     bigram_dim: int = knob(128, SIZE, STORED)
     logit_softcap: float = knob(30.0, STORED)
     copy_dim: Count = knob(0, SIZE, STORED_IF_SET)  # size of the copy output's queries and keys; 0: none
+    norm_gains: bool = knob(False, STORED_IF_SET)  # learned gains after the norms of attention and MLP
     qk_gain_init: float = 1.5
+    out_scale_init: float = 1.0  # start of the scales of what attention and MLP add
     tied_embed_init_std: float = 0.005
     # optimizer
     ortho: str = "ns5"  # a row of ORTHO
@@ -363,6 +365,7 @@ class Config:
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
     copy_lr: float = 0.004  # for the copy output's projections and gate
+    norm_gain_lr: float = 0.025
     depth_lr_power: Fraction = 0.0  # with depth=N, matrix_lr goes as N^-depth_lr_power
     muon_wd: float = 0.04  # weight decay of the matrices
     embed_wd: float = 0.04
@@ -589,7 +592,13 @@ def parse_flag(text: str) -> bool:
 
 
 # Each rate with the weight decay of its parameters. A step shrinks them by the product of the two.
-DECAYS = {"matrix_lr": "muon_wd", "embed_lr": "embed_wd", "scalar_lr": "scalar_wd", "copy_lr": "scalar_wd"}
+DECAYS = {
+    "matrix_lr": "muon_wd",
+    "embed_lr": "embed_wd",
+    "scalar_lr": "scalar_wd",
+    "copy_lr": "scalar_wd",
+    "norm_gain_lr": "scalar_wd",
+}
 MAX_TOKENS = 1 << 30  # in a batch
 LONGEST_VALUE = 4000  # characters of a knob's value: the system's limit on a path is 4,096 bytes
 TRAINING_BYTES = 20  # per parameter: float32 weight, gradient, two moments, average
@@ -758,6 +767,7 @@ def rates_by_depth(h: Config) -> dict[str, object]:
         embed_lr=h.embed_lr * batch * width,
         scalar_lr=h.scalar_lr * batch,
         copy_lr=h.copy_lr * batch,
+        norm_gain_lr=h.norm_gain_lr * batch,
         muon_wd=h.muon_wd * decay / depth,
         embed_wd=h.embed_wd * decay,
         scalar_wd=h.scalar_wd * decay,
@@ -872,6 +882,10 @@ def relations_of_the_model(h: Config) -> Iterator[Relation]:
     yield Relation(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
     yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
     yield Relation(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
+    yield Relation(
+        h.out_scale_init > 0 or residual_std(h) > 0,
+        "out_scale_init=0 needs proj_init_std above 0: if scales and matrices are zero, neither ever moves",
+    )
     yield Relation(
         h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"
     )
@@ -2310,7 +2324,7 @@ PRODUCTS = ("qkv", "o", "up", "down")  # the matrices of LayerWeights
 
 
 class LayerWeights(NamedTuple):
-    """One layer's matrices in the compute dtype, with row_scales folded in, and its control tensors."""
+    """One layer's matrices in the compute dtype, with scales and gains folded in, and its control tensors."""
 
     qkv: Tensor  # (D + 2 Hkv*Dh, D)
     o: Tensor  # (D, D)
@@ -2660,8 +2674,11 @@ PARAM_TABLE = (
     ParamSpec("skip_gate", "S D", Init("constant", 0), "flat", "scalar_lr", "f16", "skip_gates"),
     ParamSpec("attn_gate", "L H GD", Init("constant", 0), "flat", "scalar_lr", "f16", "attn_gate_dims"),
     ParamSpec("resid_mix", "L 2 D", Init("first_of_two"), "flat", "scalar_lr", "f16"),
-    ParamSpec("attn_scale", "L D", Init("constant", 1), "flat", "scalar_lr", "f16"),
-    ParamSpec("mlp_scale", "L D", Init("constant", 1), "flat", "scalar_lr", "f16"),
+    ParamSpec("attn_scale", "L D", Init("constant", "SCALE"), "flat", "scalar_lr", "f16"),
+    ParamSpec("mlp_scale", "L D", Init("constant", "SCALE"), "flat", "scalar_lr", "f16"),
+    # Not zeros like the scales may be: the MLP squares what mlp_gain scales, so its gradient would stay zero.
+    ParamSpec("attn_gain", "L D", Init("constant", 1), "flat", "norm_gain_lr", "f16", "norm_gains"),
+    ParamSpec("mlp_gain", "L D", Init("constant", 1), "flat", "norm_gain_lr", "f16", "norm_gains"),
     ParamSpec("stream_keep", "TL 2", Init("constant", 1.1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("stream_add", "TL 2 2", Init("constant", 1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("q_gain", "L H", Init("constant", "GAIN"), "flat", "scalar_lr", "f32"),
@@ -2704,18 +2721,26 @@ def sizes_of(h: Config) -> dict[str, int]:
     }
 
 
-def parameter_table(h: Config) -> dict[str, Parameter]:
-    """Return the shape and the initialization of every parameter of a Config's model, by name.
+def residual_std(h: Config) -> float:
+    """Return the standard deviation at which matrices start that write into the residual stream.
 
-    OUT is the standard deviation of matrices that write into the residual stream: proj_init_std. If that knob
-    is 0, step rules that keep norms take 0.8 / sqrt(D) instead, the mean of modded-nanogpt's values (O .026,
-    MLP-down .031 at 768).
+    It is proj_init_std. If that knob is 0, step rules that keep norms take 0.8 / sqrt(D) instead, the mean of
+    modded-nanogpt's values (O .026, MLP-down .031 at 768).
     """
+    if h.proj_init_std == 0 and STEP_RULES[h.step_rule].keeps_norms:
+        return 0.8 * h.model_dim**-0.5
+    return h.proj_init_std
+
+
+def parameter_table(h: Config) -> dict[str, Parameter]:
+    """Return the shape and the initialization of every parameter of a Config's model, by name."""
     sizes = sizes_of(h)
-    out = h.proj_init_std
-    if out == 0 and STEP_RULES[h.step_rule].keeps_norms:
-        out = 0.8 * h.model_dim**-0.5
-    words = {"OUT": out, "EMBED": h.tied_embed_init_std, "GAIN": h.qk_gain_init}
+    words = {
+        "OUT": residual_std(h),
+        "EMBED": h.tied_embed_init_std,
+        "GAIN": h.qk_gain_init,
+        "SCALE": h.out_scale_init,
+    }
 
     table = {}
     for spec in PARAM_TABLE:
@@ -2837,17 +2862,29 @@ class GPT(nn.Module):
         depth = torch.arange(1, self.h.num_layers + 1, device=self.q_gain.device)[:, None, None] ** -0.5
         return dict(qkv=depth, o=self.attn_scale[..., None], up=depth, down=self.mlp_scale[..., None])
 
+    def column_gains(self) -> dict[str, Tensor]:
+        """Return the learned gains on the columns of those PRODUCTS that read a norm, (L, 1, D) float32.
+
+        Without norm_gains there are none.
+        """
+        if not self.h.norm_gains:
+            return {}
+        return dict(qkv=self.attn_gain[:, None], up=self.mlp_gain[:, None])
+
     def layer_weights(self) -> list[LayerWeights]:
         """Cut the stacked matrices into one LayerWeights per layer.
 
-        The factors of row_scales are folded into the matrices, in float32 before the cast. Without that, a
-        pass over the activations would apply them: 0.19 ms more per layer at 48 x 2048 (H100).
+        The factors of row_scales and column_gains are folded into the matrices, in float32 before the cast.
+        Without that, a pass over the activations would apply them: 0.19 ms more per layer at 48 x 2048
+        (H100).
         """
         h = self.h
         L = h.num_layers
         q, o = self.qo_bank.unflatten(0, (2, L))
         k, v = self.kv_bank.unflatten(0, (2, L))
         scales = self.row_scales()
+        for product, gains in self.column_gains().items():
+            scales[product] = scales[product] * gains
 
         stacked = LayerWeights(
             qkv=(torch.cat([q, k, v], dim=1) * scales["qkv"]).to(self.dtype),
@@ -6823,7 +6860,8 @@ def in_banks(*, q: Tensor, k: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Te
 def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum x x' over the inputs x of all int6 matrices: float32 (matrices, N, N) by parameter.
 
-    With gptq_embed, the inputs of the output layer give a (D, D) for the embedding that is tied to it.
+    These are the inputs of the banks' own columns, with the factors of column_gains. With gptq_embed, the
+    inputs of the output layer give a (D, D) for the embedding that is tied to it.
     """
     h = run.h
     output_layer_sum = torch.zeros(h.model_dim, h.model_dim, device=run.m.device)
@@ -6842,6 +6880,8 @@ def measure_inputs(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
                 output_layer_sum += gram_of(x)
         run.m.sync()
         run.log.progress("calibration, batches", i + 1, h.gptq_batches, started)
+    for product, gains in run.model.column_gains().items():
+        sums[product] *= gains * gains.mT
 
     inputs = sums.pop("qkv")  # of queries, keys and values alike
     grams = in_banks(q=inputs, k=inputs, v=inputs, **sums)

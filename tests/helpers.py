@@ -81,6 +81,7 @@ OTHER_PARTS = dict(
     loop_layers="0 1",
     loop_times=2,
     skip_gates=1,
+    norm_gains=1,
     attn_gate_dims=8,
     parallel_last_n=1,
     parallel_form="two_streams",

@@ -227,6 +227,7 @@ EXTRA = dict(
     loop_layers="0 1",
     loop_times=2,
     skip_gates=True,
+    norm_gains=True,
     attn_gate_dims=3,
     parallel_last_n=1,
     parallel_form="two_streams",

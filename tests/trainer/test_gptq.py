@@ -211,11 +211,12 @@ def run_of(h, m, model):
         ({}, [0, 1, 2, 3]),
         (dict(loop_layers="1 2", loop_times=2, bigram_vocab_size=0), [0, 1, 2, 1, 2, 1, 2, 3]),
         (dict(loop_layers="3", loop_times=1, ve_last_n=0), [0, 1, 2, 3, 3]),
+        (dict(norm_gains=1), [0, 1, 2, 3]),
     ],
     ids=str,
 )
 def test_grams_are_of_the_inputs_of_every_matrix(knobs, order):
-    """Those of a layer that is visited several times sum over its visits."""
+    """Those of a layer that is visited several times sum over its visits; a gain scales them."""
     h = tiny(gptq_batches=2, attn_windows="4 0", **knobs)
     micro_batches = [random_tokens(h, (3, 17), seed=i) for i in range(3)]
     with group_of_one() as m:
@@ -232,6 +233,9 @@ def test_grams_are_of_the_inputs_of_every_matrix(knobs, order):
         for visit, i in enumerate(order):
             first = embeddings + 4 * visit
             qkv, o, up, down = (x.T @ x for x in seen.inputs[first : first + 4])
+            if h.norm_gains:
+                qkv *= torch.outer(model.attn_gain[i], model.attn_gain[i]).detach()
+                up *= torch.outer(model.mlp_gain[i], model.mlp_gain[i]).detach()
             expected["qo_bank"][i] += qkv
             expected["qo_bank"][L + i] += o
             expected["kv_bank"][i] += qkv

@@ -73,7 +73,7 @@ def reference_attention(p, h, layer, inputs, values):
     inputs (T, D), normalized; values (T, Hkv * Dh) or None.
     """
     L = h.num_layers
-    z = inputs / math.sqrt(layer + 1)
+    z = inputs * (p["attn_gain"][layer] if h.norm_gains else 1) / math.sqrt(layer + 1)
     Dh = h.model_dim // h.num_heads
     T = len(z)
     q = z @ p["qo_bank"][layer].T
@@ -99,9 +99,10 @@ def reference_attention(p, h, layer, inputs, values):
     return out @ p["qo_bank"][L + layer].T
 
 
-def reference_mlp(p, layer, x):
+def reference_mlp(p, h, layer, x):
     """Apply a layer's norm, MLP and output scale. x (T, D)."""
-    u = norm(x) / math.sqrt(layer + 1) @ p["mlp_up_bank"][layer].T
+    z = norm(x) * (p["mlp_gain"][layer] if h.norm_gains else 1)
+    u = z / math.sqrt(layer + 1) @ p["mlp_up_bank"][layer].T
     hidden = np.where(u > 0, u, 0.5 * u) ** 2
     return p["mlp_scale"][layer] * (hidden @ p["mlp_down_bank"][layer].T)
 
@@ -170,7 +171,7 @@ def reference_logits(p, h, sequence):
             other = x if other is None else other
             mixed = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
             attended = p["attn_scale"][i] * reference_attention(p, h, i, norm(mixed), values)
-            fed = reference_mlp(p, i, other)
+            fed = reference_mlp(p, h, i, other)
             number = i - (L - h.parallel_last_n)
             keep = p["stream_keep"][number]
             add = p["stream_add"][number]
@@ -183,7 +184,7 @@ def reference_logits(p, h, sequence):
             other = None
         x = p["resid_mix"][i][0] * x + p["resid_mix"][i][1] * x0
         attended = p["attn_scale"][i] * reference_attention(p, h, i, norm(x), values)
-        fed = reference_mlp(p, i, x if i >= L - h.parallel_last_n else x + attended)
+        fed = reference_mlp(p, h, i, x if i >= L - h.parallel_last_n else x + attended)
         x = x + attended + fed
         outputs.append(x)
     logits = norm(outputs[-1]) @ p["tok_emb"].T
@@ -215,6 +216,8 @@ VARIANTS = [
     {"loop_layers": "0 1 2 3", "loop_times": 1, "num_layers": 5, "bigram_vocab_size": 0, "ve_last_n": 0},
     {"loop_layers": "1 2", "loop_times": 0},
     {"skip_gates": 1},
+    {"norm_gains": 1},
+    {"norm_gains": 1, "attn_gate_dims": 5, "parallel_last_n": 2, "loop_layers": "1 2", "loop_times": 1},
     {"attn_gate_dims": 5, "xsa_last_n": 1},
     {"skip_gates": 1, "attn_gate_dims": 32, "loop_layers": "1 2", "loop_times": 2},
     {"copy_dim": 8},
@@ -443,6 +446,7 @@ OPTIONAL = dict(
     loop_layers="1 2",
     loop_times=1,
     skip_gates=1,
+    norm_gains=1,
     attn_gate_dims=5,
     parallel_last_n=1,
     parallel_form="two_streams",
@@ -482,7 +486,9 @@ def test_every_parameter_matters_and_learns(knobs, name):
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8)
 
 
-@pytest.mark.parametrize("knobs", [{}, OPTIONAL], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, OPTIONAL, dict(out_scale_init=0.0, proj_init_std=0.1, norm_gains=1)], ids=str
+)
 def test_gradient_reaches_every_parameter_from_the_init(knobs):
     """Train a few steps: zero outputs block their inputs at first, and nothing is blocked any more."""
     h = tiny(**knobs)
@@ -618,8 +624,8 @@ def test_both_tables_compile_into_one_graph_each(form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_diagonal_factors_lie_in_the_matrices(dtype):
-    """Multiply 1/sqrt(depth) into columns and output scales into rows in float32, and round once."""
-    h = tiny()
+    """Multiply 1/sqrt(depth) and gains into columns, output scales into rows, in float32, and round once."""
+    h = tiny(norm_gains=1)
     L = h.num_layers
     model = noisy_model(h)
     model.dtype = dtype
@@ -627,9 +633,9 @@ def test_diagonal_factors_lie_in_the_matrices(dtype):
     for i, w in enumerate(model.layer_weights()):
         depth = torch.tensor(float(i + 1)) ** -0.5
         qkv = torch.cat([p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][L + i]])
-        assert torch.equal(w.qkv, (qkv * depth).to(dtype))
+        assert torch.equal(w.qkv, (qkv * (depth * p["attn_gain"][i])).to(dtype))
         assert torch.equal(w.o, (p["attn_scale"][i][:, None] * p["qo_bank"][L + i]).to(dtype))
-        assert torch.equal(w.up, (p["mlp_up_bank"][i] * depth).to(dtype))
+        assert torch.equal(w.up, (p["mlp_up_bank"][i] * (depth * p["mlp_gain"][i])).to(dtype))
         assert torch.equal(w.down, (p["mlp_scale"][i][:, None] * p["mlp_down_bank"][i]).to(dtype))
         assert torch.equal(w.q_gain, p["q_gain"][i])
         assert torch.equal(w.resid_mix, p["resid_mix"][i])
@@ -672,9 +678,12 @@ def test_orthogonal_inits_are_orthogonal():
     assert model.tok_emb.std().item() == pytest.approx(h.tied_embed_init_std, rel=0.1)
 
 
-def test_output_scales_start_at_one():
-    model = t.GPT(tiny())
-    assert all(bool((p == 1).all()) for p in (model.attn_scale, model.mlp_scale))
+@pytest.mark.parametrize("start", [1.0, 0.25])
+def test_output_scales_start_at_their_knob_and_gains_at_one(start):
+    model = t.GPT(tiny(norm_gains=1, out_scale_init=start))
+    assert all(bool((p == start).all()) for p in (model.attn_scale, model.mlp_scale))
+    assert all(bool((p == 1).all()) for p in (model.attn_gain, model.mlp_gain))
+    assert not hasattr(t.GPT(tiny()), "attn_gain")
 
 
 def test_the_seed_decides_the_init():
