@@ -553,6 +553,22 @@ OPTIMIZER_RACE = GPT2_RACE | dict(
     fp8=False,
     warmdown_frac=0.7,
 )
+# All of MuonH: what nanochat #498 adds to its rule, with a warm-up after modded-nanogpt #343.
+MUONH = dict(
+    step_rule="hyperball",
+    norm_gains=True,
+    out_scale_init=0.0,
+    matrix_lr=0.02,
+    depth_lr_power=1.0,
+    muon_wd=0.0,
+    embed_wd=0.0,
+    scalar_wd=0.0,
+    muon_momentum=0.95,
+    muon_momentum_start=0.85,
+    warmdown_frac=0.3,
+    matrix_warmdown_frac=1.0,
+    matrix_warmup_frac=0.03,
+)
 PRESETS: dict[str, dict] = {
     "record": {},
     "h100x1": H100X1,
@@ -561,6 +577,7 @@ PRESETS: dict[str, dict] = {
     "cpu": FEW_STEPS
     | LAPTOP
     | dict(xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
+    "muonh": MUONH,
     "sp8192": SP8192,
     "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
     # Equal on purpose: times of eight cards and of one do not compare, and a record's preset names its track.

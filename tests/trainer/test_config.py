@@ -337,6 +337,7 @@ def test_the_hidden_size_is_rounded():
     gpt2 = dict.fromkeys(("gpt2_124m", "gpt2_124m_h100x1", "optimizer_race"), 3072)
     small = {
         "record": 1536,
+        "muonh": 1536,
         "h100x1_sp1024": 1536,
         "optimizer_race_small": 1536,
         "cpu": 384,
