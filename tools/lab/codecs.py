@@ -37,7 +37,7 @@ from script import TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
 NEEDS = (
-    *("CODECS", "ENCODINGS", "codec_of", "read_header", "read_entry", "read_file"),
+    *("CODECS", "codec_of", "read_header", "read_entry", "read_file"),
     *("row_classes", "column_classes", "model_codes", "unpack_artifact"),
 )
 
@@ -53,13 +53,12 @@ class Codes(NamedTuple):
 
 def codes_of(trainer: ModuleType, raw: bytes) -> list[Codes]:
     """Return the tensors of a raw artifact that are stored as codes."""
-    header, at = trainer.read_header(raw)
+    header, end = trainer.read_header(raw)
     found = []
     for entry in map(trainer.read_entry, header["tensors"]):
         if entry.limit:
-            values = np.frombuffer(raw, np.int8, entry.count, at).reshape(-1, *entry.matrix)
-            found.append(Codes(entry.name, entry.encoding, entry.limit, values))
-        at += entry.count * trainer.ENCODINGS[entry.encoding].dtype.itemsize + 2 * entry.scales
+            values = np.frombuffer(raw, np.int8, entry.count, end + entry.offset)
+            found.append(Codes(entry.name, entry.encoding, entry.limit, values.reshape(-1, *entry.matrix)))
     return found
 
 
@@ -98,7 +97,7 @@ def print_codec(name: str, raw: bytes, pack: Callable, unpack: Callable) -> None
     print(f"{name:<16} {len(blob):>12,} {packed - start:>8.2f} {unpacked - packed:>9.2f}", flush=True)
 
 
-class Needs(NamedTuple):
+class Entropies(NamedTuple):
     """Order-0 entropies of a tensor's codes in bytes: alone, and within the classes that codec rans knows."""
 
     tensor: float
@@ -107,14 +106,14 @@ class Needs(NamedTuple):
     by_both: float
 
 
-def needs_of(trainer: ModuleType, codes: Codes) -> Needs:
+def entropies_of(trainer: ModuleType, codes: Codes) -> Entropies:
     """Return the entropies of a tensor's codes."""
     magnitudes = np.abs(codes.values.astype(np.int16))
     row_classes = trainer.row_classes(magnitudes)
     rows = row_classes[:, :, None]
     columns = trainer.column_classes(magnitudes, row_classes)[:, None, :]
     values = codes.values
-    return Needs(
+    return Entropies(
         entropy(values),
         entropy(values, np.broadcast_to(rows, values.shape)),
         entropy(values, np.broadcast_to(columns, values.shape)),
@@ -125,21 +124,21 @@ def needs_of(trainer: ModuleType, codes: Codes) -> Needs:
 def print_entropies(trainer: ModuleType, raw: bytes) -> None:
     """Print the entropies of the codes of every tensor and of all."""
     tensors = codes_of(trainer, raw)
-    labels = " ".join(f"{label:>12}" for label in Needs._fields)
+    labels = " ".join(f"{label:>12}" for label in Entropies._fields)
     print(f"\n{'codes of':<14} {'encoding':<8} {'codes':>11} {'rms':>6} {labels}  chosen")
-    sums = np.zeros(len(Needs._fields))
+    sums = np.zeros(len(Entropies._fields))
     for codes in tensors:
-        needs = needs_of(trainer, codes)
-        sums += needs
+        entropies = entropies_of(trainer, codes)
+        sums += entropies
         model = trainer.model_codes(codes.values, codes.limit)
         chosen = [name for name in ("rows", "columns") if np.ptp(getattr(model, name))]
         rms = float(np.sqrt(np.square(codes.values, dtype=np.float32).mean()))
-        shown = " ".join(f"{bits:>12,.0f}" for bits in needs)
-        head = f"{codes.name:<14} {codes.encoding:<8} {codes.values.size:>11,} {rms:>6.2f}"
-        print(f"{head} {shown}  {' and '.join(chosen) or 'neither'}", flush=True)
+        shown = " ".join(f"{size:>12,.0f}" for size in entropies)
+        label = f"{codes.name:<14} {codes.encoding:<8} {codes.values.size:>11,} {rms:>6.2f}"
+        print(f"{label} {shown}  {' and '.join(chosen) or 'neither'}", flush=True)
 
     every = np.concatenate([codes.values.ravel() for codes in tensors])
-    shown = " ".join(f"{total:>12,.0f}" for total in sums)
+    shown = " ".join(f"{size:>12,.0f}" for size in sums)
     print(f"{'all':<14} {'':<8} {every.size:>11,} {'':>6} {shown}")
     print(f"one table for all codes: {entropy(every):,.0f} bytes")
 
