@@ -4603,6 +4603,7 @@ def gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int, round_column: Callable
 # plus the bits in FLIP_TAPS. The shift is the parity of the bits in SHIFT_TAPS. Both are Ungerboeck's code of
 # 256 states (1987, part II, table I: h0 = 515, h1 = 362, octal).
 TRELLIS_STATES = 256
+MAX_TRELLIS_ROWS = 1 << 17  # of all tensors in trellis codes: rows are decoded one after another
 SHIFT_TAPS = 0o362 >> 1
 FLIP_TAPS = 0o515 >> 1
 
@@ -5118,6 +5119,7 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     """Return float32 tensors by name, of an artifact or a checkpoint. Raises ValueError for a bad payload."""
     out = {}
     expected = 0
+    trellis_rows = 0
     for row in header["tensors"]:
         entry = read_entry(row)
         name = entry.name
@@ -5137,6 +5139,9 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
                 raise ValueError(f"artifact: tensor {name[:40]!r} has a code beyond {entry.limit}")
             if ENCODINGS[entry.encoding].has_shifts:
                 matrices = values.reshape(-1, *entry.matrix)
+                trellis_rows += matrices.shape[1]
+                if trellis_rows > MAX_TRELLIS_ROWS:
+                    raise ValueError(f"artifact: more than {MAX_TRELLIS_ROWS} rows of trellis codes")
                 tensor += torch.from_numpy(trellis_shifts(matrices)).view(shape)
             scales = np.frombuffer(payload, "<f2", entry.scales, scales_at).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)

@@ -65,6 +65,18 @@ def largest_tensor(encoding, width):
     return build
 
 
+def trellis_columns(tensors, rows, columns):
+    """Return a builder of a sound artifact but for its shapes: tensors of zeros, in trellis codes."""
+
+    def build(base):
+        size = rows * columns + 2 * rows + columns
+        entries = [[f"a{i}", "trellis", [rows, columns], i * size] for i in range(tensors)]
+        text = json.dumps({"config": base.header["config"], "tensors": entries})
+        return blocks((start_of_artifact(text, len(text)), 1), (bytes(size), tensors))
+
+    return build
+
+
 def rans_artifact(base, shapes, side_after_header=b""):
     """Return a rans artifact of zeros: int8 tensors of these shapes, or a header and anything after it."""
     entries = []
@@ -114,6 +126,8 @@ BOMBS = {
     "a shape of ones": with_filled_tensors("1,1,", '[["a","f32",[', "1],0]]}"),
     "the largest int8 tensor": largest_tensor("int8", 1),
     "the largest f16 tensor": largest_tensor("f16", 2),
+    "trellis, the tallest tensor": trellis_columns(1, 80 * MIB, 1),
+    "trellis, the most rows": trellis_columns(1000, 131, 1960),
     "rans, a side of 1 GiB": rans_side_of_zeros,
     "rans, the most codes": rans_of((8192, 8192)),
     "rans, the most rows": rans_of((1 << 26, 1)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import train_gpt as t
 from helpers import noisy_model, random_tokens, tiny
-from test_gptq import BANKS, differing, output_error, parameters_of
+from test_gptq import BANKS, differing, output_error, parameters_of, trained
 from test_rounding_steps import calibrated, entropy, uneven_inputs
 
 LIMIT = t.ENCODINGS["trellis"].limit
@@ -127,6 +128,25 @@ def test_trellis_codes_come_back_from_an_artifact(codec):
 def test_a_trellis_needs_column_steps():
     with pytest.raises(t.InputError, match="trellis needs column_steps=1"):
         t.make_config(dict(trellis=True))
+
+
+def test_a_run_takes_it(tmp_path):
+    """Training is the same; the artifact's banks differ, and the log says what rounded them."""
+    plain, coded = (trained(tmp_path / knob, iterations=2, column_steps=1, trellis=knob) for knob in "01")
+    assert differing(t.unpack_artifact(plain.blob), t.unpack_artifact(coded.blob)) == BANKS
+    assert re.search(r"^artifact weights:ema int6_step:\S+$", plain.log, re.M)
+    assert re.search(r"^artifact weights:ema int6_step:\S+ trellis:torch$", coded.log, re.M)
+    losses = [run.log[run.log.index("final_ema") :].split(" eval_time")[0] for run in (plain, coded)]
+    assert losses[0] == losses[1]
+
+
+def test_rows_have_a_limit(monkeypatch):
+    entries = [["a", "trellis", [30, 2], 0], ["b", "trellis", [5, 2], 122]]
+    payload = bytes(122 + 22)
+    t.read_tensors({"tensors": entries}, payload)
+    monkeypatch.setattr(t, "MAX_TRELLIS_ROWS", 34)
+    with pytest.raises(ValueError, match="artifact: more than 34 rows of trellis codes"):
+        t.read_tensors({"tensors": entries}, payload)
 
 
 def fused_and_exact(device):
