@@ -4615,11 +4615,11 @@ def tap_parity(states: np.ndarray, taps: int) -> np.ndarray:
 
 
 ALL_STATES = np.arange(TRELLIS_STATES)
-IS_SHIFTED = tap_parity(ALL_STATES, SHIFT_TAPS)  # by state
+IS_SHIFTED = tap_parity(ALL_STATES, SHIFT_TAPS).astype(np.float32)  # by state
 NEWEST_BIT = tap_parity(ALL_STATES, FLIP_TAPS)[:, None] ^ np.array([0, 1])  # by state and a code's parity
-NEXT_STATE = (2 * ALL_STATES[:, None] + NEWEST_BIT) % TRELLIS_STATES
+NEXT_STATE = ((2 * ALL_STATES[:, None] + NEWEST_BIT) % TRELLIS_STATES).astype(np.uint8)
 # Which weights may follow a state, by state and newest bit: 2 if they are shifted, plus the code's parity.
-GRIDS = 2 * IS_SHIFTED[:, None] + NEWEST_BIT
+GRIDS = 2 * IS_SHIFTED[:, None].astype(np.int64) + NEWEST_BIT
 
 
 def half_steps(rows: int) -> Tensor:
@@ -4630,11 +4630,11 @@ def half_steps(rows: int) -> Tensor:
 def trellis_shifts(codes: np.ndarray) -> np.ndarray:
     """Return the shift of each code, 0 or half a step: int8 (..., M, N) -> float32, same shape."""
     shifts = np.empty(codes.shape, np.float32)
-    half = half_steps(codes.shape[-2]).numpy()
-    state = np.zeros((*codes.shape[:-2], codes.shape[-1]), np.int64)
-    for row in range(codes.shape[-2]):
-        shifts[..., row, :] = half[row] * IS_SHIFTED[state]
-        state = NEXT_STATE[state, codes[..., row, :] & 1]
+    parity = (codes & 1).view(np.uint8)
+    state = np.zeros((*codes.shape[:-2], codes.shape[-1]), np.uint8)
+    for row, half in enumerate(half_steps(codes.shape[-2]).flatten().tolist()):
+        shifts[..., row, :] = half * IS_SHIFTED[state]
+        state = NEXT_STATE[state, parity[..., row, :]]
     return shifts
 
 
