@@ -214,6 +214,20 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
     assert t.load_config(list(sliding.configuration("ns5", "0.05", 1).argv), {}).eval_stride == 8
 
 
+def test_a_sweep_scores_side_by_side_whatever_strides_there_are(monkeypatch):
+    """Any knob eval_..._stride is one; ttt_passes stands for a second one here."""
+    traits = dict.fromkeys(["eval_seq_len", "eval_stride", "eval_wide_stride", "train_stride"], set())
+    monkeypatch.setattr(sweep_table, "knob_traits", lambda: traits)
+    assert sweep_table.stride_knobs() == ("eval_stride", "eval_wide_stride")
+
+    monkeypatch.setattr(sweep_table, "stride_knobs", lambda: ("eval_stride", "ttt_passes"))
+    raw = raw_plan(rows={"ns5": {}})
+    h = t.load_config(list(planning.make_plan(t, raw, "plan").configuration("ns5", "0.05", 1).argv), {})
+    assert h.eval_stride == h.ttt_passes == h.eval_seq_len
+    with pytest.raises(runlog.BadInput, match="base sets ttt_passes"):
+        planning.make_plan(t, raw | dict(base=base(ttt_passes=8)), "plan")
+
+
 def test_the_command_line_can_be_the_plan():
     words = [f"{k}={v}" for k, v in base().items()]
     options = "--row ns5 --row b:ortho=turbo,step_rule=normuon --rates 0.1,0.2 --seeds 5".split()
@@ -290,7 +304,7 @@ def test_the_documents_count_the_configurations_of_the_plans():
 
 def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
     known = {f.name for f in dataclasses.fields(t.Config)}
-    fixed = set(sweep_table.FIXED)
+    fixed = set(sweep_table.fixed_knobs())
     model = set(sweep_table.model_knobs())
     assert {*t.MODEL_FIELDS, *t.EXTRA_FIELDS, *t.knobs_with(t.SIZE)} <= fixed | model <= known
     assert set(sweep_table.NAMES) <= known and not fixed & model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 
 import fixtures_records as fx
 from ledger.make import record_folder, submission
-from ledger.read import runlog
+from ledger.read import runlog, scores
+from ledger.read.schema import schema_errors, submission_schema
+from ledger.read.scores import Score
 from record_helpers import NAME, SEEDS, TRACK, edit, failed_claims, make, refuse, run, verdicts, write_logs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +58,34 @@ def test_new_takes_figures_from_the_logs(next_folder):
     assert math.isclose(sub["val_bpb"], fx.bpb(2.1), rel_tol=1e-7)
     assert sub["bytes_total"] == 15_200_000 + max(SEEDS) + sub["bytes_code"]
     assert sub["seed_results"]["42"]["report"]["val_fineweb"] > sub["val_bpb"]
+
+
+def test_a_new_score_is_one_row_and_leaves_older_records_as_they_are(repo, monkeypatch, tmp_path):
+    """The schema takes its key, the page its column, and a record whose runs lack it stays as it was."""
+    wide = Score("int6 wide", "final_{weights}_wide_exact", metric="wide", key="wide_val_bpb", note="Wide.")
+    monkeypatch.setattr(scores, "SCORES", (*scores.SCORES, wide))
+    monkeypatch.setattr(submission, "SCORES", scores.SCORES)
+    older = runlog.parse_log(next((repo / "records").rglob("seed42.txt")))
+    assert "wide_val_bpb" not in submission.seed_result(older)
+
+    real = fx.log_text
+    line = f"final_int6_wide_exact val_loss:2.00000000 val_bpb:{fx.bpb(2.0):.8f}\nfinal_score "
+
+    def log_text(*args, **change):
+        source, rule, rest = real(*args, **change).rpartition(fx.SEPARATOR)
+        return source + rule + re.sub("^final_score ", line, rest, flags=re.M)
+
+    monkeypatch.setattr(fx, "log_text", log_text)
+    (tmp_path / "requirements.txt").write_text("numpy==2.2.6\n")
+    folder = make(tmp_path)
+    stored = json.loads((folder / "submission.json").read_text())
+    assert {result["wide_val_bpb"] for result in stored["seed_results"].values()} == {round(fx.bpb(2.0), 8)}
+    assert "| int6 wide |" in (folder / "README.md").read_text()
+    assert not [claim for claim in verdicts(folder).values() if claim[0] == "fail"]
+
+    stored["seed_results"]["42"]["wide_bpb"] = 1.19
+    errors = schema_errors(stored, submission_schema())
+    assert errors == ["submission.seed_results.42: key 'wide_bpb' is not in the schema"]
 
 
 def test_new_writes_what_it_takes_to_train_again(next_folder):

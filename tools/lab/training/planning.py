@@ -114,7 +114,7 @@ def row_settings(where: str, given: Mapping) -> dict[str, str]:
     """Return the settings of a row of the plan, as text. Raises BadInput if all rows must share one."""
     settings = {key: str(value) for key, value in given.items() if key not in ROW_KEYS}
     for key in settings:
-        if key in (*sweep_table.FIXED, *sweep_table.NAMES):
+        if key in (*sweep_table.fixed_knobs(), *sweep_table.NAMES):
             raise BadInput(f"{where}: {key} is the same in every row of a table; set it in base")
     return settings
 
@@ -156,7 +156,7 @@ def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Ma
 
     rate_key = given.get("rate_key", plan.get("rate_key", "matrix_lr"))
     start = getattr(resolve(trainer, where, {**base, **settings}), str(rate_key), None)
-    if not isinstance(start, float) or rate_key in (*sweep_table.FIXED, *sweep_table.model_knobs()):
+    if not isinstance(start, float) or rate_key in (*sweep_table.fixed_knobs(), *sweep_table.model_knobs()):
         raise BadInput(
             f"{where}: rate_key {rate_key!r} must be a knob that holds a fraction, such as matrix_lr"
         )
@@ -173,15 +173,15 @@ def make_base(trainer: ModuleType, given: Mapping, where: str, sliding: bool) ->
     for key in (*FORCED, *sweep_table.NAMES):
         if key in base:
             raise BadInput(f"{where}: base sets {key}, which the sweep sets itself")
-    if not sliding and "eval_stride" in base:
-        raise BadInput(
-            f"{where}: base sets eval_stride, which the sweep sets itself unless --sliding is given"
-        )
+    strides = () if sliding else sweep_table.stride_knobs()
+    for key in strides:
+        if key in base:
+            raise BadInput(f"{where}: base sets {key}, which the sweep sets itself unless --sliding is given")
 
     base |= FORCED
-    if not sliding:
-        length = resolve(trainer, f"{where}: base", {**base, "eval_stride": "1"}).eval_seq_len
-        base["eval_stride"] = str(length)
+    shortest = dict.fromkeys(strides, "1")  # the preset's stride may be longer than the windows of base
+    length = resolve(trainer, f"{where}: base", base | shortest).eval_seq_len
+    base |= dict.fromkeys(strides, str(length))
     if getattr(resolve(trainer, f"{where}: base", base), "target_loss", 0):
         raise BadInput(
             f"{where}: base sets target_loss, and a sweep ranks artifacts; train each run of a race by "

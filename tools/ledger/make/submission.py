@@ -50,6 +50,12 @@ def common_config(runs: list[Run]) -> dict[str, object]:
     }
 
 
+def keyed_scores(run: Run) -> dict[str, float | None]:
+    """Return the bpb of the scores that have a key; one with a note only if the run computed it."""
+    found = {score: score.bpb(run) for score in SCORES if score.key}
+    return {score.key: bpb for score, bpb in found.items() if bpb is not None or score.note is None}
+
+
 def seed_result(run: Run) -> dict[str, object]:
     """Return the entry of one seed: losses in nats per token, bpb, times in ms, sizes in bytes and MiB."""
     steps = run.count("final_score", "steps")
@@ -57,7 +63,7 @@ def seed_result(run: Run) -> dict[str, object]:
     return {
         "val_loss": run.number("final_score", "val_loss"),
         "val_bpb": run.number("final_score", "val_bpb"),
-        **{score.key: score.bpb(run) for score in SCORES if score.key},
+        **keyed_scores(run),
         "steps": steps,
         "train_time_ms": train_ms,
         "step_avg_ms": round(train_ms / max(steps, 1), 2),

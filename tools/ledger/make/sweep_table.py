@@ -16,11 +16,12 @@ from ledger.files import read_json, sha256, write_atomic
 from ledger.folders import log_files, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.submission import common
-from ledger.read.knobs import stored_knobs
+from ledger.read.knobs import knob_traits, stored_knobs
 from ledger.read.runlog import Run, parse_log
 from script import BadInput
 
-# Settings that make the rows of a table comparable: equal in all its logs, so no row may set one of these.
+# Settings that make the rows of a table comparable: equal in all its logs, so no row may set one of these,
+# nor one of how artifacts are scored.
 FIXED = (
     "preset",
     "data_path",
@@ -37,19 +38,12 @@ FIXED = (
     "train_batch_tokens",
     "micro_batch_tokens",
     "train_seq_len",
-    "eval_seq_len",
-    "eval_stride",
-    "eval_batch_tokens",
     "vocab_size",
     "int6_step",
     "fit_cap",
     "size_cap",
-    "ttt_lr",
-    "ttt_chunk_tokens",
-    "ttt_passes",
-    "ttt_form",
-    "ttt_rank",
 )
+OF_SCORING = ("eval_", "ttt_")  # how the names of knobs begin that only scoring reads
 NAMES = ("run_id", "seed", "out_dir")  # settings that tell two logs apart, or say where they lie
 PATHS = ("data_path", "tokenizer_path")
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
@@ -64,12 +58,23 @@ fewest steps of any run here: a faster row has not finished its warmdown there. 
 "edge" is the largest or the smallest tried: the row may do better beyond it."""  # noqa: E501
 
 
+def fixed_knobs() -> tuple[str, ...]:
+    """Return the settings that all rows of a table share."""
+    return (*FIXED, *(key for key in knob_traits() if key.startswith(OF_SCORING)))
+
+
+def stride_knobs() -> tuple[str, ...]:
+    """Return the knobs that are strides of score windows, which are disjoint at a stride of eval_seq_len."""
+    return tuple(key for key in knob_traits() if key.startswith("eval_") and key.endswith("_stride"))
+
+
 def model_knobs() -> tuple[str, ...]:
     """Return the settings that a row may change at the price of a compilation of its own.
 
     They are those of the model, which scoring depends on, and fp8, which only training does.
     """
-    return (*(key for key in stored_knobs() if key not in FIXED), "fp8")
+    fixed = fixed_knobs()
+    return (*(key for key in stored_knobs() if key not in fixed), "fp8")
 
 
 # ---- the logs ------------------------------------------------------------------------------------
@@ -260,7 +265,7 @@ def changed_settings(runs: list[Run], base_runs: list[Run]) -> dict[str, str]:
 def shared_config(runs: list[Run]) -> dict[str, object]:
     """Return the settings that all rows have in common. Raises BadInput where a fixed one differs."""
     model = [key for key in model_knobs() if len({run.config.get(key) for run in runs}) == 1]
-    keys = [key for key in (*FIXED, *model) if key not in PATHS]
+    keys = [key for key in (*fixed_knobs(), *model) if key not in PATHS]
 
     def setting(key: str) -> object:
         return common(runs, key, lambda run: run.config.get(key))

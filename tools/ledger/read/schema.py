@@ -27,6 +27,7 @@ KEYWORDS = {
     "minItems",
     "uniqueItems",
     "properties",
+    "patternProperties",
     "required",
     "minProperties",
     "additionalProperties",
@@ -118,6 +119,7 @@ def list_errors(value: list, schema: dict, where: str) -> list[str]:
 def object_errors(value: dict, schema: dict, where: str) -> list[str]:
     """Return the violations of the keywords for objects."""
     properties = schema.get("properties", {})
+    patterns = schema.get("patternProperties", {})
     additional = schema.get("additionalProperties", True)
     errors = [f"{where}: key {key!r} is missing" for key in schema.get("required", []) if key not in value]
     if len(value) < schema.get("minProperties", 0):
@@ -125,9 +127,13 @@ def object_errors(value: dict, schema: dict, where: str) -> list[str]:
 
     for key, item in value.items():
         errors += schema_errors(key, schema.get("propertyNames", {}), f"{where} key")
-        if key in properties:
-            errors += schema_errors(item, properties[key], f"{where}.{key}")
-        elif additional is False:
+        known = [properties[key]] if key in properties else []
+        known += [of_pattern for pattern, of_pattern in patterns.items() if re.search(pattern, key)]
+        for of_key in known:
+            errors += schema_errors(item, of_key, f"{where}.{key}")
+        if known:
+            continue
+        if additional is False:
             errors.append(f"{where}: key {key!r} is not in the schema")
         elif isinstance(additional, dict):
             errors += schema_errors(item, additional, f"{where}.{key}")

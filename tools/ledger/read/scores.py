@@ -16,8 +16,8 @@ class Score(NamedTuple):
     column: its heading in the table of seeds. line: the first word of its log line, in which {weights} stands
     for the format of the shipped weights, such as int6. metric: the last word of final_score's metric when
     this score is the one that counts, or None if it never is. key: its key in submission.json's seed_results,
-    or None. note: the sentence below the table of seeds. A score with a note has a column only where some run
-    computed it.
+    which ends in _val_bpb, or None. note: the sentence below the table of seeds. A score with a note has a
+    column, and a key, only where some run computed it.
     """
 
     column: str

@@ -58,7 +58,7 @@ function drawHistory({ node, history }) {
   const dots = dotsInRows(rows, {
     x: (row) => row.value,
     bars: (row) => (row.std === null ? null : [row.std, row.std]),
-    symbol: (row) => SYMBOLS[row.score] + (row.record ? "" : "-open"),
+    symbol: (row) => (SYMBOLS[row.score] ?? "triangle-up") + (row.record ? "" : "-open"),
     colors: (row) => color(row.record ? "series-1" : "muted"),
     text: (row) => `${row.name}, ${row.date}<br>${row.record ? "record" : "non-record"}, ${row.score}`,
     hovertemplate: "%{text}<br><b>%{x}</b><extra></extra>",
