@@ -195,7 +195,7 @@ def loss_from_trunk(t: ModuleType, model: Any) -> Callable[[Tensor, Tensor], Ten
     """Return (x, targets) -> loss: the model's loss with x in place of what its trunk computes."""
 
     class TrunkGiven(t.GPT):
-        def trunk(self, tokens: Tensor, weights: Any = None) -> Tensor:
+        def trunk(self, tokens: Tensor, *_: Any) -> Tensor:
             return t.rms_norm(tokens)
 
     output_layer = copy.copy(model)
