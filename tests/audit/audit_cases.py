@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import audit
 import train_gpt as t
+from auditor.subject import make_audit
 from helpers import BOS, TINY, WORDS, as_arguments, group_of_one, joined, train_tokenizer, write_shard
 
 KNOBS = TINY | dict(
@@ -131,7 +132,7 @@ def group():
 
 def failing(run, blob):
     """Run all tests. Returns those that fail, as "T1 T3", and all verdicts."""
-    subject = audit.make_audit(t, run, blob)
+    subject = make_audit(t, run, blob)
     verdicts = [test(subject) for test in audit.AUDIT]
     return " ".join(v.test[:2] for v in verdicts if not v.ok), verdicts
 

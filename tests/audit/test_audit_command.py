@@ -14,6 +14,8 @@ import pytest
 import audit
 import train_gpt as t
 from audit_cases import audit_args, by_auditor, changed_script, fresh, write_dataset
+from auditor.progress import Progress
+from auditor.subject import Verdict, make_audit
 from helpers import ROOT, run_ranks, stop_one_line
 
 
@@ -37,10 +39,10 @@ LORA = dict(ttt_lr=0.05, ttt_chunk_tokens=8, ttt_passes=1, ttt_form="lora")
 def test_every_test_knows_its_work(knobs, honest, group):
     """Each expects as many scores, passes, ... as it does, or its ETA would be wrong."""
     h = dataclasses.replace(honest.h, **knobs)
-    subject = audit.make_audit(t, fresh(honest.run, h=h), honest.blob)
+    subject = make_audit(t, fresh(honest.run, h=h), honest.blob)
     stages = []
 
-    class Counting(audit.Progress):
+    class Counting(Progress):
         def expect(self, total, unit):
             if stages:
                 stages[-1] = (*stages[-1][:3], self.counted)
@@ -79,11 +81,11 @@ def test_a_long_test_says_how_far_it_is(live, honest, tmp_path, monkeypatch, cap
         for _ in range(3):
             time.sleep(0.15)
             subject.progress.advance()
-        return audit.Verdict("T1 slow", True, "done")
+        return Verdict("T1 slow", True, "done")
 
     monkeypatch.setattr(audit, "AUDIT", (slow,))
-    monkeypatch.setattr(audit, "TICK_SECONDS", 0.01)
-    monkeypatch.setattr(audit, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr("auditor.progress.TICK_SECONDS", 0.01)
+    monkeypatch.setattr("auditor.progress.LINE_SECONDS", 0.0)
     screen = Terminal() if live else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     assert by_auditor(audit_args(honest, tmp_path), t.__file__) == 0
@@ -143,8 +145,9 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
     tools = tmp_path / "tools"  # the repository's, above the folder
     tools.mkdir()
-    for name in ("audit.py", "audit_older.py", "audit_script.py", "script.py"):
+    for name in ("audit.py", "script.py"):
         shutil.copy(ROOT / "tools" / name, tools / name)
+    shutil.copytree(ROOT / "tools" / "auditor", tools / "auditor")
     command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and done.stderr == "", done

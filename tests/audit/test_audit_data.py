@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import audit
 import train_gpt as t
 from audit_cases import SPACE, config, failing, fresh, on_data, prose, trained, write_dataset
+from auditor import sums
+from auditor.subject import make_audit
 from helpers import BOS, machine, train_tokenizer
 
 # ---------------------------------------------------------------- T5: bytes
@@ -75,15 +76,15 @@ def test_a_tokenizer_that_keeps_first_spaces_passes(has_piece, tmp_path, group):
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
     h = config(path, vocab_size=sp.vocab_size(), iterations=1, warmup_steps=0)
     run = t.start_run(h, machine(), t.Log("", None), t.load_dataset(h), time.perf_counter())
-    subject = audit.make_audit(t, run, b"")
-    for test in (audit.audit_coverage, audit.audit_bytes):
+    subject = make_audit(t, run, b"")
+    for test in (sums.audit_coverage, sums.audit_bytes):
         verdict = test(subject)
         assert verdict.ok, verdict
 
     counts = dataclasses.replace(run.dataset.counts, keeps_first=False)
     wrong = fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts))
-    subject = audit.make_audit(t, wrong, b"")
-    assert not audit.audit_coverage(subject).ok and not audit.audit_bytes(subject).ok
+    subject = make_audit(t, wrong, b"")
+    assert not sums.audit_coverage(subject).ok and not sums.audit_bytes(subject).ok
 
 
 def test_unknown_pieces_fail_however_they_are_counted(tmp_path, group, monkeypatch):
@@ -103,10 +104,8 @@ def test_unknown_pieces_fail_however_they_are_counted(tmp_path, group, monkeypat
     as_decoded = sizes.base + 5 * (np.arange(len(sizes.base)) == sp.unk_id())
     for base in (sizes.base, as_decoded):
         counts = dataclasses.replace(sizes, base=base)
-        subject = audit.make_audit(
-            t, fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts)), b""
-        )
-        verdict = audit.audit_bytes(subject)
+        subject = make_audit(t, fresh(run, dataset=dataclasses.replace(run.dataset, counts=counts)), b"")
+        verdict = sums.audit_bytes(subject)
         assert not verdict.ok and "1 unknown pieces" in verdict.evidence, verdict
 
 

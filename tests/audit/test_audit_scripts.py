@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 import audit
-import audit_older
 import train_gpt as t
 from audit_cases import KNOBS, audit_args, by_auditor, changed_script
+from auditor import older
+from auditor.subject import plan_scores
 from helpers import ROOT, as_arguments
 from script import missing_names
 
@@ -42,7 +43,7 @@ def test_the_stride_of_the_score_that_counts_is_audited(honest, monkeypatch):
     rows = [t.Metric("chunked", "roundtrip", honest.h.eval_seq_len), t.Metric("finer", "finer", 3)]
     monkeypatch.setattr(t, "metrics_of", lambda h: rows)
     assert honest.h.eval_stride != 3
-    assert audit.plan_scores(t, honest.run, 0).stride == 3
+    assert plan_scores(t, honest.run, 0).stride == 3
 
 
 def without_member(kind, member):
@@ -72,7 +73,10 @@ def test_every_need_is_checked():
 
 def test_needs_are_what_the_auditor_reaches():
     """They are every script.NAME in the auditor's files, and every CLASS.NAME of the objects used there."""
-    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (audit, audit_older)]
+    tools = Path(audit.__file__).parent
+    texts = [
+        path.read_text(encoding="utf-8") for path in [tools / "audit.py", *(tools / "auditor").glob("*.py")]
+    ]
     tree = ast.parse("\n".join(text.replace("from __future__ import annotations", "") for text in texts))
     reached = set()
     class_of = {"run": "Run", "dataset": "Dataset", "counts": "ByteCounts", "model": "GPT", "small": "GPT"}
@@ -84,7 +88,7 @@ def test_needs_are_what_the_auditor_reaches():
             reached.add(node.attr)
         if owner in class_of:
             reached.add(f"{class_of[owner]}.{node.attr}")
-    optional = {*audit_older.SCORING_NEEDS, *audit_older.CODEC_NEEDS, *audit_older.METRIC_NEEDS}
+    optional = {*older.SCORING_NEEDS, *older.CODEC_NEEDS, *older.METRIC_NEEDS}
     assert reached == {*audit.NEEDS, *audit.TTT_NEEDS, *optional}
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import audit
 import train_gpt as t
 from audit_cases import failing, fresh, on_data, with_nats
+from auditor import effects
+from auditor.subject import make_audit
 from helpers import write_shard
 
 # ---------------------------------------------------------------- T8: held-out files while training
@@ -159,7 +160,7 @@ def test_a_scorer_that_calls_out_fails(how, honest, group):
         CALLS[how]()
         return honest.run.model.nats(x, y, last)
 
-    verdict = audit.audit_network(audit.make_audit(t, with_nats(honest.run, nats_fn), honest.blob))
+    verdict = effects.audit_network(make_audit(t, with_nats(honest.run, nats_fn), honest.blob))
     assert not verdict.ok, verdict
 
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # A package or module of the repository, and those that nothing in it may import.
-AUDITOR = {"audit", "audit_older", "audit_script"}
+AUDITOR = {"audit", "auditor"}
 FORBIDDEN = {
     "commands": {"torch", "cli", "train_gpt"} | AUDITOR,
     "ledger": {"torch", "lab", "use", "cli", "commands", "train_gpt"} | AUDITOR,

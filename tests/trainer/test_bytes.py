@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import audit
 import train_gpt as t
+from auditor import sums
 from helpers import BOS, english, english_dataset, joined, tiny, train_tokenizer, write_shard
 
 SPACE = "\u2581"
@@ -226,7 +226,7 @@ def test_sum_is_the_utf8_length_of_every_document(vocabularies, name):
 
     # The auditor's texts are as long.
     run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
-    assert [len(text.encode()) for text in audit.tokenizer_of(run).decode(documents)] == lengths
+    assert [len(text.encode()) for text in sums.tokenizer_of(run).decode(documents)] == lengths
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -367,7 +367,7 @@ def test_a_first_space_counts_if_decode_keeps_it(flagged, dummy, remove, has_pie
     run = SimpleNamespace(dataset=SimpleNamespace(manifest={}), h=SimpleNamespace(tokenizer_path=path))
     texts = SPACED + FOREIGN + ENGLISH[:10]
     documents = [sp.encode(text) for text in texts]
-    audited = audit.tokenizer_of(run).decode(documents)
+    audited = sums.tokenizer_of(run).decode(documents)
     for text, document, of_auditor in zip(texts, documents, audited):
         expected = sp.decode(document).replace(SPACE, " ")
         if drops and not has_piece:  # the first space is spelled in bytes, which decode keeps
@@ -449,7 +449,7 @@ def test_tiktoken_counts_are_the_bytes_of_the_text(byte_encoding):
 
     manifest = {"tokenizer": {"encoding": "tiny_test"}}
     run = SimpleNamespace(dataset=SimpleNamespace(manifest=manifest), h=SimpleNamespace(tokenizer_path=""))
-    assert audit.tokenizer_of(run).decode(documents) == [
+    assert sums.tokenizer_of(run).decode(documents) == [
         byte_encoding.decode(document) for document in documents
     ]
 

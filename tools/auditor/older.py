@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from audit_script import Config, Log, Machine, Model, Run, Scoring
+from auditor.protocols import Config, Log, Machine, Model, Run, Scoring
 from script import missing_names
 
 SCORING_NEEDS = ("Run.scoring",)  # a script has it if it gives its learners windows
