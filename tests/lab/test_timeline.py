@@ -17,8 +17,9 @@ import pytest
 from helpers import TINY, refused_by
 from lab import bench
 from lab.shared.collectives import Collective, Recorder
-from lab.step import timeline
-from lab.step.timeline import RankTrace, Span, account, clipped, length, matched, merged, minus
+from lab.step import timeline, timeline_drawing, timeline_figures, traces
+from lab.step.intervals import account, clipped, length, merged, minus
+from lab.step.traces import RankTrace, Span, matched
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]
@@ -118,8 +119,8 @@ def gpu_trace():
         t0 = 100 + 200 * i
         d0 = 400 + 1000 * i
         events += [
-            host(f"{timeline.STEP}{i}", t0, 150, "user_annotation"),
-            host(f"{timeline.STEP}{i}", d0, 900, "gpu_user_annotation", tid=7),
+            host(f"{traces.STEP}{i}", t0, 150, "user_annotation"),
+            host(f"{traces.STEP}{i}", d0, 900, "gpu_user_annotation", tid=7),
             host("launch", t0 + 10, 1, ("cuda_driver", "cuda_runtime")[i % 2], correlation=10 + i),
             host("cudaGraphLaunch", t0 + 20, 1, "cuda_runtime", correlation=20 + i),
             host("triton_poi_fused_0", d0, 400, "kernel", stream=7, correlation=10 + i),
@@ -143,10 +144,10 @@ CALLS = [
 
 
 def test_a_gpu_trace():
-    trace = timeline.read_trace(gpu_trace(), cuda=True)
+    trace = traces.read_trace(gpu_trace(), cuda=True)
     assert trace.bounds == [400, 1400, 2400]
     for i in range(2):
-        found = timeline.step_figures(trace, i, CALLS, True)
+        found = timeline_figures.step_figures(trace, i, CALLS, True)
         assert [round(1000 * ms) for ms in found.times] == [1000, 610, 360, 290, 100, 600]
         rows = found.collectives
         assert [r.kind for r in rows] == ["reduce-scatter", "all-reduce", "all-gather"]
@@ -159,7 +160,7 @@ def test_a_gpu_trace():
 def test_a_step_without_device_work_is_refused():
     events = [e for e in gpu_trace() if e.get("args", {}).get("correlation") not in (11, 21)]
     with pytest.raises(timeline.BadInput, match="no device work"):
-        timeline.read_trace(events, cuda=True)
+        traces.read_trace(events, cuda=True)
 
 
 @pytest.mark.parametrize(
@@ -175,20 +176,22 @@ def test_a_step_without_device_work_is_refused():
     ],
 )
 def test_nccl_kernels_by_name(name, kind):
-    assert timeline.kind_of(name) == kind
+    assert traces.kind_of(name) == kind
 
 
 def test_a_cpu_trace():
     """An operator counts once as compute, with all inside it; gloo's threads and calls do not count."""
-    events = [host(f"{timeline.STEP}{i}", 1000 * i, 900, "user_annotation") for i in range(2)]
+    events = [host(f"{traces.STEP}{i}", 1000 * i, 900, "user_annotation") for i in range(2)]
     events += [
         host("aten::linear", 100, 300), host("aten::mm", 150, 100), host("aten::add", 400, 50),
         host("c10d::allreduce_", 450, 20), host("gloo:all_reduce", 440, 160, "user_annotation", tid=5),
         host("aten::div_", 590, 5, tid=5), host("aten::mul", 550, 20),
     ]  # fmt: skip
-    trace = timeline.read_trace(events, cuda=False)
+    trace = traces.read_trace(events, cuda=False)
     assert [s.name for s in trace.compute] == ["aten::linear", "aten::add", "aten::mul"]
-    found = timeline.step_figures(trace, 0, [Collective("reduce-scatter", 800, (0, 1), "float32")], False)
+    found = timeline_figures.step_figures(
+        trace, 0, [Collective("reduce-scatter", 800, (0, 1), "float32")], False
+    )
     assert [round(1000 * ms) for ms in found.times] == [1000, 370, 160, 130, 500, 560]
     assert found.collectives[0].kind == "reduce-scatter"  # as called; gloo runs an all-reduce
 
@@ -218,19 +221,19 @@ def planted_ranks():
     """Return the results of two ranks and three steps, of which rank 1 is 60 us late."""
     ranks = []
     for rank, late in ((0, 0), (1, 60)):
-        trace = timeline.read_trace(gpu_trace(), cuda=True)
+        trace = traces.read_trace(gpu_trace(), cuda=True)
         moved = [
             span._replace(start=span.start + late) if span.kind == "reduce-scatter" else span
             for span in trace.collectives
         ]
         trace = RankTrace(trace.bounds, trace.compute, moved)
-        steps = [timeline.step_figures(trace, i, CALLS, True) for i in range(2)]
-        ranks.append(timeline.RankFigures(rank, 1.0, trace, CALLS, steps))
+        steps = [timeline_figures.step_figures(trace, i, CALLS, True) for i in range(2)]
+        ranks.append(timeline_figures.RankFigures(rank, 1.0, trace, CALLS, steps))
     return ranks
 
 
 def test_bandwidth_is_that_of_the_last_to_come():
-    rows = timeline.collective_medians(planted_ranks())
+    rows = timeline_figures.collective_medians(planted_ranks())
     assert rows[0].ms == pytest.approx(0.07)
     assert rows[0].last_ms == pytest.approx(0.04)
     assert rows[0].bus_gbps == pytest.approx(4000 / 40e-6 / 1e9)
@@ -238,12 +241,12 @@ def test_bandwidth_is_that_of_the_last_to_come():
     assert rows[2].bus_gbps == pytest.approx(4000 / 250e-6 / 1e9)
     ranks = planted_ranks()
     ranks[1].steps[0].collectives.pop()
-    assert timeline.collective_medians(ranks) == []
-    assert "1.000 " in timeline.step_table(planted_ranks())
+    assert timeline_figures.collective_medians(ranks) == []
+    assert "1.000 " in timeline_figures.step_table(planted_ranks())
 
 
 def test_the_chrome_trace(tmp_path):
-    trace = timeline.chrome_trace(planted_ranks())["traceEvents"]
+    trace = timeline_drawing.chrome_trace(planted_ranks())["traceEvents"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in trace if e["name"] == "thread_name"}
     assert [names[1, line] for line in range(6)] == [
         "steps",
@@ -260,7 +263,7 @@ def test_the_chrome_trace(tmp_path):
         exposed_ms = sum(e["args"]["exposed_ms"] for e in lines[0])
         assert sum(e["dur"] for e in lines[1]) == pytest.approx(exposed_ms * 1000)
         assert len(lines[0]) == 2 and len(lines[4]) == 2
-    timeline.picture(planted_ranks(), tmp_path / "x.png")
+    timeline_drawing.picture(planted_ranks(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
