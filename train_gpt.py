@@ -26,12 +26,15 @@ Contents
  11. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
  12. Optimizer          sharded state, and every collective of a step
  13. Schedules          rates as functions of progress; the average of the weights
- 14. Artifact           quantize, byte layout, pack, unpack, packed source
- 15. Codecs             xz, and rans for the codes of each row and column
- 16. Score              windows that tile the split, one evaluator, test-time training
- 17. Checkpoints        written by a thread, read by any number of ranks
- 18. Training           warm-up, clock, loop, calibration
- 19. Commands           train, eval, audit, bench, config
+ 14. Rounding           a whole number for every weight: GPTQ, steps that follow the loss, trellis codes
+ 15. Artifact           byte layout, the fit to the cap, reading, packed source
+ 16. Codecs             xz, and rans for the codes of each row and column
+ 17. Score              windows that tile the split, one evaluator, test-time training
+ 18. Checkpoints        written by a thread, read by any number of ranks
+ 19. Runs               what every command works with
+ 20. Calibration        what training text says about rounding
+ 21. Training           warm-up, clock, loop
+ 22. Commands           train, eval, audit, bench, config
 
 Invariants (tests/ holds them)
   Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. For
@@ -4514,17 +4517,7 @@ class Ema:
 
 
 # -----------------------------------------------------------------------------
-# 14. Artifact: quantize, byte layout, pack, unpack, packed source. No pickle anywhere.
-#
-#   artifact := raw, compressed by a row of CODECS; the first bytes tell which row
-#   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
-#   header   := compact sorted JSON {"config": {...}, "tensors": [[name, encoding, shape, offset], ...]}
-#   payload  := the tensors in the order of their names, each by its encoding:
-#   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
-#   int7, int8 := the same with codes in [-63, 63], [-127, 127]       f16, f32 := the values
-#   columns := like int8, then one int8 e per column of each matrix; w = code * scale * 2^(e / 4)
-#   trellis := like columns, with w = (code + shift) * scale * 2^(e / 4) and the shifts of trellis_shifts
-# An int6 code takes a whole byte on purpose: xz models bytes better than packed bits (6.5 % less, measured).
+# 14. Rounding: a whole number for every weight, guided by training text.
 
 
 class Encoding(NamedTuple):
@@ -4546,17 +4539,12 @@ ENCODINGS = {
     "f16": Encoding(np.dtype("<f2")),
     "f32": Encoding(np.dtype("<f4")),
 }
-MAGIC = b"GPT6"
 STORED_AS = {spec.name: spec.stored_as for spec in PARAM_TABLE}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, times the row's largest magnitude
 LEAST_SCALE = 2.0**-24  # the smallest f16
 COLUMN_STEPS = np.exp2(np.arange(-128, 128) / 4).astype(np.float32)  # of the exponents -128 ... 127
 EXPONENT_LIMIT = 12  # column steps lie between 1/8 and 8 times their geometric mean
 STEP_FACTOR_LIMIT = 4.0  # row_steps multiplies int6_step by between 1/4 and 4
-MAX_RAW_BYTES = 1 << 28  # raw bytes in a file of up to 64 MiB
-MAX_RAW_RATIO = 4  # raw bytes per byte of a larger file; codes pack to between 1/2 and 3/4
-MAX_WEIGHTS = 1 << 30
-MAX_HEADER_BYTES = 1 << 16
 
 
 def nearest_codes(W: Tensor, scale: Tensor, limit: int) -> Tensor:
@@ -4593,6 +4581,42 @@ def gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int, round_column: Callable
     return multiples
 
 
+def column_exponents(U: Tensor) -> Tensor:
+    """Return e of the column steps 2^(e/4), int8 (..., 1, N), for inputs with inverse factor U (..., N, N).
+
+    The part of column j's error that later columns cannot cancel adds error^2 / U_jj^2 to the squared error
+    of Wx. At a given entropy the total is smallest if every column adds the same, so steps are proportional
+    to U_jj: WaterSIC (Lifar et al., arXiv:2603.04956). The geometric mean of the steps is 1.
+    """
+    octaves = U.diagonal(dim1=-2, dim2=-1).log2()
+    octaves = octaves - octaves.mean(-1, keepdim=True)
+    return (4 * octaves).round().clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).to(torch.int8).unsqueeze(-2)
+
+
+def column_sizes(exponents: Tensor) -> Tensor:
+    """Return the column steps 2^(e/4) of exponents, float32 of the same shape."""
+    return torch.from_numpy(COLUMN_STEPS).to(exponents.device)[exponents.int() + 128]
+
+
+class ColumnGuide(NamedTuple):
+    """What the inputs of matrices (..., M, N) say about rounding, at any weights and any steps of rows."""
+
+    exponents: Tensor | None  # of the column steps, int8 (..., 1, N); None: the columns have no steps
+    U: Tensor  # (..., N, N): inverse_factor of the inputs of W divided by its column steps
+    widths: Tensor  # (..., 1, N): an error of e column steps in column j adds (e / width_j)^2 to that of Wx
+
+
+def column_guide(gram: Tensor, has_column_steps: bool) -> ColumnGuide:
+    """Return the guide for inputs x with this sum of x x', (..., N, N)."""
+    U = inverse_factor(gram)
+    widths = U.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    if not has_column_steps:
+        return ColumnGuide(None, U, widths)
+    exponents = column_exponents(U)
+    sizes = column_sizes(exponents)
+    return ColumnGuide(exponents, inverse_factor(gram * sizes * sizes.mT), widths / sizes)
+
+
 # Trellis codes: the weights of a column are read from top to bottom. A state, which the codes above a weight
 # decide, says whether the weight lies at its code or is shifted by half a step, up in even rows and down in
 # odd ones. All weights together can lie on a finer grid than their codes, and a search finds the sequence of
@@ -4618,6 +4642,7 @@ ALL_STATES = np.arange(TRELLIS_STATES)
 IS_SHIFTED = tap_parity(ALL_STATES, SHIFT_TAPS).astype(np.float32)  # by state
 NEWEST_BIT = tap_parity(ALL_STATES, FLIP_TAPS)[:, None] ^ np.array([0, 1])  # by state and a code's parity
 NEXT_STATE = ((2 * ALL_STATES[:, None] + NEWEST_BIT) % TRELLIS_STATES).astype(np.uint8)
+
 # Which weights may follow a state, by state and newest bit: 2 if they are shifted, plus the code's parity.
 GRIDS = 2 * IS_SHIFTED[:, None].astype(np.int64) + NEWEST_BIT
 
@@ -4779,42 +4804,6 @@ def bind_trellis(device: torch.device) -> Bound:
     return Bound(trellis_multiples, "torch", (rejection,))
 
 
-def column_exponents(U: Tensor) -> Tensor:
-    """Return e of the column steps 2^(e/4), int8 (..., 1, N), for inputs with inverse factor U (..., N, N).
-
-    The part of column j's error that later columns cannot cancel adds error^2 / U_jj^2 to the squared error
-    of Wx. At a given entropy the total is smallest if every column adds the same, so steps are proportional
-    to U_jj: WaterSIC (Lifar et al., arXiv:2603.04956). The geometric mean of the steps is 1.
-    """
-    octaves = U.diagonal(dim1=-2, dim2=-1).log2()
-    octaves = octaves - octaves.mean(-1, keepdim=True)
-    return (4 * octaves).round().clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).to(torch.int8).unsqueeze(-2)
-
-
-def column_sizes(exponents: Tensor) -> Tensor:
-    """Return the column steps 2^(e/4) of exponents, float32 of the same shape."""
-    return torch.from_numpy(COLUMN_STEPS).to(exponents.device)[exponents.int() + 128]
-
-
-class ColumnGuide(NamedTuple):
-    """What the inputs of matrices (..., M, N) say about rounding, at any weights and any steps of rows."""
-
-    exponents: Tensor | None  # of the column steps, int8 (..., 1, N); None: the columns have no steps
-    U: Tensor  # (..., N, N): inverse_factor of the inputs of W divided by its column steps
-    widths: Tensor  # (..., 1, N): an error of e column steps in column j adds (e / width_j)^2 to that of Wx
-
-
-def column_guide(gram: Tensor, has_column_steps: bool) -> ColumnGuide:
-    """Return the guide for inputs x with this sum of x x', (..., N, N)."""
-    U = inverse_factor(gram)
-    widths = U.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    if not has_column_steps:
-        return ColumnGuide(None, U, widths)
-    exponents = column_exponents(U)
-    sizes = column_sizes(exponents)
-    return ColumnGuide(exponents, inverse_factor(gram * sizes * sizes.mT), widths / sizes)
-
-
 class Codes(NamedTuple):
     """A quantized tensor (..., M, N): code * scale, times 2^(exponent / 4) if its columns have steps.
 
@@ -4868,19 +4857,6 @@ def quantize(
     return Codes(codes.to(torch.int8), scale.half(), exponents)
 
 
-def largest_value(encoding: str) -> float:
-    """Return the largest weight that an encoding can hold. With codes, the f16 scale sets the limit."""
-    stored = ENCODINGS[encoding]
-    if stored.limit:
-        return stored.limit * float(np.finfo(np.float16).max)
-    return float(np.finfo(stored.dtype).max)
-
-
-def header_fields(learns: bool, extra: list[str]) -> list[str]:
-    """Return the knobs in the header of an artifact. learns: whether test-time training scores it."""
-    return [*MODEL_FIELDS, *(TTT_FIELDS if learns else ()), *extra]
-
-
 class Calibration(NamedTuple):
     """What training text tells about rounding, by parameter. Any parameter may be missing."""
 
@@ -4896,14 +4872,6 @@ class RoundingGuide(NamedTuple):
 
 
 UNGUIDED = RoundingGuide()
-
-
-def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> RoundingGuide:
-    """Do once what no int6_step changes: every Gram matrix is factorized here."""
-    columns = {}
-    for name, gram in calibration.grams.items():
-        columns[name] = column_guide(gram, h.column_steps and STORED_AS[name] == "int6")
-    return RoundingGuide(columns, row_step_factors(tensors, columns, calibration.sensitivities))
 
 
 def row_step_factors(
@@ -4928,6 +4896,47 @@ def row_step_factors(
         name: (-0.5 * (logs - total / weights)).exp().clamp(1 / STEP_FACTOR_LIMIT, STEP_FACTOR_LIMIT)
         for name, logs in importance.items()
     }
+
+
+def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> RoundingGuide:
+    """Do once what no int6_step changes: every Gram matrix is factorized here."""
+    columns = {}
+    for name, gram in calibration.grams.items():
+        columns[name] = column_guide(gram, h.column_steps and STORED_AS[name] == "int6")
+    return RoundingGuide(columns, row_step_factors(tensors, columns, calibration.sensitivities))
+
+
+# -----------------------------------------------------------------------------
+# 15. Artifact: byte layout, the fit to the cap, reading, packed source. No pickle anywhere.
+#
+#   artifact := raw, compressed by a row of CODECS; the first bytes tell which row
+#   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
+#   header   := compact sorted JSON {"config": {...}, "tensors": [[name, encoding, shape, offset], ...]}
+#   payload  := the tensors in the order of their names, each by its encoding:
+#   int6     := one int8 code per weight in [-31, 31], row-major, then one f16 scale per row; w = code * scale
+#   int7, int8 := the same with codes in [-63, 63], [-127, 127]       f16, f32 := the values
+#   columns := like int8, then one int8 e per column of each matrix; w = code * scale * 2^(e / 4)
+#   trellis := like columns, with w = (code + shift) * scale * 2^(e / 4) and the shifts of trellis_shifts
+# An int6 code takes a whole byte on purpose: xz models bytes better than packed bits (6.5 % less, measured).
+
+MAGIC = b"GPT6"
+MAX_RAW_BYTES = 1 << 28  # raw bytes in a file of up to 64 MiB
+MAX_RAW_RATIO = 4  # raw bytes per byte of a larger file; codes pack to between 1/2 and 3/4
+MAX_WEIGHTS = 1 << 30
+MAX_HEADER_BYTES = 1 << 16
+
+
+def largest_value(encoding: str) -> float:
+    """Return the largest weight that an encoding can hold. With codes, the f16 scale sets the limit."""
+    stored = ENCODINGS[encoding]
+    if stored.limit:
+        return stored.limit * float(np.finfo(np.float16).max)
+    return float(np.finfo(stored.dtype).max)
+
+
+def header_fields(learns: bool, extra: list[str]) -> list[str]:
+    """Return the knobs in the header of an artifact. learns: whether test-time training scores it."""
+    return [*MODEL_FIELDS, *(TTT_FIELDS if learns else ()), *extra]
 
 
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide = UNGUIDED) -> bytes:
@@ -5226,7 +5235,7 @@ def own_source() -> str:
 
 
 # -----------------------------------------------------------------------------
-# 15. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
+# 16. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
 
 # Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. No
 # other option gains 0.05 %.
@@ -5583,7 +5592,7 @@ def codec_of(blob: bytes) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 16. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
+# 17. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
 # The columns of score windows, which are rows of three numbers: a window shows the model the tokens of
 # [start, end) and scores the targets of [score_from, end). Target i is token i + 1. A row of zeros is an
@@ -5918,7 +5927,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 
 
 # -----------------------------------------------------------------------------
-# 17. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
+# 18. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
 #
 #   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of the rest
 #
@@ -6054,6 +6063,17 @@ def check_resume(h: Config) -> None:
             raise InputError(f"config key resume: no checkpoint file {file}; resume=auto takes the newest")
 
 
+def check_origin(state: SavedState, wanted: dict) -> None:
+    """Raise an InputError that names every knob or input in which this run differs from a checkpoint."""
+    found = state.parts[0].header["made_by"]
+    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if different:
+        raise InputError(
+            f"{state.pattern}: written with another {', '.join(different)}; resume with what wrote "
+            "it, or begin anew with another run_id"
+        )
+
+
 def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState:
     """Read the newest set that is intact on all ranks, or the set that resume= names by one of its files.
 
@@ -6084,17 +6104,6 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
             raise InputError(f"config key resume: {damage}; resume=auto takes the newest intact set")
         skipped.append(f"checkpoint step:{step} skipped: {damage}")
     return SavedState(0, "", [], skipped)
-
-
-def check_origin(state: SavedState, wanted: dict) -> None:
-    """Raise an InputError that names every knob or input in which this run differs from a checkpoint."""
-    found = state.parts[0].header["made_by"]
-    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if different:
-        raise InputError(
-            f"{state.pattern}: written with another {', '.join(different)}; resume with what wrote "
-            "it, or begin anew with another run_id"
-        )
 
 
 class Start(NamedTuple):
@@ -6258,28 +6267,7 @@ class Checkpoints:
 
 
 # -----------------------------------------------------------------------------
-# 18. Training: warm-up, clock, loop, calibration.
-
-DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
-
-
-class Vitals(NamedTuple):
-    """The numbers of a step that show a divergence."""
-
-    loss: float  # this rank's
-    norm: float  # of the averaged gradients, equal on all ranks
-
-    @property
-    def are_sound(self) -> bool:
-        """Whether both are finite and below DIVERGED."""
-        return all(abs(x) < DIVERGED for x in self)
-
-
-def reason_to_stop(m: Machine, vitals: Vitals) -> Stop:
-    """Return why this rank should stop: a divergence or a signal that it has received; else NO."""
-    if not vitals.are_sound:
-        return Stop.DIVERGED
-    return Stop.SIGNAL if m.signals.times else Stop.NO
+# 19. Runs: what every command works with, built once.
 
 
 @dataclass(frozen=True)
@@ -6351,17 +6339,6 @@ class Run:
         return score
 
 
-class Trained(NamedTuple):
-    """The results of training, besides the weights in the model."""
-
-    ema: Ema
-    steps: int
-    train_ms: float
-    late_graphs: int  # graphs compiled while the clock ran; should be 0
-    calibration: Calibration
-    artifact_weights: str  # ema | live: the knob, or the better ones if the run ended early
-
-
 def start_run(
     h: Config, m: Machine, log: Log, dataset: Dataset, started: float, resumed: SavedState | None = None
 ) -> Run:
@@ -6421,399 +6398,8 @@ def start_run(
     )
 
 
-def fits(run: Run, trial: Callable[[], None]) -> bool:
-    """Return whether trial() runs within the memory of every rank. Collective."""
-    short = False
-    try:
-        trial()
-    except Exception as e:
-        if not is_out_of_memory(e):
-            raise
-        short = True
-    if run.m.is_gpu:
-        torch.cuda.empty_cache()  # the cached blocks may never fit again, and a graph takes its own memory
-    return not run.m.largest(short)
-
-
-def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
-    """Return the run with micro-batches that fit the memory of every rank. Collective.
-
-    optimizer: its buffers take their part of the memory. The global batch stays as it is. Logs a change.
-    Raises Fault if not even one sequence fits.
-    """
-    h = run.h
-    T = h.train_seq_len
-
-    def try_pass(sequences: int) -> None:
-        tokens = torch.zeros(sequences, T + 1, dtype=torch.long, device=run.m.device)
-        run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
-
-    B = cut_batch(h, run.m.world_size).sequences
-    while not fits(run, partial(try_pass, B)):
-        optimizer.clear_gradients()
-        if B == 1:
-            raise Fault(
-                f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
-                "make the model smaller"
-            )
-        B = max(divisor for divisor in range(1, B) if B % divisor == 0)  # a divisor keeps the global batch
-        run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
-        h = replace(h, micro_batch_tokens=B * T)
-    optimizer.clear_gradients()
-    return replace(run, h=h)
-
-
-class CapturedPass(NamedTuple):
-    """Forward and backward of a micro-batch.
-
-    backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
-    loss / count, (). Every call returns the same tensor, so the caller must read the tensor, on the stream of
-    the passes, before the next call.
-    """
-
-    backward: Callable[[Tensor, int], Tensor]
-    failure: str  # as in Captured
-
-
-def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:
-    """Capture forward and backward of a micro-batch of `sequences`; None: of as many as configured."""
-    h = optimizer.h
-    m = optimizer.m
-    B = sequences or cut_batch(h, m.world_size).sequences
-    result = torch.zeros((), device=m.device)
-    divisor = torch.ones((), device=m.device)
-    tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
-
-    def both_ways() -> None:
-        loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / divisor
-        loss.backward()
-        result.copy_(loss.detach())
-
-    launch, failure = m.captured(both_ways)
-    optimizer.clear_gradients()  # captured ran the pass
-
-    def backward(sequences: Tensor, count: int) -> Tensor:
-        tokens.copy_(sequences)
-        divisor.fill_(count)
-        launch()
-        return result
-
-    return CapturedPass(backward, failure)
-
-
-def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
-    """Accumulate the gradients of all micro-batches, then update. Returns this rank's mean loss, ()."""
-    loss = 0.0
-    for sequences in batch:
-        loss = loss + backward(sequences, len(batch))  # out of place: the next call overwrites its result
-    optimizer.step(hp)
-    return loss
-
-
-class Passes(NamedTuple):
-    """The passes of a run, each a CapturedPass.backward. None: no step of the run takes this pass."""
-
-    looped: Callable[[Tensor, int], Tensor] | None
-    plain: Callable[[Tensor, int], Tensor] | None  # visits every layer once
-
-    def of(self, hp: Hyper) -> Callable[[Tensor, int], Tensor]:
-        """Return the pass of a step."""
-        return self.looped if hp.loops else self.plain
-
-
-def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
-    """Capture the passes that the steps of a run take. Logs failures."""
-    h = run.h
-    fitting = cut_batch(h, run.m.world_size).sequences
-
-    def capture(loss_fn: Callable) -> Callable:
-        captured = capture_pass(loss_fn, optimizer, fitting)
-        if captured.failure:
-            run.log(f"pass:eager, no graph ({captured.failure})")
-        return captured.backward
-
-    # The loop begins once and stays, so the last step tells whether any step loops, the first whether any
-    # does not.
-    looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
-    plain = None if hyper_at(h, 0, 0.0).loops else capture(run.plain_loss_fn)
-    return Passes(looped, plain)
-
-
-class WarmUp(NamedTuple):
-    """The results of the warm-up."""
-
-    passes: Passes
-    calibrate_ms: float  # how long the rehearsal of calibration took on this rank; 0: there was none
-
-
-def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
-    """Compile, capture and run everything that the training clock will see, then undo all effects."""
-    h = run.h
-    passes = capture_passes(run, optimizer)
-    if optimizer.graph_failure:
-        run.log(f"update:eager, no graph ({optimizer.graph_failure})")
-
-    saved = optimizer.snapshot()
-    for i in range(h.warmup_steps):
-        for backward in filter(None, passes):
-            train_step(backward, optimizer, loader.next(), hyper_at(h, 0, 0.0))
-            ema.update(0.0)
-        if i + 1 == h.warmup_steps or i < 2:
-            run.m.sync()
-            run.log(f"warmup_step:{i + 1}/{h.warmup_steps}")
-
-    x = torch.zeros(h.eval_batch_tokens // h.eval_seq_len, h.eval_seq_len, dtype=torch.long)
-    with torch.no_grad():
-        run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
-    calibrate_ms = 0.0
-    if h.calibrates:
-        for _ in range(2):  # the second time takes as long as calibration will on the clock
-            run.m.sync()
-            started = time.perf_counter()
-            calibrate(run, loader)
-            run.m.sync()
-        calibrate_ms = 1000 * (time.perf_counter() - started)
-
-    optimizer.restore(saved)
-    ema.reset()
-    loader.seek(0)
-    return WarmUp(passes, calibrate_ms)
-
-
-def compiled_graphs() -> int:
-    """Return how many graphs this process has compiled."""
-    if "torch._dynamo" not in sys.modules:  # the compiler, which takes 1 s to import
-        return 0
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-class Pace(NamedTuple):
-    """A stretch of steps of equal cost: a new one begins when the loop begins or the batch grows."""
-
-    loops: bool  # Hyper.loops of the steps
-    count: int  # micro-batches of each
-    step: int = 0  # the first step
-    clock_ms: float = 0.0  # the training clock before the first step
-    before: Pace | None = None  # the stretch before; a resumed run knows only those since it resumed
-
-    def step_ms(self, step: int, clock_ms: float) -> float:
-        """Return the mean time of this pace's steps up to `step`, which ended at clock_ms; 0 for no step."""
-        return (clock_ms - self.clock_ms) / max(step - self.step, 1)
-
-    def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
-        """Return whether the step in flight and another one, each of the mean time, would end in time.
-
-        With no step timed yet the mean is 0, so the first step always begins. The first step of a slower pace
-        is judged by the mean of the faster steps.
-        """
-        return clock_ms + 2 * self.step_ms(step, clock_ms) <= h.time_limit_ms
-
-
-def log_changes(run: Run, pace: Pace, progress: float) -> None:
-    """Log which change has begun a pace: the loop begins, the batch grows, or both."""
-    before = pace.before
-    at = f"step:{pace.step} progress:{progress:.3f}"
-    if pace.loops != before.loops:
-        run.log(f"loop_begins {at} visits:{run.h.num_visits}")
-    if pace.count != before.count:
-        accum = cut_batch(run.h, run.m.world_size).accum
-        run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * pace.count // accum}")
-
-
-class Ready(NamedTuple):
-    """The parts of training, compiled and captured, and the point from which training goes on."""
-
-    run: Run  # its micro-batches fit the memory, and its time limit leaves enough for calibration
-    optimizer: Optimizer
-    ema: Ema
-    loader: TokenLoader
-    passes: Passes
-    checkpoints: Checkpoints
-    start: Start
-
-
-def get_ready(given: Run) -> Ready:
-    """Build the parts of training, warm them up, and restore the checkpoint of a run that resumes.
-
-    Once this returns, a signal ends training cleanly. Collective: all ranks leave together.
-    """
-    optimizer = given.timed("compile", Optimizer, given.model, given.h, given.m)
-    ema = Ema(given.model, given.h)
-    fitted = given.timed("compile", fit_micro_batch, given, optimizer)
-    loader = TokenLoader(fitted.h, given.m)
-    warm = given.timed("compile", warmup, fitted, optimizer, ema, loader)
-
-    # Checkpoints hold the given Config: a run that resumes compares its own given Config with it.
-    checkpoints = Checkpoints(given, optimizer, ema, loader)
-    start = checkpoints.restore(given.resumed) if given.resumed else BEGINNING
-    given.m.signals.may_finish = True
-    return Ready(
-        run=hold_back(fitted, warm.calibrate_ms),
-        optimizer=optimizer,
-        ema=ema,
-        loader=loader,
-        passes=warm.passes,
-        checkpoints=checkpoints,
-        start=start,
-    )
-
-
-class Ended(NamedTuple):
-    """How the steps of training ended."""
-
-    step: int
-    train_ms: float
-    stop: Stop  # agreed by all ranks
-    vitals: Vitals  # of the last step
-    late_graphs: int
-
-
-def train(given: Run) -> Trained:
-    """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
-
-    The training clock is rank 0's; it stands still during validation. The host queues a step while the device
-    works on the previous step. The host then waits for the previous step's loss and gradient norm, so it sees
-    a divergence one step late.
-    """
-    ready = get_ready(given)
-    run = ready.run
-    h = run.h
-    m = run.m
-    step, clock_ms = ready.start
-    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
-    graphs_before = compiled_graphs()
-    start = time.perf_counter() - clock_ms / 1000
-
-    def clock() -> float:
-        return 1000 * (time.perf_counter() - start)
-
-    batch_shape = cut_batch(h, m.world_size)
-    hp = hyper_at(h, step, clock_ms)
-    pace = Pace(hp.loops, batch_shape.count(hp.growth))
-    shown_loss = math.nan
-    stop = Stop.NO  # agreed by all ranks
-    while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
-        if h.val_loss_every and step % h.val_loss_every == 0:
-            m.sync()
-            validation_began = time.perf_counter()
-            validate(run, step, clock())
-            start += time.perf_counter() - validation_began  # the clock stands still during validation
-
-        hp = hyper_at(h, step, clock_ms)
-        count = batch_shape.count(hp.growth)
-        if (hp.loops, count) != (pace.loops, pace.count):
-            pace = Pace(hp.loops, count, step, clock_ms, before=pace)
-            log_changes(run, pace, hp.progress)
-        batch = ready.loader.next(pace.count)
-        loss = train_step(ready.passes.of(hp), ready.optimizer, batch, hp)
-        ready.ema.update(hp.progress)
-        step += 1
-
-        fetch_previous = fetch_newest
-        fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
-        # One step late, so that the device can work on the newest step in the meantime.
-        previous_vitals = Vitals(*fetch_previous()[0].tolist())
-        clock_ms, stop = m.agree(clock(), reason_to_stop(m, previous_vitals))
-
-        if step % h.train_log_every == 0 or step.bit_count() == 1:  # powers of two: loss falls fast at first
-            shown_loss = log_step(run, step, loss, clock_ms)
-        ready.checkpoints.save(step, clock_ms)
-        run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
-
-    m.sync()
-    train_ms = m.number_of_rank_0(clock())  # one clock: the files of the last checkpoint must say the same
-    late_graphs = compiled_graphs() - graphs_before
-    vitals = Vitals(*fetch_newest()[0].tolist())
-    return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs), pace)
-
-
-def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained:
-    """Calibrate, choose the weights for the artifact, write the last checkpoint, and log an early end.
-
-    pace: of the last step. Raises Diverged if the last step or the calibration of any rank has diverged.
-    """
-    step = ended.step
-    train_ms = ended.train_ms
-    run.log.may_move = True
-    run.phases["train"] = train_ms
-    last_diverged = run.m.largest(not ended.vitals.are_sound)
-    if last_diverged or ended.stop == Stop.DIVERGED:
-        good = ready.checkpoints.last_good()
-        raise Diverged(describe_divergence(run, step, ended.vitals, good), step, train_ms)
-
-    position = ready.loader.position
-    log_compute(run, pace, step, train_ms, tokens=position * run.h.train_seq_len)
-    calibration = Calibration()
-    if run.h.calibrates:
-        calibration = run.timed("calibrate", calibrate, run, ready.loader)
-    check_calibration(calibration, step, train_ms)
-    by_signal = ended.stop == Stop.SIGNAL
-    artifact_weights = run.h.artifact_weights
-    if run.h.size_cap and artifact_weights == "ema" and (by_signal or ready.ema.is_young):
-        # Counted as calibration, because it too reads training text after the last step.
-        artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
-    ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
-    ready.checkpoints.save(step, train_ms, last=True)
-    if step < run.h.iterations:
-        log_early_end(run, by_signal, step, train_ms)
-    return Trained(
-        ema=ready.ema,
-        steps=step,
-        train_ms=train_ms,
-        late_graphs=ended.late_graphs,
-        calibration=calibration,
-        artifact_weights=artifact_weights,
-    )
-
-
-# Dense bf16 FLOPs a second by a part of the device's name, from NVIDIA's data sheets; the first that fits.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 5090": 209e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) -> int:
-    """Return the FLOPs of the first `step` steps. pace: of the last; micro_batch: tokens over all ranks."""
-    total = 0
-    while pace:
-        tokens = (step - pace.step) * pace.count * micro_batch
-        total += tokens * flops_per_token(h, pace.loops)
-        step = pace.step
-        pace = pace.before
-    return total
-
-
-def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -> None:
-    """Log the tokens, the model's FLOPs, and MFU, the ratio of these FLOPs to the devices' peak in the time.
-
-    The MLP's fp8 products count like all others, against the peak of bf16. A device that is not in PEAKS has
-    no MFU. A resumed run has neither FLOPs nor MFU if steps may have cost more or less before.
-    """
-    h = run.h
-    params = scaling_params(h)
-    line = f"compute scaling_params:{params} flops_per_token:{flops_per_token(h)} tokens:{tokens} "
-    line += f"tokens_per_param:{tokens / params:.4f}"
-    shown = f"compute: {tokens:,} tokens, {tokens / params:.3g} for each of {params:,} parameters"
-    if not run.resumed or not (h.has_loop or h.start_batch_tokens):
-        micro_batch = h.train_batch_tokens // cut_batch(h, run.m.world_size).accum
-        flops = training_flops(h, pace, step, micro_batch)
-        line += f" flops:{flops:.6e}"
-        shown += f", {flops:.3g} FLOPs"
-        peak = next((peak for name, peak in PEAKS.items() if name in run.m.names["device"]), 0.0)
-        if peak:
-            mfu = flops / (train_ms / 1000 * run.m.world_size * peak)
-            line += f" mfu:{mfu:.4f}"
-            shown += f", MFU {mfu:.1%}"
-    run.log(line, console=shown)
+# -----------------------------------------------------------------------------
+# 20. Calibration: what training text says about rounding, measured on the live weights.
 
 
 def gram_of(x: Tensor) -> Tensor:
@@ -6964,44 +6550,6 @@ def calibrate(run: Run, loader: TokenLoader) -> Calibration:
     return Calibration(grams, sensitivities)
 
 
-@torch.no_grad()
-def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
-    """Return and log which weights, "live" or "ema", have the lower loss on the loader's next training batch.
-
-    This is for a run that ended early: the average may lag far behind. All ranks return the same.
-    """
-    model = copy(run.model)  # with the same parameters
-    model.ops = Ops(run.model.ops.attend)  # nothing that would compile
-    batch = loader.next()
-    live = [p.clone() for p in ema.params]
-    losses = []
-    for weights in (live, ema.average):
-        torch._foreach_copy_(ema.params, weights)
-        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
-    torch._foreach_copy_(ema.params, live)
-
-    both = torch.stack(losses)
-    dist.all_reduce(both, dist.ReduceOp.AVG)
-    live_loss, average_loss = both.tolist()
-    average_wins = run.m.number_of_rank_0(average_loss <= live_loss)  # a nan does not win
-    chosen = "ema" if average_wins else "live"
-    run.log(
-        f"ended_early: train_loss live:{live_loss:.4f} ema:{average_loss:.4f} the artifact takes {chosen}"
-    )
-    return chosen
-
-
-def describe_progress(h: Config, step: int, clock_ms: float) -> str:
-    """Return the ETA and how much is used of the budget, time or iterations, that will end the run."""
-    progress = hyper_at(h, step, clock_ms).progress
-    seconds = clock_ms / 1000
-    if progress > step / h.iterations:
-        used = f"step {step:,}, {seconds:.0f} of {h.max_wallclock_seconds:.0f} s"
-    else:
-        used = f"step {step:,} of {h.iterations:,}"
-    return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
-
-
 def check_calibration(calibration: Calibration, step: int, train_ms: float) -> None:
     """Raise Diverged if calibration met values that are not finite: the last update must have diverged."""
     for what, found in (("inputs", calibration.grams), ("gradients", calibration.sensitivities)):
@@ -7015,14 +6563,217 @@ def check_calibration(calibration: Calibration, step: int, train_ms: float) -> N
                 )
 
 
-def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None:
-    """Log that a signal or the clock ends training before all iterations."""
-    cause = "signal" if by_signal else "wallclock_cap"
-    reason = "a signal" if by_signal else "the time is up"
-    run.log(
-        f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{run.h.iterations}",
-        console=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
-    )
+# -----------------------------------------------------------------------------
+# 21. Training: warm-up, clock, loop.
+
+DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
+
+
+class Vitals(NamedTuple):
+    """The numbers of a step that show a divergence."""
+
+    loss: float  # this rank's
+    norm: float  # of the averaged gradients, equal on all ranks
+
+    @property
+    def are_sound(self) -> bool:
+        """Whether both are finite and below DIVERGED."""
+        return all(abs(x) < DIVERGED for x in self)
+
+
+def reason_to_stop(m: Machine, vitals: Vitals) -> Stop:
+    """Return why this rank should stop: a divergence or a signal that it has received; else NO."""
+    if not vitals.are_sound:
+        return Stop.DIVERGED
+    return Stop.SIGNAL if m.signals.times else Stop.NO
+
+
+def fits(run: Run, trial: Callable[[], None]) -> bool:
+    """Return whether trial() runs within the memory of every rank. Collective."""
+    short = False
+    try:
+        trial()
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        short = True
+    if run.m.is_gpu:
+        torch.cuda.empty_cache()  # the cached blocks may never fit again, and a graph takes its own memory
+    return not run.m.largest(short)
+
+
+class CapturedPass(NamedTuple):
+    """Forward and backward of a micro-batch.
+
+    backward(sequences (B, T + 1), count) adds the gradients of one of `count` micro-batches and returns its
+    loss / count, (). Every call returns the same tensor, so the caller must read the tensor, on the stream of
+    the passes, before the next call.
+    """
+
+    backward: Callable[[Tensor, int], Tensor]
+    failure: str  # as in Captured
+
+
+def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:
+    """Capture forward and backward of a micro-batch of `sequences`; None: of as many as configured."""
+    h = optimizer.h
+    m = optimizer.m
+    B = sequences or cut_batch(h, m.world_size).sequences
+    result = torch.zeros((), device=m.device)
+    divisor = torch.ones((), device=m.device)
+    tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
+
+    def both_ways() -> None:
+        loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / divisor
+        loss.backward()
+        result.copy_(loss.detach())
+
+    launch, failure = m.captured(both_ways)
+    optimizer.clear_gradients()  # captured ran the pass
+
+    def backward(sequences: Tensor, count: int) -> Tensor:
+        tokens.copy_(sequences)
+        divisor.fill_(count)
+        launch()
+        return result
+
+    return CapturedPass(backward, failure)
+
+
+def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
+    """Accumulate the gradients of all micro-batches, then update. Returns this rank's mean loss, ()."""
+    loss = 0.0
+    for sequences in batch:
+        loss = loss + backward(sequences, len(batch))  # out of place: the next call overwrites its result
+    optimizer.step(hp)
+    return loss
+
+
+class Passes(NamedTuple):
+    """The passes of a run, each a CapturedPass.backward. None: no step of the run takes this pass."""
+
+    looped: Callable[[Tensor, int], Tensor] | None
+    plain: Callable[[Tensor, int], Tensor] | None  # visits every layer once
+
+    def of(self, hp: Hyper) -> Callable[[Tensor, int], Tensor]:
+        """Return the pass of a step."""
+        return self.looped if hp.loops else self.plain
+
+
+def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
+    """Capture the passes that the steps of a run take. Logs failures."""
+    h = run.h
+    fitting = cut_batch(h, run.m.world_size).sequences
+
+    def capture(loss_fn: Callable) -> Callable:
+        captured = capture_pass(loss_fn, optimizer, fitting)
+        if captured.failure:
+            run.log(f"pass:eager, no graph ({captured.failure})")
+        return captured.backward
+
+    # The loop begins once and stays, so the last step tells whether any step loops, the first whether any
+    # does not.
+    looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
+    plain = None if hyper_at(h, 0, 0.0).loops else capture(run.plain_loss_fn)
+    return Passes(looped, plain)
+
+
+def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
+    """Return the run with micro-batches that fit the memory of every rank. Collective.
+
+    optimizer: its buffers take their part of the memory. The global batch stays as it is. Logs a change.
+    Raises Fault if not even one sequence fits.
+    """
+    h = run.h
+    T = h.train_seq_len
+
+    def try_pass(sequences: int) -> None:
+        tokens = torch.zeros(sequences, T + 1, dtype=torch.long, device=run.m.device)
+        run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+
+    B = cut_batch(h, run.m.world_size).sequences
+    while not fits(run, partial(try_pass, B)):
+        optimizer.clear_gradients()
+        if B == 1:
+            raise Fault(
+                f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
+                "make the model smaller"
+            )
+        B = max(divisor for divisor in range(1, B) if B % divisor == 0)  # a divisor keeps the global batch
+        run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
+        h = replace(h, micro_batch_tokens=B * T)
+    optimizer.clear_gradients()
+    return replace(run, h=h)
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs this process has compiled."""
+    if "torch._dynamo" not in sys.modules:  # the compiler, which takes 1 s to import
+        return 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class WarmUp(NamedTuple):
+    """The results of the warm-up."""
+
+    passes: Passes
+    calibrate_ms: float  # how long the rehearsal of calibration took on this rank; 0: there was none
+
+
+def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
+    """Compile, capture and run everything that the training clock will see, then undo all effects."""
+    h = run.h
+    passes = capture_passes(run, optimizer)
+    if optimizer.graph_failure:
+        run.log(f"update:eager, no graph ({optimizer.graph_failure})")
+
+    saved = optimizer.snapshot()
+    for i in range(h.warmup_steps):
+        for backward in filter(None, passes):
+            train_step(backward, optimizer, loader.next(), hyper_at(h, 0, 0.0))
+            ema.update(0.0)
+        if i + 1 == h.warmup_steps or i < 2:
+            run.m.sync()
+            run.log(f"warmup_step:{i + 1}/{h.warmup_steps}")
+
+    x = torch.zeros(h.eval_batch_tokens // h.eval_seq_len, h.eval_seq_len, dtype=torch.long)
+    with torch.no_grad():
+        run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
+    calibrate_ms = 0.0
+    if h.calibrates:
+        for _ in range(2):  # the second time takes as long as calibration will on the clock
+            run.m.sync()
+            started = time.perf_counter()
+            calibrate(run, loader)
+            run.m.sync()
+        calibrate_ms = 1000 * (time.perf_counter() - started)
+
+    optimizer.restore(saved)
+    ema.reset()
+    loader.seek(0)
+    return WarmUp(passes, calibrate_ms)
+
+
+class Pace(NamedTuple):
+    """A stretch of steps of equal cost: a new one begins when the loop begins or the batch grows."""
+
+    loops: bool  # Hyper.loops of the steps
+    count: int  # micro-batches of each
+    step: int = 0  # the first step
+    clock_ms: float = 0.0  # the training clock before the first step
+    before: Pace | None = None  # the stretch before; a resumed run knows only those since it resumed
+
+    def step_ms(self, step: int, clock_ms: float) -> float:
+        """Return the mean time of this pace's steps up to `step`, which ended at clock_ms; 0 for no step."""
+        return (clock_ms - self.clock_ms) / max(step - self.step, 1)
+
+    def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
+        """Return whether the step in flight and another one, each of the mean time, would end in time.
+
+        With no step timed yet the mean is 0, so the first step always begins. The first step of a slower pace
+        is judged by the mean of the faster steps.
+        """
+        return clock_ms + 2 * self.step_ms(step, clock_ms) <= h.time_limit_ms
 
 
 def hold_back(run: Run, calibrate_ms: float) -> Run:
@@ -7048,15 +6799,6 @@ def hold_back(run: Run, calibrate_ms: float) -> Run:
             f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
         )
     return replace(run, h=replace(run.h, max_wallclock_seconds=budget - seconds))
-
-
-def describe_divergence(run: Run, step: int, newest: Vitals, good: int) -> str:
-    """Describe a divergence: the last loss and gradient norm, first bad tensor, last good checkpoint."""
-    bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
-    return (
-        f"step {step}: diverged, loss {newest.loss:.4g}, gradient norm {newest.norm:.4g}, "
-        f"first bad tensor {bad}, last good checkpoint {good or 'none'}"
-    )
 
 
 def validate(run: Run, step: int, train_ms: float) -> Score:
@@ -7086,6 +6828,17 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     return score
 
 
+def describe_progress(h: Config, step: int, clock_ms: float) -> str:
+    """Return the ETA and how much is used of the budget, time or iterations, that will end the run."""
+    progress = hyper_at(h, step, clock_ms).progress
+    seconds = clock_ms / 1000
+    if progress > step / h.iterations:
+        used = f"step {step:,}, {seconds:.0f} of {h.max_wallclock_seconds:.0f} s"
+    else:
+        used = f"step {step:,} of {h.iterations:,}"
+    return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
+
+
 def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
     """Average a step's loss over the ranks, in place. Log and return the mean."""
     dist.all_reduce(loss, dist.ReduceOp.AVG)
@@ -7098,8 +6851,272 @@ def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
     return loss.item()
 
 
+def log_changes(run: Run, pace: Pace, progress: float) -> None:
+    """Log which change has begun a pace: the loop begins, the batch grows, or both."""
+    before = pace.before
+    at = f"step:{pace.step} progress:{progress:.3f}"
+    if pace.loops != before.loops:
+        run.log(f"loop_begins {at} visits:{run.h.num_visits}")
+    if pace.count != before.count:
+        accum = cut_batch(run.h, run.m.world_size).accum
+        run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * pace.count // accum}")
+
+
+def describe_divergence(run: Run, step: int, newest: Vitals, good: int) -> str:
+    """Describe a divergence: the last loss and gradient norm, first bad tensor, last good checkpoint."""
+    bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), "none")
+    return (
+        f"step {step}: diverged, loss {newest.loss:.4g}, gradient norm {newest.norm:.4g}, "
+        f"first bad tensor {bad}, last good checkpoint {good or 'none'}"
+    )
+
+
+# Dense bf16 FLOPs a second by a part of the device's name, from NVIDIA's data sheets; the first that fits.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) -> int:
+    """Return the FLOPs of the first `step` steps. pace: of the last; micro_batch: tokens over all ranks."""
+    total = 0
+    while pace:
+        tokens = (step - pace.step) * pace.count * micro_batch
+        total += tokens * flops_per_token(h, pace.loops)
+        step = pace.step
+        pace = pace.before
+    return total
+
+
+def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -> None:
+    """Log the tokens, the model's FLOPs, and MFU, the ratio of these FLOPs to the devices' peak in the time.
+
+    The MLP's fp8 products count like all others, against the peak of bf16. A device that is not in PEAKS has
+    no MFU. A resumed run has neither FLOPs nor MFU if steps may have cost more or less before.
+    """
+    h = run.h
+    params = scaling_params(h)
+    line = f"compute scaling_params:{params} flops_per_token:{flops_per_token(h)} tokens:{tokens} "
+    line += f"tokens_per_param:{tokens / params:.4f}"
+    shown = f"compute: {tokens:,} tokens, {tokens / params:.3g} for each of {params:,} parameters"
+    if not run.resumed or not (h.has_loop or h.start_batch_tokens):
+        micro_batch = h.train_batch_tokens // cut_batch(h, run.m.world_size).accum
+        flops = training_flops(h, pace, step, micro_batch)
+        line += f" flops:{flops:.6e}"
+        shown += f", {flops:.3g} FLOPs"
+        peak = next((peak for name, peak in PEAKS.items() if name in run.m.names["device"]), 0.0)
+        if peak:
+            mfu = flops / (train_ms / 1000 * run.m.world_size * peak)
+            line += f" mfu:{mfu:.4f}"
+            shown += f", MFU {mfu:.1%}"
+    run.log(line, console=shown)
+
+
+@torch.no_grad()
+def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
+    """Return and log which weights, "live" or "ema", have the lower loss on the loader's next training batch.
+
+    This is for a run that ended early: the average may lag far behind. All ranks return the same.
+    """
+    model = copy(run.model)  # with the same parameters
+    model.ops = Ops(run.model.ops.attend)  # nothing that would compile
+    batch = loader.next()
+    live = [p.clone() for p in ema.params]
+    losses = []
+    for weights in (live, ema.average):
+        torch._foreach_copy_(ema.params, weights)
+        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
+    torch._foreach_copy_(ema.params, live)
+
+    both = torch.stack(losses)
+    dist.all_reduce(both, dist.ReduceOp.AVG)
+    live_loss, average_loss = both.tolist()
+    average_wins = run.m.number_of_rank_0(average_loss <= live_loss)  # a nan does not win
+    chosen = "ema" if average_wins else "live"
+    run.log(
+        f"ended_early: train_loss live:{live_loss:.4f} ema:{average_loss:.4f} the artifact takes {chosen}"
+    )
+    return chosen
+
+
+def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None:
+    """Log that a signal or the clock ends training before all iterations."""
+    cause = "signal" if by_signal else "wallclock_cap"
+    reason = "a signal" if by_signal else "the time is up"
+    run.log(
+        f"stopping_early: {cause} train_time:{train_ms:.0f}ms step:{step}/{run.h.iterations}",
+        console=f"training ends after {step:,} steps and {train_ms / 1000:.1f} s: {reason}",
+    )
+
+
+class Ready(NamedTuple):
+    """The parts of training, compiled and captured, and the point from which training goes on."""
+
+    run: Run  # its micro-batches fit the memory, and its time limit leaves enough for calibration
+    optimizer: Optimizer
+    ema: Ema
+    loader: TokenLoader
+    passes: Passes
+    checkpoints: Checkpoints
+    start: Start
+
+
+def get_ready(given: Run) -> Ready:
+    """Build the parts of training, warm them up, and restore the checkpoint of a run that resumes.
+
+    Once this returns, a signal ends training cleanly. Collective: all ranks leave together.
+    """
+    optimizer = given.timed("compile", Optimizer, given.model, given.h, given.m)
+    ema = Ema(given.model, given.h)
+    fitted = given.timed("compile", fit_micro_batch, given, optimizer)
+    loader = TokenLoader(fitted.h, given.m)
+    warm = given.timed("compile", warmup, fitted, optimizer, ema, loader)
+
+    # Checkpoints hold the given Config: a run that resumes compares its own given Config with it.
+    checkpoints = Checkpoints(given, optimizer, ema, loader)
+    start = checkpoints.restore(given.resumed) if given.resumed else BEGINNING
+    given.m.signals.may_finish = True
+    return Ready(
+        run=hold_back(fitted, warm.calibrate_ms),
+        optimizer=optimizer,
+        ema=ema,
+        loader=loader,
+        passes=warm.passes,
+        checkpoints=checkpoints,
+        start=start,
+    )
+
+
+class Trained(NamedTuple):
+    """The results of training, besides the weights in the model."""
+
+    ema: Ema
+    steps: int
+    train_ms: float
+    late_graphs: int  # graphs compiled while the clock ran; should be 0
+    calibration: Calibration
+    artifact_weights: str  # ema | live: the knob, or the better ones if the run ended early
+
+
+class Ended(NamedTuple):
+    """How the steps of training ended."""
+
+    step: int
+    train_ms: float
+    stop: Stop  # agreed by all ranks
+    vitals: Vitals  # of the last step
+    late_graphs: int
+
+
+def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained:
+    """Calibrate, choose the weights for the artifact, write the last checkpoint, and log an early end.
+
+    pace: of the last step. Raises Diverged if the last step or the calibration of any rank has diverged.
+    """
+    step = ended.step
+    train_ms = ended.train_ms
+    run.log.may_move = True
+    run.phases["train"] = train_ms
+    last_diverged = run.m.largest(not ended.vitals.are_sound)
+    if last_diverged or ended.stop == Stop.DIVERGED:
+        good = ready.checkpoints.last_good()
+        raise Diverged(describe_divergence(run, step, ended.vitals, good), step, train_ms)
+
+    position = ready.loader.position
+    log_compute(run, pace, step, train_ms, tokens=position * run.h.train_seq_len)
+    calibration = Calibration()
+    if run.h.calibrates:
+        calibration = run.timed("calibrate", calibrate, run, ready.loader)
+    check_calibration(calibration, step, train_ms)
+    by_signal = ended.stop == Stop.SIGNAL
+    artifact_weights = run.h.artifact_weights
+    if run.h.size_cap and artifact_weights == "ema" and (by_signal or ready.ema.is_young):
+        # Counted as calibration, because it too reads training text after the last step.
+        artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
+    ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
+    ready.checkpoints.save(step, train_ms, last=True)
+    if step < run.h.iterations:
+        log_early_end(run, by_signal, step, train_ms)
+    return Trained(
+        ema=ready.ema,
+        steps=step,
+        train_ms=train_ms,
+        late_graphs=ended.late_graphs,
+        calibration=calibration,
+        artifact_weights=artifact_weights,
+    )
+
+
+def train(given: Run) -> Trained:
+    """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
+
+    The training clock is rank 0's; it stands still during validation. The host queues a step while the device
+    works on the previous step. The host then waits for the previous step's loss and gradient norm, so it sees
+    a divergence one step late.
+    """
+    ready = get_ready(given)
+    run = ready.run
+    h = run.h
+    m = run.m
+    step, clock_ms = ready.start
+    fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
+    graphs_before = compiled_graphs()
+    start = time.perf_counter() - clock_ms / 1000
+
+    def clock() -> float:
+        return 1000 * (time.perf_counter() - start)
+
+    batch_shape = cut_batch(h, m.world_size)
+    hp = hyper_at(h, step, clock_ms)
+    pace = Pace(hp.loops, batch_shape.count(hp.growth))
+    shown_loss = math.nan
+    stop = Stop.NO  # agreed by all ranks
+    while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
+        if h.val_loss_every and step % h.val_loss_every == 0:
+            m.sync()
+            validation_began = time.perf_counter()
+            validate(run, step, clock())
+            start += time.perf_counter() - validation_began  # the clock stands still during validation
+
+        hp = hyper_at(h, step, clock_ms)
+        count = batch_shape.count(hp.growth)
+        if (hp.loops, count) != (pace.loops, pace.count):
+            pace = Pace(hp.loops, count, step, clock_ms, before=pace)
+            log_changes(run, pace, hp.progress)
+        batch = ready.loader.next(pace.count)
+        loss = train_step(ready.passes.of(hp), ready.optimizer, batch, hp)
+        ready.ema.update(hp.progress)
+        step += 1
+
+        fetch_previous = fetch_newest
+        fetch_newest = m.fetch(torch.stack([loss.double(), ready.optimizer.norm]))
+        # One step late, so that the device can work on the newest step in the meantime.
+        previous_vitals = Vitals(*fetch_previous()[0].tolist())
+        clock_ms, stop = m.agree(clock(), reason_to_stop(m, previous_vitals))
+
+        if step % h.train_log_every == 0 or step.bit_count() == 1:  # powers of two: loss falls fast at first
+            shown_loss = log_step(run, step, loss, clock_ms)
+        ready.checkpoints.save(step, clock_ms)
+        run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
+
+    m.sync()
+    train_ms = m.number_of_rank_0(clock())  # one clock: the files of the last checkpoint must say the same
+    late_graphs = compiled_graphs() - graphs_before
+    vitals = Vitals(*fetch_newest()[0].tolist())
+    return finish_training(run, ready, Ended(step, train_ms, stop, vitals, late_graphs), pace)
+
+
 # -----------------------------------------------------------------------------
-# 19. Commands: what the command line runs.
+# 22. Commands: what the command line runs.
 
 
 @memory_remedy("to make the artifact", "close other programs, or make the model smaller")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -499,6 +500,31 @@ def test_the_fstring_check_sees_newer_ones():
     ):
         ast.parse(text, feature_version=(3, 10))
         assert not newer_fstrings(text), text
+
+
+def names_used(definition) -> set[str]:
+    """Return the names that a function or class reads, without those in annotations, which never run."""
+    used = Counter(node.id for node in ast.walk(definition) if isinstance(node, ast.Name))
+    for node in ast.walk(definition):
+        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if annotation is not None:
+                used -= Counter(part.id for part in ast.walk(annotation) if isinstance(part, ast.Name))
+    return set(used)
+
+
+def test_later_sections_read_from_top_to_bottom(tree, source):
+    """From section 14 on, a function uses what stands above it. Only the codecs read what they compress."""
+    first = source[: source.index("\n# 14. ")].count("\n")
+    defined = [node for node in tree.body if isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+    line = {node.name: node.lineno for node in defined}
+    backwards = {
+        (node.name, name)
+        for node in defined
+        if node.lineno > first
+        for name in names_used(node)
+        if line.get(name, 0) > node.lineno
+    }
+    assert backwards <= {("open_artifact", "codec_of")}
 
 
 def test_python_310_compiles_it():
