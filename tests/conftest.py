@@ -41,6 +41,17 @@ def attention_switches():
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(is_enabled)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_program_is_packed_once():
+    """Pack a program once for all runs of the session: a tiny run spends nearly half of its time on that."""
+    import helpers
+    import train_gpt as t
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "packed_code", helpers.packed_once)
+        yield
+
+
 @pytest.fixture
 def clean_environment(monkeypatch):
     """Keep every knob of the caller's environment from a test."""

@@ -31,17 +31,21 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tensors are tiny: a second thread only waits
 
 pack_anew = t.packed_code
-PACKED = {}  # source -> its packed code; ranks in processes of their own are given it
+PACKED = {}  # source -> its packed code
 
 
 def packed_once(source):
-    """Pack a program once for all runs: a tiny one spends nearly half of its time on that."""
+    """Return the packed code of a program. Packs it only the first time."""
     if source not in PACKED:
         PACKED[source] = pack_anew(source)
     return PACKED[source]
 
 
-t.packed_code = packed_once
+def share_packed_code(packed):
+    """Let the trainer in this process, a rank of a test, take what its parent has packed: `packed`."""
+    PACKED.update(packed)
+    t.packed_code = packed_once
+
 
 BOS = 1
 
@@ -388,7 +392,7 @@ def rank_entry(fn, rank, env, out, args, packed):
     packed: the PACKED of the process that starts it.
     """
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
-    PACKED.update(packed)
+    share_packed_code(packed)
     torch.set_num_threads(1)
     try:
         result = ("ok", fn(rank, *args))

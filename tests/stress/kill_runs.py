@@ -30,6 +30,8 @@ from helpers import (
     english_args,
     fork_server,
     group_environment,
+    packed_once,
+    share_packed_code,
     temporary_folder,
 )
 
@@ -47,7 +49,7 @@ def entry(main, argv, env, console, fault, packed):
     packed: the PACKED of the process that starts it.
     """
     os.environ.update(env)
-    PACKED.update(packed)
+    share_packed_code(packed)
     torch.set_num_threads(1)
     file = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1)  # stdout
@@ -80,7 +82,7 @@ def start_ranks(folder, argv, world=1, fault=None, main=t.main):
     folder.mkdir(exist_ok=True)
     env = group_environment(world) if world > 1 else {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE}
 
-    t.packed_code(t.own_source())  # PACKED has it from now on
+    packed_once(t.own_source())  # PACKED has it from now on
     context = fork_server()
     processes = []
     for rank in range(world):
