@@ -77,7 +77,7 @@ ends_with_us() {    # ends_with_us PROGRAM...: SIGTERM and Ctrl-C end the progra
 
 end_job() {    # end_job GROUP STATUS: give the group one second to clean up, kill it, then exit
     trap '' TERM INT HUP
-    say "interrupted: the same command continues"
+    say "interrupted; run the same command again to continue"
     kill -INT -- "-$1" 2>/dev/null || :
     local tenths=0
     while kill -0 -- "-$1" 2>/dev/null && [ "$tenths" -lt 10 ]; do sleep 0.1; tenths=$((tenths + 1)); done

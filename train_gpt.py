@@ -307,7 +307,7 @@ class Config:
     # budget
     max_wallclock_seconds: float = 600.0  # limit on the training clock; 0: no limit
     iterations: int = 20000
-    target_loss: float = 0.0  # nats; above 0, the run is a race that its last validation decides
+    target_loss: float = 0.0  # nats; above 0 the run is a race, decided by its last validation
     warmup_steps: Count = 10  # untimed steps that compile every shape; their effects are then undone
     val_loss_every: Count = 0  # steps; 0: never, so no held-out file is read while the clock runs
     train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged as well
@@ -339,7 +339,7 @@ class Config:
     mlp_mult: float = knob(3.0, STORED)
     rope_dims: Count = knob(32, STORED)  # rotated dimensions of each head; the others carry no position
     rope_base: float = knob(10_000.0, STORED)
-    # Keys a token sees, itself included; 0: all. Layers take the numbers in turn, again and again.
+    # Keys a token sees, itself included; 0: all. The list repeats over the layers.
     attn_windows: str = knob("256 256 256 0", STORED)
     doc_mask: bool = knob(False, STORED)  # no token sees another document
     parallel_last_n: Count = knob(0, STORED_IF_SET)  # layers whose attention and MLP run side by side
@@ -376,7 +376,7 @@ class Config:
     muon_momentum: Decay = 0.99
     muon_momentum_start: Decay = 0.92
     muon_momentum_warmup_frac: Fraction = 0.2  # part of the run, at its start, in which momentum rises
-    momentum_spread: float = 1.0  # above 1: mean of two momenta, with horizons shorter and longer by this
+    momentum_spread: float = 1.0  # above 1: mean of two momenta, horizons shorter and longer by this factor
     equalize_rows: bool = False  # scale rows to unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step also shrinks
     decay_follows_rate: bool = False  # weight decay falls with the rates
@@ -387,7 +387,7 @@ class Config:
     adam_eps: float = 1e-8
     grad_clip: float = 0.3  # largest global norm of the averaged gradients; 0: no clipping
     fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
-    deterministic: bool = False  # a GPU repeats a seed bit for bit, if iterations end the run
+    deterministic: bool = False  # runs of a seed are bit-identical on a GPU, if iterations end them
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
     warmdown_frac: Fraction = 0.5  # part of the run, at its end, in which rates fall linearly
     matrix_warmdown_frac: Fraction = 0.0  # the same for matrix_lr; 0: warmdown_frac
@@ -1384,10 +1384,10 @@ def machine_report(m: Machine) -> str:
 # 4. Log and signals: what a run says, how a failure on one rank ends all of them, what Ctrl-C does.
 
 PROGRESS_S = 15  # between two lines about the progress of long work, where no terminal shows it
-LINGER_S = 1  # the wait of a rank before it follows one that failed: torchrun blames the first to exit
+LINGER_S = 1  # how long a rank waits before it exits after another failed: torchrun blames the first to exit
 HANGUP = getattr(signal, "SIGHUP", None)  # sent when a terminal is closed, not on Windows
 STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
-ECHO_S = 3  # within which repeated signals count as one: torchrun repeats the terminal's
+ECHO_S = 3  # signals this close together count as one: torchrun repeats the terminal's Ctrl-C
 SAME = None  # for Log: print the line that the file gets
 NOTHING = ""  # for Log: print nothing
 
@@ -1547,7 +1547,7 @@ def memory_remedy(doing: str, remedy: str) -> Iterator[None]:
     except Exception as e:
         if not is_out_of_memory(e):
             raise
-        raise memory_fault(f"no memory left {doing}", e, remedy) from None
+        raise memory_fault(f"out of memory {doing}", e, remedy) from None
 
 
 def known_fault(error: Exception) -> OneLineError | None:
@@ -1558,7 +1558,7 @@ def known_fault(error: Exception) -> OneLineError | None:
         remedy = (
             "lower micro_batch_tokens, train_batch_tokens or eval_batch_tokens, or make the model smaller"
         )
-        return memory_fault("no memory left", error, remedy)
+        return memory_fault("out of memory", error, remedy)
     if line := wrong_setting(error):
         return InputError(line)
     return None
@@ -1637,7 +1637,7 @@ class ByteCounts:
     # Without a piece U+2581, the byte pieces E2 96 81 spell a space: three tokens stand for one byte.
     spelled: tuple[int, int, int] | None = None
     keeps_first: bool = False  # whether the text has a space that follows a boundary
-    # The piece for text that the vocabulary cannot spell, whose bytes are thus not known; -1: none.
+    # The piece for text that the vocabulary cannot spell; the bytes of that text are unknown. -1: none.
     unknown: int = -1
 
     def of(self, tokens: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def reason(failure: ProcessFailure) -> str:
     if isinstance(failure.message, dict):
         return failure.message["message"].splitlines()[-1]  # a traceback ends in its error
     if failure.exitcode == -signal.SIGKILL:
-        return "killed without a word (no memory left?)"
+        return "killed without a message (out of memory?)"
     if failure.exitcode < 0:
         return f"killed by {failure.signal_name()}"
     return f"ended with status {failure.exitcode}"

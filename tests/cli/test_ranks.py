@@ -35,7 +35,7 @@ def command(tmp_path, act):
     "act,line",
     [
         ("sys.exit(3)", "rank 1: ended with status 3"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1: killed without a word (no memory left?)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1: killed without a message (out of memory?)"),
         ("os.kill(os.getpid(), signal.SIGBUS)", "rank 1: killed by SIGBUS"),
         (LEAVE_REASON, "rank 1: OSError: gone"),
     ],

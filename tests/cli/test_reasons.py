@@ -61,11 +61,11 @@ def test_an_audit_without_memory_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(audit, "load_audited", lambda path: t)
     monkeypatch.setattr(t, "load_run", load_run)
     assert audit.main(["x.int6.xz"]) == 1
-    assert capsys.readouterr().err.startswith("audit.py: no memory left (DefaultCPUAllocator: ")
+    assert capsys.readouterr().err.startswith("audit.py: out of memory (DefaultCPUAllocator: ")
 
 
 def test_a_bench_without_memory_is_bad_input():
-    with pytest.raises(script.BadInput, match="no memory left"), trainer.known_errors_of(t):
+    with pytest.raises(script.BadInput, match="out of memory"), trainer.known_errors_of(t):
         raise NO_MEMORY
 
 

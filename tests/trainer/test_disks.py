@@ -264,10 +264,10 @@ def test_no_memory_is_one_line_with_the_knob(tmp_path, monkeypatch, capsys, erro
     monkeypatch.setattr(t, "train_step", fails)
     assert t.main(args(tmp_path, checkpoint_every=0, warmup_steps=0)) == 1
     err = capsys.readouterr().err
-    assert err.startswith("train_gpt.py: no memory left (") and "()" not in err
+    assert err.startswith("train_gpt.py: out of memory (") and "()" not in err
     assert "lower micro_batch_tokens, train_batch_tokens or eval_batch_tokens" in err
     assert err.count("\n") == 1
-    assert lines(tmp_path)[-1].startswith("rank 0: no memory left (")
+    assert lines(tmp_path)[-1].startswith("rank 0: out of memory (")
 
 
 @pytest.mark.parametrize(
@@ -285,5 +285,5 @@ def test_the_remedy_fits_the_place_where_memory_ran_out(tmp_path, monkeypatch, c
     monkeypatch.setattr(t, name, fails)
     assert t.main(args(tmp_path, checkpoint_every=0, warmup_steps=0, gptq_batches=1)) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"train_gpt.py: no memory left {said}")
+    assert err.startswith(f"train_gpt.py: out of memory {said}")
     assert err.count("\n") == 1

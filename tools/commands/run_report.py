@@ -133,5 +133,5 @@ def read_reason(log: str, start: int) -> str:
         ends = (line for line in lines[first + 1 :] if line and not line.startswith(" "))
         reason = next(ends, reason)
     if any(f"{rank}: another rank is gone" in line for line in lines):
-        return "a rank was killed without a word (no memory left?)"
+        return "a rank was killed without a message (out of memory?)"
     return f"{rank}: {reason}"

@@ -206,7 +206,7 @@ OTHERS = (
     Case(
         "a model that no memory holds",
         shell('ulimit -v 1400000; exec "$@"', *train("model_dim=1024", "num_layers=12")),
-        ("no memory left", "make the model smaller"),
+        ("out of memory", "make the model smaller"),
         1,
         leaves=("out", "out/run.txt"),
     ),
