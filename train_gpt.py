@@ -275,10 +275,9 @@ Count = int  # a whole number that may be 0; an int is at least 1
 Fraction = float  # in [0, 1]
 Decay = float  # in [0, 1)
 
-# The traits of a knob. SIZE: the number of parameters depends on the knob. FREE: a run that resumes may
-# change the knob. STORED: the header of every artifact holds the knob. STORED_IF_LEARNS: only if the
-# artifact's score uses test-time training. STORED_IF_SET: only if the knob differs from its default, so older
-# artifacts stay valid.
+# The traits of a knob. SIZE: named if the model is too large. FREE: a run that resumes may change the knob.
+# STORED: the header of every artifact holds the knob. STORED_IF_LEARNS: only if the artifact's score uses
+# test-time training. STORED_IF_SET: only if the knob differs from its default, so older artifacts stay valid.
 SIZE = "size"
 FREE = "free"
 STORED = "stored"
@@ -2193,10 +2192,10 @@ class TokenLoader:
             row[:] = self.read((deal_start + sequence) * T, T + 1)
         return sequences
 
-    def seek(self, index: int, count: int = 0) -> None:
+    def seek(self, index: int, count: int | None = None) -> None:
         """Go to micro-batch `index`, and start a thread that builds `count` micro-batches from there on.
 
-        count: 0 for as many as a fully grown batch has.
+        count: None for as many as a fully grown batch has.
         """
         self.index = index
         self.count = count or self.accum
@@ -2210,7 +2209,7 @@ class TokenLoader:
         except Exception as e:
             pending.set_exception(e)
 
-    def next(self, count: int = 0) -> list[Tensor]:
+    def next(self, count: int | None = None) -> list[Tensor]:
         """Return this rank's next `count` micro-batches, on the device, and start building as many again.
 
         count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE_S, or the error that
@@ -7120,7 +7119,7 @@ def train(given: Run) -> Trained:
 
 
 @memory_remedy("to make the artifact", "close other programs, or make the model smaller")
-def export(run: Run, trained: Trained, path: str, room: int) -> str:
+def write_artifact(run: Run, trained: Trained, path: str, room: int) -> str:
     """Write the artifact of the averaged or live weights to `path`, or elsewhere if `path` cannot be written.
 
     room: how many bytes the artifact may have. Returns the artifact's path.
@@ -7323,7 +7322,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     if h.size_cap == 0:
         log("no artifact is made: size_cap=0")
     elif m.rank == 0:  # first, so that the artifact exists whatever fails later
-        written = export(run, trained, path, h.size_cap - code_bytes)
+        written = write_artifact(run, trained, path, h.size_cap - code_bytes)
 
     scores = score_trained(run, trained)
     submission = score_submission(run, written, code_bytes) if h.size_cap else None
@@ -7361,7 +7360,7 @@ def utc_stamp() -> str:
 
 
 def command_train(h: Config, env: Mapping[str, str]) -> int:
-    """Train, export, score. Returns the exit status."""
+    """Train, write the artifact, score it. Returns the exit status."""
     started = time.perf_counter()
     name = plain_name("run_id", h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}")
     m = init_machine(h, env)
