@@ -129,9 +129,21 @@ def test_the_verbs_of_data_are_those_of_its_program():
     assert sorted(cli.DATA_VERBS) == sorted(verbs.choices)
 
 
-def test_a_word_for_a_number_is_found_before_packages_are_installed(capsys):
-    assert cli.main(["--check", "train", "iterations=many"]) == 2
-    assert capsys.readouterr().err == "run.sh: config key iterations: 'many' is not of type int\n"
+TYPED = {name: kind.type for name, kind in t.kinds_of_knobs().items() if kind.type != "str"}
+
+
+@pytest.mark.parametrize("key", TYPED)
+def test_a_value_of_another_type_is_found_before_packages_are_installed(key, capsys):
+    """What the trainer refuses is refused in its words; what it takes passes."""
+    default = getattr(t.Config, key)
+    for value in ("many", "", "0", "1", "TRUE", "false", "1e3", "2.5", f"{default}"):
+        try:
+            t.read_knobs([f"{key}={value}"], {})
+            refused = ""
+        except t.InputError as error:
+            refused = f"run.sh: {error}\n"
+        assert cli.main(["--check", "train", f"{key}={value}"]) == (2 if refused else 0), value
+        assert capsys.readouterr().err == refused
 
 
 def test_a_misspelt_setting_of_sample_is_found_as_well(tmp_path, capsys):

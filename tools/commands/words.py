@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Callable, Iterable
 from enum import Enum
-from functools import cache
 from typing import NamedTuple
 
-from script import ROOT, TRAINER, BadInput
+from ledger.read.knobs import known_knobs
+from script import ROOT, BadInput
 
-NUMBERS = {"int": int, "float": float}
 PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
 
 
@@ -146,31 +144,34 @@ def read_knob(word: str) -> str:
     return f"{key}={value}"
 
 
+def read_flag(text: str) -> bool:
+    """Read a knob of type bool as the trainer does. Raises ValueError for other text."""
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise ValueError("not a flag")
+    return text.lower() in ("1", "true")
+
+
+READERS = {"str": str, "bool": read_flag, "int": int, "float": float}  # by the type of a knob
+
+
 def check_knobs(command: Command, knobs: Iterable[str]) -> None:
-    """Raise BadInput for a key=value word whose key the command does not know, or for text as a number."""
-    known = dict.fromkeys(command.keys, "str") or trainer_knobs()
+    """Raise BadInput for a key=value word that the command does not know, or whose value has another type.
+
+    The trainer's knobs are read from its source, since torch may not be installed yet.
+    """
+    if command.keys:
+        types = dict.fromkeys(command.keys, "str")
+    else:
+        types = {name: knob.type for name, knob in known_knobs().items()}
     for word in knobs:
         key, _, value = word.partition("=")
-        if key not in known:
+        if key not in types:
             listed = ", ".join(command.keys) or "./run.sh config lists them"
             raise BadInput(f"unknown config key {key!r}: {listed}")
         try:
-            NUMBERS.get(known[key], str)(value)
+            READERS[types[key]](value)
         except ValueError:
-            raise BadInput(f"config key {key}: {value[:40]!r} is not of type {known[key]}") from None
-
-
-@cache
-def trainer_knobs() -> dict[str, str]:
-    """Return the knobs of the trainer and their types, from its source: torch may not be installed yet."""
-    tree = ast.parse(TRAINER.read_text(encoding="utf-8"))
-    return {
-        field.target.id: ast.unparse(field.annotation)
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == "Config"
-        for field in node.body
-        if isinstance(field, ast.AnnAssign)
-    }
+            raise BadInput(f"config key {key}: {value[:40]!r} is not of type {types[key]}") from None
 
 
 def knob_value(key: str, knobs: tuple[str, ...]) -> str:

@@ -16,7 +16,7 @@ from ledger.files import read_json, sha256, write_atomic
 from ledger.folders import log_files, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.submission import common
-from ledger.read.knobs import knob_traits, stored_knobs
+from ledger.read.knobs import known_knobs, stored_knobs
 from ledger.read.runlog import Run, parse_log
 from script import BadInput
 
@@ -60,12 +60,12 @@ fewest steps of any run here: a faster row has not finished its warmdown there. 
 
 def fixed_knobs() -> tuple[str, ...]:
     """Return the settings that all rows of a table share."""
-    return (*FIXED, *(key for key in knob_traits() if key.startswith(OF_SCORING)))
+    return (*FIXED, *(key for key in known_knobs() if key.startswith(OF_SCORING)))
 
 
 def stride_knobs() -> tuple[str, ...]:
     """Return the knobs that are strides of score windows, which are disjoint at a stride of eval_seq_len."""
-    return tuple(key for key in knob_traits() if key.startswith("eval_") and key.endswith("_stride"))
+    return tuple(key for key in known_knobs() if key.startswith("eval_") and key.endswith("_stride"))
 
 
 def model_knobs() -> tuple[str, ...]:
