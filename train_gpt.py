@@ -292,6 +292,8 @@ def knob(default: object, *traits: str):
 
 @dataclass(frozen=True)
 class Config:
+    """Every knob of a run, its default and unit. make_config resolves them; nothing changes them later."""
+
     # the run
     preset: str = "record"
     run_id: str = knob("", FREE)  # "": made of UTC time, preset and seed
@@ -410,30 +412,37 @@ class Config:
 
     @property
     def head_dim(self) -> int:
+        """Dimensions of a query, a key and a value."""
         return self.model_dim // self.num_heads
 
     @property
     def num_visits(self) -> int:
+        """Visits of layers in a forward pass of the looped model."""
         return self.num_layers + self.loop_times * len(self.loop_layers.split())
 
     @property
     def has_loop(self) -> bool:
+        """Whether some layers are visited more than once."""
         return self.num_visits > self.num_layers
 
     @property
     def two_stream_layers(self) -> int:
+        """How many of the last layers have two residual streams."""
         return self.parallel_last_n if self.parallel_form == "two_streams" else 0
 
     @property
     def calibrates(self) -> bool:
+        """Whether training text guides the rounding of an artifact."""
         return self.gptq_batches > 0 and self.size_cap > 0
 
     @property
     def kv_dim(self) -> int:
+        """Outputs of the matrix of all keys, or of all values."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def mlp_dim(self) -> int:
+        """Hidden values of an MLP."""
         return round(self.mlp_mult * self.model_dim)
 
     @property
@@ -5079,22 +5088,27 @@ class TensorEntry(NamedTuple):
 
     @property
     def limit(self) -> int:
+        """The largest code; 0: values are stored without codes."""
         return ENCODINGS[self.encoding].limit
 
     @property
     def count(self) -> int:
+        """Values of the tensor."""
         return math.prod(self.shape)
 
     @property
     def matrix(self) -> list[int]:
+        """Rows and columns of each matrix."""
         return [1, *self.shape][-2:]
 
     @property
     def scales(self) -> int:
+        """Scales of rows, two bytes each."""
         return self.count // self.shape[-1] if self.limit else 0
 
     @property
     def exponents(self) -> int:
+        """Exponents of column steps, a byte each."""
         has_column_steps = ENCODINGS[self.encoding].has_column_steps
         return math.prod(self.shape[:-2]) * self.shape[-1] if has_column_steps else 0
 
@@ -5612,10 +5626,12 @@ class Score(NamedTuple):
 
     @property
     def exact(self) -> str:
+        """Loss and bpb for the log, with eight digits after the point."""
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
     @property
     def words(self) -> str:
+        """The score for a person, with the number of tokens."""
         return f"val_bpb {self.bpb:.4f}, val_loss {self.loss:.4f} over {self.tokens:,} tokens"
 
 
@@ -7166,6 +7182,7 @@ class FinalScore(NamedTuple):
 
     @property
     def exact(self) -> str:
+        """Metric, loss and bpb for the log."""
         return f"metric:{self.metric} {self.score.exact}"
 
 
