@@ -4678,7 +4678,7 @@ def trellis_codes(multiples: Tensor) -> Tensor:
 
 
 def nearest_on_grids(x: Tensor, half: Tensor, limit: int) -> Tensor:
-    """Return for each x the nearest weight on each grid of GRIDS: (...) -> (..., 4). An odd limit."""
+    """Return the nearest weight to each x on each of four grids: (...) -> (..., 4). limit is odd."""
     parity = torch.tensor([0.0, 1.0, 0.0, 1.0], device=x.device)
     shift = torch.stack([torch.zeros_like(half), torch.zeros_like(half), half, half], -1)
     pairs = ((x[..., None] - shift - parity) / 2 + 0.5).floor()
@@ -5360,7 +5360,7 @@ def tables_for(counts: np.ndarray) -> np.ndarray:
 
 
 def code_bits(counts: np.ndarray, tables: np.ndarray) -> int:
-    """Return the size of codes and tables in 65,536ths of a bit, counting ten bits per entry of a table."""
+    """Return the bits of codes and tables, in 65,536ths. An entry of a table counts as ten bits."""
     of_codes = counts * ((PRECISION << 16) - log2_of(tables))
     return int(of_codes.sum()) + (10 << 16) * np.count_nonzero(counts)
 
@@ -5377,12 +5377,12 @@ def row_classes(magnitudes: np.ndarray) -> np.ndarray:
 
 
 def column_classes(magnitudes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the class of each column, uint8 (m, N), with each row scaled to the mean by the row's class."""
+    """Return the class of each column, uint8 (m, N), after scaling rows of every class to one size."""
     return classes_of(np.stack([CLASS_WEIGHTS[row] @ matrix for row, matrix in zip(rows, magnitudes)]))
 
 
 class Candidate(NamedTuple):
-    """A CodeModel and what its artifact would take with it, in 65,536ths of a bit."""
+    """A CodeModel that may be chosen, and the bits that codes and model would then take, in 65,536ths."""
 
     bits: int
     model: CodeModel
@@ -5677,8 +5677,8 @@ def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
 def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
     """Cut the score windows of `total` targets into groups wherever the chunk or the shape changes.
 
-    A chunk's lesson holds all earlier targets that have not been learned from: the targets of the chunk
-    before and of skipped chunks, in which no window begins. A lesson is cut into sequences.
+    The lesson before a chunk holds all earlier targets that have not been learned from: those of the previous
+    chunk and of chunks in which no window begins. A lesson is cut into sequences.
     """
     seq_len = scoring.seq_len
     windows = score_windows(total, seq_len, scoring.stride)
@@ -5713,9 +5713,10 @@ class PlacedDocument(NamedTuple):
 def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> list[WindowGroup]:
     """Lay out the documents of `tokens` side by side, chunk after chunk. A group has a window for each slot.
 
-    A free slot takes the next document, so only earlier tokens decide where and when a document is scored. A
-    window begins seq_len tokens before the end of its chunk, or where the document begins. A slot's lesson is
-    the document's previous window; where a document begins or none is left, the lesson is empty.
+    The slot that is free first takes the next document, so only earlier tokens decide where and when a
+    document is scored. A window begins seq_len tokens before the end of its chunk, or at the document's start
+    if that is later. The lesson of a slot is the previous window of the slot's document; it is empty if there
+    is none.
     """
     total = len(tokens) - 1
     begins = np.union1d(0, np.flatnonzero(tokens[:total] == scoring.bos_id))
@@ -5891,7 +5892,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     torch._foreach_copy_(weights, saved)
 
 
-LORA_BETA2 = 0.99  # decay of the second moment; as in the source, there is no first moment
+LORA_BETA2 = 0.99  # decay of the second moment; no first moment, as in the source of lora_of_documents
 
 
 @contextmanager
@@ -6521,7 +6522,7 @@ def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     """Sum the squared gradients of each output of the int6 matrices: (matrices, M, 1) by parameter.
 
     The gradients are those of the summed nats of about SENSED_TOKENS targets on each rank, from the loader's
-    next batch. They are taken by the outputs of the banks' own rows, without the factors of row_scales.
+    next batch. The outputs are those of the rows as the banks hold them, without the factors of row_scales.
     """
     h = run.h
     sequences = loader.next()[0][: max(1, SENSED_TOKENS // h.train_seq_len)]
@@ -6585,7 +6586,7 @@ DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
 
 class Vitals(NamedTuple):
-    """The numbers of a step that show a divergence."""
+    """The two numbers of a step by which a divergence is recognized."""
 
     loss: float  # this rank's
     norm: float  # of the averaged gradients, equal on all ranks
@@ -6686,8 +6687,8 @@ def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
             run.log(f"pass:eager, no graph ({captured.failure})")
         return captured.backward
 
-    # The loop begins once and stays, so the last step tells whether any step loops, the first whether any
-    # does not.
+    # Once the loop has begun, every step loops. So the last step tells whether any step loops, and the first
+    # step whether any step does not.
     looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
     plain = None if hyper_at(h, 0, 0.0).loops else capture(run.plain_loss_fn)
     return Passes(looped, plain)
@@ -6794,9 +6795,9 @@ class Pace(NamedTuple):
 def hold_back(run: Run, calibrate_ms: float) -> Run:
     """Return the run with a time limit that leaves enough for calibration, and log how much is held back.
 
-    Calibration counts as training time. 1.5 times calibrate_ms, the time of rank 0's rehearsal, is held back
-    for it, so schedules and ETAs end when the steps do. If this takes more than half of the budget, the log
-    is discarded. Collective. Raises InputError in that case.
+    Calibration counts as training time, so 1.5 times calibrate_ms of rank 0, the time of its rehearsal, is
+    held back. Schedules and ETAs then end when the steps do. Collective. If that is more than half of the
+    budget, discards the log and raises InputError.
     """
     held_back_ms = run.m.number_of_rank_0(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
