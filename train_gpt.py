@@ -5788,7 +5788,8 @@ def report_progress(
 ) -> None:
     """Report how many windows are scored, after each batch on a CPU, after every 16th on a GPU.
 
-    A report waits for the device, which costs a GPU time. started: as in Log.progress.
+    A report waits for the device, which costs a GPU time. batch: how many this rank has scored before, in all
+    groups. started: as in Log.progress.
     """
     if batch % 16 == 0 or not m.is_gpu:
         m.sync()
@@ -5812,7 +5813,8 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     window_count = sum(len(group.windows) for group in groups)
     out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
-    done = 0
+    earlier = 0  # windows in earlier groups
+    batch = 0  # batches that this rank has scored
     with scoring.learner() as learn:
         for group in groups:
             if len(group.lesson):
@@ -5820,11 +5822,13 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
                 nats_fn = learn(tokens, torch.from_numpy(group.lesson), begins) or nats_fn
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
-            for i, windows in enumerate(mine.split(scoring.batch)):
+            for i, windows in enumerate(mine.split(scoring.batch), 1):
                 positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
                 out.index_add_(1, positions, values)
-                done = min(done + scoring.batch * m.world_size, window_count)
-                report_progress(scoring, m, batch=i, done=done, total=window_count, started=started)
+                done = earlier + min(i * scoring.batch * m.world_size, len(group.windows))
+                report_progress(scoring, m, batch, done=done, total=window_count, started=started)
+                batch += 1
+            earlier += len(group.windows)
     return Scored(nats=out[0], counts=out[1])
 
 

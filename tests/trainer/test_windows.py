@@ -1,5 +1,6 @@
 """Score windows tile the split, and the evaluator counts every target exactly once."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,6 +117,55 @@ def ranks_score(rank, world):
     run = t.ScoreSettings(16, 4, 4, "model", SILENT)
     score = t.evaluate(model.nats, tokens, ONE_BYTE, run, m)
     return sums, score.loss, score.bpb
+
+
+class ProgressLog:
+    """A Log that keeps the (done, total) of every progress report."""
+
+    def __init__(self):
+        self.reports = []
+
+    def progress(self, what, done, total, started):
+        self.reports.append((done, total))
+
+
+# A stream whose chunks have 8 windows and whose batches have 5; documents of at most 3 chunks, 2 in a batch.
+LESSONS = [
+    dict(seq_len=16, stride=2, batch=5, chunk=16),
+    dict(seq_len=8, stride=8, batch=2, layout="documents", bos_id=0, chunk=4),
+]
+
+
+@pytest.mark.parametrize("settings", LESSONS)
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_progress_counts_the_windows_that_are_scored(settings, is_gpu, monkeypatch):
+    monkeypatch.setattr(t.Machine, "is_gpu", property(lambda m: is_gpu))
+    monkeypatch.setattr(t.Machine, "sync", lambda m: None)
+    log = ProgressLog()
+    batches = []
+
+    def nats_fn(x, y, last):
+        batches.append(len(x))
+        return torch.zeros(len(x), last)
+
+    tokens = np.arange(321) % 9
+    run = t.ScoreSettings(label="x", log=log, **settings)
+    if run.layout == "documents":
+        groups = t.document_groups(tokens, run, run.batch)
+    else:
+        groups = t.window_groups(len(tokens) - 1, run)
+    done = 0
+    expected = []
+    for group in groups:
+        for windows in np.array_split(group.windows, range(run.batch, len(group.windows), run.batch)):
+            done += len(windows)
+            expected.append((done, sum(len(group.windows) for group in groups)))
+
+    run = run._replace(learner=lambda: nullcontext(lambda *lesson: None))
+    with group_of_one() as m:
+        t.score_targets(nats_fn, tokens, run, m)
+    assert len(batches) == len(expected) > 32
+    assert log.reports == expected[:: 16 if is_gpu else 1]
 
 
 def test_the_score_does_not_depend_on_the_world_size():
