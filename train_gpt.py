@@ -894,14 +894,8 @@ def relations_of_batches(h: Config) -> Iterator[Relation]:
     yield Relation(
         h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
     )
-    if h.ttt_lr > 0 and h.ttt_form == "sgd":
-        yield Relation(h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens")
-    if h.ttt_lr > 0 and h.ttt_form == "lora":
-        yield Relation(
-            h.ttt_chunk_tokens <= h.eval_seq_len,
-            "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len: one window scores a chunk",
-        )
-        yield Relation(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
+    if h.ttt_lr > 0:
+        yield from TTT_FORMS[h.ttt_form].relations(h)
 
 
 def relations_of_the_model(h: Config) -> Iterator[Relation]:
@@ -5933,7 +5927,33 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
     yield learn
 
 
-TTT_FORMS: dict[str, Callable] = {"sgd": sgd_of_weights, "lora": lora_of_documents}
+def relations_of_sgd(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the knobs of sgd_of_weights: a chunk is cut into sequences."""
+    yield Relation(h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens")
+
+
+def relations_of_lora(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the knobs of lora_of_documents."""
+    yield Relation(
+        h.ttt_chunk_tokens <= h.eval_seq_len,
+        "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len: one window scores a chunk",
+    )
+    yield Relation(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
+
+
+class TttForm(NamedTuple):
+    """A form of test-time training."""
+
+    learner: Callable  # what `learning` returns, with the same arguments
+    layout: str  # as in ScoreSettings
+    stride: Callable[[Config], int]  # fresh targets in each score window
+    relations: Callable[[Config], Iterator[Relation]]  # between its knobs
+
+
+TTT_FORMS = {
+    "sgd": TttForm(sgd_of_weights, "stream", lambda h: h.eval_stride, relations_of_sgd),
+    "lora": TttForm(lora_of_documents, "documents", lambda h: h.ttt_chunk_tokens, relations_of_lora),
+}
 
 
 def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
@@ -5943,7 +5963,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
     bool: the slots in which a document begins and the weights are reset; None: no slot is reset. It returns
     the nats_fn that scores with what it has learned; None: the weights themselves have changed.
     """
-    return TTT_FORMS[h.ttt_form](model, nats_fn, h, m)
+    return TTT_FORMS[h.ttt_form].learner(model, nats_fn, h, m)
 
 
 # -----------------------------------------------------------------------------
@@ -6339,7 +6359,7 @@ class Run:
         if not learns:
             return scoring
         learner = partial(learning, self.model, self.nats_fn, h, self.m)
-        layout = "documents" if h.ttt_form == "lora" else "stream"
+        layout = TTT_FORMS[h.ttt_form].layout
         return scoring._replace(layout=layout, bos_id=h.bos_id, chunk=h.ttt_chunk_tokens, learner=learner)
 
     @memory_remedy("to score", "lower eval_batch_tokens, or val_tokens if the split does not fit")
@@ -7201,8 +7221,7 @@ def metrics_of(h: Config) -> list[Metric]:
     if h.eval_stride < h.eval_seq_len:
         metrics.append(Metric("sliding", "sliding_window", h.eval_stride))
     if h.ttt_lr > 0:
-        stride = h.eval_stride if h.ttt_form == "sgd" else h.ttt_chunk_tokens
-        metrics.append(Metric("ttt", "ttt", stride, learns=True))
+        metrics.append(Metric("ttt", "ttt", TTT_FORMS[h.ttt_form].stride(h), learns=True))
     return metrics
 
 
