@@ -1138,9 +1138,7 @@ class Machine:
             launch = self.graph_capture(fn)
         except Exception as e:  # whatever the driver or NCCL raises: calling fn directly is always correct
             failure = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
-        failures = [""] * self.world_size
-        dist.all_gather_object(failures, failure)
-        if failure := first_reason(failures):
+        if failure := first_reason(self.of_every_rank(failure)):
             return Captured(fn, failure)
         return Captured(launch, "")
 
@@ -1176,6 +1174,12 @@ class Machine:
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
+    def of_every_rank(self, value) -> list:
+        """Return the ranks' values, any objects that can be pickled, in their order. Collective over gloo."""
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """If the block raises a OneLineError on one rank, raise it on every rank. Collective over gloo.
@@ -1188,9 +1192,7 @@ class Machine:
             yield
         except OneLineError as e:
             fault = e
-        faults = [fault] * self.world_size
-        dist.all_gather_object(faults, fault)
-        if first := next(filter(None, faults), None):
+        if first := next(filter(None, self.of_every_rank(fault)), None):
             raise first
 
 
@@ -6132,9 +6134,7 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
             parts = read_set(found)
         except (OSError, ValueError, RecursionError) as e:
             reason = str(e)
-        reasons = [""] * m.world_size
-        dist.all_gather_object(reasons, reason)
-        damage = first_reason(reasons)
+        damage = first_reason(m.of_every_rank(reason))
         if not damage:
             state = SavedState(step, f"{found.base}.step{step}.*", parts, skipped)
             with m.together():
@@ -6154,6 +6154,13 @@ class Start(NamedTuple):
 
 
 BEGINNING = Start(step=0, clock_ms=0.0)
+
+
+class WriteOutcome(NamedTuple):
+    """How far a rank is with writing its file of a set."""
+
+    is_done: bool
+    failure: str  # as first_reason takes it
 
 
 class Checkpoints:
@@ -6242,13 +6249,12 @@ class Checkpoints:
         step, future = self.pending
         is_done = wait or future.done()
         failure = str(future.exception() or "") if is_done else ""
-        outcomes = [(is_done, failure)] * self.m.world_size
-        dist.all_gather_object(outcomes, (is_done, failure))
-        if not all(done for done, _ in outcomes):
+        outcomes = self.m.of_every_rank(WriteOutcome(is_done, failure))
+        if not all(outcome.is_done for outcome in outcomes):
             return False
 
         self.pending = None
-        failure = first_reason(failure for _, failure in outcomes)
+        failure = first_reason(outcome.failure for outcome in outcomes)
         if failure:
             stays = f"step:{self.good} stays" if self.good else "there is none before it"
             self.run.log(f"checkpoint step:{step} failed: {failure}; {stays}")
@@ -6848,9 +6854,7 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     """
     names, params = zip(*run.model.named_parameters())
     sums = torch.stack([p.detach().view(torch.int32).sum() for p in params]).tolist()
-    every = [sums] * run.m.world_size
-    dist.all_gather_object(every, sums)
-
+    every = run.m.of_every_rank(sums)
     common = max(every, key=every.count)
     for rank, rank_sums in enumerate(every):
         for name, rank_sum, common_sum in zip(names, rank_sums, common):
