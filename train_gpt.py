@@ -6847,11 +6847,8 @@ def hold_back(run: Run, calibrate_ms: float) -> Run:
     return replace(run, h=replace(run.h, max_wallclock_seconds=budget - seconds))
 
 
-def validate(run: Run, step: int, train_ms: float) -> Score:
-    """Score val in disjoint windows and log it as a step. Returns the score.
-
-    Raises Fault if a rank's weights differ from those of most ranks.
-    """
+def check_weights_agree(run: Run, step: int) -> None:
+    """Raise Fault if a rank's weights differ from those of most ranks. Collective."""
     names, params = zip(*run.model.named_parameters())
     sums = torch.stack([p.detach().view(torch.int32).sum() for p in params]).tolist()
     every = run.m.of_every_rank(sums)
@@ -6863,6 +6860,10 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
                     f"step {step}: {name} of rank {rank} differs from the others; is its memory faulty?"
                 )
 
+
+def validate(run: Run, step: int, train_ms: float) -> Score:
+    """Score val in disjoint windows and log it as a step. Raises Fault if ranks differ."""
+    check_weights_agree(run, step)
     score = run.score("validation", run.h.eval_seq_len)
     run.log(
         f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
