@@ -2880,11 +2880,13 @@ class GPT(nn.Module):
     def row_scales(self) -> dict[str, Tensor]:
         """Return the factors on the rows of each of PRODUCTS, (L, 1 or M, 1) float32.
 
-        Matrices that read the residual stream are scaled by 1/sqrt(depth); those that write to it, by
-        learned scales.
+        Matrices that read the residual stream are scaled by 1/sqrt(number of the layer, from 1); those that
+        write to it, by learned scales.
         """
-        depth = torch.arange(1, self.h.num_layers + 1, device=self.q_gain.device)[:, None, None] ** -0.5
-        return dict(qkv=depth, o=self.attn_scale[..., None], up=depth, down=self.mlp_scale[..., None])
+        number = torch.arange(1, self.h.num_layers + 1, device=self.q_gain.device)[:, None, None]
+        input_scale = number**-0.5
+        output_scales = dict(o=self.attn_scale[..., None], down=self.mlp_scale[..., None])
+        return dict(qkv=input_scale, up=input_scale, **output_scales)
 
     def column_gains(self) -> dict[str, Tensor]:
         """Return the learned gains on the columns of those PRODUCTS that read a norm, (L, 1, D) float32.
@@ -7115,10 +7117,11 @@ def train(given: Run) -> Trained:
     step, clock_ms = ready.start
     fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
     graphs_before = compiled_graphs()
-    start = time.perf_counter() - clock_ms / 1000
+    # perf_counter() at which the training clock would read 0. Validation moves it, so the clock stands still.
+    clock_zero = time.perf_counter() - clock_ms / 1000
 
     def clock() -> float:
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * (time.perf_counter() - clock_zero)
 
     batch_shape = cut_batch(h, m.world_size)
     hp = hyper_at(h, step, clock_ms)
@@ -7130,7 +7133,7 @@ def train(given: Run) -> Trained:
             m.sync()
             validation_began = time.perf_counter()
             validate(run, step, clock())
-            start += time.perf_counter() - validation_began  # the clock stands still during validation
+            clock_zero += time.perf_counter() - validation_began
 
         hp = hyper_at(h, step, clock_ms)
         count = batch_shape.count(hp.growth)
