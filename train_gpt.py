@@ -2713,6 +2713,8 @@ PARAM_TABLE = (
 )
 MATRICES = tuple(spec for spec in PARAM_TABLE if spec.buffer != "flat")
 SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
+# The parameters whose weights multiply each token; the other tables are looked up.
+MULTIPLIED = {*(spec.name for spec in MATRICES), "tok_emb", "bigram_proj", "ve_proj", "copy_proj"}
 
 
 class Parameter(NamedTuple):
@@ -2785,7 +2787,7 @@ def product_weights(h: Config, visits: int) -> int:
     shapes = parameter_table(h)
     total = 0
     for spec in PARAM_TABLE:
-        if spec.name in shapes and (spec.stored_as in ("int6", "int8") or spec.name == "tok_emb"):
+        if spec.name in shapes and spec.name in MULTIPLIED:
             count = math.prod(shapes[spec.name].shape)
             total += count if spec.buffer == "flat" else count // h.num_layers * visits
     return total
