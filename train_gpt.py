@@ -278,11 +278,13 @@ Decay = float  # in [0, 1)
 # The traits of a knob. SIZE: named if the model is too large. FREE: a run that resumes may change the knob.
 # STORED: the header of every artifact holds the knob. STORED_IF_LEARNS: only if the artifact's score uses
 # test-time training. STORED_IF_SET: only if the knob differs from its default, so older artifacts stay valid.
+# RESCORED: `eval` may change the knob although the artifact holds it.
 SIZE = "size"
 FREE = "free"
 STORED = "stored"
 STORED_IF_LEARNS = "stored if learns"
 STORED_IF_SET = "stored if set"
+RESCORED = "rescored"
 
 
 def knob(default: object, *traits: str):
@@ -320,14 +322,14 @@ class Config:
     batch_growth_frac: Fraction = 0.5  # part of the run, at its start, in which the batch grows
     train_seq_len: int = 2048
     mix_tokens: Count = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
-    eval_seq_len: int = knob(2048, STORED)
-    eval_stride: int = knob(64, STORED)  # fresh targets in each window of the sliding score
+    eval_seq_len: int = knob(2048, STORED, RESCORED)
+    eval_stride: int = knob(64, STORED, RESCORED)  # fresh targets in each window of the sliding score
     eval_batch_tokens: int = 131_072  # per forward pass on one rank
     ttt_lr: float = knob(0.0, STORED_IF_LEARNS)  # initial rate of test-time training; 0: none
-    ttt_form: str = knob("sgd", STORED_IF_SET)  # how test-time training learns: a row of TTT_FORMS
+    ttt_form: str = knob("sgd", STORED_IF_SET, RESCORED)  # a row of TTT_FORMS: how test-time training learns
     ttt_chunk_tokens: int = knob(32_768, STORED_IF_LEARNS)  # targets that are scored, then learned from
     ttt_passes: int = knob(3, STORED_IF_LEARNS)  # steps on each chunk
-    ttt_rank: int = knob(8, STORED_IF_SET)  # rank of the changes that the lora form learns
+    ttt_rank: int = knob(8, STORED_IF_SET, RESCORED)  # rank of the changes that the lora form learns
     # size
     depth: Count = 0  # layers, from which all else follows (follow_dials); 0: the preset's own model
     tokens_per_param: float = 0.0  # sets iterations: training tokens per parameter of scaling_params; 0: off
@@ -7449,8 +7451,8 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     Raises InputError when the artifact is damaged or does not fit this script, or argv sets a knob that the
     artifact fixes. Such a knob in env is ignored.
     """
-    free = ("eval_", "ttt_")
-    fixed = ["codec", "depth", *(key for key in MODEL_FIELDS + EXTRA_FIELDS if not key.startswith(free))]
+    stored = [key for key in MODEL_FIELDS + EXTRA_FIELDS if key not in knobs_with(RESCORED)]
+    fixed = ["codec", "depth", *stored]
     for argument in argv:
         if argument.split("=")[0] in fixed:
             raise InputError(f"{argument[:80]}: the artifact fixes this knob; leave it out")
@@ -7464,9 +7466,9 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
         tensors = read_tensors(header, payload)  # every byte is checked before a model is built
         known = {key: getattr(Config, key) for key in EXTRA_FIELDS} | header["config"]
         h = make_config(knobs, known | {"codec": codec_of(blob)})
-        stored = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
+        found = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         wanted = {name: parameter.shape for name, parameter in parameter_table(h).items()}
-        if different := stored.items() ^ wanted.items():
+        if different := found.items() ^ wanted.items():
             name, _ = min(different)
             raise ValueError(f"artifact: {name[:40]!r} does not fit; use the script that wrote it")
     except InputError as e:

@@ -313,7 +313,7 @@ def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set
 
 def test_the_types_and_traits_of_knobs_are_read_without_importing_the_trainer():
     """As the trainer itself has them, trait by trait."""
-    traits = ("SIZE", "FREE", "STORED", "STORED_IF_LEARNS", "STORED_IF_SET")
+    traits = ("SIZE", "FREE", "STORED", "STORED_IF_LEARNS", "STORED_IF_SET", "RESCORED")
     read = knobs.known_knobs()
     assert {name: knob.type for name, knob in read.items()} == {
         name: kind.type for name, kind in t.kinds_of_knobs().items()
