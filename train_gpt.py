@@ -307,6 +307,7 @@ class Config:
     bos_id: Count = knob(1, STORED)  # first token of every document
     checkpoint_every: float = knob(0.0, FREE)  # seconds on the training clock; 0: never
     resume: str = knob("", FREE)  # auto: from the newest checkpoint of RUN_ID, if any | a checkpoint file
+    memory_limit_gib: float = knob(0.0, FREE)  # of each GPU, for this run's tensors; 0: no limit
     # budget
     max_wallclock_seconds: float = 600.0  # limit on the training clock; 0: no limit
     iterations: int = 20000
@@ -1327,6 +1328,11 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        limit_memory(h, device)
+    elif h.memory_limit_gib:
+        raise InputError(
+            "config key memory_limit_gib: it limits a GPU's memory, and there is none; leave it out"
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     if h.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: 1 s
         torch.use_deterministic_algorithms(h.deterministic)
@@ -1356,6 +1362,22 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
         names=names,
     )
     return with_gpu(machine, h) if cuda else machine
+
+
+GIB = 1 << 30
+
+
+def limit_memory(h: Config, device: torch.device) -> None:
+    """Let PyTorch take at most memory_limit_gib of a GPU, as if the card had no more. Raises InputError."""
+    if h.memory_limit_gib == 0:
+        return
+    _, total = torch.cuda.mem_get_info(device)
+    if h.memory_limit_gib * GIB > total:
+        raise InputError(
+            f"config key memory_limit_gib: {h.memory_limit_gib:g} is more than the {total / GIB:.1f} GiB of "
+            f"{torch.cuda.get_device_name(device)}; lower it, or leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(h.memory_limit_gib * GIB / total, device)
 
 
 def with_gpu(m: Machine, h: Config) -> Machine:
@@ -6391,6 +6413,17 @@ class Run:
         return score
 
 
+def machine_lines(h: Config, m: Machine) -> str:
+    """Return what the log says about the machine: what is bound, and the limit on its memory."""
+    parts = ("attention", "qk", "mlp", "compile", "pass", "update")
+    bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
+    dtype = str(m.dtype).removeprefix("torch.")
+    lines = [f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{dtype} {bound}"]
+    if h.memory_limit_gib:
+        lines.append(f"memory limit: {h.memory_limit_gib:g} GiB of each GPU")
+    return "\n".join(lines)
+
+
 def start_run(
     h: Config, m: Machine, log: Log, dataset: Dataset, started: float, resumed: SavedState | None = None
 ) -> Run:
@@ -6399,10 +6432,7 @@ def start_run(
     started: perf_counter() when loading began, later by what binding took since then: binding is compiling.
     resumed: as in Run.
     """
-    parts = ("attention", "qk", "mlp", "compile", "pass", "update")
-    bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
-    dtype = str(m.dtype).removeprefix("torch.")
-    machine = f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{dtype} {bound}"
+    machine = machine_lines(h, m)
     if log.goes_on:
         log(f"\n{machine}")  # after a line that may have been cut
     elif log.file:

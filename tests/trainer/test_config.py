@@ -352,6 +352,7 @@ NUMBERS = [name for name, kind in KINDS.items() if kind.type in ("int", "float")
 # only training can show to be too large. A new knob is bounded, or belongs here.
 UNLIMITED = {
     *("seed", "checkpoint_every", "max_wallclock_seconds", "iterations", "warmup_steps", "size_cap"),
+    "memory_limit_gib",  # the card is its limit
     *("val_loss_every", "train_log_every", "val_tokens", "mix_tokens", "gptq_batches", "ttt_passes"),
     *(
         "ttt_lr",

@@ -86,3 +86,74 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(t.GPT, "loss", failing)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         t.main(args(tmp_path))
+
+
+# ---------------------------------------------------------------- a limit on the memory
+
+
+GIB = 1 << 30
+OF_THE_LIMIT = (  # as PyTorch says it
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB of which 66.04 "
+    "GiB is free. 13.13 GiB allowed; Of the allocated memory 12.40 GiB is allocated by PyTorch."
+)
+
+
+def card_of(gib, monkeypatch):
+    """Let torch.cuda speak of a GPU with so much memory. Returns the list of the fractions that are set."""
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * GIB // 2, gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T")
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part)
+    )
+    return fractions
+
+
+def test_a_limit_is_a_share_of_the_card(monkeypatch):
+    fractions = card_of(80, monkeypatch)
+    t.limit_memory(t.load_config([], {}), "cuda:0")
+    assert fractions == []
+    for gib in ("20", "80", "0.5"):
+        t.limit_memory(t.load_config([f"memory_limit_gib={gib}"], {}), "cuda:0")
+    assert fractions == [0.25, 1.0, 0.5 / 80]
+
+
+def test_a_limit_above_the_card_is_refused(monkeypatch):
+    fractions = card_of(80, monkeypatch)
+    said = "memory_limit_gib: 81 is more than the 80.0 GiB of NVIDIA T; lower it, or leave it out"
+    with pytest.raises(t.InputError, match=said):
+        t.limit_memory(t.load_config(["memory_limit_gib=81"], {}), "cuda:0")
+    assert fractions == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_limit_needs_a_gpu(tmp_path, capsys):
+    """Whoever sets one counts on it: a CPU's memory is not limited, so the run ends before it begins."""
+    err = stop_one_line(args(tmp_path, memory_limit_gib=4), capsys)
+    assert "memory_limit_gib: it limits a GPU's memory, and there is none; leave it out" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gib,halvings", [(0, 0), (64, 0), (20, 2)])
+def test_a_limit_makes_micro_batches_smaller(gib, halvings, tmp_path, monkeypatch):
+    """Let an allocator need the whole card for a pass: under the limit, half a pass does not fit either."""
+    fractions = card_of(80, monkeypatch)
+    loss = t.GPT.loss
+    init_machine = t.init_machine
+
+    def allocating(self, x, y):
+        allowed = fractions[-1] if fractions else 1.0
+        if torch.is_grad_enabled() and x.numel() / WHOLE > 1.25 * allowed:
+            raise torch.OutOfMemoryError(OF_THE_LIMIT)
+        return loss(self, x, y)
+
+    def on_a_gpu(h, env, **options):
+        t.limit_memory(h, "cuda:0")
+        return init_machine(t.replace(h, memory_limit_gib=0.0), env, **options)
+
+    monkeypatch.setattr(t.GPT, "loss", allocating)
+    monkeypatch.setattr(t, "init_machine", on_a_gpu)
+    assert t.main(args(tmp_path, iterations=1, memory_limit_gib=gib)) == 0
+    assert len(lines_of(tmp_path)) == halvings
+    assert has_line(tmp_path, f"  memory_limit_gib: {float(gib)}")
+    assert has_line(tmp_path, "memory limit: ") == (gib > 0)

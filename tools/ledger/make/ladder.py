@@ -20,7 +20,14 @@ from ledger.read.scores import CHUNKED
 
 BLOCK = markdown.block("ladder")
 # Settings that tell nothing about the weights: budget, reports, and scores that are not compared.
-BESIDE = ("max_wallclock_seconds", "iterations", "val_loss_every", "train_log_every", "report_split")
+BESIDE = (
+    "max_wallclock_seconds",
+    "iterations",
+    "val_loss_every",
+    "train_log_every",
+    "report_split",
+    "memory_limit_gib",
+)
 SCORED_BESIDE = ("eval_", "ttt_", "checkpoint_")
 MOST_SHOWN = 4  # settings of an idea in the table
 
