@@ -390,6 +390,7 @@ class Config:
     adam_beta2: Decay = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 0.3  # largest global norm of the averaged gradients; 0: no clipping
+    bind_by_time: bool = False  # a kernel must also not be slower than what would run without it
     fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
     deterministic: bool = False  # runs of a seed are bit-identical on a GPU, if iterations end them
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
@@ -957,6 +958,10 @@ def relations_of_training(h: Config) -> Iterator[Relation]:
         "tokens_per_param needs start_batch_tokens=0: it assumes that every step has the same batch",
     )
     yield Relation(
+        not (h.deterministic and h.bind_by_time),
+        "deterministic=1 needs bind_by_time=0: what a clock chooses may differ from run to run",
+    )
+    yield Relation(
         h.target_loss <= math.log(h.vocab_size),
         f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which a uniform guess reaches",
     )
@@ -1054,8 +1059,9 @@ class Machine:
     compile: Callable  # torch.compile, or the identity
     ops: Ops  # the model's functions for attention, QK, MLP and linear products
     levels: tuple[Level, ...]
-    # For the log: device, attention, qk, mlp, compile, pass, update. The last two say what is tried, a graph
-    # or eager launches; the log of a run says so if a capture fails later.
+    # For the log: device, attention, qk, mlp, compile, pass, update, and, as `times`, lines with the times by
+    # which kernels were chosen. pass and update say what is tried, a graph or eager launches; the log of a
+    # run says so if a capture fails later.
     names: dict[str, str]
     streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
@@ -1350,7 +1356,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
     levels = share_levels(ranks)
 
     names = {"device": platform.machine(), "attention": "cpu", "qk": "torch", "mlp": "torch"}
-    names |= {"compile": "none", "pass": "eager", "update": "eager"}
+    names |= {"compile": "none", "pass": "eager", "update": "eager", "times": ""}
     machine = Machine(
         rank=ranks.rank,
         world_size=ranks.world,
@@ -1361,7 +1367,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
         levels=levels,
         names=names,
     )
-    return with_gpu(machine, h) if cuda else machine
+    return with_kernels(with_gpu(machine), h, trains) if cuda else machine
 
 
 GIB = 1 << 30
@@ -1380,25 +1386,30 @@ def limit_memory(h: Config, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(h.memory_limit_gib * GIB / total, device)
 
 
-def with_gpu(m: Machine, h: Config) -> Machine:
-    """Return the machine with kernels, compiler, streams and graphs bound for its GPU."""
+def with_gpu(m: Machine) -> Machine:
+    """Return the machine with compiler, streams and graphs bound for its GPU."""
     torch.set_float32_matmul_precision("high")
-    began = time.perf_counter()
-    ops, bound = bind_ops(h, m.device)
-    bind_ms = 1000 * (time.perf_counter() - began)
     streams = tuple(torch.cuda.Stream() for _ in range(6))
-    names = {"device": torch.cuda.get_device_name(m.device), **bound}
+    names = {"device": torch.cuda.get_device_name(m.device)}
     names |= {"compile": "inductor", "pass": "graph", "update": "graph"}
     return replace(
         m,
         dtype=torch.bfloat16,
         compile=partial(torch.compile, dynamic=False, fullgraph=True),
-        ops=ops,
-        names=names,
+        names=m.names | names,
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
-        bind_ms=bind_ms,
     )
+
+
+def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
+    """Return the machine with kernels bound for a model. Collective: all ranks bind the same."""
+    began = time.perf_counter()
+    ops, names = bind_ops(h, m.device, Judge(m, times_count=trains and h.bind_by_time))
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the log's peak is that of training
+    return replace(m, ops=ops, names=m.names | names, bind_ms=1000 * (time.perf_counter() - began))
 
 
 def machine_report(m: Machine) -> str:
@@ -3463,6 +3474,7 @@ class Bound(NamedTuple):
     function: Callable
     name: str
     rejected: tuple[Rejection, ...] = ()  # the faster functions that were tried
+    times: str = ""  # for the log: the ms of the functions that were timed
 
     @property
     def label(self) -> str:
@@ -3513,6 +3525,149 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     return [t.detach().float() for t in (y, *gradients)]
 
 
+TIMED_TOKENS = 65_536  # at most, in a timed call: a card of 8 GB has room for them
+TIMED_S = 0.2  # for the functions that are compared with each other
+LEAST_TURNS = 5  # timed calls of each
+# A function is preferred unless another one is faster by more than this. Medians of equal work differ by 1 %,
+# and a choice that noise could flip would make two runs of a seed differ for nothing.
+SLOWER = 1.05
+
+
+def first_fast_enough(times: Mapping[str, float]) -> str:
+    """Return the first name, in order of preference, whose time is at most SLOWER times the least."""
+    limit = SLOWER * min(times.values())
+    return next(name for name, ms in times.items() if ms <= limit)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges which of several functions is bound, on all ranks of a machine alike.
+
+    Without a machine, on this process alone. times_count: a function must not only be right but also fast.
+    The choice then depends on the device's clock; runs that must repeat bit for bit do without.
+    """
+
+    m: Machine | None = None
+    times_count: bool = False
+
+    def of_every_rank(self, value) -> list:
+        """Return every rank's value, in order. Collective."""
+        return self.m.of_every_rank(value) if self.m else [value]
+
+    def agreed(self, bound: Bound, reference: Callable) -> Bound:
+        """Return the function that this rank bound, or the reference if any rank rejected it. Collective."""
+        rejections = self.of_every_rank([tuple(rejection) for rejection in bound.rejected])
+        if first := next(filter(None, rejections), None):
+            return Bound(reference, "torch", tuple(Rejection(*rejection) for rejection in first))
+        return bound
+
+    def faster(
+        self, bound: Bound, reference: Callable, draw: Callable[[], list[Tensor]], name: str = "torch"
+    ) -> Bound:
+        """Return the agreed function, or the reference, called `name` in the log, if that is faster.
+
+        draw: returns inputs of the size that training has. Collective.
+        """
+        bound = self.agreed(bound, reference)
+        if bound.rejected or not self.times_count:
+            return bound
+        compiled = {bound.name: as_trained(self.m, bound.function), name: as_trained(self.m, reference)}
+        times = self.times(compiled, draw)
+        if first_fast_enough(times) != bound.name:
+            bound = Bound(reference, "torch", (Rejection(bound.name, "slower"),))
+        return bound._replace(times=listed(times))
+
+    def times(self, functions: Mapping[str, Callable], draw: Callable[[], list[Tensor]]) -> dict[str, float]:
+        """Return the ms of each function, both ways, on the slowest rank; inf if it fails. Collective."""
+        found = [math.inf] * len(functions)
+        with suppress(Exception):  # no memory for the inputs: then results alone count
+            inputs = draw()
+            found = device_times(self.m, [both_ways(function, inputs) for function in functions.values()])
+        return dict(zip(functions, self.m.largest_of_each(*found)))
+
+
+def listed(times: Mapping[str, float]) -> str:
+    """Return times for the log: `triton:0.412ms torch:0.655ms`."""
+    return " ".join(f"{name}:{ms:.3f}ms" for name, ms in times.items())
+
+
+def as_trained(m: Machine, function: Callable) -> Callable:
+    """Compile a function alone, as it is compiled inside the model. The compiler needs a Python function."""
+    return m.compile(lambda *inputs: function(*inputs))
+
+
+def both_ways(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
+    """Return a function of no arguments that runs forward and backward and drops the results."""
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    wanted = [x for x in leaves if x.requires_grad]
+
+    def call() -> None:
+        y = function(*leaves)
+        outputs = y if isinstance(y, tuple) else (y,)
+        torch.autograd.grad(outputs, wanted, [y.detach() for y in outputs])  # any gradient will do
+
+    return call
+
+
+def launch_of(m: Machine, call: Callable[[], None]) -> Callable[[], None] | None:
+    """Return what launches a call as training does, as a graph if it can be captured; None if it fails."""
+    try:
+        for _ in range(3):
+            with m.lanes() as lane, lane():
+                call()
+        m.sync()
+    except Exception:  # whatever the compiler or driver raises, at a size that results were not compared at
+        return None
+    with suppress(Exception):
+        return capture_graph(m.streams[0], torch.cuda.graph_pool_handle(), call)
+    return call
+
+
+def device_times(m: Machine, calls: list[Callable[[], None]]) -> list[float]:
+    """Return the median ms of each call by the device's clock; inf for one that fails.
+
+    The calls take turns, so that a wandering clock rate slows down all of them.
+    """
+    launches = [launch_of(m, call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    began = time.perf_counter()
+    turns = 0
+    while turns < LEAST_TURNS or time.perf_counter() < began + TIMED_S:
+        turns += 1
+        for launch, taken in zip(launches, times):
+            if launch is None:
+                taken.append(math.inf)
+                continue
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            launch()
+            end.record()
+            m.sync()
+            taken.append(start.elapsed_time(end))
+    return [sorted(taken)[turns // 2] for taken in times]
+
+
+class Drawn(NamedTuple):
+    """Draws seeded normal tensors of the size that training has."""
+
+    device: torch.device
+    sequences: int
+    seq_len: int
+
+    @staticmethod
+    def like_training(h: Config, device: torch.device) -> Drawn:
+        """Return the sizes of a micro-batch of at most TIMED_TOKENS."""
+        T = h.train_seq_len
+        return Drawn(device, max(min(h.micro_batch_tokens, TIMED_TOKENS) // T, 1), T)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Draw a leaf in bf16."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = torch.randn(shape, generator=generator, device=self.device, dtype=torch.bfloat16)
+        return (scale * x).requires_grad_()
+
+
 SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, fastest first
 
 
@@ -3520,14 +3675,34 @@ def enable_only(*kernels: str) -> None:
     """Switch PyTorch's attention kernels on or off for the whole process."""
     for name in SDPA_KERNELS:
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in kernels)
+    # The compiler's cache on disk does not see the switches.
+    torch.compiler.config.cache_key_tag = "+".join(kernels)
 
 
-def bind_attention(h: Config, device: torch.device) -> Bound:
+def sdpa_kernels_that_run(qkv: list[Tensor], judge: Judge) -> list[str]:
+    """Return PyTorch's attention kernels that run on every rank, fastest first. Collective.
+
+    Raises InputError if there is none. `math` is among them only if it is the only one.
+    """
+    running = []
+    for name in SDPA_KERNELS:
+        enable_only(name)
+        with suppress(Exception):  # whatever a compiler or driver raises: try the next kernel
+            attend_sdpa(*qkv).sum().backward()
+            running.append(name)
+    everywhere = set.intersection(*map(set, judge.of_every_rank(running)))
+    if not everywhere:
+        raise InputError("no attention kernel of this PyTorch runs on this GPU; install one that supports it")
+    return [name for name in running if name in everywhere and (name != "math" or len(everywhere) == 1)]
+
+
+def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     """Bind FlashAttention-4 if it is correct under every mask that a layer uses, else PyTorch's attention.
 
     Of PyTorch's kernels, the first that runs stays enabled, and also the memory-efficient one if a layer
-    needs a mask. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
-    InputError when no kernel runs.
+    needs a mask. If times count, the first in this order is bound that is fast enough in all layers together.
+    The label says why FlashAttention-4 was rejected, unless it is not installed. Raises InputError when no
+    kernel runs.
     """
     generator = torch.Generator().manual_seed(0)
     qkv = [
@@ -3539,58 +3714,122 @@ def bind_attention(h: Config, device: torch.device) -> Bound:
     enable_only(*SDPA_KERNELS)
     masks = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
     rejected = ()
-    for windowed, has_docs in masks:
+    for windowed, has_docs in sorted(masks):
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
-        trial = bind(partial(attend_flash4, **options), partial(attend_sdpa, **options), qkv, "flash4")
+        reference = partial(attend_sdpa, **options)
+        trial = judge.agreed(bind(partial(attend_flash4, **options), reference, qkv, "flash4"), reference)
         rejected += trial.rejected
-    if not rejected:
+    if not rejected and not judge.times_count:
         return Bound(attend_flash4, "flash4")
 
-    not_installed = any(rejection.missing.startswith("flash_attn") for rejection in rejected)
-    told = () if not_installed else rejected[:1]
     for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
-    for name in SDPA_KERNELS:
-        enable_only(name)
-        with suppress(Exception):  # whatever a compiler or driver raises: try the next kernel
-            attend_sdpa(*qkv).sum().backward()
-            enable_only(name, *for_masks)
-            return Bound(attend_sdpa, "+".join(dict.fromkeys([name, *for_masks])), told)
-    raise InputError("no attention kernel of this PyTorch runs on this GPU; install one that supports it")
+    candidates = {} if rejected else {"flash4": list(SDPA_KERNELS)}
+    for name in sdpa_kernels_that_run(qkv, judge):
+        kernels = list(dict.fromkeys([name, *for_masks]))
+        candidates["+".join(kernels)] = kernels
+    times = attention_times(h, device, judge, candidates) if judge.times_count else {}
+    name = first_fast_enough(times or dict.fromkeys(candidates, 0.0))
+    enable_only(*candidates[name])
+    if name == "flash4":
+        return Bound(attend_flash4, name, times=listed(times))
+
+    not_installed = any(rejection.missing.startswith("flash_attn") for rejection in rejected)
+    told = rejected[:1] if rejected else (Rejection("flash4", "slower"),)
+    return Bound(attend_sdpa, name, () if not_installed else told, listed(times))
 
 
-def bind_mlp(h: Config, device: torch.device) -> Bound:
+def attention_times(
+    h: Config, device: torch.device, judge: Judge, candidates: Mapping[str, list[str]]
+) -> dict[str, float]:
+    """Return the mean ms of a layer's attention, both ways, by candidate. Collective.
+
+    candidates: for each name the kernels of PyTorch that are switched on. Attention is timed as it is, not
+    compiled: it is an operator of its own in a compiled model, too.
+    """
+    drawn = Drawn.like_training(h, device)
+    B = drawn.sequences
+    T = drawn.seq_len
+
+    def draw() -> list[Tensor]:
+        return [drawn.normal(B, T, n, h.head_dim) for n in (h.num_heads, h.num_kv_heads, h.num_kv_heads)]
+
+    def attention(name: str, kernels: list[str], **options) -> Callable:
+        def attend(*qkv: Tensor) -> Tensor:
+            enable_only(*kernels)
+            return attend_flash4(*qkv, **options) if name == "flash4" else attend_sdpa(*qkv, **options)
+
+        return attend
+
+    docs = documents(torch.arange(B * T, device=device).view(B, T) % 1000, 0)
+    forms = [(spec.window, spec.docs) for spec in layer_table(h)]
+    means = dict.fromkeys(candidates, 0.0)
+    for window, has_docs in sorted(set(forms)):
+        share = forms.count((window, has_docs)) / len(forms)
+        options = dict(window=window, docs=docs if has_docs else None)
+        functions = {name: attention(name, kernels, **options) for name, kernels in candidates.items()}
+        for name, ms in judge.times(functions, draw).items():
+            means[name] += share * ms
+    return means
+
+
+def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     """Bind the fused MLP if it is correct. With fp8, calls with gradients take the e4m3 form, if correct."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
     inputs = [
         torch.randn(shape, generator=generator).to(device).bfloat16().requires_grad_() for shape in shapes
     ]
-    fused = bind(FusedMLP.apply, mlp, inputs)
+    drawn = Drawn.like_training(h, device)
+
+    def draw() -> list[Tensor]:
+        x = drawn.normal(drawn.sequences, drawn.seq_len, h.model_dim)
+        return [x, *(drawn.normal(*shape, scale=shape[1] ** -0.5) for shape in shapes[1:])]
+
+    fused = judge.faster(bind(FusedMLP.apply, mlp, inputs), mlp, draw)
     if not h.fp8:
         return fused
-    fp8 = bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1)
+    fp8 = judge.faster(
+        bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1), fused.function, draw, name=fused.name
+    )
+    times = " ".join(filter(None, (fused.times, fp8.times)))
     if fp8.rejected:
-        return fused._replace(rejected=fused.rejected + fp8.rejected)
+        return fused._replace(rejected=fused.rejected + fp8.rejected, times=times)
 
     def fp8_with_gradients(*args: Tensor) -> Tensor:
         function = fp8.function if torch.is_grad_enabled() else fused.function
         return function(*args)
 
-    return Bound(fp8_with_gradients, f"{fused.label}+fp8")
+    return Bound(fp8_with_gradients, f"{fused.label}+fp8", times=times)
 
 
-def bind_ops(h: Config, device: torch.device) -> tuple[Ops, dict[str, str]]:
-    """Bind the kernels that are correct on this device. Returns them with their labels for the log."""
+def bind_qk(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
+    """Bind the fused QK norm, rope and gain if they are correct."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn((2, 64, 4, 2 * h.head_dim), generator=generator).to(device).bfloat16()
     heads = wide[..., : h.head_dim].requires_grad_()  # strided, as slices of a product are
     gain = torch.tensor([1.5, 0.5], device=device).requires_grad_()
     rope = rope_tables(64, h.rope_dims, h.rope_base, device)
-    qk = bind(FusedHeads.apply, qk_heads, [heads, gain, *rope])
-    mlp_bound = bind_mlp(h, device)
-    attention = bind_attention(h, device)
-    labels = {"attention": attention.label, "qk": qk.label, "mlp": mlp_bound.label}
-    return Ops(attention.function, qk.function, mlp_bound.function), labels
+    drawn = Drawn.like_training(h, device)
+
+    def draw() -> list[Tensor]:
+        qkv = drawn.normal(drawn.sequences, drawn.seq_len, h.num_heads + 2 * h.num_kv_heads, h.head_dim)
+        gain = torch.ones(h.num_heads, device=device, requires_grad=True)
+        return [qkv, gain, *rope_tables(drawn.seq_len, h.rope_dims, h.rope_base, device)]
+
+    return judge.faster(bind(FusedHeads.apply, qk_heads, [heads, gain, *rope]), qk_heads, draw)
+
+
+def bind_ops(h: Config, device: torch.device, judge: Judge = Judge()) -> tuple[Ops, dict[str, str]]:
+    """Bind the kernels that the judge prefers on this device. Returns them with their labels for the log."""
+    parts = {
+        "qk": bind_qk(h, device, judge),
+        "mlp": bind_mlp(h, device, judge),
+        "attention": bind_attention(h, device, judge),
+    }
+    labels = {part: bound.label for part, bound in parts.items()}
+    times = "\n".join(f"bind {part} {bound.times}" for part, bound in parts.items() if bound.times)
+    ops = Ops(parts["attention"].function, parts["qk"].function, parts["mlp"].function)
+    return ops, labels | {"times": times}
 
 
 # -----------------------------------------------------------------------------
@@ -6414,11 +6653,13 @@ class Run:
 
 
 def machine_lines(h: Config, m: Machine) -> str:
-    """Return what the log says about the machine: what is bound, and the limit on its memory."""
+    """Return what the log says about the machine: what is bound, the times behind it, a limit on memory."""
     parts = ("attention", "qk", "mlp", "compile", "pass", "update")
     bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
     dtype = str(m.dtype).removeprefix("torch.")
     lines = [f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{dtype} {bound}"]
+    if m.names["times"]:
+        lines.append(m.names["times"])
     if h.memory_limit_gib:
         lines.append(f"memory limit: {h.memory_limit_gib:g} GiB of each GPU")
     return "\n".join(lines)

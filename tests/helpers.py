@@ -113,6 +113,7 @@ def machine(rank=0, world=1):
         "compile": "none",
         "pass": "eager",
         "update": "eager",
+        "times": "",
     }
     return t.Machine(
         rank=rank,
@@ -515,5 +516,5 @@ def emulate_fp8(monkeypatch, machine=False):
         ops, names = t.bind_ops(h, torch.device("cpu"))
         return dataclasses.replace(m, ops=t.Ops(mlp=ops.mlp), names=m.names | {"mlp": names["mlp"]})
 
-    monkeypatch.setattr(t, "bind_attention", lambda h, device: t.Bound(t.attend_sdpa, "none"))
+    monkeypatch.setattr(t, "bind_attention", lambda h, device, judge: t.Bound(t.attend_sdpa, "none"))
     monkeypatch.setattr(t, "init_machine", init_machine_with_mlp)

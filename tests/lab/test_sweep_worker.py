@@ -198,7 +198,7 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
     """Heads of another size, or windows, may take another attention kernel."""
     bound = []
 
-    def bind_ops(h, device):
+    def bind_ops(h, device, judge):
         bound.append(f"attention{h.head_dim}")
         return t.Ops(qk=len), {"attention": bound[-1]}
 

@@ -59,6 +59,7 @@ VALUES_BY_NAME = {
     "norm_gains": ("1", True),
     "doc_mask": ("true", True),
     "deterministic": ("1", True),
+    "bind_by_time": ("1", True),
     "gptq_embed": ("1", True),
     "column_steps": ("1", True),
     "row_steps": ("1", True),

@@ -212,7 +212,7 @@ def bound_mlp(**knobs):
 @on_cpu
 def test_a_wrong_mlp_is_not_bound(monkeypatch):
     """The label in the log gives the error. If only fp8 is wrong, the MLP in bf16 is still bound."""
-    monkeypatch.setattr(t, "bind_attention", lambda h, device: t.Bound(t.attend_sdpa, "none"))
+    monkeypatch.setattr(t, "bind_attention", lambda h, device, judge: t.Bound(t.attend_sdpa, "none"))
     function, label = bound_mlp()  # a CPU's interpreter is wrong in bf16
     assert function is t.mlp and re.fullmatch(r"torch \(error \S+\),fp8:torch\(error\S+\)", label), label
 

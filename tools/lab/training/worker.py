@@ -38,8 +38,9 @@ from ledger.read.runlog import SEPARATOR
 from script import TRAINER, load_script
 
 NEEDS = (
-    "Diverged", "InputError", "Log", "OneLineError", "STORED_AS", "bind_ops", "check_train_split", "conclude",
+    "Diverged", "InputError", "Log", "OneLineError", "STORED_AS", "check_train_split", "conclude",
     "init_machine", "load_config", "load_dataset", "machine_report", "rounding_guide", "start_run", "train",
+    "with_kernels",
 )  # fmt: skip
 # A sweep may be started inside torchrun; its workers are groups of one all the same.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -120,8 +121,7 @@ class Worker:
         """Return the machine bound for a config's model: other heads or windows may take other kernels."""
         if not self.m.is_gpu:
             return self.m
-        ops, names = self.trainer.bind_ops(h, self.m.device)
-        return dataclasses.replace(self.m, ops=ops, names=self.m.names | names)
+        return self.trainer.with_kernels(self.m, h)
 
     def prepare(self, h: Any, log: Any) -> Any:
         """Start a run. If its model is that of the run before, reuse the model and its compiled functions.
