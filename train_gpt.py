@@ -2620,28 +2620,28 @@ def join(streams: tuple[Tensor, ...]) -> Tensor:
 
 
 def serial(
-    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Callable, mlp_of: Callable
 ) -> tuple[Tensor, ...]:
     """Add attention to the residual stream, then the MLP of the sum. streams, x0, the results: (B, T, D).
 
-    attend and feed map a normalized input to the term to add.
+    attention_of and mlp_of map a normalized input to the term to add.
     """
     x = residual_mix(join(streams), x0, w.resid_mix)
-    x = x + attend(rms_norm(x))
-    return (x + feed(rms_norm(x)),)
+    x = x + attention_of(rms_norm(x))
+    return (x + mlp_of(rms_norm(x)),)
 
 
 def one_stream(
-    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Callable, mlp_of: Callable
 ) -> tuple[Tensor, ...]:
     """Add attention and MLP of the same input; arguments as in `serial`. From GPT-J; parameter-golf #1412."""
     x = residual_mix(join(streams), x0, w.resid_mix)
     z = rms_norm(x)
-    return (x + attend(z) + feed(z),)
+    return (x + attention_of(z) + mlp_of(z),)
 
 
 def two_streams(
-    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attend: Callable, feed: Callable
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Callable, mlp_of: Callable
 ) -> tuple[Tensor, ...]:
     """Let attention read one stream and the MLP the other; each writes to both streams with learned weights.
 
@@ -2650,8 +2650,8 @@ def two_streams(
     """
     first = streams[0]
     second = streams[-1]
-    attended = attend(rms_norm(residual_mix(first, x0, w.resid_mix)))
-    fed = feed(rms_norm(second))
+    attended = attention_of(rms_norm(residual_mix(first, x0, w.resid_mix)))
+    fed = mlp_of(rms_norm(second))
     return mix_streams(
         first=first,
         second=second,
@@ -3027,11 +3027,11 @@ class GPT(nn.Module):
                 taken = take_skip(streams[0], kept.pop(), self.skip_weights[spec.skip], gate)
                 streams = (taken, *streams[1:])
             values = ve * self.ve_layer_scale[spec.ve].to(self.dtype) if spec.ve >= 0 else None
-            attend = partial(
+            attention_of = partial(
                 attention_block, w=w, spec=spec, values=values, positions=positions, ops=self.ops
             )
-            feed = partial(feed_forward, w=w, ops=self.ops)
-            streams = FORMS[spec.form](streams, x0, w, attend, feed)
+            mlp_of = partial(feed_forward, w=w, ops=self.ops)
+            streams = FORMS[spec.form](streams, x0, w, attention_of, mlp_of)
             if spec.push:
                 kept.append(join(streams))
         return rms_norm(join(streams))
