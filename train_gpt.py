@@ -36,6 +36,11 @@ Contents
  21. Training           warm-up, clock, loop
  22. Commands           train, eval, audit, bench, config
 
+Dimensions in docstrings
+  B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
+  H num_heads   Hkv num_kv_heads         Dh head_dim   C copy_dim      r rank of a change
+  W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
+
 Invariants (tests/ holds them)
   Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. For
   a fixed number of steps the result depends on the seed, which also fixes the order of the data; the number
@@ -2276,11 +2281,6 @@ class TokenLoader:
 
 # -----------------------------------------------------------------------------
 # 7. Blocks: a layer as functions of its weights.
-#
-# Dimensions in docstrings, here and below:
-#   B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
-#   H num_heads   Hkv num_kv_heads         Dh head_dim   C copy_dim      r rank of a change
-#   W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
 
 RMS_EPS = 1e-6  # explicit, because PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # a larger scale lets the gates, which start at 0.5, learn faster
