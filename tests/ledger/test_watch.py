@@ -18,7 +18,7 @@ import pytest
 
 import fixtures_records as fx
 from ledger.read import progress
-from ledger.read.progress import Followed, failure_of, share_done
+from ledger.read.progress import Followed, failure_of, fraction_done
 from ledger.read.runlog import parse_log
 from ledger.show import watch
 from page_cases import browser, with_packages  # noqa: F401 - browser is a fixture
@@ -51,7 +51,7 @@ def test_a_log_is_followed_to_its_score(log):
     followed = Followed(log)
     assert followed.refresh() and followed.end == ""
     assert watch.phase_of(followed) == "training"
-    assert share_done(followed.run) == pytest.approx(followed.run.steps[-1].time_ms / 300_000)
+    assert fraction_done(followed.run) == pytest.approx(followed.run.steps[-1].time_ms / 300_000)
     assert not followed.refresh()
     append(log, "".join(LINES[FIRST_STEP + 4 : LAST_STEP + 2]))
     assert followed.refresh() and watch.phase_of(followed) == "making the artifact"
@@ -165,7 +165,7 @@ def test_the_page_is_told_what_the_log_tells(log, monkeypatch, capsys):
     watching = Watching(monkeypatch, capsys, log)
     state = watching.state()
     (run,) = state["runs"]
-    assert run["train"]["step"] == [50, 100, 150, 200] and run["share"] == pytest.approx(0.133, abs=0.001)
+    assert run["train"]["step"] == [50, 100, 150, 200] and run["fraction"] == pytest.approx(0.133, abs=0.001)
     facts = dict(run["facts"])
     assert facts["step"] == "200" and facts["training time"] == "40 s of 5:00 min"
     assert facts["left, about"] == "4:20 min"

@@ -110,7 +110,7 @@ def setting(run: Run, key: str) -> float:
         return 0.0
 
 
-def share_done(run: Run) -> float:
+def fraction_done(run: Run) -> float:
     """Return how much of the training is done, by the clock or by steps, whichever ends first."""
     if run.stopped or run.final_scores:
         return 1.0
@@ -125,7 +125,7 @@ def share_done(run: Run) -> float:
 
 def seconds_left(run: Run) -> float | None:
     """Return the seconds of training that are left at the pace so far, None before it can be told."""
-    share = share_done(run)
-    if not run.steps or not share:
+    fraction = fraction_done(run)
+    if not run.steps or not fraction:
         return None
-    return run.steps[-1].time_ms / 1000 * (1 - share) / share
+    return run.steps[-1].time_ms / 1000 * (1 - fraction) / fraction

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from ledger.folders import logs_of, record_folders, shown
-from ledger.read.progress import Followed, seconds_left, setting, share_done
+from ledger.read.progress import Followed, fraction_done, seconds_left, setting
 from ledger.read.runlog import Run, parse_log
 from ledger.run_verb import run_verb
 from ledger.show.board import best_first, read_submission
@@ -85,7 +85,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
         facts.append(("training time", f"{clock(last.time_ms / 1000)}{of_limit}"))
         facts.append(("ms a step", f"{last.step_avg_ms:,.1f}"))
     left = seconds_left(run)
-    if left is not None and share_done(run) < 1:
+    if left is not None and fraction_done(run) < 1:
         facts.append(("left, about", clock(left)))
     for kind, name in (("train", "training loss"), ("val", "validation loss")):
         lines = [line for line in run.steps if line.kind == kind]
@@ -109,7 +109,7 @@ def phase_of(followed: Followed) -> str:
         return "starting"
     if not run.steps:
         return "loading and compiling"
-    if share_done(run) < 1:
+    if fraction_done(run) < 1:
         return "training"
     return "scoring the artifact" if "total" in run.sizes else "making the artifact"
 
@@ -124,7 +124,7 @@ def run_view(followed: Followed) -> dict:
         "path": shown(followed.path),
         "phase": phase_of(followed),
         "ended": bool(followed.end),
-        "share": share_done(run) if known else 0.0,
+        "fraction": fraction_done(run) if known else 0.0,
         "about": f"preset {run.preset}, {run.hardware}" if known and run.has("machine", "device") else "",
         "standing": standing,
         "facts": facts_of(run) if known else [],

@@ -23,7 +23,7 @@ function showRun(run) {
   if (!sections.has(run.path)) sections.set(run.path, makeSection(run));
   const parts = sections.get(run.path);
   parts.phase.textContent = [run.phase, run.about, run.path].filter(Boolean).join("; ");
-  parts.bar.value = run.share;
+  parts.bar.value = run.fraction;
   parts.facts.replaceChildren(
     ...run.facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))),
   );
