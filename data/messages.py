@@ -34,9 +34,11 @@ def one_line(message: object) -> str:
 
 def guard_console() -> None:
     """Make the console safe to print on: a closed stream prints nowhere, an odd character is escaped."""
-    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # the number of a closed stream, which the next file to be opened would get
-    os.close(free)
+    # Open descriptors 0 to 2 where they are closed, or the next file would get the number of a console.
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):

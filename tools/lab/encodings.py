@@ -114,11 +114,12 @@ def read_weights(t: ModuleType, run: Any, checkpoint: Path) -> Weights:
         parts = [tensors[name] for _, tensors in state.parts if name in tensors]
         return torch.cat(parts).to(run.m.device)
 
+    header, _ = state.parts[0]  # a plain pair in older scripts
     names = [name for name, _ in run.model.named_parameters()]
     return Weights(
         live={name: whole(name) for name in names},
         average={name: whole(f"average.{name}") for name in names},
-        position=state.parts[0][0]["position"],
+        position=header["position"],
     )
 
 

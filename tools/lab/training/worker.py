@@ -158,7 +158,7 @@ class Worker:
         """
         h = self.trainer.load_config(request["argv"], {})
         part = folder / ".work" / f"{h.run_id}.part"
-        artifact = folder / ".work" / f"{h.run_id}.int6.xz"
+        artifact = folder / ".work" / f"{h.run_id}.int6.{h.codec}"
         part.unlink(missing_ok=True)
         log = self.trainer.Log(str(part), self.m)
         run = self.prepare(h, log)

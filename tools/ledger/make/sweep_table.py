@@ -165,12 +165,17 @@ def bpb_at(run: Run, step: int) -> float | None:
 # ---- table.json ----------------------------------------------------------------------------------
 
 
+def is_first_stage(run: Run) -> bool:
+    """Tell whether a run is one of those that choose its row's rate."""
+    return run.text("sweep", "stage") == "1"
+
+
 def best_rate(runs: list[Run]) -> str | None:
     """Return the rate, as text, with the lowest val bpb among one row's first-stage runs.
 
     None when all of them diverged.
     """
-    scored = [run for run in runs if run.text("sweep", "stage") == "1" and not diverged(run)]
+    scored = [run for run in runs if is_first_stage(run) and not diverged(run)]
     if not scored:
         return None
     best = min(scored, key=lambda run: (run.number("final_score", "val_bpb"), float(rate_of(run))))
@@ -190,7 +195,7 @@ def spread(values: list[float]) -> dict[str, float | None]:
 
 def rates_tried(runs: list[Run]) -> dict[str, float | None]:
     """Return the val bpb of every first-stage rate of a row, lowest rate first; None where it diverged."""
-    first_stage = [run for run in runs if run.text("sweep", "stage") == "1"]
+    first_stage = [run for run in runs if is_first_stage(run)]
     return {
         rate_of(run): None if diverged(run) else run.number("final_score", "val_bpb")
         for run in sorted(first_stage, key=lambda run: float(rate_of(run)))
