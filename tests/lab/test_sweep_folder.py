@@ -221,6 +221,15 @@ def test_a_doctored_log_is_caught(folder, log, pattern, new, claim):
     assert claim <= found and bool(claim) == bool(found), found
 
 
+def test_calibration_counts_against_the_limit_of_training(folder):
+    logs = sorted((folder / "logs").iterdir())
+    for log in logs:
+        edit(log, r"^  max_wallclock_seconds: .*", "  max_wallclock_seconds: 600")
+    assert "clock" not in failed(folder)
+    edit(logs[0], r"^(phase_times .*calibrate:)\S+", r"\g<1>700000ms")
+    assert "clock" in failed(folder)
+
+
 def test_doctored_tables_and_files_are_caught(folder):
     for name, pattern, new, claim in [
         ("table.json", r'"val_bpb": \{\s*"mean": \d\.\d\d', '"val_bpb": {"mean": 1.00', {"table"}),
