@@ -121,22 +121,21 @@ def run_auto(args: argparse.Namespace) -> None:
         except download.HubUnreachable as error:
             unreachable = str(error).split(";")[0]
     if problems:
-        folder = use_offline(
-            args, [problems[0], unreachable], never_there=not (folder / shards.MANIFEST).exists()
-        )
+        fineweb_is_damaged = (folder / shards.MANIFEST).exists()
+        folder = use_offline(args, [problems[0], unreachable], fineweb_is_damaged)
     elif unreachable:
         say(f"{shown(folder)}: {present_shards} of {args.train_shards} train shards, {unreachable}")
     answer(f"data_path={shown(folder)}")
 
 
-def use_offline(args: argparse.Namespace, reasons: list[str], never_there: bool) -> Path:
+def use_offline(args: argparse.Namespace, reasons: list[str], fineweb_is_damaged: bool) -> Path:
     """Build the offline corpus if it is not there yet, and return its folder.
 
     reasons: why it is not FineWeb. They are shown the first time, and whenever FineWeb is there but damaged.
     """
     variant = args.variant if args.variant in offline.VOCABULARIES else "sp1024"
     folder = offline_folder(variant)
-    is_known = never_there and (folder / shards.MANIFEST).exists()
+    is_known = (folder / shards.MANIFEST).exists() and not fineweb_is_damaged
     if not is_known:
         for reason in reasons:
             say(reason)

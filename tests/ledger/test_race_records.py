@@ -306,7 +306,7 @@ def test_every_track_of_races_has_its_schema_and_preset():
     assert set(submission_schema()["properties"]["track"]["enum"]) == set(TRACKS) - tracks
     for name in tracks:
         about = TRACKS[name].target
-        assert about.rule in races.RULES and about.least in ("steps", "time")
+        assert about.rule in races.RULES and about.minimizes in ("steps", "time")
         h = t.load_config([f"preset={TRACKS[name].preset}"], {})
         assert (h.target_loss, h.val_tokens) == (about.loss, about.val_tokens)
 

@@ -116,6 +116,7 @@ def read_weights(t: ModuleType, run: Any, checkpoint: Path) -> Weights:
 
     header, _ = state.parts[0]  # a plain pair in older scripts
     names = [name for name, _ in run.model.named_parameters()]
+    header, _ = state.parts[0]  # by place: older scripts have plain tuples
     return Weights(
         live={name: whole(name) for name in names},
         average={name: whole(f"average.{name}") for name in names},

@@ -13,7 +13,7 @@ class Target:
     """The target of a track of races, and what shows that it is reached."""
 
     loss: float  # nats per token of the last validation
-    least: str  # what a record has least of: steps | time
+    minimizes: str  # what its records are ranked by: steps | time
     rule: str  # how significance is decided: a row of RULES in ledger/races.py
     runs: int  # a record has at least this many
     val_tokens: int  # only so many tokens count, from the start of the split; 0: all
@@ -80,7 +80,7 @@ TRACKS = {
         ranks=8,
         device="H100",
         whole_split=False,
-        target=Target(loss=3.28, least="time", rule="t_test", runs=3, val_tokens=GPT2_VAL_TOKENS),
+        target=Target(loss=3.28, minimizes="time", rule="t_test", runs=3, val_tokens=GPT2_VAL_TOKENS),
     ),
     "track_gpt2_124m_h100x1": Track(
         title="one H100, least time to a loss of 3.28, GPT-2 tokens",
@@ -90,7 +90,7 @@ TRACKS = {
         ranks=1,
         device="H100",
         whole_split=False,
-        target=Target(loss=3.28, least="time", rule="t_test", runs=3, val_tokens=GPT2_VAL_TOKENS),
+        target=Target(loss=3.28, minimizes="time", rule="t_test", runs=3, val_tokens=GPT2_VAL_TOKENS),
     ),
     "track_optimizer_race": Track(
         title="any machine, fewest steps to a loss of 3.28, GPT-2 tokens",
@@ -100,7 +100,7 @@ TRACKS = {
         ranks=None,
         device="",
         whole_split=False,
-        target=Target(loss=3.28, least="steps", rule="margin", runs=3, val_tokens=GPT2_VAL_TOKENS),
+        target=Target(loss=3.28, minimizes="steps", rule="margin", runs=3, val_tokens=GPT2_VAL_TOKENS),
     ),
     "track_optimizer_race_small": Track(
         title="any machine, fewest steps to a loss of 2.25, 1,024 tokens",
@@ -110,7 +110,7 @@ TRACKS = {
         ranks=None,
         device="",
         whole_split=False,
-        target=Target(loss=2.25, least="steps", rule="t_test", runs=10, val_tokens=0),
+        target=Target(loss=2.25, minimizes="steps", rule="t_test", runs=10, val_tokens=0),
     ),
 }
 

@@ -166,7 +166,7 @@ def bpb_at(run: Run, step: int) -> float | None:
 
 
 def is_first_stage(run: Run) -> bool:
-    """Tell whether a run is one of those that choose its row's rate."""
+    """Return whether a run is one of those that choose its row's rate."""
     return run.text("sweep", "stage") == "1"
 
 

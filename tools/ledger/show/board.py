@@ -103,7 +103,7 @@ def race_cells(sub: dict) -> list[str]:
 
 def race_figure(sub: dict) -> float:
     """Return what the track of a race has least: steps, or seconds of training."""
-    return sub["steps"] if TRACKS[sub["track"]].target.least == "steps" else sub["train_time_ms"] / 1000
+    return sub["steps"] if TRACKS[sub["track"]].target.minimizes == "steps" else sub["train_time_ms"] / 1000
 
 
 def front_page_text(subs: list[dict]) -> str:

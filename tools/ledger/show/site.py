@@ -139,7 +139,7 @@ def history(ledger: Ledger, track: str) -> dict:
     if target is None:
         unit = "bits per byte"
     else:
-        unit = "steps" if target.least == "steps" else "training time (s)"
+        unit = "steps" if target.minimizes == "steps" else "training time (s)"
     rows = []
     for entry in in_board_order(ledger, track):
         sub = entry.sub
