@@ -869,7 +869,7 @@ def check_relations(h: Config) -> None:
             raise InputError(f"config: {relation.complaint}")
 
     parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
-    most = CODECS[h.codec].most_weights
+    most = CODECS[h.codec].max_weights
     if parameters > most:
         sizes = " ".join(f"{key}={getattr(h, key)}" for key in knobs_with(SIZE))
         raise InputError(
@@ -1274,14 +1274,14 @@ def share_levels(ranks: Ranks) -> tuple[Level, ...]:
     return Level(inside, everything, kept), Level(across, kept, one_share)
 
 
-LEAST_TORCH = (2, 11)  # nobody has tried an older one
+MIN_TORCH = (2, 11)  # nobody has tried an older one
 
 
 def check_torch() -> None:
-    """Raise InputError if this PyTorch is older than LEAST_TORCH."""
+    """Raise InputError if this PyTorch is older than MIN_TORCH."""
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < LEAST_TORCH:
-        least = ".".join(map(str, LEAST_TORCH))
+    if version < MIN_TORCH:
+        least = ".".join(map(str, MIN_TORCH))
         raise InputError(
             f"PyTorch {torch.__version__} is too old: {least} or later is required; "
             "run pip install -r requirements.txt"
@@ -2284,7 +2284,7 @@ class TokenLoader:
 
 RMS_EPS = 1e-6  # explicit, because PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # a larger scale lets the gates, which start at 0.5, learn faster
-LEAST_COPIED = 1e-37  # a probability whose logarithm float32 can hold
+MIN_COPIED = 1e-37  # a probability whose logarithm float32 can hold
 MAX_DOCUMENTS = 16  # how many documents of a sequence are told apart; the 16th and later ones count as one
 
 
@@ -2547,13 +2547,13 @@ class Copies(NamedTuple):
         """Return the nats of targets under the mixture, given their nats under the softmax. All (B, last)."""
         hits = self.followers[:, None] == targets[..., None]
         copied = (self.weights * hits).sum(-1)
-        return -self.mix(-nats, copied.clamp_min(LEAST_COPIED).log())
+        return -self.mix(-nats, copied.clamp_min(MIN_COPIED).log())
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the mixture's log-probabilities, given the output layer's logits. Both (B, T, V)."""
         followers = self.followers[:, None].expand(self.weights.shape)
         copied = self.weights.new_zeros(logits.shape).scatter_add(2, followers, self.weights)
-        return self.mix(logits.log_softmax(-1), copied.clamp_min(LEAST_COPIED).log())
+        return self.mix(logits.log_softmax(-1), copied.clamp_min(MIN_COPIED).log())
 
 
 def copy_weights(q: Tensor, k: Tensor, docs: Tensor) -> Tensor:
@@ -2949,26 +2949,34 @@ class GPT(nn.Module):
         for product, gains in self.column_gains().items():
             scales[product] = scales[product] * gains
 
-        stacked = LayerWeights(
-            qkv=(torch.cat([q, k, v], dim=1) * scales["qkv"]).to(self.dtype),
-            o=(scales["o"] * o).to(self.dtype),
-            up=(self.mlp_up_bank * scales["up"]).to(self.dtype),
-            down=(scales["down"] * self.mlp_down_bank).to(self.dtype),
-            q_gain=self.q_gain,
-            resid_mix=self.resid_mix,
-            attn_gate=self.attn_gate if h.attn_gate_dims else None,
-            stream_keep=self.stream_keep if h.two_stream_layers else None,
-            stream_add=self.stream_add if h.two_stream_layers else None,
-        )
-        # Each field gets a list of L entries. The first layers lack what only the last ones have: if L = 3,
-        # a second stream in the last two layers gives [None, stream_keep[0], stream_keep[1]].
-        layers_by_field = []
-        for tensor in stacked:
-            present = () if tensor is None else tensor.unbind(0)
-            missing = [None] * (L - len(present))
-            layers_by_field.append([*missing, *present])
-        fields_by_layer = zip(*layers_by_field)
-        return [LayerWeights(*of_layer) for of_layer in fields_by_layer]
+        def by_layer(stacked: Tensor | None) -> list[Tensor | None]:
+            """Return an entry for every layer; None for the first layers if only the last ones have one."""
+            present = () if stacked is None else stacked.unbind(0)
+            return [None] * (L - len(present)) + list(present)
+
+        qkv = by_layer((torch.cat([q, k, v], dim=1) * scales["qkv"]).to(self.dtype))
+        o = by_layer((scales["o"] * o).to(self.dtype))
+        up = by_layer((self.mlp_up_bank * scales["up"]).to(self.dtype))
+        down = by_layer((scales["down"] * self.mlp_down_bank).to(self.dtype))
+        q_gain = by_layer(self.q_gain)
+        resid_mix = by_layer(self.resid_mix)
+        attn_gate = by_layer(self.attn_gate if h.attn_gate_dims else None)
+        stream_keep = by_layer(self.stream_keep if h.two_stream_layers else None)
+        stream_add = by_layer(self.stream_add if h.two_stream_layers else None)
+        return [
+            LayerWeights(
+                qkv=qkv[i],
+                o=o[i],
+                up=up[i],
+                down=down[i],
+                q_gain=q_gain[i],
+                resid_mix=resid_mix[i],
+                attn_gate=attn_gate[i],
+                stream_keep=stream_keep[i],
+                stream_add=stream_add[i],
+            )
+            for i in range(L)
+        ]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens and hashed bigrams, normalize, blend in the previous token. (B, T) -> (B, T, D).
@@ -3527,7 +3535,7 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
 
 TIMED_TOKENS = 65_536  # at most, in a timed call: a card of 8 GB has room for them
 TIMED_S = 0.2  # for the functions that are compared with each other
-LEAST_TURNS = 5  # timed calls of each
+MIN_TURNS = 5  # timed calls of each
 # A function is preferred unless another one is faster by more than this. Medians of equal work differ by 1 %,
 # and a choice that noise could flip would make two runs of a seed differ for nothing.
 SLOWER = 1.05
@@ -3632,7 +3640,7 @@ def device_times(m: Machine, calls: list[Callable[[], None]]) -> list[float]:
     times: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
     turns = 0
-    while turns < LEAST_TURNS or time.perf_counter() < began + TIMED_S:
+    while turns < MIN_TURNS or time.perf_counter() < began + TIMED_S:
         turns += 1
         for launch, taken in zip(launches, times):
             if launch is None:
@@ -4812,7 +4820,7 @@ ENCODINGS = {
 }
 STORED_AS = {spec.name: spec.stored_as for spec in PARAM_TABLE}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates, times the row's largest magnitude
-LEAST_SCALE = 2.0**-24  # the smallest f16
+MIN_SCALE = 2.0**-24  # the smallest f16
 COLUMN_STEPS = np.exp2(np.arange(-128, 128) / 4).astype(np.float32)  # of the exponents -128 ... 127
 EXPONENT_LIMIT = 12  # column steps lie between 1/8 and 8 times their geometric mean
 STEP_FACTOR_LIMIT = 4.0  # row_steps multiplies int6_step by between 1/4 and 4
@@ -5111,7 +5119,7 @@ def quantize(
         W = W / column_sizes(exponents)
 
     peak = W.abs().amax(-1, keepdim=True)
-    floor = (deviation * least_step).clamp_min(LEAST_SCALE)
+    floor = (deviation * least_step).clamp_min(MIN_SCALE)
 
     clips = [clip_sd * deviation] if clip_sd > 0 else [clip * peak for clip in CLIPS]
     scales = [torch.maximum(clip / clip_code, floor).half().float() for clip in clips]
@@ -5263,7 +5271,7 @@ def pack_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibra
 FILLED = 0.998  # attempts end once an artifact takes this fraction of the room
 AIM = 0.999  # the fraction that a guess aims at, in the middle between FILLED and 1
 FIRST_GUESS = 0.1  # a guess multiplies at least this step: a configured step of 0 would stay 0
-LEAST_GUESS = 0.01  # the smallest step that a guess may give
+MIN_GUESS = 0.01  # the smallest step that a guess may give
 
 
 class Fitted(NamedTuple):
@@ -5307,7 +5315,7 @@ def fit_artifact(
         if not h.fit_cap or fits_as_configured or fills_the_room or coarsest:
             break
         step = max(step, FIRST_GUESS) * 2 ** (8 * (size - AIM * room) / codes)
-        step = min(max(step, configured, LEAST_GUESS), 1.0)
+        step = min(max(step, configured, MIN_GUESS), 1.0)
     return best or tried
 
 
@@ -5559,7 +5567,7 @@ RANS_MAGIC = b"GPT6rans"
 PRECISION = 14  # frequencies of a context sum to 2^PRECISION
 TABLE_SUM = 1 << (PRECISION - 1)  # of a context's row of CodeModel.tables
 SLOT_MASK = (1 << PRECISION) - 1  # the bits of a state that choose a code
-LEAST_STATE = 1 << 32  # a state lies in [2^32, 2^48) and takes in 16 bits at a time
+MIN_STATE = 1 << 32  # a state lies in [2^32, 2^48) and takes in 16 bits at a time
 MEAN_CLASS = 8  # of the mean magnitude; there are as many classes below as above
 CLASS_EDGES = np.array([round(4096 * 2 ** ((k + 0.5 - MEAN_CLASS) / 4)) for k in range(2 * MEAN_CLASS)])
 CLASS_WEIGHTS = np.array([round(4096 * 2 ** ((MEAN_CLASS - k) / 4)) for k in range(2 * MEAN_CLASS + 1)])
@@ -5682,7 +5690,7 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
     Interleaved rANS: code i goes to state i modulo the number of states. A state that would exceed 48 bits
     first gives its lowest 16 to the words. Codes go in from the last to the first: a state is a stack.
     """
-    states = np.full(states_for(sum(map(len, tensors))), LEAST_STATE)
+    states = np.full(states_for(sum(map(len, tensors))), MIN_STATE)
     step = len(states)
     words = []
     for model, codes in zip(reversed(models), reversed(tensors)):
@@ -5727,13 +5735,13 @@ def rans_decode(words: np.ndarray, models: list[CodeModel], counts: list[int]) -
             i = index_at[np.left_shift(context, PRECISION, dtype=np.int64) | slot]
             index[start : start + step] = i
             x[:] = frequencies[i] * (x >> PRECISION) + slot - starts[i]
-            low = np.flatnonzero(x < LEAST_STATE)
+            low = np.flatnonzero(x < MIN_STATE)
             taken += len(low)
             if taken > len(words):
                 raise ValueError("artifact: truncated before the last code")
             x[low] = x[low] << 16 | words[taken - len(low) : taken]
         tensors.append((index - contexts * np.int16(width) - width // 2).astype(np.int8))
-    if taken != len(words) or (states != LEAST_STATE).any():
+    if taken != len(words) or (states != MIN_STATE).any():
         raise ValueError("artifact: the words do not end with the last code")
     return tensors
 
@@ -5848,7 +5856,7 @@ class Codec(NamedTuple):
 
     magic: bytes  # the first bytes of its artifacts
     label: str  # in logs and metrics
-    most_weights: int
+    max_weights: int
     pack: Callable[[bytes], bytes]
     unpack: Callable[[bytes], bytes]
 
@@ -6585,7 +6593,10 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run works with, built once by start_run and passed down."""
+    """Everything a run works with.
+
+    start_run builds it; fit_micro_batch and hold_back return copies with another Config.
+    """
 
     h: Config
     m: Machine

@@ -195,7 +195,7 @@ def test_decoding_by_the_definition():
         state = at % count
         if state == 0 and at > 0:  # between steps, every state that is small takes in a word
             for i in range(count):
-                if states[i] < t.LEAST_STATE:
+                if states[i] < t.MIN_STATE:
                     states[i] = states[i] << 16 | rest.pop(0)
         frequencies = model.frequencies[context].tolist()
         slot = states[state] % (1 << t.PRECISION)

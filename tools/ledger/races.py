@@ -16,7 +16,7 @@ from ledger.read.runlog import Run
 from script import BadInput
 
 LEVEL = 0.01  # the p that a t-test must stay below
-LEAST_MARGIN = 0.004  # nats times the square root of the number of runs
+MIN_MARGIN = 0.004  # nats times the square root of the number of runs
 METRIC = "time_to_loss"  # what final_score names in a race
 
 
@@ -58,13 +58,13 @@ def by_t_test(outcome: Outcome) -> bool:
 
 def by_margin(outcome: Outcome) -> bool:
     """Return whether the mean is far enough below the target for the number of runs."""
-    return outcome.margin >= LEAST_MARGIN
+    return outcome.margin >= MIN_MARGIN
 
 
 RULES = {"t_test": by_t_test, "margin": by_margin}
 RULE_TEXTS = {
     "t_test": f"p < {LEVEL} in a one-sided t-test",
-    "margin": f"(target - mean) sqrt(runs) >= {LEAST_MARGIN}",
+    "margin": f"(target - mean) sqrt(runs) >= {MIN_MARGIN}",
 }
 
 

@@ -177,7 +177,7 @@ class RankCorrelation(NamedTuple):
     p: float
 
 
-MOST_PERMUTED = 8  # values: all 40,320 orders are tried; beyond, Student's t stands for them
+MAX_PERMUTED = 8  # values: all 40,320 orders are tried; beyond, Student's t stands for them
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -213,7 +213,7 @@ def spearman(a: list[float], b: list[float]) -> RankCorrelation | None:
     rho = pearson(ranks_a, ranks_b) if len(a) > 2 else None
     if rho is None:
         return None
-    if len(a) > MOST_PERMUTED:
+    if len(a) > MAX_PERMUTED:
         df = float(len(a) - 2)
         t = math.copysign(math.inf, rho) if abs(rho) >= 1.0 else rho * math.sqrt(df / (1 - rho * rho))
         return RankCorrelation(rho, 2 * t_cdf(-abs(t), df))

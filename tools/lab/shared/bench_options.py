@@ -9,7 +9,7 @@ from pathlib import Path
 from script import TRAINER, BadInput
 
 SUSTAIN = 8.0  # seconds of training's own loop on a GPU
-MOST_STEPS = 100  # a timeline has no more
+MAX_STEPS = 100  # a timeline has no more
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,8 +53,8 @@ def read_options(argv: list[str], description: str = "") -> argparse.Namespace:
     args = make_parser(description).parse_intermixed_args(argv)
     if not args.seconds >= 0:
         raise BadInput(f"--seconds {args.seconds:g}: give 0 or more")
-    if not 1 <= args.steps <= MOST_STEPS:
-        raise BadInput(f"--steps {args.steps}: give 1 to {MOST_STEPS}")
+    if not 1 <= args.steps <= MAX_STEPS:
+        raise BadInput(f"--steps {args.steps}: give 1 to {MAX_STEPS}")
     if args.json and not args.json.resolve().parent.is_dir():
         raise BadInput(f"--json {args.json}: no such folder; make it first")
     if args.only and not args.candidates:

@@ -29,7 +29,7 @@ BESIDE = (
     "memory_limit_gib",
 )
 SCORED_BESIDE = ("eval_", "ttt_", "checkpoint_")
-MOST_SHOWN = 4  # settings of an idea in the table
+MAX_SHOWN = 4  # settings of an idea in the table
 
 
 class Conditions(NamedTuple):
@@ -271,8 +271,8 @@ def effect_text(effect: Effect | None) -> str:
 
 def changes_text(idea: Idea) -> str:
     """Return the settings of an idea: `knob=base>variant`."""
-    shown = [f"{change.knob}={change.base}>{change.variant}" for change in idea.changes[:MOST_SHOWN]]
-    more = len(idea.changes) - MOST_SHOWN
+    shown = [f"{change.knob}={change.base}>{change.variant}" for change in idea.changes[:MAX_SHOWN]]
+    more = len(idea.changes) - MAX_SHOWN
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 

@@ -27,7 +27,7 @@ BY_DEPTH = (
     *("xsa_last_n", "ve_last_n", "parallel_last_n", "train_batch_tokens", "micro_batch_tokens"),
     *("matrix_lr", "embed_lr", "scalar_lr", "copy_lr", "muon_wd", "embed_wd", "scalar_wd"),
 )
-LEAST_POINTS = 3  # as many as a fit has numbers
+MIN_POINTS = 3  # as many as a fit has numbers
 EXPONENTS = (0.01, 1.0)  # between which b is looked for
 RESAMPLES = 1000
 BEYOND = 1000.0  # how far past the measured compute a crossing is looked for
@@ -186,10 +186,10 @@ def smallest_between(low: float, high: float, f: Callable[[float], float]) -> fl
 def fit_law(flops: list[float], losses: list[float]) -> Fit | None:
     """Return the least-squares fit, every budget counting alike.
 
-    None if there are fewer than LEAST_POINTS budgets, if the loss does not fall, or if the best exponent is
+    None if there are fewer than MIN_POINTS budgets, if the loss does not fall, or if the best exponent is
     at an end of EXPONENTS: then the points do not tell the law from a line or from a step.
     """
-    if len(set(flops)) < LEAST_POINTS:
+    if len(set(flops)) < MIN_POINTS:
         return None
     unit = math.exp(stats.mean([math.log(c) for c in flops]))
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from ledger.read.runlog import Run
 from script import BadInput
 
-LEAST_SHARE = 0.02  # a phase is named by itself if it takes this share of the time
+MIN_SHARE = 0.02  # a phase is named by itself if it takes this share of the time
 
 
 def summarize(run: Run) -> list[str]:
@@ -44,7 +44,7 @@ def describe_time(run: Run) -> str:
     total = sum(phases.values())
     if not total:
         raise BadInput(f"{run.path}: no phase_times line")
-    large = {phase: ms for phase, ms in phases.items() if ms >= LEAST_SHARE * total}
+    large = {phase: ms for phase, ms in phases.items() if ms >= MIN_SHARE * total}
     shares = [f"{ms / total:.0%} {phase}" for phase, ms in sorted(large.items(), key=lambda item: -item[1])]
     return f"where {total / 1000:.1f} s went: {', '.join(shares)}"
 
