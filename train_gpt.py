@@ -1326,6 +1326,17 @@ def listens(address: str, port: int) -> bool:
     return True
 
 
+NAMES_ON_CPU = {  # of Machine.names
+    "attention": "cpu",
+    "qk": "torch",
+    "mlp": "torch",
+    "compile": "none",
+    "pass": "eager",
+    "update": "eager",
+    "times": "",
+}
+
+
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
     """Join or create the process group, set PyTorch's global switches, and bind a Machine.
 
@@ -1360,8 +1371,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
 
     levels = share_levels(ranks)
 
-    names = {"device": platform.machine(), "attention": "cpu", "qk": "torch", "mlp": "torch"}
-    names |= {"compile": "none", "pass": "eager", "update": "eager", "times": ""}
+    names = {"device": platform.machine(), **NAMES_ON_CPU}
     machine = Machine(
         rank=ranks.rank,
         world_size=ranks.world,

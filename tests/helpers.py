@@ -105,16 +105,7 @@ def as_arguments(knobs):
 
 def machine(rank=0, world=1):
     """Return a CPU Machine as init_machine makes it, without a process group."""
-    names = {
-        "device": "cpu",
-        "attention": "cpu",
-        "qk": "torch",
-        "mlp": "torch",
-        "compile": "none",
-        "pass": "eager",
-        "update": "eager",
-        "times": "",
-    }
+    names = {"device": "cpu", **t.NAMES_ON_CPU}
     return t.Machine(
         rank=rank,
         world_size=world,

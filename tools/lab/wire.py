@@ -64,6 +64,7 @@ from lab.shared.collectives import (
 )
 from lab.shared.command_line import parse
 from ledger.files import write_atomic
+from ledger.make import markdown
 from ledger.run_verb import run_verb
 from script import ROOT, BadInput
 
@@ -93,15 +94,9 @@ class Prediction(NamedTuple):
     times: StepTimes
 
 
-def markdown_row(cells: list) -> str:
-    """Return one line of a table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def markdown(heads: list[str], rows: list[list]) -> list[str]:
-    """Return a table and an empty line. Every column but the first is aligned to the right."""
-    rule = ["---"] + ["---:"] * (len(heads) - 1)
-    return [*(markdown_row(cells) for cells in (heads, rule, *rows)), ""]
+def with_gap(heads: list[str], rows: list[list]) -> list[str]:
+    """Return a table and an empty line."""
+    return [*markdown.table(heads, [[str(cell) for cell in cells] for cells in rows]), ""]
 
 
 def mb(count: float) -> str:
@@ -125,7 +120,7 @@ def order_table(steps: list[list[Event]], node_ranks: int) -> list[str]:
         label = f"{index + 1} {call.kind}"
         rows.append([label, call.dtype, len(call.ranks), where, size, percent(padded), mb(call.wire)])
     heads = ["collective", "type", "ranks", "scope", "bytes", "padding", "MB per link each way"]
-    return markdown(heads, rows)
+    return with_gap(heads, rows)
 
 
 def schedule_column(schedule: Schedule, kinds: list[str]) -> dict[str, object]:
@@ -157,7 +152,7 @@ def totals_table(schedules: list[Schedule]) -> list[str]:
     kinds = sorted({kind for schedule in schedules for kind in schedule.totals.counts})
     columns = [schedule_column(schedule, kinds) for schedule in schedules]
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
-    return markdown(["a step, one rank", *(schedule.name for schedule in schedules)], rows)
+    return with_gap(["a step, one rank", *(schedule.name for schedule in schedules)], rows)
 
 
 def prediction_table(predictions: list[Prediction]) -> list[str]:
@@ -171,7 +166,7 @@ def prediction_table(predictions: list[Prediction]) -> list[str]:
         after = times.exposed - times.before
         figures = (times.communication, times.update, times.before, after, times.exposed)
         rows.append([name, f"{nodes} x {node_ranks}", *(f"{ms:.3f}" for ms in figures)])
-    return markdown(heads, rows)
+    return with_gap(heads, rows)
 
 
 def rank_table(loads: list[Load], node_ranks: int) -> list[str]:
@@ -182,7 +177,7 @@ def rank_table(loads: list[Load], node_ranks: int) -> list[str]:
         gflop = f"{load.flops / 1e9:.2f}"
         balance = f"{load.flops / mean:.3f}"
         rows.append([rank, rank // node_ranks, load.matrices, load.slots, gflop, balance])
-    return markdown(["rank", "node", "matrices", "with padding", "GFLOP", "over mean"], rows)
+    return with_gap(["rank", "node", "matrices", "with padding", "GFLOP", "over mean"], rows)
 
 
 def assumption_table(a: Assumptions) -> list[str]:
@@ -192,7 +187,7 @@ def assumption_table(a: Assumptions) -> list[str]:
         value = getattr(a, field.name)
         source = SOURCES[field.name] if value == field.default else "given"
         rows.append([field.name, f"{value:g}", source])
-    return markdown(["assumption", "value", "source"], rows)
+    return with_gap(["assumption", "value", "source"], rows)
 
 
 # ---- the report ----------------------------------------------------------------------------------
