@@ -173,7 +173,7 @@ elif wants_help "$@"; then
 else
     use_venv "$@"
     case "${1:-train} ${2:-}" in    # FlashAttention-4 is for the commands that run attention on a GPU
-        config* | data* | test*) ;;
+        config* | data* | test* | watch*) ;;
         record\ *) case ${2:-} in directions | encodings | reproduce | sweep) use_flash4 ;; esac ;;
         *) use_flash4 ;;
     esac

@@ -106,10 +106,12 @@ if __name__ == "__main__":
 
 
 def wrong_setting(error: BaseException) -> str:
-    """Return one line about an error of importing a module of PyTorch, naming the variables that it reads.
+    """Return one line about an import of PyTorch that failed: it is missing, or a variable is wrong.
 
     "" for any other error. PyTorch itself says only what int() says of a wrong value.
     """
+    if isinstance(error, ModuleNotFoundError) and error.name in ("numpy", "torch"):
+        return f"{error.name} is not installed; run pip install -r requirements.txt, or use ./run.sh"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     loading = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
     if not any(name.partition(".")[0] in ("torch", "triton") for name in loading):
@@ -299,7 +301,7 @@ def knob(default: object, *traits: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run, its default and unit. make_config resolves them; nothing changes them later."""
+    """Every knob of a run, its default and unit. make_config resolves them; an instance never changes."""
 
     # the run
     preset: str = "record"
@@ -3746,7 +3748,7 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
         kernels = list(dict.fromkeys([name, *for_masks]))
         candidates["+".join(kernels)] = kernels
     times = attention_times(h, device, judge, candidates) if judge.times_count else {}
-    name = first_fast_enough(times or dict.fromkeys(candidates, 0.0))
+    name = first_fast_enough(times) if times else next(iter(candidates))
     enable_only(*candidates[name])
     if name == "flash4":
         return Bound(attend_flash4, name, times=listed(times))
@@ -7121,12 +7123,14 @@ class Pace(NamedTuple):
 
 
 def hold_back(run: Run, calibrate_ms: float) -> Run:
-    """Return the run with a time limit that leaves enough for calibration, and log how much is held back.
+    """Return the run with less time, so that calibration ends within the limit. Logs how much. Collective.
 
     Calibration counts as training time, so 1.5 times calibrate_ms of rank 0, the time of its rehearsal, is
-    held back. Schedules and ETAs then end when the steps do. Collective. If that is more than half of the
-    budget, discards the log and raises InputError.
+    held back. Schedules and ETAs then end when the steps do. Raises InputError, after discarding the log, if
+    that is more than half of the budget.
     """
+    if not run.h.calibrates:
+        return run
     held_back_ms = run.m.number_of_rank_0(1.5 * calibrate_ms)
     seconds = held_back_ms / 1000
     budget = run.h.max_wallclock_seconds

@@ -268,6 +268,16 @@ def test_a_variable_with_which_torch_does_not_import_is_named(tool, words):
     assert "nonsense" in done.stderr and done.stderr.endswith("change or unset it\n")
 
 
+@pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
+def test_torch_that_is_not_installed_is_named(tool, words, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    paths = [str(tmp_path), *([str(ROOT / "tools")] if words[0] == "-m" else [])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    remedy = "torch is not installed; run pip install -r requirements.txt, or use ./run.sh"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{tool}: {remedy}\n")
+
+
 def error_of(module: str) -> Exception:
     """Return the error of a wrong number, which a module meets as it is imported."""
     with pytest.raises(ValueError) as caught:

@@ -81,6 +81,24 @@ def commands(text):
                 yield [re.sub(r"\$\w+", "1", word) for word in words[1:]]  # the shell's variables are numbers
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_every_fence_stands_alone(path):
+    """A rewrapped fence would hide its block from all other tests here, and from readers."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if "```" in line]
+    wrong = [line for line in lines if not re.fullmatch(r" *```(\w+)?", line)]
+    assert not wrong and len(lines) % 2 == 0
+
+
+def test_the_page_of_the_ledger_lists_every_verb_once():
+    text = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
+    (verbs,) = [action.choices for action in record.parser()._actions if action.dest == "verb"]
+    block = max(
+        re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S), key=lambda block: block.count("record ")
+    )
+    listed = re.findall(r"^\./run\.sh record (\S+)", block, re.M)
+    assert sorted(listed) == sorted([*verbs, *cli.MEASURED])
+
+
 def programs(text):
     """Return the first words of all commands in a document's bash blocks."""
     found = set()

@@ -114,7 +114,6 @@ def read_weights(t: ModuleType, run: Any, checkpoint: Path) -> Weights:
         parts = [tensors[name] for _, tensors in state.parts if name in tensors]
         return torch.cat(parts).to(run.m.device)
 
-    header, _ = state.parts[0]  # a plain pair in older scripts
     names = [name for name, _ in run.model.named_parameters()]
     header, _ = state.parts[0]  # by place: older scripts have plain tuples
     return Weights(
