@@ -86,6 +86,13 @@ class Config:
     seed: int
 
 
+def Kind(name, parse):
+    return name, parse
+
+
+KINDS = {"str": Kind("str", str), "int": Kind("int", int)}
+
+
 def load_config(argv, env):
     values = {"preset": "", "seed": 7, "out_dir": "logs", "run_id": "", "resume": "", "codec": "xz"}
     values |= {"matrix_lr": 0.05, "target_loss": 0.0, "max_wallclock_seconds": 600.0}
