@@ -3609,9 +3609,10 @@ class Judge:
     def faster(
         self, bound: Bound, reference: Callable, draw: Callable[[], list[Tensor]], name: str = "torch"
     ) -> Bound:
-        """Return the agreed function, or the reference, called `name` in the log, if that is faster.
+        """Return `bound`, unless a rank rejected it or the reference is faster on the slowest rank.
 
-        draw: returns inputs of the size that training has. Collective.
+        Then return the reference. name: of the reference, in the log. draw: returns inputs of the size that
+        training has. Collective.
         """
         bound = self.agreed(bound, reference)
         if bound.rejected or not self.times_count:
@@ -3745,9 +3746,9 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
     """Bind FlashAttention-4 if it is correct under every mask that a layer uses, else PyTorch's attention.
 
     Of PyTorch's kernels, the first that runs stays enabled, and also the memory-efficient one if a layer
-    needs a mask. If times count, the first in this order is bound that is fast enough in all layers together.
-    The label says why FlashAttention-4 was rejected, unless it is not installed. Raises InputError when no
-    kernel runs.
+    needs a mask. If times count, the first in this order is bound whose mean over all layers is within SLOWER
+    of the best. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
+    InputError when no kernel runs.
     """
     generator = torch.Generator().manual_seed(0)
     qkv = [
@@ -6180,7 +6181,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
 
     Each step follows the mean gradient over the lesson and all ranks, clipped to norm 1, with momentum 0.9.
     The momentum carries over to the next chunk. The rate falls from ttt_lr to 0 along half a cosine over the
-    split. After parameter-golf #549.
+    split. Leaves requires_grad on for all parameters. After parameter-golf #549.
     """
     params = list(model.requires_grad_(True).parameters())  # also those with rate 0 in training
     weights = [p.data for p in params]
@@ -6212,7 +6213,8 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
     """Learn a change of rank ttt_rank to every qkv and the output layer for each document. See `learning`.
 
     Each slot of a batch has its own factors, which are reset at the start of every document: `up` is then
-    zero, so the weights are the artifact's. The steps are Adam's. After parameter-golf #77, #1855.
+    zero, so the weights are the artifact's. The steps are Adam's. Leaves requires_grad off for all
+    parameters. After parameter-golf #77, #1855.
     """
     model.requires_grad_(False)
     slots = h.eval_batch_tokens // h.eval_seq_len
