@@ -257,6 +257,7 @@ IMPORTERS = (
 )
 
 
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
 def test_a_variable_with_which_torch_does_not_import_is_named(tool, words):
     env = os.environ | {"TORCH_LOGS": "nonsense", "PYTHONSAFEPATH": "1"}
@@ -268,6 +269,7 @@ def test_a_variable_with_which_torch_does_not_import_is_named(tool, words):
     assert "nonsense" in done.stderr and done.stderr.endswith("change or unset it\n")
 
 
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
 def test_torch_that_is_not_installed_is_named(tool, words, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")

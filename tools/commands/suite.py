@@ -15,7 +15,9 @@ FAST = (
     *("tests/cli", "tests/data", "tests/ledger"),
     # These start many programs.
     *("--ignore=tests/cli/test_ranks.py", "--ignore=tests/cli/test_reasons.py"),
-    *("--ignore=tests/cli/test_signals.py", "--ignore=tests/data/test_workers.py"),
+    *("--ignore=tests/cli/test_run_sh.py", "--ignore=tests/cli/test_run_sh_setup.py"),
+    *("--ignore=tests/cli/test_run_sh_train.py", "--ignore=tests/cli/test_signals.py"),
+    "--ignore=tests/data/test_workers.py",
     "tests/audit/test_audit_honest.py::test_nine_tests_pass_on_an_honest_run",
     "tests/trainer/test_artifact.py",
     "tests/trainer/test_bytes.py",
