@@ -3601,9 +3601,8 @@ class Judge:
 
     def agreed(self, bound: Bound, reference: Callable) -> Bound:
         """Return the function that this rank bound, or the reference if any rank rejected it. Collective."""
-        rejections = self.of_every_rank([tuple(rejection) for rejection in bound.rejected])
-        if first := next(filter(None, rejections), None):
-            return Bound(reference, "torch", tuple(Rejection(*rejection) for rejection in first))
+        if first := next(filter(None, self.of_every_rank(bound.rejected)), None):
+            return Bound(reference, "torch", first)
         return bound
 
     def faster(
@@ -3620,7 +3619,7 @@ class Judge:
         compiled = {bound.name: as_trained(self.m, bound.function), name: as_trained(self.m, reference)}
         times = self.times(compiled, draw)
         if first_fast_enough(times) != bound.name:
-            bound = Bound(reference, "torch", (Rejection(bound.name, "slower"),))
+            bound = Bound(reference, name, (Rejection(bound.name, "slower"),))
         return bound._replace(times=listed(times))
 
     def times(self, functions: Mapping[str, Callable], draw: Callable[[], list[Tensor]]) -> dict[str, float]:
@@ -4964,6 +4963,12 @@ NEXT_STATE = ((2 * ALL_STATES[:, None] + NEWEST_BIT) % TRELLIS_STATES).astype(np
 GRIDS = 2 * IS_SHIFTED[:, None].astype(np.int64) + NEWEST_BIT
 
 
+@cache
+def grids_on(device: torch.device) -> Tensor:
+    """Return GRIDS on a device, int32: it is asked for once a column."""
+    return torch.from_numpy(GRIDS.astype(np.int32)).to(device)
+
+
 def half_steps(rows: int) -> Tensor:
     """Return what a shift adds to the codes of each row: (rows, 1)."""
     return 0.5 - (torch.arange(rows) % 2)[:, None]
@@ -5006,7 +5011,7 @@ def trellis_multiples(W: Tensor, scale: Tensor, limit: int) -> Tensor:
     states = TRELLIS_STATES
     nearest = nearest_on_grids(x, half_steps(M).squeeze(-1).to(x), limit)
     errors = (nearest - x[..., None]).square()
-    grids = torch.from_numpy(GRIDS).to(x.device)
+    grids = grids_on(x.device)
 
     cost = torch.full((matrices, states), math.inf, device=x.device)  # of the best way into each state
     cost[:, 0] = 0
@@ -5089,7 +5094,7 @@ def trellis_multiples_fused(W: Tensor, scale: Tensor, limit: int) -> Tensor:
     x = (W / scale).contiguous()
     M = x.size(-2)
     matrices = x.numel() // M
-    grids = torch.from_numpy(GRIDS.astype(np.int32)).to(x.device)
+    grids = grids_on(x.device)
     from_upper = torch.empty(matrices, M, TRELLIS_STATES, dtype=torch.int8, device=x.device)
     out = torch.empty_like(x)
     trellis_kernel[(matrices,)](
