@@ -38,7 +38,7 @@ Contents
 
 Dimensions in docstrings
   B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
-  H num_heads   Hkv num_kv_heads         Dh head_dim   C copy_dim      r rank of a change
+  H num_heads   Hkv num_kv_heads         Dh head_dim   r rank of a change
   W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
 
 Invariants (tests/ holds them)
@@ -367,7 +367,6 @@ class Config:
     bigram_vocab_size: Count = knob(1536, SIZE, STORED)  # embeddings for hashed pairs of tokens; 0: none
     bigram_dim: int = knob(128, SIZE, STORED)
     logit_softcap: float = knob(30.0, STORED)
-    copy_dim: Count = knob(0, SIZE, STORED_IF_SET)  # size of the copy output's queries and keys; 0: none
     norm_gains: bool = knob(False, STORED_IF_SET)  # learned gains after the norms of attention and MLP
     qk_gain_init: float = 1.5
     out_scale_init: float = 1.0  # start of the scales of what attention and MLP add
@@ -378,7 +377,6 @@ class Config:
     matrix_lr: float = 0.05
     embed_lr: float = 0.035
     scalar_lr: float = 0.025
-    copy_lr: float = 0.004  # for the copy output's projections and gate
     norm_gain_lr: float = 0.025
     depth_lr_power: Fraction = 0.0  # with depth=N, matrix_lr goes as N^-depth_lr_power
     muon_wd: float = 0.04  # weight decay of the matrices
@@ -660,7 +658,6 @@ DECAYS = {
     "matrix_lr": "muon_wd",
     "embed_lr": "embed_wd",
     "scalar_lr": "scalar_wd",
-    "copy_lr": "scalar_wd",
     "norm_gain_lr": "scalar_wd",
 }
 MAX_TOKENS = 1 << 30  # in a batch
@@ -830,7 +827,6 @@ def rates_by_depth(h: Config) -> dict[str, object]:
         matrix_lr=h.matrix_lr * batch * depth,
         embed_lr=h.embed_lr * batch * width,
         scalar_lr=h.scalar_lr * batch,
-        copy_lr=h.copy_lr * batch,
         norm_gain_lr=h.norm_gain_lr * batch,
         muon_wd=h.muon_wd * decay / depth,
         embed_wd=h.embed_wd * decay,
@@ -2321,7 +2317,6 @@ class TokenLoader:
 
 RMS_EPS = 1e-6  # explicit, because PyTorch's default depends on the dtype
 GATE_SCALE = 0.5  # a larger scale lets the gates, which start at 0.5, learn faster
-MIN_COPIED = 1e-37  # a probability whose logarithm float32 can hold
 MAX_DOCUMENTS = 16  # how many documents of a sequence are told apart; the 16th and later ones count as one
 
 
@@ -2568,44 +2563,6 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, linear: Callable = F.linear) -> Ten
     return linear(F.leaky_relu(linear(x, up), 0.5).square(), down)
 
 
-class Copies(NamedTuple):
-    """The copy output: for each of the last positions, a distribution over the tokens before it."""
-
-    weights: Tensor  # (B, last, T) float32: the probability of copying the token that follows each position
-    followers: Tensor  # (B, T): the token that follows each position
-    gate: Tensor  # (B, last) float32: the logit of the probability that the next token is a copy
-
-    def mix(self, log_softmax: Tensor, log_copied: Tensor) -> Tensor:
-        """Return log((1 - gate) softmax + gate copied), given both logarithms: (B, last) or (B, last, V)."""
-        gate = self.gate if log_softmax.dim() == 2 else self.gate[..., None]
-        return torch.logaddexp(F.logsigmoid(-gate) + log_softmax, F.logsigmoid(gate) + log_copied)
-
-    def nats(self, nats: Tensor, targets: Tensor) -> Tensor:
-        """Return the nats of targets under the mixture, given their nats under the softmax. All (B, last)."""
-        hits = self.followers[:, None] == targets[..., None]
-        copied = (self.weights * hits).sum(-1)
-        return -self.mix(-nats, copied.clamp_min(MIN_COPIED).log())
-
-    def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Return the mixture's log-probabilities, given the output layer's logits. Both (B, T, V)."""
-        followers = self.followers[:, None].expand(self.weights.shape)
-        copied = self.weights.new_zeros(logits.shape).scatter_add(2, followers, self.weights)
-        return self.mix(logits.log_softmax(-1), copied.clamp_min(MIN_COPIED).log())
-
-
-def copy_weights(q: Tensor, k: Tensor, docs: Tensor) -> Tensor:
-    """Attend from the last positions to all earlier ones of the same document.
-
-    q (B, last, C), k (B, T, C), docs (B, T) -> (B, last, T) float32. Rows sum to 1, except that the row of a
-    document's first token is 0, because nothing precedes it.
-    """
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5
-    at = torch.arange(k.size(1), device=k.device)
-    queries = slice(-q.size(1), None)
-    seen = (at < at[queries, None]) & (docs[:, None] == docs[:, queries, None])
-    return torch.where(seen, scores, -1e4).softmax(-1) * seen
-
-
 class Ops(NamedTuple):
     """The model's functions for which a machine may bind faster ones with the same signature."""
 
@@ -2778,15 +2735,11 @@ PARAM_TABLE = (
     ParamSpec("stream_keep", "TL 2", Init("constant", 1.1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("stream_add", "TL 2 2", Init("constant", 1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("q_gain", "L H", Init("constant", "GAIN"), "flat", "scalar_lr", "f32"),
-    # First the queries' projection, then the keys'.
-    ParamSpec("copy_proj", "2 C D", Init("twins"), "flat", "copy_lr", "int8", "copy_dim"),
-    ParamSpec("copy_gate", "C", Init("constant", 0), "flat", "copy_lr", "f32", "copy_dim"),
-    ParamSpec("copy_bias", "1", Init("constant", -3), "flat", "scalar_lr", "f32", "copy_dim"),
 )
 MATRICES = tuple(spec for spec in PARAM_TABLE if spec.buffer != "flat")
 SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
 # The parameters whose weights multiply each token; the other tables are looked up.
-MULTIPLIED = {*(spec.name for spec in MATRICES), "tok_emb", "bigram_proj", "ve_proj", "copy_proj"}
+MULTIPLIED = {*(spec.name for spec in MATRICES), "tok_emb", "bigram_proj", "ve_proj"}
 
 
 class Parameter(NamedTuple):
@@ -2815,7 +2768,6 @@ def sizes_of(h: Config) -> dict[str, int]:
         "BV": h.bigram_vocab_size,
         "BD": h.bigram_dim,
         "GD": h.attn_gate_dims,
-        "C": h.copy_dim,
     }
 
 
@@ -2895,12 +2847,6 @@ def init_first_of_two(out: Tensor, value: float, generator: torch.Generator) -> 
     out[:, 0] = 1
 
 
-def init_twins(out: Tensor, value: float, generator: torch.Generator) -> None:
-    """Fill all matrices with one orthogonal matrix."""
-    nn.init.orthogonal_(out[0], generator=generator)
-    out[1:] = out[0]
-
-
 def init_matrices(out: Tensor, value: float, generator: torch.Generator, orthogonal: float) -> None:
     """Make a fraction of the matrices orthogonal, the others normal with standard deviation `value`."""
     matrices = out.view(-1, *out.shape[-2:])
@@ -2915,7 +2861,6 @@ def init_matrices(out: Tensor, value: float, generator: torch.Generator, orthogo
 INITS: dict[str, Callable[[Tensor, float, torch.Generator], None]] = {
     "constant": init_constant,
     "first_of_two": init_first_of_two,
-    "twins": init_twins,
     "normal": partial(init_matrices, orthogonal=0.0),
     "half_orthogonal": partial(init_matrices, orthogonal=0.5),
     "orthogonal": partial(init_matrices, orthogonal=1.0),
@@ -3092,32 +3037,9 @@ class GPT(nn.Module):
         logits = logits.float()
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
-    def copies(self, x: Tensor, tokens: Tensor, last: int) -> Copies:
-        """Predict, for the last `last` positions, which earlier token the next token copies.
-
-        x (B, T, D): the trunk's output; tokens (B, T). If the text here looks like the text at an earlier
-        position, the token that followed there may follow here. This is a pointer network (Merity et al.,
-        arXiv:1609.07843) at the output of a small model, as in modded-nanogpt #379.
-        """
-        projections = self.copy_proj.to(self.dtype)
-        q = F.linear(x[:, -last:], projections[0])
-        k = F.linear(x, projections[1])
-        weights = copy_weights(q, k, documents(tokens, self.h.bos_id))
-        gate = q.to(weights.dtype) @ self.copy_gate + self.copy_bias
-        nothing_earlier = document_starts(tokens, self.h.bos_id)[:, -last:]
-        return Copies(weights, F.pad(tokens[:, 1:], (0, 1)), gate.masked_fill(nothing_earlier, -math.inf))
-
     def logits(self, tokens: Tensor) -> Tensor:
-        """Return logits of every next token: (B, T) -> (B, T, V) float32.
-
-        Their softmax is the model's distribution. With a copy output, they are the mixture's
-        log-probabilities.
-        """
-        x = self.trunk(tokens)
-        logits = self.unembed(x)
-        if self.h.copy_dim:
-            logits = self.copies(x, tokens, tokens.size(1)).log_probabilities(logits)
-        return logits
+        """Return logits of every next token: (B, T) -> (B, T, V) float32."""
+        return self.unembed(self.trunk(tokens))
 
     def nats(
         self,
@@ -3133,12 +3055,9 @@ class GPT(nn.Module):
         """
         *changes, output_change = [None] if factors is None else cut_factors(factors, self.h)
         x = self.trunk(tokens, weights, changes)
-        targets = targets[:, -last:]
         logits = self.unembed(x[:, -last:], output_change)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(-1, last)
-        if self.h.copy_dim:
-            nats = self.copies(x, tokens, last).nats(nats, targets)
-        return nats
+        nats = F.cross_entropy(logits.flatten(0, 1), targets[:, -last:].flatten(), reduction="none")
+        return nats.view(-1, last)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean nats per target. Two (B, T) -> ()."""

@@ -89,7 +89,6 @@ OTHER_PARTS = dict(
     attn_gate_dims=8,
     parallel_last_n=1,
     parallel_form="two_streams",
-    copy_dim=8,
 )
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 # ---- work ----------------------------------------------------------------------------------------
 
 
-OPTIONAL = OTHER_PARTS | dict(loop_layers="1 2", parallel_last_n=2, copy_dim=0)
+OPTIONAL = OTHER_PARTS | dict(loop_layers="1 2", parallel_last_n=2)
 
 
 @pytest.mark.parametrize("knobs", [{}, OPTIONAL, OPTIONAL | dict(parallel_form="one_stream")], ids=str)

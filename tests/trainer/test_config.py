@@ -178,7 +178,6 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
         (f"eval_batch_tokens={2**50}", [f"eval_batch_tokens={2**50}", "9.01e+06 GB"]),
         (f"train_batch_tokens={98_304 * 2**30}", ["train_batch_tokens=105553116266496", "GB"]),
         ("muon_wd=21", ["matrix_lr * muon_wd", "at most 1"]),
-        ("copy_lr=26", ["copy_lr * scalar_wd", "at most 1"]),
         ("embed_clip_sd=128", ["embed_clip_sd", "127"]),
         ("scalar_lr=26", ["scalar_lr * scalar_wd", "at most 1"]),
         ("embed_lr=26", ["embed_lr * embed_wd", "at most 1"]),

@@ -123,31 +123,8 @@ def reference_visits(h):
     return visits
 
 
-def reference_copies(p, h, x, tokens, logits):
-    """Mix the softmax of each position with what followed earlier ones. Returns log-probabilities (T, V)."""
-    mixed = np.zeros_like(logits)
-    start = 0
-    for i, token in enumerate(tokens):
-        if i == 0 or token == h.bos_id:
-            start = i
-        softmax = np.exp(logits[i] - logits[i].max())
-        softmax = softmax / softmax.sum()
-        if i == start:
-            mixed[i] = np.log(softmax)
-            continue
-        q = p["copy_proj"][0] @ x[i]
-        scores = [q @ (p["copy_proj"][1] @ x[s]) / math.sqrt(h.copy_dim) for s in range(start, i)]
-        weights = np.exp(scores) / np.exp(scores).sum()
-        copied = np.zeros(h.vocab_size)
-        for weight, s in zip(weights, range(start, i)):
-            copied[tokens[s + 1]] += weight
-        gate = 1 / (1 + np.exp(-(p["copy_gate"] @ q + p["copy_bias"][0])))
-        mixed[i] = np.log((1 - gate) * softmax + gate * copied)
-    return mixed
-
-
 def reference_logits(p, h, sequence):
-    """Return the softcapped logits of one sequence, (T, V); with a copy output, log-probabilities."""
+    """Return the softcapped logits of one sequence, (T, V)."""
     L = h.num_layers
     visits = reference_visits(h)
     half = len(visits) // 2
@@ -188,8 +165,7 @@ def reference_logits(p, h, sequence):
         x = x + attended + fed
         outputs.append(x)
     logits = norm(outputs[-1]) @ p["tok_emb"].T
-    logits = h.logit_softcap * np.tanh(logits / h.logit_softcap)
-    return reference_copies(p, h, norm(outputs[-1]), tokens, logits) if h.copy_dim else logits
+    return h.logit_softcap * np.tanh(logits / h.logit_softcap)
 
 
 def arrays(model):
@@ -220,8 +196,6 @@ VARIANTS = [
     {"norm_gains": 1, "attn_gate_dims": 5, "parallel_last_n": 2, "loop_layers": "1 2", "loop_times": 1},
     {"attn_gate_dims": 5, "xsa_last_n": 1},
     {"skip_gates": 1, "attn_gate_dims": 32, "loop_layers": "1 2", "loop_times": 2},
-    {"copy_dim": 8},
-    {"copy_dim": 3, "bos_id": 3, "loop_layers": "1 2", "loop_times": 1},
     {"parallel_last_n": 2},
     {"parallel_last_n": 4, "loop_layers": "2", "loop_times": 1},
     {"parallel_last_n": 1, "parallel_form": "two_streams"},
@@ -252,9 +226,8 @@ def test_logits_match_the_second_implementation(knobs):
     np.testing.assert_allclose(single, expected, atol=5e-4, rtol=0)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"copy_dim": 8}], ids=str)
-def test_loss_logits_and_nats_agree(knobs):
-    h = tiny(**knobs)
+def test_loss_logits_and_nats_agree():
+    h = tiny()
     model = noisy_model(h)
     tokens = random_tokens(h, (3, 16), 1)
     targets = random_tokens(h, (3, 16), 2)
@@ -274,7 +247,6 @@ CAUSAL = [
     {},
     dict(loop_layers="0 1", loop_times=2, bigram_vocab_size=0, ve_last_n=0),
     dict(attn_gate_dims=3, skip_gates=1, parallel_last_n=2, parallel_form="two_streams"),
-    dict(copy_dim=8),
     dict(attn_windows="4 0", doc_mask=1),
 ]
 
@@ -341,64 +313,6 @@ def test_smear_and_bigram_each_look_back_on_their_own(part):
     assert moved == [3, 4]
 
 
-@pytest.mark.parametrize("last", [16, 5])
-def test_probabilities_with_copies_sum_to_one(last):
-    """Ask for the nats of every token, as the auditor does: right after a document start, too."""
-    h = tiny(copy_dim=8)
-    model = noisy_model(h, scale=0.5)
-    tokens = random_tokens(h, (2, 16), 14, bos_share=0.2)
-    total = torch.zeros(2, last, dtype=torch.float64)
-    with torch.no_grad():
-        for token in range(h.vocab_size):
-            total += (-model.nats(tokens, torch.full_like(tokens, token), last).double()).exp()
-        torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
-        logits = model.logits(tokens)
-    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 16), atol=1e-5, rtol=0)
-
-
-def test_copies_never_come_from_another_document_or_the_future():
-    h = tiny(copy_dim=8)
-    model = noisy_model(h, scale=0.5)
-    tokens = random_tokens(h, (1, 16), 15, bos_share=0.0)
-    tokens[0, 6] = h.bos_id
-    copies = model.copies(model.trunk(tokens), tokens, 16)
-    seen = copies.weights[0] > 0
-    for i in range(16):
-        start = 0 if i < 6 else 6
-        assert seen[i].nonzero().flatten().tolist() == list(range(start, i))
-    assert copies.gate[0].isinf().nonzero().flatten().tolist() == [0, 6]
-    assert torch.equal(copies.followers[0, :-1], tokens[0, 1:])
-
-
-def test_a_repeated_text_is_copied():
-    """Open the gate: the token that followed the same token, in the same context, gets the probability."""
-    h = tiny(copy_dim=32)
-    model = t.GPT(h)
-    with torch.no_grad():
-        model.tok_emb.normal_(0, 1, generator=torch.Generator().manual_seed(0))
-        model.copy_proj.mul_(3)
-        model.copy_bias.fill_(3.0)
-        model.smear_gate.fill_(-30.0)
-    passage = random_tokens(h, (1, 8), 16, bos_share=0.0)
-    passage = torch.unique(passage)[None]  # no token twice
-    tokens = torch.cat([passage, passage], 1)
-    n = passage.size(1)
-    nats = model.nats(tokens[:, :-1], tokens[:, 1:], tokens.size(1) - 1)[0]
-    assert nats[n:].max() < 0.2 < 1.0 < nats[: n - 1].min()
-
-
-def test_copies_of_improbable_tokens_leave_gradients_finite():
-    """A target that no earlier token equals, or with a saturated gate, must not give nan."""
-    h = tiny(copy_dim=8)
-    for bias in (-1e4, 0.0, 1e4):
-        model = noisy_model(h)
-        with torch.no_grad():
-            model.copy_bias.fill_(bias)
-        tokens = torch.full((1, 16), h.bos_id + 1)
-        model.loss(tokens, torch.full_like(tokens, h.bos_id + 2)).backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
 # ---------------------------------------------------------------- each knob and parameter
 
 
@@ -419,7 +333,6 @@ def test_copies_of_improbable_tokens_leave_gradients_finite():
         {"loop_layers": "1", "loop_times": 2},
         {"skip_gates": 1},
         {"attn_gate_dims": 4},
-        {"copy_dim": 4},
         {"parallel_last_n": 2},
         {"parallel_last_n": 2, "parallel_form": "two_streams"},
     ],
@@ -450,7 +363,6 @@ OPTIONAL = dict(
     attn_gate_dims=5,
     parallel_last_n=1,
     parallel_form="two_streams",
-    copy_dim=6,
 )
 
 
@@ -696,12 +608,6 @@ def test_the_seed_decides_the_init():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
     assert not torch.equal(model.qo_bank, other.qo_bank)
     assert not torch.equal(model.tok_emb, other.tok_emb)
-
-
-def test_queries_and_keys_of_copies_start_alike():
-    first, second = t.GPT(tiny(copy_dim=8)).copy_proj.detach()
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first @ first.T, torch.eye(8), atol=1e-5, rtol=0)
 
 
 def test_an_unknown_init_is_an_error():

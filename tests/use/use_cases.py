@@ -15,7 +15,6 @@ PARTS = {
     "gates": dict(skip_gates=1, attn_gate_dims=8),
     "one stream": dict(parallel_last_n=2),
     "two streams": dict(parallel_last_n=2, parallel_form="two_streams"),
-    "copy output": dict(copy_dim=8),
     "all others": OTHER_PARTS | dict(doc_mask=1),
     "none": dict(bigram_vocab_size=0, ve_last_n=0, xsa_last_n=0),
 }

@@ -25,7 +25,8 @@ BLOCK = markdown.block("scaling")
 BY_DEPTH = (
     *("depth", "num_layers", "model_dim", "num_heads", "num_kv_heads", "attn_windows"),
     *("xsa_last_n", "ve_last_n", "parallel_last_n", "train_batch_tokens", "micro_batch_tokens"),
-    *("matrix_lr", "embed_lr", "scalar_lr", "copy_lr", "muon_wd", "embed_wd", "scalar_wd"),
+    *("matrix_lr", "embed_lr", "scalar_lr", "muon_wd", "embed_wd", "scalar_wd"),
+    "copy_lr",  # of older scripts, with a copy output
 )
 MIN_POINTS = 3  # as many as a fit has numbers
 EXPONENTS = (0.01, 1.0)  # between which b is looked for
