@@ -1157,7 +1157,7 @@ class Machine:
         for stream in free:
             current.wait_stream(stream)
 
-    def captured(self, fn: Callable[[], None]) -> Captured:
+    def capture(self, fn: Callable[[], None]) -> Captured:
         """Capture fn as one CUDA graph. fn must queue the same work on the same tensors at every call.
 
         fn first runs three times on a side stream, as CUDA requires, and is compiled there; callers undo the
@@ -3518,7 +3518,7 @@ class Judge:
         """Return every rank's value, in order. Collective."""
         return self.m.of_every_rank(value) if self.m else [value]
 
-    def agreed(self, bound: Bound, reference: Callable) -> Bound:
+    def agree_on(self, bound: Bound, reference: Callable) -> Bound:
         """Return the function that this rank bound, or the reference if any rank rejected it. Collective."""
         if first := next(filter(None, self.of_every_rank(bound.rejected)), None):
             return Bound(reference, "torch", first)
@@ -3532,21 +3532,23 @@ class Judge:
         Then return the reference. name: of the reference, in the log. draw: returns inputs of the size that
         training has. Collective.
         """
-        bound = self.agreed(bound, reference)
+        bound = self.agree_on(bound, reference)
         if bound.rejected or not self.times_count:
             return bound
         compiled = {bound.name: as_trained(self.m, bound.function), name: as_trained(self.m, reference)}
-        times = self.times(compiled, draw)
+        times = self.measure(compiled, draw)
         if first_fast_enough(times) != bound.name:
             bound = Bound(reference, name, (Rejection(bound.name, "slower"),))
         return bound._replace(times=listed(times))
 
-    def times(self, functions: Mapping[str, Callable], draw: Callable[[], list[Tensor]]) -> dict[str, float]:
+    def measure(
+        self, functions: Mapping[str, Callable], draw: Callable[[], list[Tensor]]
+    ) -> dict[str, float]:
         """Return the ms of each function, both ways, on the slowest rank; inf if it fails. Collective."""
         found = [math.inf] * len(functions)
         with suppress(Exception):  # no memory for the inputs: then results alone count
             inputs = draw()
-            found = device_times(self.m, [both_ways(function, inputs) for function in functions.values()])
+            found = device_times(self.m, [call_of(function, inputs) for function in functions.values()])
         return dict(zip(functions, self.m.largest_of_each(*found)))
 
 
@@ -3560,7 +3562,7 @@ def as_trained(m: Machine, function: Callable) -> Callable:
     return m.compile(lambda *inputs: function(*inputs))
 
 
-def both_ways(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
+def call_of(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
     """Return a function of no arguments that runs forward and backward and drops the results."""
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     wanted = [x for x in leaves if x.requires_grad]
@@ -3681,7 +3683,7 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
     for windowed, has_docs in sorted(masks):
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
         reference = partial(attend_sdpa, **options)
-        trial = judge.agreed(bind(partial(attend_flash4, **options), reference, qkv, "flash4"), reference)
+        trial = judge.agree_on(bind(partial(attend_flash4, **options), reference, qkv, "flash4"), reference)
         rejected += trial.rejected
     if not rejected and not judge.times_count:
         return Bound(attend_flash4, "flash4")
@@ -3731,7 +3733,7 @@ def attention_times(
         share = forms.count((window, has_docs)) / len(forms)
         options = dict(window=window, docs=docs if has_docs else None)
         functions = {name: attention(name, kernels, **options) for name, kernels in candidates.items()}
-        for name, ms in judge.times(functions, draw).items():
+        for name, ms in judge.measure(functions, draw).items():
             means[name] += share * ms
     return means
 
@@ -4465,8 +4467,8 @@ class Optimizer:
         self.scalars = torch.ones(len(StepScalars._fields), device=m.device)  # a StepScalars, as one tensor
         self.norm = torch.zeros((), dtype=torch.float64, device=m.device)  # this step's gradient norm
         saved = self.snapshot()
-        self.update, self.graph_failure = m.captured(self.schedule)
-        self.restore(saved)  # captured ran the update
+        self.update, self.graph_failure = m.capture(self.schedule)
+        self.restore(saved)  # capture ran the update
 
     def make_bank(self, buffer: str, members: dict[str, nn.Parameter]) -> None:
         """Make a bank of one or two parameters of equal matrix size, and this rank's state for its part.
@@ -6925,8 +6927,8 @@ def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None 
         loss.backward()
         result.copy_(loss.detach())
 
-    launch, failure = m.captured(both_ways)
-    optimizer.clear_gradients()  # captured ran the pass
+    launch, failure = m.capture(both_ways)
+    optimizer.clear_gradients()  # capture ran the pass
 
     def backward(sequences: Tensor, count: int) -> Tensor:
         tokens.copy_(sequences)

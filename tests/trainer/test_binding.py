@@ -49,11 +49,11 @@ def with_times(monkeypatch, **known):
     """Let functions of these names take these times in ms. Returns the list of the names asked for."""
     asked = []
 
-    def times(self, functions, draw):
+    def measure(self, functions, draw):
         asked.append(list(functions))
         return {name: float(known[name.split("+")[0]]) for name in functions}
 
-    monkeypatch.setattr(t.Judge, "times", times)
+    monkeypatch.setattr(t.Judge, "measure", measure)
     return asked
 
 
@@ -206,11 +206,11 @@ def test_the_time_of_attention_is_the_mean_of_all_layers(judge, monkeypatch):
     windows = []
     monkeypatch.setattr(t, "attend_sdpa", lambda q, k, v, window, docs: windows.append(window))
 
-    def times(self, functions, draw):
+    def measure(self, functions, draw):
         functions["flash"](*draw())
         return {"flash": 1.0 if windows[-1] else 5.0}
 
-    monkeypatch.setattr(t.Judge, "times", times)
+    monkeypatch.setattr(t.Judge, "measure", measure)
     h = tiny(num_layers=4, attn_windows="8 8 8 0", xsa_last_n=0)
     found = t.attention_times(h, torch.device("cpu"), judge, {"flash": ["flash"]})
     assert found == {"flash": pytest.approx(2.0)}
@@ -328,6 +328,6 @@ def test_on_a_device_the_larger_product_takes_longer():
     m = t.with_gpu(machine())
     m = t.replace(m, device=torch.device("cuda"))
     drawn = t.Drawn.like_training(h, m.device)
-    calls = [t.both_ways(double, [drawn.normal(n, 4096)]) for n in (4096, 16384)]
+    calls = [t.call_of(double, [drawn.normal(n, 4096)]) for n in (4096, 16384)]
     small_ms, large_ms, failed = t.device_times(m, [*calls, lambda: 1 / 0])
     assert 2 < large_ms / small_ms < 8 and failed == math.inf

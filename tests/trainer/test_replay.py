@@ -69,7 +69,7 @@ def one():
 def test_eager_first_then_captured_once_then_replayed(one):
     events = []
     m = dataclasses.replace(one, graph_capture=capturer(events))
-    run, failure = m.captured(lambda: events.append("run"))
+    run, failure = m.capture(lambda: events.append("run"))
     assert events == ["run"] * 3 + ["capture"] and failure == ""
     run()
     run()
@@ -80,7 +80,7 @@ def test_without_graph_capture_the_function_is_called_itself():
     def fn():
         pytest.fail("nobody asked for it")
 
-    assert machine().captured(fn) == (fn, "")
+    assert machine().capture(fn) == (fn, "")
 
 
 def test_a_failed_capture_leaves_the_eager_function(one):
@@ -91,7 +91,7 @@ def test_a_failed_capture_leaves_the_eager_function(one):
     def fn():
         events.append("run")
 
-    assert m.captured(fn) == (fn, "rank 0: RuntimeError: operation not permitted")
+    assert m.capture(fn) == (fn, "rank 0: RuntimeError: operation not permitted")
     assert events == ["run"] * 3 + ["capture"]
 
 
@@ -100,7 +100,7 @@ def test_errors_of_the_function_itself_are_not_hidden(one):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        dataclasses.replace(one, graph_capture=capturer([])).captured(broken)
+        dataclasses.replace(one, graph_capture=capturer([])).capture(broken)
 
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
