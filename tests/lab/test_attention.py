@@ -7,8 +7,10 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import train_gpt as t
 from helpers import TINY, refused_by, tiny
 from lab import bench
 from lab.model import attention
-from lab.model.attention import AttentionPath, BoundPath, Layout
+from lab.model.attention import AttentionPath, BoundPath, Layout, PathRow, PathTimes, Status
 from lab.shared import exact, timing
 from lab_helpers import a_session
 
@@ -169,10 +171,10 @@ def test_varlen_by_its_signature(age, monkeypatch):
     for name, c in cases().items():
         row = outcome(c, attention.PATHS["varlen"])
         if age == 2 and c.mask.window:
-            assert row["status"] == "skipped" and row["why"].endswith("has no window_size"), row
+            assert row.status is Status.SKIPPED and row.why.endswith("has no window_size"), row
             continue
-        assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (name, row)
-        assert row["note"] == ("" if age == 0 else "k, v heads repeated")
+        assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (name, row)
+        assert row.note == ("" if age == 0 else "k, v heads repeated")
         assert calls[-1] == (max(c.mask.lengths), max(c.mask.lengths), age == 0)
 
 
@@ -203,14 +205,14 @@ def test_flash4_is_the_trainers(monkeypatch):
     for mask in attention.masks_of(3, 16):
         c = attention.make_layer(s, attention.layouts_of(s.h)[0], mask)
         row = outcome(c, attention.PATHS["flash4"])
-        assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (mask, row)
+        assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (mask, row)
         assert set(calls) == {(16, mask.window)}
         assert compiled == [t.attend_flash4]
         calls.clear()
         compiled.clear()
 
     monkeypatch.setattr(t, "attend_flash4", lambda *args, **how: 1.1 * t.attend_sdpa(*args, **how))
-    assert outcome(c, attention.PATHS["flash4"])["status"] == "wrong"
+    assert outcome(c, attention.PATHS["flash4"]).status is Status.WRONG
 
 
 def test_flash4_compiles_whole_for_every_mask(monkeypatch):
@@ -234,12 +236,12 @@ def test_flash4_compiles_whole_for_every_mask(monkeypatch):
     masks = attention.masks_of(2, 16)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     row = outcome(case(layouts[0], masks[0]), attention.PATHS["flash4"])
-    assert row["status"] == "skipped" and "flash_attn" in row["why"] and not compiled, row
+    assert row.status is Status.SKIPPED and "flash_attn" in row.why and not compiled, row
     plant_flash4(monkeypatch, [])
     for layout in layouts:
         for mask in masks:
             row = outcome(case(layout, mask), attention.PATHS["flash4"])
-            assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, row
+            assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, row
 
 
 def test_flash4_has_room_for_so_many_documents(monkeypatch):
@@ -247,10 +249,10 @@ def test_flash4_has_room_for_so_many_documents(monkeypatch):
     c = cases(rows=2)["documents"]
     count = max(int((row - row[0]).max()) + 1 for row in c.ids)
     monkeypatch.setattr(t, "MAX_DOCUMENTS", count)
-    assert outcome(c, attention.PATHS["flash4"])["status"] == "measured"
+    assert outcome(c, attention.PATHS["flash4"]).status is Status.MEASURED
     monkeypatch.setattr(t, "MAX_DOCUMENTS", count - 1)
     row = outcome(c, attention.PATHS["flash4"])
-    assert row["why"] == f"{count} documents in a row: attend_flash4 keeps {count - 1} apart"
+    assert row.why == f"{count} documents in a row: attend_flash4 keeps {count - 1} apart"
 
 
 def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
@@ -274,14 +276,14 @@ def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
             if path == "math" and name != "causal":
                 continue
             row = outcome(c, attention.PATHS[path])
-            assert row["status"] == "measured" and max(row["errors"].values()) < 1e-5, (name, row)
+            assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (name, row)
             options = [x for x in seen if isinstance(x, dict)]
             assert {x for x in seen if not isinstance(x, dict)} == {mine}
             assert bool(options) == (path == "math" or name != "causal")
             assert all(x["window"] == c.mask.window for x in options)
             assert all((x["docs"] is not None) == ("documents" in name) for x in options)
             repeats = "k, v heads repeated" if name == "causal" else "k, v heads repeated, mask made"
-            assert row["note"] == ("" if path == "math" else repeats)
+            assert row.note == ("" if path == "math" else repeats)
             seen.clear()
 
 
@@ -294,17 +296,17 @@ def test_paths_of_a_cpu():
             path: attention.attempt_path(c, path, exact_rows, lambda: None) for path in attention.PATHS
         }
     for name, rows in found.items():
-        assert rows["flex"]["status"] == "measured", rows["flex"]
-        assert [*rows["flex"]["errors"]] == ["out"], rows["flex"]
-        assert rows["flex"]["errors"]["out"] < 1e-5 and "both_us" not in rows["flex"], name
+        assert rows["flex"].status is Status.MEASURED, rows["flex"]
+        assert [*rows["flex"].errors] == ["out"], rows["flex"]
+        assert rows["flex"].errors["out"] < 1e-5 and rows["flex"].times.both_us is None, name
     for path in ("math", "flash"):
         row = found["causal"][path]
-        assert row["status"] == "measured"
-        assert len(row["errors"]) == 4
-        assert max(row["errors"].values()) < 1e-5
+        assert row.status is Status.MEASURED
+        assert len(row.errors) == 4
+        assert max(row.errors.values()) < 1e-5
     for path in ("cudnn", "varlen", "flash4"):
         row = found["causal"][path]
-        assert row["status"] == "skipped" and row["why"] and "\n" not in row["why"], row
+        assert row.status is Status.SKIPPED and row.why and "\n" not in row.why, row
 
 
 def test_flex_compiles_whole_and_skips_blocks():
@@ -322,7 +324,7 @@ def test_flex_compiles_whole_and_skips_blocks():
         for mask in attention.masks_of(2, T):
             c = attention.make_layer(s, layout, mask)
             row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
-            assert row["status"] == "measured" and row["errors"]["out"] < 1e-5, row
+            assert row.status is Status.MEASURED and row.errors["out"] < 1e-5, row
             seen = torch.stack([exact.visible(ids, mask.window) for ids in c.ids])
             seen = seen.view(2, T // 128, 128, T // 128, 128).any(4).any(2)
             found = blocks[-1].to_dense()[:, 0].bool()
@@ -358,14 +360,23 @@ def planted(make):
     return AttentionPath(lambda c: BoundPath(make(c, right(c))))
 
 
+class Fault(NamedTuple):
+    """A wrong attention and a word of why it is not timed."""
+
+    make: Callable  # (layer, its correct attention) -> the wrong one
+    word: str
+
+
 FAULTS = {
-    "the output": (lambda c, f: lambda q, k, v: 1.03 * f(q, k, v), "out"),
-    "dq only": (lambda c, f: lambda q, k, v: f(1.05 * q - 0.05 * q.detach(), k, v), "dq"),
-    "dk only": (lambda c, f: lambda q, k, v: f(q, 1.05 * k - 0.05 * k.detach(), v), "dk"),
-    "dv only": (lambda c, f: lambda q, k, v: f(q, k, 1.05 * v - 0.05 * v.detach()), "dv"),
-    "not a number": (lambda c, f: lambda q, k, v: f(q, k, v) * math.nan, "nan"),
-    "the last row": (lambda c, f: lambda q, k, v: torch.cat([f(q, k, v)[:-1], f(q, k, v)[-1:] + 1]), "out"),
-    "a window one too long": (
+    "the output": Fault(lambda c, f: lambda q, k, v: 1.03 * f(q, k, v), "out"),
+    "dq only": Fault(lambda c, f: lambda q, k, v: f(1.05 * q - 0.05 * q.detach(), k, v), "dq"),
+    "dk only": Fault(lambda c, f: lambda q, k, v: f(q, 1.05 * k - 0.05 * k.detach(), v), "dk"),
+    "dv only": Fault(lambda c, f: lambda q, k, v: f(q, k, 1.05 * v - 0.05 * v.detach()), "dv"),
+    "not a number": Fault(lambda c, f: lambda q, k, v: f(q, k, v) * math.nan, "nan"),
+    "the last row": Fault(
+        lambda c, f: lambda q, k, v: torch.cat([f(q, k, v)[:-1], f(q, k, v)[-1:] + 1]), "out"
+    ),
+    "a window one too long": Fault(
         lambda c, f: lambda q, k, v: flat_sequences(q, k, v, c.bounds, c.mask.window),
         "out",
     ),
@@ -383,18 +394,18 @@ def test_a_wrong_path_is_not_timed(name, monkeypatch):
     c = cases()[mask]
     monkeypatch.setattr(attention, "micros", lambda *_: pytest.fail("timed"))
     row = outcome(c, planted(make))
-    assert row["status"] == "wrong" and word in row["why"] and "forward_us" not in row, row
+    assert row.status is Status.WRONG and word in row.why and row.times is None, row
     if name.endswith("only"):
-        assert row["why"].split()[2] == word and "," not in row["why"], row
+        assert row.why.split()[2] == word and "," not in row.why, row
     assert attention.row_line(row).startswith("planted   wrong: error of ")
-    json.dumps(row, allow_nan=False)
+    json.dumps(attention.row_json(row), allow_nan=False)
 
 
 def test_a_small_error_is_timed():
     c = cases()["documents"]
     row = outcome(c, planted(lambda c, f: lambda q, k, v: 1.01 * f(q, k, v)))
-    assert row["status"] == "measured"
-    assert row["errors"]["out"] == pytest.approx(0.01, rel=1e-3)
+    assert row.status is Status.MEASURED
+    assert row.errors["out"] == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -406,11 +417,11 @@ def test_a_path_that_raises_is_skipped(late, capsys, monkeypatch):
 
     monkeypatch.setitem(attention.PATHS, "varlen", AttentionPath(broken))
     rows = attention.time_paths(cases()["causal"], ["varlen", "math"], lambda: None)
-    assert [row["status"] for row in rows] == ["skipped", "measured"]
+    assert [row.status for row in rows] == [Status.SKIPPED, Status.MEASURED]
     if late:
-        assert rows[0]["why"].startswith("RuntimeError: ")
+        assert rows[0].why.startswith("RuntimeError: ")
     else:
-        assert rows[0]["why"] == "ImportError: no such"
+        assert rows[0].why == "ImportError: no such"
     said = capsys.readouterr().out
     assert "varlen    skipped: " in said
     assert said.endswith("fastest: forward math, backward math, both math\n")
@@ -430,11 +441,11 @@ def test_figures_by_hand(monkeypatch):
     row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
     pairs = 2 * (1 + 2 + 3 + 13 * 4)
     assert c.mask.pairs == pairs
-    assert row["forward_tflops"] == pytest.approx(4 * 8 * 4 * pairs / 200e-6 / 1e12)
+    assert row.times.forward_tflops == pytest.approx(4 * 8 * 4 * pairs / 200e-6 / 1e12)
     times = iter([200.0, 700.0])
     row = outcome(c, planted(lambda c, f: f))
-    assert (row["forward_us"], row["backward_us"], row["both_us"]) == (200, 500, 700)
-    assert row["backward_tflops"] == pytest.approx(2.5 * 4 * 8 * 4 * pairs / 500e-6 / 1e12)
+    assert (row.times.forward_us, row.times.backward_us, row.times.both_us) == (200, 500, 700)
+    assert row.times.backward_tflops == pytest.approx(2.5 * 4 * 8 * 4 * pairs / 500e-6 / 1e12)
     line = attention.row_line(row).split()
     assert line[:4] == ["planted", "200.0", "500.0", "700.0"] and len(line) == 10
     assert len(attention.row_line(row)) == len(attention.path_line(list(attention.COLUMNS)))
@@ -473,9 +484,12 @@ def test_a_noisy_path_is_named(monkeypatch):
 
 
 def a_row(layout, mask, path, forward=None, both=None):
-    row = dict(layout=layout._asdict(), mask=mask, path=path, status="measured" if forward else "skipped")
-    row |= dict(forward_us=forward) if forward else {}
-    return row | (dict(both_us=both, backward_us=both - forward) if both else {})
+    """Return a measured row without a rate, or without `forward` a skipped one."""
+    if forward is None:
+        return PathRow(layout, mask, path, Status.SKIPPED, why="")
+    backward = None if both is None else both - forward
+    times = PathTimes(forward, forward_tflops=1.0, backward_us=backward, both_us=both)
+    return PathRow(layout, mask, path, Status.MEASURED, times=times)
 
 
 def test_the_fastest():
@@ -490,9 +504,8 @@ def test_the_fastest():
         a_row(two, "documents", "flex", 100.0),
     ]
     best = attention.fastest(rows[:3])
-    names = {key: row["path"] for key, row in best.items()}
-    assert names == dict(forward="flash", backward="cudnn", both="cudnn")
-    assert attention.fastest(rows[2:3]) == {}
+    assert [row.path for row in best] == ["flash", "cudnn", "cudnn"]
+    assert attention.fastest(rows[2:3]) == (None, None, None)
     lines = [line.split() for line in attention.fastest_table(rows).splitlines()[1:]]
     assert [line[6:] for line in lines] == [
         ["causal", "cudnn", "1,000.0", "1.000"], ["documents", "flex", "600.0", "0.600"], ["causal", "none"],
@@ -500,10 +513,43 @@ def test_the_fastest():
     ]  # fmt: skip
 
 
+def test_keys_of_the_report():
+    """Earlier reports have these keys: what a row does not have is not in it."""
+    both = {"both_us", "backward_us", "backward_tflops"}
+    forward = {
+        "layout",
+        "mask",
+        "path",
+        "status",
+        "note",
+        "errors",
+        "seconds",
+        "forward_us",
+        "forward_tflops",
+    }
+    c = cases(rows=2)["window 4"]
+
+    def keys(path):
+        row = outcome(c, path)
+        return row.status, {*attention.row_json(row)}
+
+    assert keys(planted(lambda c, f: f)) == (Status.MEASURED, forward | both)
+    assert keys(attention.PATHS["flex"]) == (Status.MEASURED, forward)
+    wrong = {"layout", "mask", "path", "status", "note", "errors", "seconds", "why"}
+    assert keys(planted(lambda c, f: lambda q, k, v: 1.03 * f(q, k, v))) == (Status.WRONG, wrong)
+    skipped = {"layout", "mask", "path", "status", "seconds", "why"}
+    assert keys(AttentionPath(lambda c: 1 / 0)) == (Status.SKIPPED, skipped)
+    found = attention.row_json(outcome(c, planted(lambda c, f: f)))
+    assert (found["layout"], found["status"]) == (c.layout._asdict(), "measured")
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    rows = []
+    row_json = attention.row_json
+    monkeypatch.setattr(attention, "row_json", lambda row: (rows.append(row), row_json(row))[1])
     at = tmp_path / "a.json"
     args = ["--attention", "--json", str(at), "--paths", "math,flex,varlen,math", *KNOBS]
     assert bench.main(args, {}) == 0
@@ -520,7 +566,8 @@ def test_the_command(tmp_path, capsys):
                    if mask == "causal" or path != "math"]  # fmt: skip
     assert {row["status"] for row in report["table"] if row["path"] != "varlen"} == {"measured"}
     assert 0 < sum(row["seconds"] for row in report["table"]) < report["seconds"]
-    for row in report["table"]:
+    assert [json.loads(json.dumps(row_json(row))) for row in rows] == report["table"]
+    for row in rows:
         assert printed.out.count(attention.row_line(row)) >= 1
     assert "attention of a layer: 4 x 16 tokens, float32" in printed.out
     assert printed.out.index("fastest: forward") < printed.out.index(

@@ -47,6 +47,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -376,6 +377,48 @@ def errors_of(found: list[Tensor], exact: dict[int, list[Tensor]]) -> dict[str, 
     }
 
 
+# ---- rows of the report --------------------------------------------------------------------------
+
+
+class Status(Enum):
+    """What came of a path on a layer."""
+
+    MEASURED = "measured"
+    WRONG = "wrong"  # an error above WRONG: not timed
+    SKIPPED = "skipped"  # it raised
+
+
+class PathTimes(NamedTuple):
+    """us of a layer and TFLOP/s. None: the path has no backward."""
+
+    forward_us: float
+    forward_tflops: float
+    backward_us: float | None = None
+    backward_tflops: float | None = None
+    both_us: float | None = None
+
+
+class PathRow(NamedTuple):
+    """A path on a layer. None: a path that raised has no note and no errors, a measured one no reason."""
+
+    layout: Layout
+    mask: str
+    path: str
+    status: Status
+    why: str | None = None
+    note: str | None = None
+    errors: dict[str, float | None] | None = None  # of ERRORS, as many as there are; None: not finite
+    times: PathTimes | None = None
+    seconds: float = 0.0  # compilation included
+
+
+def row_json(row: PathRow) -> dict[str, Any]:
+    """Return a row as the JSON report has it: times beside the other fields, and no field that is None."""
+    times = row.times._asdict() if row.times is not None else {}
+    fields = row._asdict() | times | dict(layout=row.layout._asdict(), status=row.status.value, times=None)
+    return {key: value for key, value in fields.items() if value is not None}
+
+
 # ---- clocks --------------------------------------------------------------------------------------
 
 
@@ -400,8 +443,25 @@ def filler(s: Session) -> Callable:
     return lambda: torch.mm(x, x, out=y)
 
 
-def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict:
-    """Return the errors of a path and, if these are small, its times."""
+def time_path(
+    c: MaskedLayer, name: str, forward: Callable, both: Callable | None, fill: Callable
+) -> PathTimes:
+    """Time a path's forward and its forward + backward. both: None if it has no backward."""
+    flops = 4.0 * c.layout.head_dim * c.layout.heads * c.mask.pairs
+    what = f"{name} on {c.mask.name}, {c.layout}"
+    forward_us = micros(c.s, f"{what}, forward", forward, fill)
+    times = PathTimes(forward_us, flops / forward_us / 1e6)
+    if both is None:
+        return times
+
+    both_us = micros(c.s, f"{what}, forward + backward", both, fill)
+    backward_us = max(both_us - forward_us, 1e-3)  # a difference of medians: noise may make it negative
+    backward_tflops = BACKWARD * flops / backward_us / 1e6
+    return times._replace(backward_us=backward_us, backward_tflops=backward_tflops, both_us=both_us)
+
+
+def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> PathRow:
+    """Return the row of a path: its errors and, if these are small, its times. Raises whatever it raises."""
     bound = PATHS[name].bind(c)
     tensors = c.tensors if bound.backward else [x.detach() for x in c.tensors]
 
@@ -410,39 +470,28 @@ def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict
 
     def both() -> list[Tensor]:
         out = forward()
-        grads = torch.autograd.grad(out, tensors, c.dout) if bound.backward else ()
-        return [out, *grads]
+        return [out, *torch.autograd.grad(out, tensors, c.dout)]
 
-    errors = errors_of(both(), exact)
+    errors = errors_of(both() if bound.backward else [forward()], exact)
     finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
-    row: dict[str, Any] = dict(note=bound.note, errors=finite)
+    row = PathRow(c.layout, c.mask.name, name, Status.MEASURED, note=bound.note, errors=finite)
     wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= WRONG]  # nan is wrong
     if wrong:
-        return row | dict(status="wrong", why="error of " + ", ".join(wrong))
-
-    flops = 4.0 * c.layout.head_dim * c.layout.heads * c.mask.pairs
-    what = f"{name} on {c.mask.name}, {c.layout}"
-    forward_us = micros(c.s, f"{what}, forward", forward, fill)
-    row |= dict(status="measured", forward_us=forward_us, forward_tflops=flops / forward_us / 1e6)
-    if bound.backward:
-        both_us = micros(c.s, f"{what}, forward + backward", both, fill)
-        backward_us = max(both_us - forward_us, 1e-3)  # a difference of medians: noise may make it negative
-        backward_tflops = BACKWARD * flops / backward_us / 1e6
-        row |= dict(both_us=both_us, backward_us=backward_us, backward_tflops=backward_tflops)
-    return row
+        return row._replace(status=Status.WRONG, why="error of " + ", ".join(wrong))
+    return row._replace(times=time_path(c, name, forward, both if bound.backward else None, fill))
 
 
-def attempt_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> dict:
-    """Return a row of the report, whatever the path raises."""
-    row = dict(layout=c.layout._asdict(), mask=c.mask.name, path=name)
+def attempt_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> PathRow:
+    """Return the row of a path, whatever it raises."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a backend is not chosen, that flex is not compiled
-            return row | measure_path(c, name, exact, fill)
+            return measure_path(c, name, exact, fill)
     except Unfit as error:
-        return row | dict(status="skipped", why=first_line(error))
+        why = first_line(error)
     except Exception as error:  # whatever a kernel, a compiler or an import raises
-        return row | dict(status="skipped", why=f"{type(error).__name__}: {first_line(error)}")
+        why = f"{type(error).__name__}: {first_line(error)}"
+    return PathRow(c.layout, c.mask.name, name, Status.SKIPPED, why)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -453,28 +502,38 @@ def path_line(values: list[str]) -> str:
     return fixed_width(values, tuple(COLUMNS.values()))
 
 
-def row_line(row: dict) -> str:
+def row_line(row: PathRow) -> str:
     """Format a row of the report; '-' stands for a backward it does not have."""
-    if row["status"] != "measured":
-        return path_line([row["path"]]) + f"{row['status']}: {row['why'][:120]}"
+    if row.times is None:
+        return path_line([row.path]) + f"{row.status.value}: {row.why[:120]}"
 
-    us = [f"{row[key]:,.1f}" if key in row else "-" for key in ("forward_us", "backward_us", "both_us")]
-    rates = [f"{row[key]:.4g}" if key in row else "-" for key in ("forward_tflops", "backward_tflops")]
-    errors = [f"{row['errors'][key]:.1e}" if key in row["errors"] else "-" for key in ERRORS]
-    return f"{path_line([row['path'], *us, *rates, *errors])}  {row['note']}".rstrip()
-
-
-def fastest(rows: list[dict]) -> dict[str, dict]:
-    """Return the rows of least time for forward, backward and both; no key where nothing was measured."""
-    found = {}
-    for key in ("forward", "backward", "both"):
-        timed = [row for row in rows if f"{key}_us" in row]
-        if timed:
-            found[key] = min(timed, key=lambda row: row[f"{key}_us"])
-    return found
+    times = row.times
+    us = ["-" if x is None else f"{x:,.1f}" for x in (times.forward_us, times.backward_us, times.both_us)]
+    rates = ["-" if x is None else f"{x:.4g}" for x in (times.forward_tflops, times.backward_tflops)]
+    errors = [f"{row.errors[name]:.1e}" if name in row.errors else "-" for name in ERRORS]
+    return f"{path_line([row.path, *us, *rates, *errors])}  {row.note}".rstrip()
 
 
-def time_paths(c: MaskedLayer, names: list[str], fill: Callable) -> list[dict]:
+class Fastest(NamedTuple):
+    """The rows of least time. None: nothing was measured."""
+
+    forward: PathRow | None
+    backward: PathRow | None
+    both: PathRow | None
+
+
+def row_of_least(rows: list[PathRow], field: str) -> PathRow | None:
+    """Return the row whose `field` of PathTimes is least; None: no row has it."""
+    timed = [row for row in rows if row.times is not None and getattr(row.times, field) is not None]
+    return min(timed, key=lambda row: getattr(row.times, field), default=None)
+
+
+def fastest(rows: list[PathRow]) -> Fastest:
+    """Return the fastest row for forward, for backward and for both."""
+    return Fastest(*(row_of_least(rows, f"{name}_us") for name in Fastest._fields))
+
+
+def time_paths(c: MaskedLayer, names: list[str], fill: Callable) -> list[PathRow]:
     """Time all paths on one layer and print each row when it is known."""
     say = c.s.say
     count = len(c.mask.lengths)
@@ -490,33 +549,39 @@ def time_paths(c: MaskedLayer, names: list[str], fill: Callable) -> list[dict]:
             continue
         started = time.perf_counter()
         row = attempt_path(c, name, exact, fill)
-        row["seconds"] = time.perf_counter() - started  # compilation included
-        rows.append(row)
+        rows.append(row._replace(seconds=time.perf_counter() - started))
         say(row_line(row))
 
-    best = ", ".join(f"{key} {row['path']}" for key, row in fastest(rows).items())
-    say(f"fastest: {best or 'none ran'}")
+    best = [f"{name} {row.path}" for name, row in fastest(rows)._asdict().items() if row is not None]
+    say(f"fastest: {', '.join(best) or 'none ran'}")
     return rows
 
 
-def fastest_table(rows: list[dict]) -> str:
+def fastest_line(rows: list[PathRow], causal: list[PathRow]) -> str:
+    """Format the fastest path of one layout and mask. causal: the rows of the layout's causal mask."""
+    start = f"{rows[0].layout!s:<26}{rows[0].mask:<26}"
+    best = fastest(rows)
+    field = "forward_us" if best.both is None else "both_us"
+    row = best.forward if best.both is None else best.both
+    if row is None:
+        return f"{start}none"
+
+    us = getattr(row.times, field)
+    base = row_of_least(causal, field)
+    fraction = "-" if base is None else f"{us / getattr(base.times, field):.3f}"
+    note = "  forward only" if best.both is None else ""
+    return f"{start}{row.path:<10}{us:12,.1f}{fraction:>11}{note}"
+
+
+def fastest_table(rows: list[PathRow]) -> str:
     """Format the fastest path of every layout and mask, by forward + backward or, without one, by forward."""
-    groups: dict[tuple[Layout, str], list[dict]] = {}
+    groups: dict[tuple[Layout, str], list[PathRow]] = {}
     for row in rows:
-        groups.setdefault((Layout(**row["layout"]), row["mask"]), []).append(row)
+        groups.setdefault((row.layout, row.mask), []).append(row)
 
     lines = [f"{'heads':<26}{'mask':<26}{'fastest':<10}{'us a layer':>12}{'of causal':>11}"]
-    for (layout, mask), mine in groups.items():
-        best = fastest(mine)
-        key = "both" if "both" in best else "forward"
-        if key not in best:
-            lines.append(f"{layout!s:<26}{mask:<26}none")
-            continue
-        us = best[key][f"{key}_us"]
-        causal = fastest(groups[layout, "causal"])
-        share = f"{us / causal[key][f'{key}_us']:.3f}" if key in causal else "-"
-        note = "" if key == "both" else "  forward only"
-        lines.append(f"{layout!s:<26}{mask:<26}{best[key]['path']:<10}{us:12,.1f}{share:>11}{note}")
+    for (layout, _), group in groups.items():
+        lines.append(fastest_line(group, groups[layout, "causal"]))
     return "\n".join(lines)
 
 
@@ -566,7 +631,6 @@ def describe(s: Session, masks: list[Mask]) -> None:
             )
             for mask in masks
         ],
-        table=[],
     )
     software = ", ".join([s.report["device"], *(f"{k} {v}" for k, v in s.report["versions"].items())])
     size = f"{s.rows} x {s.h.train_seq_len} tokens"
@@ -594,11 +658,13 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     masks = masks_of(s.rows, s.h.train_seq_len)
     describe(s, masks)
     fill = filler(s)
+    rows = []
     for layout in layouts_of(s.h):
         for mask in masks:
-            s.report["table"] += time_paths(make_layer(s, layout, mask), names, fill)
+            rows += time_paths(make_layer(s, layout, mask), names, fill)
 
-    s.say("\nforward + backward, the fastest path of each\n" + fastest_table(s.report["table"]))
+    s.say("\nforward + backward, the fastest path of each\n" + fastest_table(rows))
+    s.report["table"] = [row_json(row) for row in rows]
     s.report["seconds"] = time.perf_counter() - started
     say_noise(s)
     s.say(f"\n{s.report['seconds']:.0f} s")
