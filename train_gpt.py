@@ -6036,8 +6036,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
     """Score the targets of `tokens` (N,). Rank r scores windows r, r + world_size, ... of each group.
 
     If a group has a lesson, all ranks first learn from the lesson together; then each rank scores its windows
-    in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats. What a lesson changes outside the
-    weights is in the nats_fn that `learn` returns.
+    in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
@@ -6054,7 +6053,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
         for group in groups:
             if len(group.lesson):
                 begins = None if group.begins is None else torch.from_numpy(group.begins)
-                nats_fn = learn(tokens, torch.from_numpy(group.lesson), begins) or nats_fn
+                nats_fn = learn(tokens, torch.from_numpy(group.lesson), begins)
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
             for i, windows in enumerate(mine.split(scoring.batch), 1):
@@ -6116,7 +6115,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     momentum = torch.zeros(sum(sizes), device=m.device)
     moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
 
-    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> None:
+    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> Callable:
         targets = (windows[:, END] - windows[:, SCORE_FROM]).sum().item()
         progress = windows[0, START].item() / (len(tokens) - 1)
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
@@ -6126,6 +6125,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
             dist.all_reduce(gradient)
             momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
             torch._foreach_add_(weights, moves, alpha=-rate)
+        return nats_fn
 
     yield learn
     torch._foreach_copy_(weights, saved)
@@ -6202,8 +6202,8 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
     """Return a context that yields learn(tokens, windows, begins) and afterwards puts the weights back.
 
     learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score. begins (n,)
-    bool: the slots in which a document begins and the weights are reset; None: no slot is reset. It returns
-    the nats_fn that scores with what it has learned; None: the weights themselves have changed.
+    bool: the slots in which a document begins and the weights are reset; None: no slot is reset. learn
+    returns the nats_fn that scores with what has been learned.
     """
     return TTT_FORMS[h.ttt_form].learner(model, nats_fn, h, m)
 

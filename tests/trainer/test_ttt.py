@@ -72,7 +72,7 @@ def test_a_step_is_that_of_a_naive_loop(batch, scale):
     before = weights_of(model)
     with group_of_one() as m, t.learning(model, model.nats, h, m) as learn:
         for i in range(3):
-            learn(tokens, sequences(64 * i, 64 * i + 64, 16))
+            assert learn(tokens, sequences(64 * i, 64 * i + 64, 16)) == model.nats
             naive.learn(tokens[64 * i : 64 * i + 65], i / 4)
             assert_close_to(naive, model)
         assert all((a != b).any() for a, b in zip(weights_of(model), before) if a.dim() > 1)
@@ -169,6 +169,7 @@ class Witness:
         assert learned == list(range(first, end))
         assert set(range(1, end + 1)) <= self.scored
         self.learned += 1
+        return self.nats
 
     def learner(self):
         return nullcontext(self.learn)
@@ -196,7 +197,7 @@ def test_chunks_alone_change_no_bit():
     model = noisy_model(h)
     tokens = random_tokens(h, (301,), 4).numpy()
     run = t.ScoreSettings(16, 4, 4, "x", SILENT)
-    idle = run._replace(chunk=64, learner=lambda: nullcontext(lambda *_: None))
+    idle = run._replace(chunk=64, learner=lambda: nullcontext(lambda *_: model.nats))
     with group_of_one() as m:
         plain = t.score_targets(model.nats, tokens, run, m)
         assert all(map(torch.equal, plain, t.score_targets(model.nats, tokens, idle, m)))

@@ -47,10 +47,10 @@ def ranks_score(rank, knobs):
         with t.learning(model, model.nats, h, m) as learn:
 
             def learn_and_digest(*args):
-                changed = learn(*args)
+                changed_nats_fn = learn(*args)
                 weights = b"".join(p.numpy().tobytes() for p in weights_of(model))
                 digests.append(hashlib.sha256(weights).hexdigest())
-                return changed
+                return changed_nats_fn
 
             yield learn_and_digest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from auditor.older import targets_of
+from auditor.protocols import Nats
 from auditor.subject import Audit, Verdict
 
 
@@ -152,15 +154,16 @@ class Learning(NamedTuple):
     early: int  # tokens that are learned from before they are scored
 
 
-def idle_learner() -> nullcontext:
-    """Return the context of a learner that learns nothing."""
-    return nullcontext(lambda *_: None)
+def idle_learner(nats_fn: Nats) -> nullcontext:
+    """Return the context of a learner that learns nothing, so that nats_fn scores all groups of windows."""
+    return nullcontext(lambda *_: nats_fn)
 
 
 def examine_learning(audit: Audit) -> Learning:
     """Score the piece with and without learning, and watch what the learner is given."""
     audit.progress.expect(2, "scores")
-    without = audit.nats(audit.piece, audit.scoring._replace(learner=idle_learner))
+    idle = partial(idle_learner, audit.run.nats_fn)
+    without = audit.nats(audit.piece, audit.scoring._replace(learner=idle))
     gaps = audit.nats(audit.piece) - without
     only_later = bool((gaps[: audit.chunk] == 0).all())
     has_effect = only_later and bool(gaps.any() and gaps.isfinite().all())
@@ -180,10 +183,11 @@ def tokens_learned_early(audit: Audit) -> int:
         scored[y[:, -last:]] = 1
         return torch.zeros(len(x), last, device=m.device)
 
-    def learn(tokens: Tensor, lesson: Tensor | float, *_: object) -> None:
+    def learn(tokens: Tensor, lesson: Tensor | float, *_: object) -> Nats:
         nonlocal early
         dist.all_reduce(scored)
         early += int((scored[targets_of(tokens, lesson).long()] == 0).sum())
+        return mark_scored
 
     scoring = audit.scoring._replace(learner=lambda: nullcontext(learn))
     audit.script.score_targets(mark_scored, np.arange(len(audit.piece)), scoring, m)

@@ -49,7 +49,7 @@ class Audit:
     def learned(self) -> Iterator[Nats]:
         """Yield what scores the piece's second chunk; inside the block the model has the weights for it.
 
-        A script whose `learn` returns nothing keeps all that it has learned in the model.
+        An older script whose `learn` returns nothing keeps all that it has learned in the model.
         """
         if not self.chunk:
             yield self.run.nats_fn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +42,6 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
     """Count how often each target is scored, (N - 1,) float64. No model runs and nothing is learned."""
     m = audit.run.m
     scoring = audit.scoring
-    if audit.chunk:
-        scoring = scoring._replace(learner=idle_learner)
     audit.progress.expect(-(-(len(tokens) - 1) // m.world_size), "targets")
 
     def one_nat_each(x: Tensor, y: Tensor, last: int) -> Tensor:
@@ -50,6 +49,8 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
         audit.progress.advance(x.size(0) * fresh)
         return torch.ones(x.size(0), last, device=x.device)
 
+    if audit.chunk:
+        scoring = scoring._replace(learner=partial(idle_learner, one_nat_each))
     counts_of_scores = audit.script.score_targets(one_nat_each, tokens, scoring, m)[1]
     dist.all_reduce(counts_of_scores)
     return counts_of_scores
