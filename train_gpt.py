@@ -1076,6 +1076,26 @@ class Agreed(NamedTuple):
     stop: Stop  # the largest of all ranks
 
 
+class Binding(NamedTuple):
+    """What each part of a step runs, by the names of the log. The defaults are those of a CPU.
+
+    pass_ and update say what is tried, a graph or eager launches; the log of a run says so if a capture fails
+    later.
+    """
+
+    attention: str = "cpu"
+    qk: str = "torch"
+    mlp: str = "torch"
+    compile: str = "none"
+    pass_: str = "eager"
+    update: str = "eager"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Return part -> name, in the order of the log."""
+        return {part.rstrip("_"): name for part, name in self._asdict().items()}
+
+
 @dataclass(frozen=True)
 class Machine:
     """This process's rank, and all choices that depend on the device."""
@@ -1087,13 +1107,12 @@ class Machine:
     compile: Callable  # torch.compile, or the identity
     ops: Ops  # the model's functions for attention, QK, MLP and linear products
     levels: tuple[Level, ...]
-    # For the log: device, attention, qk, mlp, compile, pass, update, and, as `times`, lines with the times by
-    # which kernels were chosen. pass and update say what is tried, a graph or eager launches; the log of a
-    # run says so if a capture fails later.
-    names: dict[str, str]
+    device_name: str  # the GPU's, or the architecture of the processor
+    binding: Binding = Binding()
     streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     bind_ms: float = 0.0  # that binding the model's functions took, which mostly compiles them
+    bind_times: Mapping[str, Times] = field(default_factory=dict)  # by part, where times decided
     signals: Signals = field(default_factory=Signals)
 
     @property
@@ -1349,17 +1368,6 @@ def listens(address: str, port: int) -> bool:
     return True
 
 
-NAMES_ON_CPU = {  # of Machine.names
-    "attention": "cpu",
-    "qk": "torch",
-    "mlp": "torch",
-    "compile": "none",
-    "pass": "eager",
-    "update": "eager",
-    "times": "",
-}
-
-
 def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Machine:
     """Join or create the process group, set PyTorch's global switches, and bind a Machine.
 
@@ -1394,7 +1402,6 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
 
     levels = share_levels(ranks)
 
-    names = {"device": platform.machine(), **NAMES_ON_CPU}
     machine = Machine(
         rank=ranks.rank,
         world_size=ranks.world,
@@ -1403,7 +1410,7 @@ def init_machine(h: Config, env: Mapping[str, str], trains: bool = True) -> Mach
         compile=lambda fn: fn,
         ops=Ops(),
         levels=levels,
-        names=names,
+        device_name=platform.machine(),
     )
     return with_kernels(with_gpu(machine), h, trains) if cuda else machine
 
@@ -1428,13 +1435,12 @@ def with_gpu(m: Machine) -> Machine:
     """Return the machine with compiler, streams and graphs bound for its GPU."""
     torch.set_float32_matmul_precision("high")
     streams = tuple(torch.cuda.Stream() for _ in range(6))
-    names = {"device": torch.cuda.get_device_name(m.device)}
-    names |= {"compile": "inductor", "pass": "graph", "update": "graph"}
     return replace(
         m,
         dtype=torch.bfloat16,
         compile=partial(torch.compile, dynamic=False, fullgraph=True),
-        names=m.names | names,
+        device_name=torch.cuda.get_device_name(m.device),
+        binding=Binding(compile="inductor", pass_="graph", update="graph"),
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
     )
@@ -1443,17 +1449,24 @@ def with_gpu(m: Machine) -> Machine:
 def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
     """Return the machine with kernels bound for a model. Collective: all ranks bind the same."""
     began = time.perf_counter()
-    ops, names = bind_ops(h, m.device, Judge(m, times_count=trains and h.bind_by_time))
+    bound = bind_ops(h, m.device, Judge(m, times_count=trains and h.bind_by_time))
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # the log's peak is that of training
-    return replace(m, ops=ops, names=m.names | names, bind_ms=1000 * (time.perf_counter() - began))
+    parts = bound._asdict()
+    return replace(
+        m,
+        ops=Ops(attend=bound.attention.function, qk=bound.qk.function, mlp=bound.mlp.function),
+        binding=m.binding._replace(**{part: found.label for part, found in parts.items()}),
+        bind_times={part: found.times for part, found in parts.items() if found.times},
+        bind_ms=1000 * (time.perf_counter() - began),
+    )
 
 
 def machine_report(m: Machine) -> str:
     """Return nvidia-smi's report, or the processor's name where there is none, and the number of cores."""
     ask = "nvidia-smi || grep -m1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string"
-    ask += f" || echo {m.names['device']}"
+    ask += f" || echo {m.device_name}"
     return subprocess.getoutput(f"({ask}) 2>/dev/null") + f" cores:{os.cpu_count()}"
 
 
@@ -3432,13 +3445,16 @@ class Rejection(NamedTuple):
     missing: str = ""  # the module that it failed to import, if any
 
 
+Times = tuple[tuple[str, float], ...]  # the name and the ms of each function that was timed, in that order
+
+
 class Bound(NamedTuple):
     """A function as bound on this machine, with its name for the log."""
 
     function: Callable
     name: str
     rejected: tuple[Rejection, ...] = ()  # the faster functions that were tried
-    times: str = ""  # for the log: the ms of the functions that were timed
+    times: Times = ()
 
     @property
     def label(self) -> str:
@@ -3539,7 +3555,7 @@ class Judge:
         times = self.measure(compiled, draw)
         if first_fast_enough(times) != bound.name:
             bound = Bound(reference, name, (Rejection(bound.name, "slower"),))
-        return bound._replace(times=listed(times))
+        return bound._replace(times=tuple(times.items()))
 
     def measure(
         self, functions: Mapping[str, Callable], draw: Callable[[], list[Tensor]]
@@ -3550,11 +3566,6 @@ class Judge:
             inputs = draw()
             found = device_times(self.m, [call_of(function, inputs) for function in functions.values()])
         return dict(zip(functions, self.m.largest_of_each(*found)))
-
-
-def listed(times: Mapping[str, float]) -> str:
-    """Return times for the log: `triton:0.412ms torch:0.655ms`."""
-    return " ".join(f"{name}:{ms:.3f}ms" for name, ms in times.items())
 
 
 def as_trained(m: Machine, function: Callable) -> Callable:
@@ -3697,11 +3708,11 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
     name = first_fast_enough(times) if times else next(iter(candidates))
     enable_only(*candidates[name])
     if name == "flash4":
-        return Bound(attend_flash4, name, times=listed(times))
+        return Bound(attend_flash4, name, times=tuple(times.items()))
 
     not_installed = any(rejection.missing.startswith("flash_attn") for rejection in rejected)
     told = rejected[:1] if rejected else (Rejection("flash4", "slower"),)
-    return Bound(attend_sdpa, name, () if not_installed else told, listed(times))
+    return Bound(attend_sdpa, name, () if not_installed else told, tuple(times.items()))
 
 
 def attention_times(
@@ -3757,7 +3768,7 @@ def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     fp8 = judge.faster(
         bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1), fused.function, draw, name=fused.name
     )
-    times = " ".join(filter(None, (fused.times, fp8.times)))
+    times = fused.times + fp8.times
     if fp8.rejected:
         return fused._replace(rejected=fused.rejected + fp8.rejected, times=times)
 
@@ -3785,17 +3796,21 @@ def bind_qk(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     return judge.faster(bind(FusedHeads.apply, qk_heads, [heads, gain, *rope]), qk_heads, draw)
 
 
-def bind_ops(h: Config, device: torch.device, judge: Judge = Judge()) -> tuple[Ops, dict[str, str]]:
-    """Bind the kernels that the judge prefers on this device. Returns them with their labels for the log."""
-    parts = {
-        "qk": bind_qk(h, device, judge),
-        "mlp": bind_mlp(h, device, judge),
-        "attention": bind_attention(h, device, judge),
-    }
-    labels = {part: bound.label for part, bound in parts.items()}
-    times = "\n".join(f"bind {part} {bound.times}" for part, bound in parts.items() if bound.times)
-    ops = Ops(parts["attention"].function, parts["qk"].function, parts["mlp"].function)
-    return ops, labels | {"times": times}
+class BoundOps(NamedTuple):
+    """The parts of the model as bound, which Binding names."""
+
+    qk: Bound
+    mlp: Bound
+    attention: Bound
+
+
+def bind_ops(h: Config, device: torch.device, judge: Judge = Judge()) -> BoundOps:
+    """Bind the kernels that the judge prefers on this device."""
+    return BoundOps(
+        qk=bind_qk(h, device, judge),
+        mlp=bind_mlp(h, device, judge),
+        attention=bind_attention(h, device, judge),
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -6630,12 +6645,11 @@ class Run:
 
 def machine_lines(h: Config, m: Machine) -> str:
     """Return what the log says about the machine: what is bound, the times behind it, a limit on memory."""
-    parts = ("attention", "qk", "mlp", "compile", "pass", "update")
-    bound = " ".join(f"{part}:{m.names[part]}" for part in parts)
+    bound = " ".join(f"{part}:{name}" for part, name in m.binding.parts.items())
     dtype = str(m.dtype).removeprefix("torch.")
-    lines = [f"machine world_size:{m.world_size} device:{m.names['device']} dtype:{dtype} {bound}"]
-    if m.names["times"]:
-        lines.append(m.names["times"])
+    lines = [f"machine world_size:{m.world_size} device:{m.device_name} dtype:{dtype} {bound}"]
+    for part, times in m.bind_times.items():
+        lines.append(f"bind {part} " + " ".join(f"{name}:{ms:.3f}ms" for name, ms in times))
     if h.memory_limit_gib:
         lines.append(f"memory limit: {h.memory_limit_gib:g} GiB of each GPU")
     return "\n".join(lines)
@@ -7213,7 +7227,7 @@ def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -
         flops = training_flops(h, pace, step, micro_batch)
         line += f" flops:{flops:.6e}"
         shown += f", {flops:.3g} FLOPs"
-        peak = next((peak for name, peak in PEAKS.items() if name in run.m.names["device"]), 0.0)
+        peak = next((peak for name, peak in PEAKS.items() if name in run.m.device_name), 0.0)
         if peak:
             mfu = flops / (train_ms / 1000 * run.m.world_size * peak)
             line += f" mfu:{mfu:.4f}"

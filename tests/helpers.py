@@ -104,7 +104,6 @@ def as_arguments(knobs):
 
 def machine(rank=0, world=1):
     """Return a CPU Machine as init_machine makes it, without a process group."""
-    names = {"device": "cpu", **t.NAMES_ON_CPU}
     return t.Machine(
         rank=rank,
         world_size=world,
@@ -113,7 +112,7 @@ def machine(rank=0, world=1):
         compile=lambda function: function,
         ops=t.Ops(),
         levels=(t.Level(None, slice(0, world), slice(rank, rank + 1)),),
-        names=names,
+        device_name="cpu",
     )
 
 
@@ -503,8 +502,9 @@ def emulate_fp8(monkeypatch, machine=False):
 
     def init_machine_with_mlp(h, env, **options):
         m = init_machine(h, env, **options)
-        ops, names = t.bind_ops(h, torch.device("cpu"))
-        return dataclasses.replace(m, ops=t.Ops(mlp=ops.mlp), names=m.names | {"mlp": names["mlp"]})
+        bound = t.bind_mlp(h, torch.device("cpu"))
+        return dataclasses.replace(
+            m, ops=t.Ops(mlp=bound.function), binding=m.binding._replace(mlp=bound.label)
+        )
 
-    monkeypatch.setattr(t, "bind_attention", lambda h, device, judge: t.Bound(t.attend_sdpa, "none"))
     monkeypatch.setattr(t, "init_machine", init_machine_with_mlp)

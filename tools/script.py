@@ -222,6 +222,16 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
     return module
 
 
+def machine_names(m: Any) -> dict[str, Any]:
+    """Return the name of a script's device and what is bound there, by part, with the times that decided it.
+
+    Older scripts keep all of it in `names`.
+    """
+    if hasattr(m, "names"):
+        return m.names
+    return {"device": m.device_name, **m.binding.parts, "times": m.bind_times}
+
+
 def one_layer(h: Any) -> Any:
     """Return a script's Config with one layer, visited once, which has the parts that layers of `h` have."""
     counts = {key: min(1, getattr(h, key, 0)) for key in ("ve_last_n", "parallel_last_n")}

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,13 +16,15 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_gpt as t
-from helpers import english_args, refused_by, stop_one_line
+from helpers import english_args, machine, refused_by, stop_one_line
 from lab import bench
 from lab.shared import timing, trainer
 from lab.step import parts
 from lab_helpers import SECTIONS, WHOLE, run_bench
+from script import machine_names
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tools" / "lab"
@@ -120,6 +123,19 @@ def test_a_script_from_before_a_renaming_can_be_measured(monkeypatch):
     older = trainer.load_trainer(path, "an_older_script")
     monkeypatch.delitem(sys.modules, "an_older_script")
     assert older.capture_pass is older.bind_pass
+    report = trainer.open_session(older, ["preset=cpu"], {}).report
+    torch.distributed.destroy_process_group()
+    ours = machine_names(machine())
+    assert report["device"] == report["machine"]["device"] == platform.machine()
+    assert set(ours) == {*report["machine"], "times"}
+    assert [report["machine"][part] for part in ours if part not in ("device", "times")] == [
+        "cpu",
+        "torch",
+        "torch",
+        "none",
+        "eager",
+        "eager",
+    ]
 
 
 def test_it_runs_as_a_module():

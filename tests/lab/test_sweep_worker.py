@@ -200,15 +200,15 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
 
     def bind_ops(h, device, judge):
         bound.append(f"attention{h.head_dim}")
-        return t.Ops(qk=len), {"attention": bound[-1]}
+        return t.BoundOps(t.Bound(len, "qk"), t.Bound(t.mlp, "mlp"), t.Bound(t.attend_sdpa, bound[-1]))
 
     monkeypatch.setattr(t, "bind_ops", bind_ops)
     monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, device=torch.device("cuda")))
     m = worker.machine_for(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
     assert bound == ["attention128"]
     assert m.ops.qk is len
-    assert m.names["attention"] == "attention128"
-    assert m.names["device"] == worker.m.names["device"]
+    assert m.binding.attention == "attention128"
+    assert m.device_name == worker.m.device_name
 
 
 def test_a_model_that_cannot_be_bound_is_refused_each_time(worker, tmp_path, monkeypatch):

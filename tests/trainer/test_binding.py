@@ -1,5 +1,6 @@
 """Kernels are bound by their times on this device, on all ranks alike: fake clocks and fake kernels."""
 
+import dataclasses
 import math
 import os
 import time
@@ -86,9 +87,9 @@ def test_a_kernel_is_bound_if_it_is_right_and_not_slow(slow, judge):
     right = t.bind(kernel, reference, small())
     assert right == t.Bound(kernel, "triton")
     found = judge.faster(right, reference, small)
-    first, second = (part.split(":") for part in found.times.split())
-    assert (first[0], second[0]) == ("triton", "torch")
-    assert (float(first[1][:-2]) > float(second[1][:-2]) + 3) == (slow == "kernel")
+    (first, kernel_ms), (second, reference_ms) = found.times
+    assert (first, second) == ("triton", "torch")
+    assert (kernel_ms > reference_ms + 3) == (slow == "kernel")
     if slow == "kernel":
         assert (found.function, found.label) == (reference, "torch (slower)")
     else:
@@ -100,7 +101,7 @@ def test_a_kernel_is_bound_if_it_is_right_and_not_slow(slow, judge):
 def test_a_wrong_kernel_is_not_timed(judge, monkeypatch):
     asked = with_times(monkeypatch)
     found = judge.faster(t.bind(lambda x: 3 * x, double, small()), double, small)
-    assert (found.function, found.label, found.times) == (double, "torch (error 0.500)", "")
+    assert (found.function, found.label, found.times) == (double, "torch (error 0.500)", ())
     assert asked == []
 
 
@@ -112,7 +113,8 @@ def test_a_kernel_that_fails_at_the_size_of_training_is_not_bound(judge):
 
     found = judge.faster(t.bind(kernel, double, small()), double, lambda: [torch.ones(8, requires_grad=True)])
     assert found.function is double and found.label == "torch (slower)"
-    assert found.times.startswith("triton:infms torch:")
+    (first, kernel_ms), (second, reference_ms) = found.times
+    assert (first, kernel_ms, second) == ("triton", math.inf, "torch") and reference_ms < math.inf
 
 
 def test_no_memory_for_the_inputs_leaves_the_results_to_choose(judge):
@@ -120,7 +122,8 @@ def test_no_memory_for_the_inputs_leaves_the_results_to_choose(judge):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     found = judge.faster(t.bind(double, double, small()), double, draw)
-    assert (found.function, found.times) == (double, "triton:infms torch:infms") and not found.rejected
+    assert (found.function, found.times) == (double, (("triton", math.inf), ("torch", math.inf)))
+    assert not found.rejected
 
 
 def test_both_functions_are_compiled_as_training_compiles(judge):
@@ -161,7 +164,7 @@ def test_the_mlp_by_its_times(times, label, judge, monkeypatch):
     assert bound.label == label
     kept = "torch" if label.startswith("torch") else "triton"
     assert asked == [["triton", "torch"], ["fp8", kept]]
-    assert bound.times.count("ms") == 4
+    assert [name for name, _ in bound.times] == ["triton", "torch", "fp8", kept]
     with torch.no_grad():
         x, up, down = torch.ones(1, 2, 16), torch.ones(8, 16), torch.ones(16, 8)
         function = t.mlp if kept == "torch" else t.FusedMLP.apply
@@ -192,7 +195,7 @@ def test_attention_by_its_times(times, label, knobs, judge, monkeypatch):
         label = "flash+mem_efficient,flash4:torch(slower)"
     assert bound.label == label
     assert bound.function is (t.attend_flash4 if label == "flash4" else t.attend_sdpa)
-    assert bound.times.startswith("flash4:")
+    assert bound.times[0] == ("flash4", times["flash4"])
     on = [name for name in t.SDPA_KERNELS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
     kept = label.partition(",")[0].split("+")
     assert on == (list(t.SDPA_KERNELS) if label == "flash4" else kept)
@@ -226,12 +229,16 @@ def test_where_times_count(knobs, trains, counts, monkeypatch):
 
     def bind_ops(h, device, judge):
         judges.append(judge)
-        return t.Ops(qk=len), {"qk": "triton"}
+        times = (("triton", 1.0), ("torch", 2.0)) if judge.times_count else ()
+        return t.BoundOps(t.Bound(len, "triton", times=times), t.Bound(abs, "mlp"), t.Bound(max, "attention"))
 
     monkeypatch.setattr(t, "bind_ops", bind_ops)
     m = t.with_kernels(machine(), tiny(**knobs), trains)
     assert [judge.times_count for judge in judges] == [counts]
-    assert m.ops.qk is len and m.names["qk"] == "triton" and m.names["device"] == "cpu"
+    assert m.ops == t.Ops(attend=max, qk=len, mlp=abs)
+    assert m.binding == machine().binding._replace(attention="attention", qk="triton", mlp="mlp")
+    assert m.device_name == "cpu"
+    assert m.bind_times == ({"qk": (("triton", 1.0), ("torch", 2.0))} if counts else {})
 
 
 def test_a_deterministic_run_refuses_the_knob():
@@ -259,10 +266,10 @@ def test_ranks_with_other_times_and_results_bind_the_same():
     """The slowest rank decides, because a step waits for it; one wrong rank is enough against a kernel."""
     cases = [([0.5, 0.9], [0, 0]), ([0.5, 1.5], [0, 0]), ([1.5, 0.5], [0, 0]), ([0.5, 0.5], [0, 1])]
     expected = [
-        ("triton", "triton:0.900ms torch:1.000ms"),
-        ("torch (slower)", "triton:1.500ms torch:1.000ms"),
-        ("torch (slower)", "triton:1.500ms torch:1.000ms"),
-        ("torch (error 0.500)", ""),
+        ("triton", (("triton", 0.9), ("torch", 1.0))),
+        ("torch (slower)", (("triton", 1.5), ("torch", 1.0))),
+        ("torch (slower)", (("triton", 1.5), ("torch", 1.0))),
+        ("torch (error 0.500)", ()),
     ]
     assert run_ranks(rank_that_binds, 2, cases) == [expected] * 2
 
@@ -303,13 +310,17 @@ def test_an_attention_kernel_must_run_on_every_rank():
 
 def test_the_log_has_the_times_in_lines_of_their_own(tmp_path, monkeypatch):
     """The machine line holds no time: runs of one machine have the same line."""
-    lines = "bind qk triton:0.412ms torch:0.655ms\nbind mlp fp8:1.000ms triton:1.100ms"
+    times = {
+        "qk": (("triton", 0.4123), ("torch", 0.6549)),
+        "mlp": (("triton", 1.1), ("torch", math.inf), ("fp8", 1.0), ("triton", 1.1)),
+    }
+    lines = (
+        "bind qk triton:0.412ms torch:0.655ms\nbind mlp triton:1.100ms torch:infms fp8:1.000ms triton:1.100ms"
+    )
     init_machine = t.init_machine
 
     def timed(h, env, **options):
-        m = init_machine(h, env, **options)
-        m.names["times"] = lines
-        return m
+        return dataclasses.replace(init_machine(h, env, **options), bind_times=times)
 
     monkeypatch.setattr(t, "init_machine", timed)
     assert t.main(english_args(out_dir=tmp_path, iterations=1)) == 0

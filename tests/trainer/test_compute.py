@@ -7,7 +7,7 @@ import pytest
 
 import train_gpt as t
 from fault_cases import STEPS, args, stop_after
-from helpers import english_args, machine, tiny
+from helpers import english_args, tiny
 from test_batch_growth import COUNTS, GROWTH
 from train_cases import finished_with, starting
 
@@ -97,8 +97,7 @@ def test_mfu_by_hand(device, peak):
     """Two ranks take 10 steps of 128 tokens in 2 ms."""
     h = tiny()
     lines = []
-    names = machine().names | {"device": device}
-    m = SimpleNamespace(world_size=2, names=names)
+    m = SimpleNamespace(world_size=2, device_name=device)
     run = SimpleNamespace(h=h, m=m, resumed=None, log=lambda line, console: lines.append((line, console)))
     t.log_compute(run, t.Pace(False, t.cut_batch(h, 2).accum), step=10, train_ms=2.0, tokens=1280)
     ((line, console),) = lines

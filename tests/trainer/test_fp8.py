@@ -163,11 +163,11 @@ def test_a_compiled_model_trains_in_it_and_scores_without(backend, monkeypatch):
     """One graph gives the eager model's loss and gradients. Without gradients the MLP runs without fp8."""
     monkeypatch.setattr(t, "bind", bind_untested)
     h = tiny(**SIZES | dict(num_layers=2), fp8=1)
-    ops, names = t.bind_ops(h, DEVICE)
-    assert names["mlp"] == "triton+fp8"
+    bound = t.bind_mlp(h, DEVICE)
+    assert bound.label == "triton+fp8"
 
     models = [noisy_model(h).to(DEVICE) for _ in range(3)]
-    for model, function in zip(models, (ops.mlp, ops.mlp, t.FusedMLP.apply)):
+    for model, function in zip(models, (bound.function, bound.function, t.FusedMLP.apply)):
         model.ops = t.Ops(mlp=function)
         model.dtype = DTYPE
     to_compile, eager, plain = models
@@ -205,14 +205,13 @@ def test_the_artifact_does_not_know_it():
 
 def bound_mlp(**knobs):
     """Return the MLP that the machine binds, and its label."""
-    ops, names = t.bind_ops(tiny(**SIZES, **knobs), DEVICE)
-    return ops.mlp, names["mlp"]
+    bound = t.bind_mlp(tiny(**SIZES, **knobs), DEVICE)
+    return bound.function, bound.label
 
 
 @on_cpu
 def test_a_wrong_mlp_is_not_bound(monkeypatch):
     """The label in the log gives the error. If only fp8 is wrong, the MLP in bf16 is still bound."""
-    monkeypatch.setattr(t, "bind_attention", lambda h, device, judge: t.Bound(t.attend_sdpa, "none"))
     function, label = bound_mlp()  # a CPU's interpreter is wrong in bf16
     assert function is t.mlp and re.fullmatch(r"torch \(error \S+\),fp8:torch\(error\S+\)", label), label
 
@@ -346,8 +345,9 @@ def request(configuration):
 
 def machine_like_a_gpus(worker, h):
     """Bind the MLP for a config's model, as Worker.machine_for does on a GPU."""
-    ops, names = t.bind_ops(h, worker.m.device)
-    return dataclasses.replace(worker.m, ops=t.Ops(mlp=ops.mlp), names=worker.m.names | names)
+    bound = t.bind_mlp(h, worker.m.device)
+    binding = worker.m.binding._replace(mlp=bound.label)
+    return dataclasses.replace(worker.m, ops=t.Ops(mlp=bound.function), binding=binding)
 
 
 def artifact_sha256(path):
@@ -407,13 +407,13 @@ def test_rows_of_a_sweep_bind_and_compile_their_own(sweep, monkeypatch):
 @pytest.mark.gpu
 def test_on_the_device():
     """It is bound at the real size. Output and gradients are close to bf16's, and a score is bf16's."""
-    ops, names = t.bind_ops(t.load_config([], {}), DEVICE)
-    plain_ops, _ = t.bind_ops(t.load_config(["fp8=0"], {}), DEVICE)
-    assert names["mlp"] == "triton+fp8" and plain_ops.mlp == t.FusedMLP.apply
+    bound = t.bind_mlp(t.load_config([], {}), DEVICE)
+    plain = t.bind_mlp(t.load_config(["fp8=0"], {}), DEVICE)
+    assert bound.label == "triton+fp8" and plain.function == t.FusedMLP.apply
 
     operands = draw_operands(4, 2048, 512, 1536)
     results = []
-    for function in (ops.mlp, plain_ops.mlp):
+    for function in (bound.function, plain.function):
         leaves = [operand.detach().clone().requires_grad_() for operand in operands]
         y = function(*leaves)
         y.backward(output_gradient(y))
@@ -421,4 +421,4 @@ def test_on_the_device():
     errors = [*map(relative, *results)]
     assert 0.02 < errors[0] < 0.08 and max(errors[1:]) < 0.08, errors
     with torch.no_grad():
-        assert torch.equal(ops.mlp(*operands), plain_ops.mlp(*operands))
+        assert torch.equal(bound.function(*operands), plain.function(*operands))

@@ -592,8 +592,7 @@ def test_a_compiled_model_with_masks_trains_on_the_device():
     pytest.importorskip("flash_attn.cute.interface")
     knobs = ["num_layers=2", "attn_windows=100 0", "doc_mask=1", "train_seq_len=512", "xsa_last_n=1"]
     h = t.load_config(knobs, {})
-    ops, names = t.bind_ops(h, DEVICE)
-    assert ops.attend is t.attend_flash4, names
+    assert t.bind_attention(h, DEVICE) == t.Bound(t.attend_flash4, "flash4")
     tokens, targets = random_tokens(h, (2, 4, 512), 3, bos_share=0.02).to(DEVICE)
     losses = []
     for attend, dtype in ((t.attend_flash4, torch.bfloat16), (t.attend_sdpa, torch.float32)):

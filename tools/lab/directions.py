@@ -59,7 +59,7 @@ from ledger.make import direction_tables
 from ledger.read import direction_log
 from ledger.read.runlog import SEPARATOR
 from ledger.run_verb import run_verb
-from script import ROOT, TRAINER, BadInput, load_script
+from script import ROOT, TRAINER, BadInput, load_script, machine_names
 
 MODULE = "measured_script"  # the script's name in sys.modules
 NEEDS = ("ORTHO", "STEP_RULES", "orthogonalize", "matrix_update", "StepScalars", "Optimizer")
@@ -225,7 +225,7 @@ def fact_lines(s: Setup, script: Path) -> list[str]:
     today = time.strftime("%Y-%m-%d", time.gmtime())
     return [
         f"machine date:{today} tiny:{int(s.tiny)} torch:{torch.__version__} triton:{version} "
-        f"source_sha256:{sha256_file(script)} | {s.m.names['device']}",
+        f"source_sha256:{sha256_file(script)} | {machine_names(s.m)['device']}",
         f"config preset:{s.h.preset} ortho:{s.h.ortho}",
         *(f"row row:{name} dtype:{dtype}" for name in s.t.ORTHO),
         *(f"rule rule:{name}" for name in s.t.STEP_RULES),

@@ -103,10 +103,11 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
     h = t.load_config(knobs, env)
     m = t.init_machine(h, env)
     rows = t.cut_batch(h, m.world_size).sequences
+    names = script.machine_names(m)
     report = dict(
         schema=1,
-        device=m.names["device"],
-        machine=m.names,
+        device=names["device"],
+        machine=names,
         dtype=str(m.dtype).removeprefix("torch."),
         world_size=m.world_size,
         rows=rows,

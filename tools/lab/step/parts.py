@@ -9,17 +9,19 @@ import torch
 
 from lab.shared.timing import typical, wall_times
 from lab.shared.trainer import Session, Trained, capture_backward, gradient_buffers, quiet_run
+from script import machine_names
 
 
 def report_times(s: Session, name: str, times: list[float]) -> None:
     """Print and report the line `bench NAME: median ...`."""
     middle = typical(s, name, times)
+    names = machine_names(s.m)
     least = min(times)
     most = max(times)
     s.report["whole"].append(dict(name=name, median_ms=middle, min_ms=least, max_ms=most, n=len(times)))
     s.say(
         f"bench {name}: median {middle:.2f} ms, min {least:.2f}, max {most:.2f} "
-        f"(device {s.m.names['device']}, attention {s.m.names['attention']})"
+        f"(device {names['device']}, attention {names['attention']})"
     )
 
 

@@ -69,7 +69,7 @@ from lab.step.timeline_figures import (
 )
 from lab.step.traces import STEP, RankTrace, read_trace
 from ledger.files import write_atomic
-from script import BadInput
+from script import BadInput, machine_names
 
 WARM = 4  # steps before anything is timed: compilation, allocator, communicators
 
@@ -176,10 +176,11 @@ def reported_step(step: StepFigures) -> dict:
 def result_of(s: Session, ranks: list[RankFigures], rows: list[CollectiveMedians]) -> dict:
     """Return the JSON report: every figure of every rank and step, and the medians."""
     medians = [median(column) for column in zip(*(medians_of_steps(rank) for rank in ranks))]
+    names = machine_names(s.m)
     return dict(
         schema=1,
-        device=s.m.names["device"],
-        machine=s.m.names,
+        device=names["device"],
+        machine=names,
         torch=torch.__version__,
         world_size=s.m.world_size,
         config=dataclasses.asdict(s.h),
@@ -201,9 +202,10 @@ def result_of(s: Session, ranks: list[RankFigures], rows: list[CollectiveMedians
 def say_tables(s: Session, ranks: list[RankFigures], rows: list[CollectiveMedians]) -> None:
     """Print the tables of steps and collectives."""
     plain_ms = median([rank.plain_ms for rank in ranks])
+    names = machine_names(s.m)
     s.say(
         f"timeline of {len(ranks[0].steps)} steps on {s.m.world_size} rank(s), device "
-        f"{s.m.names['device']}, update {s.m.names['update']}; without the profiler a step takes "
+        f"{names['device']}, update {names['update']}; without the profiler a step takes "
         f"{plain_ms:.3f} ms"
     )
     s.say("\nsteps: median of the ranks (least to most)\n" + step_table(ranks))

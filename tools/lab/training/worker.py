@@ -51,7 +51,7 @@ GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 def device_kind(trainer: ModuleType, m: Any) -> str:
     """Return the GPU's name, or the processor's and its cores: clocks of two kinds do not compare."""
-    name = m.names["device"] if m.is_gpu else trainer.machine_report(m).splitlines()[-1]
+    name = m.device_name if m.is_gpu else trainer.machine_report(m).splitlines()[-1]
     return re.sub(r"\s+", " ", name.replace(":", " ")).strip()
 
 
