@@ -3673,55 +3673,45 @@ def sdpa_kernels_that_run(qkv: list[Tensor], judge: Judge) -> list[str]:
     return [name for name in running if name in everywhere and (name != "math" or len(everywhere) == 1)]
 
 
-def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
-    """Bind FlashAttention-4 if it is correct under every mask that a layer uses, else PyTorch's attention.
+def masks_of(h: Config) -> list[tuple[int, bool]]:
+    """Return the mask of every visit of a layer: its window, and whether it keeps documents apart."""
+    return [(spec.window, spec.docs) for spec in layer_table(h)]
 
-    Of PyTorch's kernels, the first that runs stays enabled, and also the memory-efficient one if a layer
-    needs a mask. If times count, the first in this order is bound whose mean over all layers is within SLOWER
-    of the best. The label says why FlashAttention-4 was rejected, unless it is not installed. Raises
-    InputError when no kernel runs.
+
+def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection, ...]:
+    """Compare FlashAttention-4 with attend_sdpa under every kind of mask that a layer uses. Collective.
+
+    qkv: of 2 x 256 tokens. Returns why it is wrong; () if it is right.
     """
-    generator = torch.Generator().manual_seed(0)
-    qkv = [
-        torch.randn(2, 256, heads, h.head_dim, generator=generator).to(device).bfloat16().requires_grad_()
-        for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    ]
-    docs = documents(torch.arange(512, device=device).view(2, 256) % 90, 0)
-
     enable_only(*SDPA_KERNELS)
-    masks = {(spec.window > 0, spec.docs) for spec in layer_table(h)}
+    docs = documents(torch.arange(512, device=qkv[0].device).view(2, 256) % 90, 0)
     rejected = ()
-    for windowed, has_docs in sorted(masks):
+    for windowed, has_docs in sorted({(window > 0, has_docs) for window, has_docs in masks_of(h)}):
         options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
         reference = partial(attend_sdpa, **options)
-        trial = judge.agree_on(bind(partial(attend_flash4, **options), reference, qkv, "flash4"), reference)
-        rejected += trial.rejected
-    if not rejected and not judge.times_count:
-        return Bound(attend_flash4, "flash4")
+        bound = bind(partial(attend_flash4, **options), reference, qkv, "flash4")
+        rejected += judge.agree_on(bound, reference).rejected
+    return rejected
 
-    for_masks = ["mem_efficient"] if any(windowed or has_docs for windowed, has_docs in masks) else []
-    candidates = {} if rejected else {"flash4": list(SDPA_KERNELS)}
-    for name in sdpa_kernels_that_run(qkv, judge):
-        kernels = list(dict.fromkeys([name, *for_masks]))
-        candidates["+".join(kernels)] = kernels
-    times = attention_times(h, device, judge, candidates) if judge.times_count else {}
-    name = first_fast_enough(times) if times else next(iter(candidates))
-    enable_only(*candidates[name])
-    if name == "flash4":
-        return Bound(attend_flash4, name, times=tuple(times.items()))
 
-    not_installed = any(rejection.missing.startswith("flash_attn") for rejection in rejected)
-    told = rejected[:1] if rejected else (Rejection("flash4", "slower"),)
-    return Bound(attend_sdpa, name, () if not_installed else told, tuple(times.items()))
+class Attention(NamedTuple):
+    """A function that computes attention, and the kernels of PyTorch that it needs switched on."""
+
+    function: Callable
+    kernels: tuple[str, ...]
+
+    def attend(self, *qkv: Tensor, **options) -> Tensor:
+        """Switch the kernels on and call the function."""
+        enable_only(*self.kernels)
+        return self.function(*qkv, **options)
 
 
 def attention_times(
-    h: Config, device: torch.device, judge: Judge, candidates: Mapping[str, list[str]]
+    h: Config, device: torch.device, judge: Judge, candidates: Mapping[str, Attention]
 ) -> dict[str, float]:
     """Return the mean ms of a layer's attention, both ways, by candidate. Collective.
 
-    candidates: for each name the kernels of PyTorch that are switched on. Attention is timed as it is, not
-    compiled: it is an operator of its own in a compiled model, too.
+    Attention is timed as it is, not compiled: it is an operator of its own in a compiled model, too.
     """
     drawn = Drawn.like_training(h, device)
     B = drawn.sequences
@@ -3730,23 +3720,54 @@ def attention_times(
     def draw() -> list[Tensor]:
         return [drawn.normal(B, T, n, h.head_dim) for n in (h.num_heads, h.num_kv_heads, h.num_kv_heads)]
 
-    def attention(name: str, kernels: list[str], **options) -> Callable:
-        def attend(*qkv: Tensor) -> Tensor:
-            enable_only(*kernels)
-            return attend_flash4(*qkv, **options) if name == "flash4" else attend_sdpa(*qkv, **options)
-
-        return attend
-
     docs = documents(torch.arange(B * T, device=device).view(B, T) % 1000, 0)
-    forms = [(spec.window, spec.docs) for spec in layer_table(h)]
+    masks = masks_of(h)
     means = dict.fromkeys(candidates, 0.0)
-    for window, has_docs in sorted(set(forms)):
-        share = forms.count((window, has_docs)) / len(forms)
+    for window, has_docs in sorted(set(masks)):
         options = dict(window=window, docs=docs if has_docs else None)
-        functions = {name: attention(name, kernels, **options) for name, kernels in candidates.items()}
+        functions = {name: partial(one.attend, **options) for name, one in candidates.items()}
         for name, ms in judge.measure(functions, draw).items():
-            means[name] += share * ms
+            means[name] += ms * masks.count((window, has_docs)) / len(masks)
     return means
+
+
+def choose_attention(
+    h: Config, device: torch.device, judge: Judge, candidates: Mapping[str, Attention]
+) -> Bound:
+    """Bind the first candidate, and leave only its kernels switched on. Collective.
+
+    If times count, it is the first whose mean time over all layers is within SLOWER of the least.
+    """
+    times = attention_times(h, device, judge, candidates) if judge.times_count else {}
+    name = first_fast_enough(times) if times else next(iter(candidates))
+    enable_only(*candidates[name].kernels)
+    return Bound(candidates[name].function, name, times=tuple(times.items()))
+
+
+def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
+    """Bind FlashAttention-4 if it is right, else the first of PyTorch's kernels that runs.
+
+    With the latter the memory-efficient kernel stays switched on if a layer needs a mask. If times count, all
+    of these are candidates, in this order. The label says why FlashAttention-4 was rejected, unless it is not
+    installed. Raises InputError if no kernel runs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    qkv = [
+        torch.randn(2, 256, heads, h.head_dim, generator=generator).to(device).bfloat16().requires_grad_()
+        for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+    ]
+    rejected = flash4_trial(h, qkv, judge)
+    candidates = {} if rejected else {"flash4": Attention(attend_flash4, SDPA_KERNELS)}
+    if rejected or judge.times_count:
+        for_masks = ["mem_efficient"] if any(map(any, masks_of(h))) else []
+        for name in sdpa_kernels_that_run(qkv, judge):
+            kernels = tuple(dict.fromkeys([name, *for_masks]))
+            candidates["+".join(kernels)] = Attention(attend_sdpa, kernels)
+
+    bound = choose_attention(h, device, judge, candidates)
+    if bound.name == "flash4" or any(rejection.missing.startswith("flash_attn") for rejection in rejected):
+        return bound
+    return bound._replace(rejected=rejected[:1] or (Rejection("flash4", "slower"),))
 
 
 def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:

@@ -215,7 +215,8 @@ def test_the_time_of_attention_is_the_mean_of_all_layers(judge, monkeypatch):
 
     monkeypatch.setattr(t.Judge, "measure", measure)
     h = tiny(num_layers=4, attn_windows="8 8 8 0", xsa_last_n=0)
-    found = t.attention_times(h, torch.device("cpu"), judge, {"flash": ["flash"]})
+    candidates = {"flash": t.Attention(t.attend_sdpa, ("flash",))}
+    found = t.attention_times(h, torch.device("cpu"), judge, candidates)
     assert found == {"flash": pytest.approx(2.0)}
 
 
