@@ -16,6 +16,7 @@ import train_gpt as t
 from helpers import english_args
 from lab import bench
 from lab.model import candidates, floors, sections
+from lab.model.candidates import CandidateRow, ModelErrors, SectionErrors, SectionRow
 from lab.shared import exact, trainer
 from lab_helpers import WHOLE, a_session, run_bench
 
@@ -74,6 +75,11 @@ def test_candidates(tmp_path, capsys):
     report, out = run_bench(["--candidates", write(tmp_path, CANDIDATES)], tmp_path, capsys)
     rows = {row["name"]: row for row in report["candidates"]}
     assert list(rows) == ["lean", "gradient", "rope", "nan", "two"]
+    # Earlier reports have these keys.
+    keys = ("name", "paths", "plain", "errors", "plain_ms", "ms", "wins", "pairs", "sections", "verdict")
+    assert {*rows["lean"]} == {*keys}
+    keys = ("section", "plain_forward_ms", "plain_backward_ms", "forward_ms", "backward_ms")
+    assert {*rows["lean"]["sections"][0]} == {*keys, "plain_errors", "errors"}
     for name in ("lean", "two"):
         errors = rows[name]["errors"]
         assert errors == rows[name]["plain"]
@@ -177,19 +183,27 @@ def test_candidates_meet_the_model_that_trains_without_its_optimizers_capture():
 
 
 def test_verdicts():
-    errors = dict(loss=1e-6, gradients=1e-2, worst=2e-2)
-    row = dict(errors=errors, plain=errors, sections=[], ms=9.0, plain_ms=10.0, wins=8, pairs=10)
+    errors = ModelErrors(loss=1e-6, gradients=1e-2, worst=2e-2, worst_parameter="tok_emb")
+    row = CandidateRow(
+        "lean", ["mlp"], plain=errors, errors=errors, plain_ms=10.0, ms=9.0, wins=8, pairs=10, sections=[]
+    )
 
     def verdict(**changes):
-        return candidates.verdict(row | changes)
+        return candidates.verdict(row._replace(**changes))
 
     assert verdict() == "keep (10.0 % faster, faster in 8 of 10 pairs)"
     assert verdict(ms=9.99) == "drop (takes 99.9 % of the time, faster in 8 of 10 pairs)"
     assert verdict(wins=7) == "drop (takes 90.0 % of the time, faster in 7 of 10 pairs)"
-    assert verdict(errors=errors | dict(gradients=1.6e-2)).startswith("drop (gradients error")
-    assert verdict(errors=errors | dict(worst=math.nan)).startswith("drop (worst error nan")
-    part = dict(section="XSA", errors=dict(forward=4e-3), plain_errors=dict(forward=2e-3))
+    assert verdict(errors=errors._replace(gradients=1.6e-2)).startswith("drop (gradients error")
+    assert verdict(errors=errors._replace(worst=math.nan)).startswith("drop (worst error nan")
+    times = dict(plain_forward_ms=1.0, plain_backward_ms=1.0, forward_ms=1.0, backward_ms=1.0)
+    plain = SectionErrors(forward=2e-3, gradients=1e-2)
+    part = SectionRow("XSA", **times, plain_errors=plain, errors=plain._replace(forward=4e-3))
     assert verdict(sections=[part]).startswith("drop (XSA, forward error")
+    nearly_zero = plain._replace(forward=1e-6)
+    number = part._replace(plain_errors=nearly_zero, errors=nearly_zero._replace(forward=9e-4))
+    assert verdict(sections=[number]).startswith("drop (XSA, forward error")
+    assert verdict(sections=[number._replace(section=sections.OUTPUT_LAYER)]).startswith("keep")
 
 
 def test_pairs_take_turns(monkeypatch):

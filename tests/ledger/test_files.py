@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -82,3 +83,19 @@ def test_what_a_terminal_would_obey_is_not_printed():
         r"\udce9"
     )
     assert one_line("a\x1b[31m\u202e\n b") == "a [31m b"
+
+
+def test_named_tuples_are_objects_in_json_at_every_depth():
+    class Inner(NamedTuple):
+        error: float
+
+    class Row(NamedTuple):
+        name: str
+        errors: list[Inner]
+        shape: tuple[int, int]
+        worst: Inner | None
+
+    row = Row("qk", [Inner(0.5), Inner(0.25)], (2, 3), None)
+    expected = {"name": "qk", "errors": [{"error": 0.5}, {"error": 0.25}], "shape": [2, 3], "worst": None}
+    assert files.as_json(row) == expected
+    assert files.as_json({"rows": (row,)}) == {"rows": [expected]}

@@ -11,7 +11,7 @@ import stat
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from script import BadInput
 
@@ -94,3 +94,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def sha256(text: str) -> str:
     """Return the hex sha256 of the text as UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """Return a value whose named tuples, which json.dumps would write as lists, are dicts, at every depth."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return as_json(value._asdict())
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return value

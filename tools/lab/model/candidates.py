@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from lab.model.sections import (
 from lab.shared.exact import attend_exact, relative
 from lab.shared.timing import typical, wall_ms
 from lab.shared.trainer import MODULE, Session, Trained, copy_weights, fill_weights, load_trainer, zero_model
+from ledger.files import as_json
 from script import BadInput
 
 PAIRS = 10  # timed pairs of plain and candidate, after WARM_PAIRS
@@ -123,6 +124,28 @@ class Reference(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+class ModelErrors(NamedTuple):
+    """Relative errors of a forward+backward: the loss, all gradients together, the worst parameter's."""
+
+    loss: float
+    gradients: float
+    worst: float
+    worst_parameter: str
+
+    def __str__(self) -> str:
+        return (
+            f"error of loss {self.loss:.1e}, of gradients {self.gradients:.1e}, "
+            f"worst {self.worst:.1e} ({self.worst_parameter})"
+        )
+
+
+class SectionErrors(NamedTuple):
+    """The largest relative errors of a section's outputs, and of its gradients."""
+
+    forward: float
+    gradients: float
+
+
 def nan_is_largest(error: float) -> float:
     """Order errors so that nan is the largest."""
     return math.inf if math.isnan(error) else error
@@ -157,8 +180,8 @@ def reference_of(s: Session, run: Trained, tokens: Tensor) -> Reference:
     return Reference(total, gradients_of(model))
 
 
-def model_errors(model: Any, loss_fn: Callable, tokens: Tensor, exact: Reference) -> dict:
-    """Return the errors of one forward+backward: loss, all gradients together, the worst parameter."""
+def model_errors(model: Any, loss_fn: Callable, tokens: Tensor, exact: Reference) -> ModelErrors:
+    """Return the errors of one forward+backward."""
     for p in model.parameters():
         if p.grad is not None:
             p.grad.zero_()
@@ -171,7 +194,7 @@ def model_errors(model: Any, loss_fn: Callable, tokens: Tensor, exact: Reference
     found = gradients_of(model)
     errors = {name: gradient_error(grad, exact.gradients[name]) for name, grad in found.items()}
     worst = max(errors, key=lambda name: nan_is_largest(errors[name]))
-    return dict(
+    return ModelErrors(
         loss=relative(loss.detach(), exact.loss),
         gradients=relative(flat(found), flat(exact.gradients)),
         worst=errors[worst],
@@ -184,7 +207,7 @@ def section_named(s: Session, t: ModuleType, ops: Any, dtype: torch.dtype, name:
     return next(section for section in sections_of(s, t, ops, dtype) if section.name == name)
 
 
-def section_errors(s: Session, t: ModuleType, ops: Any, name: str) -> dict:
+def section_errors(s: Session, t: ModuleType, ops: Any, name: str) -> SectionErrors:
     """Return the errors of a section's outputs and gradients on one sequence, uncompiled, against float64."""
     one = s._replace(rows=1)
     section = section_named(one, t, ops, s.m.dtype, name)
@@ -207,7 +230,7 @@ def section_errors(s: Session, t: ModuleType, ops: Any, name: str) -> dict:
 
     forward = [relative(x, y) for x, y in zip(outs, exact_outs)]
     gradients = [gradient_error(x, y) for x, y in zip(grads, exact_grads) if y is not None]
-    return dict(forward=max(forward, key=nan_is_largest), gradients=max(gradients, key=nan_is_largest))
+    return SectionErrors(max(forward, key=nan_is_largest), max(gradients, key=nan_is_largest))
 
 
 # ---- times and verdict ---------------------------------------------------------------------------
@@ -234,6 +257,50 @@ def time_pairs(s: Session, plain: Trained, other: Trained) -> list[Pair]:
     return pairs[WARM_PAIRS:]
 
 
+class SectionRow(NamedTuple):
+    """A section with a candidate beside the plain one. ms of one call."""
+
+    section: str
+    plain_forward_ms: float
+    plain_backward_ms: float
+    forward_ms: float
+    backward_ms: float
+    plain_errors: SectionErrors
+    errors: SectionErrors
+
+    def __str__(self) -> str:
+        plain = self.plain_errors
+        return (
+            f"  {self.section}: forward {self.forward_ms:.4f} ms, plain {self.plain_forward_ms:.4f}; "
+            f"backward {self.backward_ms:.4f}, plain {self.plain_backward_ms:.4f}; errors "
+            f"{self.errors.forward:.1e} {self.errors.gradients:.1e}, plain "
+            f"{plain.forward:.1e} {plain.gradients:.1e}"
+        )
+
+
+class CandidateRow(NamedTuple):
+    """The whole model with a candidate beside the plain one, and the sections that use the candidate.
+
+    ms of forward+backward; wins: of so many pairs the candidate is faster.
+    """
+
+    name: str
+    paths: list[str]
+    plain: ModelErrors
+    errors: ModelErrors
+    plain_ms: float
+    ms: float
+    wins: int
+    pairs: int
+    sections: list[SectionRow]
+
+    def __str__(self) -> str:
+        return (
+            f"candidate {self.name} ({', '.join(self.paths)}): forward+backward {self.ms:.3f} ms, plain "
+            f"{self.plain_ms:.3f}; {self.errors}"
+        )
+
+
 class Compared(NamedTuple):
     """One figure of the verdict. one_number: it is the error of a single number, not of a tensor."""
 
@@ -248,31 +315,34 @@ class Compared(NamedTuple):
         return not self.error <= ERROR_SLACK * self.plain + margin  # nan is too large
 
 
-def compared_errors(row: dict) -> list[Compared]:
-    """Return the errors of a candidate's row beside the plain ones: the model's, then each section's."""
-    compared = [
-        Compared(f"{key} error", row["errors"][key], row["plain"][key], one_number=key == "loss")
-        for key in ("loss", "gradients", "worst")
-    ]
-    for section in row["sections"]:
-        name = section["section"]
-        for key, error in section["errors"].items():
-            one_number = name == OUTPUT_LAYER and key == "forward"
-            compared.append(Compared(f"{name}, {key} error", error, section["plain_errors"][key], one_number))
-    return compared
+def compared_errors(row: CandidateRow) -> Iterator[Compared]:
+    """Yield the errors of a candidate beside the plain ones: the model's, then each section's."""
+    yield Compared("loss error", row.errors.loss, row.plain.loss, one_number=True)
+    yield Compared("gradients error", row.errors.gradients, row.plain.gradients, one_number=False)
+    yield Compared("worst error", row.errors.worst, row.plain.worst, one_number=False)
+    for section in row.sections:
+        plain = section.plain_errors._asdict()
+        for key, error in section.errors._asdict().items():
+            one_number = section.section == OUTPUT_LAYER and key == "forward"
+            yield Compared(f"{section.section}, {key} error", error, plain[key], one_number)
 
 
-def verdict(row: dict) -> str:
+def verdict(row: CandidateRow) -> str:
     """Say keep, or drop and why: a suggestion from one run on one machine."""
     for figure in compared_errors(row):
         if figure.too_large:
             return f"drop ({figure.what} {figure.error:.1e}, plain {figure.plain:.1e})"
 
-    share = row["ms"] / row["plain_ms"]
-    wins = f"faster in {row['wins']} of {row['pairs']} pairs"
-    if share < GAIN and row["wins"] >= WINS * row["pairs"]:
-        return f"keep ({100 * (1 - share):.1f} % faster, {wins})"
-    return f"drop (takes {100 * share:.1f} % of the time, {wins})"
+    fraction = row.ms / row.plain_ms
+    wins = f"faster in {row.wins} of {row.pairs} pairs"
+    if fraction < GAIN and row.wins >= WINS * row.pairs:
+        return f"keep ({100 * (1 - fraction):.1f} % faster, {wins})"
+    return f"drop (takes {100 * fraction:.1f} % of the time, {wins})"
+
+
+def row_json(row: CandidateRow) -> dict[str, Any]:
+    """Return a candidate's row and verdict as the JSON report has them."""
+    return as_json(row) | dict(verdict=verdict(row))
 
 
 # ---- comparing -----------------------------------------------------------------------------------
@@ -282,7 +352,7 @@ class PlainSection(NamedTuple):
     """A section's figures without any candidate."""
 
     times: SectionTime
-    errors: dict
+    errors: SectionErrors
 
 
 class Comparison:
@@ -302,20 +372,20 @@ class Comparison:
         self.exact = reference_of(s, run, self.tokens)
         self.plain_errors = model_errors(run.model, run.loss_fn, self.tokens, self.exact)
 
-    def judge(self, name: str) -> dict:
-        """Return the report's row of one candidate. Raises whatever its functions raise."""
+    def judge(self, name: str) -> CandidateRow:
+        """Return the row of one candidate. Raises whatever its functions raise."""
         s = self.s
         suffix = re.sub(r"[^A-Za-z0-9]", "_", name)
         t = load_trainer(Path(s.t.__file__), f"{MODULE}_{suffix}")
         ops, paths = install(t, s.m.ops, read_candidates(self.path, t)[name])
 
         row = self.judge_model(name, t, ops, paths)
-        row["sections"] = self.judge_sections(name, t, ops, paths)
-        row["verdict"] = verdict(row)
-        s.say(f"candidate {name}: {row['verdict']}")
+        s.say(str(row))
+        row = row._replace(sections=self.judge_sections(name, t, ops, paths))
+        s.say(f"candidate {name}: {verdict(row)}")
         return row
 
-    def judge_model(self, name: str, t: ModuleType, ops: Any, paths: set[str]) -> dict:
+    def judge_model(self, name: str, t: ModuleType, ops: Any, paths: set[str]) -> CandidateRow:
         """Compare the whole model's errors and times."""
         s = self.s
         model = zero_model(s, t, s.h, ops, s.m.dtype)
@@ -323,8 +393,7 @@ class Comparison:
         other = self.run._replace(model=model, loss_fn=s.m.compile(model.loss))
         errors = model_errors(model, other.loss_fn, self.tokens, self.exact)
         pairs = time_pairs(s, self.run, other)
-
-        row = dict(
+        return CandidateRow(
             name=name,
             paths=sorted(paths),
             plain=self.plain_errors,
@@ -333,14 +402,10 @@ class Comparison:
             ms=typical(s, f"forward+backward, candidate {name}", [pair.other for pair in pairs]),
             wins=sum(pair.other < pair.plain for pair in pairs),
             pairs=len(pairs),
+            sections=[],
         )
-        s.say(
-            f"candidate {name} ({', '.join(row['paths'])}): forward+backward {row['ms']:.3f} ms, plain "
-            f"{row['plain_ms']:.3f}; {model_errors_text(errors)}"
-        )
-        return row
 
-    def judge_sections(self, name: str, t: ModuleType, ops: Any, paths: set[str]) -> list[dict]:
+    def judge_sections(self, name: str, t: ModuleType, ops: Any, paths: set[str]) -> list[SectionRow]:
         """Compare every section that uses a replaced function. One that fails is skipped."""
         s = self.s
 
@@ -355,10 +420,10 @@ class Comparison:
                 s.skip(f"candidate {name}, section {section.name}", error)
                 continue
             rows.append(row)
-            s.say(section_text(row))
+            s.say(str(row))
         return rows
 
-    def judge_section(self, section: Section, plain: Section, t: ModuleType, ops: Any) -> dict:
+    def judge_section(self, section: Section, plain: Section, t: ModuleType, ops: Any) -> SectionRow:
         """Compare one section's times and errors; the plain figures are measured once."""
         s = self.s
         if section.name not in self.known:
@@ -367,7 +432,7 @@ class Comparison:
         known = self.known[section.name]
 
         times = time_section(s, section)
-        return dict(
+        return SectionRow(
             section=section.name,
             plain_forward_ms=known.times.forward,
             plain_backward_ms=known.times.backward,
@@ -378,34 +443,14 @@ class Comparison:
         )
 
 
-def model_errors_text(errors: dict) -> str:
-    """Format model_errors."""
-    return (
-        f"error of loss {errors['loss']:.1e}, of gradients {errors['gradients']:.1e}, "
-        f"worst {errors['worst']:.1e} ({errors['worst_parameter']})"
-    )
-
-
-def section_text(row: dict) -> str:
-    """Format the line of a section."""
-    errors = row["errors"]
-    plain = row["plain_errors"]
-    return (
-        f"  {row['section']}: forward {row['forward_ms']:.4f} ms, plain {row['plain_forward_ms']:.4f}; "
-        f"backward {row['backward_ms']:.4f}, plain {row['plain_backward_ms']:.4f}; errors "
-        f"{errors['forward']:.1e} {errors['gradients']:.1e}, plain "
-        f"{plain['forward']:.1e} {plain['gradients']:.1e}"
-    )
-
-
 def compare(s: Session, run: Trained, path: Path, names: list[str]) -> None:
     """Compare every named candidate; print and report each. One that fails is skipped with its reason."""
     s.say(f"\ncandidates: {', '.join(names)}; first the plain model, compiled and in float64")
     comparison = Comparison(s, run, path)
-    s.say(f"plain model: {model_errors_text(comparison.plain_errors)}")
+    s.say(f"plain model: {comparison.plain_errors}")
     for name in names:
         try:
-            s.report["candidates"].append(comparison.judge(name))
+            s.report["candidates"].append(row_json(comparison.judge(name)))
         except Exception as error:
             s.skip(f"candidate {name}", error)
             s.report["skipped"][-1]["trace"] = traceback.format_exc()
