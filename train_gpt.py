@@ -3404,20 +3404,21 @@ def _(qkv, bounds, T, window, back):
 
 
 class Flash4(torch.autograd.Function):
-    """The differentiable form of flash4_op. form: (T, window)."""
+    """The differentiable form of flash4_op."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bounds, form):
-        out, lse = flash4_op([q, k, v], bounds, *form, [])
+    def forward(ctx, q, k, v, bounds, T, window):
+        out, lse = flash4_op([q, k, v], bounds, T, window, [])
         ctx.save_for_backward(q, k, v, bounds, out, lse)
-        ctx.form = form
+        ctx.T = T
+        ctx.window = window
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, bounds, out, lse = ctx.saved_tensors
-        grads = flash4_op([q, k, v], bounds, *ctx.form, [out, dout.contiguous(), lse])
-        return *grads, None, None
+        grads = flash4_op([q, k, v], bounds, ctx.T, ctx.window, [out, dout.contiguous(), lse])
+        return *grads, None, None, None
 
 
 def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
@@ -3434,7 +3435,7 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
         first = first + T * torch.arange(B, device=q.device)[:, None]
         bounds = F.pad(first.flatten(), (0, 1), value=B * T).int()
         flat = [x.flatten(0, 1) for x in flat]
-    return Flash4.apply(*flat, bounds, (T, window if window < T else 0)).view(q.shape)
+    return Flash4.apply(*flat, bounds, T, window if window < T else 0).view(q.shape)
 
 
 class Rejection(NamedTuple):
@@ -3982,15 +3983,15 @@ def substitution_kernel(
 
 @operator(
     "symmetric",
-    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)",
+    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, "
+    "int block, int bk, int warps, int stages) -> (Tensor, Tensor)",
 )
-def symmetric_op(X, r, poly, power, dtype, tile):
-    """Launch symmetric_kernel -> (matrices (S, M, M), partial row sums). poly: (a, b, c) or ().
+def symmetric_op(X, r, poly, power, dtype, block, bk, warps, stages):
+    """Launch symmetric_kernel -> (matrices (S, M, M), partial row sums).
 
-    tile: (BLOCK, BK, warps, stages).
+    poly: (a, b, c) or (). block, bk, warps, stages: of a ProductTile.
     """
     S, M, N = X.shape
-    block, bk, warps, stages = tile
     a, b, c = poly or (0.0, 0.0, 0.0)
     tiles = -(-M // block)  # on a side
     stride_s, stride_m, stride_n = X.stride()
@@ -4007,20 +4008,22 @@ def symmetric_op(X, r, poly, power, dtype, tile):
 
 
 @symmetric_op.register_fake
-def _(X, r, poly, power, dtype, tile):
+def _(X, r, poly, power, dtype, block, *_):
     S, M, _ = X.shape
-    sums = X.new_empty(S, -(-M // tile[0]) if power else 0, M, dtype=torch.float32)
+    sums = X.new_empty(S, -(-M // block) if power else 0, M, dtype=torch.float32)
     return X.new_empty(S, M, M, dtype=dtype), sums
 
 
 SOLVE_BLOCK = 64
 
 
-@operator("solve", "(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
-def solve_op(T, X, d, tile):
-    """Solve TY = diag(d) X: Y (S, M, N), partial row sums of Y^2 (S, panels, M). tile: BN, warps, stages."""
+@operator("solve", "(Tensor T, Tensor X, Tensor d, int bn, int warps, int stages) -> (Tensor, Tensor)")
+def solve_op(T, X, d, bn, warps, stages):
+    """Solve TY = diag(d) X: Y (S, M, N), partial row sums of Y^2 (S, panels, M).
+
+    bn, warps, stages: of a SolveTile.
+    """
     S, M, N = X.shape
-    bn, warps, stages = tile
     blocks = -(-M // SOLVE_BLOCK)
     panels = -(-N // bn)
 
@@ -4042,9 +4045,26 @@ def solve_op(T, X, d, tile):
 
 
 @solve_op.register_fake
-def _(T, X, d, tile):
+def _(T, X, d, bn, *_):
     S, M, N = X.shape
-    return torch.empty_like(X, dtype=T.dtype), d.new_empty(S, -(-N // tile[0]), M)
+    return torch.empty_like(X, dtype=T.dtype), d.new_empty(S, -(-N // bn), M)
+
+
+class ProductTile(NamedTuple):
+    """How symmetric_kernel cuts a product."""
+
+    block: int  # rows and columns of a program's tile of the result
+    bk: int  # columns of X per product
+    warps: int
+    stages: int  # of the pipeline that loads
+
+
+class SolveTile(NamedTuple):
+    """How substitution_kernel cuts a solve."""
+
+    bn: int  # columns of Y per program
+    warps: int
+    stages: int
 
 
 class Win(NamedTuple):
@@ -4053,26 +4073,26 @@ class Win(NamedTuple):
     product: str
     short_side: int  # at most
     matrices: int  # at most
-    tile: tuple[int, ...]  # as its operator takes it
+    tile: ProductTile | SolveTile
 
 
 # The first row that fits is used; if none fits, the reference runs. The comments give microseconds in a CUDA
 # graph, reference / kernel. A kernel that is slower alone is still faster within ns5.
 WINS = (
-    Win("xxt", 256, 24, (64, 64, 4, 4)),  # 22 x 256 x 512: 6.2 / 5.9
-    Win("xxt", 512, 4, (64, 128, 4, 3)),  # 3 x 512 x 512: 4.9 / 4.3; an eighth of ns5: 221 / 214
-    Win("xxt", 512, 12, (128, 64, 8, 4)),  # 11 x 512 x 1536: 18.0 (tall), 15.0 (wide) / 14.7, 15.5
-    Win("xxt", 512, 24, (128, 64, 4, 3)),  # 22 x 512 x 512: 12.4 / 13.5; all of ns5: 868 / 842
-    Win("ba_plus_caa", 256, 24, (64, 64, 4, 3)),  # 22 x 256: 8.6 / 5.5
-    Win("ba_plus_caa", 512, 4, (64, 128, 4, 3)),  # 3 x 512: 7.6 / 4.8
-    Win("ba_plus_caa", 512, 12, (64, 64, 4, 3)),  # 11 x 512: 14.7 / 8.8
-    Win("ba_plus_caa", 512, 24, (128, 64, 4, 3)),  # 22 x 512: 25.4 / 16.6
-    Win("lower_solve", 512, 4, (32, 4, 3)),  # 3 x 512 x 512: 197 / 40
-    Win("lower_solve", 512, 24, (64, 4, 3)),  # 22 x 512 x 512: 449 / 56
+    Win("xxt", 256, 24, ProductTile(64, 64, 4, 4)),  # 22 x 256 x 512: 6.2 / 5.9
+    Win("xxt", 512, 4, ProductTile(64, 128, 4, 3)),  # 3 x 512 x 512: 4.9 / 4.3; an eighth of ns5: 221 / 214
+    Win("xxt", 512, 12, ProductTile(128, 64, 8, 4)),  # 11 x 512 x 1536: 18.0 (tall), 15.0 (wide) / 14.7, 15.5
+    Win("xxt", 512, 24, ProductTile(128, 64, 4, 3)),  # 22 x 512 x 512: 12.4 / 13.5; all of ns5: 868 / 842
+    Win("ba_plus_caa", 256, 24, ProductTile(64, 64, 4, 3)),  # 22 x 256: 8.6 / 5.5
+    Win("ba_plus_caa", 512, 4, ProductTile(64, 128, 4, 3)),  # 3 x 512: 7.6 / 4.8
+    Win("ba_plus_caa", 512, 12, ProductTile(64, 64, 4, 3)),  # 11 x 512: 14.7 / 8.8
+    Win("ba_plus_caa", 512, 24, ProductTile(128, 64, 4, 3)),  # 22 x 512: 25.4 / 16.6
+    Win("lower_solve", 512, 4, SolveTile(32, 4, 3)),  # 3 x 512 x 512: 197 / 40
+    Win("lower_solve", 512, 24, SolveTile(64, 4, 3)),  # 22 x 512 x 512: 449 / 56
 )
 
 
-def tile_of(product: str, X: Tensor) -> tuple[int, ...] | None:
+def tile_of(product: str, X: Tensor) -> ProductTile | SolveTile | None:
     """Return the tile of WINS for a product with X (S, M, N), or None to run the reference.
 
     Only 2-byte dtypes and sides that are multiples of 64 were measured, on Hopper.
@@ -4095,7 +4115,7 @@ def xxt(
     X (S, M, N). power: 1 or 2; 0: no sums.
     """
     if tile := tile_of("xxt", X):
-        A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, tile)
+        A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, *tile)
         return A, sums.sum(1) if power else None
     A = torch.bmm(X, X.mT)
     if r is not None:
@@ -4107,7 +4127,7 @@ def xxt(
 def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None) -> Tensor:
     """Return (aI + bA + cA^2) diag(r) for a symmetric A. (S, M, M), (S, M) -> (S, M, M)."""
     if tile := tile_of("ba_plus_caa", A):
-        return symmetric_op(A, r, (a, b, c), 0, A.dtype, tile)[0]
+        return symmetric_op(A, r, (a, b, c), 0, A.dtype, *tile)[0]
     X = A.to(torch.promote_types(A.dtype, torch.float32))  # the diagonal must not be rounded twice
     C = torch.baddbmm(X, X, X, beta=b, alpha=c) + a * torch.eye(A.size(-1), dtype=X.dtype, device=A.device)
     if r is not None:
@@ -4121,7 +4141,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     Only the part of T below its diagonal is read.
     """
     if tile := tile_of("lower_solve", X):
-        Y, squares = solve_op(T, X, d, tile)
+        Y, squares = solve_op(T, X, d, *tile)
         return Y, squares.sum(1)
     Y = torch.linalg.solve_triangular(T.float(), X.float() * d[:, :, None], upper=False, unitriangular=True)
     return Y.to(T.dtype), Y.to(T.dtype).float().square().sum(-1)

@@ -179,18 +179,16 @@ def test_varlen_by_its_signature(age, monkeypatch):
 
 
 def plant_flash4(monkeypatch, calls):
-    """Plant a package flash-attn-4 whose operator attends by `sequences`. calls: receives its forms."""
+    """Plant a package flash-attn-4 whose operator attends by `sequences`. calls: receives T and window."""
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
-    def apply(q, k, v, bounds, form):
-        calls.append(form)
-        window = form[1] - 1
+    def apply(q, k, v, bounds, T, window):
+        calls.append((T, window))
         if bounds is not None:
-            return sequences(q, k, v, bounds, window).view(q.shape)
-        B, T = q.shape[:2]
+            return sequences(q, k, v, bounds, window - 1).view(q.shape)
         flat = [x.flatten(0, 1) for x in (q, k, v)]
-        return sequences(*flat, torch.arange(0, B * T + 1, T), window).view(q.shape)
+        return sequences(*flat, torch.arange(0, len(q) * T + 1, T), window - 1).view(q.shape)
 
     monkeypatch.setattr(t, "Flash4", SimpleNamespace(apply=apply))
 
