@@ -1112,7 +1112,7 @@ class Machine:
     streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     bind_ms: float = 0.0  # that binding the model's functions took, which mostly compiles them
-    bind_times: Mapping[str, Times] = field(default_factory=dict)  # by part, where times decided
+    bind_times: Mapping[str, tuple] = field(default_factory=dict)  # by part, Bound.times where times decided
     signals: Signals = field(default_factory=Signals)
 
     @property
@@ -1443,23 +1443,6 @@ def with_gpu(m: Machine) -> Machine:
         binding=Binding(compile="inductor", pass_="graph", update="graph"),
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
-    )
-
-
-def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
-    """Return the machine with kernels bound for a model. Collective: all ranks bind the same."""
-    began = time.perf_counter()
-    bound = bind_ops(h, m.device, Judge(m, times_count=trains and h.bind_by_time))
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # the log's peak is that of training
-    parts = bound._asdict()
-    return replace(
-        m,
-        ops=Ops(attend=bound.attention.function, qk=bound.qk.function, mlp=bound.mlp.function),
-        binding=m.binding._replace(**{part: found.label for part, found in parts.items()}),
-        bind_times={part: found.times for part, found in parts.items() if found.times},
-        bind_ms=1000 * (time.perf_counter() - began),
     )
 
 
@@ -3446,16 +3429,13 @@ class Rejection(NamedTuple):
     missing: str = ""  # the module that it failed to import, if any
 
 
-Times = tuple[tuple[str, float], ...]  # the name and the ms of each function that was timed, in that order
-
-
 class Bound(NamedTuple):
     """A function as bound on this machine, with its name for the log."""
 
     function: Callable
     name: str
     rejected: tuple[Rejection, ...] = ()  # the faster functions that were tried
-    times: Times = ()
+    times: tuple[tuple[str, float], ...] = ()  # the name and the ms of each function that was timed
 
     @property
     def label(self) -> str:
@@ -3626,24 +3606,17 @@ def device_times(m: Machine, calls: list[Callable[[], None]]) -> list[float]:
     return [sorted(taken)[turns // 2] for taken in times]
 
 
-class Drawn(NamedTuple):
-    """Draws seeded normal tensors of the size that training has."""
+def timed_shape(h: Config) -> tuple[int, int]:
+    """Return (B, T) of a micro-batch of at most TIMED_TOKENS."""
+    T = h.train_seq_len
+    return max(min(h.micro_batch_tokens, TIMED_TOKENS) // T, 1), T
 
-    device: torch.device
-    sequences: int
-    seq_len: int
 
-    @staticmethod
-    def like_training(h: Config, device: torch.device) -> Drawn:
-        """Return the sizes of a micro-batch of at most TIMED_TOKENS."""
-        T = h.train_seq_len
-        return Drawn(device, max(min(h.micro_batch_tokens, TIMED_TOKENS) // T, 1), T)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Draw a leaf in bf16."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        x = torch.randn(shape, generator=generator, device=self.device, dtype=torch.bfloat16)
-        return (scale * x).requires_grad_()
+def normals(device: torch.device, *shapes: tuple[int, ...], on: torch.device | str = "cpu") -> list[Tensor]:
+    """Draw seeded leaves in bf16. on: the device that draws, on which the numbers depend."""
+    generator = torch.Generator(on).manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator, device=on) for shape in shapes]
+    return [x.to(device).bfloat16().requires_grad_() for x in drawn]
 
 
 SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, fastest first
@@ -3677,6 +3650,14 @@ def sdpa_kernels_that_run(qkv: list[Tensor], judge: Judge) -> list[str]:
 def masks_of(h: Config) -> list[tuple[int, bool]]:
     """Return the mask of every visit of a layer: its window, and whether it keeps documents apart."""
     return [(spec.window, spec.docs) for spec in layer_table(h)]
+
+
+def draw_heads(
+    h: Config, device: torch.device, B: int, T: int, on: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Draw q, k and v for a layer's attention. on: as in normals."""
+    heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+    return normals(device, *((B, T, n, h.head_dim) for n in heads), on=on)
 
 
 def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection, ...]:
@@ -3714,20 +3695,14 @@ def attention_times(
 
     Attention is timed as it is, not compiled: it is an operator of its own in a compiled model, too.
     """
-    drawn = Drawn.like_training(h, device)
-    B = drawn.sequences
-    T = drawn.seq_len
-
-    def draw() -> list[Tensor]:
-        return [drawn.normal(B, T, n, h.head_dim) for n in (h.num_heads, h.num_kv_heads, h.num_kv_heads)]
-
+    B, T = timed_shape(h)
     docs = documents(torch.arange(B * T, device=device).view(B, T) % 1000, 0)
     masks = masks_of(h)
     means = dict.fromkeys(candidates, 0.0)
     for window, has_docs in sorted(set(masks)):
         options = dict(window=window, docs=docs if has_docs else None)
         functions = {name: partial(one.attend, **options) for name, one in candidates.items()}
-        for name, ms in judge.measure(functions, draw).items():
+        for name, ms in judge.measure(functions, partial(draw_heads, h, device, B, T, on=device)).items():
             means[name] += ms * masks.count((window, has_docs)) / len(masks)
     return means
 
@@ -3752,11 +3727,7 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
     of these are candidates, in this order. The label says why FlashAttention-4 was rejected, unless it is not
     installed. Raises InputError if no kernel runs.
     """
-    generator = torch.Generator().manual_seed(0)
-    qkv = [
-        torch.randn(2, 256, heads, h.head_dim, generator=generator).to(device).bfloat16().requires_grad_()
-        for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    ]
+    qkv = draw_heads(h, device, 2, 256)
     rejected = flash4_trial(h, qkv, judge)
     candidates = {} if rejected else {"flash4": Attention(attend_flash4, SDPA_KERNELS)}
     if rejected or judge.times_count:
@@ -3773,22 +3744,18 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
 
 def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     """Bind the fused MLP if it is correct. With fp8, calls with gradients take the e4m3 form, if correct."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 64, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
-    inputs = [
-        torch.randn(shape, generator=generator).to(device).bfloat16().requires_grad_() for shape in shapes
-    ]
-    drawn = Drawn.like_training(h, device)
 
-    def draw() -> list[Tensor]:
-        x = drawn.normal(drawn.sequences, drawn.seq_len, h.model_dim)
-        return [x, *(drawn.normal(*shape, scale=shape[1] ** -0.5) for shape in shapes[1:])]
+    def draw(B: int, T: int, on: torch.device | str = "cpu") -> list[Tensor]:
+        weights = ((h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
+        return normals(device, (B, T, h.model_dim), *weights, on=on)
 
-    fused = judge.faster(bind(FusedMLP.apply, mlp, inputs), mlp, draw)
+    inputs = draw(2, 64)
+    draw_large = partial(draw, *timed_shape(h), on=device)
+    fused = judge.faster(bind(FusedMLP.apply, mlp, inputs), mlp, draw_large)
     if not h.fp8:
         return fused
     fp8 = judge.faster(
-        bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1), fused.function, draw, name=fused.name
+        bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1), fused.function, draw_large, name=fused.name
     )
     times = fused.times + fp8.times
     if fp8.rejected:
@@ -3803,35 +3770,38 @@ def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
 
 def bind_qk(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     """Bind the fused QK norm, rope and gain if they are correct."""
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn((2, 64, 4, 2 * h.head_dim), generator=generator).to(device).bfloat16()
-    heads = wide[..., : h.head_dim].requires_grad_()  # strided, as slices of a product are
-    gain = torch.tensor([1.5, 0.5], device=device).requires_grad_()
+    (wide,) = normals(device, (2, 64, 4, 2 * h.head_dim))
+    heads = wide[..., : h.head_dim]  # strided, as slices of a product are
+    gain = torch.tensor([1.5, 0.5], device=device, requires_grad=True)
     rope = rope_tables(64, h.rope_dims, h.rope_base, device)
-    drawn = Drawn.like_training(h, device)
 
-    def draw() -> list[Tensor]:
-        qkv = drawn.normal(drawn.sequences, drawn.seq_len, h.num_heads + 2 * h.num_kv_heads, h.head_dim)
+    def draw_large() -> list[Tensor]:
+        B, T = timed_shape(h)
+        qkv = normals(device, (B, T, h.num_heads + 2 * h.num_kv_heads, h.head_dim), on=device)
         gain = torch.ones(h.num_heads, device=device, requires_grad=True)
-        return [qkv, gain, *rope_tables(drawn.seq_len, h.rope_dims, h.rope_base, device)]
+        return [*qkv, gain, *rope_tables(T, h.rope_dims, h.rope_base, device)]
 
-    return judge.faster(bind(FusedHeads.apply, qk_heads, [heads, gain, *rope]), qk_heads, draw)
-
-
-class BoundOps(NamedTuple):
-    """The parts of the model as bound, which Binding names."""
-
-    qk: Bound
-    mlp: Bound
-    attention: Bound
+    return judge.faster(bind(FusedHeads.apply, qk_heads, [heads, gain, *rope]), qk_heads, draw_large)
 
 
-def bind_ops(h: Config, device: torch.device, judge: Judge = Judge()) -> BoundOps:
-    """Bind the kernels that the judge prefers on this device."""
-    return BoundOps(
-        qk=bind_qk(h, device, judge),
-        mlp=bind_mlp(h, device, judge),
-        attention=bind_attention(h, device, judge),
+def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
+    """Return the machine with kernels bound for a model. Collective: all ranks bind the same."""
+    began = time.perf_counter()
+    judge = Judge(m, times_count=trains and h.bind_by_time)
+    bound = {
+        "qk": bind_qk(h, m.device, judge),
+        "mlp": bind_mlp(h, m.device, judge),
+        "attention": bind_attention(h, m.device, judge),
+    }
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the log's peak is that of training
+    return replace(
+        m,
+        ops=Ops(bound["attention"].function, bound["qk"].function, bound["mlp"].function),
+        binding=m.binding._replace(**{part: found.label for part, found in bound.items()}),
+        bind_times={part: found.times for part, found in bound.items() if found.times},
+        bind_ms=1000 * (time.perf_counter() - began),
     )
 
 

@@ -198,11 +198,13 @@ def test_a_gpu_binds_its_kernels_again_for_another_model(worker, monkeypatch):
     """Heads of another size, or windows, may take another attention kernel."""
     bound = []
 
-    def bind_ops(h, device, judge):
+    def bind_attention(h, device, judge):
         bound.append(f"attention{h.head_dim}")
-        return t.BoundOps(t.Bound(len, "qk"), t.Bound(t.mlp, "mlp"), t.Bound(t.attend_sdpa, bound[-1]))
+        return t.Bound(t.attend_sdpa, bound[-1])
 
-    monkeypatch.setattr(t, "bind_ops", bind_ops)
+    monkeypatch.setattr(t, "bind_attention", bind_attention)
+    monkeypatch.setattr(t, "bind_qk", lambda h, device, judge: t.Bound(len, "qk"))
+    monkeypatch.setattr(t, "bind_mlp", lambda h, device, judge: t.Bound(t.mlp, "mlp"))
     monkeypatch.setattr(worker, "m", dataclasses.replace(worker.m, device=torch.device("cuda")))
     m = worker.machine_for(t.load_config(["num_heads=4", "num_kv_heads=2"], {}))
     assert bound == ["attention128"]

@@ -228,16 +228,22 @@ def test_where_times_count(knobs, trains, counts, monkeypatch):
     """Without the knob, and in a command that only scores, results alone count."""
     judges = []
 
-    def bind_ops(h, device, judge):
+    def bind_qk(h, device, judge):
         judges.append(judge)
-        times = (("triton", 1.0), ("torch", 2.0)) if judge.times_count else ()
-        return t.BoundOps(t.Bound(len, "triton", times=times), t.Bound(abs, "mlp"), t.Bound(max, "attention"))
+        return t.Bound(len, "triton", times=(("triton", 1.0), ("torch", 2.0)) if judge.times_count else ())
 
-    monkeypatch.setattr(t, "bind_ops", bind_ops)
+    def bind_another(h, device, judge):
+        judges.append(judge)
+        return t.Bound(abs, "torch", (t.Rejection("fp8", "slower"),))
+
+    monkeypatch.setattr(t, "bind_qk", bind_qk)
+    monkeypatch.setattr(t, "bind_mlp", bind_another)
+    monkeypatch.setattr(t, "bind_attention", lambda *args: bind_another(*args)._replace(function=max))
     m = t.with_kernels(machine(), tiny(**knobs), trains)
-    assert [judge.times_count for judge in judges] == [counts]
+    assert [judge.times_count for judge in judges] == [counts] * 3
     assert m.ops == t.Ops(attend=max, qk=len, mlp=abs)
-    assert m.binding == machine().binding._replace(attention="attention", qk="triton", mlp="mlp")
+    label = "torch,fp8:torch(slower)"
+    assert m.binding == machine().binding._replace(attention=label, qk="triton", mlp=label)
     assert m.device_name == "cpu"
     assert m.bind_times == ({"qk": (("triton", 1.0), ("torch", 2.0))} if counts else {})
 
@@ -336,10 +342,8 @@ def test_the_log_has_the_times_in_lines_of_their_own(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_device_the_larger_product_takes_longer():
-    h = t.load_config(["preset=h100x1"], {})
     m = t.with_gpu(machine())
     m = t.replace(m, device=torch.device("cuda"))
-    drawn = t.Drawn.like_training(h, m.device)
-    calls = [t.call_of(double, [drawn.normal(n, 4096)]) for n in (4096, 16384)]
+    calls = [t.call_of(double, t.normals(m.device, (n, 4096))) for n in (4096, 16384)]
     small_ms, large_ms, failed = t.device_times(m, [*calls, lambda: 1 / 0])
     assert 2 < large_ms / small_ms < 8 and failed == math.inf

@@ -251,9 +251,9 @@ def test_the_fake_mlp_is_the_operator():
 def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     """Reject the MLP in the interpreter, whose bf16 products are wrong; the label says by how much."""
     h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
-    found = t.bind_ops(h, DEVICE)
-    assert found.qk == t.Bound(t.FusedHeads.apply, "triton")
-    assert (found.mlp.function is t.mlp) == found.mlp.label.startswith("torch (") == (DEVICE.type == "cpu")
+    assert t.bind_qk(h, DEVICE) == t.Bound(t.FusedHeads.apply, "triton")
+    found = t.bind_mlp(h, DEVICE)
+    assert (found.function is t.mlp) == found.label.startswith("torch (") == (DEVICE.type == "cpu")
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
     assert t.bind(t.FusedMLP.apply, t.mlp, inputs) == t.Bound(t.FusedMLP.apply, "triton")
 
