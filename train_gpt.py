@@ -282,16 +282,28 @@ Count = int  # a whole number that may be 0; an int is at least 1
 Fraction = float  # in [0, 1]
 Decay = float  # in [0, 1)
 
-# The traits of a knob. SIZE: named if the model is too large. FREE: a run that resumes may change the knob.
-# STORED: the header of every artifact holds the knob. STORED_IF_LEARNS: only if the artifact's score uses
-# test-time training. STORED_IF_SET: only if the knob differs from its default, so older artifacts stay valid.
-# RESCORED: `eval` may change the knob although the artifact holds it.
-SIZE = "size"
-FREE = "free"
-STORED = "stored"
-STORED_IF_LEARNS = "stored if learns"
-STORED_IF_SET = "stored if set"
-RESCORED = "rescored"
+# The traits of a knob say what it is for. Those that this file reads:
+SIZE = "size"  # named if the model is too large
+FREE = "free"  # a run that resumes may change it
+STORED = "stored"  # the header of every artifact holds it
+STORED_IF_LEARNS = "stored if learns"  # only if the artifact's score uses test-time training
+STORED_IF_SET = "stored if set"  # only if it differs from its default, so older artifacts stay valid
+RESCORED = "rescored"  # `eval` may change it although the artifact holds it
+
+# Those that tools read, which keep no lists of knobs:
+PATH = "path"  # names a file or folder
+DATA = "data"  # says where the text lies
+OWN = "own"  # each run of a sweep or record has its own
+BACKUP = "backup"  # keeps a run from being lost; the runs of a record may differ in it
+SHARED = "shared"  # equal in all rows of a sweep, which would not compare otherwise
+SCORES = "scores"  # only scoring reads it; equal in all rows as well
+STRIDE = "stride"  # the stride of a sliding score
+COMPILES = "compiles"  # training is compiled for each of its values, as for those of what scoring reads
+CODES = "codes"  # acts after training: in `record encodings` each row may change it
+INPUT = "input"  # in `record encodings` all rows together may change it, or DATA
+BUDGET = "budget"  # ends a run
+REPORT = "report"  # changes what a log says, and no weight
+BY_DEPTH = "by depth"  # may differ along a curve of `record scaling`
 
 
 def knob(default: object, *traits: str):
@@ -304,65 +316,65 @@ class Config:
     """Every knob of a run, its default and unit. make_config resolves them; an instance never changes."""
 
     # the run
-    preset: str = "record"
-    run_id: str = knob("", FREE)  # "": made of UTC time, preset and seed
-    seed: Count = 1337  # sets the initial weights and the order of the data
-    out_dir: str = knob("logs", FREE)  # OUT_DIR/RUN_ID.txt is the log, OUT_DIR/RUN_ID.int6.CODEC the artifact
-    data_path: str = knob("data/datasets/fineweb10B_sp1024", FREE)
-    tokenizer_path: str = knob("", FREE)  # "": the tokenizer that DATA_PATH/manifest.json names
-    report_split: str = ""  # a second split to score and report, never used to choose
-    bos_id: Count = knob(1, STORED)  # first token of every document
-    checkpoint_every: float = knob(0.0, FREE)  # seconds on the training clock; 0: never
-    resume: str = knob("", FREE)  # auto: from the newest checkpoint of RUN_ID, if any | a checkpoint file
+    preset: str = knob("record", SHARED)
+    run_id: str = knob("", FREE, OWN)  # "": made of UTC time, preset and seed
+    seed: Count = knob(1337, OWN)  # sets the initial weights and the order of the data
+    out_dir: str = knob("logs", FREE, PATH, OWN)  # OUT_DIR/RUN_ID.txt, the log; OUT_DIR/RUN_ID.int6.CODEC
+    data_path: str = knob("data/datasets/fineweb10B_sp1024", FREE, PATH, DATA, SHARED)
+    tokenizer_path: str = knob("", FREE, PATH, DATA, SHARED)  # "": the one in DATA_PATH/manifest.json
+    report_split: str = knob("", SHARED, REPORT)  # a second split to score and report, never used to choose
+    bos_id: Count = knob(1, STORED, SHARED)  # first token of every document
+    checkpoint_every: float = knob(0.0, FREE, BACKUP)  # seconds on the training clock; 0: never
+    resume: str = knob("", FREE, PATH, BACKUP)  # auto: RUN_ID's newest checkpoint, if any | a checkpoint file
     memory_limit_gib: float = knob(0.0, FREE)  # of each GPU, for this run's tensors; 0: no limit
     # budget
-    max_wallclock_seconds: float = 600.0  # limit on the training clock; 0: no limit
-    iterations: int = 20000
-    target_loss: float = 0.0  # nats; above 0 the run is a race, decided by its last validation
-    warmup_steps: Count = 10  # untimed steps that compile every shape; their effects are then undone
-    val_loss_every: Count = 0  # steps; 0: never, so no held-out file is read while the clock runs
-    train_log_every: int = 50  # steps; steps 1, 2, 4, 8, ... are logged as well
-    val_tokens: Count = 0  # score only this many targets, from the start; 0: the whole split
+    max_wallclock_seconds: float = knob(600.0, SHARED, BUDGET)  # limit on the training clock; 0: no limit
+    iterations: int = knob(20000, SHARED, BUDGET)
+    target_loss: float = knob(0.0, SHARED)  # nats; above 0 the run is a race, decided by its last validation
+    warmup_steps: Count = knob(10, SHARED)  # untimed; they compile every shape, then all they did is undone
+    val_loss_every: Count = knob(0, SHARED, REPORT)  # steps; 0: training reads no held-out file
+    train_log_every: int = knob(50, SHARED, REPORT)  # steps; steps 1, 2, 4, 8, ... are logged as well
+    val_tokens: Count = knob(0, SHARED, INPUT)  # score this many targets, the first; 0: the whole split
     # batch
-    train_batch_tokens: int = 786_432  # per optimizer step, over all ranks
-    micro_batch_tokens: int = 98_304  # at most, per forward pass on one rank
+    train_batch_tokens: int = knob(786_432, SHARED, BY_DEPTH)  # per optimizer step, over all ranks
+    micro_batch_tokens: int = knob(98_304, SHARED, BY_DEPTH)  # at most, per forward pass on one rank
     start_batch_tokens: Count = 0  # batch at the start of the run; 0: train_batch_tokens throughout
     batch_growth_frac: Fraction = 0.5  # part of the run, at its start, in which the batch grows
-    train_seq_len: int = 2048
+    train_seq_len: int = knob(2048, SHARED)
     mix_tokens: Count = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
-    eval_seq_len: int = knob(2048, STORED, RESCORED)
-    eval_stride: int = knob(64, STORED, RESCORED)  # fresh targets in each window of the sliding score
-    eval_batch_tokens: int = 131_072  # per forward pass on one rank
-    ttt_lr: float = knob(0.0, STORED_IF_LEARNS)  # initial rate of test-time training; 0: none
-    ttt_form: str = knob("sgd", STORED_IF_SET, RESCORED)  # a row of TTT_FORMS: how test-time training learns
-    ttt_chunk_tokens: int = knob(32_768, STORED_IF_LEARNS)  # targets that are scored, then learned from
-    ttt_passes: int = knob(3, STORED_IF_LEARNS)  # steps on each chunk
-    ttt_rank: int = knob(8, STORED_IF_SET, RESCORED)  # rank of the changes that the lora form learns
+    eval_seq_len: int = knob(2048, STORED, RESCORED, SCORES)
+    eval_stride: int = knob(64, STORED, RESCORED, SCORES, STRIDE)  # fresh targets in each sliding window
+    eval_batch_tokens: int = knob(131_072, SCORES, INPUT)  # per forward pass on one rank
+    ttt_lr: float = knob(0.0, STORED_IF_LEARNS, SCORES)  # initial rate of test-time training; 0: none
+    ttt_form: str = knob("sgd", STORED_IF_SET, RESCORED, SCORES)  # a row of TTT_FORMS: how it learns
+    ttt_chunk_tokens: int = knob(32_768, STORED_IF_LEARNS, SCORES)  # targets scored, then learned from
+    ttt_passes: int = knob(3, STORED_IF_LEARNS, SCORES)  # steps on each chunk
+    ttt_rank: int = knob(8, STORED_IF_SET, RESCORED, SCORES)  # rank of the changes that the lora form learns
     # size
-    depth: Count = 0  # layers, from which all else follows (follow_dials); 0: the preset's own model
+    depth: Count = knob(0, BY_DEPTH)  # layers; all else follows (follow_dials); 0: the preset's own model
     tokens_per_param: float = 0.0  # sets iterations: training tokens per parameter of scaling_params; 0: off
     # model
-    vocab_size: int = knob(1024, SIZE, STORED)  # the tokenizer's size, as it is or up to a multiple of 128
-    num_layers: int = knob(11, SIZE, STORED)
-    model_dim: int = knob(512, SIZE, STORED)
-    num_heads: int = knob(4, SIZE, STORED)
-    num_kv_heads: int = knob(2, SIZE, STORED)
+    vocab_size: int = knob(1024, SIZE, STORED, SHARED)  # the tokenizer's, or that up to a multiple of 128
+    num_layers: int = knob(11, SIZE, STORED, BY_DEPTH)
+    model_dim: int = knob(512, SIZE, STORED, BY_DEPTH)
+    num_heads: int = knob(4, SIZE, STORED, BY_DEPTH)
+    num_kv_heads: int = knob(2, SIZE, STORED, BY_DEPTH)
     mlp_mult: float = knob(3.0, STORED)
     rope_dims: Count = knob(32, STORED)  # rotated dimensions of each head; the others carry no position
     rope_base: float = knob(10_000.0, STORED)
     # Keys a token sees, itself included; 0: all. The list repeats over the layers.
-    attn_windows: str = knob("256 256 256 0", STORED)
+    attn_windows: str = knob("256 256 256 0", STORED, BY_DEPTH)
     doc_mask: bool = knob(False, STORED)  # no token sees another document
-    parallel_last_n: Count = knob(0, STORED_IF_SET)  # layers whose attention and MLP run side by side
+    parallel_last_n: Count = knob(0, STORED_IF_SET, BY_DEPTH)  # layers with attention and MLP side by side
     parallel_form: str = knob("one_stream", STORED_IF_SET)  # one_stream | two_streams, rows of FORMS
     # Neighbouring layers to visit again, counted from 0: "4 5" means 4 5 4 5 ...
     loop_layers: str = knob("", STORED_IF_SET)
     loop_times: Count = knob(0, SIZE, STORED_IF_SET)  # further visits; 0: none
     loop_frac: Fraction = 0.5  # training starts to loop at this fraction of the run; 1: scoring alone loops
-    xsa_last_n: Count = knob(4, STORED)  # layers with exclusive self-attention
+    xsa_last_n: Count = knob(4, STORED, BY_DEPTH)  # layers with exclusive self-attention
     attn_gate_dims: Count = knob(0, SIZE, STORED_IF_SET)  # inputs that set the gate of a head; 0: no gates
     skip_gates: bool = knob(False, STORED_IF_SET)  # skips blend by a learned gate instead of adding
-    ve_last_n: Count = knob(2, STORED)  # layers that add a token embedding to their values; 0: none
+    ve_last_n: Count = knob(2, STORED, BY_DEPTH)  # layers that add a token embedding to their values; 0: none
     ve_dim: int = knob(128, SIZE, STORED)
     bigram_vocab_size: Count = knob(1536, SIZE, STORED)  # embeddings for hashed pairs of tokens; 0: none
     bigram_dim: int = knob(128, SIZE, STORED)
@@ -374,14 +386,14 @@ class Config:
     # optimizer
     ortho: str = "ns5"  # a row of ORTHO
     step_rule: str = "normuon"  # a row of STEP_RULES
-    matrix_lr: float = 0.05
-    embed_lr: float = 0.035
-    scalar_lr: float = 0.025
-    norm_gain_lr: float = 0.025
+    matrix_lr: float = knob(0.05, BY_DEPTH)
+    embed_lr: float = knob(0.035, BY_DEPTH)
+    scalar_lr: float = knob(0.025, BY_DEPTH)
+    norm_gain_lr: float = knob(0.025, BY_DEPTH)
     depth_lr_power: Fraction = 0.0  # with depth=N, matrix_lr goes as N^-depth_lr_power
-    muon_wd: float = 0.04  # weight decay of the matrices
-    embed_wd: float = 0.04
-    scalar_wd: float = 0.04
+    muon_wd: float = knob(0.04, BY_DEPTH)  # weight decay of the matrices
+    embed_wd: float = knob(0.04, BY_DEPTH)
+    scalar_wd: float = knob(0.04, BY_DEPTH)
     muon_momentum: Decay = 0.99
     muon_momentum_start: Decay = 0.92
     muon_momentum_warmup_frac: Fraction = 0.2  # part of the run, at its start, in which momentum rises
@@ -396,7 +408,7 @@ class Config:
     adam_eps: float = 1e-8
     grad_clip: float = 0.3  # largest global norm of the averaged gradients; 0: no clipping
     bind_by_time: bool = False  # a kernel must also not be slower than what would run without it
-    fp8: bool = True  # MLP forward products in e4m3 when gradients are on (TTT too), if the GPU supports it
+    fp8: bool = knob(True, COMPILES)  # MLP forward products in e4m3 when gradients are on, where a GPU can
     deterministic: bool = False  # runs of a seed are bit-identical on a GPU, if iterations end them
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
     warmdown_frac: Fraction = 0.5  # part of the run, at its end, in which rates fall linearly
@@ -405,19 +417,19 @@ class Config:
     min_lr_frac: Fraction = 0.0  # each rate ends at this fraction of its peak
     # averaging and artifact
     ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
-    artifact_weights: str = "ema"  # ema | live; with ema, a run that ended early takes the better of the two
-    gptq_batches: Count = 1  # training batches whose activations guide int6 rounding; 0: round to nearest
-    gptq_embed: bool = False  # the inputs of the output layer guide the rounding of the token embedding
-    column_steps: bool = False  # int6 steps differ by column, finer where inputs matter more; codes to 127
-    row_steps: bool = False  # int6 steps are finer in rows that the loss depends on more
-    trellis: bool = False  # int6 weights may lie half a step beside their codes, as earlier codes tell
-    int6_step: Fraction = 0.0  # smallest int6 step, as a multiple of the root mean square of the row
-    matrix_clip_sd: float = 0.0  # clip of an int6 row, in its root mean squares; 0: least squared error
-    embed_bits: int = 8  # bits of an embedding's codes: 6 | 7 | 8
-    embed_clip_sd: float = 0.0  # like matrix_clip_sd, for the embeddings
-    codec: str = "xz"  # a row of CODECS
-    fit_cap: bool = True  # over the cap: raise int6_step until the submission fits
-    size_cap: Count = 16_000_000  # decimal bytes, packed code included; 0: a race makes no artifact
+    artifact_weights: str = knob("ema", CODES)  # ema | live; if training ended early, ema: the better of both
+    gptq_batches: Count = knob(1, CODES)  # training batches that guide int6 rounding; 0: round to nearest
+    gptq_embed: bool = knob(False, CODES)  # the output layer's inputs guide the token embedding's rounding
+    column_steps: bool = knob(False, CODES)  # int6 steps are finer in columns that matter more; codes to 127
+    row_steps: bool = knob(False, CODES)  # int6 steps are finer in rows that the loss depends on more
+    trellis: bool = knob(False, CODES)  # earlier codes say which int6 weights lie half a step off their codes
+    int6_step: Fraction = knob(0.0, SHARED, CODES)  # the smallest, in root mean squares of the row
+    matrix_clip_sd: float = knob(0.0, CODES)  # clip of an int6 row, in the same unit; 0: least squared error
+    embed_bits: int = knob(8, CODES)  # bits of an embedding's codes: 6 | 7 | 8
+    embed_clip_sd: float = knob(0.0, CODES)  # like matrix_clip_sd, for the embeddings
+    codec: str = knob("xz", CODES)  # a row of CODECS
+    fit_cap: bool = knob(True, SHARED, CODES)  # over the cap: raise int6_step until the submission fits
+    size_cap: Count = knob(16_000_000, SHARED, CODES)  # bytes, packed code too; 0: a race makes no artifact
 
     @property
     def head_dim(self) -> int:

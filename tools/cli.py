@@ -31,6 +31,7 @@ from commands.suite import test
 from commands.train import train
 from commands.words import Command, Form, Request, check_knobs, enter_repository, read_request
 from script import ROOT, BadInput, describe, guard_console, leave_console, take_ctrl_c
+from use.settings import DATA_KEYS, SAMPLE_KEYS
 
 
 def config(request: Request) -> int:
@@ -138,7 +139,7 @@ COMMANDS = {
         files=("train_gpt.py", "tools/use/sample.py"),
         needs_artifact=True,
         check=check_sample,
-        keys=("prompt", "tokens", "temperature", "top_k", "seed", "held_out", "data_path", "tokenizer_path"),
+        keys=SAMPLE_KEYS,
     ),
     "export": Command(
         export,
@@ -152,7 +153,7 @@ COMMANDS = {
         files=("train_gpt.py", "tools/use/export.py"),
         needs_artifact=True,
         check=check_export,
-        keys=("data_path", "tokenizer_path"),
+        keys=DATA_KEYS,
     ),
     "config": Command(
         config,

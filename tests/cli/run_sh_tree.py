@@ -80,10 +80,21 @@ class InputError(Exception):
     pass
 
 
+PATH = "path"
+DATA = "data"
+
+
+def knob(default, *traits):
+    return default
+
+
 class Config:
-    data_path: str
-    run_id: str
-    seed: int
+    data_path: str = knob("", PATH, DATA)
+    tokenizer_path: str = knob("", PATH, DATA)
+    out_dir: str = knob("logs", PATH)
+    resume: str = knob("", PATH)
+    run_id: str = ""
+    seed: int = 7
 
 
 def Kind(name, parse):

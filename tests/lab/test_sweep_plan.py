@@ -215,11 +215,8 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
 
 
 def test_a_sweep_scores_side_by_side_whatever_strides_there_are(monkeypatch):
-    """Any knob eval_..._stride is one; ttt_passes stands for a second one here."""
-    names = ("eval_seq_len", "eval_stride", "eval_wide_stride", "train_stride")
-    stand_ins = dict.fromkeys(names, knobs.Knob("int", frozenset()))
-    monkeypatch.setattr(sweep_table, "known_knobs", lambda: stand_ins)
-    assert sweep_table.stride_knobs() == ("eval_stride", "eval_wide_stride")
+    """ttt_passes stands for a second one here."""
+    assert sweep_table.stride_knobs() == ("eval_stride",)
 
     monkeypatch.setattr(sweep_table, "stride_knobs", lambda: ("eval_stride", "ttt_passes"))
     raw = raw_plan(rows={"ns5": {}})
@@ -308,17 +305,17 @@ def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set
     fixed = set(sweep_table.fixed_knobs())
     model = set(sweep_table.model_knobs())
     assert {*t.MODEL_FIELDS, *t.EXTRA_FIELDS, *t.knobs_with(t.SIZE)} <= fixed | model <= known
-    assert set(sweep_table.NAMES) <= known and not fixed & model
+    assert not fixed & model
 
 
 def test_the_types_and_traits_of_knobs_are_read_without_importing_the_trainer():
     """As the trainer itself has them, trait by trait."""
-    traits = ("SIZE", "FREE", "STORED", "STORED_IF_LEARNS", "STORED_IF_SET", "RESCORED")
     read = knobs.known_knobs()
+    traits = set().union(*(knob.traits for knob in read.values()))
+    assert {"SIZE", "STORED", "SHARED", "BY_DEPTH"} <= traits
     assert {name: knob.type for name, knob in read.items()} == {
         name: kind.type for name, kind in t.kinds_of_knobs().items()
     }
     assert list(read) == [f.name for f in dataclasses.fields(t.Config)]
     for trait in traits:
-        having = tuple(name for name in read if trait in read[name].traits)
-        assert having == t.knobs_with(getattr(t, trait)), trait
+        assert knobs.with_trait(trait) == t.knobs_with(getattr(t, trait)), trait

@@ -6,7 +6,7 @@ from commands.datasets import data_of
 from commands.machine import PROCESS_COUNTS, choose_processes, count_gpus, with_preset
 from commands.programs import add_tools_to_path, launch, run
 from commands.words import Request, enter_repository, knob_value
-from use.settings import read_arguments, read_settings
+from use.settings import DATA_KEYS, read_arguments, read_settings
 
 
 def score(program: list[str], request: Request) -> int:
@@ -44,10 +44,9 @@ def check_export(request: Request) -> None:
 def use(tool: str, request: Request) -> int:
     """Run a tool of tools/use on an artifact, with the tokenizer of the data that is given or found."""
     enter_repository()
-    keys = ("data_path", "tokenizer_path")
-    given = {key: knob_value(key, request.knobs) for key in keys}
+    given = {key: knob_value(key, request.knobs) for key in DATA_KEYS}
     data = [f"{key}={value}" for key, value in given.items() if value] or data_of(request.artifact)
-    others = [word for word in request.knobs if word.partition("=")[0] not in keys]
+    others = [word for word in request.knobs if word.partition("=")[0] not in DATA_KEYS]
     add_tools_to_path()
     return run(["-m", f"use.{tool}", request.artifact, *request.options, *data, *others])
 

@@ -14,6 +14,7 @@ from children import sigterm_reaches
 from commands.ask_trainer import Resolved, vocabulary_of
 from commands.machine import MACHINES
 from commands.programs import say
+from ledger.read.knobs import with_trait
 from script import ROOT, BadInput
 
 DATASETS = ROOT / "data/datasets"  # where data/prepare.py puts data, unless told otherwise
@@ -76,7 +77,7 @@ def trained_on(artifact: str) -> list[str]:
     if not os.path.isdir(config.get("data_path", "")):
         return []
     say(f"data_path={config['data_path']}, as in {log}")
-    return [f"{key}={config[key]}" for key in ("data_path", "tokenizer_path") if config.get(key)]
+    return [f"{key}={config[key]}" for key in with_trait("DATA") if config.get(key)]
 
 
 def data_in_vocabulary(vocab_size: int) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from children import output_of
 from commands.ask_trainer import Resolved
 from commands.programs import add_tools_to_path, run
+from ledger.read.knobs import with_trait
 from script import ROOT, BadInput
 
 
@@ -52,7 +53,7 @@ def report_failure(log: str, artifact: str) -> None:
 def show_writing(artifact: str, knobs: Sequence[str]) -> None:
     """Show how the model goes on with three held-out texts. If it cannot, a line on stderr says why."""
     print("\nwhat it writes, beside what the held-out text says:", flush=True)
-    data = [word for word in knobs if word.startswith(("data_path=", "tokenizer_path="))]
+    data = [word for word in knobs if word.partition("=")[0] in with_trait("DATA")]
     add_tools_to_path()
     run(["-m", "use.sample", artifact, "held_out=3", "tokens=40", *data])
     print(flush=True)
@@ -111,7 +112,7 @@ def next_commands(knobs: Sequence[str], resolved: Resolved, artifact: str, run_s
             NextCommand("the next run of the race?", train_with(f"seed={resolved.seed + 1}")),
             NextCommand("is the target reached?", judge),
         ]
-    scoring = [word for word in knobs if word.startswith(("preset=", "data_path=", "tokenizer_path="))]
+    scoring = [word for word in knobs if word.partition("=")[0] in ("preset", *with_trait("DATA"))]
     other_seed = next(number for number in TRY_SEEDS if number != resolved.seed)
     return [
         NextCommand("is the score legal?", typed("audit", artifact, *scoring)),

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple
 
-from ledger.read.knobs import known_knobs
+from ledger.read.knobs import known_knobs, with_trait
 from script import ROOT, BadInput
-
-PATH_KNOBS = ("data_path", "out_dir", "tokenizer_path", "resume")
 
 
 class Takes(Enum):
@@ -139,7 +137,7 @@ def read_knob(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or not key[:1].islower():
         raise BadInput(f"{word!r} is not a knob: knobs are given as key=value, ./run.sh config lists them")
-    if key in PATH_KNOBS and value and (key, value) != ("resume", "auto"):
+    if key in with_trait("PATH") and value and (key, value) != ("resume", "auto"):
         value = from_caller(value)
     return f"{key}={value}"
 
@@ -184,7 +182,7 @@ def knob_value(key: str, knobs: tuple[str, ...]) -> str:
 
 def enter_repository() -> None:
     """Change to the repository. Paths that the environment gives relative to the caller still hold there."""
-    for key in PATH_KNOBS:
+    for key in with_trait("PATH"):
         value = os.environ.get(key.upper(), "")
         if value and (key, value) != ("resume", "auto"):
             os.environ[key.upper()] = from_caller(value)

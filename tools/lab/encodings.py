@@ -37,6 +37,7 @@ from torch import Tensor
 from lab.shared.command_line import parse
 from lab.shared.trainer import known_errors_of
 from ledger.files import write_atomic
+from ledger.read.knobs import with_trait
 from ledger.run_verb import run_verb
 from script import TRAINER, BadInput, load_script
 
@@ -45,11 +46,6 @@ NEEDS = (
     *("Log", "TokenLoader", "calibrate", "fit_artifact", "init_machine", "load_dataset", "make_config"),
     *("packed_code", "read_checkpoint", "read_knobs", "read_state", "start_run", "unpack_artifact"),
 )
-ROW_KNOBS = (  # what a row may change: all that acts after training
-    *("artifact_weights", "codec", "embed_bits", "embed_clip_sd", "fit_cap", "gptq_batches", "gptq_embed"),
-    *("column_steps", "int6_step", "matrix_clip_sd", "row_steps", "trellis", "size_cap"),
-)
-INPUTS = ("data_path", "tokenizer_path", "val_tokens", "eval_batch_tokens")  # all that may change, and these
 
 
 class Weights(NamedTuple):
@@ -80,17 +76,19 @@ class Line(NamedTuple):
         return self.artifact_bpb - self.weights_bpb
 
 
-def check_knobs(words: list[str], allowed: tuple[str, ...]) -> None:
-    """Raise BadInput for a knob that is not allowed here."""
+def check_knobs(words: list[str], *traits: str) -> None:
+    """Raise BadInput for a knob with none of these traits."""
+    allowed = with_trait(*traits)
     for word in words:
         key = word.partition("=")[0]
         if key not in allowed:
-            raise BadInput(f"{word[:80]}: cannot change after training; rows may set {', '.join(ROW_KNOBS)}")
+            codes = ", ".join(with_trait("CODES"))
+            raise BadInput(f"{word[:80]}: cannot change after training; rows may set {codes}")
 
 
 def config_of(t: ModuleType, checkpoint: Path, words: list[str]) -> Any:
     """Return the config of the run that wrote a checkpoint, with `words` changed. Raises BadInput."""
-    check_knobs(words, ROW_KNOBS + INPUTS)
+    check_knobs(words, "CODES", "INPUT", "DATA")
     try:
         header, _ = t.read_checkpoint(str(checkpoint))
     except OSError as error:
@@ -200,7 +198,7 @@ def command(args: argparse.Namespace) -> int:
     with known_errors_of(t):
         configs = {"as trained": config_of(t, checkpoint, words)}
         for row in args.row:
-            check_knobs(row.split(), ROW_KNOBS)
+            check_knobs(row.split(), "CODES")
             configs[row] = config_of(t, checkpoint, words + row.split())
         try:
             lines = measure(t, checkpoint, configs)

@@ -43,11 +43,11 @@ from lab.training import planning
 from lab.training.planning import Configuration, Plan, Queue
 from ledger.files import read_text
 from ledger.make import pictures, sweep_table
+from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run
 from ledger.run_verb import run_verb
 from script import TRAINER, BadInput, load_script
 
-PATH_KNOBS = ("out_dir", "data_path", "tokenizer_path")  # they may differ when a sweep is continued
 CONSOLE_WIDTH = 160  # characters of a dead worker's last line that are shown
 
 
@@ -136,8 +136,9 @@ class Sweep:
 
         configuration = self.plan.configuration(row, rate, seed)
         h = self.plan.trainer.load_config(list(configuration.argv), {})
+        paths = with_trait("PATH")  # a sweep that goes on elsewhere is the same sweep
         for key, value in dataclasses.asdict(h).items():
-            if key not in PATH_KNOBS and run.config.get(key) != str(value):
+            if key not in paths and run.config.get(key) != str(value):
                 return None
         return configuration
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run
 from script import TRAINER, BadInput
 from use.artifact import Stored, log_of, read_artifact, run_tool
@@ -44,7 +45,8 @@ MODULE = MODEL_FILE.removesuffix(".py")
 def model_config(t: ModuleType, stored: Stored) -> dict[str, Any]:
     """Return config.json: the knobs that the blocks read, the shapes, and what transformers asks for."""
     h = stored.h
-    fields = [key for key in (*t.MODEL_FIELDS, *t.EXTRA_FIELDS) if not key.startswith("ttt_")]
+    scores = with_trait("SCORES")
+    fields = [*t.MODEL_FIELDS, *(key for key in t.EXTRA_FIELDS if key not in scores)]
     knobs = {key: getattr(h, key) for key in fields}
     derived = {key: getattr(h, key) for key in ("num_visits", "two_stream_layers")}
     return {

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from script import BadInput
 
 EXPORT_USAGE = "usage: export.py ARTIFACT --out DIR [data_path=DIR] [tokenizer_path=FILE]"
-EXPORT_KEYS = ("data_path", "tokenizer_path")
+DATA_KEYS = ("data_path", "tokenizer_path")  # what both of them take of the trainer's knobs
 SEEDS = 1 << 63
 
 
@@ -26,6 +26,9 @@ class Settings:
     held_out: int = 0
     data_path: str = ""
     tokenizer_path: str = ""
+
+
+SAMPLE_KEYS = tuple(field.name for field in fields(Settings))
 
 
 def read_settings(words: list[str]) -> Settings:
@@ -69,8 +72,8 @@ def read_arguments(argv: list[str]) -> Arguments:
     words = [word for word in argv if "=" in word]
     rest = [word for word in argv if "=" not in word]
     given = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if unknown := given.keys() - set(EXPORT_KEYS):
-        raise BadInput(f"{min(unknown)[:40]!r} is not a setting of export: {', '.join(EXPORT_KEYS)} are")
+    if unknown := given.keys() - set(DATA_KEYS):
+        raise BadInput(f"{min(unknown)[:40]!r} is not a setting of export: {', '.join(DATA_KEYS)} are")
     if len(rest) != 3 or rest[1] != "--out":
         raise BadInput(EXPORT_USAGE)
     out = Path(rest[2])

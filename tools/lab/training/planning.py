@@ -17,6 +17,7 @@ from typing import Any
 
 from ledger.files import read_text
 from ledger.make import sweep_table
+from ledger.read.knobs import with_trait
 from script import BadInput
 
 ROW_KEYS = ("rate_key", "rates", "multipliers")  # keys of a plan that a row may also have
@@ -114,7 +115,7 @@ def row_settings(where: str, given: Mapping) -> dict[str, str]:
     """Return the settings of a row of the plan, as text. Raises BadInput if all rows must share one."""
     settings = {key: str(value) for key, value in given.items() if key not in ROW_KEYS}
     for key in settings:
-        if key in (*sweep_table.fixed_knobs(), *sweep_table.NAMES):
+        if key in (*sweep_table.fixed_knobs(), *with_trait("OWN")):
             raise BadInput(f"{where}: {key} is the same in every row of a table; set it in base")
     return settings
 
@@ -170,7 +171,7 @@ def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Ma
 def make_base(trainer: ModuleType, given: Mapping, where: str, sliding: bool) -> dict[str, str]:
     """Return the settings of every row. Unless `sliding`, windows are scored side by side, which is fast."""
     base = {key: str(value) for key, value in given.items()}
-    for key in (*FORCED, *sweep_table.NAMES):
+    for key in (*FORCED, *with_trait("OWN")):
         if key in base:
             raise BadInput(f"{where}: base sets {key}, which the sweep sets itself")
     strides = () if sliding else sweep_table.stride_knobs()

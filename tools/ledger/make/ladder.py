@@ -15,20 +15,11 @@ from ledger import stats
 from ledger.files import read_json, sha256
 from ledger.folders import log_files, record_folders, sweep_folders
 from ledger.make import markdown, pictures, sweep_table
-from ledger.read.runlog import FREE_KEYS, Run, parse_log
+from ledger.read.knobs import run_knobs, with_trait
+from ledger.read.runlog import Run, parse_log
 from ledger.read.scores import CHUNKED
 
 BLOCK = markdown.block("ladder")
-# Settings that tell nothing about the weights: budget, reports, and scores that are not compared.
-BESIDE = (
-    "max_wallclock_seconds",
-    "iterations",
-    "val_loss_every",
-    "train_log_every",
-    "report_split",
-    "memory_limit_gib",
-)
-SCORED_BESIDE = ("eval_", "ttt_", "checkpoint_")
 MAX_SHOWN = 4  # settings of an idea in the table
 
 
@@ -104,12 +95,12 @@ class Idea(NamedTuple):
 
 
 def settings_of(run: Run) -> dict[str, str]:
-    """Return the settings that decide which weights a run ends with, its seed and its budget aside."""
-    return {
-        knob: value
-        for knob, value in run.config.items()
-        if not FREE_KEYS.match(knob) and knob not in BESIDE and not knob.startswith(SCORED_BESIDE)
-    }
+    """Return the settings that decide which weights a run ends with, its seed and its budget aside.
+
+    Scores that settings change are not compared.
+    """
+    beside = (*run_knobs(), *with_trait("BUDGET", "REPORT", "SCORES", "FREE"))
+    return {knob: value for knob, value in run.config.items() if knob not in beside}
 
 
 def machine_of(run: Run, but: tuple[str, ...] = ()) -> str:

@@ -18,16 +18,10 @@ from ledger.files import sha256
 from ledger.folders import log_files, record_folders, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.ladder import machine_of, settings_of
+from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run, parse_log
 
 BLOCK = markdown.block("scaling")
-# Settings that may differ from depth to depth; of rates and the like, each depth takes the best that it has.
-BY_DEPTH = (
-    *("depth", "num_layers", "model_dim", "num_heads", "num_kv_heads", "attn_windows"),
-    *("xsa_last_n", "ve_last_n", "parallel_last_n", "train_batch_tokens", "micro_batch_tokens"),
-    *("matrix_lr", "embed_lr", "scalar_lr", "muon_wd", "embed_wd", "scalar_wd"),
-    "copy_lr",  # of older scripts, with a copy output
-)
 MIN_POINTS = 3  # as many as a fit has numbers
 EXPONENTS = (0.01, 1.0)  # between which b is looked for
 RESAMPLES = 1000
@@ -93,13 +87,15 @@ def counts(run: Run) -> bool:
 def key_of(run: Run) -> Key:
     """Return what a run has in common with those of its curve. Raises BadInput for what the log lacks."""
     settings = settings_of(run)
+    for knob in with_trait("BY_DEPTH"):
+        settings.pop(knob, None)
     return Key(
         row=run.facts.get("sweep", {}).get("row", ""),
         preset=run.preset,
         source=sha256(run.source),
         machine=machine_of(run, but=("world_size",)),
         text=run.text("data", "val_bytes"),
-        settings=tuple(sorted(item for item in settings.items() if item[0] not in BY_DEPTH)),
+        settings=tuple(sorted(settings.items())),
     )
 
 
@@ -120,9 +116,10 @@ def point_of(runs: list[Run]) -> Point:
 
 def points_of(runs: list[Run]) -> list[Point]:
     """Return a point for each depth: of the rates that were tried there, those with the lowest mean loss."""
+    by_depth = with_trait("BY_DEPTH")
     variants: dict[tuple, list[Run]] = {}
     for run in runs:
-        variants.setdefault(tuple(run.config.get(knob) for knob in BY_DEPTH), []).append(run)
+        variants.setdefault(tuple(run.config.get(knob) for knob in by_depth), []).append(run)
     best: dict[int, Point] = {}
     for group in variants.values():
         point = point_of(group)

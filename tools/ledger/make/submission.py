@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from ledger import stats
 from ledger.files import read_text, sha256
-from ledger.read.runlog import FREE_KEYS, SAFETY_KEYS, Run, config_value
+from ledger.read.knobs import run_knobs, with_trait
+from ledger.read.runlog import Run, config_value
 from ledger.read.scores import SCORES
 from script import BadInput
 
@@ -30,24 +31,24 @@ def common(runs: list[Run], what: str, value: Callable[[Run], object]) -> object
 def common_config(runs: list[Run]) -> dict[str, object]:
     """Return the resolved config without seed and paths.
 
-    Of SAFETY_KEYS, whose values may differ, it has the first run's. Raises BadInput naming a log without
-    config, or the first other key on which two logs differ.
+    Of knobs that keep a run from being lost, whose values may differ, it has the first run's. Raises BadInput
+    naming a log without config, or the first other key on which two logs differ.
     """
     first = runs[0]
+    left_out = run_knobs()
+    free = (*left_out, *with_trait("BACKUP"))
     for run in runs:
         if not run.config:
             raise BadInput(f"{run.path}: no config: block after the second line of '='")
         for key in sorted(set(first.config) | set(run.config)):
-            if FREE_KEYS.match(key) or key in SAFETY_KEYS:
+            if key in free:
                 continue
             if first.config.get(key) != run.config.get(key):
                 raise BadInput(
                     f"config differs: {key} is {first.config.get(key)} in {first.path.name} and "
                     f"{run.config.get(key)} in {run.path.name}; a record has one config"
                 )
-    return {
-        key: config_value(value) for key, value in sorted(first.config.items()) if not FREE_KEYS.match(key)
-    }
+    return {key: config_value(value) for key, value in sorted(first.config.items()) if key not in left_out}
 
 
 def keyed_scores(run: Run) -> dict[str, float | None]:

@@ -16,36 +16,10 @@ from ledger.files import read_json, sha256, write_atomic
 from ledger.folders import log_files, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.submission import common
-from ledger.read.knobs import known_knobs, stored_knobs
+from ledger.read.knobs import stored_knobs, with_trait
 from ledger.read.runlog import Run, parse_log
 from script import BadInput
 
-# Settings that make the rows of a table comparable: equal in all its logs, so no row may set one of these,
-# nor one of how artifacts are scored.
-FIXED = (
-    "preset",
-    "data_path",
-    "tokenizer_path",
-    "report_split",
-    "bos_id",
-    "max_wallclock_seconds",
-    "iterations",
-    "target_loss",
-    "warmup_steps",
-    "val_loss_every",
-    "train_log_every",
-    "val_tokens",
-    "train_batch_tokens",
-    "micro_batch_tokens",
-    "train_seq_len",
-    "vocab_size",
-    "int6_step",
-    "fit_cap",
-    "size_cap",
-)
-OF_SCORING = ("eval_", "ttt_")  # how the names of knobs begin that only scoring reads
-NAMES = ("run_id", "seed", "out_dir")  # settings that tell two logs apart, or say where they lie
-PATHS = ("data_path", "tokenizer_path")
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
 SWEEP_KEYS = ("row", "baseline", "key", "rate", "seed", "stage", "workers", "kind", "init_sha256")
 NOTE = """val bpb is that of the int6 artifact, read back ({metric}); live and averaged are bpb of the
@@ -59,22 +33,25 @@ fewest steps of any run here: a faster row has not finished its warmdown there. 
 
 
 def fixed_knobs() -> tuple[str, ...]:
-    """Return the settings that all rows of a table share."""
-    return (*FIXED, *(key for key in known_knobs() if key.startswith(OF_SCORING)))
+    """Return the settings that make the rows of a table comparable: equal in all its logs.
+
+    No row may set one of these.
+    """
+    return with_trait("SHARED", "SCORES")
 
 
 def stride_knobs() -> tuple[str, ...]:
     """Return the knobs that are strides of score windows, which are disjoint at a stride of eval_seq_len."""
-    return tuple(key for key in known_knobs() if key.startswith("eval_") and key.endswith("_stride"))
+    return with_trait("STRIDE")
 
 
 def model_knobs() -> tuple[str, ...]:
     """Return the settings that a row may change at the price of a compilation of its own.
 
-    They are those of the model, which scoring depends on, and fp8, which only training does.
+    They are those of the model, which scoring depends on, and those that only training does.
     """
     fixed = fixed_knobs()
-    return (*(key for key in stored_knobs() if key not in fixed), "fp8")
+    return tuple(key for key in (*stored_knobs(), *with_trait("COMPILES")) if key not in fixed)
 
 
 # ---- the logs ------------------------------------------------------------------------------------
@@ -263,14 +240,15 @@ def changed_settings(runs: list[Run], base_runs: list[Run]) -> dict[str, str]:
     """Return the settings of a row that differ from the baseline's, its rate and its names aside."""
     config = runs[0].config
     base = base_runs[0].config
-    free = {*NAMES, runs[0].text("sweep", "key")}
+    free = {*with_trait("OWN"), runs[0].text("sweep", "key")}
     return {key: value for key, value in sorted(config.items()) if key not in free and base.get(key) != value}
 
 
 def shared_config(runs: list[Run]) -> dict[str, object]:
     """Return the settings that all rows have in common. Raises BadInput where a fixed one differs."""
     model = [key for key in model_knobs() if len({run.config.get(key) for run in runs}) == 1]
-    keys = [key for key in (*fixed_knobs(), *model) if key not in PATHS]
+    paths = with_trait("PATH")
+    keys = [key for key in (*fixed_knobs(), *model) if key not in paths]
 
     def setting(key: str) -> object:
         return common(runs, key, lambda run: run.config.get(key))

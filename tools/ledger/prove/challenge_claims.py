@@ -25,7 +25,7 @@ from ledger.folders import is_date
 from ledger.prove.claims import LogFolder, NotCheckable, demand, demand_files
 from ledger.prove.record_claims import seconds
 from ledger.read.dialects import SEED_IN_NAME, parse_published_log
-from ledger.read.runlog import FREE_KEYS, Run
+from ledger.read.runlog import Run
 from ledger.read.schema import is_type
 from ledger.tracks import CAP_BYTES, RECORD_SEEDS, TRACKS
 from script import BadInput
@@ -36,7 +36,8 @@ SPLIT_BYTES = (151_060_000, 151_090_000)  # the validation split, whatever the t
 BYTES_PER_TOKEN = (0.9, 10.0)  # any tokenizer lies within: bytes have 1, 8192 pieces 3.7
 ROUNDING = 5e-5  # half of the last of the four digits that scores are rounded to at most
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+[a-z]*")  # in a track's name: 10min_16mb, NonRecord
-PROCESS_KEYS = ("logfile", "rank", "local_rank")  # settings that differ between logs of one script
+# Settings that differ between logs of one script, which names them as it likes: seed, name, paths, process.
+FREE_NAME = re.compile(r"(seed|run_id|data|out|([a-z0-9_]+_)?(dir|path|root|file)|logfile|rank|local_rank)")
 MAX_EVIDENCE = 600  # characters
 
 
@@ -450,7 +451,7 @@ def claim_config(case: ChallengeCase) -> str:
 
     first, *others = case.runs
     printed = {key for run in case.runs for key in run.config}
-    keys = sorted(key for key in printed if not FREE_KEYS.match(key) and key not in PROCESS_KEYS)
+    keys = sorted(key for key in printed if not FREE_NAME.fullmatch(key))
     for run in others:
         for key in keys:
             a = first.config.get(key)

@@ -20,6 +20,7 @@ from ledger.prove.claims import (
     other_code,
     prove,
 )
+from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run
 
 
@@ -81,12 +82,14 @@ def claim_source(case: SweepCase) -> str:
 
 def claim_unique(case: SweepCase) -> str:
     """No configuration is there twice, and each log is named after its own."""
+    own = with_trait("OWN")
     seen: dict[tuple, str] = {}
     for run in case.complete_runs:
         demand_own_name(run)
         config = run.config
         name = config["run_id"]
-        settings = tuple(sorted((key, config[key]) for key in config if key not in ("run_id", "out_dir")))
+        others = sorted((key, config[key]) for key in config if key not in own)
+        settings = (config.get("seed"), *others)
         demand(settings not in seen, f"{name} and {seen.get(settings)} are one configuration")
         seen[settings] = name
     return f"{len(seen)} different configurations"

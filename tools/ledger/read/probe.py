@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from children import output_of
-from ledger.read.runlog import FREE_KEYS, Run
+from ledger.read.knobs import run_knobs
+from ledger.read.runlog import Run
 
 CHILD = Path(__file__).resolve().parent / "probe_child.py"
 PATIENCE = 180  # seconds that an import may take
@@ -47,10 +48,11 @@ def probe_script(source: str, preset: str) -> dict[str, object]:
 def overrides(run: Run, answer: dict) -> list[str]:
     """Return the key=value arguments by which a run departs from its preset, apart from seed and output."""
     preset_config = answer["config"]
+    free = run_knobs()
     changed = [
         f"{key}={value}"
         for key, value in sorted(run.config.items())
-        if not FREE_KEYS.match(key) and key != "preset" and preset_config.get(key) != value
+        if key not in free and key != "preset" and preset_config.get(key) != value
     ]
     if run.config.get("data_path") != preset_config.get("data_path"):
         changed.append("data_path=DIR")

@@ -18,11 +18,6 @@ from script import BadInput
 
 SEPARATOR = "=" * 100
 
-# Seed, name and the paths a run reads and writes may differ between the logs of one record.
-FREE_KEYS = re.compile(r"^(seed|run_id|data|out|([a-z0-9_]+_)?(dir|path|root|file))$")
-# They say how a run is kept from being lost, so they may differ as well; a record keeps the first seed's.
-SAFETY_KEYS = ("checkpoint_every", "resume")
-
 STEP = re.compile(
     r"step:(\d+)/(\d+) (train|val)_loss:(\S+)(?: val_bpb:(\S+))? train_time:(\d+)ms step_avg:([\d.]+)ms$"
 )
