@@ -1,6 +1,7 @@
 """The folder of a sweep: it resumes, survives a dead worker, proves itself and refuses to be doctored."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -180,13 +181,29 @@ def test_devices_are_not_mixed(folder, capsys):
     assert "fair" in failed(folder)
 
 
+@pytest.mark.parametrize(
+    "line, answer",
+    [
+        ('{"kind": "H100"}\n', sweep.Answer(kind="H100")),
+        ('{"done": true}\n', sweep.Answer()),
+        ('{"refused": "no data"}\n', sweep.Answer(refused="no data")),
+        ("", None),  # it died
+        ('{"refu', None),  # while it wrote
+    ],
+)
+def test_a_worker_is_asked_in_lines_of_json(line, answer):
+    process = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO(line))
+    assert sweep.Sweep.ask(None, process, {"argv": ["seed=1"]}) == answer
+    assert process.stdin.getvalue() == '{"argv": ["seed=1"]}\n'
+
+
 def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
     (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
     running = sweep.Sweep(tiny_plan(), folder)
     process = SimpleNamespace(poll=lambda: None, kill=lambda: None, stdin=SimpleNamespace(close=lambda: None),
                               wait=lambda: 0)  # fmt: skip
     monkeypatch.setattr(running, "start", lambda index: running.processes.setdefault(index, process))
-    monkeypatch.setattr(running, "ask", lambda *_: {"kind": "Other GPU"})
+    monkeypatch.setattr(running, "ask", lambda *_: sweep.Answer(kind="Other GPU"))
     with pytest.raises(runlog.BadInput, match="one kind of device"):
         running.run()
 

@@ -51,6 +51,13 @@ from script import TRAINER, BadInput, load_script
 CONSOLE_WIDTH = 160  # characters of a dead worker's last line that are shown
 
 
+class Answer(NamedTuple):
+    """A worker's answer to a request. kind: of the device that it opened; refused: why it did not do it."""
+
+    kind: str = ""
+    refused: str = ""
+
+
 class End(Enum):
     """How a worker's attempt at a configuration ended."""
 
@@ -165,14 +172,15 @@ class Sweep:
         self.processes[index] = process
         return process
 
-    def ask(self, process: subprocess.Popen, request: dict) -> dict | None:
+    def ask(self, process: subprocess.Popen, request: dict) -> Answer | None:
         """Return the worker's answer to a request of worker.py; None: it died instead."""
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            return json.loads(process.stdout.readline() or "null")
+            answer = json.loads(process.stdout.readline())
         except (OSError, ValueError):
             return None
+        return Answer(answer.get("kind", ""), answer.get("refused", ""))
 
     def attempt(self, index: int, configuration: Configuration) -> Attempt:
         """Have worker `index` train a configuration, starting the worker if there is none."""
@@ -184,16 +192,16 @@ class Sweep:
             opened = self.ask(process, {"argv": configuration.argv})
             if opened is None:
                 return Attempt(End.DIED)
-            if "refused" in opened:
-                return Attempt(End.REFUSED, opened["refused"])
-            if fault := self.other_kind(index, opened["kind"]):
+            if opened.refused:
+                return Attempt(End.REFUSED, opened.refused)
+            if fault := self.other_kind(index, opened.kind):
                 return Attempt(End.REFUSED, fault)
 
         answer = self.ask(process, {"argv": configuration.argv, "line": self.sweep_line(configuration)})
         if answer is None:
             return Attempt(End.DIED)
-        if "refused" in answer:
-            return Attempt(End.REFUSED, answer["refused"])
+        if answer.refused:
+            return Attempt(End.REFUSED, answer.refused)
         seconds = self.cold_seconds if fresh else self.warm_seconds
         seconds.append(time.monotonic() - began)
         return Attempt(End.TRAINED)
@@ -292,8 +300,8 @@ class Sweep:
                 result = "diverged"
             else:
                 figures = sweep_table.figures(run)
-                bpb = figures["val_bpb"]
-                result = f"val_bpb {bpb:.4f}, {figures['steps']} steps of {figures['step_ms']:.1f} ms"
+                bpb = figures.val_bpb
+                result = f"val_bpb {bpb:.4f}, {figures.steps} steps of {figures.step_ms:.1f} ms"
             self.queue.finish(configuration, bpb)
             self.say(f"{name}: {result}; {clock(self.seconds_left())} left")
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ledger import stats
-from ledger.files import read_json, sha256, write_atomic
+from ledger.files import as_json, read_json, sha256, write_atomic
 from ledger.folders import log_files, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.submission import common
@@ -80,18 +81,30 @@ def read_runs(folder: Path) -> list[Run]:
     return [finished(path) for path in log_files(folder / "logs")]
 
 
-def figures(run: Run) -> dict[str, float]:
-    """Return bpb, steps, ms, bytes and bits of a configuration. Raises BadInput if a figure is missing."""
+class Figures(NamedTuple):
+    """What a configuration scored and cost. entropy: bits per int6 weight; the first three are bpb."""
+
+    val_bpb: float
+    live: float
+    ema: float
+    steps: float
+    step_ms: float
+    bytes: float
+    entropy: float
+
+
+def figures(run: Run) -> Figures:
+    """Return the figures of a configuration. Raises BadInput if one is missing."""
     steps = run.count("final_score", "steps")
-    return {
-        "val_bpb": run.number("final_score", "val_bpb"),
-        "live": run.number("final_live", "val_bpb"),
-        "ema": run.number("final_ema", "val_bpb"),
-        "steps": steps,
-        "step_ms": run.number("final_score", "train_time") / max(steps, 1),
-        "bytes": run.size("artifact"),
-        "entropy": run.number("sweep_codes", "entropy"),
-    }
+    return Figures(
+        val_bpb=run.number("final_score", "val_bpb"),
+        live=run.number("final_live", "val_bpb"),
+        ema=run.number("final_ema", "val_bpb"),
+        steps=steps,
+        step_ms=run.number("final_score", "train_time") / max(steps, 1),
+        bytes=run.size("artifact"),
+        entropy=run.number("sweep_codes", "entropy"),
+    )
 
 
 def seed_of(run: Run) -> int:
@@ -165,9 +178,57 @@ def runs_at_best_rate(runs: list[Run]) -> list[Run]:
     return [run for run in runs if rate_of(run) == best and not diverged(run)]
 
 
-def spread(values: list[float]) -> dict[str, float | None]:
-    """Return mean and sample standard deviation."""
-    return {"mean": stats.mean(values), "std": stats.std(values)}
+class Spread(NamedTuple):
+    """Mean and sample standard deviation, None of one value."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(stats.mean(values), stats.std(values))
+
+
+class Scores(NamedTuple):
+    """The figures of a row at its best rate, over seeds. at_step: live bpb; None: a seed has none there."""
+
+    val_bpb_by_seed: dict[str, float]
+    val_bpb: Spread
+    live: Spread
+    ema: Spread
+    steps: Spread
+    step_ms: Spread
+    bytes: Spread
+    entropy: Spread
+    at_step: Spread | None
+
+
+class Difference(NamedTuple):
+    """The val bpb of a row minus the baseline's, with two-sided p of both tests; None: too few seeds."""
+
+    diff: float
+    paired_p: float | None
+    welch_p: float | None
+
+
+class RowResult(NamedTuple):
+    """A row of the table. scores: None if every run at every rate diverged."""
+
+    name: str
+    key: str
+    rates: dict[str, float | None]
+    best_rate: str | None
+    edge: bool
+    diverged: int
+    seeds: list[int]
+    scores: Scores | None
+    changes: dict[str, str]
+    versus: Difference | None
+    own_init: bool
+
+    @property
+    def order(self) -> tuple[float, str]:
+        return (math.inf if self.scores is None else self.scores.val_bpb.mean, self.name)
 
 
 def rates_tried(runs: list[Run]) -> dict[str, float | None]:
@@ -179,49 +240,35 @@ def rates_tried(runs: list[Run]) -> dict[str, float | None]:
     }
 
 
-def row_result(runs: list[Run], step: int) -> dict[str, object]:
-    """Return a row of the table from all of its runs; `step` is where curves are compared."""
-    rates = rates_tried(runs)
-    best = best_rate(runs)
+def scores_of(runs: list[Run], step: int) -> Scores | None:
+    """Return the scores of a row from all of its runs, with curves compared at `step`."""
     scored = sorted(runs_at_best_rate(runs), key=seed_of)
-    result = {
-        "key": runs[0].text("sweep", "key"),
-        "rates": rates,
-        "best_rate": best,
-        "edge": len(rates) > 1 and best in (list(rates)[0], list(rates)[-1]),
-        "diverged": sum(map(diverged, runs)),
-        "seeds": [seed_of(run) for run in scored],
-    }
     if not scored:
-        return result
-
+        return None
     columns = [figures(run) for run in scored]
-    result["val_bpb_by_seed"] = {str(seed_of(run)): column["val_bpb"] for run, column in zip(scored, columns)}
-    for name in columns[0]:
-        result[name] = spread([column[name] for column in columns])
     at_step = [bpb_at(run, step) for run in scored]
-    result["at_step"] = None if None in at_step else spread(at_step)
-    return result
+    return Scores(
+        {str(seed_of(run)): column.val_bpb for run, column in zip(scored, columns)},
+        *map(Spread.of, zip(*columns)),
+        at_step=None if None in at_step else Spread.of(at_step),
+    )
 
 
-def differences(row: dict, base: dict) -> dict[str, float | None] | None:
-    """Return the val bpb of a row minus the baseline's, with two-sided p of both tests.
-
-    None where one of them has no score.
-    """
-    if not row["seeds"] or not base["seeds"]:
+def difference(row: Scores | None, base: Scores | None) -> Difference | None:
+    """Return the val bpb of a row minus the baseline's. None where one of them has no score."""
+    if row is None or base is None:
         return None
 
-    a = base["val_bpb_by_seed"]
-    b = row["val_bpb_by_seed"]
+    a = base.val_bpb_by_seed
+    b = row.val_bpb_by_seed
     shared = sorted(set(a) & set(b), key=int)
     paired = stats.paired([a[seed] for seed in shared], [b[seed] for seed in shared])
     welch = stats.welch(list(a.values()), list(b.values()))
-    return {
-        "diff": row["val_bpb"]["mean"] - base["val_bpb"]["mean"],
-        "paired_p": None if paired is None else paired.p_two_sided(),
-        "welch_p": None if welch is None else welch.p_two_sided(),
-    }
+    return Difference(
+        diff=row.val_bpb.mean - base.val_bpb.mean,
+        paired_p=None if paired is None else paired.p_two_sided(),
+        welch_p=None if welch is None else welch.p_two_sided(),
+    )
 
 
 def initial_weights(runs: list[Run]) -> dict[int, str]:
@@ -257,16 +304,45 @@ def shared_config(runs: list[Run]) -> dict[str, object]:
     return {key: setting(key) for key in keys if any(key in run.config for run in runs)}
 
 
-def rows_of(by_row: dict[str, list[Run]], base_runs: list[Run], baseline: str, step: int) -> dict[str, dict]:
-    """Return the rows of the table by name."""
-    rows = {name: row_result(group, step) for name, group in by_row.items()}
-    for name, group in by_row.items():
-        row = rows[name]
-        row["changes"] = changed_settings(group, base_runs)
-        compared = baseline in rows and name != baseline
-        row["versus"] = differences(row, rows[baseline]) if compared else None
-        row["own_init"] = own_init(group, by_row.get(baseline, group))
-    return rows
+def row_result(
+    name: str, by_row: dict[str, list[Run]], scores: dict[str, Scores | None], baseline: str
+) -> RowResult:
+    """Return a row of the table from all runs and the scores of all rows, by row.
+
+    Without a run of the baseline the settings that differ are those that differ from the first row's.
+    """
+    runs = by_row[name]
+    rates = rates_tried(runs)
+    best = best_rate(runs)
+    first_runs = next(iter(by_row.values()))
+    return RowResult(
+        name=name,
+        key=runs[0].text("sweep", "key"),
+        rates=rates,
+        best_rate=best,
+        edge=len(rates) > 1 and best in (list(rates)[0], list(rates)[-1]),
+        diverged=sum(map(diverged, runs)),
+        seeds=sorted(map(seed_of, runs_at_best_rate(runs))),
+        scores=scores[name],
+        changes=changed_settings(runs, by_row.get(baseline, first_runs)),
+        versus=None if name == baseline else difference(scores[name], scores.get(baseline)),
+        own_init=own_init(runs, by_row.get(baseline, runs)),
+    )
+
+
+def rows_of(by_row: dict[str, list[Run]], baseline: str, step: int) -> list[RowResult]:
+    """Return the rows of the table, best first; curves are compared at `step`."""
+    scores = {name: scores_of(runs, step) for name, runs in by_row.items()}
+    rows = [row_result(name, by_row, scores, baseline) for name in by_row]
+    return sorted(rows, key=lambda row: row.order)
+
+
+def row_json(row: RowResult) -> dict[str, Any]:
+    """Return a row as table.json has it: its scores, if any, beside the other fields."""
+    fields: dict[str, Any] = {}
+    for key, value in as_json(row).items():
+        fields |= (value or {}) if key == "scores" else {key: value}
+    return fields
 
 
 def build_table(runs: list[Run]) -> dict[str, object]:
@@ -283,10 +359,6 @@ def build_table(runs: list[Run]) -> dict[str, object]:
     baseline = common(runs, "baseline", lambda run: run.text("sweep", "baseline"))
     chosen = [run for group in by_row.values() for run in runs_at_best_rate(group)]
     step = min((run.count("final_score", "steps") for run in chosen), default=0)
-    rows = rows_of(by_row, by_row.get(baseline, runs), baseline, step)
-    unscored = {"mean": math.inf}
-    order = sorted(rows, key=lambda name: (rows[name].get("val_bpb", unscored)["mean"], name))
-
     scored = [run for run in runs if not diverged(run)] or runs
     table = {
         "schema": 1,
@@ -302,7 +374,7 @@ def build_table(runs: list[Run]) -> dict[str, object]:
         "configurations": len(runs),
         "diverged": sum(map(diverged, runs)),
         "equal_step": step,
-        "rows": [{"name": name, **rows[name]} for name in order],
+        "rows": [row_json(row) for row in rows_of(by_row, baseline, step)],
     }
     return rounded(table)
 

@@ -130,7 +130,7 @@ def claim_clock(case: SweepCase) -> str:
         limit = 1000 * float(run.config["max_wallclock_seconds"])
         trained = run.number("phase_times", "train") + run.number("phase_times", "calibrate")
         over = trained - limit if limit else 0.0
-        demand(over <= figures(run)["step_ms"], f"{run.path.name}: {over:.0f} ms over its limit")
+        demand(over <= figures(run).step_ms, f"{run.path.name}: {over:.0f} ms over its limit")
         worst = max(worst, over)
     return f"largest overshoot {worst:.0f} ms"
 
