@@ -46,15 +46,16 @@ def train_script(trainer, m, arguments):
     optimizer = trainer.Optimizer(model, h, m)
     loader = trainer.TokenLoader(h, m)
     backward, _ = trainer.capture_pass(model.loss, optimizer)
-    for _ in range(STEPS):
-        collectives = []
-        batches = []
-        with (
-            watched(trainer, "reduce_scatter", lambda *_: collectives.append("reduce_scatter")),
-            watched(trainer.dist, "all_reduce", lambda *_: collectives.append("all_reduce")),
-            watched(trainer, "orthogonalize", lambda G, _: batches.append(len(G))),
-        ):
-            trainer.train_step(backward, optimizer, loader.next(), trainer.hyper_at(h, 0, 0.0))
+    for _ in range(STEPS - 1):
+        trainer.train_step(backward, optimizer, loader.next(), trainer.hyper_at(h, 0, 0.0))
+    collectives = []
+    batches = []
+    with (
+        watched(trainer, "reduce_scatter", lambda *_: collectives.append("reduce_scatter")),
+        watched(trainer.dist, "all_reduce", lambda *_: collectives.append("all_reduce")),
+        watched(trainer, "orthogonalize", lambda G, _: batches.append(len(G))),
+    ):
+        trainer.train_step(backward, optimizer, loader.next(), trainer.hyper_at(h, 0, 0.0))
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     bank = optimizer.bank["qo"].untyped_storage()
     return Result(params, collectives, batches, model.qo_bank.untyped_storage().data_ptr() == bank.data_ptr())

@@ -97,11 +97,9 @@ SEPARATE_TENSORS = Layout(
             "        arrivals = []\n        for buffer, grad in self.bank_grad.items():\n",
         ),
         Edit(
-            "                        all_gather(bank[level.whole], bank[level.kept], level.group, async_op=True)"
-            ".wait()\n",
-            "                        all_gather(bank[level.whole], bank[level.kept], level.group, async_op=True)"
-            ".wait()\n"
-            "        torch._foreach_copy_(self.joined[0], self.joined[2])\n",
+            "\n    def squared_norms(self) -> Tensor:\n",
+            "        torch._foreach_copy_(self.joined[0], self.joined[2])  # the end of `schedule`\n"
+            "\n    def squared_norms(self) -> Tensor:\n",
         ),
         Edit(
             "        torch._foreach_copy_(self.state(), saved.state)\n",
