@@ -313,7 +313,7 @@ def knob(default: object, *traits: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run, its default and unit. make_config resolves them; an instance never changes."""
+    """Every knob of a run, its default and unit. make_config resolves them; nothing changes them later."""
 
     # the run
     preset: str = knob("record", SHARED)
@@ -2127,6 +2127,10 @@ class BatchShape(NamedTuple):
         """Return how many micro-batches a step has. The number grows by one, in equal stages of growth."""
         return self.first + int(growth * (self.accum - self.first))
 
+    def split(self, parts: int) -> BatchShape:
+        """Return the shape of the same global batch with every micro-batch cut into equal parts."""
+        return BatchShape(self.accum * parts, self.sequences // parts, self.first * parts)
+
 
 def cut_batch(h: Config, world_size: int) -> BatchShape:
     """Cut global batches into equal micro-batches, the same number per rank; InputError if impossible."""
@@ -2165,10 +2169,14 @@ class TokenLoader:
     BOS in front, which the file lacks, to separate the fragment from the random document before it.
     """
 
-    def __init__(self, h: Config, m: Machine) -> None:
-        """Start at the beginning. Raises InputError when the train split is missing or too short."""
+    def __init__(self, h: Config, m: Machine, shape: BatchShape | None = None) -> None:
+        """Start at the beginning. shape: of the batches; None: as configured.
+
+        Raises InputError when the train split is missing or too short.
+        """
         self.h = h
         self.m = m
+        self.shape = shape or cut_batch(h, m.world_size)
 
         self.files = split_files(h.data_path, "train")
         # Tokens in the stream, where a shard that begins inside a document gets a BOS.
@@ -2176,9 +2184,6 @@ class TokenLoader:
         self.total = int(self.sizes.sum())
         check_train_length(h, self.total)
 
-        shape = cut_batch(h, m.world_size)
-        self.accum = shape.accum
-        self.sequences = shape.sequences
         self.deal_batches = max(1, min(h.mix_tokens, self.total) // h.train_batch_tokens)
         self.open_file = lru_cache(maxsize=OPEN_SHARDS)(self.open_shard)
         self.shard_order = lru_cache(maxsize=2)(self.shuffle_shards)
@@ -2267,9 +2272,10 @@ class TokenLoader:
         the shuffled sequences for micro-batch 0 of the deal, then each rank gets B for micro-batch 1, and so
         on.
         """
-        B = self.sequences
+        B = self.shape.sequences
         T = self.h.train_seq_len
-        deal, micro_batch = divmod(index, self.deal_batches * self.accum)  # micro_batch: within the deal
+        per_deal = self.deal_batches * self.shape.accum
+        deal, micro_batch = divmod(index, per_deal)  # micro_batch: within the deal
         order = self.sequence_order(deal)
         first = (micro_batch * self.m.world_size + self.m.rank) * B
         deal_start = deal * len(order)  # sequences before this deal
@@ -2284,7 +2290,7 @@ class TokenLoader:
         count: None for as many as a fully grown batch has.
         """
         self.index = index
-        self.count = count or self.accum
+        self.count = count or self.shape.accum
         self.pending = Future()
         Thread(target=self.fill, args=(self.pending, index, self.count), daemon=True).start()
 
@@ -2301,7 +2307,7 @@ class TokenLoader:
         count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE_S, or the error that
         building the batch raised.
         """
-        count = count or self.accum
+        count = count or self.shape.accum
         if count != self.count:
             self.seek(self.index, count)
         if wait([self.pending], PATIENCE_S).not_done:
@@ -2313,11 +2319,11 @@ class TokenLoader:
     @property
     def position(self) -> int:
         """The number of sequences that all ranks together have taken."""
-        return self.index * self.m.world_size * self.sequences
+        return self.index * self.m.world_size * self.shape.sequences
 
     def seek_sequence(self, taken: int) -> None:
         """Go on after `taken` sequences of all ranks together, rounded down to whole micro-batches."""
-        self.seek(taken // (self.m.world_size * self.sequences))
+        self.seek(taken // (self.m.world_size * self.shape.sequences))
 
 
 # -----------------------------------------------------------------------------
@@ -4721,12 +4727,13 @@ class Hyper(NamedTuple):
     growth: float = 1.0  # how far the batch has grown from start_batch_tokens to train_batch_tokens
 
 
-def hyper_at(h: Config, step: int, elapsed_ms: float) -> Hyper:
+def hyper_at(h: Config, step: int, elapsed_ms: float, limit_ms: float | None = None) -> Hyper:
     """Return a step's values. Rates stay constant, then fall linearly; momentum and batch grow at first.
 
-    The rate of the matrices may rise at first, and fall over another part of the run.
+    The rate of the matrices may rise at first, and fall over another part of the run. limit_ms: the time for
+    steps; None: as configured.
     """
-    progress = min(1.0, max(elapsed_ms / h.time_limit_ms, step / h.iterations))
+    progress = min(1.0, max(elapsed_ms / (limit_ms or h.time_limit_ms), step / h.iterations))
 
     def rise(frac: float) -> float:
         return min(1.0, progress / frac) if frac > 0 else 1.0
@@ -6596,10 +6603,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run works with.
-
-    start_run builds it; fit_micro_batch and hold_back return copies with another Config.
-    """
+    """Everything a run works with. start_run builds it."""
 
     h: Config
     m: Machine
@@ -6996,13 +7000,12 @@ class Passes(NamedTuple):
         return self.looped if hp.loops else self.plain
 
 
-def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
-    """Capture the passes that the steps of a run take. Logs failures."""
+def capture_passes(run: Run, optimizer: Optimizer, sequences: int) -> Passes:
+    """Capture the passes that the steps of a run take, of `sequences` each. Logs failures."""
     h = run.h
-    fitting = cut_batch(h, run.m.world_size).sequences
 
     def capture(loss_fn: Callable) -> Callable:
-        captured = capture_pass(loss_fn, optimizer, fitting)
+        captured = capture_pass(loss_fn, optimizer, sequences)
         if captured.failure:
             run.log(f"pass:eager, no graph ({captured.failure})")
         return captured.backward
@@ -7014,32 +7017,31 @@ def capture_passes(run: Run, optimizer: Optimizer) -> Passes:
     return Passes(looped, plain)
 
 
-def fit_micro_batch(run: Run, optimizer: Optimizer) -> Run:
-    """Return the run with micro-batches that fit the memory of every rank. Collective.
+def fit_micro_batch(run: Run, optimizer: Optimizer) -> BatchShape:
+    """Return the shape of batches whose micro-batches fit the memory of every rank. Collective.
 
-    optimizer: its buffers take their part of the memory. The global batch stays as it is. Logs a change.
-    Raises Fault if not even one sequence fits.
+    optimizer: its buffers take their part of the memory. The global batch stays as configured. Logs every cut
+    of the micro-batches. Raises Fault if not even one sequence fits.
     """
-    h = run.h
-    T = h.train_seq_len
+    T = run.h.train_seq_len
 
     def try_pass(sequences: int) -> None:
         tokens = torch.zeros(sequences, T + 1, dtype=torch.long, device=run.m.device)
         run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
 
-    B = cut_batch(h, run.m.world_size).sequences
-    while not fits(run, partial(try_pass, B)):
+    shape = cut_batch(run.h, run.m.world_size)
+    while not fits(run, partial(try_pass, shape.sequences)):
         optimizer.clear_gradients()
+        B = shape.sequences
         if B == 1:
             raise Fault(
                 f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
                 "make the model smaller"
             )
-        B = max(divisor for divisor in range(1, B) if B % divisor == 0)  # a divisor keeps the global batch
-        run.log(f"no memory for micro_batch_tokens:{h.micro_batch_tokens}; going on with {B * T}")
-        h = replace(h, micro_batch_tokens=B * T)
+        shape = shape.split(min(parts for parts in range(2, B + 1) if B % parts == 0))
+        run.log(f"no memory for micro_batch_tokens:{B * T}; going on with {shape.sequences * T}")
     optimizer.clear_gradients()
-    return replace(run, h=h)
+    return shape
 
 
 def compiled_graphs() -> int:
@@ -7059,7 +7061,7 @@ class WarmUp(NamedTuple):
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
     """Compile, capture and run everything that the training clock will see, then undo all effects."""
     h = run.h
-    passes = capture_passes(run, optimizer)
+    passes = capture_passes(run, optimizer, loader.shape.sequences)
     if optimizer.graph_failure:
         run.log(f"update:eager, no graph ({optimizer.graph_failure})")
 
@@ -7103,29 +7105,28 @@ class Pace(NamedTuple):
         """Return the mean time of this pace's steps up to `step`, which ended at clock_ms; 0 for no step."""
         return (clock_ms - self.clock_ms) / max(step - self.step, 1)
 
-    def leaves_time(self, h: Config, step: int, clock_ms: float) -> bool:
+    def leaves_time(self, step: int, clock_ms: float, limit_ms: float) -> bool:
         """Return whether the step in flight and another one, each of the mean time, would end in time.
 
         With no step timed yet the mean is 0, so the first step always begins. The first step of a slower pace
         is judged by the mean of the faster steps.
         """
-        return clock_ms + 2 * self.step_ms(step, clock_ms) <= h.time_limit_ms
+        return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
 
 
-def hold_back(run: Run, calibrate_ms: float) -> Run:
-    """Return the run with less time, so that calibration ends within the limit. Logs how much. Collective.
+def hold_back(run: Run, calibrate_ms: float) -> float:
+    """Return the limit on the training clock for steps, in ms, which leaves time to calibrate. Collective.
 
     Calibration counts as training time, so 1.5 times calibrate_ms of rank 0, the time of its rehearsal, is
-    held back. Schedules and ETAs then end when the steps do. Raises InputError, after discarding the log, if
-    that is more than half of the budget.
+    held back. Logs how much. Schedules and ETAs then end when the steps do. Raises InputError, after
+    discarding the log, if it is more than half of the budget.
     """
-    if not run.h.calibrates:
-        return run
     held_back_ms = run.m.number_of_rank_0(1.5 * calibrate_ms)
+    limit_ms = run.h.time_limit_ms
+    if held_back_ms == 0 or limit_ms == math.inf:
+        return limit_ms
     seconds = held_back_ms / 1000
     budget = run.h.max_wallclock_seconds
-    if budget == 0:
-        return run
     run.log(
         f"held_back:{seconds:.1f}s of max_wallclock_seconds:{budget:g} for calibration",
         console=f"{seconds:.1f} of the {budget:g} s are kept for calibration",
@@ -7136,7 +7137,7 @@ def hold_back(run: Run, calibrate_ms: float) -> Run:
             f"config key max_wallclock_seconds: {seconds:.1f} of {budget:g} s are held back for calibration, "
             f"more than half; raise it to {4 * seconds:.0f} or lower gptq_batches={run.h.gptq_batches}"
         )
-    return replace(run, h=replace(run.h, max_wallclock_seconds=budget - seconds))
+    return limit_ms - held_back_ms
 
 
 def check_weights_agree(run: Run, step: int) -> None:
@@ -7165,9 +7166,12 @@ def validate(run: Run, step: int, train_ms: float) -> Score:
     return score
 
 
-def describe_progress(h: Config, step: int, clock_ms: float) -> str:
-    """Return the ETA and how much is used of the budget, time or iterations, that will end the run."""
-    progress = hyper_at(h, step, clock_ms).progress
+def describe_progress(h: Config, step: int, clock_ms: float, limit_ms: float | None = None) -> str:
+    """Return the ETA and how much is used of the budget, time or iterations, that will end the run.
+
+    limit_ms: as in hyper_at.
+    """
+    progress = hyper_at(h, step, clock_ms, limit_ms).progress
     seconds = clock_ms / 1000
     if progress > step / h.iterations:
         used = f"step {step:,}, {seconds:.0f} of {h.max_wallclock_seconds:.0f} s"
@@ -7176,26 +7180,28 @@ def describe_progress(h: Config, step: int, clock_ms: float) -> str:
     return f"{used}, ETA {seconds * (1 / progress - 1):.0f} s" if progress > 0 else used
 
 
-def log_step(run: Run, step: int, loss: Tensor, clock_ms: float) -> float:
-    """Average a step's loss over the ranks, in place. Log and return the mean."""
+def log_step(run: Run, step: int, loss: Tensor, clock_ms: float, limit_ms: float | None = None) -> float:
+    """Average a step's loss over the ranks, in place. Log and return the mean. limit_ms: as in hyper_at."""
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     run.log(
         f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
         f"step_avg:{clock_ms / step:.2f}ms",
-        console=f"{describe_progress(run.h, step, clock_ms)}: train_loss {loss.item():.4f}, "
+        console=f"{describe_progress(run.h, step, clock_ms, limit_ms)}: train_loss {loss.item():.4f}, "
         f"{clock_ms / step:.1f} ms a step",
     )
     return loss.item()
 
 
-def log_changes(run: Run, pace: Pace, progress: float) -> None:
-    """Log which change has begun a pace: the loop begins, the batch grows, or both."""
+def log_changes(run: Run, pace: Pace, progress: float, accum: int) -> None:
+    """Log which change has begun a pace: the loop begins, the batch grows, or both.
+
+    accum: micro-batches per step once the batch has grown.
+    """
     before = pace.before
     at = f"step:{pace.step} progress:{progress:.3f}"
     if pace.loops != before.loops:
         run.log(f"loop_begins {at} visits:{run.h.num_visits}")
     if pace.count != before.count:
-        accum = cut_batch(run.h, run.m.world_size).accum
         run.log(f"batch_grows {at} tokens:{run.h.train_batch_tokens * pace.count // accum}")
 
 
@@ -7234,11 +7240,12 @@ def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) ->
     return total
 
 
-def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -> None:
+def log_compute(run: Run, pace: Pace, accum: int, step: int, train_ms: float, tokens: int) -> None:
     """Log the tokens, the model's FLOPs, and MFU, the ratio of these FLOPs to the devices' peak in the time.
 
-    The MLP's fp8 products count like all others, against the peak of bf16. A device that is not in PEAKS has
-    no MFU. A resumed run has neither FLOPs nor MFU if steps may have cost more or less before.
+    accum: micro-batches per step once the batch has grown. The MLP's fp8 products count like all others,
+    against the peak of bf16. A device that is not in PEAKS has no MFU. A resumed run has neither FLOPs nor
+    MFU if steps may have cost more or less before.
     """
     h = run.h
     params = scaling_params(h)
@@ -7246,7 +7253,7 @@ def log_compute(run: Run, pace: Pace, step: int, train_ms: float, tokens: int) -
     line += f"tokens_per_param:{tokens / params:.4f}"
     shown = f"compute: {tokens:,} tokens, {tokens / params:.3g} for each of {params:,} parameters"
     if not run.resumed or not (h.has_loop or h.start_batch_tokens):
-        micro_batch = h.train_batch_tokens // cut_batch(h, run.m.world_size).accum
+        micro_batch = h.train_batch_tokens // accum
         flops = training_flops(h, pace, step, micro_batch)
         line += f" flops:{flops:.6e}"
         shown += f", {flops:.3g} FLOPs"
@@ -7298,32 +7305,31 @@ def log_early_end(run: Run, by_signal: bool, step: int, train_ms: float) -> None
 class Ready(NamedTuple):
     """The parts of training, compiled and captured, and the point from which training goes on."""
 
-    run: Run  # its micro-batches fit the memory, and its time limit leaves enough for calibration
+    limit_ms: float  # on the training clock for steps: leaves enough for calibration
     optimizer: Optimizer
     ema: Ema
-    loader: TokenLoader
+    loader: TokenLoader  # of micro-batches that fit the memory
     passes: Passes
     checkpoints: Checkpoints
     start: Start
 
 
-def get_ready(given: Run) -> Ready:
+def get_ready(run: Run) -> Ready:
     """Build the parts of training, warm them up, and restore the checkpoint of a run that resumes.
 
     Once this returns, a signal ends training cleanly. Collective: all ranks leave together.
     """
-    optimizer = given.timed("compile", Optimizer, given.model, given.h, given.m)
-    ema = Ema(given.model, given.h)
-    fitted = given.timed("compile", fit_micro_batch, given, optimizer)
-    loader = TokenLoader(fitted.h, given.m)
-    warm = given.timed("compile", warmup, fitted, optimizer, ema, loader)
+    optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
+    ema = Ema(run.model, run.h)
+    shape = run.timed("compile", fit_micro_batch, run, optimizer)
+    loader = TokenLoader(run.h, run.m, shape)
+    warm = run.timed("compile", warmup, run, optimizer, ema, loader)
 
-    # Checkpoints hold the given Config: a run that resumes compares its own given Config with it.
-    checkpoints = Checkpoints(given, optimizer, ema, loader)
-    start = checkpoints.restore(given.resumed) if given.resumed else BEGINNING
-    given.m.signals.may_finish = True
+    checkpoints = Checkpoints(run, optimizer, ema, loader)
+    start = checkpoints.restore(run.resumed) if run.resumed else BEGINNING
+    run.m.signals.may_finish = True
     return Ready(
-        run=hold_back(fitted, warm.calibrate_ms),
+        limit_ms=hold_back(run, warm.calibrate_ms),
         optimizer=optimizer,
         ema=ema,
         loader=loader,
@@ -7369,7 +7375,8 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
         raise Diverged(describe_divergence(run, step, ended.vitals, good), step, train_ms)
 
     position = ready.loader.position
-    log_compute(run, pace, step, train_ms, tokens=position * run.h.train_seq_len)
+    accum = ready.loader.shape.accum
+    log_compute(run, pace, accum, step, train_ms, tokens=position * run.h.train_seq_len)
     calibration = Calibration()
     if run.h.calibrates:
         calibration = run.timed("calibrate", calibrate, run, ready.loader)
@@ -7393,17 +7400,18 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
     )
 
 
-def train(given: Run) -> Trained:
+def train(run: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
     The training clock is rank 0's; it stands still during validation. The host queues a step while the device
     works on the previous step. The host then waits for the previous step's loss and gradient norm, so it sees
     a divergence one step late.
     """
-    ready = get_ready(given)
-    run = ready.run
+    ready = get_ready(run)
     h = run.h
     m = run.m
+    shape = ready.loader.shape
+    limit_ms = ready.limit_ms
     step, clock_ms = ready.start
     fetch_newest = m.fetch(torch.zeros(2, device=m.device))  # the newest step's Vitals; at first zeros
     graphs_before = compiled_graphs()
@@ -7413,23 +7421,22 @@ def train(given: Run) -> Trained:
     def clock() -> float:
         return 1000 * (time.perf_counter() - clock_zero)
 
-    batch_shape = cut_batch(h, m.world_size)
-    hp = hyper_at(h, step, clock_ms)
-    pace = Pace(hp.loops, batch_shape.count(hp.growth))
+    hp = hyper_at(h, step, clock_ms, limit_ms)
+    pace = Pace(hp.loops, shape.count(hp.growth))
     shown_loss = math.nan
     stop = Stop.NO  # agreed by all ranks
-    while step < h.iterations and stop == Stop.NO and pace.leaves_time(h, step, clock_ms):
+    while step < h.iterations and stop == Stop.NO and pace.leaves_time(step, clock_ms, limit_ms):
         if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
             validation_began = time.perf_counter()
             validate(run, step, clock())
             clock_zero += time.perf_counter() - validation_began
 
-        hp = hyper_at(h, step, clock_ms)
-        count = batch_shape.count(hp.growth)
+        hp = hyper_at(h, step, clock_ms, limit_ms)
+        count = shape.count(hp.growth)
         if (hp.loops, count) != (pace.loops, pace.count):
             pace = Pace(hp.loops, count, step, clock_ms, before=pace)
-            log_changes(run, pace, hp.progress)
+            log_changes(run, pace, hp.progress, shape.accum)
         batch = ready.loader.next(pace.count)
         loss = train_step(ready.passes.of(hp), ready.optimizer, batch, hp)
         ready.ema.update(hp.progress)
@@ -7442,9 +7449,9 @@ def train(given: Run) -> Trained:
         clock_ms, stop = m.agree(clock(), reason_to_stop(m, previous_vitals))
 
         if step % h.train_log_every == 0 or step.bit_count() == 1:  # powers of two: loss falls fast at first
-            shown_loss = log_step(run, step, loss, clock_ms)
+            shown_loss = log_step(run, step, loss, clock_ms, limit_ms)
         ready.checkpoints.save(step, clock_ms)
-        run.log.status(f"{describe_progress(h, step, clock_ms)}: train_loss {shown_loss:.4f}")
+        run.log.status(f"{describe_progress(h, step, clock_ms, limit_ms)}: train_loss {shown_loss:.4f}")
 
     m.sync()
     train_ms = m.number_of_rank_0(clock())  # one clock: the files of the last checkpoint must say the same

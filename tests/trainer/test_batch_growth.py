@@ -45,6 +45,12 @@ def test_a_batch_grows_by_whole_micro_batches():
     assert [constant.count(growth) for growth in (0, 0.5, 1)] == [3, 3, 3]
 
 
+def test_a_split_shape_is_that_of_smaller_micro_batches():
+    h = tiny(train_batch_tokens=16 * 12, micro_batch_tokens=16 * 6, start_batch_tokens=16 * 6)
+    smaller = tiny(train_batch_tokens=16 * 12, micro_batch_tokens=16 * 2, start_batch_tokens=16 * 6)
+    assert t.cut_batch(h, 1).split(3) == t.cut_batch(smaller, 1)
+
+
 def test_growth_ends_where_the_knob_says():
     h = tiny(iterations=100, batch_growth_frac=0.25)
     assert [t.hyper_at(h, step, 0.0).growth for step in (0, 5, 25, 99)] == [0, 0.2, 1, 1]

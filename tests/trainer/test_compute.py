@@ -99,7 +99,8 @@ def test_mfu_by_hand(device, peak):
     lines = []
     m = SimpleNamespace(world_size=2, device_name=device)
     run = SimpleNamespace(h=h, m=m, resumed=None, log=lambda line, console: lines.append((line, console)))
-    t.log_compute(run, t.Pace(False, t.cut_batch(h, 2).accum), step=10, train_ms=2.0, tokens=1280)
+    accum = t.cut_batch(h, 2).accum
+    t.log_compute(run, t.Pace(False, accum), accum, step=10, train_ms=2.0, tokens=1280)
     ((line, console),) = lines
     found = LINE.match(line)
     flops = 1280 * t.flops_per_token(h)

@@ -399,7 +399,7 @@ def test_the_text_is_what_training_would_read_next(tmp_path, monkeypatch):
     next_batch = t.TokenLoader.next
 
     def noted(self, count=0):
-        indices.append(self.index // self.accum)
+        indices.append(self.index // self.shape.accum)
         return next_batch(self, count)
 
     monkeypatch.setattr(t.TokenLoader, "next", noted)

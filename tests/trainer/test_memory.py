@@ -59,6 +59,23 @@ def test_a_run_that_was_halved_resumes_bit_equal(tmp_path, monkeypatch):
     assert all(torch.equal(state[name], again[name]) for name in state)
 
 
+def test_a_run_keeps_its_config(tmp_path, monkeypatch):
+    """Neither smaller micro-batches nor the time held back for calibration is a change of a knob."""
+    configs = []
+    log_step = t.log_step
+
+    def noted(run, *rest):
+        configs.append(run.h)
+        return log_step(run, *rest)
+
+    monkeypatch.setattr(t, "log_step", noted)
+    with_memory_for(WHOLE // 2, monkeypatch)
+    argv = args(tmp_path, max_wallclock_seconds=60)
+    assert t.main(argv) == 0
+    assert lines_of(tmp_path) and has_line(tmp_path, "held_back:")
+    assert configs and all(h == t.load_config(argv, {}) for h in configs)
+
+
 def rank_with_little_memory(rank, argv):
     """Train on this rank; the second one has memory for half a micro-batch."""
     with pytest.MonkeyPatch.context() as patch:

@@ -170,7 +170,7 @@ def test_warmup_leaves_no_trace(one):
     trained = []
     state = [x.clone() for x in optimizer.state()]
     average = [x.clone() for x in ema.average]
-    first_batch = [loader.build(a).clone() for a in range(loader.accum)]
+    first_batch = [loader.build(a).clone() for a in range(loader.shape.accum)]
     step = optimizer.step
 
     def nats(tokens, targets, last):
@@ -320,5 +320,6 @@ def test_the_tighter_budget_drives():
     assert t.hyper_at(h, 10, 5000.0).progress == 0.5  # time is shorter
     assert t.hyper_at(h, 80, 5000.0).progress == 0.8  # iterations are
     assert t.hyper_at(h, 0, 99_000.0) == t.hyper_at(h, 100, 0.0)  # both end at 1
+    assert t.hyper_at(h, 10, 5000.0, 8000.0).progress == 0.625  # less time
     unlimited = tiny(iterations=100, max_wallclock_seconds=0.0)
     assert t.hyper_at(unlimited, 10, 1e9).progress == 0.1

@@ -406,7 +406,7 @@ def every_pair(rank, folder, knobs):
         saved = optimizer.snapshot()
         ends = []
         for _ in range(2):
-            loader.seek(3 * loader.accum)
+            loader.seek(3 * loader.shape.accum)
             backward, _ = t.capture_pass(model.loss, optimizer)
             t.train_step(backward, optimizer, loader.next(), t.hyper_at(optimizer.h, 3, 0.0))
             ends.append([x.clone() for x in optimizer.state()])

@@ -102,7 +102,7 @@ def train_steps(model, optimizer, ema, loader, backward):
 def repeats_from_snapshot(trained, optimizer, loader, backward):
     """Return whether the steps after MIDDLE, trained again, give the same bits."""
     optimizer.restore(trained.middle)
-    loader.seek(MIDDLE * loader.accum)
+    loader.seek(MIDDLE * loader.shape.accum)
     run_steps(optimizer, backward, loader, range(MIDDLE, STEPS))
     return all_equal(trained.state, optimizer.state())
 

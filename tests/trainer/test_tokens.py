@@ -578,8 +578,8 @@ def test_a_book_does_not_fill_a_batch(tmp_path):
 def test_the_global_batch_does_not_depend_on_world_or_micro_batch(shards, world, micro):
     reference = loader(shards[0])
     loaders = [loader(shards[0], r, world, micro_batch_tokens=micro) for r in range(world)]
-    assert all(x.accum * x.sequences * world * 16 == 128 for x in loaders)
-    assert loaders[0].sequences * 16 <= micro
+    assert all(x.shape.accum * x.shape.sequences * world * 16 == 128 for x in loaders)
+    assert loaders[0].shape.sequences * 16 <= micro
     for _ in range(5):
         assert torch.equal(global_batch([x.next() for x in loaders]), global_batch([reference.next()]))
 
@@ -596,10 +596,10 @@ def test_the_batch_must_cut_into_micro_batches(shards):
 def test_seek_is_exact(shards):
     data = loader(shards[0])
     first = [global_batch([data.next()]) for _ in range(12)]
-    assert data.index == 12 * data.accum
+    assert data.index == 12 * data.shape.accum
     for n in (0, 11, 5, 5):
-        data.seek(n * data.accum)
-        assert torch.equal(global_batch([data.next()]), first[n]) and data.index == (n + 1) * data.accum
+        data.seek(n * data.shape.accum)
+        assert torch.equal(global_batch([data.next()]), first[n]) and data.index == (n + 1) * data.shape.accum
     assert torch.equal(global_batch([data.next()]), first[6])
 
 

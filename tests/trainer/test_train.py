@@ -410,6 +410,8 @@ def test_progress_is_that_of_the_budget_which_ends_the_run():
     by_time = dict(max_wallclock_seconds=120.0, iterations=100_000)
     assert said(25, 30_000, **by_time) == "step 25, 30 of 120 s, ETA 90 s"
     assert said(1_500, 119_900, **by_time) == "step 1,500, 120 of 120 s, ETA 0 s"
+    held_back = t.describe_progress(t.Config(**by_time), 25, 30_000, limit_ms=90_000)
+    assert held_back == "step 25, 30 of 120 s, ETA 60 s"  # the limit that was given, the end of the steps
     by_steps = dict(max_wallclock_seconds=120.0, iterations=2_000)
     assert said(500, 10_000, **by_steps) == "step 500 of 2,000, ETA 30 s"
     assert said(500, 10_000, max_wallclock_seconds=0.0, iterations=2_000) == "step 500 of 2,000, ETA 30 s"

@@ -15,6 +15,7 @@ from helpers import (
     english_dataset,
     run_ranks,
     stop_one_line,
+    tiny,
 )
 from train_cases import (
     STEPS,
@@ -94,6 +95,30 @@ def test_the_time_held_back_for_calibration_is_logged(tmp_path, monkeypatch):
     seconds = float(value(run, r"held_back:([\d.]+)s of max_wallclock_seconds:60 for calibration"))
     assert 0.3 <= seconds < 5
     assert not starting(finished_with(), "held_back:")  # no limit, nothing to hold back from
+
+
+@pytest.mark.parametrize(
+    "knobs,rehearsal_ms,limit_ms",
+    [
+        (dict(max_wallclock_seconds=60), 2000.0, 57_000.0),  # 1.5 times the rehearsal
+        (dict(max_wallclock_seconds=60, gptq_batches=0), 0.0, 60_000.0),
+        (dict(max_wallclock_seconds=0), 2000.0, math.inf),
+    ],
+)
+def test_what_is_held_back_by_hand(knobs, rehearsal_ms, limit_ms):
+    """Without calibration, too, every rank waits for rank 0, so that their clocks begin together."""
+    asked = []
+    lines = []
+
+    def number_of_rank_0(number):
+        asked.append(number)
+        return number
+
+    m = SimpleNamespace(number_of_rank_0=number_of_rank_0)
+    run = SimpleNamespace(h=tiny(**knobs), m=m, log=lambda line, console: lines.append(line))
+    assert t.hold_back(run, rehearsal_ms) == limit_ms
+    assert len(asked) == 1
+    assert len(lines) == (limit_ms == 57_000.0)
 
 
 def test_more_than_half_of_the_budget_held_back_is_refused(tmp_path, monkeypatch, capsys):
