@@ -467,6 +467,11 @@ class Config:
         return round(self.mlp_mult * self.model_dim)
 
     @property
+    def steps_differ(self) -> bool:
+        """Whether steps may come to cost more during the run: the loop begins, or the batch grows."""
+        return self.has_loop or self.start_batch_tokens > 0
+
+    @property
     def time_limit_ms(self) -> float:
         """The limit on the training clock; infinite if there is none."""
         return 1000 * self.max_wallclock_seconds if self.max_wallclock_seconds > 0 else math.inf
@@ -7102,14 +7107,19 @@ class Pace(NamedTuple):
     before: Pace | None = None  # the stretch before; a resumed run knows only those since it resumed
 
     def step_ms(self, step: int, clock_ms: float) -> float:
-        """Return the mean time of this pace's steps up to `step`, which ended at clock_ms; 0 for no step."""
-        return (clock_ms - self.clock_ms) / max(step - self.step, 1)
+        """Return the mean time of this pace's steps up to `step`, which ended at clock_ms.
+
+        Before the pace's first step it is that of all steps of the run so far; 0 for no step.
+        """
+        if step == self.step:
+            return clock_ms / max(step, 1)
+        return (clock_ms - self.clock_ms) / (step - self.step)
 
     def leaves_time(self, step: int, clock_ms: float, limit_ms: float) -> bool:
         """Return whether the step in flight and another one, each of the mean time, would end in time.
 
-        With no step timed yet the mean is 0, so the first step always begins. The first step of a slower pace
-        is judged by the mean of the faster steps.
+        With no step timed yet the mean is 0, so the first step of a run always begins. The first step of a
+        slower pace is judged by the mean of the faster steps.
         """
         return clock_ms + 2 * self.step_ms(step, clock_ms) <= limit_ms
 
@@ -7252,7 +7262,7 @@ def log_compute(run: Run, pace: Pace, accum: int, step: int, train_ms: float, to
     line = f"compute scaling_params:{params} flops_per_token:{flops_per_token(h)} tokens:{tokens} "
     line += f"tokens_per_param:{tokens / params:.4f}"
     shown = f"compute: {tokens:,} tokens, {tokens / params:.3g} for each of {params:,} parameters"
-    if not run.resumed or not (h.has_loop or h.start_batch_tokens):
+    if not run.resumed or not h.steps_differ:
         micro_batch = h.train_batch_tokens // accum
         flops = training_flops(h, pace, step, micro_batch)
         line += f" flops:{flops:.6e}"
@@ -7422,7 +7432,8 @@ def train(run: Run) -> Trained:
         return 1000 * (time.perf_counter() - clock_zero)
 
     hp = hyper_at(h, step, clock_ms, limit_ms)
-    pace = Pace(hp.loops, shape.count(hp.growth))
+    # Of steps that differ, those before the checkpoint may have taken less time than the next ones.
+    pace = Pace(hp.loops, shape.count(hp.growth), *(ready.start if h.steps_differ else BEGINNING))
     shown_loss = math.nan
     stop = Stop.NO  # agreed by all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(step, clock_ms, limit_ms):

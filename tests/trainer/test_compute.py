@@ -68,8 +68,19 @@ def test_a_loop_is_counted_from_where_it_begins(tmp_path):
 
 @pytest.mark.parametrize("knobs,known", [({}, True), (LOOP, False)], ids=["alike", "loop"])
 def test_a_resumed_run_counts_all_of_its_steps_if_they_are_alike(tmp_path, monkeypatch, knobs, known):
+    """Their FLOPs, and their time in the mean by which the last step is chosen."""
     stop_after(tmp_path, monkeypatch, 5, **knobs)
+    paces = []
+    leaves_time = t.Pace.leaves_time
+
+    def noted(pace, *rest):
+        paces.append(pace)
+        return leaves_time(pace, *rest)
+
+    monkeypatch.setattr(t.Pace, "leaves_time", noted)
     assert t.main(args(tmp_path, resume="auto", **knobs)) == 0
+    assert paces[0].step == (0 if known else 5)
+    assert (paces[0].clock_ms > 0) != known
     text = (tmp_path / "run.txt").read_text()
     found = compute_in(text[text.rindex("resumed step:") :])
     assert int(found["tokens"]) == STEPS * t.load_config(args(tmp_path), {}).train_batch_tokens
@@ -77,6 +88,14 @@ def test_a_resumed_run_counts_all_of_its_steps_if_they_are_alike(tmp_path, monke
         assert float(found["flops"]) == flops_of(int(found["tokens"]), int(found["each"]))
     else:
         assert found["flops"] is None
+
+
+def test_the_mean_time_of_a_pace_by_hand():
+    assert t.Pace(False, 1).step_ms(0, 0.0) == 0
+    pace = t.Pace(True, 1, step=5, clock_ms=100.0)
+    assert pace.step_ms(5, 100.0) == 20  # of the five before, with other steps among them
+    assert pace.leaves_time(5, 100.0, 140.0) and not pace.leaves_time(5, 100.0, 139.0)
+    assert pace.step_ms(7, 180.0) == 40
 
 
 @pytest.mark.parametrize(
