@@ -6606,6 +6606,41 @@ class Checkpoints:
 # 19. Runs: what every command works with, built once.
 
 
+class ScoringPass:
+    """GPT.nats on a whole batch, or on as many of its sequences at once as fit the memory of this rank.
+
+    If memory runs out, half as many are scored at once from then on. A pass for gradients is never cut: all
+    its parts would have to be kept at once.
+    """
+
+    def __init__(self, nats_fn: Callable) -> None:
+        self.nats_fn = nats_fn
+        self.most = sys.maxsize  # sequences at once
+
+    def __call__(self, x: Tensor, y: Tensor, last: int, **changes: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.nats_fn(x, y, last, **changes)
+        while True:
+            try:
+                return self.in_parts(x, y, last, **changes)
+            except Exception as e:
+                if not is_out_of_memory(e) or min(self.most, len(x)) == 1:
+                    raise
+            self.most = min(self.most, len(x)) // 2
+            if x.is_cuda:
+                torch.cuda.empty_cache()  # the cached blocks may be too small for the parts
+
+    def in_parts(self, x: Tensor, y: Tensor, last: int, **changes: Tensor) -> Tensor:
+        """Score `most` sequences at once. changes: a row for each sequence, as in GPT.nats."""
+        if len(x) <= self.most:
+            return self.nats_fn(x, y, last, **changes)
+        parts = []
+        for first in range(0, len(x), self.most):
+            part = slice(first, first + self.most)
+            parts.append(self.nats_fn(x[part], y[part], last, **{k: v[part] for k, v in changes.items()}))
+        return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a run works with. start_run builds it."""
@@ -6736,7 +6771,7 @@ def start_run(
         model=model,
         loss_fn=loss_fn,
         plain_loss_fn=m.compile(model.without_loop().loss) if h.has_loop else loss_fn,
-        nats_fn=m.compile(model.nats),
+        nats_fn=ScoringPass(m.compile(model.nats)),
         phases={"load": 1000 * (time.perf_counter() - started), "compile": m.bind_ms},
         splits={},
         resumed=resumed,
@@ -6881,18 +6916,24 @@ def measure_sensitivities(run: Run, loader: TokenLoader) -> dict[str, Tensor]:
     return in_banks(q=q, k=k, v=v, **sums)
 
 
-@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
-def calibrate(run: Run, loader: TokenLoader) -> Calibration:
-    """Measure the live weights for rounding, on the loader's next batches. Sums run over all ranks.
+def measure_for_rounding(run: Run, loader: TokenLoader) -> Calibration:
+    """Measure the live weights on this rank's part of the loader's next batches.
 
     gptq_batches batches give the inputs of the matrices. With row_steps, part of one more gives the
     gradients.
     """
     grams = measure_inputs(run, loader)
     sensitivities = measure_sensitivities(run, loader) if run.h.row_steps else {}
-    for values in [*grams.values(), *sensitivities.values()]:
-        dist.all_reduce(values)
     return Calibration(grams, sensitivities)
+
+
+@memory_remedy("to calibrate", "lower micro_batch_tokens, or set gptq_batches=0")
+def calibrate(run: Run, loader: TokenLoader) -> Calibration:
+    """Measure the live weights for rounding. Sums run over all ranks."""
+    calibration = measure_for_rounding(run, loader)
+    for values in [*calibration.grams.values(), *calibration.sensitivities.values()]:
+        dist.all_reduce(values)
+    return calibration
 
 
 def check_calibration(calibration: Calibration, step: int, train_ms: float) -> None:
@@ -6944,6 +6985,7 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
         short = True
     if run.m.is_gpu:
         torch.cuda.empty_cache()  # the cached blocks may never fit again, and a graph takes its own memory
+        torch.cuda.reset_peak_memory_stats()  # the log's peak is that of training, not of a trial
     return not run.m.largest(short)
 
 
@@ -7022,20 +7064,38 @@ def capture_passes(run: Run, optimizer: Optimizer, sequences: int) -> Passes:
     return Passes(looped, plain)
 
 
+def memory_needed(m: Machine, fn: Callable[[], object]) -> int:
+    """Call fn. Return how many more bytes of the GPU's memory it held at its peak than before; 0 on a CPU."""
+    if not m.is_gpu:
+        fn()
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def fit_micro_batch(run: Run, optimizer: Optimizer) -> BatchShape:
     """Return the shape of batches whose micro-batches fit the memory of every rank. Collective.
 
-    optimizer: its buffers take their part of the memory. The global batch stays as configured. Logs every cut
-    of the micro-batches. Raises Fault if not even one sequence fits.
+    Beside the pass of a micro-batch, whose graph keeps its memory, calibration must fit. optimizer: its
+    buffers take their part of the memory. The global batch stays as configured. Logs every cut of the
+    micro-batches. Raises Fault if not even one sequence fits.
     """
-    T = run.h.train_seq_len
+    h = run.h
+    T = h.train_seq_len
 
-    def try_pass(sequences: int) -> None:
-        tokens = torch.zeros(sequences, T + 1, dtype=torch.long, device=run.m.device)
+    def try_pass(shape: BatchShape) -> None:
+        held = 0
+        if h.calibrates:
+            held = memory_needed(run.m, lambda: measure_for_rounding(run, TokenLoader(h, run.m, shape)))
+        beside = torch.empty(held, dtype=torch.uint8, device=run.m.device)  # what calibration will need
+        tokens = torch.zeros(shape.sequences, T + 1, dtype=torch.long, device=run.m.device)
         run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+        del beside
 
-    shape = cut_batch(run.h, run.m.world_size)
-    while not fits(run, partial(try_pass, shape.sequences)):
+    shape = cut_batch(h, run.m.world_size)
+    while not fits(run, partial(try_pass, shape)):
         optimizer.clear_gradients()
         B = shape.sequences
         if B == 1:
@@ -7063,6 +7123,17 @@ class WarmUp(NamedTuple):
     calibrate_ms: float  # how long the rehearsal of calibration took on this rank; 0: there was none
 
 
+def score_nothing(run: Run) -> None:
+    """Compile the pass that scores, on zeros. Logs it if the memory holds only part of its batch."""
+    T = run.h.eval_seq_len
+    B = run.h.eval_batch_tokens // T
+    x = torch.zeros(B, T, dtype=torch.long, device=run.m.device)
+    with torch.no_grad():
+        run.nats_fn(x, x, T)
+    if run.nats_fn.most < B:
+        run.log(f"no memory for eval_batch_tokens:{B * T}; scoring {run.nats_fn.most * T} at once")
+
+
 def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> WarmUp:
     """Compile, capture and run everything that the training clock will see, then undo all effects."""
     h = run.h
@@ -7079,16 +7150,13 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
             run.m.sync()
             run.log(f"warmup_step:{i + 1}/{h.warmup_steps}")
 
-    x = torch.zeros(h.eval_batch_tokens // h.eval_seq_len, h.eval_seq_len, dtype=torch.long)
-    with torch.no_grad():
-        run.nats_fn(x.to(run.m.device), x.to(run.m.device), h.eval_seq_len)
+    score_nothing(run)
     calibrate_ms = 0.0
-    if h.calibrates:
-        for _ in range(2):  # the second time takes as long as calibration will on the clock
-            run.m.sync()
-            started = time.perf_counter()
-            calibrate(run, loader)
-            run.m.sync()
+    if h.calibrates:  # for the second time, so it takes as long as calibration will on the clock
+        run.m.sync()
+        started = time.perf_counter()
+        calibrate(run, loader)
+        run.m.sync()
         calibrate_ms = 1000 * (time.perf_counter() - started)
 
     optimizer.restore(saved)

@@ -29,6 +29,12 @@ def lines_of(folder):
     return re.findall(r"^no memory for .*$", (folder / "run.txt").read_text(), re.M)
 
 
+def scores_of(folder):
+    """Return the bpb of the artifact's scores."""
+    found = re.findall(r"^final_int6_\w+_exact .*val_bpb:([\d.]+)", (folder / "run.txt").read_text(), re.M)
+    return [float(bpb) for bpb in found]
+
+
 def losses_of(folder):
     """Return the training losses of a run's steps."""
     found = re.findall(r"^step:\d+/\d+ train_loss:([\d.]+)", (folder / "run.txt").read_text(), re.M)
@@ -94,6 +100,73 @@ def test_a_sequence_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys)
     with_memory_for(16, monkeypatch)
     err = stop_one_line(args(tmp_path), capsys, wanted=1)
     assert "no memory to train on one sequence of train_seq_len=32 tokens; lower train_seq_len" in err
+
+
+def test_calibration_must_fit_beside_a_pass(tmp_path, monkeypatch):
+    measure = t.measure_for_rounding
+    tried = []
+
+    def limited(run, loader):
+        tried.append(loader.shape.sequences)
+        if loader.shape.sequences > 2:
+            raise torch.OutOfMemoryError(OF_THE_LIMIT)
+        return measure(run, loader)
+
+    monkeypatch.setattr(t, "measure_for_rounding", limited)
+    assert t.main(args(tmp_path, gptq_batches=1)) == 0
+    assert len(lines_of(tmp_path)) == 2
+    assert tried == [8, 4, 2, 2, 2]  # the last two: the rehearsal of calibration, and calibration
+
+
+def test_a_score_that_does_not_fit_is_computed_in_parts(tmp_path, monkeypatch):
+    nats = t.GPT.nats
+    batches = []
+
+    def limited(self, x, y, last, **changes):
+        if not torch.is_grad_enabled():
+            batches.append(len(x))
+            if len(x) > 4:
+                raise torch.OutOfMemoryError(OF_THE_LIMIT)
+        return nats(self, x, y, last, **changes)
+
+    assert t.main(args(tmp_path / "whole", eval_stride=8)) == 0
+    monkeypatch.setattr(t.GPT, "nats", limited)
+    assert t.main(args(tmp_path / "parts", eval_stride=8)) == 0
+    assert batches[:3] == [16, 8, 4] and set(batches[3:]) == {4}
+    assert lines_of(tmp_path / "parts") == ["no memory for eval_batch_tokens:512; scoring 128 at once"]
+    assert scores_of(tmp_path / "parts") == pytest.approx(scores_of(tmp_path / "whole"), abs=2e-6)
+
+
+def test_a_sequence_that_cannot_be_scored_is_one_line(tmp_path, monkeypatch, capsys):
+    nats = t.GPT.nats
+
+    def limited(self, x, y, last):
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError(OF_THE_LIMIT)
+        return nats(self, x, y, last)
+
+    monkeypatch.setattr(t.GPT, "nats", limited)
+    err = stop_one_line(args(tmp_path), capsys, wanted=1)
+    assert "out of memory" in err and "eval_batch_tokens" in err
+
+
+def test_parts_keep_the_order_and_the_changes_of_each_sequence():
+    """A pass for gradients stays whole."""
+    seen = []
+
+    def nats(x, y, last, factors):
+        seen.append(len(x))
+        return (x + y)[:, -last:] * factors
+
+    scoring = t.ScoringPass(nats)
+    scoring.most = 2
+    x = torch.arange(20).view(5, 4)
+    factors = torch.arange(5)[:, None]
+    wanted = (2 * x)[:, -3:] * factors
+    with torch.no_grad():
+        assert scoring(x, x, 3, factors=factors).equal(wanted)
+    assert scoring(x, x, 3, factors=factors).equal(wanted)
+    assert seen == [2, 2, 1, 5]
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
