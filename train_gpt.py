@@ -21,20 +21,21 @@ Contents
   6. Tokens             shards on disk, dataset checks, the seeded document-aware loader
   7. Blocks             norm, rope, attention and MLP as functions of their weights
   8. GPT                the parameter table, the banks, one forward pass
-  9. Model kernels      fused QK, fused MLP, FlashAttention-4; which of them this machine binds
- 10. Matrix kernels     the three products that directions are made of
- 11. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
- 12. Optimizer          sharded state, and every collective of a step
- 13. Schedules          rates as functions of progress; the average of the weights
- 14. Rounding           a whole number for every weight: GPTQ, steps that follow the loss, trellis codes
- 15. Artifact           byte layout, the fit to the cap, reading, packed source
- 16. Codecs             xz, and rans for the codes of each row and column
- 17. Score              windows that tile the split, one evaluator, test-time training
- 18. Checkpoints        written by a thread, read by any number of ranks
- 19. Runs               what every command works with
- 20. Calibration        what training text says about rounding
- 21. Training           warm-up, clock, loop
- 22. Commands           train, eval, audit, bench, config
+  9. Model kernels      fused QK, fused MLP, FlashAttention-4
+ 10. Binding            which of them run: those that are right on this machine and, if asked, fast
+ 11. Matrix kernels     the three products that directions are made of
+ 12. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
+ 13. Optimizer          sharded state, and every collective of a step
+ 14. Schedules          rates as functions of progress; the average of the weights
+ 15. Rounding           a whole number for every weight: GPTQ, steps that follow the loss, trellis codes
+ 16. Artifact           byte layout, the fit to the cap, reading, packed source
+ 17. Codecs             xz, and rans for the codes of each row and column
+ 18. Score              windows that tile the split, one evaluator, test-time training
+ 19. Checkpoints        written by a thread, read by any number of ranks
+ 20. Runs               what every command works with
+ 21. Calibration        what training text says about rounding
+ 22. Training           warm-up, clock, loop
+ 23. Commands           train, eval, audit, bench, config
 
 Dimensions in docstrings
   B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
@@ -3084,7 +3085,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# 9. Model kernels: fused kernels, each beside a torch reference with the same signature, and their binding.
+# 9. Model kernels: fused kernels, each beside a torch reference with the same signature.
 
 try:
     import triton
@@ -3444,6 +3445,10 @@ def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor
     return Flash4.apply(*flat, bounds, T, window if window < T else 0).view(q.shape)
 
 
+# -----------------------------------------------------------------------------
+# 10. Binding: a fast function runs where it is right and, with bind_by_time, fast; else its reference does.
+
+
 class Rejection(NamedTuple):
     """Why a faster function was not bound."""
 
@@ -3472,6 +3477,19 @@ class Bound(NamedTuple):
         return label
 
 
+def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
+    """Return fn's output and the gradients of the inputs that require one, in float32."""
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    y = fn(*leaves)
+    if isinstance(y, tuple):
+        y = torch.cat(y, 2)  # q, k and v along heads
+    # Any gradient will do. A transposed gradient shows that the kernel needs no contiguous one.
+    dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
+    y.backward(dy.to(y.dtype))
+    gradients = [x.grad for x in leaves if x.requires_grad]
+    return [t.detach().float() for t in (y, *gradients)]
+
+
 def bind(
     fast: Callable, reference: Callable, inputs: list[Tensor], name: str = "triton", limit: float = 0.01
 ) -> Bound:
@@ -3496,22 +3514,62 @@ def bind(
     return Bound(reference, "torch", (rejection,))
 
 
-def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
-    """Return fn's output and the gradients of the inputs that require one, in float32."""
+def call_of(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
+    """Return a function of no arguments that runs forward and backward and drops the results."""
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-    y = fn(*leaves)
-    if isinstance(y, tuple):
-        y = torch.cat(y, 2)  # q, k and v along heads
-    # Any gradient will do. A transposed gradient shows that the kernel needs no contiguous one.
-    dy = torch.arange(y.numel(), device=y.device).sin().view(y.transpose(0, 1).shape).transpose(0, 1)
-    y.backward(dy.to(y.dtype))
-    gradients = [x.grad for x in leaves if x.requires_grad]
-    return [t.detach().float() for t in (y, *gradients)]
+    wanted = [x for x in leaves if x.requires_grad]
+
+    def call() -> None:
+        y = function(*leaves)
+        outputs = y if isinstance(y, tuple) else (y,)
+        torch.autograd.grad(outputs, wanted, [y.detach() for y in outputs])  # any gradient will do
+
+    return call
 
 
-TIMED_TOKENS = 65_536  # at most, in a timed call: a card of 8 GB has room for them
+def launch_of(m: Machine, call: Callable[[], None]) -> Callable[[], None] | None:
+    """Return what launches a call as training does, as a graph if it can be captured; None if it fails."""
+    try:
+        for _ in range(3):
+            with m.lanes() as lane, lane():
+                call()
+        m.sync()
+    except Exception:  # whatever the compiler or driver raises, at a size that results were not compared at
+        return None
+    with suppress(Exception):
+        return capture_graph(m.streams[0], torch.cuda.graph_pool_handle(), call)
+    return call
+
+
 TIMED_S = 0.2  # for the functions that are compared with each other
 MIN_TURNS = 5  # timed calls of each
+
+
+def device_times(m: Machine, calls: list[Callable[[], None]]) -> list[float]:
+    """Return the median ms of each call by the device's clock; inf for one that fails.
+
+    The calls take turns, so that a wandering clock rate slows down all of them.
+    """
+    launches = [launch_of(m, call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    began = time.perf_counter()
+    turns = 0
+    while turns < MIN_TURNS or time.perf_counter() < began + TIMED_S:
+        turns += 1
+        for launch, taken in zip(launches, times):
+            if launch is None:
+                taken.append(math.inf)
+                continue
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            launch()
+            end.record()
+            m.sync()
+            taken.append(start.elapsed_time(end))
+    return [sorted(taken)[turns // 2] for taken in times]
+
+
 # A function is preferred unless another one is faster by more than this. Medians of equal work differ by 1 %,
 # and a choice that noise could flip would make two runs of a seed differ for nothing.
 SLOWER = 1.05
@@ -3521,6 +3579,11 @@ def first_fast_enough(times: Mapping[str, float]) -> str:
     """Return the first name, in order of preference, whose time is at most SLOWER times the least."""
     limit = SLOWER * min(times.values())
     return next(name for name, ms in times.items() if ms <= limit)
+
+
+def as_trained(m: Machine, function: Callable) -> Callable:
+    """Compile a function alone, as it is compiled inside the model. The compiler needs a Python function."""
+    return m.compile(lambda *inputs: function(*inputs))
 
 
 @dataclass(frozen=True)
@@ -3572,61 +3635,7 @@ class Judge:
         return dict(zip(functions, self.m.largest_of_each(*found)))
 
 
-def as_trained(m: Machine, function: Callable) -> Callable:
-    """Compile a function alone, as it is compiled inside the model. The compiler needs a Python function."""
-    return m.compile(lambda *inputs: function(*inputs))
-
-
-def call_of(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
-    """Return a function of no arguments that runs forward and backward and drops the results."""
-    leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-    wanted = [x for x in leaves if x.requires_grad]
-
-    def call() -> None:
-        y = function(*leaves)
-        outputs = y if isinstance(y, tuple) else (y,)
-        torch.autograd.grad(outputs, wanted, [y.detach() for y in outputs])  # any gradient will do
-
-    return call
-
-
-def launch_of(m: Machine, call: Callable[[], None]) -> Callable[[], None] | None:
-    """Return what launches a call as training does, as a graph if it can be captured; None if it fails."""
-    try:
-        for _ in range(3):
-            with m.lanes() as lane, lane():
-                call()
-        m.sync()
-    except Exception:  # whatever the compiler or driver raises, at a size that results were not compared at
-        return None
-    with suppress(Exception):
-        return capture_graph(m.streams[0], torch.cuda.graph_pool_handle(), call)
-    return call
-
-
-def device_times(m: Machine, calls: list[Callable[[], None]]) -> list[float]:
-    """Return the median ms of each call by the device's clock; inf for one that fails.
-
-    The calls take turns, so that a wandering clock rate slows down all of them.
-    """
-    launches = [launch_of(m, call) for call in calls]
-    times: list[list[float]] = [[] for _ in calls]
-    began = time.perf_counter()
-    turns = 0
-    while turns < MIN_TURNS or time.perf_counter() < began + TIMED_S:
-        turns += 1
-        for launch, taken in zip(launches, times):
-            if launch is None:
-                taken.append(math.inf)
-                continue
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record()
-            launch()
-            end.record()
-            m.sync()
-            taken.append(start.elapsed_time(end))
-    return [sorted(taken)[turns // 2] for taken in times]
+TIMED_TOKENS = 65_536  # at most, in a timed call: a card of 8 GB has room for them
 
 
 def timed_shape(h: Config) -> tuple[int, int]:
@@ -3635,11 +3644,53 @@ def timed_shape(h: Config) -> tuple[int, int]:
     return max(min(h.micro_batch_tokens, TIMED_TOKENS) // T, 1), T
 
 
-def normals(device: torch.device, *shapes: tuple[int, ...], on: torch.device | str = "cpu") -> list[Tensor]:
-    """Draw seeded leaves in bf16. on: the device that draws, on which the numbers depend."""
-    generator = torch.Generator(on).manual_seed(0)
-    drawn = [torch.randn(shape, generator=generator, device=on) for shape in shapes]
-    return [x.to(device).bfloat16().requires_grad_() for x in drawn]
+def normals(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Draw seeded leaves in bf16, on the host: they are the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator).to(device).bfloat16().requires_grad_() for shape in shapes
+    ]
+
+
+def bind_qk(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
+    """Bind the fused QK norm, rope and gain if they are correct."""
+    (wide,) = normals(device, (2, 64, 4, 2 * h.head_dim))
+    heads = wide[..., : h.head_dim]  # strided, as slices of a product are
+    gain = torch.tensor([1.5, 0.5], device=device, requires_grad=True)
+    rope = rope_tables(64, h.rope_dims, h.rope_base, device)
+
+    def draw_large() -> list[Tensor]:
+        B, T = timed_shape(h)
+        qkv = normals(device, (B, T, h.num_heads + 2 * h.num_kv_heads, h.head_dim))
+        gain = torch.ones(h.num_heads, device=device, requires_grad=True)
+        return [*qkv, gain, *rope_tables(T, h.rope_dims, h.rope_base, device)]
+
+    return judge.faster(bind(FusedHeads.apply, qk_heads, [heads, gain, *rope]), qk_heads, draw_large)
+
+
+def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
+    """Bind the fused MLP if it is correct. With fp8, calls with gradients take the e4m3 form, if correct."""
+
+    def draw(B: int, T: int) -> list[Tensor]:
+        return normals(device, (B, T, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
+
+    inputs = draw(2, 64)
+    draw_large = partial(draw, *timed_shape(h))
+    fused = judge.faster(bind(FusedMLP.apply, mlp, inputs), mlp, draw_large)
+    if not h.fp8:
+        return fused
+    fp8 = judge.faster(
+        bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1), fused.function, draw_large, name=fused.name
+    )
+    times = fused.times + fp8.times
+    if fp8.rejected:
+        return fused._replace(rejected=fused.rejected + fp8.rejected, times=times)
+
+    def fp8_with_gradients(*args: Tensor) -> Tensor:
+        function = fp8.function if torch.is_grad_enabled() else fused.function
+        return function(*args)
+
+    return Bound(fp8_with_gradients, f"{fused.label}+fp8", times=times)
 
 
 SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, fastest first
@@ -3675,12 +3726,10 @@ def masks_of(h: Config) -> list[tuple[int, bool]]:
     return [(spec.window, spec.docs) for spec in layer_table(h)]
 
 
-def draw_heads(
-    h: Config, device: torch.device, B: int, T: int, on: torch.device | str = "cpu"
-) -> list[Tensor]:
-    """Draw q, k and v for a layer's attention. on: as in normals."""
+def draw_heads(h: Config, device: torch.device, B: int, T: int) -> list[Tensor]:
+    """Draw q, k and v for a layer's attention."""
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    return normals(device, *((B, T, n, h.head_dim) for n in heads), on=on)
+    return normals(device, *((B, T, n, h.head_dim) for n in heads))
 
 
 def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection, ...]:
@@ -3725,7 +3774,7 @@ def attention_times(
     for window, has_docs in sorted(set(masks)):
         options = dict(window=window, docs=docs if has_docs else None)
         functions = {name: partial(one.attend, **options) for name, one in candidates.items()}
-        for name, ms in judge.measure(functions, partial(draw_heads, h, device, B, T, on=device)).items():
+        for name, ms in judge.measure(functions, partial(draw_heads, h, device, B, T)).items():
             means[name] += ms * masks.count((window, has_docs)) / len(masks)
     return means
 
@@ -3765,48 +3814,6 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
     return bound._replace(rejected=rejected[:1] or (Rejection("flash4", "slower"),))
 
 
-def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
-    """Bind the fused MLP if it is correct. With fp8, calls with gradients take the e4m3 form, if correct."""
-
-    def draw(B: int, T: int, on: torch.device | str = "cpu") -> list[Tensor]:
-        weights = ((h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
-        return normals(device, (B, T, h.model_dim), *weights, on=on)
-
-    inputs = draw(2, 64)
-    draw_large = partial(draw, *timed_shape(h), on=device)
-    fused = judge.faster(bind(FusedMLP.apply, mlp, inputs), mlp, draw_large)
-    if not h.fp8:
-        return fused
-    fp8 = judge.faster(
-        bind(FusedMLP8.apply, mlp, inputs, "fp8", limit=0.1), fused.function, draw_large, name=fused.name
-    )
-    times = fused.times + fp8.times
-    if fp8.rejected:
-        return fused._replace(rejected=fused.rejected + fp8.rejected, times=times)
-
-    def fp8_with_gradients(*args: Tensor) -> Tensor:
-        function = fp8.function if torch.is_grad_enabled() else fused.function
-        return function(*args)
-
-    return Bound(fp8_with_gradients, f"{fused.label}+fp8", times=times)
-
-
-def bind_qk(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
-    """Bind the fused QK norm, rope and gain if they are correct."""
-    (wide,) = normals(device, (2, 64, 4, 2 * h.head_dim))
-    heads = wide[..., : h.head_dim]  # strided, as slices of a product are
-    gain = torch.tensor([1.5, 0.5], device=device, requires_grad=True)
-    rope = rope_tables(64, h.rope_dims, h.rope_base, device)
-
-    def draw_large() -> list[Tensor]:
-        B, T = timed_shape(h)
-        qkv = normals(device, (B, T, h.num_heads + 2 * h.num_kv_heads, h.head_dim), on=device)
-        gain = torch.ones(h.num_heads, device=device, requires_grad=True)
-        return [*qkv, gain, *rope_tables(T, h.rope_dims, h.rope_base, device)]
-
-    return judge.faster(bind(FusedHeads.apply, qk_heads, [heads, gain, *rope]), qk_heads, draw_large)
-
-
 def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
     """Return the machine with kernels bound for a model. Collective: all ranks bind the same."""
     began = time.perf_counter()
@@ -3829,9 +3836,9 @@ def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
 
 
 # -----------------------------------------------------------------------------
-# 10. Matrix kernels: the three products that directions are made of, and the sizes at which kernels win.
+# 11. Matrix kernels: the three products that directions are made of, and the sizes at which kernels win.
 #
-# Here and in sections 11 and 12, functions take a stack of S matrices (S, M, N). Papers describe one matrix.
+# Here and in sections 12 and 13, functions take a stack of S matrices (S, M, N). Papers describe one matrix.
 
 
 @triton.jit
@@ -4141,7 +4148,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # -----------------------------------------------------------------------------
-# 11. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes the step.
+# 12. Directions: a row of ORTHO turns a momentum into a direction, a row of STEP_RULES makes the step.
 
 NS5 = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan, Muon (2024): five steps map [0.0015, 1] into [0.68, 1.20]
 # thib-s/flash-newton-schulz: from a genetic search for the spectra that AOL leaves. The slope at 0 is 147.
@@ -4391,7 +4398,7 @@ STEP_RULES = {
 }
 
 # -----------------------------------------------------------------------------
-# 12. Optimizer: sharded state, and the schedule that launches every collective of a step.
+# 13. Optimizer: sharded state, and the schedule that launches every collective of a step.
 
 
 class StepScalars(NamedTuple):
@@ -4718,7 +4725,7 @@ class Optimizer:
 
 
 # -----------------------------------------------------------------------------
-# 13. Schedules: rates as pure functions of progress, and the average of the weights.
+# 14. Schedules: rates as pure functions of progress, and the average of the weights.
 
 
 class Hyper(NamedTuple):
@@ -4804,7 +4811,7 @@ class Ema:
 
 
 # -----------------------------------------------------------------------------
-# 14. Rounding: a whole number for every weight, guided by training text.
+# 15. Rounding: a whole number for every weight, guided by training text.
 
 
 class Encoding(NamedTuple):
@@ -5200,7 +5207,7 @@ def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibr
 
 
 # -----------------------------------------------------------------------------
-# 15. Artifact: byte layout, the fit to the cap, reading, packed source. No pickle anywhere.
+# 16. Artifact: byte layout, the fit to the cap, reading, packed source. No pickle anywhere.
 #
 #   artifact := raw, compressed by a row of CODECS; the first bytes tell which row
 #   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
@@ -5533,7 +5540,7 @@ def own_source() -> str:
 
 
 # -----------------------------------------------------------------------------
-# 16. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
+# 17. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
 
 # Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. No
 # other option gains 0.05 %.
@@ -5890,7 +5897,7 @@ def codec_of(blob: bytes) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 17. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
+# 18. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
 # The columns of score windows, which are rows of three numbers: a window shows the model the tokens of
 # [start, end) and scores the targets of [score_from, end). Target i is token i + 1. A row of zeros is an
@@ -6259,7 +6266,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 
 
 # -----------------------------------------------------------------------------
-# 18. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
+# 19. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
 #
 #   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of the rest
 #
@@ -6603,7 +6610,7 @@ class Checkpoints:
 
 
 # -----------------------------------------------------------------------------
-# 19. Runs: what every command works with, built once.
+# 20. Runs: what every command works with, built once.
 
 
 class ScoringPass:
@@ -6779,7 +6786,7 @@ def start_run(
 
 
 # -----------------------------------------------------------------------------
-# 20. Calibration: what training text says about rounding, measured on the live weights.
+# 21. Calibration: what training text says about rounding, measured on the live weights.
 
 
 def gram_of(x: Tensor) -> Tensor:
@@ -6950,7 +6957,7 @@ def check_calibration(calibration: Calibration, step: int, train_ms: float) -> N
 
 
 # -----------------------------------------------------------------------------
-# 21. Training: warm-up, clock, loop.
+# 22. Training: warm-up, clock, loop.
 
 DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
@@ -7540,7 +7547,7 @@ def train(run: Run) -> Trained:
 
 
 # -----------------------------------------------------------------------------
-# 22. Commands: what the command line runs.
+# 23. Commands: what the command line runs.
 
 
 @memory_remedy("to make the artifact", "close other programs, or make the model smaller")

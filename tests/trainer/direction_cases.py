@@ -80,7 +80,7 @@ class Direction(NamedTuple):
     formula: Callable[[np.ndarray], np.ndarray]  # in float64, one matrix (M, N) -> (M, N)
     wide: tuple[float, float]
     square: tuple[float, float]
-    products: list[str]  # the operators of section 10 that it calls, in order
+    products: list[str]  # the operators of section 11 that it calls, in order
     any_shape: tuple[float, float] | None = None
 
 

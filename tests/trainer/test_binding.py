@@ -139,6 +139,12 @@ def test_both_functions_are_compiled_as_training_compiles(judge):
     assert len(compiled) == 2
 
 
+@pytest.mark.parametrize("limit,B", [(65_536, 4), (40, 2), (8, 1)])
+def test_inputs_are_timed_at_the_size_of_a_micro_batch_that_fits(limit, B, monkeypatch):
+    monkeypatch.setattr(t, "TIMED_TOKENS", limit)
+    assert t.timed_shape(tiny(train_seq_len=16, micro_batch_tokens=64, train_batch_tokens=64)) == (B, 16)
+
+
 # ---------------------------------------------------------------- the model's functions
 
 
