@@ -3644,8 +3644,8 @@ def timed_shape(h: Config) -> tuple[int, int]:
     return max(min(h.micro_batch_tokens, TIMED_TOKENS) // T, 1), T
 
 
-def normals(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Draw seeded leaves in bf16, on the host: they are the same on every device."""
+def draw_normal(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Draw seeded normal tensors in bf16, on the host: they are the same on every device."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(shape, generator=generator).to(device).bfloat16().requires_grad_() for shape in shapes
@@ -3654,14 +3654,14 @@ def normals(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 def bind_qk(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     """Bind the fused QK norm, rope and gain if they are correct."""
-    (wide,) = normals(device, (2, 64, 4, 2 * h.head_dim))
+    (wide,) = draw_normal(device, (2, 64, 4, 2 * h.head_dim))
     heads = wide[..., : h.head_dim]  # strided, as slices of a product are
     gain = torch.tensor([1.5, 0.5], device=device, requires_grad=True)
     rope = rope_tables(64, h.rope_dims, h.rope_base, device)
 
     def draw_large() -> list[Tensor]:
         B, T = timed_shape(h)
-        qkv = normals(device, (B, T, h.num_heads + 2 * h.num_kv_heads, h.head_dim))
+        qkv = draw_normal(device, (B, T, h.num_heads + 2 * h.num_kv_heads, h.head_dim))
         gain = torch.ones(h.num_heads, device=device, requires_grad=True)
         return [*qkv, gain, *rope_tables(T, h.rope_dims, h.rope_base, device)]
 
@@ -3672,7 +3672,7 @@ def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
     """Bind the fused MLP if it is correct. With fp8, calls with gradients take the e4m3 form, if correct."""
 
     def draw(B: int, T: int) -> list[Tensor]:
-        return normals(device, (B, T, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
+        return draw_normal(device, (B, T, h.model_dim), (h.mlp_dim, h.model_dim), (h.model_dim, h.mlp_dim))
 
     inputs = draw(2, 64)
     draw_large = partial(draw, *timed_shape(h))
@@ -3729,7 +3729,7 @@ def masks_of(h: Config) -> list[tuple[int, bool]]:
 def draw_heads(h: Config, device: torch.device, B: int, T: int) -> list[Tensor]:
     """Draw q, k and v for a layer's attention."""
     heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-    return normals(device, *((B, T, n, h.head_dim) for n in heads))
+    return draw_normal(device, *((B, T, n, h.head_dim) for n in heads))
 
 
 def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection, ...]:

@@ -350,6 +350,6 @@ def test_the_log_has_the_times_in_lines_of_their_own(tmp_path, monkeypatch):
 def test_on_a_device_the_larger_product_takes_longer():
     m = t.with_gpu(machine())
     m = t.replace(m, device=torch.device("cuda"))
-    calls = [t.call_of(double, t.normals(m.device, (n, 4096))) for n in (4096, 16384)]
+    calls = [t.call_of(double, t.draw_normal(m.device, (n, 4096))) for n in (4096, 16384)]
     small_ms, large_ms, failed = t.device_times(m, [*calls, lambda: 1 / 0])
     assert 2 < large_ms / small_ms < 8 and failed == math.inf
