@@ -132,7 +132,7 @@ use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it 
     say "installed in $((SECONDS - began)) s"
 }
 
-use_flash4() {    # FlashAttention-4 into .venv where a GPU can run it; tried once, since attention works without it
+use_flash4() {    # use_flash4 WORDS...: FlashAttention-4 into .venv if a GPU can run it and the command would
     local stamp=$venv/.flash4.sha256 want major
     command -v nvidia-smi >/dev/null 2>&1 || return 0
     major=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/\..*//p') || return 0
@@ -141,11 +141,12 @@ use_flash4() {    # FlashAttention-4 into .venv where a GPU can run it; tried on
     needs requirements-flash4.txt
     want=$(stamp_of "$py" requirements-flash4.txt)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
+    "$py" "$cli" --runs-attention "$@" 2>/dev/null || return 0
     say "installing requirements-flash4.txt into .venv: once"
     pip_install requirements-flash4.txt ||
         say "no FlashAttention-4 (pip's message is above): layers with windows may be slow, attn_windows= trains" \
             "without them; .venv/bin/pip install -r requirements-flash4.txt tries again"
-    printf '%s\n' "$want" >"$stamp"
+    printf '%s\n' "$want" >"$stamp"    # even if that failed: attention works without it
 }
 
 # ----------------------------------------------------------------------------- hand over
@@ -172,10 +173,6 @@ elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else
     use_venv "$@"
-    case "${1:-train} ${2:-}" in    # FlashAttention-4 is for the commands that run attention on a GPU
-        config* | data* | test* | watch*) ;;
-        record\ *) case ${2:-} in directions | encodings | reproduce | sweep) use_flash4 ;; esac ;;
-        *) use_flash4 ;;
-    esac
+    use_flash4 "$@"
 fi
 RUN_SH_SECONDS=$SECONDS exec "$py" "$cli" "$@"    # its notes go on counting

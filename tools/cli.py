@@ -5,7 +5,8 @@ COMMANDS is the list of commands, each a function of commands/ or, if it only pa
 file; `./run.sh --help` is printed from it. Notes go to stderr, so that `./run.sh config > file` stays clean.
 
 This process never imports torch, so that help and every refusal are quick. Children of it, `cli.py --resolve`
-and `cli.py --vocabulary`, ask the trainer for what only it knows (commands/ask_trainer.py).
+and `cli.py --vocabulary`, ask the trainer for what only it knows (commands/ask_trainer.py). run.sh asks with
+--check and --runs-attention before it installs packages.
 
 The exit status is the program's own (128 + N after signal N), or 2 for bad input, with one line on stderr.
 """
@@ -30,6 +31,7 @@ from commands.programs import add_tools_to_path, run
 from commands.suite import test
 from commands.train import train
 from commands.words import Command, Form, Request, check_knobs, enter_repository, read_request
+from ledger.lab_verbs import MEASURED
 from script import ROOT, BadInput, describe, guard_console, leave_console, take_ctrl_c
 from use.settings import DATA_KEYS, SAMPLE_KEYS
 
@@ -55,9 +57,6 @@ def data(request: Request) -> int:
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 
-MEASURED = ("codecs", "directions", "encodings", "sweep", "wire")
-
-
 def is_measured(request: Request) -> bool:
     """Return whether a verb of `record` is one that measures."""
     return bool(request.words) and request.words[0] in MEASURED
@@ -81,6 +80,14 @@ def record(request: Request) -> int:
     from ledger import record as ledger_record
 
     return ledger_record.main(request.words)
+
+
+def runs_attention(name: str, words: list[str]) -> bool:
+    """Return whether a command runs the model's attention. run.sh asks, to install what makes it fast."""
+    if name == "record":
+        measures = [verb for verb, row in MEASURED.items() if row.runs_attention]
+        return bool(words) and words[0] in ("reproduce", *measures)
+    return COMMANDS[name].runs_attention
 
 
 def watch(request: Request) -> int:
@@ -159,6 +166,7 @@ COMMANDS = {
         config,
         forms=(Form("[key=value...]", "Print the resolved configuration.", "config preset=record"),),
         files=("train_gpt.py",),
+        runs_attention=False,
     ),
     "bench": Command(
         bench,
@@ -193,6 +201,7 @@ COMMANDS = {
         files=("data/prepare.py",),
         check=check_data,
         reads_knobs=False,
+        runs_attention=False,
     ),
     "record": Command(
         record,
@@ -214,6 +223,7 @@ COMMANDS = {
         ),
         files=("tools/ledger/show/watch.py",),
         reads_knobs=False,
+        runs_attention=False,
     ),
     "test": Command(
         test,
@@ -224,6 +234,7 @@ COMMANDS = {
             Form("long", "The same with the few tests that take over 15 s, alone or together.", "test long"),
         ),
         reads_knobs=False,
+        runs_attention=False,
     ),
 }
 
@@ -304,6 +315,13 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
     return argv[0], argv[1:]
 
 
+QUESTIONS = {  # what run.sh or a parent process asks instead of a command; each returns the exit status
+    "--resolve": print_resolved,
+    "--vocabulary": lambda words: print_vocabulary(words[0], words[1:]),
+    "--runs-attention": lambda words: 0 if runs_attention(*split_command(words)) else 1,
+}
+
+
 def main(argv: list[str]) -> int:
     """Run a command line of run.sh and return the exit status. After --check, only read it."""
     guard_console()
@@ -315,10 +333,8 @@ def main(argv: list[str]) -> int:
         if argv[:1] in (["-h"], ["--help"], ["help"]):
             return show_help()
         check_folder()
-        if argv[:1] == ["--resolve"]:
-            return print_resolved(argv[1:])
-        if argv[:1] == ["--vocabulary"]:
-            return print_vocabulary(argv[1], argv[2:])
+        if argv and argv[0] in QUESTIONS:
+            return QUESTIONS[argv[0]](argv[1:])
         name, words = split_command(argv)
         command = COMMANDS[name]
         if command.reads_knobs and {"-h", "--help"} & set(words):

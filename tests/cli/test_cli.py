@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import train_gpt as t
 from commands import ask_trainer, datasets, machine, programs
 from commands.words import Takes
 from lab.shared.bench_options import make_parser
+from ledger import lab_verbs, record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,6 +129,33 @@ def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
 def test_the_verbs_of_data_are_those_of_its_program():
     verbs = next(action for action in prepare.make_parser()._actions if action.dest == "verb")
     assert sorted(cli.DATA_VERBS) == sorted(verbs.choices)
+
+
+def test_run_sh_asks_which_commands_run_attention():
+    """It installs a package for them, and keeps no list of its own."""
+
+    def status(words: str) -> int:
+        return cli.main(["--runs-attention", *words.split()])
+
+    for words in ("", "seed=1", "train", "eval x", "audit x", "sample x", "bench", "record reproduce x"):
+        assert status(words) == 0, words
+    for words in ("config", "data auto", "test fast", "watch", "record", "record verify", "record site"):
+        assert status(words) == 1, words
+    assert {verb: status(f"record {verb}") for verb in lab_verbs.MEASURED} == {
+        verb: int(not row.runs_attention) for verb, row in lab_verbs.MEASURED.items()
+    }
+    assert status("fly") == 2
+    script = (ROOT / "run.sh").read_text(encoding="utf-8")
+    assert not [verb for verb in lab_verbs.MEASURED if re.search(rf"\b{verb}\b", script)]
+
+
+def test_the_help_of_record_lists_the_verbs_that_measure(capsys):
+    with pytest.raises(SystemExit):
+        record.main(["--help"])
+    said = capsys.readouterr().out
+    for verb, row in lab_verbs.MEASURED.items():
+        assert re.search(rf"^    {verb} +{re.escape(row.summary)}$", said, re.M)
+        assert (ROOT / "tools" / "lab" / f"{verb}.py").is_file()
 
 
 TYPED = {name: kind.type for name, kind in t.kinds_of_knobs().items() if kind.type != "str"}

@@ -64,6 +64,7 @@ class Command(NamedTuple):
     files: tuple[str, ...] = ()  # files that the command needs
     reads_knobs: bool = True  # if not, its words go to another program as they are
     needs_artifact: bool = False
+    runs_attention: bool = True  # of `record`, only some verbs do
     keys: tuple[str, ...] = ()  # keys of its key=value words; (): the knobs of the trainer
     check: Callable[[Request], None] = lambda request: None  # raises BadInput, before data is looked for
 

@@ -45,6 +45,7 @@ from ledger.folders import (
     shown,
     sweep_folders,
 )
+from ledger.lab_verbs import listing
 from ledger.make import ladder, markdown, pictures, record_folder, scaling
 from ledger.prove.challenge_claims import is_challenge_folder
 from ledger.prove.claim_table import examine_challenge_folder, examine_race, examine_record
@@ -63,13 +64,6 @@ from ledger.tracks import TRACKS, target_of
 from script import ROOT, BadInput
 
 LONGEST_NAME = 100  # characters
-EPILOG = """verbs that measure on this machine (tools/lab; VERB --help has their options):
-    directions          time and quality of the directions and step rules of train_gpt.py
-    codecs              bytes and seconds of an artifact by every codec, and the entropy of its codes
-    encodings           artifacts of one checkpoint with several settings of the codes, each scored
-    wire                count the bytes that an optimizer step communicates, and predict their time
-    sweep               train rows of settings at several rates and seeds, and tabulate them
-"""
 
 
 # ---- new -----------------------------------------------------------------------------------------
@@ -366,7 +360,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="record",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog=EPILOG,
+        epilog=listing(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
