@@ -7896,7 +7896,14 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
     return 0
 
 
-TOOLS = {"audit": "tools/audit.py", "bench": "tools/lab/bench.py"}
+class Tool(NamedTuple):
+    """A row of TOOLS: a program of the repository, and the module as which Python runs it; "": as a file."""
+
+    file: str
+    module: str = ""
+
+
+TOOLS = {"audit": Tool("tools/audit.py"), "bench": Tool("tools/lab/bench.py", "lab.bench")}
 
 
 def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
@@ -7906,15 +7913,16 @@ def command_tool(name: str, argv: list[str], env: Mapping[str, str]) -> int:
     InputError outside the repository.
     """
     script = Path(__file__).resolve()
-    root = next((folder for folder in script.parents if (folder / TOOLS[name]).is_file()), None)
+    tool = TOOLS[name]
+    root = next((folder for folder in script.parents if (folder / tool.file).is_file()), None)
     if root is None:
         files = [os.path.abspath(a) if os.path.isfile(a) else a for a in argv if "=" not in a]
         command = " ".join(["./run.sh", name, *files, "--script", str(script), "KEY=VALUE"])
         raise InputError(
-            f"{TOOLS[name]} not found: it ships with the bankshot repository. From there, run {command}"
+            f"{tool.file} not found: it ships with the bankshot repository. From there, run {command}"
         )
 
-    target = [str(root / TOOLS[name])] if name == "audit" else ["-m", "lab.bench"]
+    target = ["-m", tool.module] if tool.module else [str(root / tool.file)]
     paths = [str(root / "tools"), *filter(None, [env.get("PYTHONPATH")])]
     # From Python 3.11 on, -m ignores modules in the working folder if this is set.
     env = {**env, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -554,7 +554,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert printed.err == "", printed.err
     report = json.loads(at.read_text())
-    assert (report["rows"], report["seq_len"], report["dtype"]) == (4, 16, "float32")
+    assert (report["sequences"], report["seq_len"], report["dtype"]) == (4, 16, "float32")
     assert report["versions"]["torch"] == torch.__version__ and report["device"]
     assert report["layouts"] == [Layout(4, 2, 8)._asdict(), Layout(2, 1, 16)._asdict()]
     assert [m["name"] for m in report["masks"]] == NAMES

@@ -224,13 +224,28 @@ def test_pairs_take_turns(monkeypatch):
     assert order[:4] == ["other", "plain", "plain", "other"]
 
 
-def test_the_table_of_parameters_chooses_the_noise(monkeypatch):
-    """A gain lies near 0.5; as a matrix, it would have a mean of zero."""
+def test_a_script_says_which_parameters_are_matrices(monkeypatch):
+    """A scale lies near 0.5; as a matrix, it would have a mean of zero."""
     model = t.GPT(a_session().h)
-    assert trainer.fill_weights(t, model).attn_scale.mean() > 0.3
+
+    def mean() -> float:
+        return trainer.fill_weights(t, model).attn_scale.mean()
+
+    assert mean() > 0.3
+    with monkeypatch.context() as patched:
+        patched.setattr(t, "MULTIPLIED", {*t.MULTIPLIED, "attn_scale"})
+        assert abs(mean()) < 0.1
+
+    monkeypatch.delattr(t, "MULTIPLIED")  # as in older scripts
+    assert mean() > 0.3
     table = [spec._replace(stored_as="int8") if spec.name == "attn_scale" else spec for spec in t.PARAM_TABLE]
     monkeypatch.setattr(t, "PARAM_TABLE", table)
-    assert abs(trainer.fill_weights(t, model).attn_scale.mean()) < 0.1
+    assert abs(mean()) < 0.1
+
+
+def test_older_tables_of_parameters_have_the_encoding_under_another_name():
+    assert trainer.is_matrix(SimpleNamespace(), SimpleNamespace(name="kv", kind="int6"))
+    assert not trainer.is_matrix(SimpleNamespace(), SimpleNamespace(name="kv", kind="f16"))
 
 
 def test_the_reference_is_the_model_in_float64():

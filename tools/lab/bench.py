@@ -71,7 +71,7 @@ from lab.shared.timing import say_noise
 from lab.shared.trainer import (
     TOOL,
     Session,
-    Trained,
+    TrainingParts,
     build_trained,
     known_errors_of,
     load_trainer,
@@ -94,7 +94,7 @@ def attempt(s: Session, what: str, measure: Callable[..., None], *args: Any) -> 
         s.skip(what, error)
 
 
-def measure_steps(s: Session, run: Trained, sustain: float | None) -> Session:
+def measure_steps(s: Session, run: TrainingParts, sustain: float | None) -> Session:
     """Measure the parts of a step, the loader and sustained steps. sustain: seconds; None: by the device.
 
     Returns the session with its deadline later by the time that the sustained steps took.

@@ -178,7 +178,7 @@ class MaskedLayer(NamedTuple):
 
 def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
     """Draw the tensors of a layer."""
-    B = s.rows
+    B = s.sequences
     T = s.h.train_seq_len
     device = s.m.device
     torch.manual_seed(0)
@@ -365,7 +365,7 @@ def exact_row(c: MaskedLayer, row: int) -> list[Tensor]:
 
 def exact_rows(c: MaskedLayer) -> dict[int, list[Tensor]]:
     """Compute exact_row of the sequences that are compared: the first and the last."""
-    return {row: exact_row(c, row) for row in sorted({0, c.s.rows - 1})}
+    return {row: exact_row(c, row) for row in sorted({0, c.s.sequences - 1})}
 
 
 def errors_of(found: list[Tensor], exact: dict[int, list[Tensor]]) -> dict[str, float]:
@@ -633,7 +633,7 @@ def describe(s: Session, masks: list[Mask]) -> None:
         ],
     )
     software = ", ".join([s.report["device"], *(f"{k} {v}" for k, v in s.report["versions"].items())])
-    size = f"{s.rows} x {s.h.train_seq_len} tokens"
+    size = f"{s.sequences} x {s.h.train_seq_len} tokens"
     s.say(f"attention of a layer: {size}, {s.report['dtype']}, device {software}")
     if len(layouts) == 1:
         s.skip("the second layout", f"num_heads={s.h.num_heads} is odd: it cannot be halved")
@@ -655,7 +655,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     if names is None:
         names = [name for name in PATHS if name != "math" or not s.cuda]
 
-    masks = masks_of(s.rows, s.h.train_seq_len)
+    masks = masks_of(s.sequences, s.h.train_seq_len)
     describe(s, masks)
     fill = filler(s)
     rows = []

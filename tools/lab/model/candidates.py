@@ -30,7 +30,15 @@ from lab.model.sections import (
 )
 from lab.shared.exact import attend_exact, relative
 from lab.shared.timing import typical, wall_ms
-from lab.shared.trainer import MODULE, Session, Trained, copy_weights, fill_weights, load_trainer, zero_model
+from lab.shared.trainer import (
+    MODULE,
+    Session,
+    TrainingParts,
+    copy_weights,
+    fill_weights,
+    load_trainer,
+    zero_model,
+)
 from ledger.files import as_json
 from script import BadInput
 
@@ -168,7 +176,7 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-def reference_of(s: Session, run: Trained, tokens: Tensor) -> Reference:
+def reference_of(s: Session, run: TrainingParts, tokens: Tensor) -> Reference:
     """Compute the plain model's loss and gradients in float64, one sequence at a time. tokens: (B, T + 1)."""
     model = zero_model(s, s.t, s.h, s.t.Ops(attend=attend_exact), torch.float64).double()
     copy_weights(model, run.model)
@@ -209,7 +217,7 @@ def section_named(s: Session, t: ModuleType, ops: Any, dtype: torch.dtype, name:
 
 def section_errors(s: Session, t: ModuleType, ops: Any, name: str) -> SectionErrors:
     """Return the errors of a section's outputs and gradients on one sequence, uncompiled, against float64."""
-    one = s._replace(rows=1)
+    one = s._replace(sequences=1)
     section = section_named(one, t, ops, s.m.dtype, name)
     exact_section = section_named(one, s.t, s.t.Ops(attend=attend_exact), torch.float64, name)
     torch.manual_seed(0)  # every candidate meets the numbers that the plain section met
@@ -243,7 +251,7 @@ class Pair(NamedTuple):
     other: float
 
 
-def time_pairs(s: Session, plain: Trained, other: Trained) -> list[Pair]:
+def time_pairs(s: Session, plain: TrainingParts, other: TrainingParts) -> list[Pair]:
     """Time forward+backward in pairs, the order alternating: a drift of the clocks meets both."""
     pairs = []
     for i in range(WARM_PAIRS + PAIRS):
@@ -361,7 +369,7 @@ class Comparison:
     Construction fills the model's weights and computes the reference and the plain errors.
     """
 
-    def __init__(self, s: Session, run: Trained, path: Path) -> None:
+    def __init__(self, s: Session, run: TrainingParts, path: Path) -> None:
         self.s = s
         self.run = run
         self.path = path
@@ -443,7 +451,7 @@ class Comparison:
         )
 
 
-def compare(s: Session, run: Trained, path: Path, names: list[str]) -> None:
+def compare(s: Session, run: TrainingParts, path: Path, names: list[str]) -> None:
     """Compare every named candidate; print and report each. One that fails is skipped with its reason."""
     s.say(f"\ncandidates: {', '.join(names)}; first the plain model, compiled and in float64")
     comparison = Comparison(s, run, path)

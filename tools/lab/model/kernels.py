@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lab.shared.timing import aligned
-from lab.shared.trainer import Session, Trained
+from lab.shared.trainer import Session, TrainingParts
 
 PASSES = 3  # traced
 LARGEST = 25  # kernels listed
@@ -77,7 +77,7 @@ def kernel_tables(events: list[dict], own: set[str], passes: int) -> dict:
     return dict(classes=largest_first([*classes.values()]), kernels=largest_first(kernels))
 
 
-def profile(s: Session, run: Trained, script: Path) -> None:
+def profile(s: Session, run: TrainingParts, script: Path) -> None:
     """Trace the compiled forward+backward; print and report its kernels by class and the largest of them."""
     if not s.cuda:
         s.skip("profile", "kernels are traced on a GPU")

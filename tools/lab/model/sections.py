@@ -129,7 +129,7 @@ class Pieces:
         self.model = one_layer_model(s, t, ops, dtype)
         self.layers = t.layer_table(s.h)
 
-        self.B = s.rows
+        self.B = s.sequences
         self.T = s.h.train_seq_len
         self.tokens = self.B * self.T
         self.size = s.m.dtype.itemsize  # bytes of an activation

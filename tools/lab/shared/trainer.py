@@ -32,21 +32,20 @@ NEEDS = (
 TOOL = "bench.py"  # begins its errors
 MODULE = "benched_script"  # its name in sys.modules; a copy with a candidate gets a suffix
 DOCUMENTS_PER_SEQUENCE = 4  # where the config keeps documents apart
-ENCODING = 5  # the column of PARAM_TABLE; scripts of another age call it by another name
 TRAINING_BATCHES = 4  # batches of random tokens; each pass draws one
 
 
 class Session(NamedTuple):
     """A script under measurement.
 
-    t: the script as a module, with its config h and machine m. rows: sequences of a micro-batch. report: the
+    t: the script as a module, with its config h and machine m. sequences: those of a micro-batch. report: the
     JSON report, filled while measuring. deadline: no section begins after this perf_counter().
     """
 
     t: ModuleType
     h: Any
     m: Any
-    rows: int
+    sequences: int
     report: dict
     deadline: float = math.inf
 
@@ -102,7 +101,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
     """Resolve the config, bind the machine and begin a report that describes both."""
     h = t.load_config(knobs, env)
     m = t.init_machine(h, env)
-    rows = t.cut_batch(h, m.world_size).sequences
+    sequences = t.cut_batch(h, m.world_size).sequences
     names = script.machine_names(m)
     report = dict(
         schema=1,
@@ -110,13 +109,13 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
         machine=names,
         dtype=str(m.dtype).removeprefix("torch."),
         world_size=m.world_size,
-        rows=rows,
+        sequences=sequences,
         seq_len=h.train_seq_len,
         config=dataclasses.asdict(h),
         skipped=[],
         noisy=[],
     )
-    return Session(t, h, m, rows, report)
+    return Session(t, h, m, sequences, report)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -136,11 +135,19 @@ def zero_model(s: Session, t: ModuleType, h: Any, ops: Any, dtype: torch.dtype) 
         t.init_tensor = own
 
 
+def is_matrix(t: ModuleType, spec: Any) -> bool:
+    """Return whether a parameter multiplies each token: in older scripts, whether it is stored as codes."""
+    if hasattr(t, "MULTIPLIED"):
+        return spec.name in t.MULTIPLIED
+    encoding = getattr(spec, "stored_as", None) or spec.kind
+    return encoding.startswith("int")
+
+
 @torch.no_grad()
 def fill_weights(t: ModuleType, model: Any, seed: int = 0) -> Any:
     """Fill in weights none of which is zero or one, so that no path is switched off. Returns the model.
 
-    A parameter is an embedding by its rate, and else a matrix by its encoding: whole numbers.
+    A parameter is an embedding by its rate.
     """
     specs = {spec.name: spec for spec in t.PARAM_TABLE}
     for i, (name, p) in enumerate(model.named_parameters()):
@@ -148,7 +155,7 @@ def fill_weights(t: ModuleType, model: Any, seed: int = 0) -> Any:
         noise = torch.randn(p.shape, generator=generator)
         if specs[name].lr == "embed_lr":
             p.copy_(0.05 * noise)
-        elif specs[name][ENCODING].startswith("int"):
+        elif is_matrix(t, specs[name]):
             p.copy_(0.7 * noise * p.size(-1) ** -0.5)
         else:
             p.copy_(0.5 + 0.1 * noise)
@@ -178,7 +185,7 @@ def documents_of(s: Session) -> Tensor | None:
         return None
     T = s.h.train_seq_len
     numbers = torch.arange(T, device=s.m.device) * DOCUMENTS_PER_SEQUENCE // T
-    return numbers.expand(s.rows, T)
+    return numbers.expand(s.sequences, T)
 
 
 def rope_of(s: Session, t: ModuleType) -> Any:
@@ -254,7 +261,7 @@ def blocks_of(s: Session, t: ModuleType, ops: Any, model: Any) -> Blocks:
 # ---- training ------------------------------------------------------------------------------------
 
 
-class Trained(NamedTuple):
+class TrainingParts(NamedTuple):
     """A model and what trains it. batches: (B, T + 1) random tokens."""
 
     model: Any
@@ -277,7 +284,7 @@ class Trained(NamedTuple):
         self.forward().backward()
 
 
-def build_trained(s: Session, steps: bool = True) -> Trained:
+def build_trained(s: Session, steps: bool = True) -> TrainingParts:
     """Build the model, its optimizer and its averaged weights, as training does.
 
     steps=False: no step will be made. The optimizer still decides which weights move and where gradients
@@ -292,12 +299,12 @@ def build_trained(s: Session, steps: bool = True) -> Trained:
         model = zero_model(s, s.t, s.h, s.m.ops, s.m.dtype)
 
     optimizer = s.t.Optimizer(model, s.h, machine)
-    shape = (s.rows, s.h.train_seq_len + 1)
+    shape = (s.sequences, s.h.train_seq_len + 1)
     batches = [torch.randint(s.h.vocab_size, shape, device=s.m.device) for _ in range(TRAINING_BATCHES)]
-    return Trained(model, s.m.compile(model.loss), optimizer, s.t.Ema(model, s.h), batches)
+    return TrainingParts(model, s.m.compile(model.loss), optimizer, s.t.Ema(model, s.h), batches)
 
 
-def capture_backward(s: Session, run: Trained) -> tuple[Callable[[Tensor], Tensor], str]:
+def capture_backward(s: Session, run: TrainingParts) -> tuple[Callable[[Tensor], Tensor], str]:
     """Capture training's forward+backward of a micro-batch, (B, T + 1) -> its share of the loss.
 
     It is a CUDA graph where the machine captures. Also returns the reason why a capture failed, or ''.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lab.shared.timing import typical, wall_times
-from lab.shared.trainer import Session, Trained, capture_backward, gradient_buffers, quiet_run
+from lab.shared.trainer import Session, TrainingParts, capture_backward, gradient_buffers, quiet_run
 from script import machine_names
 
 
@@ -25,7 +25,7 @@ def report_times(s: Session, name: str, times: list[float]) -> None:
     )
 
 
-def time_step(s: Session, run: Trained) -> None:
+def time_step(s: Session, run: TrainingParts) -> None:
     """Time each part of a training step, then the whole step.
 
     forward+backward is training's: a CUDA graph where the machine captures. Its memory is freed when this
@@ -61,7 +61,7 @@ def time_step(s: Session, run: Trained) -> None:
     if s.cuda:
         s.report["peak_mib"] = torch.cuda.max_memory_allocated() // 2**20
         s.say(
-            f"bench rows:{s.rows} seq_len:{s.h.train_seq_len} accum:{s.accum} peak memory allocated: "
+            f"bench rows:{s.sequences} seq_len:{s.h.train_seq_len} accum:{s.accum} peak memory allocated: "
             f"{s.report['peak_mib']} MiB"
         )
 

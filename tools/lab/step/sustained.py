@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lab.shared.timing import ms_between, tick
-from lab.shared.trainer import Session, Trained, capture_backward, quiet_run
+from lab.shared.trainer import Session, TrainingParts, capture_backward, quiet_run
 from lab.step.smi import Sampler, gpu_of
 
 BLOCKS = 8  # into which the seconds are cut
@@ -41,7 +41,7 @@ class TrainingLoop:
     logged: the part of a run that log_step needs. Without a loader only `fixed` can run.
     """
 
-    def __init__(self, s: Session, run: Trained, loader: Any, logged: SimpleNamespace) -> None:
+    def __init__(self, s: Session, run: TrainingParts, loader: Any, logged: SimpleNamespace) -> None:
         self.s = s
         self.run = run
         self.loader = loader
@@ -208,7 +208,7 @@ def summarize(s: Session, blocks: list[dict], seconds: float, gpu: dict) -> None
     say_clocks(s, gpu)
 
 
-def measure_sustained(s: Session, run: Trained, loader: Any, seconds: float) -> None:
+def measure_sustained(s: Session, run: TrainingParts, loader: Any, seconds: float) -> None:
     """Run training's loop for this many seconds; print and report the lines `bench sustained ...`."""
     begun = time.perf_counter()
     gpu = gpu_of(s) if s.m.rank == 0 else None
