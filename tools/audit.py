@@ -140,7 +140,7 @@ def run_tests(script: ModuleType, run: Run, blob: bytes) -> int:
     passed = 0
     with audit.progress as progress:
         for number, test in enumerate(AUDIT, 1):
-            progress.begin(f"T{number}")
+            progress.begin(f"auditing T{number}")
             verdict = test(audit)
             seconds = time.perf_counter() - progress.started
             passed += int(verdict.ok)

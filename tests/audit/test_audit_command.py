@@ -14,9 +14,9 @@ import pytest
 import audit
 import train_gpt as t
 from audit_cases import audit_args, by_auditor, changed_script, fresh, write_dataset
-from auditor.progress import Progress
 from auditor.subject import Verdict, make_audit
 from helpers import ROOT, run_ranks, stop_one_line
+from progress import Progress
 
 
 def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
@@ -46,7 +46,7 @@ def test_every_test_knows_its_work(knobs, honest, group):
         def expect(self, total, unit):
             if stages:
                 stages[-1] = (*stages[-1][:3], self.counted)
-            stages.append((self.test, total, unit, 0))
+            stages.append((self.work, total, unit, 0))
             self.counted = 0
             super().expect(total, unit)
 
@@ -54,7 +54,7 @@ def test_every_test_knows_its_work(knobs, honest, group):
             self.counted += count
             super().advance(count)
 
-    progress = Counting(None)
+    progress = Counting("auditing")
     subject = dataclasses.replace(subject, progress=progress)
     for number, test in enumerate(audit.AUDIT, 1):
         progress.begin(f"T{number}")
@@ -84,8 +84,8 @@ def test_a_long_test_says_how_far_it_is(live, honest, tmp_path, monkeypatch, cap
         return Verdict("T1 slow", True, "done")
 
     monkeypatch.setattr(audit, "AUDIT", (slow,))
-    monkeypatch.setattr("auditor.progress.TICK_SECONDS", 0.01)
-    monkeypatch.setattr("auditor.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("progress.TICK_SECONDS", 0.01)
+    monkeypatch.setattr("progress.LINE_SECONDS", 0.0)
     screen = Terminal() if live else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     assert by_auditor(audit_args(honest, tmp_path), t.__file__) == 0
@@ -145,7 +145,7 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
     tools = tmp_path / "tools"  # the repository's, above the folder
     tools.mkdir()
-    for name in ("audit.py", "script.py"):
+    for name in ("audit.py", "progress.py", "script.py"):
         shutil.copy(ROOT / "tools" / name, tools / name)
     shutil.copytree(ROOT / "tools" / "auditor", tools / "auditor")
     command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere

@@ -25,6 +25,7 @@ from ledger import folders, record
 from ledger.make import direction_tables
 from ledger.prove import direction_claims
 from ledger.read import direction_log
+from progress import Progress
 from script import TRAINER, BadInput
 
 MARKERS = """# R
@@ -37,7 +38,7 @@ old
 <!-- directions:end -->
 end
 """
-SETUP = cases.Setup(t, tiny(), machine(), print, True)
+SETUP = cases.Setup(t, tiny(), machine(), print, True, Progress("directions"))
 
 
 def draw(*shape, seed=0):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from auditor.older import chunk_of, counted_stride, gives_windows, learns_apart, plan_older_scores
-from auditor.progress import Progress
 from auditor.protocols import Config, Nats, Run, Scoring
+from progress import Progress
 
 
 class Verdict(NamedTuple):
@@ -96,7 +96,7 @@ def make_audit(script: ModuleType, run: Run, blob: bytes) -> Audit:
         piece = choose_document(script, tokens, h, chunk)
     else:
         piece = choose_piece(tokens, h, chunk)
-    return Audit(script, run, blob, piece, scoring, chunk, Progress(run.log))
+    return Audit(script, run, blob, piece, scoring, chunk, Progress("auditing", run.log.status, run.log))
 
 
 def plan_scores(script: ModuleType, run: Run, chunk: int) -> Scoring:

@@ -81,6 +81,7 @@ from lab.step import timeline
 from lab.step.parts import time_loader, time_step
 from lab.step.sustained import measure_sustained
 from ledger.files import write_atomic
+from progress import Progress
 from script import BadInput, guard_console, refuse
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -110,13 +111,13 @@ def measure_steps(s: Session, run: TrainingParts, sustain: float | None) -> Sess
     return s._replace(deadline=s.deadline + time.perf_counter() - begun)
 
 
-def run_bench(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+def run_bench(args: argparse.Namespace, env: Mapping[str, str], progress: Progress) -> int:
     """Measure this machine with the script. Returns the exit status."""
     started = time.perf_counter()
     t = load_trainer(args.script)
     names = chosen_names(args.candidates, args.only, t) if args.candidates else []
     with known_errors_of(t):
-        s = open_session(t, args.knobs, env)._replace(deadline=started + args.seconds)
+        s = open_session(t, args.knobs, env, progress)._replace(deadline=started + args.seconds)
         s.report.update(
             torch=torch.__version__,
             script_sha256=hashlib.sha256(args.script.read_bytes()).hexdigest(),
@@ -159,11 +160,9 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     guard_console()
     try:
         args = read_options(argv, __doc__)
-        if args.attention:
-            return attention.run(args, env)
-        if args.timeline:
-            return timeline.run(args, env)
-        return run_bench(args, env)
+        measure = attention.run if args.attention else timeline.run if args.timeline else run_bench
+        with Progress("bench: opening the script", speaks=env.get("RANK", "0") == "0") as progress:
+            return measure(args, env, progress)
     except BadInput as error:
         return refuse(TOOL, error)
     finally:

@@ -33,6 +33,7 @@ import numpy as np
 
 from lab.shared.command_line import parse
 from ledger.run_verb import run_verb
+from progress import Progress
 from script import TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
@@ -72,12 +73,15 @@ def entropy(values: np.ndarray, contexts: np.ndarray | int = 0) -> float:
     return float(-(counts * np.log2(shares)).sum() / 8)
 
 
-def print_codecs(trainer: ModuleType, raw: bytes) -> None:
+def print_codecs(trainer: ModuleType, raw: bytes, progress: Progress) -> None:
     """Print bytes and seconds of every codec. Raises BadInput if one does not give back the raw artifact."""
-    print(f"{'codec':<16} {'bytes':>12} {'pack s':>8} {'unpack s':>9}")
-    for name, codec in trainer.CODECS.items():
-        print_codec(name, raw, codec.pack, codec.unpack)
-    print_codec("Huffman (zlib)", raw, huffman, zlib.decompress)
+    codecs = {name: (codec.pack, codec.unpack) for name, codec in trainer.CODECS.items()}
+    codecs["Huffman (zlib)"] = (huffman, zlib.decompress)
+
+    progress.begin("codecs: packing")
+    progress.print(f"{'codec':<16} {'bytes':>12} {'pack s':>8} {'unpack s':>9}")
+    for name, (pack, unpack) in progress.each(codecs.items(), "codecs"):
+        progress.print(codec_line(name, raw, pack, unpack))
 
 
 def huffman(raw: bytes) -> bytes:
@@ -86,15 +90,15 @@ def huffman(raw: bytes) -> bytes:
     return packer.compress(raw) + packer.flush()
 
 
-def print_codec(name: str, raw: bytes, pack: Callable, unpack: Callable) -> None:
-    """Print the line of one codec."""
+def codec_line(name: str, raw: bytes, pack: Callable, unpack: Callable) -> str:
+    """Return the line of one codec. Raises BadInput if it does not give back the raw artifact."""
     start = time.perf_counter()
     blob = pack(raw)
     packed = time.perf_counter()
     if unpack(blob) != raw:
         raise BadInput(f"codec {name} does not give back what it packed: report it with the artifact")
     unpacked = time.perf_counter()
-    print(f"{name:<16} {len(blob):>12,} {packed - start:>8.2f} {unpacked - packed:>9.2f}", flush=True)
+    return f"{name:<16} {len(blob):>12,} {packed - start:>8.2f} {unpacked - packed:>9.2f}"
 
 
 class Entropies(NamedTuple):
@@ -121,11 +125,13 @@ def entropies_of(trainer: ModuleType, codes: Codes) -> Entropies:
     )
 
 
-def print_entropies(trainer: ModuleType, raw: bytes) -> None:
+def print_entropies(trainer: ModuleType, raw: bytes, progress: Progress) -> None:
     """Print the entropies of the codes of every tensor and of all."""
     tensors = codes_of(trainer, raw)
     labels = " ".join(f"{label:>12}" for label in Entropies._fields)
-    print(f"\n{'codes of':<14} {'encoding':<8} {'codes':>11} {'rms':>6} {labels}  chosen")
+    progress.begin("codecs: modelling")
+    progress.expect(sum(codes.values.size for codes in tensors), "codes")
+    progress.print(f"\n{'codes of':<14} {'encoding':<8} {'codes':>11} {'rms':>6} {labels}  chosen")
     sums = np.zeros(len(Entropies._fields))
     for codes in tensors:
         entropies = entropies_of(trainer, codes)
@@ -135,15 +141,16 @@ def print_entropies(trainer: ModuleType, raw: bytes) -> None:
         rms = float(np.sqrt(np.square(codes.values, dtype=np.float32).mean()))
         shown = " ".join(f"{size:>12,.0f}" for size in entropies)
         label = f"{codes.name:<14} {codes.encoding:<8} {codes.values.size:>11,} {rms:>6.2f}"
-        print(f"{label} {shown}  {' and '.join(chosen) or 'neither'}", flush=True)
+        progress.print(f"{label} {shown}  {' and '.join(chosen) or 'neither'}")
+        progress.advance(codes.values.size)
 
     every = np.concatenate([codes.values.ravel() for codes in tensors])
     shown = " ".join(f"{size:>12,.0f}" for size in sums)
-    print(f"{'all':<14} {'':<8} {every.size:>11,} {'':>6} {shown}")
-    print(f"one table for all codes: {entropy(every):,.0f} bytes")
+    progress.print(f"{'all':<14} {'':<8} {every.size:>11,} {'':>6} {shown}")
+    progress.print(f"one table for all codes: {entropy(every):,.0f} bytes")
 
 
-def measure(trainer: ModuleType, path: Path) -> None:
+def measure(trainer: ModuleType, path: Path, progress: Progress) -> None:
     """Print all of this about one artifact. Raises BadInput if it is none."""
     try:
         blob = trainer.read_file(str(path))
@@ -156,16 +163,17 @@ def measure(trainer: ModuleType, path: Path) -> None:
         ) from None
     except ValueError as error:
         raise BadInput(f"{path}: {error}; name a file that train wrote") from None
-    print(f"{path}: {len(blob):,} bytes by codec {codec}, {len(raw):,} before compression\n")
-    print_codecs(trainer, raw)
-    print_entropies(trainer, raw)
+    progress.print(f"{path}: {len(blob):,} bytes by codec {codec}, {len(raw):,} before compression\n")
+    print_codecs(trainer, raw, progress)
+    print_entropies(trainer, raw, progress)
 
 
 def command(args: argparse.Namespace) -> int:
     """Measure the artifacts that the command line names."""
     trainer = load_script(TRAINER, MODULE, NEEDS, "measure")
     for path in args.words:
-        measure(trainer, Path(path))
+        with Progress(f"codecs: reading {path}") as progress:
+            measure(trainer, Path(path), progress)
     return 0
 
 

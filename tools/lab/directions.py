@@ -59,6 +59,7 @@ from ledger.make import direction_tables
 from ledger.read import direction_log
 from ledger.read.runlog import SEPARATOR
 from ledger.run_verb import run_verb
+from progress import Progress
 from script import ROOT, TRAINER, BadInput, load_script, machine_names
 
 MODULE = "measured_script"  # the script's name in sys.modules
@@ -96,7 +97,7 @@ def script_of(args: argparse.Namespace) -> Path:
     return args.script or TRAINER
 
 
-def open_setup(args: argparse.Namespace, log: Callable[[str], None]) -> Setup:
+def open_setup(args: argparse.Namespace, log: Callable[[str], None], progress: Progress) -> Setup:
     """Return the script, its config and its machine: a process group of one, whatever the environment."""
     t = load_measured(script_of(args))
     knobs = list(GPU_KNOBS if torch.cuda.is_available() else CPU_KNOBS)
@@ -104,7 +105,7 @@ def open_setup(args: argparse.Namespace, log: Callable[[str], None]) -> Setup:
         knobs += TINY_KNOBS
     try:
         h = t.load_config(knobs + args.words, {})
-        return Setup(t, h, t.init_machine(h, {}), log, args.tiny)
+        return Setup(t, h, t.init_machine(h, {}), log, args.tiny, progress)
     except t.InputError as error:
         raise BadInput(str(error)) from None
 
@@ -128,7 +129,7 @@ def compile_group(s: Setup, index: int) -> None:
 
 def warm(args: argparse.Namespace) -> int:
     """Compile the group of cases that --warm names: the work of a child process."""
-    s = open_setup(args, drop)
+    s = open_setup(args, drop, Progress("warm"))
     try:
         compile_group(s, args.warm)
     finally:
@@ -151,14 +152,15 @@ def start_children(s: Setup, args: argparse.Namespace) -> list[subprocess.Popen]
     return [subprocess.Popen([*command, "--warm", str(index)], env=env, **quiet) for index in range(groups)]
 
 
-def await_children(children: list[subprocess.Popen], deadline: float) -> str:
+def await_children(children: list[subprocess.Popen], deadline: float, progress: Progress) -> str:
     """Wait until the deadline, stop those still compiling, and return how the children ended as pairs.
 
     What a stopped child did not compile is compiled when it is timed.
     """
     late = 0
     failed = 0
-    for child in children:
+    progress.begin("directions: compiling")
+    for child in progress.each(children, "processes"):
         try:
             status = child.wait(max(1.0, deadline - time.perf_counter()))
             failed += status != 0
@@ -175,13 +177,14 @@ def await_children(children: list[subprocess.Popen], deadline: float) -> str:
 class GrowingLog:
     """The lines of a measurement. A file holds them too as they come, and is left there by a failure."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, progress: Progress) -> None:
         self.path = path
+        self.progress = progress
         self.lines: list[str] = []
 
     def __call__(self, line: str) -> None:
         self.lines.append(line)
-        print(line[:CONSOLE_WIDTH], flush=True)
+        self.progress.print(line[:CONSOLE_WIDTH])
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -265,7 +268,7 @@ def measure_all(s: Setup, args: argparse.Namespace) -> None:
     try:
         log_quality(s, momentum_of(s, args))
         log_work(s)
-        ended = await_children(children, began + WARM_SHARE * (args.seconds or WARM_SECONDS))
+        ended = await_children(children, began + WARM_SHARE * (args.seconds or WARM_SECONDS), s.progress)
         s.log(f"warm {ended} after_s:{time.perf_counter() - began:.1f}")
     finally:
         for child in children:
@@ -274,6 +277,7 @@ def measure_all(s: Setup, args: argparse.Namespace) -> None:
 
     if s.cuda:
         torch.cuda.empty_cache()
+    s.progress.begin("directions: floors")
     log_floors(s)
     time_cases(s, all_cases(s), deadline)
     s.log(f"done seconds:{time.perf_counter() - began:.1f}")
@@ -281,8 +285,14 @@ def measure_all(s: Setup, args: argparse.Namespace) -> None:
 
 def measure_to_log(args: argparse.Namespace, running: Path) -> str:
     """Measure everything and return the text of the log; while it grows it is also in the file `running`."""
-    log = GrowingLog(running)
-    s = open_setup(args, log)
+    with Progress("directions: opening the script") as progress:
+        return measure_with(args, running, progress)
+
+
+def measure_with(args: argparse.Namespace, running: Path, progress: Progress) -> str:
+    """Measure everything as measure_to_log does, and tell how far it is."""
+    log = GrowingLog(running, progress)
+    s = open_setup(args, log, progress)
     try:
         running.parent.mkdir(parents=True, exist_ok=True)
         for line in head_lines(s, script_of(args)):

@@ -39,6 +39,7 @@ from lab.shared.trainer import known_errors_of
 from ledger.files import write_atomic
 from ledger.read.knobs import with_trait
 from ledger.run_verb import run_verb
+from progress import Progress
 from script import TRAINER, BadInput, load_script
 
 MODULE = "encoding_script"  # the script's name in sys.modules
@@ -138,19 +139,25 @@ def calibration_of(t: ModuleType, run: Any, weights: Weights, h: Any) -> Any:
     return t.calibrate(dataclasses.replace(run, h=h), loader)
 
 
-def measure_row(t: ModuleType, run: Any, weights: Weights, row: str, h: Any, code_bytes: int) -> Line:
-    """Make and score the artifact of a row."""
+def measure_row(
+    t: ModuleType, run: Any, weights: Weights, row: str, h: Any, code_bytes: int, progress: Progress
+) -> Line:
+    """Make and score the artifact of a row, in PARTS parts."""
     chosen = weights.chosen(h.artifact_weights)
     load_weights(run, chosen)
     before = run.score("weights", h.eval_seq_len)
+    progress.advance()
 
     calibration = calibration_of(t, run, weights, h)
+    progress.advance()
     started = time.perf_counter()
     fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, run.timed, calibration)
     seconds = time.perf_counter() - started
+    progress.advance()
 
     load_weights(run, t.unpack_artifact(fitted.blob))
     after = run.score("artifact", h.eval_seq_len)
+    progress.advance()
     return Line(
         row=row,
         weights_bpb=before.bpb,
@@ -161,6 +168,7 @@ def measure_row(t: ModuleType, run: Any, weights: Weights, row: str, h: Any, cod
     )
 
 
+PARTS = 4  # of a row: the score of its weights, calibration, packing, the score of its artifact
 TITLES = f"{'weights':>8} {'artifact':>9} {'loss of codes':>14} {'int6 step':>10} {'bytes':>11} {'s':>6}  row"
 
 
@@ -172,7 +180,7 @@ def show(line: Line) -> str:
     )
 
 
-def measure(t: ModuleType, checkpoint: Path, configs: dict[str, Any]) -> list[Line]:
+def measure(t: ModuleType, checkpoint: Path, configs: dict[str, Any], progress: Progress) -> list[Line]:
     """Print the table, a line for each row's config, and return its lines."""
     h = configs["as trained"]
     m = t.init_machine(h, os.environ)
@@ -182,11 +190,13 @@ def measure(t: ModuleType, checkpoint: Path, configs: dict[str, Any]) -> list[Li
     weights = read_weights(t, run, checkpoint)
     code_bytes = len(t.packed_code(Path(t.__file__).read_text(encoding="utf-8")))
 
-    print(TITLES, flush=True)
+    progress.print(TITLES)
+    progress.begin("encodings")
+    progress.expect(PARTS * len(configs), "parts")
     lines = []
     for row, row_config in configs.items():
-        lines.append(measure_row(t, run, weights, row, row_config, code_bytes))
-        print(show(lines[-1]), flush=True)
+        lines.append(measure_row(t, run, weights, row, row_config, code_bytes, progress))
+        progress.print(show(lines[-1]))
     return lines
 
 
@@ -201,7 +211,8 @@ def command(args: argparse.Namespace) -> int:
             check_knobs(row.split(), "CODES")
             configs[row] = config_of(t, checkpoint, words + row.split())
         try:
-            lines = measure(t, checkpoint, configs)
+            with Progress("encodings: reading the checkpoint") as progress:
+                lines = measure(t, checkpoint, configs, progress)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -46,6 +46,7 @@ from ledger.make import pictures, sweep_table
 from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run
 from ledger.run_verb import run_verb
+from progress import Progress
 from script import TRAINER, BadInput, load_script
 
 CONSOLE_WIDTH = 160  # characters of a dead worker's last line that are shown
@@ -97,6 +98,7 @@ class Sweep:
         self.out_of_time = False
         self.kind = ""  # what kind of device the workers have
         self.began = time.monotonic()
+        self.progress = Progress(f"sweep {plan.name}")
         self.claim_folder()
         self.queue = Queue(plan, self.earlier_outcomes())
 
@@ -303,10 +305,11 @@ class Sweep:
                 bpb = figures.val_bpb
                 result = f"val_bpb {bpb:.4f}, {figures.steps} steps of {figures.step_ms:.1f} ms"
             self.queue.finish(configuration, bpb)
+            self.progress.advance(left=self.queue.left)
             self.say(f"{name}: {result}; {clock(self.seconds_left())} left")
 
     def say(self, text: str) -> None:
-        print(f"[{len(self.queue.outcomes)}/{self.plan.size}] {text}", flush=True)
+        self.progress.print(f"[{len(self.queue.outcomes)}/{self.plan.size}] {text}")
 
     def stop(self, error: str) -> None:
         """End the sweep: kill the workers and hand out nothing more. The first error is the one reported."""
@@ -334,7 +337,10 @@ class Sweep:
             f"worker{'s' if self.workers > 1 else ''}; {self.folder}",
             flush=True,
         )
-        self.train()
+        guess = self.queue.left * self.plan.limit_seconds / self.workers
+        self.progress.expect(self.queue.left, "configurations", guess)
+        with self.progress:
+            self.train()
         if self.error:
             raise BadInput(self.error)
         if self.out_of_time:

@@ -33,7 +33,9 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import math
+import os
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +68,7 @@ from lab.shared.command_line import parse
 from ledger.files import write_atomic
 from ledger.make import markdown
 from ledger.run_verb import run_verb
+from progress import Progress
 from script import ROOT, BadInput
 
 PREDICTED = ((1, 8), (4, 8))  # nodes, ranks on each
@@ -286,9 +289,15 @@ def command(args: argparse.Namespace) -> int:
     script = (args.script or args.root / "train_gpt.py").resolve()
     task = RankTask(script, tuple(args.words), args.ranks, args.ranks // args.nodes)
     dry_tasks = tuple(task._replace(world=nodes * ranks, node_ranks=ranks) for nodes, ranks in PREDICTED)
-    dry = in_processes(dry_steps, [dry_tasks])[0]  # first: it is quick and refuses what is wrong
     port = free_port()
-    ranks = in_processes(real_step, [task._replace(rank=rank, port=port) for rank in range(task.world)])
+    tasks = [task._replace(rank=rank, port=port) for rank in range(task.world)]
+    with Progress("wire: a step without data") as progress:
+        dry = in_processes(dry_steps, [dry_tasks])[0]  # first: it is quick and refuses what is wrong
+        shared = max(1.0, task.world / (os.cpu_count() or 1))
+        guess = shared * (time.perf_counter() - progress.started)  # the same imports, and one rank each
+        progress.begin("wire: a step with data")
+        progress.expect(task.world, "ranks", guess)
+        ranks = in_processes(real_step, tasks, progress)
 
     given = " ".join(task.knobs) or "nothing"
     knobs = f"preset={ranks[0].preset} ortho={ranks[0].ortho}; given: {given}"

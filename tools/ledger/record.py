@@ -61,6 +61,7 @@ from ledger.show.reproduce import reproduce
 from ledger.show.site import write_site
 from ledger.show.track import TRACKERS, track
 from ledger.tracks import TRACKS, target_of
+from progress import Progress
 from script import ROOT, BadInput
 
 LONGEST_NAME = 100  # characters
@@ -145,7 +146,7 @@ def refuse_failures(draft: Path, records: Path, non_record: bool) -> None:
     if not failed:
         return
 
-    print_findings(failed)
+    print("\n".join(map(line_of, failed)))
     way_out = "" if non_record else "; --non-record waives time, seeds and hardware"
     raise BadInput(f"{draft.name} is not made: {len(failed)} of its claims fail, see above{way_out}")
 
@@ -161,14 +162,14 @@ def verify(args: argparse.Namespace) -> int:
         folders = record_folders(records) + measurement_folders(records) + sweep_folders(records)
 
     totals: Counter[Verdict] = Counter()
-    for folder in folders:
-        findings = examine(folder, records)
-        totals.update(finding.verdict for finding in findings)
-        if args.quiet:
-            findings = [finding for finding in findings if finding.verdict == Verdict.FAIL]
-        if findings:
-            print(shown(folder))
-            print_findings(findings)
+    with Progress("verifying") as progress:
+        for folder in progress.each(folders, "folders"):
+            findings = examine(folder, records)
+            totals.update(finding.verdict for finding in findings)
+            if args.quiet:
+                findings = [finding for finding in findings if finding.verdict == Verdict.FAIL]
+            if findings:
+                progress.print("\n".join([shown(folder), *map(line_of, findings)]))
 
     counts = ", ".join(f"{totals[verdict]} {verdict}" for verdict in Verdict)
     noun = "folder" if len(folders) == 1 else "folders"
@@ -200,10 +201,9 @@ def examine_by_kind(folder: Path, records: Path) -> list[Finding]:
     return examine_track(folder, records)
 
 
-def print_findings(findings: list[Finding]) -> None:
-    """Print one line per claim: verdict, name, evidence."""
-    for finding in findings:
-        print(f"  {finding.verdict:<13} {finding.claim:<12} {finding.evidence}")
+def line_of(finding: Finding) -> str:
+    """Return the line of a claim: verdict, name, evidence."""
+    return f"  {finding.verdict:<13} {finding.claim:<12} {finding.evidence}"
 
 
 # ---- the other verbs -----------------------------------------------------------------------------
@@ -344,10 +344,8 @@ def site(args: argparse.Namespace) -> int:
     def examine_folder(folder: Path) -> list[Finding]:
         return examine(folder, records)
 
-    def say(text: str) -> None:
-        print(f"site: {text}", file=sys.stderr, flush=True)
-
-    page = write_site(args.root, Path(args.out), None if args.no_verify else examine_folder, say)
+    with Progress("site") as progress:
+        page = write_site(args.root, Path(args.out), None if args.no_verify else examine_folder, progress)
     print(f"{shown(page)}: {page.stat().st_size:,} bytes in {time.monotonic() - started:.1f} s")
     return 0
 

@@ -48,7 +48,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ from lab.shared.exact import attend_exact, relative
 from lab.shared.timing import call_ms, device_times, fixed_width, say_noise, typical
 from lab.shared.trainer import Session, first_line, known_errors_of, load_trainer, open_session
 from ledger.files import write_atomic
+from progress import Progress
 from script import BadInput
 
 MEAN_DOCUMENT = 1000  # tokens, before the end of a sequence cuts its last document
@@ -645,13 +646,13 @@ def write_report(s: Session, path: Path) -> None:
     s.say(f"json: {path}")
 
 
-def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+def run(args: argparse.Namespace, env: Mapping[str, str], progress: Progress) -> int:
     """Run `bench --attention` and return its exit status. Raises BadInput."""
     started = time.perf_counter()
     names = check_paths(args)
     t = load_trainer(args.script)
     with known_errors_of(t):
-        s = open_session(t, args.knobs, env)
+        s = open_session(t, args.knobs, env, progress)
     if names is None:
         names = [name for name in PATHS if name != "math" or not s.cuda]
 
@@ -659,9 +660,9 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     describe(s, masks)
     fill = filler(s)
     rows = []
-    for layout in layouts_of(s.h):
-        for mask in masks:
-            rows += time_paths(make_layer(s, layout, mask), names, fill)
+    progress.begin("bench: attention")
+    for layout, mask in progress.each(product(layouts_of(s.h), masks), "masks"):
+        rows += time_paths(make_layer(s, layout, mask), names, fill)
 
     s.say("\nforward + backward, the fastest path of each\n" + fastest_table(rows))
     s.report["table"] = [row_json(row) for row in rows]

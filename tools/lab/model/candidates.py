@@ -454,9 +454,11 @@ class Comparison:
 def compare(s: Session, run: TrainingParts, path: Path, names: list[str]) -> None:
     """Compare every named candidate; print and report each. One that fails is skipped with its reason."""
     s.say(f"\ncandidates: {', '.join(names)}; first the plain model, compiled and in float64")
+    s.progress.begin("bench: the plain model")
     comparison = Comparison(s, run, path)
     s.say(f"plain model: {comparison.plain_errors}")
-    for name in names:
+    s.progress.begin("bench: candidates")
+    for name in s.progress.each(names, "candidates"):
         try:
             s.report["candidates"].append(row_json(comparison.judge(name)))
         except Exception as error:

@@ -152,7 +152,8 @@ def measure_sections(s: Session) -> None:
     rates = measure_rates(s, shapes)
 
     s.say("\nsections, each alone\n" + table_line(list(COLUMNS)))
-    for section in sections:
+    s.progress.begin("bench: sections")
+    for section in s.progress.each(sections, "sections"):
         if s.late:
             s.skip(f"section {section.name}", "out of time (--seconds)")
             continue

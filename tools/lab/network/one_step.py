@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lab.network.predict import Shapes, is_bank
 from lab.shared.collectives import Event, Recorder, batches_of
 from lab.update.cases import direction_flops
+from progress import Progress
 from script import BadInput, load_script, wrong_setting
 
 NEEDS = (
@@ -230,8 +231,8 @@ def first_failure(processes: list, rank: int, reason: str) -> str:
     return f"rank {rank} of {len(processes)}: {reason}" if len(processes) > 1 else reason
 
 
-def in_processes(fn: Callable, tasks: list) -> list:
-    """Return [fn(task), ...], each from a process of its own, all at once.
+def in_processes(fn: Callable, tasks: list, progress: Progress | None = None) -> list:
+    """Return [fn(task), ...], each from a process of its own, all at once. progress: counts the answers.
 
     Raises BadInput with the first failure, after ending the other processes. A fork server imports torch
     once, so that a process costs little time and memory.
@@ -259,6 +260,8 @@ def in_processes(fn: Callable, tasks: list) -> list:
                     results[i] = "it ended without an answer"
                 if not done:
                     raise BadInput(first_failure(processes, i, results[i]))
+                if progress:
+                    progress.advance()
     finally:
         for process in processes:
             if process.is_alive() and waiting:

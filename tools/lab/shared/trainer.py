@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import script
+from progress import Progress
 from script import BadInput
 
 NEEDS = (
@@ -39,7 +40,8 @@ class Session(NamedTuple):
     """A script under measurement.
 
     t: the script as a module, with its config h and machine m. sequences: those of a micro-batch. report: the
-    JSON report, filled while measuring. deadline: no section begins after this perf_counter().
+    JSON report, filled while measuring. progress: tells how far that is. deadline: no section begins after
+    this perf_counter().
     """
 
     t: ModuleType
@@ -47,6 +49,7 @@ class Session(NamedTuple):
     m: Any
     sequences: int
     report: dict
+    progress: Progress
     deadline: float = math.inf
 
     @property
@@ -65,7 +68,7 @@ class Session(NamedTuple):
     def say(self, line: str = "") -> None:
         """Print a line on rank 0."""
         if self.m.rank == 0:
-            print(line, flush=True)
+            self.progress.print(line)
 
     def skip(self, what: str, error: Exception | str) -> None:
         """Report what could not be measured, and why."""
@@ -97,7 +100,7 @@ def known_errors_of(t: ModuleType) -> Iterator[None]:
         raise
 
 
-def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Session:
+def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str], progress: Progress) -> Session:
     """Resolve the config, bind the machine and begin a report that describes both."""
     h = t.load_config(knobs, env)
     m = t.init_machine(h, env)
@@ -115,7 +118,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str]) -> Ses
         skipped=[],
         noisy=[],
     )
-    return Session(t, h, m, sequences, report)
+    return Session(t, h, m, sequences, report, progress)
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ def report_times(s: Session, name: str, times: list[float]) -> None:
     least = min(times)
     most = max(times)
     s.report["whole"].append(dict(name=name, median_ms=middle, min_ms=least, max_ms=most, n=len(times)))
+    s.progress.advance()
     s.say(
         f"bench {name}: median {middle:.2f} ms, min {least:.2f}, max {most:.2f} "
         f"(device {names['device']}, attention {names['attention']})"
@@ -42,6 +43,7 @@ def time_step(s: Session, run: TrainingParts) -> None:
         m.agree(time.perf_counter(), 0.0)
         fetched()
 
+    s.progress.begin("bench: a training step")
     report_times(s, "forward", wall_times(s, run.forward))
     backward, failure = capture_backward(s, run)
     if failure:
@@ -55,6 +57,7 @@ def time_step(s: Session, run: TrainingParts) -> None:
         "clock check": clock_check,
         "step": lambda: t.train_step(backward, run.optimizer, [run.fresh()] * s.accum, hp),
     }
+    s.progress.expect(len(parts) + 1, "parts")
     for name, fn in parts.items():
         report_times(s, name, wall_times(s, fn))
 
@@ -84,6 +87,8 @@ def time_loader(s: Session) -> Any:
         s.skip("loader", error)
         return None
 
+    s.progress.begin("bench: the loader")
+    s.progress.expect(2, "parts")
     index = iter(range(1 << 30))
     report_times(s, "loader.next", wall_times(s, loader.next, lambda: loader.pending.result()))
     report_times(s, "loader.build (in its thread)", wall_times(s, lambda: loader.build(next(index))))

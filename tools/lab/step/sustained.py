@@ -147,7 +147,8 @@ def run_blocks(s: Session, kinds: dict[str, Callable[[], Ticks]], seconds: float
     names = list(kinds)
     rows = []
     half = 0.0
-    for i in range(BLOCKS):
+    s.progress.begin("bench: sustained steps")
+    for i in s.progress.each(range(BLOCKS), "blocks"):
         if i == BLOCKS // 2:
             half = time.perf_counter()
         name = names[(i + 1) // 2 % len(names)]

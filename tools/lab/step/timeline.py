@@ -69,6 +69,7 @@ from lab.step.timeline_figures import (
 )
 from lab.step.traces import STEP, RankTrace, read_trace
 from ledger.files import write_atomic
+from progress import Progress
 from script import BadInput, machine_names
 
 WARM = 4  # steps before anything is timed: compilation, allocator, communicators
@@ -133,7 +134,10 @@ def measure_rank(s: Session, steps: int, recorder: Recorder) -> RankFigures:
 
     def step() -> None:
         s.t.train_step(backward, run.optimizer, [run.fresh()] * s.accum, hp)
+        s.progress.advance()
 
+    s.progress.begin("bench: timeline")
+    s.progress.expect(WARM + 1 + steps + steps + 2, "steps")
     for _ in range(WARM):
         step()
     calls = [call for call in watch.calls_of(step) if call.device == s.m.device.type]
@@ -241,7 +245,7 @@ def conclude(s: Session, ranks: list[RankFigures], args: argparse.Namespace, ima
         s.skip("picture", str(error))
 
 
-def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
+def run(args: argparse.Namespace, env: Mapping[str, str], progress: Progress) -> int:
     """Run `bench --timeline` and return its exit status. Raises BadInput."""
     image = check_options(args)
     recorder = Recorder()
@@ -250,7 +254,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> int:
         if not hasattr(t.Optimizer, "schedule"):
             raise BadInput(f"{args.script}: its Optimizer has no schedule(), which --timeline watches")
         with known_errors_of(t):
-            s = open_session(t, args.knobs, env)
+            s = open_session(t, args.knobs, env, progress)
             mine = measure_rank(s, args.steps, recorder)
         ranks: list = [None] * s.m.world_size
         dist.gather_object(mine, ranks if s.m.rank == 0 else None)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from progress import Progress
 from script import BadInput
 
 SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
@@ -89,13 +90,14 @@ class TimedCase(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """The trainer as a module, its config and machine, and how to log a line."""
+    """The trainer as a module, its config and machine, how to log a line, and how to tell how far work is."""
 
     t: ModuleType
     h: Any
     m: Any
     log: Callable[[str], None]
     tiny: bool
+    progress: Progress
 
     @property
     def cuda(self) -> bool:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def train_momentum(s: Setup, steps: int) -> list[Inputs]:
     optimizer = t.Optimizer(model, h, m)
     loader = t.TokenLoader(h, m)
     backward, _ = t.capture_pass(model.loss, optimizer)
-    for step in range(steps):
+    s.progress.begin("directions: training for momentum")
+    for step in s.progress.each(range(steps), "steps"):
         loss = t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
 
     manifest = Path(h.data_path) / "manifest.json"
@@ -213,17 +215,18 @@ def log_quality(s: Setup, momentum: list[Inputs]) -> None:
     curved = next(i for i, one in enumerate(inputs) if one.family == CURVED)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        factors = [list(pool.map(factor_of, u)) for _, u in inputs]
+        s.progress.begin("directions: decomposing")
+        factors = [list(pool.map(factor_of, u)) for _, u in s.progress.each(inputs, "inputs")]
+        s.progress.begin("directions: quality")
         pending = []
-        for i, (family, u) in enumerate(inputs):
-            for row in s.t.ORTHO:
-                where = f"row:{row} family:{family} shape:{u.size(1)}x{u.size(2)}"
-                with skipping(s.log, where):
-                    directions = s.t.orthogonalize(u.to(s.m.device), row).float().cpu()
-                    found = [pool.submit(figures_of, *pair) for pair in zip(directions, factors[i])]
-                    curve = pool.submit(curve_line, directions[0], factors[i][0]) if i == curved else None
-                    pending.append(Pending(where, row, found, curve))
-        for where, row, found, curve in pending:
+        for (i, (family, u)), row in s.progress.each(product(enumerate(inputs), s.t.ORTHO), "directions"):
+            where = f"row:{row} family:{family} shape:{u.size(1)}x{u.size(2)}"
+            with skipping(s.log, where):
+                directions = s.t.orthogonalize(u.to(s.m.device), row).float().cpu()
+                found = [pool.submit(figures_of, *pair) for pair in zip(directions, factors[i])]
+                curve = pool.submit(curve_line, directions[0], factors[i][0]) if i == curved else None
+                pending.append(Pending(where, row, found, curve))
+        for where, row, found, curve in s.progress.each(pending, "lines"):
             with skipping(s.log, where):
                 s.log(f"quality {where} {quality_line([future.result() for future in found])}")
                 if curve:

@@ -155,7 +155,8 @@ def time_cases(s: Setup, cases: list[TimedCase], deadline: float) -> None:
     """Log a `time` line for every case and mode, or a `skip` line that says why there is none."""
     share: Share | None = None
     sets: list[list[dict]] = []
-    for case in cases:
+    s.progress.begin("directions: times")
+    for case in s.progress.each(cases, "cases"):
         if time.perf_counter() > deadline:
             s.log(f"skip {case} | out of time (--seconds)")
             continue

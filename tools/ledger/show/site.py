@@ -6,7 +6,6 @@ The same ledger gives the same bytes: the page names the ledger by its hash, and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,16 +32,17 @@ from ledger.show.web.facts import (
     welch_pairs,
 )
 from ledger.tracks import TRACKS
+from progress import Progress
 from script import BadInput
 
 PAGE = "index.html"
 KINDS = {"directions": "Directions and step rules", "timelines": "Timelines of a step"}  # headings
 
 
-def write_site(root: Path, out: Path, examine: Examine | None, say: Callable[[str], None]) -> Path:
+def write_site(root: Path, out: Path, examine: Examine | None, progress: Progress) -> Path:
     """Write the page of a repository's ledger into the folder `out`, and return its path.
 
-    examine: proves the claims of a folder, or None to prove nothing. say: takes notes on the progress.
+    examine: proves the claims of a folder, or None to prove nothing. progress: is told how far it is.
     Raises BadInput if a package is missing or the ledger cannot be read; then nothing is written.
     """
     library.require_packages()
@@ -50,8 +50,8 @@ def write_site(root: Path, out: Path, examine: Examine | None, say: Callable[[st
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file; name a folder, in which {PAGE} is written")
 
-    ledger = read_ledger(root, examine, say)
-    say("comparing every script with its parent's")
+    ledger = read_ledger(root, examine, progress)
+    progress.begin("site: comparing every script with its parent's")
     page = render(ledger, proved=examine is not None)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from ledger.prove.claims import Finding, Verdict
 from ledger.read.runlog import Run, parse_log
 from ledger.show.board import read_submission, score_of
 from ledger.tracks import target_of
+from progress import Progress
 from script import BadInput
 
 Examine = Callable[[Path], list[Finding]]
@@ -136,11 +137,11 @@ def ledger_hash(records: Path) -> str:
     return total.hexdigest()
 
 
-def read_ledger(root: Path, examine: Examine | None, say: Callable[[str], None]) -> Ledger:
+def read_ledger(root: Path, examine: Examine | None, progress: Progress) -> Ledger:
     """Read the ledger of a repository. Raises BadInput if it has no records or a file of it is damaged.
 
-    examine: proves the claims of a folder; without it nothing is called verified. say: takes notes on the
-    progress, for proving imports the script of each record.
+    examine: proves the claims of a folder; without it nothing is called verified. progress: is told how far
+    it is, for proving imports the script of each record.
     """
     records = root / "records"
     folders = record_folders(records)
@@ -148,22 +149,19 @@ def read_ledger(root: Path, examine: Examine | None, say: Callable[[str], None])
     if not folders and not sweeps:
         raise BadInput(f"{records}: no record and no sweep to show; ./run.sh record new makes one")
 
-    total = len(folders) + len(sweeps)
-
-    def findings(number: int, folder: Path) -> list[Finding]:
-        doing = "reading" if examine is None else "proving"
-        say(f"{doing} {number} of {total}: {folder.parent.name}/{folder.name}")
+    def findings(folder: Path) -> list[Finding]:
         return [] if examine is None else examine(folder)
 
-    entries = [read_entry(folder, findings(number, folder)) for number, folder in enumerate(folders, 1)]
+    progress.begin(f"site: {'reading' if examine is None else 'proving'}")
+    entries = [read_entry(folder, findings(folder)) for folder in progress.each(folders, "records")]
     return Ledger(
         root=root,
         sha256=ledger_hash(records),
         files=len(ledger_files(records)),
         entries=entries,
         sweeps=[
-            Sweep(folder, read_json(folder / "table.json"), read_runs(folder), findings(number, folder))
-            for number, folder in enumerate(sweeps, 1 + len(folders))
+            Sweep(folder, read_json(folder / "table.json"), read_runs(folder), findings(folder))
+            for folder in progress.each(sweeps, "sweeps")
         ],
         ideas=find_ideas(records),
         pictures=[*direction_pictures(records), *other_pictures(records)],
