@@ -1,22 +1,13 @@
-"""Helpers of the trainer's tests: tiny models, datasets, gloo ranks, refused commands, emulated fp8."""
+"""Helpers of all tests: tiny models and their arguments, datasets on disk, refused commands."""
 
 import atexit
-import contextlib
-import dataclasses
 import hashlib
 import io
 import itertools
 import json
-import multiprocessing
-import multiprocessing.forkserver
-import os
 import shutil
-import socket
 import struct
-import sys
 import tempfile
-import time
-import traceback
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -324,117 +315,6 @@ def english_args(**knobs):
     return as_arguments(tiny_run | knobs)
 
 
-# ---------------------------------------------------------------- process groups
-
-
-@contextlib.contextmanager
-def group_of_one():
-    """Hold the process group of a run on one process; yields its Machine."""
-    m = t.init_machine(tiny(), {})
-    try:
-        yield m
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-# Modules that the fork server imports, once for all ranks.
-PRELOAD = ["torch", "torch.distributed", "numpy", "pytest"]
-if not torch.cuda.is_available():
-    # init_machine imports Inductor, which takes 2 s. It may look at a GPU, which must not be before the fork.
-    PRELOAD += ["torch._inductor", "train_gpt"]
-
-LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-
-
-def fork_server():
-    """Return a multiprocessing context whose server imports torch once; then a process costs milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    here = os.getcwd()
-    os.chdir(ROOT)  # where a server that starts now finds train_gpt.py; a rank changes to its caller's folder
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.chdir(here)
-    return context
-
-
-def group_environment(world):
-    """Return the variables that torchrun would set for every one of `world` ranks on this machine."""
-    return {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
-    }
-
-
-def free_port():
-    """Return a port on which nobody listens at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def rank_entry(fn, rank, env, out, args, packed):
-    """Run one rank: set torchrun's environment, call fn(rank, *args), write its result or error to `out`.
-
-    packed: the PACKED of the process that starts it.
-    """
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
-    share_packed_code(packed)
-    torch.set_num_threads(1)
-    try:
-        result = ("ok", fn(rank, *args))
-    except BaseException:
-        result = ("error", traceback.format_exc())
-    torch.save(result, f"{out}/{rank}.tmp")
-    os.replace(f"{out}/{rank}.tmp", f"{out}/{rank}.pt")
-
-    if result[0] == "ok":
-        wait_for_results(out, int(env["WORLD_SIZE"]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def wait_for_results(out, world, seconds=10):
-    """Wait until every rank has a result: one that leaves early breaks the groups that others still make."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not all(os.path.exists(f"{out}/{rank}.pt") for rank in range(world)):
-        time.sleep(0.01)
-
-
-def run_ranks(fn, world, *args, timeout=60):
-    """Return [fn(rank, *args) for each of `world` gloo processes].
-
-    fn must be importable and call init_machine itself. Raises AssertionError with the tracebacks of the ranks
-    that failed, or if a rank gives no result within `timeout` seconds.
-    """
-    out = temporary_folder()
-    context = fork_server()
-    env = group_environment(world)
-    processes = []
-    for rank in range(world):
-        processes.append(context.Process(target=rank_entry, args=(fn, rank, env, str(out), args, PACKED)))
-        processes[-1].start()
-
-    results = []
-    try:
-        for rank, process in enumerate(processes):
-            process.join(timeout)
-            file = out / f"{rank}.pt"
-            assert file.exists(), f"rank {rank} of {world} gave no result (exit code {process.exitcode})"
-            results.append(torch.load(file, weights_only=False))
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-
-    errors = [text for status, text in results if status == "error"]
-    assert not errors, "\n".join(errors)
-    return [value for _, value in results]
-
-
 # ---------------------------------------------------------------- refused commands
 
 
@@ -454,57 +334,3 @@ def refused_by(main, capsys, *args):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("bench.py: "), err
     return err
-
-
-# ---------------------------------------------------------------- emulated fp8
-
-
-def integer_of(dtype):
-    """Return the integer type as wide as a floating-point type of 2 or 4 bytes."""
-    return {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-
-
-def hidden_with_sign(u, dtype):
-    """Return the MLP's hidden values of `u` as its kernel does: the last bit of each is set if u < 0."""
-    integer = integer_of(dtype)
-    hidden = t.F.leaky_relu(u, 0.5).square().to(dtype)
-    return ((hidden.view(integer) & -2) + (u < 0).to(integer)).view(dtype)
-
-
-def reference_mlp(a, w, h):
-    """Compute `mlp_op` in plain PyTorch: forward if `h` is None, else backward through hidden values `h`."""
-    if h is None:
-        return hidden_with_sign(a.float() @ w.float().T, a.dtype)
-    is_negative = h.view(integer_of(h.dtype)) & 1 == 1
-    root = h.float().sqrt()
-    slope = torch.where(is_negative, -root, 2 * root)
-    return (a.float() @ w.float() * slope).to(h.dtype)
-
-
-def reference_mlp8(x, up, down, steps, dtype):
-    """Compute `mlp8_op` in plain PyTorch: hidden values in `dtype` and their fp8 product with `down`."""
-    h = hidden_with_sign(x.float() @ up.float().T * steps[0], dtype)
-    h8 = (h.float() / steps[1]).clamp(max=448).to(x.dtype)
-    return h, torch._scaled_mm(h8, down.t(), *steps[1:], out_dtype=dtype)
-
-
-def emulate_fp8(monkeypatch, machine=False):
-    """Replace the MLP's kernels by their references, which a CPU runs, too.
-
-    machine: also make init_machine bind the MLP on a CPU as it does on a GPU.
-    """
-    monkeypatch.setattr(t, "mlp_op", reference_mlp)
-    monkeypatch.setattr(t, "mlp8_op", reference_mlp8)
-    if not machine:
-        return
-
-    init_machine = t.init_machine
-
-    def init_machine_with_mlp(h, env, **options):
-        m = init_machine(h, env, **options)
-        bound = t.bind_mlp(h, torch.device("cpu"))
-        return dataclasses.replace(
-            m, ops=t.Ops(mlp=bound.function), binding=m.binding._replace(mlp=bound.label)
-        )
-
-    monkeypatch.setattr(t, "init_machine", init_machine_with_mlp)

@@ -15,8 +15,9 @@ import audit
 import train_gpt as t
 from audit_cases import audit_args, by_auditor, changed_script, fresh, write_dataset
 from auditor.subject import Verdict, make_audit
-from helpers import ROOT, run_ranks, stop_one_line
+from helpers import ROOT, stop_one_line
 from progress import Progress
+from rank_cases import run_ranks
 
 
 def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):

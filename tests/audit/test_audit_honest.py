@@ -6,7 +6,8 @@ import numpy as np
 
 import train_gpt as t
 from audit_cases import config, failing, fresh, trained
-from helpers import OTHER_PARTS, group_of_one
+from helpers import OTHER_PARTS
+from rank_cases import group_of_one
 
 
 def test_the_run_has_learned(honest, group):

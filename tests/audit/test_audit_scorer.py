@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import train_gpt as t
 from audit_cases import as_expected, config, failing, fresh, learning, on_data, trained, with_nats
-from helpers import group_of_one, joined, write_shard
+from helpers import joined, write_shard
+from rank_cases import group_of_one
 
 # ---------------------------------------------------------------- T1, T2, T3: the scorer
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 import train_gpt as t
-from helpers import english_args, run_ranks, temporary_folder
+from helpers import english_args, temporary_folder
 from lab import encodings
+from rank_cases import run_ranks
 
 
 def train_on_rank(rank, folder):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import as_arguments, noisy_model, run_ranks, shard_folder, tiny
+from helpers import as_arguments, noisy_model, shard_folder, tiny
 from lab import layouts
+from rank_cases import run_ranks
 from script import TRAINER, BadInput, load_script
 
 STEPS = 4

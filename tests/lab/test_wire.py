@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 import train_gpt as t
-from helpers import TINY, machine, run_ranks, tiny
+from helpers import TINY, machine, tiny
 from lab import wire
 from lab.network import one_step, predict
 from lab.network.predict import StepTimes
 from lab.shared import collectives
 from lab.shared.collectives import Collective, MatrixBatch, Scope, Wait
+from rank_cases import run_ranks
 from script import TRAINER, BadInput
 
 KNOBS = tuple(f"{k}={v}" for k, v in TINY.items())

@@ -24,16 +24,8 @@ from typing import NamedTuple
 import torch
 
 import train_gpt as t
-from helpers import (
-    LOOPBACK_INTERFACE,
-    PACKED,
-    english_args,
-    fork_server,
-    group_environment,
-    packed_once,
-    share_packed_code,
-    temporary_folder,
-)
+from helpers import PACKED, english_args, packed_once, share_packed_code, temporary_folder
+from rank_cases import LOOPBACK_INTERFACE, fork_server, group_environment
 
 SECONDS = 60
 STEPS = 150

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, machine, run_ranks, tiny
+from helpers import english_args, machine, tiny
 from ledger.read.runlog import parse_log
+from rank_cases import run_ranks
 
 
 def double(x):

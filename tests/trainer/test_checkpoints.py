@@ -18,16 +18,8 @@ import pytest
 import kill_runs
 import train_gpt as t
 from fault_cases import STEPS, args, checkpoint, ends_like, has_line, lines, sets, stop_after
-from helpers import (
-    ROOT,
-    english_dataset,
-    noisy_model,
-    random_tokens,
-    run_ranks,
-    stop_one_line,
-    tiny,
-    write_shard,
-)
+from helpers import ROOT, english_dataset, noisy_model, random_tokens, stop_one_line, tiny, write_shard
+from rank_cases import run_ranks
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -9,8 +9,9 @@ import pytest
 
 import train_gpt as t
 from fault_cases import FULL, args, lines, needs_full
-from helpers import ROOT, group_environment, stop_one_line
+from helpers import ROOT, stop_one_line
 from ledger.read import runlog
+from rank_cases import group_environment
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import emulate_fp8, english_args, gaussian, noisy_model, random_tokens, tiny
+from fp8_cases import emulate_fp8
+from helpers import english_args, gaussian, noisy_model, random_tokens, tiny
 from lab.training import planning
 from lab.training.worker import Worker
 from ledger.make import sweep_table

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as t
-from helpers import english_args, gaussian, group_of_one, noisy_model, random_tokens, run_ranks, tiny
+from helpers import english_args, gaussian, noisy_model, random_tokens, tiny
+from rank_cases import group_of_one, run_ranks
 
 LIMIT = t.ENCODINGS["int6"].limit
 BANKS = {spec.name for spec in t.MATRICES}

@@ -7,7 +7,8 @@ import torch
 
 import train_gpt as t
 from fault_cases import STEPS, args, has_line, stop_after
-from helpers import english_args, run_ranks, stop_one_line
+from helpers import english_args, stop_one_line
+from rank_cases import run_ranks
 
 WHOLE = 256  # tokens of a micro-batch of english_args: 8 sequences of 32
 

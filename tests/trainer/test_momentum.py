@@ -8,7 +8,8 @@ import torch
 import kill_runs
 import train_gpt as t
 from fault_cases import STEPS, args, ends_like, has_line, stop_after
-from helpers import gaussian, group_of_one, stop_one_line, tiny
+from helpers import gaussian, stop_one_line, tiny
+from rank_cases import group_of_one
 
 SPREAD = dict(momentum_spread=3.0)
 

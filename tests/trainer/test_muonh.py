@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import all_equal, group_of_one, random_tokens, run_ranks, tiny
+from helpers import all_equal, random_tokens, tiny
+from rank_cases import group_of_one, run_ranks
 from schedule_cases import TOLERANCE, data_folder, env_machine, parameters
 from test_train import eval_again, score_by_hand
 from train_cases import finished_with, value

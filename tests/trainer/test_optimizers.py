@@ -14,17 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
 from direction_cases import DIRECTIONS, FIVE, polar_by_hand, poly
-from helpers import (
-    english_args,
-    gaussian,
-    group_of_one,
-    noisy_model,
-    padding_of,
-    run_ranks,
-    shard_folder,
-    temporary_folder,
-    tiny,
-)
+from helpers import english_args, gaussian, noisy_model, padding_of, shard_folder, temporary_folder, tiny
+from rank_cases import group_of_one, run_ranks
 
 RULES = tuple(t.STEP_RULES)
 PAIRS = list(itertools.product(t.ORTHO, t.STEP_RULES))

@@ -14,15 +14,14 @@ import train_gpt as t
 from helpers import (
     all_equal,
     english_args,
-    group_of_one,
     machine,
     noisy_model,
     random_tokens,
-    run_ranks,
     shard_folder,
     temporary_folder,
     tiny,
 )
+from rank_cases import group_of_one, run_ranks
 
 
 class Graph:

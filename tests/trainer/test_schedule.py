@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import all_equal, gaussian, group_of_one, machine, noisy_model, padding_of, run_ranks, tiny
+from helpers import all_equal, gaussian, machine, noisy_model, padding_of, tiny
+from rank_cases import group_of_one, run_ranks
 from schedule_cases import (
     STEPS,
     TOLERANCE,

@@ -23,13 +23,13 @@ from helpers import (
     joined,
     machine,
     random_documents,
-    run_ranks,
     shard_folder,
     stop_one_line,
     tiny,
     train_tokenizer,
     write_shard,
 )
+from rank_cases import run_ranks
 
 # ---------------------------------------------------------------- shards
 

@@ -15,16 +15,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
-    OTHER_PARTS,
-    ROOT,
-    as_arguments,
-    english_args,
-    english_dataset,
-    group_of_one,
-    run_ranks,
-    stop_one_line,
-)
+from helpers import OTHER_PARTS, ROOT, as_arguments, english_args, english_dataset, stop_one_line
+from rank_cases import group_of_one, run_ranks
 from train_cases import (
     COMMUNITY,
     SCORE_LINES,

@@ -10,13 +10,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
-    english_args,
-    english_dataset,
-    run_ranks,
-    stop_one_line,
-    tiny,
-)
+from helpers import english_args, english_dataset, stop_one_line, tiny
+from rank_cases import run_ranks
 from train_cases import (
     STEPS,
     TRAIN_LINE,

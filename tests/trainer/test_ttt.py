@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import all_equal, group_of_one, noisy_model, random_tokens, run_ranks, tiny
+from helpers import all_equal, noisy_model, random_tokens, tiny
+from rank_cases import group_of_one, run_ranks
 from test_windows import SILENT
 from ttt_cases import LEARNS, learning_run, ranks_score, weights_of
 

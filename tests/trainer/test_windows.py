@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import group_of_one, noisy_model, random_tokens, run_ranks, tiny
+from helpers import noisy_model, random_tokens, tiny
+from rank_cases import group_of_one, run_ranks
 
 SILENT = t.Log("", None)
 
