@@ -1,8 +1,8 @@
 """Helpers of the tests of the auditor: an honest run, made once, and ways to break it.
 
-A fault is a broken scorer, artifact, dataset or training loop that replaces one honest part. The first test
-named beside it was made for it, the others fail with it for a good reason (with a question mark: may fail).
-Every test that is not named must still pass.
+A fault is a broken scorer, artifact, dataset or training loop that replaces one honest part. One of the tests
+named beside it was made for it, the others fail with it for a good reason. Every test that is not named must
+still pass.
 """
 
 import dataclasses
@@ -10,8 +10,10 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Set
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 
 import audit
 import train_gpt as t
-from auditor.subject import make_audit
+from auditor.subject import Verdict, make_audit
 from helpers import BOS, TINY, WORDS, as_arguments, joined, train_tokenizer, write_shard
 from rank_cases import group_of_one
 
@@ -131,17 +133,29 @@ def group():
         yield
 
 
-def failing(run, blob):
-    """Run all tests. Returns those that fail, as "T1 T3", and all verdicts."""
+class Outcome(NamedTuple):
+    """What the auditor says of a run: the tests that fail, "T1" to "T9", and all verdicts."""
+
+    fails: set[str]
+    verdicts: list[Verdict]
+
+
+def audited(run, blob):
+    """Run all tests on a run and its artifact."""
     subject = make_audit(t, run, blob)
     verdicts = [test(subject) for test in audit.AUDIT]
-    return " ".join(v.test[:2] for v in verdicts if not v.ok), verdicts
+    return Outcome({v.test[:2] for v in verdicts if not v.ok}, verdicts)
 
 
-def as_expected(fails, expected):
-    """Return whether the failing tests are those of "T1 T3?": T1 and perhaps T3."""
-    must = {name for name in expected.split() if not name.endswith("?")}
-    return must <= set(fails.split()) <= {name.rstrip("?") for name in expected.split()}
+class Expected(NamedTuple):
+    """The tests that must fail with a fault, and those that may."""
+
+    must: set[str]
+    may: Set[str] = frozenset()
+
+    def meets(self, fails):
+        """Return whether the tests that fail are expected."""
+        return self.must <= fails <= self.must | self.may
 
 
 def fresh(run, **changes):

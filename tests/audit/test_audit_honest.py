@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 import train_gpt as t
-from audit_cases import config, failing, fresh, trained
+from audit_cases import audited, config, fresh, trained
 from helpers import OTHER_PARTS
 from rank_cases import group_of_one
 
@@ -22,7 +22,7 @@ def test_the_run_has_learned(honest, group):
 
 def test_nine_tests_pass_on_an_honest_run(honest, group):
     m = dataclasses.replace(honest.run.m, signals=t.Signals())
-    fails, verdicts = failing(dataclasses.replace(fresh(honest.run), m=m), honest.blob)
+    fails, verdicts = audited(dataclasses.replace(fresh(honest.run), m=m), honest.blob)
     assert m.signals == t.Signals()  # a signal during the auditor's own training leaves at once
     assert not fails, verdicts
     assert [v.test[:2] for v in verdicts] == [f"T{i}" for i in range(1, 10)]
@@ -37,5 +37,5 @@ def test_nine_tests_pass_on_a_model_with_every_optional_part(honest):
         config(honest.h.data_path, vocab_size=honest.h.vocab_size, iterations=6, **OTHER_PARTS)
     )
     with group_of_one():
-        fails, verdicts = failing(run, blob)
+        fails, verdicts = audited(run, blob)
     assert not fails, verdicts

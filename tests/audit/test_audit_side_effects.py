@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import train_gpt as t
-from audit_cases import failing, fresh, on_data, with_nats
+from audit_cases import audited, fresh, on_data, with_nats
 from auditor import effects
 from auditor.subject import make_audit
 from helpers import write_shard
@@ -82,8 +82,8 @@ READS = {
 def test_a_loader_that_opens_the_split_fails(how, honest, group, monkeypatch, tmp_path):
     run = on_data(honest, tmp_path)
     monkeypatch.setattr(t, "TokenLoader", in_loader(READS[how]))
-    fails, verdicts = failing(run, honest.blob)
-    assert fails == "T8", verdicts
+    fails, verdicts = audited(run, honest.blob)
+    assert fails == {"T8"}, verdicts
 
 
 def test_a_validation_before_the_clock_stops_fails(honest, group, monkeypatch):
@@ -95,8 +95,8 @@ def test_a_validation_before_the_clock_stops_fails(honest, group, monkeypatch):
         return warm(run, *args)
 
     monkeypatch.setattr(t, "warmup", warmup)
-    fails, verdicts = failing(fresh(honest.run), honest.blob)
-    assert fails == "T8", verdicts
+    fails, verdicts = audited(fresh(honest.run), honest.blob)
+    assert fails == {"T8"}, verdicts
 
 
 def test_training_on_the_report_split_fails(honest, group, monkeypatch, tmp_path):
@@ -105,9 +105,9 @@ def test_training_on_the_report_split_fails(honest, group, monkeypatch, tmp_path
     other = str(tmp_path / "data" / "x_other_000000.bin")
     write_shard(other, honest.val[0])
     run = fresh(run, h=dataclasses.replace(run.h, report_split="other"))
-    assert not failing(run, honest.blob)[0]
+    assert not audited(run, honest.blob).fails
     monkeypatch.setattr(t, "TokenLoader", in_loader(lambda h: t.load_shard(other)))
-    assert failing(fresh(run), honest.blob)[0] == "T8"
+    assert audited(fresh(run), honest.blob).fails == {"T8"}
 
 
 # ---------------------------------------------------------------- T9: network while scoring
@@ -169,4 +169,4 @@ def test_only_the_network_test_sees_the_network(honest, group):
         connect()
         return honest.run.model.nats(x, y, last)
 
-    assert failing(with_nats(honest.run, nats_fn), honest.blob)[0] == "T9"
+    assert audited(with_nats(honest.run, nats_fn), honest.blob).fails == {"T9"}

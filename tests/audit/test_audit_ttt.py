@@ -12,36 +12,47 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 AUDITED = ["ttt_lr=0.2", "ttt_chunk_tokens=64", "ttt_passes=1"]
 LESSON = "lesson = as_windows(start=begin, end=begin + seq_len, score_from=begin)"
-# A cheat: the tests that must fail, the text of the trainer that is replaced, and the text that replaces it.
+
+
+class Cheat(NamedTuple):
+    """The tests that must fail, the text of the trainer that is replaced, and the text that replaces it."""
+
+    must: set[str]
+    old: str
+    new: str
+
+
 CHEATS = {
-    "learned before it is scored": (
-        "T1 T3",
+    "learned before it is scored": Cheat(
+        {"T1", "T3"},
         LESSON,
         f"{LESSON} + min(chunk_tokens * (len(begin) > 0), total - chunk_start)",
     ),
-    "one token too many": ("T3", LESSON, f"{LESSON} + (len(begin) > 0)"),
-    "weights are not put back": ("T1 T3 T7", "torch._foreach_copy_(weights, saved)", "pass"),
-    "nothing is learned": ("T3", "alpha=-rate)", "alpha=-0.0)"),
-    "a chunk is left out": ("T4", "np.split(windows, firsts[1:])", "np.split(windows, firsts[1:])[:2]"),
+    "one token too many": Cheat({"T3"}, LESSON, f"{LESSON} + (len(begin) > 0)"),
+    "weights are not put back": Cheat({"T1", "T3", "T7"}, "torch._foreach_copy_(weights, saved)", "pass"),
+    "nothing is learned": Cheat({"T3"}, "alpha=-rate)", "alpha=-0.0)"),
+    "a chunk is left out": Cheat(
+        {"T4"}, "np.split(windows, firsts[1:])", "np.split(windows, firsts[1:])[:2]"
+    ),
 }
 AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=8", "ttt_passes=1"]
 LORA_LESSON = "all_lessons[span, slot][1:] = windows[:-1]"
 LORA_CHEATS = {
-    "learned before it is scored": ("T1 T3", LORA_LESSON, "all_lessons[span, slot] = windows"),
-    "one token too many": ("T3", LORA_LESSON, f"{LORA_LESSON} + [0, 1, 1]"),
-    "nothing is learned": ("T3", "factors.sub_(h.ttt_lr", "factors.sub_(0.0"),
-    "the weights change and are not put back": (
-        "T1 T3 T7",
+    "learned before it is scored": Cheat({"T1", "T3"}, LORA_LESSON, "all_lessons[span, slot] = windows"),
+    "one token too many": Cheat({"T3"}, LORA_LESSON, f"{LORA_LESSON} + [0, 1, 1]"),
+    "nothing is learned": Cheat({"T3"}, "factors.sub_(h.ttt_lr", "factors.sub_(0.0"),
+    "the weights change and are not put back": Cheat(
+        {"T1", "T3", "T7"},
         "return changed_nats_fn",
         "model.tok_emb.data.mul_(1.001); return changed_nats_fn",
     ),
-    "a chunk is left out": (
-        "T4",
+    "a chunk is left out": Cheat(
+        {"T4"},
         "all_windows[span, slot] = windows",
         "all_windows[span, slot][:2] = windows[:2]",
     ),
-    "a document's end decides where its windows begin": (
-        "T1",
+    "a document's end decides where its windows begin": Cheat(
+        {"T1"},
         "start = np.maximum(chunk_end - scoring.seq_len, begin)",
         "start = np.maximum(np.minimum(chunk_end, end) - scoring.seq_len, begin)",
     ),
@@ -74,9 +85,10 @@ def test_the_audit_passes_an_honest_score_that_learns(knobs, honest, tmp_path, c
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_the_audit_catches_a_cheat(name, honest, tmp_path, capsys):
-    expected, old, new = CHEATS[name]
-    result = audited(honest, tmp_path, changed_script(tmp_path / "x", old, new), capsys)
-    assert result.status == 1 and set(expected.split()) <= result.fails, result.lines
+    cheat = CHEATS[name]
+    script = changed_script(tmp_path / "x", cheat.old, cheat.new)
+    result = audited(honest, tmp_path, script, capsys)
+    assert result.status == 1 and cheat.must <= result.fails, result.lines
     assert not {"T2", "T5"} & result.fails, result.lines
 
 
@@ -87,10 +99,10 @@ FIRST_CHEAT, *MORE_CHEATS = LORA_CHEATS
     "name", [FIRST_CHEAT, *(pytest.param(n, marks=pytest.mark.long) for n in MORE_CHEATS)]
 )
 def test_the_audit_catches_a_cheat_with_documents(name, honest, tmp_path, capsys):
-    expected, old, new = LORA_CHEATS[name]
-    script = changed_script(tmp_path / "x", old, new)
+    cheat = LORA_CHEATS[name]
+    script = changed_script(tmp_path / "x", cheat.old, cheat.new)
     result = audited(honest, tmp_path, script, capsys, AUDITED_LORA)
-    assert result.status == 1 and set(expected.split()) <= result.fails, result.lines
+    assert result.status == 1 and cheat.must <= result.fails, result.lines
     assert not {"T2", "T5"} & result.fails, result.lines
 
 
