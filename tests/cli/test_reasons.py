@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,13 +16,24 @@ from lab.shared import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = [sys.executable, str(ROOT / "tools/ranks.py"), "2"]
+
+
+class Refused(NamedTuple):
+    """The words of a command that every rank refuses, and a part of its reason."""
+
+    words: list[str]
+    reason: str
+
+
 COMMANDS = {
-    "train": (["train_gpt.py", "train", "data_path=gone"], "gone: no such data folder"),
-    "eval": (["train_gpt.py", "eval", "gone.int6.xz"], "gone.int6.xz: cannot read the artifact"),
-    "audit": (["tools/audit.py", "gone.int6.xz"], "gone.int6.xz: cannot read the artifact"),
-    "audit of no script": (["tools/audit.py", "x", "--script", "gone.py"], "gone.py: cannot read the script"),
-    "bench": (["-m", "lab.bench", "sed=1"], "unknown config key 'sed'"),
-    "bench --timeline": (["-m", "lab.bench", "--timeline", "gone/t.json"], "gone"),
+    "train": Refused(["train_gpt.py", "train", "data_path=gone"], "gone: no such data folder"),
+    "eval": Refused(["train_gpt.py", "eval", "gone.int6.xz"], "gone.int6.xz: cannot read the artifact"),
+    "audit": Refused(["tools/audit.py", "gone.int6.xz"], "gone.int6.xz: cannot read the artifact"),
+    "audit of no script": Refused(
+        ["tools/audit.py", "x", "--script", "gone.py"], "gone.py: cannot read the script"
+    ),
+    "bench": Refused(["-m", "lab.bench", "sed=1"], "unknown config key 'sed'"),
+    "bench --timeline": Refused(["-m", "lab.bench", "--timeline", "gone/t.json"], "gone"),
 }
 
 
@@ -32,13 +44,13 @@ NAMES = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name fo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_last_line_of_two_ranks_is_the_reason(name):
-    words, reason = COMMANDS[name]
+    command = COMMANDS[name]
     env = os.environ | {"PYTHONPATH": str(ROOT / "tools"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*RANKS, *words], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [*RANKS, *command.words], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("ranks.py: rank ") and reason in last, done.stderr
+    assert done.returncode == 1 and last.startswith("ranks.py: rank ") and command.reason in last, done.stderr
 
 
 def test_a_refusal_is_a_line_and_torchruns_reason(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import fixtures_records as fx
 from ledger import record
@@ -27,6 +28,13 @@ META = {
     "blurb": "a first | one",
 }
 MARKERS = "# Title\n\n<!-- board:start -->\nold\n<!-- board:end -->\n\nlast line\n"
+
+
+class Fault(NamedTuple):
+    """A fault of a record's folder: the claim that fails, and what makes it fail."""
+
+    claim: str
+    spoil: Callable[[Path], object]
 
 
 def write_logs(folder: Path, seeds=SEEDS, **change) -> list[str]:

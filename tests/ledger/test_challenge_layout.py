@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -380,14 +381,22 @@ def test_other_verbs_refuse_in_one_line(verb, name, published, capsys):
 
 # ---------------------------------------------------------------- what verify says of this layout
 
-NAMED = {  # fault -> the claim that fails, and a part of its evidence
-    "oversize": ("bytes", "16,"),
-    "oversize_for_one_seed": ("bytes", "16,004,321"),
-    "seeds_as_dict": ("schema", "seeds"),
-    "bpb_as_loss": ("schema", "val_bpb"),
-    "one_seed": ("seeds", "1 seed"),
-    "seconds_601": ("clock", "601.2"),
-    "other_bpb": ("numbers", "val_bpb"),
+
+class Named(NamedTuple):
+    """The claim that fails with a fault of FAULTS, and a part of its evidence."""
+
+    claim: str
+    figure: str
+
+
+NAMED = {
+    "oversize": Named("bytes", "16,"),
+    "oversize_for_one_seed": Named("bytes", "16,004,321"),
+    "seeds_as_dict": Named("schema", "seeds"),
+    "bpb_as_loss": Named("schema", "val_bpb"),
+    "one_seed": Named("seeds", "1 seed"),
+    "seconds_601": Named("clock", "601.2"),
+    "other_bpb": Named("numbers", "val_bpb"),
 }
 
 
@@ -395,19 +404,19 @@ NAMED = {  # fault -> the claim that fails, and a part of its evidence
 @pytest.mark.parametrize("fault", NAMED)
 def test_a_fault_is_named(name, fault, published, capsys):
     """The claim fails with the figure in its evidence, and holds in the sound folder."""
-    claim, figure = NAMED[fault]
+    named = NAMED[fault]
     folder = published(name)
-    verdict, evidence = claim_of(folder, claim, capsys)
-    if name == PHASED and claim == "clock":  # as published, over the limit by its calibration
+    verdict, evidence = claim_of(folder, named.claim, capsys)
+    if name == PHASED and named.claim == "clock":  # as published, over the limit by its calibration
         assert verdict == "fail"
-        assert figure not in evidence
+        assert named.figure not in evidence
     else:
         assert verdict == "ok"
 
     FAULTS[fault](folder)
-    verdict, evidence = claim_of(folder, claim, capsys)
+    verdict, evidence = claim_of(folder, named.claim, capsys)
     assert verdict == "fail"
-    assert figure in evidence
+    assert named.figure in evidence
 
 
 def test_a_log_of_another_script_is_named(published, capsys):

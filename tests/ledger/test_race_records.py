@@ -19,7 +19,7 @@ from ledger.read.schema import submission_schema
 from ledger.show.board import LOSS_NOTE
 from ledger.show.standing import compare_with_board
 from ledger.tracks import TRACKS
-from record_helpers import MARKERS, META, TRACK, edit, edit_json, edit_log, refuse, run, write_logs
+from record_helpers import MARKERS, META, TRACK, Fault, edit, edit_json, edit_log, refuse, run, write_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,34 +195,34 @@ def spoil(pattern, new):
     return lambda folder: edit_log(log2(folder), pattern, new)
 
 
-RACE_FAULTS = {  # name -> the claim that fails, and what makes it fail
-    "key missing": (
+RACE_FAULTS = {
+    "key missing": Fault(
         "schema",
         lambda folder: edit_json(folder / "submission.json", lambda sub: sub.pop("p_value")),
     ),
-    "p typed": (
+    "p typed": Fault(
         "numbers",
         lambda folder: edit(folder / "submission.json", r'"p_value": .*', '"p_value": 0.001,'),
     ),
-    "picture lost": ("files", lambda folder: (folder / "loss.png").unlink()),
-    "run lost": ("race", lambda folder: log2(folder).unlink()),
-    "stopped elsewhere": ("race", spoil(r"^(final_score .*)steps:3250", r"\1steps:3240")),
-    "another target": ("race", spoil(r"^(final_score .*)target:3.28", r"\1target:3.3")),
-    "another target set": ("race", spoil("^  target_loss: 3.28", "  target_loss: 3.3")),
-    "fewer tokens": ("race", spoil("^  val_tokens: 10485760", "  val_tokens: 65536")),
-    "another loss": ("validation", spoil(r"^(final_score .*val_loss:3)", r"\g<1>1")),
-    "another last line": ("validation", spoil(r"^(step:3250/3250 val_loss:)3", r"\g<1>2")),
-    "resumed": ("times", spoil(r"^(step:3250/3250 train)", r"resumed step:0 of race2\n\1")),
-    "hardware": ("times", spoil("device:NVIDIA H100", "device:NVIDIA H200")),
+    "picture lost": Fault("files", lambda folder: (folder / "loss.png").unlink()),
+    "run lost": Fault("race", lambda folder: log2(folder).unlink()),
+    "stopped elsewhere": Fault("race", spoil(r"^(final_score .*)steps:3250", r"\1steps:3240")),
+    "another target": Fault("race", spoil(r"^(final_score .*)target:3.28", r"\1target:3.3")),
+    "another target set": Fault("race", spoil("^  target_loss: 3.28", "  target_loss: 3.3")),
+    "fewer tokens": Fault("race", spoil("^  val_tokens: 10485760", "  val_tokens: 65536")),
+    "another loss": Fault("validation", spoil(r"^(final_score .*val_loss:3)", r"\g<1>1")),
+    "another last line": Fault("validation", spoil(r"^(step:3250/3250 val_loss:)3", r"\g<1>2")),
+    "resumed": Fault("times", spoil(r"^(step:3250/3250 train)", r"resumed step:0 of race2\n\1")),
+    "hardware": Fault("times", spoil("device:NVIDIA H100", "device:NVIDIA H200")),
 }
 
 
 @pytest.mark.parametrize("fault", RACE_FAULTS)
 def test_verify_catches_in_a_race(race_folder, fault):
-    claim, make_fault = RACE_FAULTS[fault]
+    planted = RACE_FAULTS[fault]
     assert {verdict for verdict, _ in race_verdicts(race_folder).values()} == {"ok"}
-    make_fault(race_folder)
-    verdict, evidence = race_verdicts(race_folder)[claim]
+    planted.spoil(race_folder)
+    verdict, evidence = race_verdicts(race_folder)[planted.claim]
     assert verdict == "fail", evidence
     assert "\n" not in evidence
 
@@ -312,5 +312,5 @@ def test_every_track_of_races_has_its_schema_and_preset():
 
 
 def test_every_claim_of_a_race_has_a_planted_fault():
-    planted = {claim for claim, _ in RACE_FAULTS.values()} | {"significance"}
+    planted = {fault.claim for fault in RACE_FAULTS.values()} | {"significance"}
     assert planted >= set(claim_table.RACE_CLAIMS) - set(claim_table.RECORD_CLAIMS)

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,6 +16,7 @@ from ledger.read.schema import schema_errors, submission_schema
 from record_helpers import (
     NAME,
     TRACK,
+    Fault,
     edit,
     edit_json,
     edit_log,
@@ -54,72 +56,84 @@ def second_log(folder: Path) -> None:
     shutil.copy(log42(folder), folder / "logs" / "seed43.txt")
 
 
-FAULTS = {  # name -> the claim that fails, and what makes it fail
-    "key missing": ("schema", spoil_json(lambda sub: sub.pop("val_bpb"))),
-    "script is not text": ("source", lambda folder: (folder / "train_gpt.py").write_bytes(b"x = 1 # \xff\n")),
-    "step line garbled": ("steps", spoil_log(r"^step:550/", "step:5x0/")),
-    "seed not in config": ("seeds", spoil_log(r"^  seed: 42\n", "")),
-    "triton of one log": ("numbers", spoil_log("Triton version 3.7.1", "Triton version 3.6.0")),
-    "key unknown": ("schema", spoil_json(lambda sub: sub.update(mean_bpb=1.2))),
-    "wrong type": ("schema", spoil_json(lambda sub: sub.update(bytes_total="15 MB"))),
-    "not json": ("schema", lambda folder: (folder / "submission.json").write_text("{")),
-    "date differs": ("name", spoil_json(lambda sub: sub.update(date="2026-11-21"))),
-    "no picture": ("files", lambda folder: (folder / "loss.png").unlink()),
-    "log missing": ("files", lambda folder: log42(folder).unlink()),
-    "log extra": ("files", second_log),
-    "helper module": ("files", lambda folder: (folder / "helper.py").write_text("x = 1\n")),
-    "log cut": ("logs", spoil_log(r"^final_score .*\n", "")),
-    "log is prose": ("logs", lambda folder: log42(folder).write_text("it went well\n")),
-    "final_score twice": ("logs", spoil_log(r"^(final_score .*\n)", r"\1\1")),
-    "line after final_score": (
+FAULTS = {
+    "key missing": Fault("schema", spoil_json(lambda sub: sub.pop("val_bpb"))),
+    "script is not text": Fault(
+        "source", lambda folder: (folder / "train_gpt.py").write_bytes(b"x = 1 # \xff\n")
+    ),
+    "step line garbled": Fault("steps", spoil_log(r"^step:550/", "step:5x0/")),
+    "seed not in config": Fault("seeds", spoil_log(r"^  seed: 42\n", "")),
+    "triton of one log": Fault("numbers", spoil_log("Triton version 3.7.1", "Triton version 3.6.0")),
+    "key unknown": Fault("schema", spoil_json(lambda sub: sub.update(mean_bpb=1.2))),
+    "wrong type": Fault("schema", spoil_json(lambda sub: sub.update(bytes_total="15 MB"))),
+    "not json": Fault("schema", lambda folder: (folder / "submission.json").write_text("{")),
+    "date differs": Fault("name", spoil_json(lambda sub: sub.update(date="2026-11-21"))),
+    "no picture": Fault("files", lambda folder: (folder / "loss.png").unlink()),
+    "log missing": Fault("files", lambda folder: log42(folder).unlink()),
+    "log extra": Fault("files", second_log),
+    "helper module": Fault("files", lambda folder: (folder / "helper.py").write_text("x = 1\n")),
+    "log cut": Fault("logs", spoil_log(r"^final_score .*\n", "")),
+    "log is prose": Fault("logs", lambda folder: log42(folder).write_text("it went well\n")),
+    "final_score twice": Fault("logs", spoil_log(r"^(final_score .*\n)", r"\1\1")),
+    "line after final_score": Fault(
         "logs",
         lambda folder: log42(folder).write_text(log42(folder).read_text() + "more\n"),
     ),
-    "script edited": ("source", lambda folder: edit(folder / "train_gpt.py", "0.025", "0.026")),
-    "log source edited": ("source", lambda folder: edit(log42(folder), "0.025", "0.024")),
-    "bpb typed": ("numbers", spoil_json(lambda sub: sub.update(val_bpb=sub["val_bpb"] - 0.0001))),
-    "seed bpb typed": ("numbers", spoil_json(lambda sub: sub["seed_results"]["42"].update(val_bpb=1.0))),
-    "steps in log edited": ("numbers", spoil_log("steps:1500", "steps:1400")),
-    "hardware typed": ("numbers", spoil_json(lambda sub: sub.update(hardware="8xH100"))),
-    "log config differs": ("config", spoil_log("^  matrix_lr: 0.03", "  matrix_lr: 0.04")),
-    "config.json edited": ("config", lambda folder: edit(folder / "config.json", "0.03", "0.04")),
-    "seed twice": ("seeds", second_log),
-    "config seed differs": ("seeds", spoil_log("^  seed: 42", "  seed: 43")),
-    "sum of bytes": ("bytes", spoil_log(r"bytes_total:\d{8}", "bytes_total:15000000")),
-    "size lines disagree": ("bytes", spoil_log(r"^(Total submission size \S+) \d{8}", r"\1 15000001")),
-    "artifact hash": ("artifacts", lambda folder: edit(folder / "artifact.sha256", "^.", "z")),
-    "code size": ("code", spoil_log(r"bytes_code:\d\d+", "bytes_code:99")),
-    "phases disagree": ("steps", spoil_log(r"train:2999\d\dms|train:300\d\d\dms", "train:290000ms")),
-    "time goes back": ("steps", spoil_log(r"^(step:500/20000 val_loss.*train_time:)\d+ms", r"\g<1>10ms")),
-    "step goes back": ("steps", spoil_log(r"^step:550/", "step:450/")),
-    "average is off": ("steps", spoil_log(r"^(step:500/20000 train_loss.*step_avg:)\S+", r"\g<1>100.00ms")),
-    "another stop": ("steps", spoil_log(r"^(stopping_early.*step:)1500", r"\g<1>1490")),
-    "no stop": ("steps", spoil_log(r"^stopping_early.*\n", "")),
-    "eval too long": ("clock", spoil_log("decompress:800ms", "decompress:580000ms")),
-    "calibration counts": ("clock", spoil_log("calibrate:0ms", "calibrate:4700ms")),
-    "score is another": ("score", spoil_log(r"^(final_int6_sliding_window_exact .*val_bpb:)1", r"\g<1>0")),
-    "part of the split": ("score", spoil_log("^  val_tokens: 0", "  val_tokens: 1000")),
-    "ratio": ("ratio", lower_bpb),
-    "byte count": ("ratio", spoil_log(r"val_bytes:\d+", "val_bytes:157319833")),
-    "hardware": ("hardware", spoil_log("device:NVIDIA H100", "device:NVIDIA H200")),
-    "torch version": (
+    "script edited": Fault("source", lambda folder: edit(folder / "train_gpt.py", "0.025", "0.026")),
+    "log source edited": Fault("source", lambda folder: edit(log42(folder), "0.025", "0.024")),
+    "bpb typed": Fault("numbers", spoil_json(lambda sub: sub.update(val_bpb=sub["val_bpb"] - 0.0001))),
+    "seed bpb typed": Fault("numbers", spoil_json(lambda sub: sub["seed_results"]["42"].update(val_bpb=1.0))),
+    "steps in log edited": Fault("numbers", spoil_log("steps:1500", "steps:1400")),
+    "hardware typed": Fault("numbers", spoil_json(lambda sub: sub.update(hardware="8xH100"))),
+    "log config differs": Fault("config", spoil_log("^  matrix_lr: 0.03", "  matrix_lr: 0.04")),
+    "config.json edited": Fault("config", lambda folder: edit(folder / "config.json", "0.03", "0.04")),
+    "seed twice": Fault("seeds", second_log),
+    "config seed differs": Fault("seeds", spoil_log("^  seed: 42", "  seed: 43")),
+    "sum of bytes": Fault("bytes", spoil_log(r"bytes_total:\d{8}", "bytes_total:15000000")),
+    "size lines disagree": Fault("bytes", spoil_log(r"^(Total submission size \S+) \d{8}", r"\1 15000001")),
+    "artifact hash": Fault("artifacts", lambda folder: edit(folder / "artifact.sha256", "^.", "z")),
+    "code size": Fault("code", spoil_log(r"bytes_code:\d\d+", "bytes_code:99")),
+    "phases disagree": Fault("steps", spoil_log(r"train:2999\d\dms|train:300\d\d\dms", "train:290000ms")),
+    "time goes back": Fault(
+        "steps", spoil_log(r"^(step:500/20000 val_loss.*train_time:)\d+ms", r"\g<1>10ms")
+    ),
+    "step goes back": Fault("steps", spoil_log(r"^step:550/", "step:450/")),
+    "average is off": Fault(
+        "steps", spoil_log(r"^(step:500/20000 train_loss.*step_avg:)\S+", r"\g<1>100.00ms")
+    ),
+    "another stop": Fault("steps", spoil_log(r"^(stopping_early.*step:)1500", r"\g<1>1490")),
+    "no stop": Fault("steps", spoil_log(r"^stopping_early.*\n", "")),
+    "eval too long": Fault("clock", spoil_log("decompress:800ms", "decompress:580000ms")),
+    "calibration counts": Fault("clock", spoil_log("calibrate:0ms", "calibrate:4700ms")),
+    "score is another": Fault(
+        "score", spoil_log(r"^(final_int6_sliding_window_exact .*val_bpb:)1", r"\g<1>0")
+    ),
+    "part of the split": Fault("score", spoil_log("^  val_tokens: 0", "  val_tokens: 1000")),
+    "ratio": Fault("ratio", lower_bpb),
+    "byte count": Fault("ratio", spoil_log(r"val_bytes:\d+", "val_bytes:157319833")),
+    "hardware": Fault("hardware", spoil_log("device:NVIDIA H100", "device:NVIDIA H200")),
+    "torch version": Fault(
         "requirements",
         lambda folder: edit(folder / "requirements.txt", "==2.13.0", "==2.9.1"),
     ),
-    "FlashAttention-4 not named": ("requirements", spoil_log("attention:cudnn", "attention:flash4+cudnn")),
-    "readme edited": ("readme", lambda folder: edit(folder / "README.md", r"\*\*val_bpb 1", "**val_bpb 0")),
-    "readme row lost": ("readme", lambda folder: edit(folder / "README.md", r"^\| 1337 .*\n", "")),
-    "notes marker lost": ("readme", lambda folder: edit(folder / "README.md", "^<!-- notes.*\n", "")),
-    "no parent": ("parent", spoil_json(lambda sub: sub.update(parent="track_cpu/2020-01-01_None"))),
-    "own parent": ("parent", spoil_json(lambda sub: sub.update(parent=f"{TRACK}/{NAME}"))),
+    "FlashAttention-4 not named": Fault(
+        "requirements", spoil_log("attention:cudnn", "attention:flash4+cudnn")
+    ),
+    "readme edited": Fault(
+        "readme", lambda folder: edit(folder / "README.md", r"\*\*val_bpb 1", "**val_bpb 0")
+    ),
+    "readme row lost": Fault("readme", lambda folder: edit(folder / "README.md", r"^\| 1337 .*\n", "")),
+    "notes marker lost": Fault("readme", lambda folder: edit(folder / "README.md", "^<!-- notes.*\n", "")),
+    "no parent": Fault("parent", spoil_json(lambda sub: sub.update(parent="track_cpu/2020-01-01_None"))),
+    "own parent": Fault("parent", spoil_json(lambda sub: sub.update(parent=f"{TRACK}/{NAME}"))),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_verify_catches(folder, fault):
-    claim, spoil = FAULTS[fault]
-    spoil(folder)
-    verdict, evidence = verdicts(folder)[claim]
+    planted = FAULTS[fault]
+    planted.spoil(folder)
+    verdict, evidence = verdicts(folder)[planted.claim]
     assert verdict == "fail", evidence
     assert "\n" not in evidence
 
@@ -155,35 +169,43 @@ def test_verify_catches_consistent_faults(tmp_path, change, claim, reason):
     assert reason in evidence
 
 
-BROKEN = {  # name -> the claim that fails, and a replacement in the script
-    "no such module": (
+class Replaced(NamedTuple):
+    """A replacement in the script, and the claim that fails with it."""
+
+    claim: str
+    old: str
+    new: str
+
+
+BROKEN = {
+    "no such module": Replaced(
         "import",
         "import dataclasses\n",
         "import dataclasses\nimport flash_attn_of_nowhere\n",
     ),
-    "wants the environment": (
+    "wants the environment": Replaced(
         "import",
         "import dataclasses\n",
         "import dataclasses, os\nos.environ['LOCAL_RANK']\n",
     ),
-    "exits": ("import", "import dataclasses\n", "import dataclasses, os\nos._exit(3)\n"),
-    "nested f-string": ("syntax", 'log("=" * 100)', "log(f'{\"a\" + f'{1}'}')"),
-    "backslash in f-string": ("syntax", 'log("=" * 100)', "log(f\"{'a\\n'.join([])}\")"),
-    "generic syntax": ("syntax", "def log_score(log, loss)", "def log_score[T](log: T, loss)"),
+    "exits": Replaced("import", "import dataclasses\n", "import dataclasses, os\nos._exit(3)\n"),
+    "nested f-string": Replaced("syntax", 'log("=" * 100)', "log(f'{\"a\" + f'{1}'}')"),
+    "backslash in f-string": Replaced("syntax", 'log("=" * 100)', "log(f\"{'a\\n'.join([])}\")"),
+    "generic syntax": Replaced("syntax", "def log_score(log, loss)", "def log_score[T](log: T, loss)"),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_verify_catches_scripts_that_do_not_import(folder, fault):
-    claim, old, new = BROKEN[fault]
+    replaced = BROKEN[fault]
     script = folder / "train_gpt.py"
     source = script.read_text()
-    assert old in source
-    broken = source.replace(old, new, 1)
+    assert replaced.old in source
+    broken = source.replace(replaced.old, replaced.new, 1)
     script.write_text(broken)
     for log in (folder / "logs").iterdir():
         log.write_text(log.read_text().replace(source, broken))
-    assert claim in failed_claims(folder)
+    assert replaced.claim in failed_claims(folder)
 
 
 def test_new_refuses_a_script_that_does_not_import(repo, capsys):
@@ -213,7 +235,7 @@ def test_folder_name(folder):
 
 
 def test_every_claim_has_a_planted_fault():
-    planted = {claim for claim, *_ in [*FAULTS.values(), *BROKEN.values()]}
+    planted = {fault.claim for fault in [*FAULTS.values(), *BROKEN.values()]}
     assert planted == set(claim_table.RECORD_CLAIMS)
 
 

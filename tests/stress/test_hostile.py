@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -16,31 +17,38 @@ from hostile_cases.sound_files import SoundFiles
 
 NAMED = ("file", "remedy")
 
-# A program, and what the judge says of it. It should say "file: a remedy", end with 2 and change nothing.
+
+class Judged(NamedTuple):
+    """A program, which should say "file: a remedy", end with 2 and change nothing, and its faults."""
+
+    script: str
+    faults: str
+
+
 PROGRAMS = {
-    "as it should": ('echo "file: a remedy" >&2; exit 2', ""),
-    "another status": ('echo "file: a remedy" >&2; exit 1', "status 1"),
-    "success": ("", "status 0; does not say 'file'; does not say 'remedy'"),
-    "killed": ('echo "file: a remedy" >&2; kill -9 $$', "status -9"),
-    "no remedy": ('echo "file: wrong" >&2; exit 2', "does not say 'remedy'"),
-    "on stdout": ('echo "file: a remedy"; exit 2', "does not say 'file'; does not say 'remedy'"),
-    "two lines": ('echo "oh" >&2; echo "file: a remedy" >&2; exit 2', "2 lines on stderr"),
-    "a note of run.sh": ('echo "[run.sh 0s] so" >&2; echo "file: a remedy" >&2; exit 2', ""),
-    "a long line": ('printf "file remedy%2000s\\n" x >&2; exit 2', "a last line of 2011 characters"),
-    "a traceback": (
+    "as it should": Judged('echo "file: a remedy" >&2; exit 2', ""),
+    "another status": Judged('echo "file: a remedy" >&2; exit 1', "status 1"),
+    "success": Judged("", "status 0; does not say 'file'; does not say 'remedy'"),
+    "killed": Judged('echo "file: a remedy" >&2; kill -9 $$', "status -9"),
+    "no remedy": Judged('echo "file: wrong" >&2; exit 2', "does not say 'remedy'"),
+    "on stdout": Judged('echo "file: a remedy"; exit 2', "does not say 'file'; does not say 'remedy'"),
+    "two lines": Judged('echo "oh" >&2; echo "file: a remedy" >&2; exit 2', "2 lines on stderr"),
+    "a note of run.sh": Judged('echo "[run.sh 0s] so" >&2; echo "file: a remedy" >&2; exit 2', ""),
+    "a long line": Judged('printf "file remedy%2000s\\n" x >&2; exit 2', "a last line of 2011 characters"),
+    "a traceback": Judged(
         'echo "Traceback (most recent call last):"; echo "file: a remedy" >&2; exit 2',
         "a traceback on stdout",
     ),
-    "a half-written file": (
+    "a half-written file": Judged(
         'touch new.tmp out.txt; echo "file: a remedy" >&2; exit 2',
         "left new.tmp; left out.txt",
     ),
-    "a changed file": ('echo x >old; echo "file: a remedy" >&2; exit 2', "changed old"),
-    "a removed file": ('rm old; echo "file: a remedy" >&2; exit 2', "removed old"),
-    "a file for a folder": ('rm -r sub; touch sub; echo "file: a remedy" >&2; exit 2', "changed sub"),
-    "a temporary file": ('touch "$TMPDIR/x"; echo "file: a remedy" >&2; exit 2', "left TMPDIR/x"),
-    "a process": ('sleep 60 >&- 2>&- & echo "file: a remedy" >&2; exit 2', "1 processes left"),
-    "no end": ('echo "file: a remedy" >&2; sleep 60', "did not end within 1 s; status -9"),
+    "a changed file": Judged('echo x >old; echo "file: a remedy" >&2; exit 2', "changed old"),
+    "a removed file": Judged('rm old; echo "file: a remedy" >&2; exit 2', "removed old"),
+    "a file for a folder": Judged('rm -r sub; touch sub; echo "file: a remedy" >&2; exit 2', "changed sub"),
+    "a temporary file": Judged('touch "$TMPDIR/x"; echo "file: a remedy" >&2; exit 2', "left TMPDIR/x"),
+    "a process": Judged('sleep 60 >&- 2>&- & echo "file: a remedy" >&2; exit 2', "1 processes left"),
+    "no end": Judged('echo "file: a remedy" >&2; sleep 60', "did not end within 1 s; status -9"),
 }
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
@@ -54,8 +62,9 @@ def sound_files():
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_judge_sees_each_fault(name, sound_files, monkeypatch):
     monkeypatch.setattr(judge, "GRACE", 0.3)
-    script, faults = PROGRAMS[name]
-    case = Case(name, shell(script), NAMED, setup=(written("old"), written("sub/file")), seconds=1)
+    program = PROGRAMS[name]
+    faults = program.faults
+    case = Case(name, shell(program.script), NAMED, setup=(written("old"), written("sub/file")), seconds=1)
     if name == "a file for a folder":
         faults += "; removed sub/file"
     assert "; ".join(judge.judge(case, (), sound_files).faults) == faults

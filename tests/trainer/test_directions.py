@@ -1,6 +1,7 @@
 """Directions and step rules against float64 and torch.optim, matrix by matrix."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -245,27 +246,33 @@ def test_adam_leaves_padding_at_zero():
     assert torch.equal(p, torch.zeros(4))
 
 
-# Polar errors after AOL, in float64, of lists of coefficients proposed for it, as in docs/claims.md.
+class AfterAol(NamedTuple):
+    """Coefficients proposed for use after AOL, and their polar error, in float64, as in docs/claims.md."""
+
+    coefficients: list[tuple[float, float, float]]
+    error: float
+
+
 AFTER_AOL = {
-    "turbo": (t.TURBO, 0.089),
-    "five steps without the first": (t.polar_express(1e-3, 5, 2e-2, 2e-2)[1:], 0.131),
-    "five steps without the last": (t.polar_express(1e-3, 5, 2e-2, 2e-2)[:-1], 0.391),
-    "four steps from 2e-2": (t.polar_express(2e-2, 4, 2e-2, 2e-2), 0.102),
-    "five steps from 2e-2": (t.polar_express(2e-2, 5, 2e-2, 2e-2), 0.075),
+    "turbo": AfterAol(t.TURBO, 0.089),
+    "five steps without the first": AfterAol(t.polar_express(1e-3, 5, 2e-2, 2e-2)[1:], 0.131),
+    "five steps without the last": AfterAol(t.polar_express(1e-3, 5, 2e-2, 2e-2)[:-1], 0.391),
+    "four steps from 2e-2": AfterAol(t.polar_express(2e-2, 4, 2e-2, 2e-2), 0.102),
+    "five steps from 2e-2": AfterAol(t.polar_express(2e-2, 5, 2e-2, 2e-2), 0.075),
 }
 
 
 @pytest.mark.parametrize("name", AFTER_AOL)
 def test_how_near_lists_of_coefficients_come_to_the_polar_factor_after_aol(name):
     rng = np.random.default_rng(0)
-    coefficients, expected = AFTER_AOL[name]
+    proposed = AFTER_AOL[name]
     errors = []
     for _ in range(2):
         G = rng.standard_normal((512, 512))
         U, _, Vh = np.linalg.svd(G)
         X = G / np.sqrt(np.abs(G @ G.T).sum(1, keepdims=True))
-        for a, b, c in coefficients:
+        for a, b, c in proposed.coefficients:
             A = X @ X.T
             X = a * X + (b * A + c * A @ A) @ X
         errors.append(np.linalg.norm(X - U @ Vh) / np.sqrt(512))
-    assert np.mean(errors) == pytest.approx(expected, abs=0.004)
+    assert np.mean(errors) == pytest.approx(proposed.error, abs=0.004)

@@ -287,8 +287,20 @@ def test_the_busiest_rank(world):
 WIRE_STEPS = 12
 
 
+class WireResult(NamedTuple):
+    """What a rank returns after WIRE_STEPS steps with gradients of a dtype."""
+
+    params: dict[str, torch.Tensor]
+    losses: list[float]  # of each step
+    again: float  # the loss on the first batch, after training
+    calls: list[Call]  # the collectives of the last step
+    state: set[str]  # dtypes of the optimizer's state
+    same: bool  # whether what is sent are the gradients themselves, not copies
+    clear: bool  # whether all gradients are zero after the last step
+
+
 def wire_rank(rank, folder, dtype):
-    """Train WIRE_STEPS steps: parameters, losses, the collectives of the last step and more, by name."""
+    """Train WIRE_STEPS steps on this rank."""
     m = env_machine(tiny(data_path=folder))
     # The bounds below were found with these.
     knobs = dict(step_rule="muon", matrix_lr=0.025, mix_tokens=0, seed=2)
@@ -310,10 +322,10 @@ def wire_rank(rank, folder, dtype):
     with torch.no_grad():
         again = torch.stack([model.loss(x[:, :-1], x[:, 1:]) for x in loader.next()]).mean()
     t.dist.all_reduce(again, t.dist.ReduceOp.AVG)
-    return dict(
+    return WireResult(
         params=parameters(model),
         losses=losses,
-        again=again.item(),  # the loss on the first batch, after training
+        again=again.item(),
         calls=calls,
         state=state,
         same=same,
@@ -339,19 +351,19 @@ def test_the_schedule_of_one_node(wires):
     expected = ["reduce_scatter"] * 3 + ["all_reduce"] * 2 + ["all_gather"] * 3
     for (dtype, world), ranks in wires.items():
         for rank in ranks:
-            assert [call.name for call in rank["calls"]] == expected
-            sizes = [call.bytes for call in rank["calls"]]
+            assert [call.name for call in rank.calls] == expected
+            sizes = [call.bytes for call in rank.calls]
             assert sizes[:3] == sorted(sizes[:3], reverse=True)
             assert sizes[5:] == sorted(sizes[5:])
-            assert all(call.ranks == world for call in rank["calls"])
-            assert rank["clear"] and rank["state"] == {"torch.float32"}
-            assert rank["same"] == (dtype == "float32")
+            assert all(call.ranks == world for call in rank.calls)
+            assert rank.clear and rank.state == {"torch.float32"}
+            assert rank.same == (dtype == "float32")
 
 
 def test_bfloat16_halves_the_bytes_of_gradients_and_of_nothing_else(wires):
     for world in (1, 2, 4):
-        wide = wires["float32", world][0]["calls"]
-        narrow = wires["bfloat16", world][0]["calls"]
+        wide = wires["float32", world][0].calls
+        narrow = wires["bfloat16", world][0].calls
         assert [call.bytes for call in wide[:4]] == [2 * call.bytes for call in narrow[:4]]
         assert wide[4:] == narrow[4:]
         assert {call.dtype for call in wide[:4]} == {torch.float32}
@@ -367,16 +379,16 @@ WIRE_LOSS = 5e-4
 def test_bfloat16_gradients_train_the_same_model_to_their_precision(wires):
     exact = wires["float32", 1][0]
     for (dtype, world), ranks in wires.items():
-        assert_same_parameters([r["params"] for r in ranks])
+        assert_same_parameters([r.params for r in ranks])
         bound = TOLERANCE if dtype == "float32" else WIRE_BOUND
-        for name, p in ranks[0]["params"].items():
-            expected = exact["params"][name]
+        for name, p in ranks[0].params.items():
+            expected = exact.params[name]
             assert (p - expected).norm() <= bound * expected.norm(), (dtype, world, name)
-        last = np.mean(ranks[0]["losses"][-4:])
-        assert last == pytest.approx(np.mean(exact["losses"][-4:]), rel=WIRE_LOSS)
-        assert ranks[0]["again"] < ranks[0]["losses"][0] - 0.1  # of one batch: batches differ by more
-    narrow = wires["bfloat16", 1][0]["params"]
-    assert any(not torch.equal(p, narrow[name]) for name, p in exact["params"].items())
+        last = np.mean(ranks[0].losses[-4:])
+        assert last == pytest.approx(np.mean(exact.losses[-4:]), rel=WIRE_LOSS)
+        assert ranks[0].again < ranks[0].losses[0] - 0.1  # of one batch: batches differ by more
+    narrow = wires["bfloat16", 1][0].params
+    assert any(not torch.equal(p, narrow[name]) for name, p in exact.params.items())
 
 
 def test_gradients_in_bfloat16_are_added_up_in_float32():

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -184,44 +186,60 @@ def refill(folder, pattern, tokens):
         write_shard(path, tokens)
 
 
-# What to do to a dataset, and the words of the line that refuses it.
+class Damage(NamedTuple):
+    """What is done to a dataset's folder, and the words of the line that refuses it."""
+
+    do: Callable
+    words: list[str]
+
+
 DAMAGES = {
-    "empty folder": (lambda f: remove(f, "*"), ["_val_"]),
-    "no val": (lambda f: remove(f, "*_val_*"), ["_val_"]),
-    "no train": (lambda f: remove(f, "*_train_*"), ["_train_"]),
-    "no tokenizer": (lambda f: remove(f, "tokenizer.model"), ["tokenizer.model"]),
-    "tokenizer junk": (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), ["tokenizer.model"]),
-    "no manifest": (lambda f: remove(f, "manifest.json"), ["manifest.json", "tokenizer_path"]),
-    "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), ["manifest.json"]),
-    "manifest list": (lambda f: (f / "manifest.json").write_text("[]"), ["manifest.json"]),
-    "manifest empty": (lambda f: (f / "manifest.json").write_text("{}"), ["manifest.json"]),
-    "manifest binary": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), ["manifest.json"]),
-    "tokenizer sha": (
+    "empty folder": Damage(lambda f: remove(f, "*"), ["_val_"]),
+    "no val": Damage(lambda f: remove(f, "*_val_*"), ["_val_"]),
+    "no train": Damage(lambda f: remove(f, "*_train_*"), ["_train_"]),
+    "no tokenizer": Damage(lambda f: remove(f, "tokenizer.model"), ["tokenizer.model"]),
+    "tokenizer junk": Damage(lambda f: (f / "tokenizer.model").write_bytes(b"junk"), ["tokenizer.model"]),
+    "no manifest": Damage(lambda f: remove(f, "manifest.json"), ["manifest.json", "tokenizer_path"]),
+    "manifest cut": Damage(lambda f: (f / "manifest.json").write_text("{"), ["manifest.json"]),
+    "manifest list": Damage(lambda f: (f / "manifest.json").write_text("[]"), ["manifest.json"]),
+    "manifest empty": Damage(lambda f: (f / "manifest.json").write_text("{}"), ["manifest.json"]),
+    "manifest binary": Damage(lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), ["manifest.json"]),
+    "tokenizer sha": Damage(
         lambda f: edit_manifest(f, tokenizer={"sha256": "0" * 64}),
         ["tokenizer.model", "manifest.json", "sha256"],
     ),
-    "manifest bos": (lambda f: edit_manifest(f, bos_id=2), ["bos_id"]),
-    "manifest bos text": (lambda f: edit_manifest(f, bos_id="1"), ["manifest.json", "bos_id"]),
-    "manifest deep": (lambda f: (f / "manifest.json").write_text("[" * 100_000), ["manifest.json"]),
-    "manifest pipe": (lambda f: put_pipe(f / "manifest.json"), ["manifest.json", "not a file"]),
-    "tokenizer sha type": (lambda f: edit_manifest(f, tokenizer={"sha256": 5}), ["manifest.json", "sha256"]),
-    "tokenizer sha none": (
+    "manifest bos": Damage(lambda f: edit_manifest(f, bos_id=2), ["bos_id"]),
+    "manifest bos text": Damage(lambda f: edit_manifest(f, bos_id="1"), ["manifest.json", "bos_id"]),
+    "manifest deep": Damage(lambda f: (f / "manifest.json").write_text("[" * 100_000), ["manifest.json"]),
+    "manifest pipe": Damage(lambda f: put_pipe(f / "manifest.json"), ["manifest.json", "not a file"]),
+    "tokenizer sha type": Damage(
+        lambda f: edit_manifest(f, tokenizer={"sha256": 5}), ["manifest.json", "sha256"]
+    ),
+    "tokenizer sha none": Damage(
         lambda f: edit_manifest(f, tokenizer={"sha256": None}),
         ["manifest.json", "sha256"],
     ),
-    "tokenizer file type": (lambda f: edit_manifest(f, tokenizer={"file": 7}), ["manifest.json", "file"]),
-    "tokenizer pipe": (lambda f: put_pipe(f / "tokenizer.model"), ["tokenizer.model", "not a file"]),
-    "val pipe": (lambda f: put_pipe(f / "tiny_val_000000.bin"), ["tiny_val_000000.bin", "not a file"]),
-    "train link": (lambda f: (f / "tiny_train_000009.bin").symlink_to("gone"), ["_train_000009", "a link"]),
-    "train folder": (lambda f: (f / "tiny_train_000009.bin").mkdir(), ["_train_000009", "not a file"]),
-    "short val": (lambda f: refill(f, "*_val_*", [1] * 20), ["val", "eval_seq_len"]),
-    "short train": (lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
-    "token too large": (lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
-    "no bos": (lambda f: refill(f, "*_train_*", [5] * 999), ["train", "no shard", "bos_id"]),
-    "train cut": (lambda f: cut(f / "tiny_train_000001.bin"), ["tiny_train_000001.bin", "its header says"]),
-    "val cut": (lambda f: cut(f / "tiny_val_000000.bin"), ["tiny_val_000000.bin", "its header says"]),
-    "val junk": (lambda f: (f / "tiny_val_000000.bin").write_bytes(b"x" * 9999), ["not a token shard"]),
-    "val token": (lambda f: refill(f, "*_val_*", [1, 2, 60_000] * 99), ["tiny_val_000000.bin", "60000"]),
+    "tokenizer file type": Damage(
+        lambda f: edit_manifest(f, tokenizer={"file": 7}), ["manifest.json", "file"]
+    ),
+    "tokenizer pipe": Damage(lambda f: put_pipe(f / "tokenizer.model"), ["tokenizer.model", "not a file"]),
+    "val pipe": Damage(lambda f: put_pipe(f / "tiny_val_000000.bin"), ["tiny_val_000000.bin", "not a file"]),
+    "train link": Damage(
+        lambda f: (f / "tiny_train_000009.bin").symlink_to("gone"), ["_train_000009", "a link"]
+    ),
+    "train folder": Damage(lambda f: (f / "tiny_train_000009.bin").mkdir(), ["_train_000009", "not a file"]),
+    "short val": Damage(lambda f: refill(f, "*_val_*", [1] * 20), ["val", "eval_seq_len"]),
+    "short train": Damage(lambda f: refill(f, "*_train_*", [1] * 9), ["train", "sequence"]),
+    "token too large": Damage(lambda f: refill(f, "*_train_*", [1, 2, 60_000] * 99), ["_train_", "60000"]),
+    "no bos": Damage(lambda f: refill(f, "*_train_*", [5] * 999), ["train", "no shard", "bos_id"]),
+    "train cut": Damage(
+        lambda f: cut(f / "tiny_train_000001.bin"), ["tiny_train_000001.bin", "its header says"]
+    ),
+    "val cut": Damage(lambda f: cut(f / "tiny_val_000000.bin"), ["tiny_val_000000.bin", "its header says"]),
+    "val junk": Damage(lambda f: (f / "tiny_val_000000.bin").write_bytes(b"x" * 9999), ["not a token shard"]),
+    "val token": Damage(
+        lambda f: refill(f, "*_val_*", [1, 2, 60_000] * 99), ["tiny_val_000000.bin", "60000"]
+    ),
 }
 
 
@@ -232,10 +250,10 @@ def cut(path):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_dataset_that_does_not_fit_is_one_line_and_leaves_no_log(copy, name, capsys, tmp_path):
-    damage, words = DAMAGES[name]
-    damage(copy)
+    damage = DAMAGES[name]
+    damage.do(copy)
     err = refuse(copy, capsys, tmp_path)
-    assert all(word in err for word in words), err
+    assert all(word in err for word in damage.words), err
 
 
 @pytest.mark.parametrize(
@@ -283,30 +301,40 @@ def add_shard(folder, split):
     write_shard(folder / f"tiny_{split}_000007.bin", [1, 5, 6] * 50)
 
 
-# What to do to a dataset whose manifest lists its shards, and the words of the line that refuses it.
+# Done to a dataset whose manifest lists its shards.
 DISAGREEMENTS = {
-    "val missing": (
+    "val missing": Damage(
         lambda f: remove(f, "*_val_000001.bin"),
         ["tiny_val_000001.bin is missing", "1 of 2 val"],
     ),
-    "train missing": (lambda f: remove(f, "*_train_000001.bin"), ["tiny_train_000001.bin", "1 of 2 train"]),
-    "val extra": (lambda f: add_shard(f, "val"), ["tiny_val_000007.bin", "does not list it"]),
-    "train extra": (lambda f: add_shard(f, "train"), ["tiny_train_000007.bin", "does not list it"]),
-    "val length": (lambda f: refill(f, "*_val_000000.bin", [1] * 99), ["tiny_val_000000.bin", "length"]),
-    "train length": (lambda f: refill(f, "*_train_000000.bin", [1] * 99), ["tiny_train_000000", "length"]),
-    "val flipped": (lambda f: flip_a_bit(f / "tiny_val_000001.bin"), ["tiny_val_000001.bin", "sha256"]),
-    "val total": (lambda f: edit_split(f, "val", tokens=7), ["manifest.json", "val has 7 tokens"]),
-    "splits are a list": (lambda f: edit_manifest(f, splits=[]), ["manifest.json", "bad entry", "val"]),
-    "splits are null": (lambda f: edit_manifest(f, splits=None), ["manifest.json", "bad entry"]),
-    "a split is a list": (lambda f: edit_manifest(f, splits={"val": []}), ["manifest.json", "bad entry"]),
-    "train is a list": (lambda f: edit_manifest(f, splits={"train": [1]}), ["manifest.json", "train"]),
-    "shards are a number": (lambda f: edit_split(f, "val", shards=3), ["manifest.json", "bad entry"]),
-    "shards are names": (lambda f: edit_split(f, "val", shards=["a"]), ["manifest.json", "bad entry"]),
-    "tokens are text": (
+    "train missing": Damage(
+        lambda f: remove(f, "*_train_000001.bin"), ["tiny_train_000001.bin", "1 of 2 train"]
+    ),
+    "val extra": Damage(lambda f: add_shard(f, "val"), ["tiny_val_000007.bin", "does not list it"]),
+    "train extra": Damage(lambda f: add_shard(f, "train"), ["tiny_train_000007.bin", "does not list it"]),
+    "val length": Damage(
+        lambda f: refill(f, "*_val_000000.bin", [1] * 99), ["tiny_val_000000.bin", "length"]
+    ),
+    "train length": Damage(
+        lambda f: refill(f, "*_train_000000.bin", [1] * 99), ["tiny_train_000000", "length"]
+    ),
+    "val flipped": Damage(lambda f: flip_a_bit(f / "tiny_val_000001.bin"), ["tiny_val_000001.bin", "sha256"]),
+    "val total": Damage(lambda f: edit_split(f, "val", tokens=7), ["manifest.json", "val has 7 tokens"]),
+    "splits are a list": Damage(lambda f: edit_manifest(f, splits=[]), ["manifest.json", "bad entry", "val"]),
+    "splits are null": Damage(lambda f: edit_manifest(f, splits=None), ["manifest.json", "bad entry"]),
+    "a split is a list": Damage(
+        lambda f: edit_manifest(f, splits={"val": []}), ["manifest.json", "bad entry"]
+    ),
+    "train is a list": Damage(lambda f: edit_manifest(f, splits={"train": [1]}), ["manifest.json", "train"]),
+    "shards are a number": Damage(lambda f: edit_split(f, "val", shards=3), ["manifest.json", "bad entry"]),
+    "shards are names": Damage(lambda f: edit_split(f, "val", shards=["a"]), ["manifest.json", "bad entry"]),
+    "tokens are text": Damage(
         lambda f: edit_split(f, "val", shard={"tokens": "9"}),
         ["manifest.json", "bad entry"],
     ),
-    "a file is a list": (lambda f: edit_split(f, "val", shard={"file": []}), ["manifest.json", "bad entry"]),
+    "a file is a list": Damage(
+        lambda f: edit_split(f, "val", shard={"file": []}), ["manifest.json", "bad entry"]
+    ),
 }
 
 
@@ -316,10 +344,10 @@ def test_files_that_disagree_with_the_manifest_are_one_line(copy, name, capsys, 
     list_shards(copy)
     h = tiny(data_path=copy, vocab_size=english_dataset().vocab_size, report_split="other")
     t.load_dataset(h, trains=True)
-    damage, words = DISAGREEMENTS[name]
-    damage(copy)
+    damage = DISAGREEMENTS[name]
+    damage.do(copy)
     err = refuse(copy, capsys, tmp_path)
-    assert all(word in err for word in words), err
+    assert all(word in err for word in damage.words), err
 
 
 def test_a_report_split_is_compared_with_the_manifest_and_eval_needs_no_train_files(copy):
