@@ -178,6 +178,13 @@ def test_the_best_rate_of_each_depth_counts(root):
     assert [point.losses for point in curve.points] == [[1.4], [1.4]]
 
 
+def test_a_rate_that_only_older_scripts_have_does_not_split_a_curve(root):
+    for depth in (2, 4):
+        add_log(root, depth, 1.5, copy_lr=0.001 * depth)
+    (curve,) = scaling.find_curves(root / "records")
+    assert [point.depth for point in curve.points] == [2, 4]
+
+
 @pytest.mark.parametrize(
     "old,new",
     [

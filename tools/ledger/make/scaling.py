@@ -78,6 +78,11 @@ class Fit(NamedTuple):
 # ---- curves from logs ----------------------------------------------------------------------------
 
 
+def knobs_by_depth() -> tuple[str, ...]:
+    """Return the knobs that may differ along a curve, also those that only older scripts have."""
+    return (*with_trait("BY_DEPTH"), "copy_lr")
+
+
 def counts(run: Run) -> bool:
     """Return whether a run was sized by depth and has all that a point needs."""
     has_figures = run.has("compute", "flops") and run.has("final_ema", "val_bpb")
@@ -87,7 +92,7 @@ def counts(run: Run) -> bool:
 def key_of(run: Run) -> Key:
     """Return what a run has in common with those of its curve. Raises BadInput for what the log lacks."""
     settings = settings_of(run)
-    for knob in with_trait("BY_DEPTH"):
+    for knob in knobs_by_depth():
         settings.pop(knob, None)
     return Key(
         row=run.facts.get("sweep", {}).get("row", ""),
@@ -116,7 +121,7 @@ def point_of(runs: list[Run]) -> Point:
 
 def points_of(runs: list[Run]) -> list[Point]:
     """Return a point for each depth: of the rates that were tried there, those with the lowest mean loss."""
-    by_depth = with_trait("BY_DEPTH")
+    by_depth = knobs_by_depth()
     variants: dict[tuple, list[Run]] = {}
     for run in runs:
         variants.setdefault(tuple(run.config.get(knob) for knob in by_depth), []).append(run)
