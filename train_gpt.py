@@ -4859,11 +4859,13 @@ def inverse_factor(gram: Tensor) -> Tensor:
 def gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int, round_column: Callable = nearest_codes) -> Tensor:
     """Round W (..., M, N) to multiples of `scale` that keep the products Wx with typical inputs x.
 
-    Returns the multiples, float32 (..., M, N): whole numbers, or whatever round_column(column, scale, limit)
-    gives for a column (..., M, 1). scale (..., M, 1): the step of each row. U (..., N, N): inverse_factor of
-    the sum of x x' over those inputs. Columns are rounded one at a time. Once column j is rounded, columns
-    j+1.. are shifted to cancel as much as possible of its error in Wx: by that error / U_jj times row j of U.
-    This is Alg. 1 of Frantar et al., arXiv:2210.17323, in blocks of one column.
+    Columns are rounded one at a time. Once column j is rounded, columns j+1.. are shifted to cancel as much
+    as possible of its error in Wx: by that error / U_jj times row j of U. This is Alg. 1 of Frantar et al.,
+    arXiv:2210.17323, in blocks of one column.
+
+    scale (..., M, 1): the step of each row. U (..., N, N): inverse_factor of the sum of x x' over those
+    inputs. Returns the multiples, float32 (..., M, N): whole numbers, or whatever round_column(column, scale,
+    limit) gives for a column (..., M, 1).
     """
     W = W.clone()
     multiples = torch.empty_like(W)
@@ -6256,11 +6258,12 @@ TTT_FORMS = {
 
 
 def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
-    """Return a context that yields learn(tokens, windows, begins) and afterwards puts the weights back.
+    """Return a context that yields learn(tokens, windows, begins).
 
     learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score. begins (n,)
     bool: the slots in which a document begins and the weights are reset; None: no slot is reset. learn
-    returns the nats_fn that scores with what has been learned.
+    returns the nats_fn that scores with what has been learned. When the block ends without an error, the
+    weights are put back.
     """
     return TTT_FORMS[h.ttt_form].learner(model, nats_fn, h, m)
 
