@@ -5551,10 +5551,10 @@ XZ = dict(
     check=lzma.CHECK_CRC32,
     filters=[{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 4096}],
 )
-compress = partial(lzma.compress, **XZ)
+pack_xz = partial(lzma.compress, **XZ)
 
 
-def decompress(blob: bytes) -> bytes:
+def unpack_xz(blob: bytes) -> bytes:
     """Return the content of one xz stream. Raises ValueError for anything else.
 
     The content has at most MAX_RAW_BYTES or, if this is more, MAX_RAW_RATIO times the bytes of the stream.
@@ -5801,7 +5801,7 @@ def pack_rans(raw: bytes) -> bytes:
         at += plain * size
         side.append(raw[at : at + entry.exponents])
         at += entry.exponents
-    packed = compress(b"".join(side))
+    packed = pack_xz(b"".join(side))
     rest = b"".join([len(packed).to_bytes(4, "little"), packed, rans_encode(models, tensors)])
     return RANS_MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
 
@@ -5841,7 +5841,7 @@ def unpack_rans(blob: bytes) -> bytes:
     if zlib.crc32(blob[12:]) != int.from_bytes(blob[8:12], "little"):
         raise ValueError("artifact: damaged (its checksum does not match)")
     end = 16 + int.from_bytes(blob[12:16], "little")
-    side = decompress(blob[16:end])
+    side = unpack_xz(blob[16:end])
     header, at = read_header(side)
     entries = [read_entry(row) for row in header["tensors"]]
     coded = [entry for entry in entries if entry.limit]
@@ -5885,7 +5885,7 @@ class Codec(NamedTuple):
 
 
 CODECS = {
-    "xz": Codec(b"\xfd7zXZ\0", "lzma", MAX_WEIGHTS, compress, decompress),
+    "xz": Codec(b"\xfd7zXZ\0", "lzma", MAX_WEIGHTS, pack_xz, unpack_xz),
     "rans": Codec(RANS_MAGIC, "rans", MAX_RANS_CODES, pack_rans, unpack_rans),
 }
 

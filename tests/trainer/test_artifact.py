@@ -533,7 +533,7 @@ def test_values_and_scales_that_are_not_finite_are_refused_by_name(name, bad, h,
     following = [row[3] for row in json.loads(raw[8:end])["tensors"] if row[0] > name]
     after = end + (min(following) if following else len(raw) - end)
     number = struct.pack("<f" if t.STORED_AS[name] == "f32" else "<e", bad)
-    blob = t.compress(raw[: after - len(number)] + number + raw[after:])
+    blob = t.pack_xz(raw[: after - len(number)] + number + raw[after:])
     with pytest.raises(ValueError, match=f"tensor '{name}' has values that are not finite"):
         t.unpack_artifact(blob)
     (tmp_path / "bad.xz").write_bytes(blob)

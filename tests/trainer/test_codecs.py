@@ -68,7 +68,7 @@ def test_no_codec_begins_like_another():
 
 
 def test_the_knob_takes_the_codec_and_the_default_is_xz(tensors, raw):
-    assert t.Config().codec == "xz" and t.pack_artifact(tensors, tiny(**WIDE)) == t.compress(raw)
+    assert t.Config().codec == "xz" and t.pack_artifact(tensors, tiny(**WIDE)) == t.pack_xz(raw)
     blobs = {codec: t.pack_artifact(tensors, tiny(**WIDE, codec=codec)) for codec in t.CODECS}
     assert all(t.codec_of(blob) == codec for codec, blob in blobs.items())
     first, *others = (t.unpack_artifact(blob) for blob in blobs.values())
@@ -349,10 +349,10 @@ def test_a_large_file_may_hold_more_but_no_file_holds_much_more_than_itself(monk
     """Beyond MAX_RAW_BYTES, a large model's codes are read and a bomb is not."""
     monkeypatch.setattr(t, "MAX_RAW_BYTES", 1 << 19)
     codes = gaussian_codes(1 << 20).tobytes()
-    blob = t.compress(codes)
+    blob = t.pack_xz(codes)
     assert 1 << 19 < len(blob) < len(codes)
-    assert t.decompress(blob) == codes
+    assert t.unpack_xz(blob) == codes
     with pytest.raises(ValueError, match="larger than any model"):
-        t.decompress(t.compress(codes + bytes(4 * len(blob))))
+        t.unpack_xz(t.pack_xz(codes + bytes(4 * len(blob))))
     with pytest.raises(ValueError, match="larger than any model"):
-        t.decompress(t.compress(bytes((1 << 19) + 1)))
+        t.unpack_xz(t.pack_xz(bytes((1 << 19) + 1)))

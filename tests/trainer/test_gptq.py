@@ -141,7 +141,7 @@ def test_only_matrices_with_a_gram_change_in_an_artifact():
     plain = t.unpack_artifact(t.pack_artifact(tensors, h))
     changed = t.unpack_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))
     assert differing(plain, changed) == {"qo_bank"}
-    assert t.pack_artifact(tensors, h) == t.compress(t.raw_artifact(tensors, h))
+    assert t.pack_artifact(tensors, h) == t.pack_xz(t.raw_artifact(tensors, h))
 
 
 def differing(one, other):

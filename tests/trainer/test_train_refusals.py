@@ -126,7 +126,7 @@ def test_a_header_that_makes_no_config_names_the_file(command, changes, words, t
     header["config"] |= changes
     text = json.dumps(header).encode()
     path = tmp_path / "odd.int6.xz"
-    path.write_bytes(t.compress(b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload])))
+    path.write_bytes(t.pack_xz(b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload])))
     knobs = [f"data_path={english_dataset().path}", f"out_dir={tmp_path}/out"]
     err = stop_one_line([command, str(path), *knobs], capfd, main=main_here)
     assert f"{path} with the knobs given: config" in err and words in err

@@ -85,7 +85,7 @@ def test_the_header_has_the_knobs_only_of_a_score_that_learns():
         ).encode()
         raw = b"".join([t.MAGIC, len(text).to_bytes(4, "little"), text, payload])
         with pytest.raises(ValueError, match="unexpected keys or a value of another type"):
-            t.open_artifact(t.compress(raw))
+            t.open_artifact(t.pack_xz(raw))
 
 
 # ---------------------------------------------------------------- whole runs
