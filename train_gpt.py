@@ -1030,7 +1030,7 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
     yield Relation(
         h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"
     )
-    largest = ENCODINGS[f"int{h.embed_bits}"].limit
+    largest = ENCODINGS[encoding_of("embed", h)].limit
     yield Relation(
         h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
     )
@@ -5241,35 +5241,75 @@ def header_fields(learns: bool, extra: list[str]) -> list[str]:
     return [*MODEL_FIELDS, *(TTT_FIELDS if learns else ()), *extra]
 
 
+class TensorEntry(NamedTuple):
+    """An entry of the header's list of tensors, and the sizes that follow from it."""
+
+    name: str
+    encoding: str  # row of ENCODINGS
+    shape: list[int]
+    offset: int
+
+    @property
+    def limit(self) -> int:
+        """The largest code; 0: values are stored without codes."""
+        return ENCODINGS[self.encoding].limit
+
+    @property
+    def count(self) -> int:
+        """Values of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> list[int]:
+        """Rows and columns of each matrix."""
+        return [1, *self.shape][-2:]
+
+    @property
+    def scales(self) -> int:
+        """Scales of rows, two bytes each."""
+        return self.count // self.shape[-1] if self.limit else 0
+
+    @property
+    def exponents(self) -> int:
+        """Exponents of column steps, a byte each."""
+        has_column_steps = ENCODINGS[self.encoding].has_column_steps
+        return math.prod(self.shape[:-2]) * self.shape[-1] if has_column_steps else 0
+
+
+def encoding_of(stored_as: str, h: Config, has_column_steps: bool = False) -> str:
+    """Return the row of ENCODINGS that holds a parameter. stored_as: of its ParamSpec."""
+    if has_column_steps:
+        return "trellis" if h.trellis else "columns"
+    return f"int{h.embed_bits}" if stored_as == "embed" else stored_as
+
+
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide = UNGUIDED) -> bytes:
     """Return the artifact before compression. tensors: by parameter name.
 
     Raises Fault for a tensor with values that are not finite or too large for its encoding.
     """
     clips_sd = {"int6": h.matrix_clip_sd, "embed": h.embed_clip_sd}  # by ParamSpec.stored_as
-    index = []
+    entries = []
     payload = []
     offset = 0
     for name in sorted(tensors):
         stored_as = STORED_AS[name]
-        encoding = f"int{h.embed_bits}" if stored_as == "embed" else stored_as
         columns = guide.columns.get(name)
-        if columns is not None and columns.exponents is not None:
-            encoding = "trellis" if h.trellis else "columns"
+        encoding = encoding_of(stored_as, h, columns is not None and columns.exponents is not None)
         W = tensors[name].detach()
-        index.append([name, encoding, list(W.shape), offset])
+        entries.append(TensorEntry(name, encoding, list(W.shape), offset))
         if ENCODINGS[encoding].limit:
             least_step = h.int6_step * guide.row_factors.get(name, 1.0) if stored_as == "int6" else 0.0
             quantized = quantize(W, encoding, least_step, columns, clips_sd.get(stored_as, 0.0))
             arrays = [quantized.codes.cpu().numpy(), quantized.scales.cpu().numpy().astype("<f2")]
             if quantized.exponents is not None:
                 arrays.append(quantized.exponents.cpu().numpy())
-            largest = arrays[1]
+            floats = arrays[1]
         else:
             with np.errstate(over="ignore"):  # refused below
-                largest = W.float().cpu().numpy().astype(ENCODINGS[encoding].dtype)
-            arrays = [largest]
-        if not np.isfinite(largest).all():
+                floats = W.float().cpu().numpy().astype(ENCODINGS[encoding].dtype)
+            arrays = [floats]
+        if not np.isfinite(floats).all():
             raise Fault(
                 f"artifact: tensor {name} has weights up to {W.abs().max():.3g}, and {encoding} holds at "
                 f"most {largest_value(encoding):.3g}; train with lower rates or more weight decay"
@@ -5280,8 +5320,9 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide 
 
     extra = [key for key in EXTRA_FIELDS if getattr(h, key) != getattr(Config, key)]
     config = {key: getattr(h, key) for key in header_fields(h.ttt_lr > 0, extra)}
-    header = json.dumps({"config": config, "tensors": index}, sort_keys=True, separators=(",", ":")).encode()
-    return b"".join([MAGIC, len(header).to_bytes(4, "little"), header, *payload])
+    header = {"config": config, "tensors": entries}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    return b"".join([MAGIC, len(text).to_bytes(4, "little"), text, *payload])
 
 
 def pack_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration | None = None) -> bytes:
@@ -5370,41 +5411,6 @@ def read_header(raw: bytes) -> tuple[dict, int]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"artifact: header is not valid ({e})") from None
     return header, end
-
-
-class TensorEntry(NamedTuple):
-    """A row of the header's index, and the sizes that follow from it."""
-
-    name: str
-    encoding: str  # row of ENCODINGS
-    shape: list[int]
-    offset: int
-
-    @property
-    def limit(self) -> int:
-        """The largest code; 0: values are stored without codes."""
-        return ENCODINGS[self.encoding].limit
-
-    @property
-    def count(self) -> int:
-        """Values of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def matrix(self) -> list[int]:
-        """Rows and columns of each matrix."""
-        return [1, *self.shape][-2:]
-
-    @property
-    def scales(self) -> int:
-        """Scales of rows, two bytes each."""
-        return self.count // self.shape[-1] if self.limit else 0
-
-    @property
-    def exponents(self) -> int:
-        """Exponents of column steps, a byte each."""
-        has_column_steps = ENCODINGS[self.encoding].has_column_steps
-        return math.prod(self.shape[:-2]) * self.shape[-1] if has_column_steps else 0
 
 
 def read_entry(row: object) -> TensorEntry:
@@ -6520,15 +6526,15 @@ class Checkpoints:
     def write(self, step: int, header: dict, fetched: Callable[[], list[Tensor]]) -> None:
         """Write this rank's file, in the thread. Raises InputError on failure or if a value is not finite."""
         host = {name: x.contiguous().numpy() for name, x in zip(self.tensors, fetched()) if len(x)}
-        index = []
+        entries = []
         offset = 0
         for name, x in host.items():
             if not np.isfinite(x).all():
                 raise InputError(f"{name} is not finite")
-            index.append([name, "f32", x.shape, offset])
+            entries.append(TensorEntry(name, "f32", list(x.shape), offset))
             offset += x.nbytes
 
-        text = json.dumps({**header, "tensors": index}).encode()
+        text = json.dumps({**header, "tensors": entries}).encode()
         chunks = [len(text).to_bytes(4, "little"), text, *host.values()]
         digest = hashlib.sha256()
         for chunk in chunks:  # hashing and writing release the GIL
