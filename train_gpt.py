@@ -4407,7 +4407,6 @@ class StepScalars(NamedTuple):
     A new value of a tensor triggers no recompilation.
     """
 
-    gradient_factor: Tensor | float  # on every gradient, to clip their global norm
     momentum: Tensor | float
     matrix_lr: Tensor | float
     adam_lr_mul: Tensor | float
@@ -4444,7 +4443,13 @@ def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
 
 
 def matrix_update(
-    W: Tensor, g: Tensor, momentum: Tensor, s: StepScalars, h: Config, second: Tensor | None = None
+    W: Tensor,
+    g: Tensor,
+    momentum: Tensor,
+    gradient_factor: Tensor,
+    s: StepScalars,
+    h: Config,
+    second: Tensor | None = None,
 ) -> None:
     """Update matrices W (S, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
@@ -4453,7 +4458,7 @@ def matrix_update(
     horizon of s.momentum. second: the rule's state. With equalize_rows, rows are equalized before the
     direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
     """
-    g = g.float() * s.gradient_factor
+    g = g.float() * gradient_factor
     if h.momentum_spread == 1:
         U = nesterov(momentum, g, s.momentum)
     else:
@@ -4473,10 +4478,10 @@ def matrix_update(
     rule.step(W, U, s.matrix_lr, wd)
 
 
-def adam_update(buffers: FlatBuffers, s: StepScalars, h: Config) -> None:
+def adam_update(buffers: FlatBuffers, gradient_factor: Tensor, s: StepScalars, h: Config) -> None:
     """Update the flat buffers in place by AdamW (arXiv:1711.05101)."""
     p, g, m, v, lr, wd = buffers
-    g = g.float() * s.gradient_factor
+    g = g.float() * gradient_factor
     m.mul_(h.adam_beta1).add_(g * (1 - h.adam_beta1))
     v.mul_(h.adam_beta2).add_(g.square() * (1 - h.adam_beta2))
     step = (m / s.correction1) / ((v / s.correction2).sqrt() + h.adam_eps)
@@ -4622,7 +4627,6 @@ class Optimizer:
         self.steps += 1
         follows = self.h.decay_follows_rate
         scalars = StepScalars(
-            gradient_factor=1.0,  # schedule computes the factor on the device and puts it here
             momentum=hp.momentum,
             matrix_lr=self.h.matrix_lr * hp.matrix_lr_mul,
             adam_lr_mul=hp.adam_lr_mul,
@@ -4670,12 +4674,13 @@ class Optimizer:
         bank_squares = squares[:-1]
         dist.all_reduce(bank_squares)  # in place, within squares
         factor = self.gradient_factor(squares)
-        scalars = StepScalars(*self.scalars.unbind())._replace(gradient_factor=factor)
+
+        scalars = StepScalars(*self.scalars.unbind())
 
         with self.m.lanes() as lane:
             # 3. Update the small parameters, identically on every rank.
             with lane():
-                self.adam_update(self.adam_buffers, scalars, self.h)
+                self.adam_update(self.adam_buffers, factor, scalars, self.h)
                 self.flat_grad.zero_()
 
             # 4. On a lane per bank, update the matrices that this rank owns, then gather the whole bank.
@@ -4683,7 +4688,13 @@ class Optimizer:
                 with lane():
                     for own in self.owned[buffer]:
                         self.matrix_update(
-                            own.weights, own.gradient, own.momentum, scalars, self.h, second=own.second
+                            own.weights,
+                            own.gradient,
+                            own.momentum,
+                            factor,
+                            scalars,
+                            self.h,
+                            second=own.second,
                         )
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]

@@ -166,7 +166,7 @@ def test_step_rule_is_its_formula(rule, shape):
 
 def scalars(**given):
     """Return the scalars of a step. A rate that is not given is nan: an update that read it would show it."""
-    values = dict(gradient_factor=1.0, momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan)
+    values = dict(momentum=0.9, matrix_lr=math.nan, adam_lr_mul=math.nan)
     values |= dict(matrix_decay_mul=1.0, adam_decay_mul=1.0, correction1=1.0, correction2=1.0)
     return t.StepScalars(**{name: torch.tensor(value) for name, value in (values | given).items()})
 
@@ -188,12 +188,12 @@ def test_matrix_update_over_several_steps(shape):
         g = gaussian(*shape, seed=10 + step)
         mu = 0.85 + 0.02 * step
         lr = 0.02 * (1 - 0.1 * step)
-        factor = [1.0, 0.3][step % 2]
+        factor = torch.tensor([1.0, 0.3][step % 2])
         before = g.clone()
-        t.matrix_update(W, g, momentum, scalars(gradient_factor=factor, momentum=mu, matrix_lr=lr), h)
+        t.matrix_update(W, g, momentum, factor, scalars(momentum=mu, matrix_lr=lr), h)
         assert torch.equal(g, before)
 
-        clipped = factor * before.double().numpy()
+        clipped = factor.item() * before.double().numpy()
         expected_momentum = mu * expected_momentum + (1 - mu) * clipped
         nesterov = (1 - mu) * clipped + mu * expected_momentum
         for i in range(len(expected_W)):
@@ -225,11 +225,11 @@ def test_adam_update_is_adamw():
     buffers = flat_buffers(p, per_element(lrs), per_element(wds))
     for step in range(1, 7):
         g = gaussian(57, seed=step)
-        factor = [1.0, 0.2][step % 2]
+        factor = torch.tensor([1.0, 0.2][step % 2])
         lr_mul = 1.0 - 0.1 * step
         corrections = dict(correction1=1 - 0.8**step, correction2=1 - 0.9**step)
-        s = scalars(gradient_factor=factor, momentum=math.nan, adam_lr_mul=lr_mul, **corrections)
-        t.adam_update(buffers._replace(g=g), s, h)
+        s = scalars(momentum=math.nan, adam_lr_mul=lr_mul, **corrections)
+        t.adam_update(buffers._replace(g=g), factor, s, h)
 
         for x, part, group, lr in zip(reference, g.split(sizes), adamw.param_groups, lrs):
             x.grad = factor * part.double()
@@ -242,7 +242,8 @@ def test_adam_update_is_adamw():
 def test_adam_leaves_padding_at_zero():
     p = torch.zeros(4)
     buffers = flat_buffers(p, lr=torch.zeros(4), wd=torch.zeros(4))
-    t.adam_update(buffers, scalars(adam_lr_mul=1.0, correction1=0.1, correction2=0.05), tiny())
+    s = scalars(adam_lr_mul=1.0, correction1=0.1, correction2=0.05)
+    t.adam_update(buffers, torch.tensor(1.0), s, tiny())
     assert torch.equal(p, torch.zeros(4))
 
 

@@ -16,7 +16,7 @@ SPREAD = dict(momentum_spread=3.0)
 
 def scalars(momentum, decay_mul=1.0):
     """Return the scalars of a step with rate 0.1."""
-    values = dict(gradient_factor=1.0, momentum=momentum, matrix_lr=0.1, adam_lr_mul=1.0)
+    values = dict(momentum=momentum, matrix_lr=0.1, adam_lr_mul=1.0)
     values |= dict(matrix_decay_mul=decay_mul, adam_decay_mul=decay_mul, correction1=1.0, correction2=1.0)
     return t.StepScalars(**{name: torch.tensor(value) for name, value in values.items()})
 
@@ -31,7 +31,7 @@ def test_the_mean_of_two_momenta_in_float64(monkeypatch):
     wanted = torch.zeros_like(W, dtype=torch.float64)
     averages = {1 - 0.3: torch.zeros_like(wanted), 1 - 0.1 / 3: torch.zeros_like(wanted)}
     for g in gradients:
-        t.matrix_update(W, g.clone(), momentum, scalars(0.9), h)
+        t.matrix_update(W, g.clone(), momentum, torch.tensor(1.0), scalars(0.9), h)
         for beta, average in averages.items():
             average.mul_(beta).add_(g.double(), alpha=1 - beta)
             wanted -= 0.1 * ((1 - beta) * g.double() + beta * average) / 2
@@ -59,10 +59,10 @@ def test_a_decay_that_follows_the_rate_shrinks_weights_by_its_factor(small):
             buffers = t.FlatBuffers(
                 p=W, g=zeros, m=zeros.clone(), v=zeros.clone(), lr=zeros + 0.1, wd=zeros + 0.5
             )
-            t.adam_update(buffers, scalars(0.9, factor), tiny())
+            t.adam_update(buffers, torch.tensor(1.0), scalars(0.9, factor), tiny())
         else:
             h = tiny(step_rule="muon", muon_wd=0.5)
-            t.matrix_update(W, zeros, zeros.clone(), scalars(0.9, factor), h)
+            t.matrix_update(W, zeros, zeros.clone(), torch.tensor(1.0), scalars(0.9, factor), h)
         ends.append(W.mean().item())
     assert ends == pytest.approx([1 - 0.1 * 0.5, 1 - 0.1 * 0.5 * 0.25], rel=1e-6)
 

@@ -43,9 +43,12 @@ PAPER = [
 ]
 
 
-def scalars(momentum=0.9, matrix_lr=0.025, factor=1.0):
+ONE = torch.tensor(1.0)  # the factor of gradients that are not clipped
+
+
+def scalars(momentum=0.9, matrix_lr=0.025):
     """Return StepScalars for matrix_update, which does not read those of AdamW."""
-    values = (factor, momentum, matrix_lr, math.nan, 1.0, math.nan, 1.0, 1.0)
+    values = (momentum, matrix_lr, math.nan, 1.0, math.nan, 1.0, 1.0)
     return t.StepScalars(*(torch.tensor(x) for x in values))
 
 
@@ -254,7 +257,7 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
         gradient = gaussian(*shape, seed=10 + step)
         mu = 0.85 + 0.02 * step
         lr = 0.02 * (1 - 0.1 * step)
-        t.matrix_update(W, gradient, momentum, scalars(mu, lr, 0.5), h, second)
+        t.matrix_update(W, gradient, momentum, torch.tensor(0.5), scalars(mu, lr), h, second)
 
         clipped = 0.5 * gradient.double().numpy()
         m = mu * m + (1 - mu) * clipped
@@ -307,7 +310,7 @@ def test_hyperball_keeps_every_norm(rule, method):
     momentum = torch.zeros_like(W)
     second = second_moment(rule, W.shape)
     for step in range(60):
-        t.matrix_update(W, gaussian(3, 24, 16, seed=step), momentum, scalars(matrix_lr=0.05), h, second)
+        t.matrix_update(W, gaussian(3, 24, 16, seed=step), momentum, ONE, scalars(matrix_lr=0.05), h, second)
         torch.testing.assert_close(frobenius(W), norms, rtol=1e-5, atol=0)
         if step == 0:  # tan(angle) is at most the rate
             cosine = (W[:2] * start[:2]).sum((-2, -1)) / norms[:2].flatten() ** 2
@@ -358,7 +361,7 @@ def test_matrix_update_compiles_into_one_graph(method, rule):
             for step in range(3):
                 gradient = gaussian(3, 12, 20, seed=step)
                 numbers = scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step))
-                update(W, gradient, momentum, numbers, h, second)
+                update(W, gradient, momentum, torch.tensor(1 - 0.1 * step), numbers, h, second)
             ends.append([W, momentum] if second is None else [W, momentum, second])
     assert counter.frame_count == 1
     for eager, graph in zip(*ends):
@@ -459,7 +462,8 @@ def updated_alone(h, weights):
         second = second_moment(h.step_rule, W.shape)
         for step in range(3):
             gradient = made_up_gradient(W, step, i)
-            t.matrix_update(W, gradient, momentum, scalars(0.9, 0.5 * h.matrix_lr), h, second)
+            numbers = scalars(0.9, 0.5 * h.matrix_lr)
+            t.matrix_update(W, gradient, momentum, ONE, numbers, h, second)
         updated[name] = W
     return updated
 

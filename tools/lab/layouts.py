@@ -161,10 +161,9 @@ PUBLISHED_ORDER = Layout(
         bank_squares = squares[:-1]
         dist.all_reduce(bank_squares)  # in place, within squares
         factor = self.gradient_factor(squares)
-        scalars = StepScalars(*self.scalars.unbind())._replace(gradient_factor=factor)
 """,
             """        dist.all_reduce(flat_wire, op=dist.ReduceOp.AVG, async_op=True).wait()
-        scalars = StepScalars(*self.scalars.unbind())
+        factor = torch.ones((), device=self.m.device)  # gradients are clipped already
 """,
         ),
         Edit(

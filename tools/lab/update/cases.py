@@ -26,8 +26,8 @@ SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
 RANKS = 8  # the largest share of one of them is called an eighth
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(
-    gradient_factor=1.0,
-    clip=1.0,  # scripts of older records call the factor this
+    gradient_factor=1.0,  # of older records, as is clip; later ones take the factor as an argument
+    clip=1.0,
     momentum=0.95,
     matrix_lr=0.025,
     adam_lr_mul=1.0,
@@ -232,6 +232,7 @@ def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) 
 
     fn = wrap(s.t.matrix_update)
     scalars = step_scalars(s)
+    one = torch.tensor(1.0, device=s.m.device)
     h = dataclasses.replace(s.h, ortho=case.row, step_rule=case.rule, cautious_wd=bool(case.cautious))
     state_shape = state_shape_of(s.t, case.rule)
 
@@ -240,7 +241,8 @@ def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) 
         if state_shape:
             W = inputs["W"]
             state = torch.zeros(state_shape(*W.shape), device=W.device)
-        return partial(fn, *update_arguments(s, {**inputs, "s": scalars, "h": h, "second": state}))
+        values = {**inputs, "gradient_factor": one, "s": scalars, "h": h, "second": state}
+        return partial(fn, *update_arguments(s, values))
 
     return [[update(inputs) for inputs in banks] for banks in sets]
 
