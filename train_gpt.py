@@ -1484,7 +1484,7 @@ NOTHING = ""  # for Log: print nothing
 
 
 class Log:
-    """The log file, rank 0's console, and one live status line on a terminal. Other ranks are silent."""
+    """The log file, rank 0's console, and its status line on a terminal. Other ranks are silent."""
 
     def __init__(self, path: str, machine: Machine | None, resume: bool = False) -> None:
         """Create `path`, or append to it with `resume`. No machine: write nothing at all.
@@ -1493,7 +1493,7 @@ class Log:
         """
         self.path = path
         self.file = None
-        self.live = False
+        self.on_terminal = False
         self.goes_on = False  # whether the file holds an earlier part of this run
         self.told_at = 0.0  # perf_counter() at the last line of `progress`
         self.may_move = False  # set once there are trained weights, which must survive a full disk
@@ -1506,7 +1506,7 @@ class Log:
 
     def create(self, resume: bool) -> None:
         """On rank 0: create or open the file and keep others from it. Raises InputError."""
-        self.live = sys.stderr.isatty()
+        self.on_terminal = sys.stderr.isatty()
         with explained(f"{self.path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             if Path(self.path).is_fifo():  # to open a pipe is to wait for its reader
@@ -1566,7 +1566,7 @@ class Log:
         text = line if console is SAME else console
         if text != NOTHING:
             with suppress(OSError, InputError):  # a run goes on without a console: the log has everything
-                show(("\r\033[K" if self.live else "") + text)
+                show(("\r\033[K" if self.on_terminal else "") + text)
 
     def move(self, line: str, reason: str) -> None:
         """Go on with `line` in a copy of the log elsewhere, and say where on stderr. Raises InputError."""
@@ -1579,13 +1579,13 @@ class Log:
         print(f"train_gpt.py: {reason}; the whole log is {self.path}", file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
-        """Replace the live line of the terminal."""
-        if self.live:
+        """Replace the status line of a terminal."""
+        if self.on_terminal:
             with suppress(OSError):  # the terminal may be gone
                 print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
-        """Show how far long work is and when it ends: live on a terminal, else a line every PROGRESS_S.
+        """Show how far long work is and when it ends: in the status line, else a line every PROGRESS_S.
 
         started: perf_counter() when the work began. done: at least 1.
         """
@@ -1595,7 +1595,7 @@ class Log:
         self.status(text)
         if now - max(self.told_at, started) > PROGRESS_S:
             self.told_at = now
-            self(text, console=NOTHING if self.live else SAME)
+            self(text, console=NOTHING if self.on_terminal else SAME)
 
 
 def lost_another_rank(error: Exception) -> bool:
@@ -2229,10 +2229,10 @@ class TokenLoader:
         while filled < count:
             epoch, offset = divmod(position + filled, self.total)
             order = self.shard_order(epoch)
-            slot_in_epoch = int(np.searchsorted(order.ends, offset, side="right"))
-            shard = int(order.shards[slot_in_epoch])
+            place = int(np.searchsorted(order.ends, offset, side="right"))
+            shard = int(order.shards[place])
             self.reading = self.files[shard]
-            begin = int(order.ends[slot_in_epoch] - self.sizes[shard])
+            begin = int(order.ends[place] - self.sizes[shard])
             filled += self.read_shard(epoch, shard, offset - begin, out[filled:])
         return out.astype(np.int64)
 
@@ -3102,16 +3102,16 @@ def operator(name: str, schema: str) -> Callable:
 
 
 @triton.jit
-def load_head(ptr, n, T, stride_b, stride_t, d, live):
+def load_head(ptr, n, T, stride_b, stride_t, d, inside):
     """Load rows n = b * T + t of one head at dimensions d as float32. ptr is already at the head."""
     address = (n // T).to(tl.int64) * stride_b + (n % T).to(tl.int64) * stride_t
-    return tl.load(ptr + address[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    return tl.load(ptr + address[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF: tl.constexpr):
+def load_angles(cos_ptr, sin_ptr, n, T, d, inside, HALF: tl.constexpr):
     """Load cos, signed sin and partner p for dimensions d: the rotation is y_d = x_d cos_d + x_p sin_d."""
-    rotated = (d < 2 * HALF)[None, :] & live[:, None]
+    rotated = (d < 2 * HALF)[None, :] & inside[:, None]
     index = (n % T)[:, None] * HALF + (d % HALF)[None, :]
     cos = tl.load(cos_ptr + index, mask=rotated, other=1.0)
     sin = tl.load(sin_ptr + index, mask=rotated, other=0.0)
@@ -3137,20 +3137,20 @@ def qk_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
     d = tl.arange(0, DH)
-    live = n < N
+    inside = n < N
 
-    x = load_head(x_ptr + head * x_h, n, T, x_b, x_t, d, live)
+    x = load_head(x_ptr + head * x_h, n, T, x_b, x_t, d, inside)
 
     if gain_ptr is not None:
-        cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, live, HALF)
+        cos, sin, partner = load_angles(cos_ptr, sin_ptr, n, T, d, inside, HALF)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / DH + EPS)[:, None]
         if dy_ptr is None:
             # The partners lie in the cache lines that x was just read from.
-            xp = load_head(x_ptr + head * x_h, n, T, x_b, x_t, partner, live)
+            xp = load_head(x_ptr + head * x_h, n, T, x_b, x_t, partner, inside)
             x = (x * cos + xp * sin) * rstd
         else:
-            dy = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, d, live)
-            dyp = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, partner, live)
+            dy = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, d, inside)
+            dyp = load_head(dy_ptr + head * dy_h, n, T, dy_b, dy_t, partner, inside)
             z = x * rstd
             back = dy * cos - dyp * sin  # the transpose of a rotation is its inverse
             dot = tl.sum(z * back, 1)  # = sum(dy * R z)
@@ -3159,7 +3159,7 @@ def qk_kernel(
         x *= tl.load(gain_ptr + head)
 
     out = out_ptr + n.to(tl.int64)[:, None] * out_t + (head * DH + d)[None, :]
-    tl.store(out, x.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(out, x.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @operator("qk", "(Tensor x, Tensor gain, Tensor cos, Tensor sin) -> Tensor")
@@ -5153,10 +5153,10 @@ def quantize(
         W = W / column_sizes(exponents)
 
     peak = W.abs().amax(-1, keepdim=True)
-    floor = (deviation * least_step).clamp_min(MIN_SCALE)
+    smallest = (deviation * least_step).clamp_min(MIN_SCALE)
 
     clips = [clip_sd * deviation] if clip_sd > 0 else [clip * peak for clip in CLIPS]
-    scales = [torch.maximum(clip / clip_code, floor).half().float() for clip in clips]
+    scales = [torch.maximum(clip / clip_code, smallest).half().float() for clip in clips]
     errors = [(nearest_codes(W, s, limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
     winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
     scale = torch.stack(scales).gather(0, winner)[0]
@@ -5373,7 +5373,7 @@ def fit_artifact(
     guide = timed("quantize", rounding_guide, tensors, h, calibration or Calibration())
     codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
     clip_step = h.matrix_clip_sd / ENCODINGS["int6"].limit
-    configured = max(h.int6_step, clip_step)  # the clip's own step is a floor as well
+    configured = max(h.int6_step, clip_step)  # the clip's own step is a lower bound as well
     step = configured
     best = None
 
@@ -5604,9 +5604,9 @@ def unpack_xz(blob: bytes) -> bytes:
 # machines write the same bytes.
 
 RANS_MAGIC = b"GPT6rans"
-PRECISION = 14  # frequencies of a context sum to 2^PRECISION
-TABLE_SUM = 1 << (PRECISION - 1)  # of a context's row of CodeModel.tables
-SLOT_MASK = (1 << PRECISION) - 1  # the bits of a state that choose a code
+FREQUENCY_BITS = 14  # frequencies of a context sum to 2^FREQUENCY_BITS
+TABLE_SUM = 1 << (FREQUENCY_BITS - 1)  # of a context's row of CodeModel.tables
+SLOT_MASK = (1 << FREQUENCY_BITS) - 1  # the bits of a state that choose a code
 MIN_STATE = 1 << 32  # a state lies in [2^32, 2^48) and takes in 16 bits at a time
 MEAN_CLASS = 8  # of the mean magnitude; there are as many classes below as above
 CLASS_EDGES = np.array([round(4096 * 2 ** ((k + 0.5 - MEAN_CLASS) / 4)) for k in range(2 * MEAN_CLASS)])
@@ -5672,7 +5672,7 @@ def tables_for(counts: np.ndarray) -> np.ndarray:
 
 def code_bits(counts: np.ndarray, tables: np.ndarray) -> int:
     """Return the bits of codes and tables, in 65,536ths. An entry of a table counts as ten bits."""
-    of_codes = counts * ((PRECISION << 16) - log2_of(tables))
+    of_codes = counts * ((FREQUENCY_BITS << 16) - log2_of(tables))
     return int(of_codes.sum()) + (10 << 16) * np.count_nonzero(counts)
 
 
@@ -5742,12 +5742,12 @@ def rans_encode(models: list[CodeModel], tensors: list[np.ndarray]) -> np.ndarra
             i = index[start : start + step]
             f = frequencies[i]
             x = states[: len(i)]
-            full = x >= f << (48 - PRECISION)
+            full = x >= f << (48 - FREQUENCY_BITS)
             words.append(x[full] & 0xFFFF)
             x[full] >>= 16
             quotient = x // f
             remainder = x - quotient * f
-            x[:] = (quotient << PRECISION) + starts[i] + remainder
+            x[:] = (quotient << FREQUENCY_BITS) + starts[i] + remainder
     first = np.stack([states >> 32, states >> 16 & 0xFFFF, states & 0xFFFF], axis=1)
     return np.concatenate([first.ravel(), *reversed(words)]).astype("<u2")
 
@@ -5772,9 +5772,9 @@ def rans_decode(words: np.ndarray, models: list[CodeModel], counts: list[int]) -
             context = contexts[start : start + step]
             x = states[: len(context)]
             slot = x & SLOT_MASK
-            i = index_at[np.left_shift(context, PRECISION, dtype=np.int64) | slot]
+            i = index_at[np.left_shift(context, FREQUENCY_BITS, dtype=np.int64) | slot]
             index[start : start + step] = i
-            x[:] = frequencies[i] * (x >> PRECISION) + slot - starts[i]
+            x[:] = frequencies[i] * (x >> FREQUENCY_BITS) + slot - starts[i]
             low = np.flatnonzero(x < MIN_STATE)
             taken += len(low)
             if taken > len(words):
@@ -7037,12 +7037,12 @@ def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None 
     divisor = torch.ones((), device=m.device)
     tokens = torch.zeros(B, h.train_seq_len + 1, dtype=torch.long, device=m.device)
 
-    def both_ways() -> None:
+    def one_pass() -> None:
         loss = loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / divisor
         loss.backward()
         result.copy_(loss.detach())
 
-    launch, failure = m.capture(both_ways)
+    launch, failure = m.capture(one_pass)
     optimizer.clear_gradients()  # capture ran the pass
 
     def backward(sequences: Tensor, count: int) -> Tensor:

@@ -95,7 +95,7 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
         sustained.measure_sustained(s, run, None, 0.01)
 
     counts = {
-        whole["name"]: (names.count("both_ways"), names.count("schedule"))
+        whole["name"]: (names.count("one_pass"), names.count("schedule"))
         for whole, names in zip(s.report["whole"], launched)
     }
     each, accumulated = (0, 0) if error else (14, 4 * 14)
@@ -104,7 +104,7 @@ def test_forward_and_backward_and_the_step_are_timed_as_training_launches_them(m
     assert counts["optimizer"] == (0, 14)
     assert counts["step"] == (accumulated, 14)
     assert [x() is None for x in alive] == ([False] if error else [False, True, True])
-    assert (launches.count("both_ways") > 16) == (not error)  # sustained steps, too
+    assert (launches.count("one_pass") > 16) == (not error)  # sustained steps, too
     why = [x["why"] for x in s.report["skipped"] if "forward+backward" in x["what"]]
     assert why == (["rank 0: OSError: driver"] if error else [])
 

@@ -83,7 +83,7 @@ def rans_artifact(base, shapes, side_after_header=b""):
     parts = []
     offset = 0
     table = np.zeros((t.CONTEXTS, 128), "<u2")
-    table[:, 0] = 1 << t.PRECISION - 1
+    table[:, 0] = 1 << t.FREQUENCY_BITS - 1
     for i, shape in enumerate(shapes):
         count = math.prod(shape)
         rows = count // shape[-1]

@@ -158,7 +158,7 @@ def rans_tables(rng, base):
         tables[:] = 0
     elif kind == "one":
         tables[:] = 0
-        tables[:, column] = 1 << t.PRECISION - 1
+        tables[:, column] = 1 << t.FREQUENCY_BITS - 1
     else:
         tables[:] = np.frombuffer(rng.randbytes(tables.nbytes), "<u2").reshape(tables.shape)
     side = parts.side[: places.tables] + t.to_planes(tables, 2) + parts.side[places.end :]

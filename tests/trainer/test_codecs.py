@@ -154,9 +154,9 @@ def test_tables_hold_every_code_that_occurs_and_sum_to_a_whole(limit):
     codes = gaussian_codes(3, 50, 64, sigma=limit / 3, limit=limit)
     model = t.model_codes(codes, limit)
     assert model.tables.shape == (t.CONTEXTS, limit + 1)
-    assert (model.tables.sum(1) == 1 << t.PRECISION - 1).all() and (model.tables >= 0).all()
+    assert (model.tables.sum(1) == 1 << t.FREQUENCY_BITS - 1).all() and (model.tables >= 0).all()
     frequencies = model.frequencies
-    assert (frequencies.sum(1) == 1 << t.PRECISION).all()
+    assert (frequencies.sum(1) == 1 << t.FREQUENCY_BITS).all()
     assert (frequencies[model.contexts, codes.ravel().astype(int) + limit] > 0).all()
     assert np.array_equal(frequencies, frequencies[:, ::-1])
     rans_bits(codes, limit)
@@ -166,7 +166,7 @@ def test_a_table_of_many_rare_codes_stays_positive():
     """All codes but one occur once among a million: each takes a share that is too small to be rounded to."""
     counts = np.array([1_000_000, *[1] * 127])
     tables = t.tables_for(np.tile(counts, (t.CONTEXTS, 1)))
-    assert (tables > 0).all() and (tables.sum(1) == 1 << t.PRECISION - 1).all()
+    assert (tables > 0).all() and (tables.sum(1) == 1 << t.FREQUENCY_BITS - 1).all()
 
 
 def test_several_tensors_share_the_states():
@@ -198,13 +198,13 @@ def test_decoding_by_the_definition():
                 if states[i] < t.MIN_STATE:
                     states[i] = states[i] << 16 | rest.pop(0)
         frequencies = model.frequencies[context].tolist()
-        slot = states[state] % (1 << t.PRECISION)
+        slot = states[state] % (1 << t.FREQUENCY_BITS)
         start = 0
         symbol = 0
         while slot >= start + frequencies[symbol]:
             start += frequencies[symbol]
             symbol += 1
-        states[state] = frequencies[symbol] * (states[state] >> t.PRECISION) + slot - start
+        states[state] = frequencies[symbol] * (states[state] >> t.FREQUENCY_BITS) + slot - start
         found.append(symbol - 31)
     assert found == codes.ravel().tolist()
 

@@ -407,7 +407,7 @@ def test_tensors_of_a_graph_keep_their_addresses(monkeypatch, tmp_path):
     assert status == 0
     assert len(captured) == 2
     assert captured[0] == captured[1]
-    assert launches == ["both_ways", "both_ways", "schedule"] * 5
+    assert launches == ["one_pass", "one_pass", "schedule"] * 5
     assert len({address for pair in captured[0] for address in pair}) == 2 * len(captured[0])
 
     last = list(tmp_path.glob("run.step3.*.ckpt"))
@@ -417,7 +417,7 @@ def test_tensors_of_a_graph_keep_their_addresses(monkeypatch, tmp_path):
     launches.clear()
     status, lines = run_main(monkeypatch, tmp_path, capture, resume="auto", **knobs)
     assert status == 0 and any(x.startswith("resumed step:2") for x in lines)
-    assert launches == ["both_ways", "both_ways", "schedule"] * 3  # two of warm-up
+    assert launches == ["one_pass", "one_pass", "schedule"] * 3  # two of warm-up
 
 
 def test_the_machine_line_names_pass_and_update(tmp_path):

@@ -330,7 +330,7 @@ def quiet_run(s: Session) -> Iterator[SimpleNamespace]:
     """Yield as much of a Run as log_step needs. Its log is a temporary file and prints nothing."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         log = s.t.Log(os.path.join(folder, "log.txt"), s.m)
-        log.live = False
+        log.on_terminal = log.live = False  # the second name is that of older scripts
         try:
             yield SimpleNamespace(h=s.h, log=log)
         finally:
