@@ -4422,7 +4422,7 @@ class OwnedMatrices(NamedTuple):
     weights: Tensor  # (S, M, N)
     gradient: Tensor  # (S, M, N), in wire_dtype
     momentum: Tensor  # (S, M, N), or (S, 2, M, N) with momentum_spread above 1
-    second: Tensor | None  # the step rule's state, if it has one
+    rule_state: Tensor | None  # of the step rule; None: it has no state
 
 
 class FlatBuffers(NamedTuple):
@@ -4449,14 +4449,14 @@ def matrix_update(
     gradient_factor: Tensor,
     s: StepScalars,
     h: Config,
-    second: Tensor | None = None,
+    rule_state: Tensor | None = None,
 ) -> None:
     """Update matrices W (S, M, N) and their state in place: Nesterov momentum, direction, step rule.
 
     momentum: (S, M, N). With momentum_spread above 1 there are two momenta, (S, 2, M, N), and the update
     takes their mean; their horizons, 1 / (1 - beta), are momentum_spread times shorter and longer than the
-    horizon of s.momentum. second: the rule's state. With equalize_rows, rows are equalized before the
-    direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
+    horizon of s.momentum. rule_state: of the step rule, if it has any. With equalize_rows, rows are
+    equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
     """
     g = g.float() * gradient_factor
     if h.momentum_spread == 1:
@@ -4471,7 +4471,7 @@ def matrix_update(
     U = orthogonalize(U, h.ortho)
     rule = STEP_RULES[h.step_rule]
     if rule.prepare is not None:
-        U = rule.prepare(U, second, h.normuon_beta2)
+        U = rule.prepare(U, rule_state, h.normuon_beta2)
     wd = s.matrix_decay_mul * h.muon_wd
     if h.cautious_wd:
         wd = wd * (U * W >= 0)
@@ -4515,7 +4515,7 @@ class Optimizer:
         self.owned: dict[str, list[OwnedMatrices]] = {}
         # Keyed by parameter name.
         self.momentum: dict[str, Tensor] = {}
-        self.second: dict[str, Tensor] = {}
+        self.rule_state: dict[str, Tensor] = {}
         self.rows: dict[str, slice] = {}  # which of its matrices this rank owns
 
         params = dict(model.named_parameters())
@@ -4581,8 +4581,8 @@ class Optimizer:
         self.momentum[name] = W.new_zeros(shape)
         rule = STEP_RULES[self.h.step_rule]
         if rule.state_shape is not None:
-            self.second[name] = W.new_zeros(rule.state_shape(*W.shape))
-        self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.second.get(name)))
+            self.rule_state[name] = W.new_zeros(rule.state_shape(*W.shape))
+        self.owned[buffer].append(OwnedMatrices(W, g, self.momentum[name], self.rule_state.get(name)))
 
     def make_flat(self, params: dict[str, nn.Parameter]) -> None:
         """Make the flat buffers of all small parameters. Every rank holds and updates all of them."""
@@ -4686,15 +4686,15 @@ class Optimizer:
             # 4. On a lane per bank, update the matrices that this rank owns, then gather the whole bank.
             for buffer in reversed(self.bank):
                 with lane():
-                    for own in self.owned[buffer]:
+                    for matrices in self.owned[buffer]:
                         self.matrix_update(
-                            own.weights,
-                            own.gradient,
-                            own.momentum,
+                            matrices.weights,
+                            matrices.gradient,
+                            matrices.momentum,
                             factor,
                             scalars,
                             self.h,
-                            second=own.second,
+                            matrices.rule_state,
                         )
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]
@@ -4716,7 +4716,7 @@ class Optimizer:
 
     def state(self) -> list[Tensor]:
         """Return every tensor that a step changes, parameters included."""
-        matrices = [*self.bank.values(), *self.momentum.values(), *self.second.values()]
+        matrices = [*self.bank.values(), *self.momentum.values(), *self.rule_state.values()]
         return [*matrices, self.flat, self.flat_m, self.flat_v]
 
     def snapshot(self) -> Snapshot:
@@ -6222,7 +6222,7 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
     slots = h.eval_batch_tokens // h.eval_seq_len
     fresh = fresh_factors(h).to(m.device)
     factors = fresh.repeat(slots, 1)
-    second = torch.zeros_like(factors)
+    second_moment = torch.zeros_like(factors)
     steps = torch.zeros(slots, 1, device=m.device)
     leaf = factors.detach().requires_grad_(True)  # the same memory
     changed_nats_fn = partial(nats_fn, factors=leaf)
@@ -6232,13 +6232,13 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
         for _ in range(h.ttt_passes):
             gradient = lesson_gradient([leaf], changed_nats_fn, tokens, mine, h).view_as(factors)
             steps.add_(1)
-            second.lerp_(gradient.square(), 1 - LORA_BETA2)
-            spread = (second / (1 - LORA_BETA2**steps)).sqrt()
+            second_moment.lerp_(gradient.square(), 1 - LORA_BETA2)
+            spread = (second_moment / (1 - LORA_BETA2**steps)).sqrt()
             factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
         if begins is not None:
             reset = begins[m.rank :: m.world_size, None].to(m.device)
             factors.copy_(torch.where(reset, fresh, factors))
-            second.masked_fill_(reset, 0)
+            second_moment.masked_fill_(reset, 0)
             steps.masked_fill_(reset, 0)
         return changed_nats_fn
 
@@ -6498,7 +6498,8 @@ class Checkpoints:
             whole[name] = p.data
             whole[f"average.{name}"] = average
         self.tensors = {name: SavedTensor(self.share(x), whole=x) for name, x in whole.items()}
-        for kind, of_matrices in (("momentum", optimizer.momentum), ("second", optimizer.second)):
+        # The step rule's state is called "second" in files.
+        for kind, of_matrices in (("momentum", optimizer.momentum), ("second", optimizer.rule_state)):
             for name, x in of_matrices.items():
                 self.tensors[f"{kind}.{name}"] = SavedTensor(x, rows=optimizer.rows[name])
 

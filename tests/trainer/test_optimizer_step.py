@@ -142,14 +142,14 @@ def test_snapshot_is_exact_and_a_copy(one):
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
 
     # Nothing that a step changes is left out.
-    assert optimizer.second
+    assert optimizer.rule_state
     kept = [
         optimizer.flat,
         optimizer.flat_m,
         optimizer.flat_v,
         *optimizer.bank.values(),
         *optimizer.momentum.values(),
-        *optimizer.second.values(),
+        *optimizer.rule_state.values(),
     ]
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in optimizer.state()}
 

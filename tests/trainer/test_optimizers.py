@@ -422,11 +422,11 @@ def every_pair(rank, folder, knobs):
             ends.append([x.clone() for x in optimizer.state()])
             optimizer.restore(saved)
         again = all(torch.equal(a, b) for a, b in zip(*ends))
-        in_state = all(any(x is y for y in optimizer.state()) for x in optimizer.second.values())
+        in_state = all(any(x is y for y in optimizer.state()) for x in optimizer.rule_state.values())
         results[pair] = PairResult(
             params=params,
             padding=padding,
-            shapes={name: tuple(x.shape) for name, x in optimizer.second.items()},
+            shapes={name: tuple(x.shape) for name, x in optimizer.rule_state.items()},
             owned=[name for name, x in optimizer.momentum.items() if len(x)],
             again=again and in_state,
         )

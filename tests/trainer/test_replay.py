@@ -118,7 +118,7 @@ def test_training_is_the_same_bits_when_captured(one, rule, error):
         optimizer = t.Optimizer(model, h, m)
         assert all_equal(model.parameters(), before.parameters())
         assert all(p.grad.abs().max() == 0 for p in model.parameters()) and optimizer.steps == 0
-        assert all(x.abs().max() == 0 for x in (*optimizer.momentum.values(), *optimizer.second.values()))
+        assert all(x.abs().max() == 0 for x in (*optimizer.momentum.values(), *optimizer.rule_state.values()))
 
         address = optimizer.scalars.data_ptr()
         for step in range(3):

@@ -49,15 +49,16 @@ SEPARATE_PRODUCTS = Layout(
     "each matrix is orthogonalized by products of its own, not with its bank",
     (
         Edit(
-            "                    for own in self.owned[buffer]:\n",
-            "                    singles = [s for own in self.owned[buffer] for s in single_matrices(own)]\n"
-            "                    for own in singles:\n",
+            "                    for matrices in self.owned[buffer]:\n",
+            "                    owned = self.owned[buffer]\n"
+            "                    singles = [one for matrices in owned for one in single_matrices(matrices)]\n"
+            "                    for matrices in singles:\n",
         ),
         Edit(
             "class FlatBuffers(NamedTuple):\n",
-            '''def single_matrices(own: OwnedMatrices) -> list[OwnedMatrices]:
+            '''def single_matrices(matrices: OwnedMatrices) -> list[OwnedMatrices]:
     """Split the matrices of a parameter into groups of one."""
-    parts = [[None] * len(own.weights) if part is None else part.split(1) for part in own]
+    parts = [[None] * len(matrices.weights) if part is None else part.split(1) for part in matrices]
     return [OwnedMatrices(*one) for one in zip(*parts)]
 
 
@@ -167,9 +168,9 @@ PUBLISHED_ORDER = Layout(
 """,
         ),
         Edit(
-            "                    for own in self.owned[buffer]:\n",
+            "                    for matrices in self.owned[buffer]:\n",
             "                    flights[buffer][-1].wait()\n"
-            "                    for own in self.owned[buffer]:\n",
+            "                    for matrices in self.owned[buffer]:\n",
         ),
     ),
 )
