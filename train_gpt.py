@@ -4422,7 +4422,7 @@ class OwnedMatrices(NamedTuple):
     weights: Tensor  # (S, M, N)
     gradient: Tensor  # (S, M, N), in wire_dtype
     momentum: Tensor  # (S, M, N), or (S, 2, M, N) with momentum_spread above 1
-    rule_state: Tensor | None  # of the step rule; None: it has no state
+    rule_state: Tensor | None = None  # of the step rule; None: it has no state
 
 
 class FlatBuffers(NamedTuple):
@@ -4442,22 +4442,15 @@ def nesterov(average: Tensor, g: Tensor, beta: Tensor | float) -> Tensor:
     return g * (1 - beta) + average * beta
 
 
-def matrix_update(
-    W: Tensor,
-    g: Tensor,
-    momentum: Tensor,
-    gradient_factor: Tensor,
-    s: StepScalars,
-    h: Config,
-    rule_state: Tensor | None = None,
-) -> None:
-    """Update matrices W (S, M, N) and their state in place: Nesterov momentum, direction, step rule.
+def matrix_update(matrices: OwnedMatrices, gradient_factor: Tensor, s: StepScalars, h: Config) -> None:
+    """Update matrices and their state in place: Nesterov momentum, direction, step rule.
 
-    momentum: (S, M, N). With momentum_spread above 1 there are two momenta, (S, 2, M, N), and the update
-    takes their mean; their horizons, 1 / (1 - beta), are momentum_spread times shorter and longer than the
-    horizon of s.momentum. rule_state: of the step rule, if it has any. With equalize_rows, rows are
-    equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where U and W agree in sign.
+    With momentum_spread above 1 there are two momenta, and the update takes their mean; their horizons,
+    1 / (1 - beta), are momentum_spread times shorter and longer than the horizon of s.momentum. With
+    equalize_rows, rows are equalized before the direction. Cautious decay (arXiv:2510.12402) acts only where
+    U and W agree in sign.
     """
+    W, g, momentum, rule_state = matrices
     g = g.float() * gradient_factor
     if h.momentum_spread == 1:
         U = nesterov(momentum, g, s.momentum)
@@ -4687,15 +4680,7 @@ class Optimizer:
             for buffer in reversed(self.bank):
                 with lane():
                     for matrices in self.owned[buffer]:
-                        self.matrix_update(
-                            matrices.weights,
-                            matrices.gradient,
-                            matrices.momentum,
-                            factor,
-                            scalars,
-                            self.h,
-                            matrices.rule_state,
-                        )
+                        self.matrix_update(matrices, factor, scalars, self.h)
                     self.bank_grad[buffer].zero_()
                     bank = self.bank[buffer]
                     for level in reversed(self.m.levels):  # .wait() holds the lane, not the host

@@ -217,7 +217,7 @@ def test_every_depth_as_shapes(on_meta, depth):
         assert bank.shape[1] == math.ceil(rows / 8)
         for matrices in optimizer.owned[name]:
             scalars = t.StepScalars(*[0.1] * len(t.StepScalars._fields))
-            t.matrix_update(*matrices[:3], 0.1, scalars, h, rule_state=matrices.rule_state)
+            t.matrix_update(matrices, 0.1, scalars, h)
 
     tensors = [*optimizer.state(), *optimizer.bank_grad.values(), optimizer.flat_grad]
     held = sum(tensor.numel() * 4 for tensor in tensors)

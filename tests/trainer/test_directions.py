@@ -190,7 +190,8 @@ def test_matrix_update_over_several_steps(shape):
         lr = 0.02 * (1 - 0.1 * step)
         factor = torch.tensor([1.0, 0.3][step % 2])
         before = g.clone()
-        t.matrix_update(W, g, momentum, factor, scalars(momentum=mu, matrix_lr=lr), h)
+        matrices = t.OwnedMatrices(W, g, momentum)
+        t.matrix_update(matrices, factor, scalars(momentum=mu, matrix_lr=lr), h)
         assert torch.equal(g, before)
 
         clipped = factor.item() * before.double().numpy()

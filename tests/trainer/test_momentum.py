@@ -31,7 +31,8 @@ def test_the_mean_of_two_momenta_in_float64(monkeypatch):
     wanted = torch.zeros_like(W, dtype=torch.float64)
     averages = {1 - 0.3: torch.zeros_like(wanted), 1 - 0.1 / 3: torch.zeros_like(wanted)}
     for g in gradients:
-        t.matrix_update(W, g.clone(), momentum, torch.tensor(1.0), scalars(0.9), h)
+        matrices = t.OwnedMatrices(W, g.clone(), momentum)
+        t.matrix_update(matrices, torch.tensor(1.0), scalars(0.9), h)
         for beta, average in averages.items():
             average.mul_(beta).add_(g.double(), alpha=1 - beta)
             wanted -= 0.1 * ((1 - beta) * g.double() + beta * average) / 2
@@ -62,7 +63,8 @@ def test_a_decay_that_follows_the_rate_shrinks_weights_by_its_factor(small):
             t.adam_update(buffers, torch.tensor(1.0), scalars(0.9, factor), tiny())
         else:
             h = tiny(step_rule="muon", muon_wd=0.5)
-            t.matrix_update(W, zeros, zeros.clone(), torch.tensor(1.0), scalars(0.9, factor), h)
+            matrices = t.OwnedMatrices(W, zeros, zeros.clone())
+            t.matrix_update(matrices, torch.tensor(1.0), scalars(0.9, factor), h)
         ends.append(W.mean().item())
     assert ends == pytest.approx([1 - 0.1 * 0.5, 1 - 0.1 * 0.5 * 0.25], rel=1e-6)
 

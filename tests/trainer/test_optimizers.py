@@ -257,7 +257,8 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
         gradient = gaussian(*shape, seed=10 + step)
         mu = 0.85 + 0.02 * step
         lr = 0.02 * (1 - 0.1 * step)
-        t.matrix_update(W, gradient, momentum, torch.tensor(0.5), scalars(mu, lr), h, second)
+        matrices = t.OwnedMatrices(W, gradient, momentum, second)
+        t.matrix_update(matrices, torch.tensor(0.5), scalars(mu, lr), h)
 
         clipped = 0.5 * gradient.double().numpy()
         m = mu * m + (1 - mu) * clipped
@@ -310,7 +311,8 @@ def test_hyperball_keeps_every_norm(rule, method):
     momentum = torch.zeros_like(W)
     second = second_moment(rule, W.shape)
     for step in range(60):
-        t.matrix_update(W, gaussian(3, 24, 16, seed=step), momentum, ONE, scalars(matrix_lr=0.05), h, second)
+        matrices = t.OwnedMatrices(W, gaussian(3, 24, 16, seed=step), momentum, second)
+        t.matrix_update(matrices, ONE, scalars(matrix_lr=0.05), h)
         torch.testing.assert_close(frobenius(W), norms, rtol=1e-5, atol=0)
         if step == 0:  # tan(angle) is at most the rate
             cosine = (W[:2] * start[:2]).sum((-2, -1)) / norms[:2].flatten() ** 2
@@ -361,7 +363,8 @@ def test_matrix_update_compiles_into_one_graph(method, rule):
             for step in range(3):
                 gradient = gaussian(3, 12, 20, seed=step)
                 numbers = scalars(0.8 + 0.05 * step, 0.025 * (1 - 0.2 * step))
-                update(W, gradient, momentum, torch.tensor(1 - 0.1 * step), numbers, h, second)
+                matrices = t.OwnedMatrices(W, gradient, momentum, second)
+                update(matrices, torch.tensor(1 - 0.1 * step), numbers, h)
             ends.append([W, momentum] if second is None else [W, momentum, second])
     assert counter.frame_count == 1
     for eager, graph in zip(*ends):
@@ -462,8 +465,8 @@ def updated_alone(h, weights):
         second = second_moment(h.step_rule, W.shape)
         for step in range(3):
             gradient = made_up_gradient(W, step, i)
-            numbers = scalars(0.9, 0.5 * h.matrix_lr)
-            t.matrix_update(W, gradient, momentum, ONE, numbers, h, second)
+            matrices = t.OwnedMatrices(W, gradient, momentum, second)
+            t.matrix_update(matrices, ONE, scalars(0.9, 0.5 * h.matrix_lr), h)
         updated[name] = W
     return updated
 

@@ -403,7 +403,7 @@ def test_gradients_in_bfloat16_are_added_up_in_float32():
         W = torch.ones(2, 24, 16)
         momentum = torch.full((2, 24, 16), 0.1)
         second = torch.zeros(2, 24, 1)
-        t.matrix_update(W, sent, momentum, factor, scalars, h, second)
+        t.matrix_update(t.OwnedMatrices(W, sent, momentum, second), factor, scalars, h)
 
         p = torch.ones(sent.numel())
         others = [torch.full((sent.numel(),), 0.1) for _ in range(4)]

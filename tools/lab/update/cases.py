@@ -241,8 +241,10 @@ def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) 
         if state_shape:
             W = inputs["W"]
             state = torch.zeros(state_shape(*W.shape), device=W.device)
-        values = {**inputs, "gradient_factor": one, "s": scalars, "h": h, "rule_state": state}
-        values["second"] = state  # the name in scripts of older records
+        values = {"gradient_factor": one, "s": scalars, "h": h}
+        values |= {**inputs, "second": state}  # older scripts take these one by one
+        if "matrices" in inspect.signature(s.t.matrix_update).parameters:
+            values["matrices"] = s.t.OwnedMatrices(inputs["W"], inputs["g"], inputs["momentum"], state)
         return partial(fn, *update_arguments(s, values))
 
     return [[update(inputs) for inputs in banks] for banks in sets]
