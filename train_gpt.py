@@ -2350,7 +2350,7 @@ class LayerSpec:
     xsa: bool  # whether it uses exclusive self-attention
     ve: int  # row of ve_layer_scale for the value embedding that it adds; -1: none
     window: int  # keys a token sees, itself included; 0: all
-    docs: bool  # whether a token sees only its own document
+    doc_mask: bool  # whether a token sees only its own document
     form: str  # row of FORMS: how attention and MLP are joined to the residual stream
 
 
@@ -2384,7 +2384,7 @@ def layer_table(h: Config) -> tuple[LayerSpec, ...]:
             xsa=i >= h.num_layers - h.xsa_last_n,
             ve=i - first_ve if i >= first_ve else -1,
             window=int(windows[i % len(windows)]),
-            docs=h.doc_mask,
+            doc_mask=h.doc_mask,
             form=h.parallel_form if i >= h.num_layers - h.parallel_last_n else "serial",
         )
         for visit, i in enumerate(visits)
@@ -2462,7 +2462,7 @@ def document_starts(tokens: Tensor, bos_id: int) -> Tensor:
     return torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] == bos_id], dim=1)
 
 
-def documents(tokens: Tensor, bos_id: int) -> Tensor:
+def number_documents(tokens: Tensor, bos_id: int) -> Tensor:
     """Number each token's document from 0 to MAX_DOCUMENTS - 1, (B, T) int. No later token changes it."""
     return (document_starts(tokens, bos_id).cumsum(1) - 1).clamp_max(MAX_DOCUMENTS - 1)
 
@@ -2499,32 +2499,32 @@ def qk_heads(
     return normed(q, gain, cos, sin), normed(k, ones, cos, sin), v
 
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Tensor | None = None) -> Tensor:
     """Compute causal attention with grouped heads by PyTorch's kernels.
 
     q (B, T, H, Dh), k and v (B, T, Hkv, Dh) -> (B, T, H, Dh).
-    window: keys a token sees, itself included; 0: all. docs (B, T): documents that do not see each other.
+    window: keys a token sees, itself included; 0: all. documents (B, T): a token sees its own.
     """
     T = q.size(1)
-    if docs is None and 0 < 2 * window < T and T % window == 0:
+    if documents is None and 0 < 2 * window < T and T % window == 0:
         return attend_in_blocks(q, k, v, window)
-    if docs is None and not 0 < window < T:
+    if documents is None and not 0 < window < T:
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )
         return out.transpose(1, 2)
-    return attend_masked(q, k, v, window, docs)
+    return attend_masked(q, k, v, window, documents)
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, docs: Tensor | None) -> Tensor:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, documents: Tensor | None) -> Tensor:
     """Attend under an explicit mask. The T queries stand at the last T of the keys' K positions."""
     T = q.size(1)
     K = k.size(1)
     query_at = torch.arange(K - T, K, device=q.device)
     distance = query_at[:, None] - torch.arange(K, device=q.device)
     seen = (distance >= 0) & (distance < (window or K))
-    if docs is not None:
-        seen = seen & (docs[:, None, :, None] == docs[:, None, None])
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None])
 
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)
@@ -2607,7 +2607,7 @@ def attention_block(
     q, k, v = ops.qk(qkv, w.q_gain, positions.cos, positions.sin)
     if values is not None:
         v = v + values.view(v.shape)
-    y = ops.attend(q, k, v, spec.window, positions.documents if spec.docs else None)
+    y = ops.attend(q, k, v, spec.window, positions.documents if spec.doc_mask else None)
     if spec.xsa:
         y = exclude_self(y, v)
     if w.attn_gate is not None:
@@ -3023,7 +3023,7 @@ class GPT(nn.Module):
         """
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
-        positions = Positions(cos, sin, documents(tokens, h.bos_id) if h.doc_mask else None)
+        positions = Positions(cos, sin, number_documents(tokens, h.bos_id) if h.doc_mask else None)
         ve = self.embed_values(tokens) if h.ve_last_n else None
 
         x0 = self.embed(tokens)
@@ -3428,17 +3428,20 @@ class Flash4(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def attend_flash4(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
+def attend_flash4(
+    q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Tensor | None = None
+) -> Tensor:
     """Compute attend_sdpa with FlashAttention-4, which skips the keys that no query sees.
 
-    With docs, every batch counts as B * MAX_DOCUMENTS documents, so shapes never change. A sequence with
+    With `documents`, every batch counts as B * MAX_DOCUMENTS of them, so shapes never change. A sequence with
     fewer documents has empty ones at its end.
     """
     B, T = q.shape[:2]
     bounds = None
     flat = (q, k, v)
-    if docs is not None:
-        first = (docs[..., None] < torch.arange(MAX_DOCUMENTS, device=q.device)).sum(1)  # (B, MAX_DOCUMENTS)
+    if documents is not None:
+        numbers = torch.arange(MAX_DOCUMENTS, device=q.device)
+        first = (documents[..., None] < numbers).sum(1)  # (B, MAX_DOCUMENTS)
         first = first + T * torch.arange(B, device=q.device)[:, None]
         bounds = F.pad(first.flatten(), (0, 1), value=B * T).int()
         flat = [x.flatten(0, 1) for x in flat]
@@ -3723,7 +3726,7 @@ def sdpa_kernels_that_run(qkv: list[Tensor], judge: Judge) -> list[str]:
 
 def masks_of(h: Config) -> list[tuple[int, bool]]:
     """Return the mask of every visit of a layer: its window, and whether it keeps documents apart."""
-    return [(spec.window, spec.docs) for spec in layer_table(h)]
+    return [(spec.window, spec.doc_mask) for spec in layer_table(h)]
 
 
 def draw_heads(h: Config, device: torch.device, B: int, T: int) -> list[Tensor]:
@@ -3738,10 +3741,10 @@ def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection,
     qkv: of 2 x 256 tokens. Returns why it is wrong; () if it is right.
     """
     enable_only(*SDPA_KERNELS)
-    docs = documents(torch.arange(512, device=qkv[0].device).view(2, 256) % 90, 0)
+    documents = number_documents(torch.arange(512, device=qkv[0].device).view(2, 256) % 90, 0)
     rejected = ()
-    for windowed, has_docs in sorted({(window > 0, has_docs) for window, has_docs in masks_of(h)}):
-        options = dict(window=50 if windowed else 0, docs=docs if has_docs else None)
+    for windowed, doc_mask in sorted({(window > 0, doc_mask) for window, doc_mask in masks_of(h)}):
+        options = dict(window=50 if windowed else 0, documents=documents if doc_mask else None)
         reference = partial(attend_sdpa, **options)
         bound = bind(partial(attend_flash4, **options), reference, qkv, "flash4")
         rejected += judge.agree_on(bound, reference).rejected
@@ -3768,14 +3771,14 @@ def attention_times(
     Attention is timed as it is, not compiled: it is an operator of its own in a compiled model, too.
     """
     B, T = timed_shape(h)
-    docs = documents(torch.arange(B * T, device=device).view(B, T) % 1000, 0)
+    documents = number_documents(torch.arange(B * T, device=device).view(B, T) % 1000, 0)
     masks = masks_of(h)
     means = dict.fromkeys(candidates, 0.0)
-    for window, has_docs in sorted(set(masks)):
-        options = dict(window=window, docs=docs if has_docs else None)
+    for window, doc_mask in sorted(set(masks)):
+        options = dict(window=window, documents=documents if doc_mask else None)
         functions = {name: partial(one.attend, **options) for name, one in candidates.items()}
         for name, ms in judge.measure(functions, partial(draw_heads, h, device, B, T)).items():
-            means[name] += ms * masks.count((window, has_docs)) / len(masks)
+            means[name] += ms * masks.count((window, doc_mask)) / len(masks)
     return means
 
 

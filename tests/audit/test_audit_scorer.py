@@ -35,13 +35,13 @@ def twin(run, kind=t.GPT, ops=None):
     return fresh(run, model=model, nats_fn=nats_of(model))
 
 
-def attend_all(q, k, v, window=0, docs=None):
+def attend_all(q, k, v, window=0, documents=None):
     """Attend without a mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
-def attend_one_ahead(q, k, v, window=0, docs=None):
+def attend_one_ahead(q, k, v, window=0, documents=None):
     """Attend under a mask that is off by one: each position sees the next."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(1)

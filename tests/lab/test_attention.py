@@ -217,8 +217,8 @@ def test_flash4_compiles_whole_for_every_mask(monkeypatch):
     """One graph each, for more masks than one function may be recompiled; none without the package."""
     compiled = []
 
-    def stand_in(q, k, v, window=0, docs=None):
-        return t.attend_sdpa(q, k, v, window, docs)
+    def stand_in(q, k, v, window=0, documents=None):
+        return t.attend_sdpa(q, k, v, window, documents)
 
     def compiler(f):
         compiled.append(f)
@@ -258,9 +258,9 @@ def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
     seen = []
     reference = t.attend_sdpa
 
-    def attend_sdpa(*args, **options):
-        seen.append(options)
-        return reference(*args, **options)
+    def attend_sdpa(q, k, v, window, documents):
+        seen.append((window, documents))
+        return reference(q, k, v, window, documents)
 
     def sdpa_kernel(backend):
         seen.append(backend)
@@ -275,11 +275,11 @@ def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
                 continue
             row = outcome(c, attention.PATHS[path])
             assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (name, row)
-            options = [x for x in seen if isinstance(x, dict)]
-            assert {x for x in seen if not isinstance(x, dict)} == {mine}
-            assert bool(options) == (path == "math" or name != "causal")
-            assert all(x["window"] == c.mask.window for x in options)
-            assert all((x["docs"] is not None) == ("documents" in name) for x in options)
+            calls = [x for x in seen if isinstance(x, tuple)]
+            assert {x for x in seen if not isinstance(x, tuple)} == {mine}
+            assert bool(calls) == (path == "math" or name != "causal")
+            assert all(window == c.mask.window for window, _ in calls)
+            assert all((documents is not None) == ("documents" in name) for _, documents in calls)
             repeats = "k, v heads repeated" if name == "causal" else "k, v heads repeated, mask made"
             assert row.note == ("" if path == "math" else repeats)
             seen.clear()

@@ -29,7 +29,7 @@ def test_the_sections_make_the_models_products(knobs):
     """Together they have the products of a forward, counted by torch, and twice as many in backward."""
     s = a_session(**knobs)
 
-    def identity(q, k, v, window, docs):
+    def identity(q, k, v, window, documents):
         return q
 
     model = t.GPT(s.h, t.Ops(attend=identity))

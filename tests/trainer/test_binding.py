@@ -214,7 +214,7 @@ def test_the_time_of_attention_is_the_mean_of_all_layers(judge, monkeypatch):
     """Weigh each form of mask by the layers that have it."""
 
     windows = []
-    monkeypatch.setattr(t, "attend_sdpa", lambda q, k, v, window, docs: windows.append(window))
+    monkeypatch.setattr(t, "attend_sdpa", lambda q, k, v, window, documents: windows.append(window))
 
     def measure(self, functions, draw):
         functions["flash"](*draw())

@@ -33,18 +33,18 @@ KINDS = [
 ]
 
 
-def sees(i, j, window, docs):
-    """Return whether token i sees token j. docs: the documents of one sequence, or None."""
-    return j <= i and (not window or i - j < window) and (docs is None or docs[i] == docs[j])
+def sees(i, j, window, documents):
+    """Return whether token i sees token j. documents: the documents of one sequence, or None."""
+    return j <= i and (not window or i - j < window) and (documents is None or documents[i] == documents[j])
 
 
-def attention_by_hand(q, k, v, window=0, docs=None):
+def attention_by_hand(q, k, v, window=0, documents=None):
     """Compute attention one query and one head at a time."""
     out = torch.zeros_like(q)
     groups = q.size(2) // k.size(2)
     for b, i, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        documents = None if docs is None else docs[b]
-        keys = [j for j in range(q.size(1)) if sees(i, j, window, documents)]
+        own = None if documents is None else documents[b]
+        keys = [j for j in range(q.size(1)) if sees(i, j, window, own)]
         scores = k[b, keys, h // groups] @ q[b, i, h] / math.sqrt(q.size(3))
         out[b, i, h] = scores.softmax(0) @ v[b, keys, h // groups]
     return out
@@ -205,9 +205,9 @@ def flash4(monkeypatch):
 @pytest.mark.parametrize("window,own", KINDS)
 def test_the_reference_is_attention_by_hand(window, own):
     qkv = heads(2, 16, 4, 2, 8, torch.float64, torch.device("cpu"))
-    docs = t.documents(random_tokens(tiny(), (2, 16), 1, bos_share=0.2), 1) if own else None
-    expected = attention_by_hand(*qkv, window, docs)
-    torch.testing.assert_close(t.attend_sdpa(*qkv, window, docs), expected, atol=1e-12, rtol=0)
+    documents = t.number_documents(random_tokens(tiny(), (2, 16), 1, bos_share=0.2), 1) if own else None
+    expected = attention_by_hand(*qkv, window, documents)
+    torch.testing.assert_close(t.attend_sdpa(*qkv, window, documents), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("window,own", [*KINDS, (0, False), (16, True)])
@@ -216,7 +216,7 @@ def test_flash4_is_the_reference(window, own, flash4):
     tokens[1] = 1
     tokens[2] = 5
     tokens[3, [0, 15]] = 1
-    options = dict(window=window, docs=t.documents(tokens, 1) if own else None)
+    options = dict(window=window, documents=t.number_documents(tokens, 1) if own else None)
     qkv = [x.cpu() for x in heads(4, 16, 4, 2, 8)]
     found = with_gradients(t.attend_flash4, qkv, **options)
     for got, expected in zip(found, with_gradients(t.attend_sdpa, qkv, **options)):
@@ -260,9 +260,9 @@ def test_the_arguments_of_flash4(flash4):
     tokens[0, [3, 4, 30]] = 1
     tokens[1, 2::2] = 1  # 19 starts and that of the sequence
     q, k, v = (x.cpu() for x in heads(B, T, 4, 2, 8))
-    docs = t.documents(tokens, 1)
+    documents = t.number_documents(tokens, 1)
     for window in (0, 6):
-        t.attend_flash4(q, k, v, window, docs)
+        t.attend_flash4(q, k, v, window, documents)
         call = flash4.calls.pop()
         bounds = call["bounds"].tolist()
         assert len(bounds) == B * t.MAX_DOCUMENTS + 1
@@ -317,8 +317,8 @@ def test_documents_are_counted_within_a_sequence():
     tokens = torch.tensor([[5, 5, 1, 5, 1, 1], [1, 5, 5, 5, 5, 1], [5, 5, 5, 5, 5, 5]])
     starts = [[1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]
     assert t.document_starts(tokens, 1).int().tolist() == starts
-    assert t.documents(tokens, 1).tolist() == [[0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 0, 1], [0] * 6]
-    many = t.documents(torch.ones(1, 40, dtype=torch.long), 1)[0].tolist()
+    assert t.number_documents(tokens, 1).tolist() == [[0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 0, 1], [0] * 6]
+    many = t.number_documents(torch.ones(1, 40, dtype=torch.long), 1)[0].tolist()
     assert many == [*range(t.MAX_DOCUMENTS), *[t.MAX_DOCUMENTS - 1] * (40 - t.MAX_DOCUMENTS)]
 
 
@@ -346,7 +346,7 @@ def test_a_window_that_divides_the_sequence_sees_few_keys(window, keys, monkeypa
 def test_a_pattern_is_repeated_over_the_layers(pattern, windows):
     for own in (False, True):
         table = t.layer_table(tiny(num_layers=5, attn_windows=pattern, doc_mask=own))
-        assert [(spec.window, spec.docs) for spec in table] == [(window, own) for window in windows]
+        assert [(spec.window, spec.doc_mask) for spec in table] == [(window, own) for window in windows]
 
 
 def moved_by(h, at, tokens, local=True):
@@ -481,7 +481,7 @@ def test_the_first_kernel_that_runs_is_bound(works, knobs, bound, monkeypatch):
     """Switch on one kernel, and the memory-efficient one for masks; do not mention a missing package."""
     monkeypatch.setitem(sys.modules, "flash_attn", None)
 
-    def attend(q, k, v, window=0, docs=None):
+    def attend(q, k, v, window=0, documents=None):
         if not set(switches()) & set(works):
             raise RuntimeError(f"{switches()}")
         return q * k * v
@@ -507,11 +507,12 @@ def test_attention_bound_here_runs_each_mask(bound, caplog, capfd):
         assert label == "flash4" or bool(knobs) == ("mem_efficient" in on)
 
         window = 9 if "attn_windows" in knobs else 0
-        docs = torch.arange(64).expand(2, 64) // 20 if "doc_mask" in knobs else None
+        documents = torch.arange(64).expand(2, 64) // 20 if "doc_mask" in knobs else None
+        on_device = None if documents is None else documents.to(DEVICE)
         qkv = heads(2, 64, 2, 1, 32, torch.bfloat16)
-        found = with_gradients(attend, qkv, window=window, docs=None if docs is None else docs.to(DEVICE))
+        found = with_gradients(attend, qkv, window=window, documents=on_device)
         on_host = [x.detach().float().cpu() for x in qkv]
-        expected = with_gradients(t.attend_sdpa, on_host, window=window, docs=docs)
+        expected = with_gradients(t.attend_sdpa, on_host, window=window, documents=documents)
         for a, b in zip(found, expected):
             assert (a.float().cpu() - b).norm() / b.norm() < 0.02
     assert not caplog.records and capfd.readouterr() == ("", "")
@@ -579,7 +580,7 @@ def test_flash4_on_the_device_is_the_reference_in_float32(window, own, heads_of)
     tokens = torch.randint(2, 500, (3, 512), generator=torch.Generator().manual_seed(2))
     tokens[torch.rand(3, 512, generator=torch.Generator().manual_seed(3)) < 0.03] = 1
     tokens[2] = 1
-    options = dict(window=window, docs=t.documents(tokens.to(DEVICE), 1) if own else None)
+    options = dict(window=window, documents=t.number_documents(tokens.to(DEVICE), 1) if own else None)
     qkv = heads(3, 512, *heads_of, dtype=torch.bfloat16)
     found = with_gradients(t.attend_flash4, qkv, **options)
     expected = with_gradients(t.attend_sdpa, [x.detach().float() for x in qkv], **options)

@@ -533,7 +533,7 @@ def test_a_fragment_is_a_document_under_doc_mask(tmp_path):
     data = loader(tmp_path, doc_mask=1, mix_tokens=0)
     stream = torch.from_numpy(data.read(0, data.total))
     assert len(stream) == 81
-    numbers = t.documents(stream[None], h.bos_id)[0]
+    numbers = t.number_documents(stream[None], h.bos_id)[0]
     assert len({(int(n), int(x)) for n, x in zip(numbers, stream) if x != h.bos_id}) == 2
 
 

@@ -171,10 +171,10 @@ class MaskedLayer(NamedTuple):
     ids: Tensor
 
     @property
-    def trainer_arguments(self) -> dict:
-        """The window and docs of the trainer's attend_ functions."""
-        docs = self.ids - self.ids[:, :1] if self.mask.documents else None
-        return dict(window=self.mask.window, docs=docs)
+    def trainer_arguments(self) -> tuple[int, Tensor | None]:
+        """Window and documents, by place for the attend_ functions: older scripts call documents docs."""
+        documents = self.ids - self.ids[:, :1] if self.mask.documents else None
+        return self.mask.window, documents
 
 
 def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
@@ -231,7 +231,7 @@ def sdpa(backend: SDPBackend) -> AttentionPath:
     def bind(c: MaskedLayer) -> BoundPath:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return c.s.t.attend_sdpa(q, k, v, **c.trainer_arguments)
+                return c.s.t.attend_sdpa(q, k, v, *c.trainer_arguments)
 
         return BoundPath(attend)
 
@@ -251,7 +251,7 @@ def efficient(c: MaskedLayer) -> BoundPath:
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-            return c.s.t.attend_sdpa(q, k, v, **arguments)
+            return c.s.t.attend_sdpa(q, k, v, *arguments)
 
     arguments = c.trainer_arguments
     if c.mask.documents or c.mask.window > 0:
@@ -330,16 +330,16 @@ def flash4(c: MaskedLayer) -> BoundPath:
     """Bind the trainer's attend_flash4, compiled as in its model. Its time includes the documents' bounds."""
     import flash_attn.cute.interface  # noqa: F401  # where it is missing nothing is compiled
 
-    arguments = c.trainer_arguments
+    window, documents = c.trainer_arguments
     most = c.s.t.MAX_DOCUMENTS
-    if c.mask.documents:
-        count = int(arguments["docs"].max()) + 1
+    if documents is not None:
+        count = int(documents.max()) + 1
         if count > most:
             raise Unfit(f"{count} documents in a row: attend_flash4 keeps {most} apart")
 
     torch.compiler.reset()  # one function may be recompiled only a few times
     compiled = c.s.m.compile(c.s.t.attend_flash4)
-    return BoundPath(lambda q, k, v: compiled(q, k, v, **arguments))
+    return BoundPath(lambda q, k, v: compiled(q, k, v, window, documents))
 
 
 PATHS = {

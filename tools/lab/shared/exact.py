@@ -8,27 +8,28 @@ from torch import Tensor
 TINY = 1e-300  # the least norm to divide by
 
 
-def visible(docs: Tensor, window: int) -> Tensor:
+def visible(documents: Tensor, window: int) -> Tensor:
     """Return the mask (..., T, T) of keys that each query sees, queries down, keys across.
 
-    docs: (..., T), the number of each token's document. window: keys a token sees, itself included; 0: all.
+    documents: (..., T), the number of each token's document. window: keys a token sees, itself included; 0:
+    all.
     """
-    T = docs.size(-1)
-    seen = torch.ones(T, T, dtype=torch.bool, device=docs.device).tril()
+    T = documents.size(-1)
+    seen = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
     seen = seen.triu(1 - (window or T))
-    return seen & (docs[..., None] == docs[..., None, :])
+    return seen & (documents[..., None] == documents[..., None, :])
 
 
-def attend_exact(q: Tensor, k: Tensor, v: Tensor, window: int = 0, docs: Tensor | None = None) -> Tensor:
+def attend_exact(q: Tensor, k: Tensor, v: Tensor, window: int = 0, documents: Tensor | None = None) -> Tensor:
     """Compute the trainer's attend_sdpa in any dtype; fused kernels have no float64."""
-    if docs is None:
-        docs = q.new_zeros(1, q.size(1))
+    if documents is None:
+        documents = q.new_zeros(1, q.size(1))
     repeats = q.size(2) // k.size(2)
     k = k.repeat_interleave(repeats, 2)
     v = v.repeat_interleave(repeats, 2)
 
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill(~visible(docs, window)[:, None], float("-inf"))
+    scores = scores.masked_fill(~visible(documents, window)[:, None], float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
