@@ -3411,21 +3411,20 @@ def _(qkv, bounds, T, window, back):
 
 
 class Flash4(torch.autograd.Function):
-    """The differentiable form of flash4_op."""
+    """The differentiable form of flash4_op. form: (T, window)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bounds, T, window):
-        out, lse = flash4_op([q, k, v], bounds, T, window, [])
+    def forward(ctx, q, k, v, bounds, form):
+        out, lse = flash4_op([q, k, v], bounds, *form, [])
         ctx.save_for_backward(q, k, v, bounds, out, lse)
-        ctx.T = T
-        ctx.window = window
+        ctx.form = form
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, bounds, out, lse = ctx.saved_tensors
-        grads = flash4_op([q, k, v], bounds, ctx.T, ctx.window, [out, dout.contiguous(), lse])
-        return *grads, None, None, None
+        grads = flash4_op([q, k, v], bounds, *ctx.form, [out, dout.contiguous(), lse])
+        return *grads, None, None
 
 
 def attend_flash4(
@@ -3445,7 +3444,7 @@ def attend_flash4(
         first = first + T * torch.arange(B, device=q.device)[:, None]
         bounds = F.pad(first.flatten(), (0, 1), value=B * T).int()
         flat = [x.flatten(0, 1) for x in flat]
-    return Flash4.apply(*flat, bounds, T, window if window < T else 0).view(q.shape)
+    return Flash4.apply(*flat, bounds, (T, window if window < T else 0)).view(q.shape)
 
 
 # -----------------------------------------------------------------------------
@@ -3984,17 +3983,34 @@ def substitution_kernel(
         tl.debug_barrier()
 
 
+class ProductTile(NamedTuple):
+    """How symmetric_kernel cuts a product."""
+
+    block: int  # rows and columns of a program's tile of the result
+    bk: int  # columns of X per product
+    warps: int
+    stages: int  # of the pipeline that loads
+
+
+class SolveTile(NamedTuple):
+    """How substitution_kernel cuts a solve."""
+
+    bn: int  # columns of Y per program
+    warps: int
+    stages: int
+
+
 @operator(
     "symmetric",
-    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, "
-    "int block, int bk, int warps, int stages) -> (Tensor, Tensor)",
+    "(Tensor X, Tensor? r, float[] poly, int power, ScalarType dtype, int[] tile) -> (Tensor, Tensor)",
 )
-def symmetric_op(X, r, poly, power, dtype, block, bk, warps, stages):
+def symmetric_op(X, r, poly, power, dtype, tile):
     """Launch symmetric_kernel -> (matrices (S, M, M), partial row sums).
 
-    poly: (a, b, c) or (). block, bk, warps, stages: of a ProductTile.
+    poly: (a, b, c) or (). tile: the numbers of a ProductTile.
     """
     S, M, N = X.shape
+    block, bk, warps, stages = tile
     a, b, c = poly or (0.0, 0.0, 0.0)
     tiles = -(-M // block)  # on a side
     stride_s, stride_m, stride_n = X.stride()
@@ -4011,22 +4027,23 @@ def symmetric_op(X, r, poly, power, dtype, block, bk, warps, stages):
 
 
 @symmetric_op.register_fake
-def _(X, r, poly, power, dtype, block, *_):
+def _(X, r, poly, power, dtype, tile):
     S, M, _ = X.shape
-    sums = X.new_empty(S, -(-M // block) if power else 0, M, dtype=torch.float32)
+    sums = X.new_empty(S, -(-M // tile[0]) if power else 0, M, dtype=torch.float32)
     return X.new_empty(S, M, M, dtype=dtype), sums
 
 
 SOLVE_BLOCK = 64
 
 
-@operator("solve", "(Tensor T, Tensor X, Tensor d, int bn, int warps, int stages) -> (Tensor, Tensor)")
-def solve_op(T, X, d, bn, warps, stages):
+@operator("solve", "(Tensor T, Tensor X, Tensor d, int[] tile) -> (Tensor, Tensor)")
+def solve_op(T, X, d, tile):
     """Solve TY = diag(d) X: Y (S, M, N), partial row sums of Y^2 (S, panels, M).
 
-    bn, warps, stages: of a SolveTile.
+    tile: the numbers of a SolveTile.
     """
     S, M, N = X.shape
+    bn, warps, stages = tile
     blocks = -(-M // SOLVE_BLOCK)
     panels = -(-N // bn)
 
@@ -4048,26 +4065,9 @@ def solve_op(T, X, d, bn, warps, stages):
 
 
 @solve_op.register_fake
-def _(T, X, d, bn, *_):
+def _(T, X, d, tile):
     S, M, N = X.shape
-    return torch.empty_like(X, dtype=T.dtype), d.new_empty(S, -(-N // bn), M)
-
-
-class ProductTile(NamedTuple):
-    """How symmetric_kernel cuts a product."""
-
-    block: int  # rows and columns of a program's tile of the result
-    bk: int  # columns of X per product
-    warps: int
-    stages: int  # of the pipeline that loads
-
-
-class SolveTile(NamedTuple):
-    """How substitution_kernel cuts a solve."""
-
-    bn: int  # columns of Y per program
-    warps: int
-    stages: int
+    return torch.empty_like(X, dtype=T.dtype), d.new_empty(S, -(-N // tile[0]), M)
 
 
 class Win(NamedTuple):
@@ -4118,7 +4118,7 @@ def xxt(
     X (S, M, N). power: 1 or 2; 0: no sums.
     """
     if tile := tile_of("xxt", X):
-        A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, *tile)
+        A, sums = symmetric_op(X, r, (), power, dtype or X.dtype, [*tile])
         return A, sums.sum(1) if power else None
     A = torch.bmm(X, X.mT)
     if r is not None:
@@ -4130,7 +4130,7 @@ def xxt(
 def ba_plus_caa(A: Tensor, a: float, b: float, c: float, r: Tensor | None = None) -> Tensor:
     """Return (aI + bA + cA^2) diag(r) for a symmetric A. (S, M, M), (S, M) -> (S, M, M)."""
     if tile := tile_of("ba_plus_caa", A):
-        return symmetric_op(A, r, (a, b, c), 0, A.dtype, *tile)[0]
+        return symmetric_op(A, r, (a, b, c), 0, A.dtype, [*tile])[0]
     X = A.to(torch.promote_types(A.dtype, torch.float32))  # the diagonal must not be rounded twice
     C = torch.baddbmm(X, X, X, beta=b, alpha=c) + a * torch.eye(A.size(-1), dtype=X.dtype, device=A.device)
     if r is not None:
@@ -4144,7 +4144,7 @@ def lower_solve(T: Tensor, X: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     Only the part of T below its diagonal is read.
     """
     if tile := tile_of("lower_solve", X):
-        Y, squares = solve_op(T, X, d, *tile)
+        Y, squares = solve_op(T, X, d, [*tile])
         return Y, squares.sum(1)
     Y = torch.linalg.solve_triangular(T.float(), X.float() * d[:, :, None], upper=False, unitriangular=True)
     return Y.to(T.dtype), Y.to(T.dtype).float().square().sum(-1)

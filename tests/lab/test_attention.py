@@ -183,8 +183,9 @@ def plant_flash4(monkeypatch, calls):
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
-    def apply(q, k, v, bounds, T, window):
-        calls.append((T, window))
+    def apply(q, k, v, bounds, form):
+        T, window = form
+        calls.append(form)
         if bounds is not None:
             return sequences(q, k, v, bounds, window - 1).view(q.shape)
         flat = [x.flatten(0, 1) for x in (q, k, v)]

@@ -343,7 +343,7 @@ def test_symmetric_products_match_float64(S, M, N, layout, tile):
     for scale, power in ((r, 1), (None, 2)):
         exact, _ = t.xxt(X.double(), None if scale is None else r.double())
         reference, reference_sums = t.xxt(X, scale, power)
-        A, sums = t.symmetric_op(X, scale, (), power, torch.float32, *tile)
+        A, sums = t.symmetric_op(X, scale, (), power, torch.float32, tile)
         assert_no_worse(A, reference, exact)
         assert_no_worse(sums.sum(1), reference_sums, exact.abs().pow(power).sum(-1))
         for i in range(0, M, block):  # off the diagonal tiles the mirror image is exact
@@ -353,11 +353,11 @@ def test_symmetric_products_match_float64(S, M, N, layout, tile):
     poly = (3.5, -4.0, 2.5)
     for scale in (r, None):
         exact = t.ba_plus_caa(A.double(), *poly, None if scale is None else r.double())
-        C, sums = t.symmetric_op(A, scale, poly, 0, torch.float32, *tile)
+        C, sums = t.symmetric_op(A, scale, poly, 0, torch.float32, tile)
         assert_no_worse(C, t.ba_plus_caa(A, *poly, scale), exact)
         assert sums.numel() == 0
 
-    zero, sums = t.symmetric_op(torch.zeros_like(X), r, (), 1, torch.float32, *tile)
+    zero, sums = t.symmetric_op(torch.zeros_like(X), r, (), 1, torch.float32, tile)
     assert not zero.any() and not sums.any()
 
 
@@ -412,7 +412,7 @@ def test_substitution_matches_float64_on_any_correlation(case, S, M, N, layout):
         T, d = solve_inputs(X, dtype)
         exact = solve_exactly(T, X, d)
         reference, squares = t.lower_solve(T, X, d)
-        got, partial_squares = t.solve_op(T, X, d, 128, 4, 2)
+        got, partial_squares = t.solve_op(T, X, d, t.SolveTile(128, 4, 2))
         assert got.dtype == reference.dtype == dtype and got.stride() == X.stride()
         if dtype == torch.float32:
             assert_no_worse(got, reference, exact, 4.0)
@@ -429,7 +429,7 @@ def test_substitution_of_zero_rows_and_matrices():
     X[1, ::3] = 0
     d = t.inverse_root(X.square().sum(-1))
     T, _ = t.xxt(X, d)
-    kernel, partial_squares = t.solve_op(T, X, d, 32, 4, 2)
+    kernel, partial_squares = t.solve_op(T, X, d, t.SolveTile(32, 4, 2))
     reference, squares = t.lower_solve(T, X, d)
     for Y, sums in ((reference, squares), (kernel, partial_squares.sum(1))):
         assert not Y[0].any()
@@ -491,11 +491,11 @@ def test_kernels_stay_whole_in_a_compiled_update(method, monkeypatch):
         X = matrices(2, 40, 70, layout)
         d = X.norm(dim=-1).reciprocal()
         T, _ = t.xxt(X, d)
-        scaled = (X, d, [], 1, torch.float32, *tile)
-        polynomial = (T, None, [1.0, 2.0, 3.0], 0, torch.float16, *tile)
+        scaled = (X, d, [], 1, torch.float32, [*tile])
+        polynomial = (T, None, [1.0, 2.0, 3.0], 0, torch.float16, [*tile])
         torch.library.opcheck(t.symmetric_op, scaled, test_utils=checks)
         torch.library.opcheck(t.symmetric_op, polynomial, test_utils=checks)
-        torch.library.opcheck(t.solve_op, (T.half(), X, d, 64, 4, 2), test_utils=checks)
+        torch.library.opcheck(t.solve_op, (T.half(), X, d, [64, 4, 2]), test_utils=checks)
 
 
 class FakeTensor:
@@ -555,10 +555,10 @@ def test_products_in_16_bits_are_no_worse_than_the_reference(S, M, N, layout, dt
     exact, _ = t.xxt(X.double(), r.double())
     poly = (3.5, -0.4, 0.2)
     for tile in ((64, 64, 4, 4), (128, 64, 8, 3)):
-        A, sums = t.symmetric_op(X, r, (), 1, dtype, *tile)
+        A, sums = t.symmetric_op(X, r, (), 1, dtype, tile)
         assert_no_worse(A, t.xxt(X, r)[0].to(dtype), exact, 1.05)
         assert_no_worse(sums.sum(1), t.xxt(X, r, 1)[1], exact.abs().sum(-1), 1.05)
-        C, _ = t.symmetric_op(A, r, poly, 0, dtype, *tile)
+        C, _ = t.symmetric_op(A, r, poly, 0, dtype, tile)
         reference = t.ba_plus_caa(A.float(), *poly, r).to(dtype)
         assert_no_worse(C, reference, t.ba_plus_caa(A.double(), *poly, r.double()), 1.05)
 
@@ -600,8 +600,8 @@ def test_substitution_in_fp16_is_right_and_the_same_every_time(case, S, M, N, la
     T, d = solve_inputs(X, torch.half)
     exact = solve_exactly(T, X, d)
     for tile in ((32, 4, 3), (64, 4, 3), (128, 8, 2)):
-        Y, squares = t.solve_op(T, X, d, *tile)
+        Y, squares = t.solve_op(T, X, d, tile)
         assert (Y - exact).norm(dim=-1).max() < 1e-2 * exact.norm(dim=-1).max()
         for _ in range(20):  # a panel reads back its own rows: a race would show
-            again, squares_again = t.solve_op(T, X, d, *tile)
+            again, squares_again = t.solve_op(T, X, d, tile)
             assert torch.equal(again, Y) and torch.equal(squares_again, squares)

@@ -17,6 +17,7 @@ MEASURED = {
     "codecs": LabVerb("bytes and seconds of an artifact by every codec, and the entropy of its codes", False),
     "encodings": LabVerb("artifacts of one checkpoint with several settings of the codes, each scored", True),
     "wire": LabVerb("count the bytes that an optimizer step communicates, and predict their time", False),
+    "layouts": LabVerb("write copies of train_gpt.py that keep and send the matrices in other ways", False),
     "sweep": LabVerb("train rows of settings at several rates and seeds, and tabulate them", True),
 }
 
