@@ -2123,7 +2123,7 @@ class ShardFile(io.FileIO):
 
 
 class BatchShape(NamedTuple):
-    """The shape of a rank's share of a global batch."""
+    """The shape of a rank's part of a global batch."""
 
     accum: int  # micro-batches per step once the batch has grown
     sequences: int  # sequences per micro-batch

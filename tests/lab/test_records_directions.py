@@ -20,7 +20,7 @@ import train_gpt as t
 from helpers import english_dataset, machine, tiny
 from lab import directions
 from lab.update import cases, quality, times
-from lab.update.cases import Part, Share
+from lab.update.cases import Part, Portion
 from ledger import folders, record
 from ledger.make import direction_tables
 from ledger.prove import direction_claims
@@ -123,18 +123,18 @@ def test_flops_by_hand():
 def test_an_eighth_is_the_largest_share():
     h = t.load_config([], {})
     setup = SETUP._replace(h=h)
-    assert {x.name: x.count for x in cases.banks_of(setup, Share.EIGHTH)} == {
+    assert {x.name: x.count for x in cases.banks_of(setup, Portion.EIGHTH)} == {
         "mlp_up_bank": 3, "qo_bank": 3, "kv_bank": 3}  # fmt: skip
-    assert {x[1:] for x in cases.banks_of(setup, Share.ALL)} == {
+    assert {x[1:] for x in cases.banks_of(setup, Portion.ALL)} == {
         (11, 1536, 512), (11, 512, 1536), (22, 512, 512), (22, 256, 512)}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)
 def test_the_timed_call_is_the_trainers_update(rule):
-    sets = cases.input_sets(SETUP, Share.ALL)
+    sets = cases.input_sets(SETUP, Portion.ALL)
     assert len(sets) >= 4
     assert len({x["W"].data_ptr() for one in sets for x in one}) == 4 * len(sets)
-    case = cases.TimedCase(Part.UPDATE, Share.ALL, "turbo", rule)
+    case = cases.TimedCase(Part.UPDATE, Portion.ALL, "turbo", rule)
     before = [x["W"].clone() for x in sets[0]]
     with torch.no_grad():
         for call in cases.calls_of(SETUP, case, sets, cases.uncompiled)[0]:
@@ -160,8 +160,8 @@ def test_the_state_of_a_rule_is_found_in_older_scripts_as_well():
 def test_each_case_is_its_own():
     weights = {}
     for change in ({}, {"cautious": 1}, {"row": "ns5"}, {"rule": "normuon"}):
-        sets = cases.input_sets(SETUP, Share.ALL)  # seeded: the same numbers each time
-        case = cases.TimedCase(Part.UPDATE, Share.ALL, "turbo")._replace(**change)
+        sets = cases.input_sets(SETUP, Portion.ALL)  # seeded: the same numbers each time
+        case = cases.TimedCase(Part.UPDATE, Portion.ALL, "turbo")._replace(**change)
         with torch.no_grad():
             cases.calls_of(SETUP, case, sets, cases.uncompiled)[0][0]()
         weights[case] = sets[0][0]["W"]
@@ -173,13 +173,13 @@ def test_each_case_is_its_own():
 def test_a_case_compiles_once_per_bank_whatever_the_inputs(part):
     """A CUDA graph needs all of it in one piece, and nothing left to compile for the other sets."""
     compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="eager")
-    sets = cases.input_sets(SETUP, Share.EIGHTH)
+    sets = cases.input_sets(SETUP, Portion.EIGHTH)
     torch._dynamo.reset()
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     with torch.no_grad():
         for calls in cases.calls_of(
-            SETUP, cases.TimedCase(part, Share.EIGHTH, "ns5", "normuon"), sets, compiler
+            SETUP, cases.TimedCase(part, Portion.EIGHTH, "ns5", "normuon"), sets, compiler
         ):
             [call() for call in calls]
     assert stats["unique_graphs"] - before == 3  # of an eighth: MLP-up stands for both

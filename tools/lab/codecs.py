@@ -69,8 +69,8 @@ def entropy(values: np.ndarray, contexts: np.ndarray | int = 0) -> float:
     counts = np.bincount(index.ravel())
     counts = np.pad(counts, (0, -len(counts) % 256)).reshape(-1, 256)
     totals = counts.sum(1, keepdims=True)
-    shares = np.maximum(counts, 1) / np.maximum(totals, 1)
-    return float(-(counts * np.log2(shares)).sum() / 8)
+    frequencies = np.maximum(counts, 1) / np.maximum(totals, 1)
+    return float(-(counts * np.log2(frequencies)).sum() / 8)
 
 
 def print_codecs(trainer: ModuleType, raw: bytes, progress: Progress) -> None:

@@ -42,8 +42,8 @@ from lab.shared.command_line import parse
 from lab.shared.timing import is_noisy, noise_warning
 from lab.update.cases import (
     Part,
+    Portion,
     Setup,
-    Share,
     TimedCase,
     all_cases,
     calls_of,
@@ -122,7 +122,7 @@ def compile_group(s: Setup, index: int) -> None:
     """Compile a group of cases into the on-disk cache; nothing is timed."""
     for case in case_groups(all_cases(s))[index]:
         torch._dynamo.reset()
-        for call in calls_of(s, case, input_sets(s, case.share)[:1], s.m.compile)[0]:
+        for call in calls_of(s, case, input_sets(s, case.portion)[:1], s.m.compile)[0]:
             call()
     s.m.sync()
 
@@ -253,7 +253,7 @@ def momentum_of(s: Setup, args: argparse.Namespace) -> list[Inputs]:
 def check_arguments_known(s: Setup) -> None:
     """Raise BadInput if an update of this script takes an argument that this tool has no value for."""
     inputs = {name: torch.zeros(1, 2, 2) for name in ("W", "g", "momentum")}
-    calls_of(s, TimedCase(Part.UPDATE, Share.ALL, s.h.ortho), [[inputs]], uncompiled)
+    calls_of(s, TimedCase(Part.UPDATE, Portion.ALL, s.h.ortho), [[inputs]], uncompiled)
 
 
 def measure_all(s: Setup, args: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ from lab.shared.collectives import (
     batches_of,
     collectives_of,
     padding,
-    padding_share,
+    padding_fraction,
     scope,
     totals,
 )
@@ -107,9 +107,9 @@ def mb(count: float) -> str:
     return f"{count / 1e6:.3f}"
 
 
-def percent(share: float) -> str:
-    """Format a share as a percentage."""
-    return f"{100 * share:.1f} %"
+def percent(fraction: float) -> str:
+    """Format a fraction as a percentage."""
+    return f"{100 * fraction:.1f} %"
 
 
 def order_table(steps: list[list[Event]], node_ranks: int) -> list[str]:
@@ -117,7 +117,7 @@ def order_table(steps: list[list[Event]], node_ranks: int) -> list[str]:
     calls_by_rank = [collectives_of(events) for events in steps]
     rows = []
     for index, call in enumerate(calls_by_rank[0]):
-        padded = padding_share([calls[index] for calls in calls_by_rank])
+        padded = padding_fraction([calls[index] for calls in calls_by_rank])
         where = scope(call.ranks, node_ranks).value
         size = f"{call.payload:,}"
         label = f"{index + 1} {call.kind}"

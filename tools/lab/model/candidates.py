@@ -49,8 +49,8 @@ NUMBER_MARGIN = 1e-3  # and this much more, for an error of one number: chance l
 TENSOR_MARGIN = 1e-5  # or of a tensor
 FEW = 64  # a gradient of fewer numbers, whose signs may cancel,
 CHANCE = 0.1  # is forgiven this relative error
-GAIN = 0.998  # a candidate is faster if it takes less than this share of the plain time
-WINS = 0.8  # a winner is faster in at least this share of the pairs
+GAIN = 0.998  # a candidate is faster if it takes less than this fraction of the plain time
+WINS = 0.8  # a winner is faster in at least this fraction of the pairs
 
 
 # ---- the file ------------------------------------------------------------------------------------

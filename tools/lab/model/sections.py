@@ -258,8 +258,8 @@ class Pieces:
         documents = documents_of(self.s)
         longest = self.T // DOCUMENTS_PER_SEQUENCE if h.doc_mask else self.T
         seen = min(window or longest, longest)
-        share = 1 - seen / longest / 2  # the first tokens of a document see fewer keys
-        flops = 4.0 * self.tokens * h.model_dim * seen * share  # both products
+        fraction = 1 - seen / longest / 2  # the first tokens of a document see fewer keys
+        flops = 4.0 * self.tokens * h.model_dim * seen * fraction  # both products
 
         def inputs() -> list[Tensor]:
             return [self.heads(h.num_heads), self.heads(h.num_kv_heads), self.values()]

@@ -2,7 +2,7 @@
 
 Each collective takes latency + bytes per link / bandwidth on the link that its group needs. Collectives of
 one scope run one after the other; each starts when the script launches it and is waited for where the script
-waits. The update of a rank takes the time of its share of the products. What the step takes beyond that is
+waits. The update of a rank takes the time of its part of the products. What the step takes beyond that is
 exposed.
 """
 
@@ -42,7 +42,7 @@ SOURCES = {
 FORMULA = """\
 collective = latency + bytes per link / bandwidth; intra: nvlink; inter: min(nvlink, nic x k), nic if k = 1,
              k = ranks of the group on one node, whose adapters share the crossing of a ring
-update     = a + b x share of the operations, through (1, update_ms) and (share of an eighth, eighth_ms)
+update     = a + b x fraction of the operations, through (1, update_ms) and (that of an eighth, eighth_ms)
 step       = walked in launch order: collectives of a scope one after the other, each from its launch on;
              directions one after the other, `update` together; a wait holds all that follows
 exposed    = end of the last collective or direction - update; before: until the first direction"""
@@ -75,7 +75,7 @@ class Work(NamedTuple):
 
     flops: dict[tuple[int, ...], int]  # on one matrix, by shape
     total: int  # on all matrices
-    eighth: float  # the share of the busiest rank of eight
+    eighth: float  # the fraction of the busiest rank of eight
 
 
 def work_of(shapes: Shapes, flops: dict[tuple[int, ...], int]) -> Work:
@@ -188,10 +188,10 @@ def collective_ms(call: Collective, node_ranks: int, a: Assumptions) -> float:
     return a.nic_latency_ms + call.wire / gbps / 1e6
 
 
-def update_ms(share: float, eighth: float, a: Assumptions) -> float:
-    """Return the milliseconds of a rank's update from its share of the operations, linear in the share."""
+def update_ms(fraction: float, eighth: float, a: Assumptions) -> float:
+    """Return the milliseconds of a rank's update, linear in its fraction of the operations."""
     slope = (a.update_ms - a.eighth_ms) / (1 - eighth) if eighth < 1 else 0.0
-    return a.update_ms + slope * (share - 1)
+    return a.update_ms + slope * (fraction - 1)
 
 
 def walk(

@@ -251,11 +251,11 @@ def totals(events: list[Event], node_ranks: int) -> Totals:
     return Totals(Counter(call.kind for call in calls), sum(call.payload for call in calls), wire)
 
 
-def padding_share(calls: list[Collective]) -> float:
-    """Return the share of the bytes given that is padding, that is, exactly zero."""
+def padding_fraction(calls: list[Collective]) -> float:
+    """Return the fraction of the bytes given that is padding, that is, exactly zero."""
     return sum(call.zeros for call in calls) / max(1, sum(call.given for call in calls))
 
 
 def padding(steps: list[list[Event]]) -> float:
-    """Return the share of the bytes that all ranks give in their steps that is padding."""
-    return padding_share([call for events in steps for call in collectives_of(events)])
+    """Return the fraction of the bytes that all ranks give in their steps that is padding."""
+    return padding_fraction([call for events in steps for call in collectives_of(events)])

@@ -308,7 +308,7 @@ def build_trained(s: Session, steps: bool = True) -> TrainingParts:
 
 
 def capture_backward(s: Session, run: TrainingParts) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Capture training's forward+backward of a micro-batch, (B, T + 1) -> its share of the loss.
+    """Capture training's forward+backward of a micro-batch, (B, T + 1) -> its part of the loss.
 
     It is a CUDA graph where the machine captures. Also returns the reason why a capture failed, or ''.
     """

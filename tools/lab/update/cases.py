@@ -23,7 +23,7 @@ from progress import Progress
 from script import BadInput
 
 SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
-RANKS = 8  # the largest share of one of them is called an eighth
+RANKS = 8  # the largest part of one of them is called an eighth
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(
     gradient_factor=1.0,  # of older records, as is clip; later ones take the factor as an argument
@@ -69,7 +69,7 @@ class Part(Word):
     UPDATE = "update"
 
 
-class Share(Word):
+class Portion(Word):
     """How many matrices of every bank: all, or those of the busiest of eight ranks."""
 
     ALL = "all"
@@ -80,13 +80,16 @@ class TimedCase(NamedTuple):
     """A row of the tables of times."""
 
     part: Part
-    share: Share
+    portion: Portion
     row: str
     rule: str = "muon"
     cautious: int = 0
 
     def __str__(self) -> str:
-        return " ".join(f"{key}:{value}" for key, value in self._asdict().items())
+        """The case in a log line; logs call the portion share."""
+        return (
+            f"part:{self.part} share:{self.portion} row:{self.row} rule:{self.rule} cautious:{self.cautious}"
+        )
 
 
 class Setup(NamedTuple):
@@ -125,18 +128,18 @@ def skipping(log: Callable[[str], None], what: str) -> Iterator[None]:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def banks_of(s: Setup, share: Share) -> list[Bank]:
+def banks_of(s: Setup, portion: Portion) -> list[Bank]:
     """Return the banks of matrices in the order of their update.
 
-    An eighth is the share of the busiest of eight ranks: of the matrices that share a buffer,
-    ceil(count / 8), all of the first kind.
+    An eighth is the part of the busiest of eight ranks: of the matrices that share a buffer, ceil(count / 8),
+    all of the first kind.
     """
     table = s.t.parameter_table(s.h)
     buffers: dict[str, list[Bank]] = {}
     for spec in s.t.MATRICES:
         shape, _ = table[spec.name]
         buffers.setdefault(spec.buffer, []).append(Bank(spec.name, *shape))
-    if share is Share.ALL:
+    if portion is Portion.ALL:
         return [bank for banks in buffers.values() for bank in banks]
 
     eighth = []
@@ -151,12 +154,12 @@ def all_cases(s: Setup) -> list[TimedCase]:
     rows = list(s.t.ORTHO)
     rules = [rule for rule in s.t.STEP_RULES if rule != "muon"]
     return [
-        *(TimedCase(Part.DIRECTION, Share.ALL, row) for row in rows),
-        *(TimedCase(Part.UPDATE, Share.ALL, row) for row in rows),
-        *(TimedCase(Part.UPDATE, Share.ALL, s.h.ortho, rule) for rule in rules),
-        TimedCase(Part.UPDATE, Share.ALL, s.h.ortho, cautious=1),
-        *(TimedCase(Part.UPDATE, Share.EIGHTH, row) for row in rows),
-        *(TimedCase(Part.DIRECTION, Share.EIGHTH, row) for row in rows),
+        *(TimedCase(Part.DIRECTION, Portion.ALL, row) for row in rows),
+        *(TimedCase(Part.UPDATE, Portion.ALL, row) for row in rows),
+        *(TimedCase(Part.UPDATE, Portion.ALL, s.h.ortho, rule) for rule in rules),
+        TimedCase(Part.UPDATE, Portion.ALL, s.h.ortho, cautious=1),
+        *(TimedCase(Part.UPDATE, Portion.EIGHTH, row) for row in rows),
+        *(TimedCase(Part.DIRECTION, Portion.EIGHTH, row) for row in rows),
     ]
 
 
@@ -195,9 +198,9 @@ def cache_bytes(s: Setup) -> int:
     return torch.cuda.get_device_properties(s.m.device).L2_cache_size if s.cuda else 0
 
 
-def input_sets(s: Setup, share: Share) -> list[list[dict]]:
+def input_sets(s: Setup, portion: Portion) -> list[list[dict]]:
     """Return [set][bank] -> W, g, momentum (count, rows, columns) float32; together at least twice the L2."""
-    banks = banks_of(s, share)
+    banks = banks_of(s, portion)
     set_bytes = 4 * sum(bank.numel for bank in banks)
     sets = max(SETS, -(-2 * cache_bytes(s) // set_bytes))
     generator = torch.Generator(s.m.device).manual_seed(0)

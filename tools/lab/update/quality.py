@@ -131,7 +131,7 @@ class Figures(NamedTuple):
     """The quality of a direction X (M, N) of an input u whose polar factor is P = UV'.
 
     polar |X - P| / sqrt(n); orth |XX' - I| / sqrt(n) on the short side; cosine <X, P> / (|X| |P|); efficiency
-    <u, X> / (|u|_* |X|_op): the share of the best decrease that a step of that operator norm can have.
+    <u, X> / (|u|_* |X|_op): the fraction of the best decrease that a step of that operator norm can have.
     """
 
     polar: float

@@ -11,8 +11,8 @@ import torch
 from lab.update.cases import (
     Bank,
     Part,
+    Portion,
     Setup,
-    Share,
     TimedCase,
     banks_of,
     cache_bytes,
@@ -70,8 +70,8 @@ def device_times(calls: list[Callable]) -> list[float]:
 def quartiles(times: list[float]) -> str:
     """Return a log line's pairs of a list of ms: nearest ranks, so that each is a time that was measured."""
     ranked = sorted(times)
-    shares = dict(median_ms=0.5, min_ms=0, q1_ms=0.25, q3_ms=0.75)
-    pairs = {key: ranked[round(share * (len(ranked) - 1))] for key, share in shares.items()}
+    fractions = dict(median_ms=0.5, min_ms=0, q1_ms=0.25, q3_ms=0.75)
+    pairs = {key: ranked[round(fraction * (len(ranked) - 1))] for key, fraction in fractions.items()}
     return " ".join(f"{key}:{ms:.5f}" for key, ms in pairs.items()) + f" n:{len(times)}"
 
 
@@ -153,17 +153,17 @@ def modes_of(s: Setup, case: TimedCase, sets: list[list[dict]]) -> Iterator[tupl
 @torch.no_grad()
 def time_cases(s: Setup, cases: list[TimedCase], deadline: float) -> None:
     """Log a `time` line for every case and mode, or a `skip` line that says why there is none."""
-    share: Share | None = None
+    portion: Portion | None = None
     sets: list[list[dict]] = []
     s.progress.begin("directions: times")
     for case in s.progress.each(cases, "cases"):
         if time.perf_counter() > deadline:
             s.log(f"skip {case} | out of time (--seconds)")
             continue
-        if case.share != share:
+        if case.portion != portion:
             sets = []  # the old ones go before the new ones come
-            share = case.share
-            sets = input_sets(s, share)
+            portion = case.portion
+            sets = input_sets(s, portion)
         with skipping(s.log, str(case)):
             for mode, timed in modes_of(s, case, sets):
                 with skipping(s.log, f"{case} mode:{mode}"):
@@ -175,16 +175,16 @@ def time_cases(s: Setup, cases: list[TimedCase], deadline: float) -> None:
 
 def log_work(s: Setup) -> None:
     """Log `moved`, the MB that any implementation moves, and `work`, the GFLOP by row and bank."""
-    for share in Share:
-        banks = banks_of(s, share)
+    for portion in Portion:
+        banks = banks_of(s, portion)
         numel = sum(bank.numel for bank in banks)
         for part, each in MOVED_BYTES.items():
-            s.log(f"moved part:{part} share:{share} mb:{numel * each / 1e6:.4f}")
+            s.log(f"moved part:{part} share:{portion} mb:{numel * each / 1e6:.4f}")
         for row in s.t.ORTHO:
-            with skipping(s.log, f"work:{row} share:{share}"):
+            with skipping(s.log, f"work:{row} share:{portion}"):
                 gflops = [direction_flops(s.t, row, bank.shape) / 1e9 for bank in banks]
                 for bank, gflop in zip(banks, gflops):
-                    s.log(f"work row:{row} share:{share} bank:{bank.name} gflop:{gflop:.6f}")
+                    s.log(f"work row:{row} share:{portion} bank:{bank.name} gflop:{gflop:.6f}")
 
 
 def products_ms(s: Setup, bank: Bank) -> float:
@@ -227,12 +227,12 @@ def log_floors(s: Setup) -> None:
     s.log(f"copy gbps:{2 * 4 * size / times[len(times) // 2] / 1e6:.2f} mb:{4 * size / 1e6:.1f}")
     del source, target
 
-    for share in Share:
-        for bank in banks_of(s, share):
+    for portion in Portion:
+        for bank in banks_of(s, portion):
             ms = products_ms(s, bank)
             n, long = sorted((bank.rows, bank.columns))
             tflops = 4 * bank.count * n * n * long / ms / 1e9
             s.log(
-                f"bmm share:{share} bank:{bank.name} matrices:{bank.count} rows:{bank.rows} "
+                f"bmm share:{portion} bank:{bank.name} matrices:{bank.count} rows:{bank.rows} "
                 f"columns:{bank.columns} ms:{ms:.5f} tflops:{tflops:.6f}"
             )

@@ -7,7 +7,7 @@ from contextlib import suppress
 from ledger.read.runlog import Run
 from script import BadInput
 
-MIN_SHARE = 0.02  # a phase is named by itself if it takes this share of the time
+MIN_FRACTION = 0.02  # a phase is named by itself if it takes this fraction of the time
 
 
 def summarize(run: Run) -> list[str]:
@@ -32,21 +32,22 @@ def describe_reading(run: Run) -> str:
 
 
 def describe_compute(run: Run) -> str:
-    """Return the compute of a run, and the share of the devices' peak. Raises BadInput without it."""
+    """Return the compute of a run, and the fraction of the devices' peak. Raises BadInput without it."""
     told = f"compute: {run.number('compute', 'flops'):.3g} FLOPs"
     told += f", {run.number('compute', 'tokens_per_param'):.3g} tokens for each parameter"
     return told + (f", MFU {run.number('compute', 'mfu'):.1%}" if run.has("compute", "mfu") else "")
 
 
 def describe_time(run: Run) -> str:
-    """Return the shares of the time that the phases of a run took. Raises BadInput without them."""
+    """Return the fractions of the time that the phases of a run took. Raises BadInput without them."""
     phases = {phase: run.number("phase_times", phase) for phase in run.facts.get("phase_times", {})}
     total = sum(phases.values())
     if not total:
         raise BadInput(f"{run.path}: no phase_times line")
-    large = {phase: ms for phase, ms in phases.items() if ms >= MIN_SHARE * total}
-    shares = [f"{ms / total:.0%} {phase}" for phase, ms in sorted(large.items(), key=lambda item: -item[1])]
-    return f"where {total / 1000:.1f} s went: {', '.join(shares)}"
+    large = {phase: ms for phase, ms in phases.items() if ms >= MIN_FRACTION * total}
+    longest_first = sorted(large.items(), key=lambda item: -item[1])
+    fractions = [f"{ms / total:.0%} {phase}" for phase, ms in longest_first]
+    return f"where {total / 1000:.1f} s went: {', '.join(fractions)}"
 
 
 def describe_rounding(run: Run) -> str:
