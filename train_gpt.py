@@ -1255,7 +1255,7 @@ class Machine:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """If the block raises a OneLineError on one rank, raise it on every rank. Collective over gloo.
 
         Otherwise the other ranks would wait for the failed rank, or begin a log. The block must not
@@ -1500,7 +1500,7 @@ class Log:
 
         if machine is None:
             return
-        with machine.together():  # if rank 0 fails, no rank may append its error to another run's log
+        with machine.raising_together():  # if rank 0 fails, no rank may append its error to another run's log
             if machine.rank == 0:
                 self.create(resume)
 
@@ -2070,7 +2070,7 @@ def check_train_split(h: Config, m: Machine) -> None:
     Raises InputError on every rank when a shard is damaged, the split is too short or has no document start.
     """
     has_start = False
-    with m.together():
+    with m.raising_together():
         files = split_files(h.data_path, "train")
         check_train_length(h, sum(map(shard_tokens, files)))
         for f in files[m.rank :: m.world_size]:
@@ -5348,17 +5348,17 @@ def fit_artifact(
     tensors: Mapping[str, Tensor],
     h: Config,
     room: int,
-    timed: Callable,
+    time_phase: Callable,
     calibration: Calibration | None = None,
 ) -> Fitted:
-    """Make an artifact of at most `room` bytes. timed(phase, fn, *args) calls fn.
+    """Make an artifact of at most `room` bytes. time_phase(phase, fn, *args) calls fn.
 
     If the artifact does not fit as configured, up to eight more attempts look for the int6 step that fills
     the room. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1. If
     fit_cap is off, or no attempt fits, the result may exceed the room.
     """
     pack = CODECS[h.codec].pack
-    guide = timed("quantize", rounding_guide, tensors, h, calibration or Calibration())
+    guide = time_phase("quantize", rounding_guide, tensors, h, calibration or Calibration())
     codes = sum(t.numel() for name, t in tensors.items() if STORED_AS[name] == "int6")
     clip_step = h.matrix_clip_sd / ENCODINGS["int6"].limit
     configured = max(h.int6_step, clip_step)  # the clip's own step is a lower bound as well
@@ -5366,8 +5366,8 @@ def fit_artifact(
     best = None
 
     for attempt in range(9):
-        raw = timed("quantize", raw_artifact, tensors, replace(h, int6_step=step), guide)
-        tried = Fitted(timed("compress", pack, raw), step)
+        raw = time_phase("quantize", raw_artifact, tensors, replace(h, int6_step=step), guide)
+        tried = Fitted(time_phase("compress", pack, raw), step)
         size = len(tried.blob)
         if size <= room and (best is None or size > len(best.blob)):
             best = tried
@@ -6355,7 +6355,7 @@ def check_ranks_agree(h: Config, m: Machine, dataset: Dataset, blob: bytes = b""
     )
     given_to_rank_0 = m.of_rank_0(given)
     different = sorted(key for key in given if given[key] != given_to_rank_0[key])
-    with m.together():
+    with m.raising_together():
         if different:
             raise InputError(
                 f"rank {m.rank} has a different {', '.join(different)} from rank 0; "
@@ -6427,7 +6427,7 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
     base: OUT_DIR/RUN_ID. Raises InputError when the set comes from a run with another config, script or data,
     or when the set that resume= names is damaged.
     """
-    with m.together():
+    with m.raising_together():
         check_resume(h)
     files = checkpoint_files(base) if h.resume == "auto" else [h.resume]
     skipped = []
@@ -6442,7 +6442,7 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
         damage = first_reason(m.of_every_rank(reason))
         if not damage:
             state = SavedState(step, f"{found.base}.step{step}.*", parts, skipped)
-            with m.together():
+            with m.raising_together():
                 check_origin(state, origin(h, dataset))
             return state
         if h.resume != "auto":
@@ -6673,7 +6673,7 @@ class Run:
     splits: dict[str, np.ndarray]  # held-out tokens of the splits that have been scored
     resumed: SavedState | None = None  # where training continues if resume= is set
 
-    def timed(self, phase: str, fn: Callable, *args):
+    def time_phase(self, phase: str, fn: Callable, *args):
         """Call fn(*args), add its time to a phase, and return its result."""
         self.m.sync()
         started = time.perf_counter()
@@ -6685,7 +6685,7 @@ class Run:
     def held_out(self, split: str) -> np.ndarray:
         """Return the tokens of a split, (N,) uint16. The first call reads and logs them."""
         if split not in self.splits:
-            tokens = self.timed("load", load_split, self.h, split)
+            tokens = self.time_phase("load", load_split, self.h, split)
             num_bytes = int(self.dataset.counts.of(tokens).sum())
             self.log(f"data split:{split} {split}_tokens:{len(tokens) - 1} {split}_bytes:{num_bytes}")
             held = sum(map(shard_tokens, split_files(self.h.data_path, split)))
@@ -6717,7 +6717,7 @@ class Run:
         scoring = self.scoring(label, stride, learns and len(tokens) - 1 > h.ttt_chunk_tokens)
         if scoring.chunk:  # compile before the score's clock starts, without any token of the split
             blank = np.full(scoring.chunk + scoring.stride + 1, (h.bos_id + 1) % h.vocab_size)
-            self.timed("compile", score_targets, self.nats_fn, blank, scoring, self.m)
+            self.time_phase("compile", score_targets, self.nats_fn, blank, scoring, self.m)
         score = evaluate(self.nats_fn, tokens, self.dataset.counts, scoring, self.m)
         if not math.isfinite(score.bpb):
             raise Fault(
@@ -7413,11 +7413,11 @@ def get_ready(run: Run) -> Ready:
 
     Once this returns, a signal ends training cleanly. Collective: all ranks leave together.
     """
-    optimizer = run.timed("compile", Optimizer, run.model, run.h, run.m)
+    optimizer = run.time_phase("compile", Optimizer, run.model, run.h, run.m)
     ema = Ema(run.model, run.h)
-    shape = run.timed("compile", fit_micro_batch, run, optimizer)
+    shape = run.time_phase("compile", fit_micro_batch, run, optimizer)
     loader = TokenLoader(run.h, run.m, shape)
-    warm = run.timed("compile", warmup, run, optimizer, ema, loader)
+    warm = run.time_phase("compile", warmup, run, optimizer, ema, loader)
 
     checkpoints = Checkpoints(run, optimizer, ema, loader)
     start = checkpoints.restore(run.resumed) if run.resumed else BEGINNING
@@ -7473,13 +7473,13 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
     log_compute(run, pace, accum, step, train_ms, tokens=position * run.h.train_seq_len)
     calibration = Calibration()
     if run.h.calibrates:
-        calibration = run.timed("calibrate", calibrate, run, ready.loader)
+        calibration = run.time_phase("calibrate", calibrate, run, ready.loader)
     check_calibration(calibration, step, train_ms)
     by_signal = ended.stop == Stop.SIGNAL
     artifact_weights = run.h.artifact_weights
     if run.h.size_cap and artifact_weights == "ema" and (by_signal or ready.ema.is_young):
         # Counted as calibration, because it too reads training text after the last step.
-        artifact_weights = run.timed("calibrate", choose_weights, run, ready.loader, ready.ema)
+        artifact_weights = run.time_phase("calibrate", choose_weights, run, ready.loader, ready.ema)
     ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
     ready.checkpoints.save(step, train_ms, last=True)
     if step < run.h.iterations:
@@ -7569,7 +7569,7 @@ def write_artifact(run: Run, trained: Trained, path: str, room: int) -> str:
     weights = dict(run.model.named_parameters())
     if trained.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
-    fitted = fit_artifact(weights, h, room, run.timed, trained.calibration)
+    fitted = fit_artifact(weights, h, room, run.time_phase, trained.calibration)
     written = write_somewhere(path, fitted.blob)
     made = f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}"
     if h.trellis:
@@ -7709,7 +7709,7 @@ def score_submission(run: Run, written: str, bytes_code: int) -> Submission:
         f"Total submission size int6+{coder}: {bytes_total} bytes",
         console=NOTHING,
     )
-    run.model.load_state_dict(run.timed("decompress", unpack_artifact, blob))
+    run.model.load_state_dict(run.time_phase("decompress", unpack_artifact, blob))
     return Submission(score_artifact(run), bytes_total, bytes_code, sha256(blob))
 
 
@@ -7810,7 +7810,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
 
     # All faults of the input are found here: a log would take the run_id.
     artifact = f"{base}.int6.{h.codec}"
-    with m.together():
+    with m.raising_together():
         has_log = os.path.lexists(base + ".txt")  # if so, Log refuses the run or resumes it
         if os.path.lexists(artifact) and not has_log and not h.resume:
             raise InputError(f"{artifact}: exists; choose another run_id, or move it away")
@@ -7885,7 +7885,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> LoadedRun:
     m = init_machine(h, env, trains=False)
     started += m.bind_ms / 1000
     log_path = os.path.join(h.out_dir, m.of_rank_0(run_id) + ".txt")
-    with m.together():
+    with m.raising_together():
         dataset = load_dataset(h)
     check_ranks_agree(h, m, dataset, stored.blob)
     run = start_run(h, m, Log(log_path, m), dataset, started)

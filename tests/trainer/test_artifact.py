@@ -458,11 +458,11 @@ def fitted(tensors, h, room):
     """Return what fit_artifact returns, and the phases it had timed."""
     phases = set()
 
-    def timed(phase, fn, *args):
+    def time_phase(phase, fn, *args):
         phases.add(phase)
         return fn(*args)
 
-    return t.fit_artifact(tensors, h, room, timed), phases
+    return t.fit_artifact(tensors, h, room, time_phase), phases
 
 
 def test_fit_raises_the_step_only_as_far_as_needed():

@@ -134,13 +134,13 @@ def test_fitting_factorizes_each_gram_once(monkeypatch):
 
     phases = []
 
-    def timed(phase, fn, *args):
+    def time_phase(phase, fn, *args):
         phases.append(phase)
         return fn(*args)
 
     inverse_factor = t.inverse_factor
     monkeypatch.setattr(t, "inverse_factor", counted)
-    blob, step = t.fit_artifact(tensors, h, room, timed, calibration)
+    blob, step = t.fit_artifact(tensors, h, room, time_phase, calibration)
     assert phases.count("compress") > 1 and len(calls) == 2 * len(BANKS)
     assert blob == t.pack_artifact(tensors, dataclasses.replace(h, int6_step=step), calibration)
 

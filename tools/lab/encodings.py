@@ -151,7 +151,8 @@ def measure_row(
     calibration = calibration_of(t, run, weights, h)
     progress.advance()
     started = time.perf_counter()
-    fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, run.timed, calibration)
+    time_phase = getattr(run, "time_phase", None) or run.timed  # older scripts call it timed
+    fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, time_phase, calibration)
     seconds = time.perf_counter() - started
     progress.advance()
 
