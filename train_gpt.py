@@ -1116,7 +1116,11 @@ class Binding(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """This process's rank, and all choices that depend on the device."""
+    """This process's rank, and all choices that depend on the device.
+
+    Whatever a compiler, a driver or NCCL raises while something faster is tried, the plain function is always
+    correct and takes its place.
+    """
 
     rank: int
     world_size: int
@@ -1210,7 +1214,7 @@ class Machine:
         failure = ""
         try:
             launch = self.graph_capture(fn)
-        except Exception as e:  # whatever the driver or NCCL raises: calling fn directly is always correct
+        except Exception as e:  # whatever it is, see Machine
             failure = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
         if failure := first_reason(self.of_every_rank(failure)):
             return Captured(fn, failure)
@@ -3507,7 +3511,7 @@ def bind(
         error = torch.stack(errors).max().item()  # may be nan
     except ModuleNotFoundError as e:
         rejection = Rejection(name, f"missing:{e.name}", missing=e.name or "")
-    except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
+    except Exception as e:  # whatever it is, see Machine
         rejection = Rejection(name, type(e).__name__)
     else:
         if error < limit:
@@ -5096,7 +5100,7 @@ def bind_trellis(device: torch.device) -> Bound:
         errors = [(W - multiples * scale).square().sum().item() for multiples in (found, exact)]
         codes = trellis_codes(found).to(torch.int8).cpu().numpy()
         can_be_read = (found.cpu().numpy() == codes + trellis_shifts(codes)).all()
-    except Exception as e:  # whatever the compiler or driver raises: the reference is always correct
+    except Exception as e:  # whatever it is, see Machine
         rejection = Rejection("triton", type(e).__name__)
     else:
         if can_be_read and errors[0] <= 1.001 * errors[1]:

@@ -44,8 +44,8 @@ def test_the_help_of_bench_shows_the_options_of_its_parser():
 def resolved(*knobs):
     """Return what a child process would answer for these knobs."""
     h = t.load_config(list(knobs), {})
-    fields = [name for name in ask_trainer.Resolved._fields if name != "sharing"]
-    return ask_trainer.Resolved(**{name: getattr(h, name) for name in fields}, sharing=[])
+    fields = [name for name in ask_trainer.Resolved._fields if name != "process_counts"]
+    return ask_trainer.Resolved(**{name: getattr(h, name) for name in fields}, process_counts=[])
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_trainer_is_asked_in_a_child_process():
         env=os.environ | {"RESUME": "auto"},
         check=True,
     )
-    assert done.stderr == "" and '"sharing": [8, 4, 2, 1]' in done.stdout
+    assert done.stderr == "" and '"process_counts": [8, 4, 2, 1]' in done.stdout
     assert '"seed": 5, "out_dir": "o", "run_id": "r", "resume": "auto"' in done.stdout
 
 

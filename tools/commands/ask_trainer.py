@@ -33,7 +33,7 @@ class Resolved(NamedTuple):
     vocab_size: int
     train_batch_tokens: int
     iterations: int
-    sharing: list[int]  # those of PROCESS_COUNTS that divide its batch
+    process_counts: list[int]  # those of PROCESS_COUNTS that divide the batch
 
     @property
     def is_for_a_laptop(self) -> bool:
@@ -65,15 +65,15 @@ def print_resolved(knobs: list[str]) -> int:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
 
-    sharing = []
+    process_counts = []
     for count in PROCESS_COUNTS:
         try:
             trainer.cut_batch(h, count)
         except trainer.InputError:
             continue
-        sharing.append(count)
-    known = {name: getattr(h, name) for name in Resolved._fields if name != "sharing"}
-    print(json.dumps(known | {"sharing": sharing}))
+        process_counts.append(count)
+    known = {name: getattr(h, name) for name in Resolved._fields if name != "process_counts"}
+    print(json.dumps(known | {"process_counts": process_counts}))
     return 0
 
 

@@ -52,15 +52,15 @@ def machine_preset(gpus: int) -> str:
     return next(machine.preset for machine in MACHINES if gpus >= machine.gpus)
 
 
-def choose_processes(gpus: int, sharing: Sequence[int]) -> int | None:
+def choose_processes(gpus: int, process_counts: Sequence[int]) -> int | None:
     """Return how many processes torchrun should start, or None for one plain process without a GPU.
 
-    sharing: the numbers of processes that can share the work. NPROC, if set, is taken as it is.
+    process_counts: those that can share the work. NPROC, if set, is taken as it is.
     """
     nproc = int(os.environ.get("NPROC") or 0)
     if gpus == 0 and nproc <= 1:
         return None
-    return nproc or max((count for count in sharing if count <= gpus), default=1)
+    return nproc or max((count for count in process_counts if count <= gpus), default=1)
 
 
 def with_preset(knobs: tuple[str, ...], gpus: int) -> list[str]:

@@ -43,7 +43,7 @@ def make_plan(knobs: tuple[str, ...]) -> Plan:
     stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime())
     return Plan(
         gpus=gpus,
-        processes=choose_processes(0 if resolved.is_for_a_laptop else gpus, resolved.sharing),
+        processes=choose_processes(0 if resolved.is_for_a_laptop else gpus, resolved.process_counts),
         preset=preset,
         run_id=resolved.run_id or f"{stamp}_{preset}_seed{resolved.seed}",
         resolved=resolved,

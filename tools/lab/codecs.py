@@ -178,6 +178,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     text = "pack an artifact by every codec, and tell how many bytes its codes need at least"
     parser = argparse.ArgumentParser(prog="record codecs", description=text)
     parser.add_argument("words", nargs="+", metavar="ARTIFACT", help="a file that train wrote")
@@ -185,6 +186,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
+    """Run the verb. Returns the exit status."""
     args = parse(argument_parser(), argv)
     return run_verb(lambda: command(args))
 

@@ -380,6 +380,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     text = "measure the directions and step rules of train_gpt.py on this machine"
     parser = argparse.ArgumentParser(prog="record directions", description=text)
     add = parser.add_argument
@@ -407,6 +408,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
+    """Run the verb. Returns the exit status."""
     args = parse(argument_parser(), argv)
     return run_verb(lambda: command(args))
 

@@ -224,6 +224,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     text = "make artifacts of a checkpoint with several settings of the codes, and score each"
     parser = argparse.ArgumentParser(prog="record encodings", description=text)
     parser.add_argument("words", nargs="+", metavar="CHECKPOINT KNOB=VALUE", help="and knobs for all rows")
@@ -234,6 +235,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
+    """Run the verb. Returns the exit status."""
     args = parse(argument_parser(), argv)
     return run_verb(lambda: command(args))
 

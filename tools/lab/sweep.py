@@ -123,7 +123,10 @@ class Sweep:
             raise BadInput(f"{script}: train_gpt.py has changed since this sweep began; choose another --out")
 
     def earlier_outcomes(self) -> dict[str, float | None]:
-        """Return the bpb of each log in the folder, by name. Raises BadInput if one is not of this plan."""
+        """Return the bpb of each log in the folder, by name, None for one that diverged.
+
+        Raises BadInput if a log is not of this plan.
+        """
         outcomes = {}
         for run in sweep_table.read_runs(self.folder):
             configuration = self.configuration_of(run)
@@ -233,6 +236,7 @@ class Sweep:
             )
 
     def console_file(self, index: int) -> Path:
+        """Return the file that holds what a worker prints."""
         return self.folder / ".work" / f"worker{index}.txt"
 
     def last_words(self, index: int) -> str:
@@ -309,6 +313,7 @@ class Sweep:
             self.say(f"{name}: {result}; {clock(self.seconds_left())} left")
 
     def say(self, text: str) -> None:
+        """Print a line that begins with how many of all runs have an outcome."""
         self.progress.print(f"[{len(self.queue.outcomes)}/{self.plan.size}] {text}")
 
     def stop(self, error: str) -> None:
@@ -387,6 +392,7 @@ class Sweep:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     text = "train rows of settings at several rates and seeds, and tabulate them"
     parser = argparse.ArgumentParser(prog="record sweep", description=text)
     add = parser.add_argument
@@ -433,6 +439,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
+    """Run the verb. Returns the exit status."""
     args = parse(argument_parser(), argv)
     return run_verb(lambda: command(args))
 

@@ -159,7 +159,7 @@ def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Ma
     start = getattr(resolve(trainer, where, {**base, **settings}), str(rate_key), None)
     if not isinstance(start, float) or rate_key in (*sweep_table.fixed_knobs(), *sweep_table.model_knobs()):
         raise BadInput(
-            f"{where}: rate_key {rate_key!r} must be a knob that holds a fraction, such as matrix_lr"
+            f"{where}: rate_key {rate_key!r} must be a knob with a decimal value, such as matrix_lr"
         )
 
     rates = row_rates(where, given, plan, rate_key, start)

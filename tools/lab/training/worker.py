@@ -234,6 +234,7 @@ def serve(folder: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
+    """Serve the sweep whose folder the command line names. Returns the exit status."""
     text = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="lab.training.worker", description=text)
     parser.add_argument("folder", type=Path, help="the sweep's folder")
