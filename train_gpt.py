@@ -5397,8 +5397,12 @@ def check_header(header: object) -> None:
         raise ValueError("it must be an object with a config and a list of tensors")
     extra = [key for key in EXTRA_FIELDS if key in header["config"]]
     known = header_fields("ttt_lr" in header["config"], extra)
-    if types_of(header["config"]) != {key: type(getattr(Config, key)) for key in known}:
-        raise ValueError("the config has missing or unexpected keys or a value of another type")
+    wanted = {key: type(getattr(Config, key)) for key in known}
+    if different := types_of(header["config"]).items() ^ wanted.items():
+        name = min(key for key, _ in different)
+        raise ValueError(
+            f"config key {name[:40]!r} is missing, unknown or of another type; use the script that wrote it"
+        )
 
 
 def read_header(raw: bytes) -> tuple[dict, int]:

@@ -29,8 +29,8 @@ def in_loader(read):
     """Return a loader that reads held-out tokens when it is made."""
 
     class Loader(t.TokenLoader):
-        def __init__(self, h, m):
-            super().__init__(h, m)
+        def __init__(self, h, *rest):
+            super().__init__(h, *rest)
             read(h)
 
     return Loader
