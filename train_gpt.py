@@ -5335,6 +5335,7 @@ def pack_artifact(tensors: Mapping[str, Tensor], h: Config, calibration: Calibra
 
 
 # For fit_artifact. Steps are multiples of the row's root mean square, as in int6_step.
+ATTEMPTS = 9  # at most, to fill the room
 FILLED = 0.998  # attempts end once an artifact takes this fraction of the room
 AIM = 0.999  # the fraction that a guess aims at, in the middle between FILLED and 1
 FIRST_GUESS = 0.1  # a guess multiplies at least this step: a configured step of 0 would stay 0
@@ -5354,12 +5355,14 @@ def fit_artifact(
     room: int,
     time_phase: Callable,
     calibration: Calibration | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
     """Make an artifact of at most `room` bytes. time_phase(phase, fn, *args) calls fn.
 
     If the artifact does not fit as configured, up to eight more attempts look for the int6 step that fills
-    the room. Each guess assumes that doubling the step saves one bit per code. The step never exceeds 1. If
-    fit_cap is off, or no attempt fits, the result may exceed the room.
+    the room; before each of them, tell(attempts done, ATTEMPTS) is called. Each guess assumes that doubling
+    the step saves one bit per code. The step never exceeds 1. If fit_cap is off, or no attempt fits, the
+    result may exceed the room.
     """
     pack = CODECS[h.codec].pack
     guide = time_phase("quantize", rounding_guide, tensors, h, calibration or Calibration())
@@ -5369,7 +5372,7 @@ def fit_artifact(
     step = configured
     best = None
 
-    for attempt in range(9):
+    for attempt in range(ATTEMPTS):
         raw = time_phase("quantize", raw_artifact, tensors, replace(h, int6_step=step), guide)
         tried = Fitted(time_phase("compress", pack, raw), step)
         size = len(tried.blob)
@@ -5381,6 +5384,7 @@ def fit_artifact(
         coarsest = step == 1.0
         if not h.fit_cap or fits_as_configured or fills_the_room or coarsest:
             break
+        tell(attempt + 1, ATTEMPTS)
         step = max(step, FIRST_GUESS) * 2 ** (8 * (size - AIM * room) / codes)
         step = min(max(step, configured, MIN_GUESS), 1.0)
     return best or tried
@@ -7577,7 +7581,13 @@ def write_artifact(run: Run, trained: Trained, path: str, room: int) -> str:
     weights = dict(run.model.named_parameters())
     if trained.artifact_weights == "ema":
         weights = dict(zip(weights, trained.ema.average))
-    fitted = fit_artifact(weights, h, room, run.time_phase, trained.calibration)
+    started = time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        run.log.progress("packing, attempts at most", done, total, started)
+
+    run.log.status("packing")
+    fitted = fit_artifact(weights, h, room, run.time_phase, trained.calibration, tell=tell)
     written = write_somewhere(path, fitted.blob)
     made = f"artifact weights:{trained.artifact_weights} int6_step:{fitted.int6_step}"
     if h.trellis:

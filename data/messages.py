@@ -7,16 +7,21 @@ in tools/script.py; tests/data/test_data_style.py holds that the two guards are 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
+TICK_SECONDS = 1.0  # between two live lines about a library that tells nothing
+LINE_SECONDS = 15.0  # between two lines where no terminal shows a live one
 LARGEST = 1 << 28  # bytes of a manifest or a tokenizer
 
 
@@ -140,11 +145,17 @@ class Progress:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.start = self.last = time.perf_counter()
+        self.done = 0
+
+    def advance(self, count: int = 1) -> None:
+        """Show that `count` more units are complete."""
+        self.done += count
+        self.update(self.done)
 
     def update(self, done: int) -> None:
         """Show that `done` units are complete; at most every 0.2 s on a terminal, else every 15 s."""
         now = time.perf_counter()
-        interval = 0.2 if self.live else 15.0
+        interval = 0.2 if self.live else LINE_SECONDS
         if now - self.last < interval or not done:
             return
 
@@ -161,6 +172,29 @@ class Progress:
         """Print the closing line: the label, `summary` and the elapsed time."""
         elapsed = time.perf_counter() - self.start
         self._write(f"{self.label}: {summary}, {elapsed:.1f} s", end="\n")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Tell the seconds, from a thread, while a library works that does not say how far it is."""
+        ended = threading.Event()
+
+        def tell() -> None:
+            while not ended.wait(TICK_SECONDS if self.live else LINE_SECONDS):
+                seconds = time.perf_counter() - self.start
+                self._write(f"{self.label}: {seconds:.0f} s", end="" if self.live else "\n")
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def erase(self) -> None:
+        """Take the live line off the terminal."""
+        if self.live:
+            self._write("", end="")
 
     def _write(self, text: str, end: str) -> None:
         """Write a line; on a terminal, over the line before."""

@@ -235,7 +235,9 @@ def deduplicate(documents: list[str]) -> list[str]:
     exact = set()
     seen = set()
     kept = []
+    progress = Progress("drop duplicates", len(documents), " documents")
     for text in documents:
+        progress.advance()
         fingerprint = build.fingerprint(text)
         found = list(sentences(text))
         if fingerprint in exact or 2 * sentence_chars(found, seen) > sentence_chars(found):
@@ -357,7 +359,8 @@ def build_corpus(
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / shards.MODEL
         progress = Progress("train tokenizer", 0)
-        model.write_bytes(train_tokenizer(train, vocab))
+        with progress.waiting():
+            model.write_bytes(train_tokenizer(train, vocab))
         tokenizer = open_tokenizer(model)
         progress.close(f"{tokenizer.vocab_size} pieces")
 

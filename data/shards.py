@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 
-from messages import BadInput, explain, read_whole, require_file
+from messages import BadInput, Progress, explain, read_whole, require_file
 
 try:
     import fcntl
@@ -413,8 +413,8 @@ def check_dataset(folder: str | Path, deep: bool) -> list[str]:
     """Return everything that is wrong with a dataset folder, one line each; an empty list if it is sound.
 
     deep=False reads headers and sizes only. deep=True also reads every byte: checksums, ids below vocab_size,
-    one BOS per document. A shard may begin inside a document only if the shard before it is full, since the
-    challenge's own export cuts there.
+    one BOS per document, and reports how far that is. A shard may begin inside a document only if the shard
+    before it is full, since the challenge's own export cuts there.
     """
     folder = Path(folder)
     try:
@@ -424,9 +424,12 @@ def check_dataset(folder: str | Path, deep: bool) -> list[str]:
 
     problems = check_tokenizer(folder, manifest)
     listed = set()
+    tokens = sum(about["tokens"] for about in manifest["splits"].values())
+    progress = Progress("verify", tokens, " tokens")
     for split, about in sorted(manifest["splits"].items()):
         listed.update(shard["file"] for shard in about["shards"])
-        problems += check_split(folder, manifest, split, deep)
+        problems += check_split(folder, manifest, split, progress if deep else None)
+    progress.erase()
     for name in shard_files(folder):
         if name not in listed:
             problems.append(
@@ -448,8 +451,9 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def check_split(folder: Path, manifest: Manifest, split: str, deep: bool) -> list[str]:
-    """Return what is wrong with the shards of one split; see `check_dataset`."""
+def check_split(folder: Path, manifest: Manifest, split: str, progress: Progress | None) -> list[str]:
+    """Return what is wrong with the shards of one split; see `check_dataset`. progress: None if not deep."""
+    deep = progress is not None
     about = manifest["splits"][split]
     bos = manifest["bos_id"]
     vocab_size = manifest["tokenizer"]["vocab_size"]
@@ -472,6 +476,9 @@ def check_split(folder: Path, manifest: Manifest, split: str, deep: bool) -> lis
         except BadInput as error:
             problems.append(str(error))
             continue
+        finally:
+            if progress:
+                progress.advance(shard["tokens"])
 
         if deep and int(tokens.max()) >= vocab_size:
             problems.append(f"{path}: token id {int(tokens.max())}, vocab_size is {vocab_size}; {REMEDY}")

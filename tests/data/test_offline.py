@@ -1,11 +1,17 @@
 """The offline corpus: deterministic, cached, cleaned, and train apart from val."""
 
 import argparse
+import io
+import itertools
+import re
+import sys
+import time
 
 import pytest
 import sentencepiece
 
 import build
+import messages
 import offline
 import prepare
 from data_cases import content, prose
@@ -83,3 +89,41 @@ def test_clean():
         ".. math::\n    dropped words\n======\n``end`` of *it*."
     )
     assert offline.clean(text) == "Summary of the a.b call:\n\nAfter it.\n\n    Kept.\n\nend of *it*."
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def terminal(monkeypatch):
+    """Make stderr a terminal on which every update is shown, and return it."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    seconds = itertools.count()
+    monkeypatch.setattr(messages.time, "perf_counter", lambda: float(next(seconds)))
+    return screen
+
+
+def test_long_verbs_say_how_far_they_are(files, monkeypatch):
+    """verify counts the tokens of every shard, and takes its live line away."""
+    assert prepare.main(files.args) == 0
+    screen = terminal(monkeypatch)
+    assert prepare.main(["verify", str(files.out)]) == 0
+    told = screen.getvalue()
+    assert re.search(r"\x1b\[Kverify: [\d.]+k? tokens [\d.]+k? tokens/s \d+ % ETA \d+:\d\d", told)
+    assert "100 % ETA 0:00" in told and told.endswith("\r\x1b[K")
+
+
+def test_dropping_duplicates_says_how_far_it_is(monkeypatch):
+    screen = terminal(monkeypatch)
+    assert offline.deduplicate(["One sentence is here.", "Another one is there."])
+    assert "drop duplicates: 1 documents 1 documents/s 50 % ETA 0:01" in screen.getvalue()
+
+
+def test_a_library_that_tells_nothing_is_waited_for(monkeypatch):
+    screen = terminal(monkeypatch)
+    monkeypatch.setattr(messages, "TICK_SECONDS", 0.001)
+    with messages.Progress("train tokenizer", 0).waiting():
+        time.sleep(0.05)
+    assert re.search(r"train tokenizer: \d+ s", screen.getvalue())

@@ -483,6 +483,16 @@ def test_fit_raises_the_step_only_as_far_as_needed():
         assert blob == t.pack_artifact(tensors, tiny(**knobs, int6_step=step))
 
 
+def test_fit_tells_how_many_attempts_are_over(h, tensors):
+    """Before each further attempt, so that long packing has a line; one that fits at once tells nothing."""
+    told = []
+    untimed = lambda phase, fn, *args: fn(*args)  # noqa: E731
+    t.fit_artifact(tensors, h, 10**9, untimed, tell=lambda *counts: told.append(counts))
+    assert told == []
+    t.fit_artifact(tensors, h, 10, untimed, tell=lambda *counts: told.append(counts))
+    assert told == [(done, t.ATTEMPTS) for done in range(1, len(told) + 1)] and told
+
+
 def test_fit_never_goes_below_the_configured_step(tensors):
     h = tiny(**SMALL, int6_step=0.5)
     (blob, step), _ = fitted(tensors, h, 10**9)
