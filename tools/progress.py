@@ -69,13 +69,14 @@ class Progress:
         self.total = total
         self.guess = guess
         self.done = 0
-        self.stage_started = time.perf_counter()
+        self.stage_started = self.advanced = time.perf_counter()  # advanced: when the last unit was done
 
     def advance(self, count: int = 1, left: int | None = None) -> None:
         """Count units that are done. left: how many are to come, where that may have changed."""
         if left is not None:
             self.total = self.done + count + left
         self.done = min(self.done + count, self.total)
+        self.advanced = time.perf_counter()
 
     def each(self, items: Iterable[Item], unit: str) -> Iterator[Item]:
         """Yield the items of a stage, and count each as done when the next is asked for."""
@@ -91,11 +92,11 @@ class Progress:
         line = f"{self.work}: {now - self.started:.0f} s"
         if self.total:
             line += f", {self.done}/{self.total} {self.unit}"
-        passed = now - self.stage_started
+        left = self.guess
         if self.done:
-            line += f", ETA {passed / self.done * (self.total - self.done):.0f} s"
-        elif self.guess:
-            line += f", ETA {max(0.0, self.guess - passed):.0f} s"
+            left = (self.advanced - self.stage_started) / self.done * (self.total - self.done)
+        if self.done or self.guess:
+            line += f", ETA {max(0.0, left - (now - self.advanced)):.0f} s"
         return line
 
     def tell_all(self) -> None:

@@ -23,6 +23,7 @@ from ledger.show.web import facts
 from progress import ERASE, Progress
 from script import BadInput
 from sweep_cases import raw_plan
+from use import export
 
 PIECE = 0.05  # seconds that a piece of work takes here
 
@@ -116,6 +117,8 @@ def test_the_eta_follows_what_is_done(monkeypatch):
     assert telling.text() == "training: 90 s, 0/4 runs, ETA 0 s"
     telling.advance(left=5)
     assert telling.text() == "training: 90 s, 1/6 runs, ETA 450 s"
+    now[0] += 20
+    assert telling.text() == "training: 110 s, 1/6 runs, ETA 430 s"  # and not more than before
     telling.begin("writing")
     assert telling.text() == "writing: 0 s"
 
@@ -228,6 +231,19 @@ def test_bench(screen, monkeypatch, rank):
     monkeypatch.setattr(bench, "run_bench", lambda args, env, telling: work_on(telling.each("ab", "x")) or 0)
     assert bench.main(["preset=cpu"], {"RANK": rank}) == 0
     assert tells(shown, "bench: opening the script: # s, 1/2 x, ETA # s") == (rank == "0")
+
+
+def test_export(screen, monkeypatch, tmp_path):
+    """The artifact, its tokenizer and the files are its parts."""
+    shown = screen()
+    stored = SimpleNamespace(h=SimpleNamespace(ttt_lr=0))
+    monkeypatch.setattr(export, "read_artifact", lambda *_: work_on("a") or stored)
+    monkeypatch.setattr(export, "find_tokenizer", lambda *_: work_on("a"))
+    monkeypatch.setattr(export, "write_folder", lambda *_: work_on("a"))
+    argv = ["x.int6.xz", "--out", str(tmp_path / "out"), "data_path=d"]
+    assert export.export(t, argv) == 0
+    for line in ("export: # s, 0/3 parts", "export: # s, 1/3 parts, ETA # s", "2/3 parts, ETA # s"):
+        assert tells(shown, line)
 
 
 def test_record_directions(screen, monkeypatch):

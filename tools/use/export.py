@@ -30,9 +30,10 @@ from typing import Any
 
 from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run
+from progress import Progress
 from script import TRAINER, BadInput
 from use.artifact import Stored, log_of, read_artifact, run_tool
-from use.settings import EXPORT_USAGE, read_arguments
+from use.settings import EXPORT_USAGE, Arguments, read_arguments
 from use.text import Tokenizer, find_tokenizer
 from use.transformers_files import MODEL_FILE, TOKENIZER_FILE, TOKENIZER_SOURCE, model_source
 
@@ -191,10 +192,20 @@ def export(t: ModuleType, argv: list[str]) -> int:
     arguments = read_arguments(argv)
     if not arguments.data_path and not arguments.tokenizer_path:
         raise BadInput("which tokenizer? give data_path=DIR, or tokenizer_path=FILE")
+    with Progress("export") as progress:
+        progress.expect(3, "parts")
+        return write_export(t, arguments, progress)
+
+
+def write_export(t: ModuleType, arguments: Arguments, progress: Progress) -> int:
+    """Write the folder as export does, and tell how far it is: the artifact, its tokenizer, the files."""
     stored = read_artifact(t, arguments.artifact)
+    progress.advance()
     log = log_of(arguments.artifact)
     wanted = log.facts.get("data", {}).get("tokenizer_sha256", "") if log else ""
     tokenizer = find_tokenizer(t, stored.h, arguments.data_path, arguments.tokenizer_path, wanted)
+
+    progress.advance()
 
     parent = arguments.out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -206,10 +217,11 @@ def export(t: ModuleType, argv: list[str]) -> int:
         except OSError as error:  # which names no file when a disk is full
             raise BadInput(f"{arguments.out}: cannot write it ({error.strerror}); free some space") from None
         os.rename(draft, arguments.out)
+    progress.advance()
     for file in sorted(arguments.out.iterdir()):
-        print(f"{file.stat().st_size:>12,}  {file}")
+        progress.print(f"{file.stat().st_size:>12,}  {file}")
     if getattr(stored.h, "ttt_lr", 0) > 0:
-        print("export: the score with test-time training is eval's; these are the weights before it")
+        progress.print("export: the score with test-time training is eval's; these are the weights before it")
     return 0
 
 
