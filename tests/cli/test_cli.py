@@ -286,25 +286,44 @@ IMPORTERS = (
 )
 
 
-@pytest.mark.slow  # together
-@pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
-def test_a_variable_with_which_torch_does_not_import_is_named(tool, words):
-    env = os.environ | {"TORCH_LOGS": "nonsense", "PYTHONSAFEPATH": "1"}
+def import_torch(words, folder=None, **env):
+    """Run a program that imports torch, or the stand-in for it in a folder."""
+    paths = [str(folder)] if folder else []
     if words[0] == "-m":
-        env["PYTHONPATH"] = str(ROOT / "tools")
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith(f"{tool}: ") and "TORCH_LOGS: PyTorch does not import" in done.stderr
-    assert "nonsense" in done.stderr and done.stderr.endswith("change or unset it\n")
+        paths.append(str(ROOT / "tools"))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | env
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+
+
+NONSENSE = dict(TORCH_LOGS="nonsense", PYTHONSAFEPATH="1")
+STAND_IN = "import os; raise ValueError(f'Invalid log settings: {os.environ[\"TORCH_LOGS\"]}')"
+
+
+def named_variable(done, tool):
+    """Return whether a program has ended with its one line about TORCH_LOGS."""
+    (line,) = done.stderr.splitlines()
+    says = f"{tool}: TORCH_LOGS: PyTorch does not import with this setting (ValueError: "
+    return line.startswith(says) and "nonsense" in line and line.endswith("); change or unset it")
+
+
+@pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
+def test_a_variable_with_which_torch_does_not_import_is_named(tool, words, tmp_path):
+    """With a stand-in that fails as PyTorch does, which would take two seconds in each program."""
+    (tmp_path / "torch.py").write_text(STAND_IN)
+    done = import_torch(words, tmp_path, **NONSENSE)
+    assert (done.returncode, done.stdout) == (2, "") and named_variable(done, tool), done.stderr
+
+
+def test_pytorch_fails_as_its_stand_in_does():
+    done = import_torch([str(ROOT / "train_gpt.py"), "config"], **NONSENSE)
+    assert (done.returncode, done.stdout) == (2, "") and named_variable(done, "train_gpt.py"), done.stderr
 
 
 @pytest.mark.slow  # together
 @pytest.mark.parametrize("tool, words", IMPORTERS, ids=lambda value: str(value)[:20])
 def test_torch_that_is_not_installed_is_named(tool, words, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
-    paths = [str(tmp_path), *([str(ROOT / "tools")] if words[0] == "-m" else [])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    done = import_torch(words, tmp_path)
     remedy = "torch is not installed; run pip install -r requirements.txt, or use ./run.sh"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{tool}: {remedy}\n")
 
