@@ -33,7 +33,7 @@ def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):
 
 PLAIN = dict(ttt_lr=0.0)
 SGD = dict(ttt_lr=0.2, ttt_chunk_tokens=64, ttt_passes=1)
-LORA = dict(ttt_lr=0.05, ttt_chunk_tokens=8, ttt_passes=1, ttt_form="lora")
+LORA = dict(ttt_lr=0.05, ttt_chunk_tokens=16, ttt_passes=1, ttt_form="lora")
 
 
 @pytest.mark.parametrize("knobs", [PLAIN, SGD, LORA], ids=["plain", "sgd", "lora"])

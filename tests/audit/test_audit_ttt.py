@@ -35,7 +35,7 @@ CHEATS = {
         {"T4"}, "np.split(windows, firsts[1:])", "np.split(windows, firsts[1:])[:2]"
     ),
 }
-AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=8", "ttt_passes=1"]
+AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=16", "ttt_passes=1"]
 LORA_LESSON = "all_lessons[span, slot][1:] = windows[:-1]"
 LORA_CHEATS = {
     "learned before it is scored": Cheat({"T1", "T3"}, LORA_LESSON, "all_lessons[span, slot] = windows"),
