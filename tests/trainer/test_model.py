@@ -517,7 +517,7 @@ def test_a_loop_repeats_rows_of_the_table():
 def test_both_tables_compile_into_one_graph_each(form):
     """Compile with fullgraph and static shapes, and call both in turn, as around the loop's begin."""
     torch._dynamo.reset()
-    h = tiny(**OPTIONAL | dict(parallel_last_n=2, parallel_form=form))
+    h = tiny(**OPTIONAL | dict(num_layers=3, loop_layers="1", parallel_last_n=2, parallel_form=form))
     model = noisy_model(h, scale=0.3)
     tokens, targets = random_tokens(h, (2, 2, 16), 1)
     counter = CompileCounterWithBackend("aot_eager")
