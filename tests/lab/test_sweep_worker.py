@@ -119,6 +119,7 @@ def test_nothing_of_the_model_is_compiled_twice(worker, tmp_path, monkeypatch):
     """A new seed or rate compiles no graph, a new row only those of the matrix update."""
     from torch._dynamo.backends.debugging import aot_eager
 
+    sweep_worker.allow_recompilation()
     counts = {}
     backends = {}
 
@@ -168,7 +169,7 @@ def test_a_row_may_have_a_model_of_its_own(worker, tmp_path):
         "masks": {"attn_windows": "4 0", "doc_mask": "1"},
         "heads": {"num_heads": "2", "num_kv_heads": "1"},
     }
-    plan = tiny_plan(rows=rows, rates=[0.02])
+    plan = tiny_plan(base=base(iterations=4), rows=rows, rates=[0.02])
     folder = folder_for(tmp_path)
     configurations = [
         plan.configuration(row, "0.02", seed)

@@ -101,6 +101,15 @@ def bound_settings(h: Any) -> list:
     return [getattr(h, key) for key in sweep_table.model_knobs()]
 
 
+def allow_recompilation() -> None:
+    """Let a function be compiled for as many settings as a sweep has. Imports the compiler, which takes 2 s.
+
+    Each rate and rule is another graph of matrix_update, by four shapes; the default limit is 8.
+    """
+    torch._dynamo.config.recompile_limit = 100_000
+    torch._dynamo.config.accumulated_recompile_limit = 100_000
+
+
 class Worker:
     """A device, its data, and the model that configurations are trained in until one needs another model."""
 
@@ -113,9 +122,8 @@ class Worker:
         self.kind = device_kind(trainer, self.m)
         self.bound_for: list | None = bound_settings(h)  # what self.m is bound for
         self.kept: Any = None  # the first Run of this model
-        # Each rate and rule is another graph of matrix_update, by four shapes; the default limit is 8.
-        torch._dynamo.config.recompile_limit = 100_000
-        torch._dynamo.config.accumulated_recompile_limit = 100_000
+        if self.m.is_gpu:
+            allow_recompilation()
 
     def machine_for(self, h: Any) -> Any:
         """Return the machine bound for a config's model: other heads or windows may take other kernels."""
@@ -146,7 +154,8 @@ class Worker:
         """Forget the model and all that is compiled for it, and bind the machine for another."""
         self.kept = None
         self.bound_for = None  # if binding fails, the next configuration binds again
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         self.m = self.machine_for(h)
         self.bound_for = bound_settings(h)
