@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
@@ -20,6 +21,7 @@ from lab.shared.collectives import Collective, Recorder
 from lab.step import timeline, timeline_drawing, timeline_figures, traces
 from lab.step.intervals import account, clipped, length, merged, minus
 from lab.step.traces import RankTrace, Span, matched
+from rank_cases import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]
@@ -290,19 +292,26 @@ def test_the_calls_of_a_captured_step():
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def torchrun(ranks, *args):
-    """Run bench under torchrun on `ranks` processes and return the finished process."""
-    env = {k: v for k, v in os.environ.items() if k.lower() not in TINY}
-    env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT / "tools"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "lab.bench", *map(str, args)]
-    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=180)
+class Ended(NamedTuple):
+    """How bench ended on a rank."""
+
+    status: int
+    stdout: str
+
+
+def bench_rank(rank, argv):
+    """Run bench on this rank."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        status = bench.main(argv, os.environ)
+    return Ended(status, stdout.getvalue())
 
 
 def test_two_ranks(tmp_path):
     """Over gloo, the figures of every rank add up, every byte is known, and all files are whole."""
-    done = torchrun(2, "--timeline", tmp_path / "t.json", "--steps", 3, "--json", tmp_path / "r.json", *KNOBS)
-    assert done.returncode == 0, done.stderr
+    files = ["--timeline", str(tmp_path / "t.json"), "--json", str(tmp_path / "r.json")]
+    first, second = run_ranks(bench_rank, 2, [*files, "--steps", "3", *KNOBS], timeout=180)
+    assert first.status == second.status == 0 and second.stdout == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "t.json", "t.png"]
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["world_size"] == 2 and [r["rank"] for r in result["ranks"]] == [0, 1]
@@ -326,8 +335,8 @@ def test_two_ranks(tmp_path):
     for r in result["ranks"]:
         line = [e["dur"] for e in seen if (e["pid"], e["tid"]) == (r["rank"], 1)]
         assert sum(line) / 1000 == pytest.approx(sum(s["exposed_ms"] for s in r["steps"]))
-    assert "timeline of 3 steps on 2 rank(s)" in done.stdout
-    assert "1 reduce-scatter" in done.stdout
+    assert "timeline of 3 steps on 2 rank(s)" in first.stdout
+    assert "1 reduce-scatter" in first.stdout
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
