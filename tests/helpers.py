@@ -265,7 +265,7 @@ def english_dataset():
         return [[BOS, *processor.encode(text)] for text in texts]
 
     train = encoded(texts)
-    val = encoded(english(25, 1))
+    val = encoded(english(12, 1))
     write_shard(folder / "tiny_train_000000.bin", joined(train[:80]))
     write_shard(folder / "tiny_train_000001.bin", joined(train[80:]))
     write_shard(folder / "tiny_val_000000.bin", joined(val))
