@@ -6080,18 +6080,18 @@ class Scored(NamedTuple):
 
 
 def score_batch(
-    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreSettings
-) -> tuple[Tensor, Tensor]:
-    """Score at most B = scoring.batch windows (n, 3). Empty windows fill the compiled shape.
+    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreSettings, scores: Scored
+) -> None:
+    """Add the scores of at most B = scoring.batch windows (n, 3) to `scores`.
 
-    Returns the index of the target at each position, (B * last,), and (2, B * last) float64: the nats of the
-    target and 1, or zeros if its window does not score it.
+    Empty windows fill the compiled shape. A target that its window does not score adds zeros.
     """
     batch = read_windows(tokens, F.pad(windows, (0, 0, 0, scoring.batch - len(windows))), scoring.seq_len)
     nats = nats_fn(batch.x, batch.y, last).double()
     scored = batch.scored[:, -last:]
-    values = torch.stack([torch.where(scored, nats, 0.0).flatten(), scored.double().flatten()])
-    return batch.index[:, -last:].flatten(), values
+    index = batch.index[:, -last:].flatten()
+    scores.nats.index_add_(0, index, torch.where(scored, nats, 0.0).flatten())
+    scores.counts.index_add_(0, index, scored.double().flatten())
 
 
 def report_progress(
@@ -6122,7 +6122,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
         groups = window_groups(total, scoring)
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     window_count = sum(len(group.windows) for group in groups)
-    out = torch.zeros(2, total, dtype=torch.float64, device=m.device)
+    scores = Scored(*torch.zeros(2, total, dtype=torch.float64, device=m.device))
     earlier = 0  # windows in earlier groups
     batch = 0  # batches that this rank has scored
     with scoring.learner() as learn:
@@ -6133,13 +6133,12 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
 
             mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
             for i, windows in enumerate(mine.split(scoring.batch), 1):
-                positions, values = score_batch(nats_fn, tokens, windows, group.last, scoring)
-                out.index_add_(1, positions, values)
+                score_batch(nats_fn, tokens, windows, group.last, scoring, scores=scores)
                 done = earlier + min(i * scoring.batch * m.world_size, len(group.windows))
                 report_progress(scoring, m, batch, done=done, total=window_count, started=started)
                 batch += 1
             earlier += len(group.windows)
-    return Scored(nats=out[0], counts=out[1])
+    return scores
 
 
 def evaluate(
