@@ -661,9 +661,9 @@ def knobs_with(trait: str) -> tuple[str, ...]:
     return tuple(f.name for f in fields(Config) if trait in f.metadata)
 
 
-MODEL_FIELDS = knobs_with(STORED)
-TTT_FIELDS = knobs_with(STORED_IF_LEARNS)
-EXTRA_FIELDS = knobs_with(STORED_IF_SET)
+STORED_KNOBS = knobs_with(STORED)  # in every artifact's header
+LEARNING_KNOBS = knobs_with(STORED_IF_LEARNS)  # in those whose score learns from the text
+CHANGED_KNOBS = knobs_with(STORED_IF_SET)  # each where it differs from its default
 
 
 def parse_flag(text: str) -> bool:
@@ -5241,7 +5241,7 @@ def largest_value(encoding: str) -> float:
 
 def header_fields(learns: bool, extra: list[str]) -> list[str]:
     """Return the knobs in the header of an artifact. learns: whether test-time training scores it."""
-    return [*MODEL_FIELDS, *(TTT_FIELDS if learns else ()), *extra]
+    return [*STORED_KNOBS, *(LEARNING_KNOBS if learns else ()), *extra]
 
 
 class TensorEntry(NamedTuple):
@@ -5321,7 +5321,7 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide 
             payload.append(array.tobytes())
             offset += array.nbytes
 
-    extra = [key for key in EXTRA_FIELDS if getattr(h, key) != getattr(Config, key)]
+    extra = [key for key in CHANGED_KNOBS if getattr(h, key) != getattr(Config, key)]
     config = {key: getattr(h, key) for key in header_fields(h.ttt_lr > 0, extra)}
     header = {"config": config, "tensors": entries}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
@@ -5399,7 +5399,7 @@ def check_header(header: object) -> None:
     """Check a header for the keys and types that raw_artifact writes. Raises ValueError if they differ."""
     if types_of(header) != {"config": dict, "tensors": list}:
         raise ValueError("it must be an object with a config and a list of tensors")
-    extra = [key for key in EXTRA_FIELDS if key in header["config"]]
+    extra = [key for key in CHANGED_KNOBS if key in header["config"]]
     known = header_fields("ttt_lr" in header["config"], extra)
     wanted = {key: type(getattr(Config, key)) for key in known}
     if different := types_of(header["config"]).items() ^ wanted.items():
@@ -7856,7 +7856,7 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     Raises InputError when the artifact is damaged or does not fit this script, or argv sets a knob that the
     artifact fixes. Such a knob in env is ignored.
     """
-    stored = [key for key in MODEL_FIELDS + EXTRA_FIELDS if key not in knobs_with(RESCORED)]
+    stored = [key for key in STORED_KNOBS + CHANGED_KNOBS if key not in knobs_with(RESCORED)]
     fixed = ["codec", "depth", *stored]
     for argument in argv:
         if argument.split("=")[0] in fixed:
@@ -7869,7 +7869,7 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     try:
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)  # every byte is checked before a model is built
-        known = {key: getattr(Config, key) for key in EXTRA_FIELDS} | header["config"]
+        known = {key: getattr(Config, key) for key in CHANGED_KNOBS} | header["config"]
         h = make_config(knobs, known | {"codec": codec_of(blob)})
         found = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         wanted = {name: parameter.shape for name, parameter in parameter_table(h).items()}

@@ -126,7 +126,7 @@ def plain_name(key, name):
         raise InputError(f"config key {key}: {name!r} cannot name a file")
 
 
-EXTRA_FIELDS = ()
+CHANGED_KNOBS = ()
 
 
 def read_knobs(argv, env):

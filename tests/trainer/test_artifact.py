@@ -191,7 +191,7 @@ def parse(blob):
 def test_layout_is_the_documented_one(h, tensors, blob):
     header, payload, header_text = parse(blob)
     assert header_text == json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    assert header["config"] == {key: getattr(h, key) for key in t.MODEL_FIELDS}
+    assert header["config"] == {key: getattr(h, key) for key in t.STORED_KNOBS}
     rows = {name: (encoding, shape, offset) for name, encoding, shape, offset in header["tensors"]}
     assert [row[0] for row in header["tensors"]] == sorted(tensors)
 
@@ -240,18 +240,18 @@ def test_an_extra_knob_is_stored_where_it_is_not_the_default():
     tensors = parameters_of(noisy_model(h))
     blob = t.pack_artifact(tensors, h)
     config = t.open_artifact(blob)[0]["config"]
-    assert set(config) == {*t.MODEL_FIELDS, *EXTRA}
+    assert set(config) == {*t.STORED_KNOBS, *EXTRA}
     assert {key: config[key] for key in EXTRA} == EXTRA
     assert shapes_of(t.unpack_artifact(blob)) == shapes_of(tensors)
 
     one = dict(loop_layers="1", loop_times=1)
     config = t.open_artifact(t.pack_artifact(tensors, tiny(**SMALL | one)))[0]["config"]
-    assert set(config) == {*t.MODEL_FIELDS, *one}
+    assert set(config) == {*t.STORED_KNOBS, *one}
 
 
 @pytest.mark.parametrize("key,value", [("loop_times", "2"), ("skip_gates", 1), ("loops", 2)])
 def test_an_extra_knob_of_another_type_or_name_is_refused(key, value):
-    header = {"config": {key: getattr(t.Config, key) for key in t.MODEL_FIELDS}, "tensors": []}
+    header = {"config": {key: getattr(t.Config, key) for key in t.STORED_KNOBS}, "tensors": []}
     t.check_header(header)
     header["config"][key] = value
     with pytest.raises(ValueError, match=f"config key '{key}' is .*; use the script that wrote it"):

@@ -68,7 +68,7 @@ def test_the_header_has_the_knobs_only_of_a_score_that_learns():
     header, payload = t.open_artifact(t.pack_artifact(tensors, h))
     header_of_learner, same_payload = t.open_artifact(t.pack_artifact(tensors, tiny(**LEARNS)))
     config = header_of_learner["config"]
-    assert set(header["config"]) == set(t.MODEL_FIELDS) and payload == same_payload
+    assert set(header["config"]) == set(t.STORED_KNOBS) and payload == same_payload
     assert config == header["config"] | LEARNS
 
     header_of_lora, _ = t.open_artifact(t.pack_artifact(tensors, tiny(**LORA)))

@@ -57,7 +57,7 @@ def test_every_part_of_the_model_is_compared():
     rows = [tiny(**knobs) for knobs in PARTS.values()]
     sizes = {"vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims"}
     sizes |= {"rope_base", "ve_dim", "bigram_dim", "logit_softcap", "bos_id", "eval_seq_len", "eval_stride"}
-    fields = {*t.MODEL_FIELDS, *t.EXTRA_FIELDS} - {"ttt_form", "ttt_rank"}
+    fields = {*t.STORED_KNOBS, *t.CHANGED_KNOBS} - {"ttt_form", "ttt_rank"}
     for key in fields - sizes:
         assert len({getattr(h, key) for h in rows}) > 1, key
 

@@ -28,9 +28,9 @@ from script import (
 
 MODULE = "trainer"  # its name in sys.modules
 NEEDS = (
-    *("InputError", "Config", "make_config", "EXTRA_FIELDS", "parameter_table", "GPT", "init_machine"),
+    *("InputError", "Config", "make_config", "CHANGED_KNOBS", "parameter_table", "GPT", "init_machine"),
     *("open_artifact", "read_tensors", "codec_of", "read_manifest", "sentencepiece_counts"),
-    *("split_files", "load_shard", "sha256", "GPT.logits", "MODEL_FIELDS", "tiktoken_counts", "read_file"),
+    *("split_files", "load_shard", "sha256", "GPT.logits", "STORED_KNOBS", "tiktoken_counts", "read_file"),
 )
 
 
@@ -57,7 +57,7 @@ def read_artifact(t: ModuleType, path: str) -> Stored:
     try:
         header, payload = t.open_artifact(blob)
         tensors = t.read_tensors(header, payload)
-        fixed = {key: getattr(t.Config, key) for key in t.EXTRA_FIELDS} | header["config"]
+        fixed = {key: getattr(t.Config, key) for key in t.CHANGED_KNOBS} | header["config"]
         knobs = {"eval_batch_tokens": fixed["eval_seq_len"], "codec": t.codec_of(blob)}
         h = t.make_config(knobs, fixed)
         stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -47,7 +47,7 @@ def model_config(t: ModuleType, stored: Stored) -> dict[str, Any]:
     """Return config.json: the knobs that the blocks read, the shapes, and what transformers asks for."""
     h = stored.h
     scores = with_trait("SCORES")
-    fields = [*t.MODEL_FIELDS, *(key for key in t.EXTRA_FIELDS if key not in scores)]
+    fields = [*t.STORED_KNOBS, *(key for key in t.CHANGED_KNOBS if key not in scores)]
     knobs = {key: getattr(h, key) for key in fields}
     derived = {key: getattr(h, key) for key in ("num_visits", "two_stream_layers")}
     return {
