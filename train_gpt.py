@@ -505,7 +505,7 @@ LAPTOP = dict(
     attn_windows="",
     gptq_batches=16,
 )
-# parameter-golf #1394, with heads of 128 dimensions and the attention windows of `record`.
+# parameter-golf #1394, with heads of 128 dimensions and the attention windows of `record_sp1024`.
 SP8192 = dict(
     data_path="data/datasets/fineweb10B_sp8192",
     vocab_size=8192,
@@ -633,7 +633,14 @@ MUONH = dict(
     matrix_warmup_frac=0.03,
 )
 PRESETS: dict[str, dict] = {
-    "record": {},
+    "record": H100X1
+    | dict(
+        max_wallclock_seconds=600.0,
+        val_loss_every=0,
+        train_batch_tokens=786_432,
+        micro_batch_tokens=98_304,
+    ),
+    "record_sp1024": {},
     "h100x1": H100X1,
     "h100x1_sp1024": FEW_STEPS | ONE_GPU,
     "h100x2": H100X1 | dict(max_wallclock_seconds=600.0, train_batch_tokens=262_144),
@@ -750,7 +757,7 @@ def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None
     A given target_loss removes the time limit. Raises InputError for a value out of range, or for knobs that
     contradict each other.
     """
-    preset = PRESETS.get(knobs.get("preset"), {})
+    preset = PRESETS.get(knobs.get("preset", Config.preset), {})
     race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
     given = {**(header or {}), **knobs}
     h = Config(**{**preset, **race, **given})

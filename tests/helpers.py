@@ -41,6 +41,7 @@ def share_packed_code(packed):
 BOS = 1
 
 TINY = dict(
+    preset="record_sp1024",  # knobs that are not given have the defaults of Config
     vocab_size=96,
     num_layers=4,
     model_dim=32,
