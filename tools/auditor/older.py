@@ -86,12 +86,15 @@ def with_own_signals(m: Machine) -> Machine:
     return dataclasses.replace(m, signals=type(m.signals)()) if hasattr(m, "signals") else m
 
 
-def passes_of(run: Run, model: Model) -> dict[str, Callable]:
+def passes_of(script: ModuleType, run: Run, model: Model) -> dict[str, Callable]:
     """Return the fields of a Run that hold the passes of a model without a loop, by name.
 
-    Both passes are the same there. Scripts from before the loop have one pass only.
+    Both passes of training are the same there. Scripts from before the loop have only one. Older scripts
+    score with a plain function.
     """
-    return {name: model.loss for name in ("loss_fn", "plain_loss_fn") if hasattr(run, name)}
+    training = {name: model.loss for name in ("loss_fn", "plain_loss_fn") if hasattr(run, name)}
+    as_scoring_pass = getattr(script, "ScoringPass", lambda nats: nats)
+    return training | {"nats_fn": as_scoring_pass(model.nats)}
 
 
 def guarded(script: ModuleType, run: Run) -> AbstractContextManager:
