@@ -405,11 +405,12 @@ def test_the_text_is_what_training_would_read_next(tmp_path, monkeypatch):
 
     monkeypatch.setattr(t.TokenLoader, "next", noted)
     trained(tmp_path, gptq_batches=2, warmup_steps=1)
+    fitting = [0, 1]  # a rehearsal that shows whether calibration fits the memory
     warmup = [0]
-    rehearsals = [1, 2, 3, 4]
+    rehearsal = [1, 2]
     training = [*range(6)]
     calibration = [6, 7]
-    assert indices == warmup + rehearsals + training + calibration
+    assert indices == fitting + warmup + rehearsal + training + calibration
 
 
 def test_the_clock_holds_time_for_it(tmp_path, monkeypatch):

@@ -191,7 +191,7 @@ def test_warmup_leaves_no_trace(one):
         model=model,
         loss_fn=model.loss,
         plain_loss_fn=model.loss,
-        nats_fn=nats,
+        nats_fn=t.ScoringPass(nats),
         phases={},
         splits={},
     )
