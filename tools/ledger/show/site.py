@@ -6,6 +6,7 @@ The same ledger gives the same bytes: the page names the ledger by its hash, and
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -51,8 +52,7 @@ def write_site(root: Path, out: Path, examine: Examine | None, progress: Progres
         raise BadInput(f"--out {out}: is a file; name a folder, in which {PAGE} is written")
 
     ledger = read_ledger(root, examine, progress)
-    progress.begin("site: comparing every script with its parent's")
-    page = render(ledger, proved=examine is not None)
+    page = render(ledger, progress, proved=examine is not None)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,11 +61,13 @@ def write_site(root: Path, out: Path, examine: Examine | None, progress: Progres
     return out / PAGE
 
 
-def render(ledger: Ledger, proved: bool) -> str:
+def render(ledger: Ledger, progress: Progress, proved: bool) -> str:
     """Return the page."""
     from markupsafe import Markup
 
-    diffs = source_diffs(ledger)
+    progress.begin("site: comparing every script with its parent's")
+    diffs = source_diffs(progress.each(ledger.entries, "records"), ledger)
+    progress.begin("site: filling the page")
     return library.fill(
         "site.html",
         styles=Markup(library.asset("page.css")),
@@ -187,10 +189,10 @@ def source_changes(parent: Entry, entry: Entry) -> list[diff.SectionDiff]:
     return cached_section_diffs(parent.runs[0].source, entry.runs[0].source)
 
 
-def source_diffs(ledger: Ledger) -> dict[str, list[list[str]]]:
+def source_diffs(entries: Iterable[Entry], ledger: Ledger) -> dict[str, list[list[str]]]:
     """Return the lines of every source diff to a parent by section, without empty ones."""
     found = {}
-    for entry in ledger.entries:
+    for entry in entries:
         parent = parent_of(entry, ledger)
         sections = [] if parent is None else source_changes(parent, entry)
         if sections:
