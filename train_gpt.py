@@ -937,7 +937,9 @@ def relations_of_batches(h: Config) -> Iterator[Relation]:
         "num_kv_heads": "num_heads",
     }
     for part, whole in divides.items():
-        yield Relation(getattr(h, whole) % getattr(h, part) == 0, f"{part} must divide {whole}")
+        size = getattr(h, part)
+        total = getattr(h, whole)
+        yield Relation(total % size == 0, f"{part}={size} must divide {whole}={total}")
     for key in ("train_batch_tokens", "eval_batch_tokens"):
         tokens = getattr(h, key)
         yield Relation(
@@ -3734,9 +3736,21 @@ def sdpa_kernels_that_run(qkv: list[Tensor], judge: Judge) -> list[str]:
     return [name for name in running if name in everywhere and (name != "math" or len(everywhere) == 1)]
 
 
-def masks_of(h: Config) -> list[tuple[int, bool]]:
-    """Return the mask of every visit of a layer: its window, and whether it keeps documents apart."""
-    return [(spec.window, spec.doc_mask) for spec in layer_table(h)]
+class Mask(NamedTuple):
+    """What a layer's attention hides besides later tokens."""
+
+    window: int  # keys that a token sees, as in LayerSpec; 0: all
+    doc_mask: bool  # whether no token sees another document
+
+    @property
+    def hides(self) -> bool:
+        """Whether any earlier token may be hidden."""
+        return self.window > 0 or self.doc_mask
+
+
+def masks_of(h: Config) -> list[Mask]:
+    """Return the mask of every visit of a layer."""
+    return [Mask(spec.window, spec.doc_mask) for spec in layer_table(h)]
 
 
 def draw_heads(h: Config, device: torch.device, B: int, T: int) -> list[Tensor]:
@@ -3816,7 +3830,7 @@ def bind_attention(h: Config, device: torch.device, judge: Judge = Judge()) -> B
     rejected = flash4_trial(h, qkv, judge)
     candidates = {} if rejected else {"flash4": Attention(attend_flash4, SDPA_KERNELS)}
     if rejected or judge.times_count:
-        for_masks = ["mem_efficient"] if any(map(any, masks_of(h))) else []
+        for_masks = ["mem_efficient"] if any(mask.hides for mask in masks_of(h)) else []
         for name in sdpa_kernels_that_run(qkv, judge):
             kernels = tuple(dict.fromkeys([name, *for_masks]))
             candidates["+".join(kernels)] = Attention(attend_sdpa, kernels)
@@ -6102,14 +6116,14 @@ def score_batch(
 
 
 def report_progress(
-    scoring: ScoreSettings, m: Machine, batch: int, done: int, total: int, started: float
+    scoring: ScoreSettings, m: Machine, earlier: int, done: int, total: int, started: float
 ) -> None:
-    """Report how many windows are scored, after each batch on a CPU, after every 16th on a GPU.
+    """Report how many windows are scored.
 
-    A report waits for the device, which costs a GPU time. batch: how many this rank has scored before, in all
-    groups. started: as in Log.progress.
+    A report waits for the device. On a GPU that costs time, so only every 16th batch reports. earlier:
+    batches that this rank has scored before. started: as in Log.progress.
     """
-    if batch % 16 == 0 or not m.is_gpu:
+    if earlier % 16 == 0 or not m.is_gpu:
         m.sync()
         scoring.log.progress(f"scoring {scoring.label}, windows", done, total, started)
 
@@ -6142,7 +6156,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
             for i, windows in enumerate(mine.split(scoring.batch), 1):
                 score_batch(nats_fn, tokens, windows, group.last, scoring, scores=scores)
                 done = earlier + min(i * scoring.batch * m.world_size, len(group.windows))
-                report_progress(scoring, m, batch, done=done, total=window_count, started=started)
+                report_progress(scoring, m, earlier=batch, done=done, total=window_count, started=started)
                 batch += 1
             earlier += len(group.windows)
     return scores
@@ -6686,7 +6700,7 @@ class Run:
     model: GPT
     loss_fn: Callable
     plain_loss_fn: Callable  # of the model without its loop; loss_fn itself if it has none
-    nats_fn: Callable
+    nats_fn: ScoringPass
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens of the splits that have been scored
     resumed: SavedState | None = None  # where training continues if resume= is set
@@ -7534,8 +7548,9 @@ def train(run: Run) -> Trained:
         return 1000 * (time.perf_counter() - clock_zero)
 
     hp = hyper_at(h, step, clock_ms, limit_ms)
-    # Of steps that differ, those before the checkpoint may have taken less time than the next ones.
-    pace = Pace(hp.loops, shape.count(hp.growth), *(ready.start if h.steps_differ else BEGINNING))
+    # The mean time of the steps before the checkpoint counts only if all steps cost the same.
+    timed_from = ready.start if h.steps_differ else BEGINNING
+    pace = Pace(hp.loops, shape.count(hp.growth), timed_from.step, timed_from.clock_ms)
     shown_loss = math.nan
     stop = Stop.NO  # agreed by all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(step, clock_ms, limit_ms):

@@ -16,8 +16,8 @@ from run_sh_tree import LOG_HEAD, refused
     [
         (0, "cpu", "train_gpt.py"),
         (1, "h100x1", "tools/ranks.py 1 train_gpt.py"),
-        (2, "record", "tools/ranks.py 2 train_gpt.py"),
-        (3, "record", "tools/ranks.py 2 train_gpt.py"),
+        (2, "h100x2", "tools/ranks.py 2 train_gpt.py"),
+        (3, "h100x2", "tools/ranks.py 2 train_gpt.py"),
         (4, "record", "tools/ranks.py 4 train_gpt.py"),
         (7, "record", "tools/ranks.py 4 train_gpt.py"),
         (8, "record", "tools/ranks.py 8 train_gpt.py"),

@@ -169,7 +169,7 @@ def test_sigterm_to_the_command_ends_sweep_and_worker(tmp_path):
         (dict(rows={"a": {"orto": "ns5"}}), r"row a: unknown config key 'orto'"),
         (dict(rows={"a": {"ortho": "none"}}), r"row a: config key ortho: 'none'"),
         (dict(rows={"a": {"train_seq_len": 8}}), r"row a: train_seq_len is the same in every row"),
-        (dict(rows={"a": {"num_heads": 3}}), r"row a: .*num_heads must divide"),
+        (dict(rows={"a": {"num_heads": 3}}), r"row a: .*num_heads=3 must divide"),
         (dict(rate_key="mlp_mult"), r"rate_key 'mlp_mult'"),
         (dict(rows={"a": {"seed": 3}}), r"row a: seed is the same in every row"),
         (dict(rows={"a/b": {}}), r"row a/b: a row's name"),

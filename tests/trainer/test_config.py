@@ -12,6 +12,7 @@ import train_gpt as t
 from helpers import ROOT, TINY, as_arguments, english_args, english_dataset, stop_one_line
 
 FIELDS = {f.name: f for f in dataclasses.fields(t.Config)}
+DEFAULTS = "preset=record_sp1024"  # the preset that leaves every knob at its default
 KINDS = t.kinds_of_knobs()
 SHARES = [key for key, kind in KINDS.items() if kind.most == 1]
 DECAYS = [key for key, kind in KINDS.items() if kind.below == 1]
@@ -32,11 +33,11 @@ def test_each_source_beats_the_one_before():
     assert (h.train_log_every, h.preset, h.num_layers) == (7, "cpu", t.PRESETS["cpu"]["num_layers"])
     assert t.load_config(["train_log_every=3"], env).train_log_every == 3
     assert t.load_config(["train_log_every=3", "train_log_every=4"], env).train_log_every == 4
-    assert t.load_config(["preset=record"], env).num_layers == FIELDS["num_layers"].default
+    assert t.load_config([DEFAULTS], env).num_layers == FIELDS["num_layers"].default
 
 
 def test_the_environment_counts_in_upper_case_only():
-    assert t.load_config([], {"seed": "5", "Seed": "6"}) == t.Config()
+    assert t.load_config([], {"seed": "5", "Seed": "6"}) == t.load_config([], {})
     assert t.load_config([], {"SEED": "5", "PATH": "/bin", "NOT_A_KNOB": "x"}).seed == 5
 
 
@@ -86,9 +87,9 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
     default = FIELDS[name].default
     text, value = VALUES_BY_NAME.get(name) or VALUES_BY_TYPE[type(default)]
     if source == "argument":
-        h = t.load_config([f"{name}={text}"], {})
+        h = t.load_config([f"{name}={text}"], {"PRESET": "record_sp1024"})
     else:
-        h = t.load_config([], {name.upper(): text})
+        h = t.load_config([DEFAULTS] if name != "preset" else [], {name.upper(): text})
 
     found = getattr(h, name)
     assert found == value
@@ -96,7 +97,8 @@ def test_every_field_is_settable_from_text(name, source, monkeypatch):
     assert found != default
     others = CHANGED_WITH.get(name, {})
     if others is not None:
-        assert dataclasses.asdict(h) == dataclasses.asdict(t.Config()) | others | {name: value}
+        unset = {"preset": "record_sp1024"}
+        assert dataclasses.asdict(h) == dataclasses.asdict(t.Config()) | unset | others | {name: value}
 
 
 @pytest.mark.parametrize(
@@ -193,11 +195,12 @@ def test_an_unknown_key_is_named_with_a_hint(argument, key, hint):
     ],
 )
 def test_a_bad_value_is_named(argument, words, capsys):
+    arguments = [DEFAULTS, argument]
     with pytest.raises(t.InputError) as e:
-        t.load_config([argument], {})
+        t.load_config(arguments, {})
     message = str(e.value)
     assert all(word in message for word in words) and "\n" not in message
-    assert stop_one_line(["config", argument], capsys) == f"train_gpt.py: {message}\n"
+    assert stop_one_line(["config", *arguments], capsys) == f"train_gpt.py: {message}\n"
 
 
 # Values that would otherwise end in a traceback or a silently wrong run.
@@ -333,10 +336,10 @@ def test_the_hidden_size_is_rounded():
     assert t.Config(mlp_mult=4.1, model_dim=960).mlp_dim == 3936
     assert t.Config(mlp_mult=2.675, model_dim=1000).mlp_dim == 2675
     sizes = {name: t.Config(**knobs).mlp_dim for name, knobs in t.PRESETS.items()}
-    large = dict.fromkeys(("sp8192", "h100x1", "h100x2"), 2048)
+    large = dict.fromkeys(("record", "sp8192", "h100x1", "h100x2"), 2048)
     gpt2 = dict.fromkeys(("gpt2_124m", "gpt2_124m_h100x1", "optimizer_race"), 3072)
     small = {
-        "record": 1536,
+        "record_sp1024": 1536,
         "muonh": 1536,
         "h100x1_sp1024": 1536,
         "optimizer_race_small": 1536,
@@ -374,14 +377,14 @@ def test_every_number_has_bounds(name):
     beyond = ["-1", str(2**53)] if KINDS[name].type == "int" else ["-1e-9", "nan", "inf", "-inf", "1e300"]
     for value in beyond:
         with pytest.raises(t.InputError, match=rf"\b{name}\b"):
-            t.load_config([f"{name}={value}"], {})
+            t.load_config([DEFAULTS, f"{name}={value}"], {})
 
     largest = f"{name}={2**53 - 1}"
     if name in UNLIMITED:
-        t.load_config([largest], {})
+        t.load_config([DEFAULTS, largest], {})
     else:
         with pytest.raises(t.InputError, match=rf"\b{name}\b"):
-            t.load_config([largest], {})
+            t.load_config([DEFAULTS, largest], {})
 
 
 def test_every_fraction_has_a_bound():

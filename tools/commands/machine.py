@@ -22,7 +22,7 @@ class Machine(NamedTuple):
 MACHINES = (
     Machine(8, "record", 8),
     Machine(4, "record", 4),
-    Machine(2, "record", 2),
+    Machine(2, "h100x2", 2),
     Machine(1, "h100x1", 1),
     Machine(0, "cpu", 1),
 )

@@ -64,11 +64,11 @@ ILLEGAL = (*illegal_settings(), *BEYOND)
 
 # Knobs that contradict each other, and what the error names.
 CONTRADICTIONS = (
-    (("micro_batch_tokens=100",), ("micro_batch_tokens must divide train_batch_tokens",)),
-    (("train_seq_len=96",), ("train_seq_len must divide micro_batch_tokens",)),
-    (("eval_seq_len=96",), ("eval_seq_len must divide eval_batch_tokens",)),
-    (("num_heads=3",), ("num_heads must divide model_dim",)),
-    (("num_kv_heads=3",), ("num_kv_heads must divide num_heads",)),
+    (("micro_batch_tokens=100",), ("micro_batch_tokens=100 must divide train_batch_tokens=",)),
+    (("train_seq_len=96",), ("train_seq_len=96 must divide micro_batch_tokens=",)),
+    (("eval_seq_len=96",), ("eval_seq_len=96 must divide eval_batch_tokens=",)),
+    (("num_heads=3",), ("num_heads=3 must divide model_dim=",)),
+    (("num_kv_heads=3",), ("num_kv_heads=3 must divide num_heads=",)),
     (("eval_stride=64",), ("eval_stride must not exceed eval_seq_len",)),
     (("ttt_lr=0.1", "ttt_chunk_tokens=33"), ("eval_seq_len must divide ttt_chunk_tokens",)),
     (("rope_dims=3",), ("rope_dims must be even",)),
