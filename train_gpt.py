@@ -7137,6 +7137,7 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> BatchShape:
         held = 0
         if h.calibrates:
             held = memory_needed(run.m, lambda: measure_for_rounding(run, TokenLoader(h, run.m, shape)))
+            run.log.status("compiling")  # in place of calibration's progress
         beside = torch.empty(held, dtype=torch.uint8, device=run.m.device)  # what calibration will need
         tokens = torch.zeros(shape.sequences, T + 1, dtype=torch.long, device=run.m.device)
         run.loss_fn(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
@@ -7199,6 +7200,10 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
             run.log(f"warmup_step:{i + 1}/{h.warmup_steps}")
 
     score_nothing(run)
+    optimizer.restore(saved)
+    del saved  # calibration on the clock has no copy of the state beside it either
+    ema.reset()
+
     calibrate_ms = 0.0
     if h.calibrates:  # for the second time, so it takes as long as calibration will on the clock
         run.m.sync()
@@ -7207,8 +7212,6 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
         run.m.sync()
         calibrate_ms = 1000 * (time.perf_counter() - started)
 
-    optimizer.restore(saved)
-    ema.reset()
     loader.seek(0)
     return WarmUp(passes, calibrate_ms)
 
@@ -7399,12 +7402,15 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
     """
     model = copy(run.model)  # with the same parameters
     model.ops = Ops(run.model.ops.attend)  # nothing that would compile
+    score = ScoringPass(model.nats)  # without a compiler its logits take more memory than calibration
     batch = loader.next()
     live = [p.clone() for p in ema.params]
     losses = []
     for weights in (live, ema.average):
         torch._foreach_copy_(ema.params, weights)
-        losses.append(torch.stack([model.loss(s[:, :-1], s[:, 1:]) for s in batch]).mean().double())
+        losses.append(
+            torch.stack([score(s[:, :-1], s[:, 1:], s.size(1) - 1).mean() for s in batch]).mean().double()
+        )
     torch._foreach_copy_(ema.params, live)
 
     both = torch.stack(losses)

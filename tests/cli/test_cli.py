@@ -185,7 +185,7 @@ def test_a_misspelt_setting_of_sample_is_found_as_well(tmp_path, capsys):
 
 def test_help_has_the_machine_table():
     text = cli.help_text()
-    for row in ("0            cpu       1", "1            h100x1    1", "2 to 3       record    2"):
+    for row in ("0            cpu       1", "1            h100x1    1", "2 to 3       h100x2    2"):
         assert f"  {row}\n" in text
     for row in ("4 to 7       record    4", "8 or more    record    8"):
         assert f"  {row}\n" in text

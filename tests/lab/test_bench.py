@@ -24,6 +24,7 @@ from lab import bench
 from lab.shared import timing, trainer
 from lab.step import parts
 from lab_helpers import SECTIONS, WHOLE, run_bench
+from progress import Progress
 from script import machine_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,7 @@ def test_a_script_from_before_a_renaming_can_be_measured(monkeypatch):
     older = trainer.load_trainer(path, "an_older_script")
     monkeypatch.delitem(sys.modules, "an_older_script")
     assert older.capture_pass is older.bind_pass
-    report = trainer.open_session(older, ["preset=cpu"], {}).report
+    report = trainer.open_session(older, ["preset=cpu"], {}, Progress("opening", speaks=False)).report
     torch.distributed.destroy_process_group()
     ours = machine_names(machine())
     assert report["device"] == report["machine"]["device"] == platform.machine()
@@ -171,7 +172,7 @@ def test_the_parts_import_in_a_line_and_never_a_command():
     assert imports["lab.bench"] >= {"lab.model.attention", "lab.step.sustained", "lab.step.timeline"}
     commands = {name for name in modules if name.count(".") == 1}
     assert commands == {
-        f"lab.{name}" for name in ("bench", "codecs", "directions", "encodings", "sweep", "wire")
+        f"lab.{name}" for name in ("bench", "codecs", "directions", "encodings", "layouts", "sweep", "wire")
     }
     assert not [name for name in modules if imports[name] & commands]
 

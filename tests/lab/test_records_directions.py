@@ -126,7 +126,7 @@ def test_an_eighth_is_the_largest_share():
     assert {x.name: x.count for x in cases.banks_of(setup, Portion.EIGHTH)} == {
         "mlp_up_bank": 3, "qo_bank": 3, "kv_bank": 3}  # fmt: skip
     assert {x[1:] for x in cases.banks_of(setup, Portion.ALL)} == {
-        (11, 1536, 512), (11, 512, 1536), (22, 512, 512), (22, 256, 512)}  # fmt: skip
+        (11, 2048, 512), (11, 512, 2048), (22, 512, 512), (22, 256, 512)}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", t.STEP_RULES)

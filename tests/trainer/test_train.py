@@ -150,7 +150,7 @@ def test_the_log_holds_the_resolved_config():
     h = t.load_config(english_args(iterations=STEPS, out_dir=run.folder), {})
     expected = {key: str(value) for key, value in dataclasses.asdict(h).items()}
     assert dict(line.split(": ", 1) for line in block) == expected
-    assert after[1 + len(block)] == "preset: record"
+    assert after[1 + len(block)] == "preset: record_sp1024"
 
 
 def test_log_lines_are_the_communitys():
