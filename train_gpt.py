@@ -759,7 +759,9 @@ def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None
     """
     preset = PRESETS.get(knobs.get("preset", Config.preset), {})
     race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
-    given = {**(header or {}), **knobs}
+    # A header leaves out these knobs where they have their defaults, whatever the preset says.
+    unchanged = {key: getattr(Config, key) for key in CHANGED_KNOBS} if header else {}
+    given = {**unchanged, **(header or {}), **knobs}
     h = Config(**{**preset, **race, **given})
     check_ranges(h)
     h = follow_dials(h, given)
@@ -959,6 +961,9 @@ def relations_of_batches(h: Config) -> Iterator[Relation]:
 
 def relations_of_the_model(h: Config) -> Iterator[Relation]:
     """Yield the relations of the model's sizes and layers."""
+    yield Relation(
+        h.depth in (0, h.num_layers), f"depth={h.depth} and num_layers={h.num_layers} differ; leave one out"
+    )
     yield Relation(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
     yield Relation(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
     yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
@@ -991,9 +996,6 @@ def relations_of_the_model(h: Config) -> Iterator[Relation]:
         f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
     )
     yield Relation(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
-    yield Relation(
-        h.depth in (0, h.num_layers), f"depth={h.depth} and num_layers={h.num_layers} differ; leave one out"
-    )
 
 
 def relations_of_training(h: Config) -> Iterator[Relation]:
@@ -7897,8 +7899,7 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     try:
         header, payload = open_artifact(blob)
         tensors = read_tensors(header, payload)  # every byte is checked before a model is built
-        known = {key: getattr(Config, key) for key in CHANGED_KNOBS} | header["config"]
-        h = make_config(knobs, known | {"codec": codec_of(blob)})
+        h = make_config(knobs, header["config"] | {"codec": codec_of(blob)})
         found = {name: tuple(shape) for name, _, shape, _ in header["tensors"]}
         wanted = {name: parameter.shape for name, parameter in parameter_table(h).items()}
         if different := found.items() ^ wanted.items():

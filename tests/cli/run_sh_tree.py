@@ -126,9 +126,6 @@ def plain_name(key, name):
         raise InputError(f"config key {key}: {name!r} cannot name a file")
 
 
-CHANGED_KNOBS = ()
-
-
 def read_knobs(argv, env):
     return dict(word.split("=", 1) for word in argv)
 

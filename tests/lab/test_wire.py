@@ -258,7 +258,8 @@ def test_a_step_without_data_is_the_real_one(real, world):
 
 
 def test_the_published_schedule_on_the_record_shapes():
-    shapes = {name: tuple(shape) for name, (shape, _) in t.parameter_table(t.load_config([], {})).items()}
+    h = t.load_config(["preset=record_sp1024"], {})
+    shapes = {name: tuple(shape) for name, (shape, _) in t.parameter_table(h).items()}
     events = predict.published_schedule(shapes, 8)
     found = collectives.totals(events, 8)
     small = [name for name in shapes if not name.endswith("_bank")]

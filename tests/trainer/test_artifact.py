@@ -219,7 +219,7 @@ def test_layout_is_the_documented_one(h, tensors, blob):
 def test_the_header_is_enough_to_build_the_model(blob):
     config = t.open_artifact(blob)[0]["config"]
     batch = dict(train_seq_len=16, train_batch_tokens=64, micro_batch_tokens=64, eval_batch_tokens=64)
-    model = t.GPT(t.load_config(as_arguments(batch | config), {}))
+    model = t.GPT(t.make_config(batch, config))
     assert shapes_of(parameters_of(model)) == shapes_of(t.unpack_artifact(blob))
 
 

@@ -90,13 +90,12 @@ def vocabulary_of(artifact: str, knobs: Sequence[str]) -> int:
 
 def print_vocabulary(artifact: str, knobs: list[str]) -> int:
     """Print the size of an artifact's vocabulary: the child's side of `vocabulary_of`."""
-    values = ("Config", "CHANGED_KNOBS", "InputError")
+    values = ("Config", "InputError")
     functions = ("make_config", "open_artifact", "read_file", "read_knobs")
     trainer = load_script(TRAINER, "trainer", values + functions, "score")
     try:
         header, _ = trainer.open_artifact(trainer.read_file(artifact))
-        defaults = {key: getattr(trainer.Config, key) for key in trainer.CHANGED_KNOBS}
-        trainer.make_config(trainer.read_knobs(knobs, {}), defaults | header["config"])
+        trainer.make_config(trainer.read_knobs(knobs, {}), header["config"])
     except (ValueError, trainer.InputError) as error:
         raise BadInput(f"{artifact}: {error}") from None
     print(header["config"].get("vocab_size"))

@@ -28,7 +28,7 @@ from script import (
 
 MODULE = "trainer"  # its name in sys.modules
 NEEDS = (
-    *("InputError", "Config", "make_config", "CHANGED_KNOBS", "parameter_table", "GPT", "init_machine"),
+    *("InputError", "Config", "make_config", "parameter_table", "GPT", "init_machine"),
     *("open_artifact", "read_tensors", "codec_of", "read_manifest", "sentencepiece_counts"),
     *("split_files", "load_shard", "sha256", "GPT.logits", "STORED_KNOBS", "tiktoken_counts", "read_file"),
 )
@@ -57,9 +57,8 @@ def read_artifact(t: ModuleType, path: str) -> Stored:
     try:
         header, payload = t.open_artifact(blob)
         tensors = t.read_tensors(header, payload)
-        fixed = {key: getattr(t.Config, key) for key in t.CHANGED_KNOBS} | header["config"]
-        knobs = {"eval_batch_tokens": fixed["eval_seq_len"], "codec": t.codec_of(blob)}
-        h = t.make_config(knobs, fixed)
+        knobs = {"eval_batch_tokens": header["config"]["eval_seq_len"], "codec": t.codec_of(blob)}
+        h = t.make_config(knobs, header["config"])
         stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted = {name: parameter.shape for name, parameter in t.parameter_table(h).items()}
         if different := stored.items() ^ wanted.items():
