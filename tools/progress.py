@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
+
+from script import on_one_line
 
 TICK_SECONDS = 1.0  # between two live lines on a terminal, and before the first
 LINE_SECONDS = 15.0  # between two lines elsewhere, and before the first
@@ -18,11 +20,23 @@ ERASE = "\r\x1b[K"  # the live line
 Item = TypeVar("Item")
 
 
+def has_live_line() -> bool:
+    """Return whether stderr is a terminal that can rewrite a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal that stderr is, 80 if it does not say; stdout may be a file."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
 def show_live(text: str) -> None:
     """Replace the live line of the terminal."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        width = shutil.get_terminal_size().columns - 1
-        print(ERASE + text[:width], end="", file=sys.stderr, flush=True)
+        print(ERASE + text[: terminal_width() - 1], end="", file=sys.stderr, flush=True)
 
 
 def write_line(text: str) -> None:
@@ -59,7 +73,7 @@ class Progress:
 
     def begin(self, work: str) -> None:
         """Begin some work, of which no stage is known yet."""
-        self.work = work
+        self.work = on_one_line(work)  # it may name a file
         self.started = time.perf_counter()
         self.expect(0, "")
 
@@ -89,13 +103,14 @@ class Progress:
     def text(self) -> str:
         """Return the line about this moment."""
         now = time.perf_counter()
+        done = self.done  # read once: the next stage may begin meanwhile
         line = f"{self.work}: {now - self.started:.0f} s"
         if self.total:
-            line += f", {self.done}/{self.total} {self.unit}"
+            line += f", {done}/{self.total} {self.unit}"
         left = self.guess
-        if self.done:
-            left = (self.advanced - self.stage_started) / self.done * (self.total - self.done)
-        if self.done or self.guess:
+        if done:
+            left = (self.advanced - self.stage_started) / done * (self.total - done)
+        if done or self.guess:
             line += f", ETA {max(0.0, left - (now - self.advanced)):.0f} s"
         return line
 
@@ -106,7 +121,7 @@ class Progress:
             with self.lock:
                 if self.ended.is_set():
                     return
-                if sys.stderr.isatty():
+                if has_live_line():
                     self.show(self.text())
                     self.shown = True
                 elif time.perf_counter() - max(told, self.started) >= LINE_SECONDS:

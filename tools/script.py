@@ -24,13 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ROOT / "train_gpt.py"
 
 
+def on_one_line(text: str) -> str:
+    """Return a text with its line breaks and control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in "\\n".join(text.splitlines()))
+
+
 class BadInput(Exception):
     """An error the user can fix: one line that names the file, key or value and the remedy."""
 
     def __str__(self) -> str:
         """Return the line. Line breaks and control characters are shown escaped."""
-        line = "\\n".join(super().__str__().splitlines())
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        return on_one_line(super().__str__())
 
 
 # ---- the console ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -46,6 +47,7 @@ def screen(monkeypatch):
     def show(live: bool = True) -> Screen:
         shown = Screen(live)
         monkeypatch.setattr(sys, "stderr", shown)
+        monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setattr(progress, "TICK_SECONDS", PIECE / 10)
         monkeypatch.setattr(progress, "LINE_SECONDS", PIECE / 10)
         return shown
@@ -96,6 +98,46 @@ def test_quick_work_says_nothing(monkeypatch):
     with Progress("counting") as telling:
         telling.print("done")
     assert shown.getvalue() == ""
+
+
+def test_a_dumb_terminal_has_whole_lines(screen, monkeypatch):
+    """It would show the codes that rewrite a line."""
+    shown = screen()
+    monkeypatch.setenv("TERM", "dumb")
+    with Progress("counting") as telling:
+        work_on(telling.each("ab", "letters"))
+    assert ERASE not in shown.getvalue() and shown.getvalue().endswith("\n")
+
+
+def test_a_live_line_fits_the_terminal_of_stderr(screen, monkeypatch):
+    """Stdout may be a file, which has no width, and COLUMNS may be that of another window."""
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = screen()
+    monkeypatch.setattr(shown, "fileno", lambda: 2)
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda number: os.terminal_size((number * 5, 24)))
+    progress.show_live("counting: 12 s")
+    assert shown.getvalue() == f"{ERASE}counting:"
+
+
+def test_a_file_with_a_line_break_in_its_name_is_told_on_one_line():
+    assert Progress("reading a\nb\x1b[31m").text() == "reading a\\nb\\x1b[31m: 0 s"
+
+
+def test_a_stage_may_begin_while_the_line_about_the_last_is_made():
+    class Moving(Progress):
+        values = [1]  # then 0, as expect() leaves it
+
+        @property
+        def done(self):
+            return self.values.pop() if self.values else 0
+
+        @done.setter
+        def done(self, value):
+            pass
+
+    telling = Moving("counting")
+    telling.total = 4
+    assert telling.text() == "counting: 0 s, 1/4 , ETA 0 s"
 
 
 def test_one_rank_of_several_speaks(screen):

@@ -34,7 +34,7 @@ import numpy as np
 from lab.shared.command_line import parse
 from ledger.run_verb import run_verb
 from progress import Progress
-from script import TRAINER, BadInput, load_script
+from script import TRAINER, BadInput, load_script, on_one_line
 
 MODULE = "measured_script"  # the script's name in sys.modules
 NEEDS = (
@@ -163,7 +163,8 @@ def measure(trainer: ModuleType, path: Path, progress: Progress) -> None:
         ) from None
     except ValueError as error:
         raise BadInput(f"{path}: {error}; name a file that train wrote") from None
-    progress.print(f"{path}: {len(blob):,} bytes by codec {codec}, {len(raw):,} before compression\n")
+    name = on_one_line(str(path))
+    progress.print(f"{name}: {len(blob):,} bytes by codec {codec}, {len(raw):,} before compression\n")
     print_codecs(trainer, raw, progress)
     print_entropies(trainer, raw, progress)
 
