@@ -143,7 +143,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.start = self.last = time.perf_counter()
         self.done = 0
 
@@ -198,6 +198,15 @@ class Progress:
 
     def _write(self, text: str, end: str) -> None:
         """Write a line; on a terminal, over the line before."""
-        erase_line = "\r\x1b[K" if self.live else ""
-        self.stream.write(f"{erase_line}{text}{end}")
-        self.stream.flush()
+        if self.live:
+            text = "\r\x1b[K" + (text if end else text[: self._width() - 1])  # a live line must not wrap
+        with contextlib.suppress(OSError):  # the terminal, or the reader of a pipe, may be gone
+            self.stream.write(f"{text}{end}")
+            self.stream.flush()
+
+    def _width(self) -> int:
+        """Return the columns of the terminal, 80 if it does not say."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80
+        except OSError:
+            return 80

@@ -245,6 +245,7 @@ def deduplicate(documents: list[str]) -> list[str]:
         exact.add(fingerprint)
         seen.update(mark for mark, _ in found)
         kept.append(text)
+    progress.erase()
     return kept
 
 

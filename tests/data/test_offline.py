@@ -3,6 +3,7 @@
 import argparse
 import io
 import itertools
+import os
 import re
 import sys
 import time
@@ -100,6 +101,7 @@ def terminal(monkeypatch):
     """Make stderr a terminal on which every update is shown, and return it."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
     seconds = itertools.count()
     monkeypatch.setattr(messages.time, "perf_counter", lambda: float(next(seconds)))
     return screen
@@ -119,6 +121,34 @@ def test_dropping_duplicates_says_how_far_it_is(monkeypatch):
     screen = terminal(monkeypatch)
     assert offline.deduplicate(["One sentence is here.", "Another one is there."])
     assert "drop duplicates: 1 documents 1 documents/s 50 % ETA 0:01" in screen.getvalue()
+    assert screen.getvalue().endswith("\r\x1b[K")  # what follows may be an error
+
+
+def test_a_live_line_fits_its_terminal(monkeypatch):
+    screen = terminal(monkeypatch)
+    monkeypatch.setattr(screen, "fileno", lambda: 2)
+    monkeypatch.setattr(messages.os, "get_terminal_size", lambda number: os.terminal_size((number * 5, 24)))
+    progress = messages.Progress("verify", 10)
+    progress.advance(5)
+    progress.close("all is well")
+    assert screen.getvalue() == "\r\x1b[Kverify: 5\r\x1b[Kverify: all is well, 2.0 s\n"
+
+
+def test_a_dumb_terminal_has_whole_lines(monkeypatch):
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(messages, "LINE_SECONDS", 0.5)
+    messages.Progress("verify", 10).advance(5)
+    assert screen.getvalue() == "verify: 5B 5B/s 50 % ETA 0:01\n"
+
+
+def test_a_terminal_that_is_gone_ends_no_work(monkeypatch):
+    def fail(text):
+        raise OSError
+
+    screen = terminal(monkeypatch)
+    monkeypatch.setattr(screen, "write", fail)
+    messages.Progress("verify", 10).advance(5)
 
 
 def test_a_library_that_tells_nothing_is_waited_for(monkeypatch):
