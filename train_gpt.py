@@ -254,6 +254,19 @@ def show(text: str) -> None:
         raise InputError(f"standard output: cannot write to it ({e.strerror}); send it elsewhere") from None
 
 
+def has_live_line() -> bool:
+    """Return whether stderr is a terminal that can rewrite a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal that stderr is, 80 if it does not say; stdout may be a file."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
 def plain_name(key: str, name: str) -> str:
     """Return the name if it can name a file. Raises InputError if it could lead to another folder."""
     if not re.fullmatch(r"\w[\w.,+=@~ -]*", name) or name != name.strip() or len(name.encode()) > 200:
@@ -1521,7 +1534,7 @@ class Log:
 
     def create(self, resume: bool) -> None:
         """On rank 0: create or open the file and keep others from it. Raises InputError."""
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = has_live_line()
         with explained(f"{self.path}: cannot write the log", "change run_id or out_dir, or resume=auto"):
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             if Path(self.path).is_fifo():  # to open a pipe is to wait for its reader
@@ -1581,7 +1594,8 @@ class Log:
         text = line if console is SAME else console
         if text != NOTHING:
             with suppress(OSError, InputError):  # a run goes on without a console: the log has everything
-                show(("\r\033[K" if self.on_terminal else "") + text)
+                self.status("")
+                show(text)
 
     def move(self, line: str, reason: str) -> None:
         """Go on with `line` in a copy of the log elsewhere, and say where on stderr. Raises InputError."""
@@ -1597,7 +1611,7 @@ class Log:
         """Replace the status line of a terminal."""
         if self.on_terminal:
             with suppress(OSError):  # the terminal may be gone
-                print("\r\033[K" + text[:110], end="", file=sys.stderr, flush=True)
+                print("\r\033[K" + text[: terminal_width() - 1], end="", file=sys.stderr, flush=True)
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
         """Show how far long work is and when it ends: in the status line, else a line every PROGRESS_S.

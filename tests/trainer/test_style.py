@@ -163,9 +163,9 @@ def test_environment_is_read_in_main_only(tree):
     """Let `main` pass os.environ on, and others only do what is not about a run's settings.
 
     `init_machine` sets a default, `tell_torchrun` finds torchrun's file, `read_ranks` looks up only ranks,
-    `wrong_setting` names PyTorch's own variables.
+    `wrong_setting` names PyTorch's own variables, `has_live_line` looks up only TERM.
     """
-    allowed_names = ("main", "init_machine", "tell_torchrun", "wrong_setting")
+    allowed_names = ("main", "init_machine", "tell_torchrun", "wrong_setting", "has_live_line")
     readers = [f for f in functions(tree) if f.name in allowed_names]
     allowed = {id(node) for f in readers for node in ast.walk(f)}
     for node in ast.walk(tree):
@@ -174,6 +174,7 @@ def test_environment_is_read_in_main_only(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "os":
             imported = {alias.name for alias in node.names}
             assert not {"environ", "getenv"} & imported, f"line {node.lineno}: use os.environ in main"
+    assert set(map(looked_up, ast.walk(named(tree, FUNCTIONS, "has_live_line")))) <= {None, "TERM"}
     for node in ast.walk(named(tree, FUNCTIONS, "read_ranks")):
         name = looked_up(node)
         if name is not None:

@@ -89,6 +89,7 @@ def test_long_work_shows_progress(live, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(t.time, "perf_counter", lambda: clock[0])
     screen = Terminal() if live else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
     with group_of_one() as m:
         log = t.Log(str(tmp_path / "log.txt"), m)
         for done in range(1, 21):
@@ -100,6 +101,31 @@ def test_long_work_shows_progress(live, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == ([] if live else lines)
     shown = screen.getvalue().split("\r\033[K")[1:]
     assert shown == ([f"work: {done}/20, ETA {2 * (20 - done)} s" for done in range(1, 21)] if live else [])
+
+
+def test_a_live_line_fits_the_terminal_and_its_codes_stay_out_of_stdout(tmp_path, monkeypatch, capsys):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(screen, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(t.os, "get_terminal_size", lambda number: os.terminal_size((number * 5, 24)))
+    with group_of_one() as m:
+        log = t.Log(str(tmp_path / "log.txt"), m)
+        log.status("step 12 of 20")
+        log("a line")
+        log.close()
+    assert screen.getvalue() == "\r\033[Kstep 12 o\r\033[K"
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_a_dumb_terminal_has_no_live_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with group_of_one() as m:
+        log = t.Log(str(tmp_path / "log.txt"), m)
+        log.status("step 12 of 20")
+        log.close()
+    assert sys.stderr.getvalue() == ""
 
 
 def test_calibration_and_scores_show_progress(tmp_path, monkeypatch):
