@@ -79,7 +79,7 @@ def is_refused_in_a_row() -> bool:
 
 
 def is_refused_in_the_base() -> bool:
-    """Whether a sweep sets the knob itself."""
+    """Whether no plan may set the knob."""
     t = SimpleNamespace(InputError=BadInput, load_config=lambda argv, env: SimpleNamespace(eval_seq_len=64))
     try:
         planning.make_base(t, {"extra": 1}, "plan", sliding=False)
@@ -145,7 +145,7 @@ RESULTS = {  # what a trait changes
         *(may_differ_in_a_record, is_named_by_a_record, is_typed_to_reproduce),
         *(is_refused_in_a_row, is_refused_in_the_base, is_an_idea, splits_a_curve),
     },
-    "BACKUP": {may_differ_in_a_record},
+    "BACKUP": {may_differ_in_a_record, is_refused_in_a_row, is_refused_in_the_base},
     "SHARED": {is_refused_in_a_row},
     "SCORES": {is_refused_in_a_row, is_an_idea, splits_a_curve},
     "STRIDE": {is_a_stride, is_refused_in_the_base},

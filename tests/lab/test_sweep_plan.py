@@ -163,6 +163,11 @@ def test_sigterm_to_the_command_ends_sweep_and_worker(tmp_path):
 # ---------------------------------------------------------------- plans
 
 
+def without(key):
+    """Return the base of a plan that leaves a knob to its preset."""
+    return {name: value for name, value in base().items() if name != key}
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -187,6 +192,12 @@ def test_sigterm_to_the_command_ends_sweep_and_worker(tmp_path):
         (dict(base=base(fit_cap="1")), r"base sets fit_cap"),
         (dict(base=base(target_loss="3")), r"plan: base sets target_loss, and a sweep ranks artifacts"),
         (dict(rows={"a": {"target_loss": 3}}), r"row a: target_loss is the same in every row"),
+        (dict(rows={"a": {"tokens_per_param": 0.5}}, base=without("iterations")), r"row a: makes iterations"),
+        (dict(rows={"a": {"depth": 2}}), r"row a: makes \w+ \d+, and it is \d+ in base"),
+        (dict(rate_key="tokens_per_param", base=without("iterations")), r"row ns5: makes iterations"),
+        (dict(rows={"a": {"resume": "auto"}}), r"row a: resume has no effect in a sweep"),
+        (dict(base=base(checkpoint_every="5")), r"plan: base: checkpoint_every has no effect in a sweep"),
+        (dict(rate_key="checkpoint_every"), r"row ns5: checkpoint_every has no effect in a sweep"),
         (dict(base=base(iterations="x")), r"plan: base: config key iterations"),
         (dict(colour="red"), r"unknown key 'colour'"),
     ],

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -117,7 +117,30 @@ def row_settings(where: str, given: Mapping) -> dict[str, str]:
     for key in settings:
         if key in (*sweep_table.fixed_knobs(), *with_trait("OWN")):
             raise BadInput(f"{where}: {key} is the same in every row of a table; set it in base")
+    check_no_backup(where, settings)
     return settings
+
+
+def check_no_backup(where: str, keys: Iterable[str]) -> None:
+    """Raise BadInput if one of the knobs keeps a run from being lost: a worker resumes none."""
+    for key in keys:
+        if key in with_trait("BACKUP"):
+            raise BadInput(
+                f"{where}: {key} has no effect in a sweep, which trains what was cut off from its start; "
+                "leave it out"
+            )
+
+
+def check_shared_knobs(where: str, h: Any, base: Any) -> None:
+    """Raise BadInput if a Config differs from base's in a knob that may follow from others, as iterations."""
+    for key in sweep_table.fixed_knobs():
+        value = getattr(h, key)
+        value_in_base = getattr(base, key)
+        if value != value_in_base:
+            raise BadInput(
+                f"{where}: makes {key} {value}, and it is {value_in_base} in base: it is the same in every "
+                "row of a table; set in base what it follows from"
+            )
 
 
 def row_rates(where: str, given: Mapping, plan: Mapping, rate_key: str, start: float) -> tuple[str, ...]:
@@ -157,14 +180,16 @@ def make_row(trainer: ModuleType, name: str, given: Any, plan: Mapping, base: Ma
 
     rate_key = given.get("rate_key", plan.get("rate_key", "matrix_lr"))
     start = getattr(resolve(trainer, where, {**base, **settings}), str(rate_key), None)
+    check_no_backup(where, [rate_key])
     if not isinstance(start, float) or rate_key in (*sweep_table.fixed_knobs(), *sweep_table.model_knobs()):
         raise BadInput(
             f"{where}: rate_key {rate_key!r} must be a knob with a decimal value, such as matrix_lr"
         )
 
     rates = row_rates(where, given, plan, rate_key, start)
+    shared = resolve(trainer, "base", base)
     for rate in rates:
-        resolve(trainer, where, {**base, **settings, rate_key: rate})
+        check_shared_knobs(where, resolve(trainer, where, {**base, **settings, rate_key: rate}), shared)
     return Row(settings, rate_key, rates)
 
 
@@ -174,6 +199,7 @@ def make_base(trainer: ModuleType, given: Mapping, where: str, sliding: bool) ->
     for key in (*FORCED, *with_trait("OWN")):
         if key in base:
             raise BadInput(f"{where}: base sets {key}, which the sweep sets itself")
+    check_no_backup(f"{where}: base", base)
     strides = () if sliding else sweep_table.stride_knobs()
     for key in strides:
         if key in base:
