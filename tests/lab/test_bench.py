@@ -89,6 +89,8 @@ def test_bad_input_is_one_line(tmp_path, capfd):
         (["sead=1"], "sead"),
         (["--fast"], "--fast"),
         (["--json", str(tmp_path / "no" / "b.json")], "no such folder"),
+        (["--json", str(tmp_path)], "is a folder"),
+        (["--json", ""], "the name is empty"),
         (["--candidates", str(tmp_path / "none.py")], "none.py"),
         (["--candidates", str(empty)], "CANDIDATES"),
         (["--only", "a"], "--candidates"),

@@ -115,7 +115,17 @@ def test_a_script_that_lacks_a_place_is_refused(tmp_path, capsys):
     script.write_text("pass\n")
     out = tmp_path / "out"
     assert layouts.main(["--out", str(out), "--script", str(script)]) == 2
-    assert capsys.readouterr().err.startswith("record: separate_products: the script has")
+    said = capsys.readouterr().err
+    assert said.startswith(f"record: {script}: separate_products: the script has") and said.count("\n") == 1
+    assert layouts.main(["--out", str(out), "--script", str(tmp_path / "gone.py")]) == 2
+    assert "gone.py: cannot read: No such file or directory; --script PATH" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(BadInput, match="2 times"):
         layouts.with_layout(TRAINER.read_text() * 2, layouts.WHOLE_BANKS)
+
+
+def test_all_copies_are_written_or_none(tmp_path, capsys):
+    (tmp_path / "published_order.py").mkdir()
+    assert layouts.main(["--out", str(tmp_path)]) == 2
+    assert "published_order.py: is a folder; name a file in it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["published_order.py"]

@@ -380,6 +380,7 @@ def test_bad_input_is_one_line(tmp_path, capfd):
     assert "1 to 64" in refused(capfd, "--ranks", 0)
     assert "must divide" in refused(capfd, "--ranks", 8, "--nodes", 3)
     assert "no such folder" in refused(capfd, "--out", tmp_path / "no" / "x.md")
+    assert "is a folder; name a file in it" in refused(capfd, "--out", tmp_path)
     assert "one of nvlink_gbps" in refused(capfd, "--assume", "speed=3")
     assert "positive number" in refused(capfd, "--assume", "nic_gbps=fast")
     assert "unknown config key" in refused(capfd, "sed=1")

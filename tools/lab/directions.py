@@ -54,7 +54,7 @@ from lab.update.cases import (
 )
 from lab.update.quality import Inputs, log_quality, train_momentum
 from lab.update.times import log_floors, log_work, time_cases
-from ledger.files import read_text
+from ledger.files import named_path, read_text
 from ledger.make import direction_tables
 from ledger.read import direction_log
 from ledger.read.runlog import SEPARATOR
@@ -319,12 +319,13 @@ def free_name(out: Path, name: str) -> Path:
     return target
 
 
-def publish(text: str, out: Path) -> Path:
+def publish(text: str, out: Path, path: Path) -> Path:
     """Make the folder of a log in `out` and return it. It gets its name when it is complete.
 
+    path: of the log, for messages.
     Without matplotlib it has no picture: `--log FOLDER/log.txt` makes a complete folder elsewhere.
     """
-    log = direction_log.parse(text)
+    log = direction_log.parse(text, path)
     machine = log["machine"][0]
     name = f"{machine['date']}_{direction_log.device_slug(machine['note'])}"
     files = {
@@ -370,7 +371,7 @@ def command(args: argparse.Namespace) -> int:
     out = args.out or args.root / "records" / "directions"
     running = out / f".running-{os.getpid()}.txt"
     text = read_text(args.log) if args.log else measure_to_log(args, running)
-    target = publish(text, out)
+    target = publish(text, out, args.log or running)
     running.unlink(missing_ok=True)
     print(f"\n{read_text(target / 'tables.md')}\n{target}")
     if noisy := noisy_times(direction_log.parse(text)):
@@ -399,7 +400,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="start no timing after this; 0: no limit (default: 145)",
     )
     add("--tiny", action="store_true", help="small matrices: a trial of the tool")
-    add("--out", type=Path, help="folder of the results (default: records/directions)")
+    add("--out", type=named_path, help="folder of the results (default: records/directions)")
     add("--log", type=Path, help="measure nothing: make the folder of this log.txt")
     add("--script", type=Path, help="the train_gpt.py to measure (default: the one here)")
     add("--root", type=Path, default=ROOT, help="repository whose records/ is written (default: this one)")

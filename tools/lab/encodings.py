@@ -36,8 +36,8 @@ from torch import Tensor
 
 from lab.shared.command_line import parse
 from lab.shared.trainer import known_errors_of
-from ledger.files import write_atomic
-from ledger.read.knobs import with_trait
+from ledger.files import check_output, named_path, write_atomic
+from ledger.read.knobs import known_knobs, with_trait
 from ledger.run_verb import run_verb
 from progress import Progress
 from script import TRAINER, BadInput, load_script
@@ -83,8 +83,14 @@ def check_knobs(words: list[str], *traits: str) -> None:
     for word in words:
         key = word.partition("=")[0]
         if key not in allowed:
-            codes = ", ".join(with_trait("CODES"))
-            raise BadInput(f"{word[:80]}: cannot change after training; rows may set {codes}")
+            if key not in known_knobs():
+                raise BadInput(f"{word[:80]}: {key[:40]!r} is no knob; ./run.sh config lists them")
+            of_a_row = ", ".join(with_trait("CODES"))
+            of_all_rows = ", ".join(with_trait("INPUT", "DATA"))
+            raise BadInput(
+                f"{word[:80]}: cannot change after training; rows may set {of_a_row}, and all rows together "
+                f"also {of_all_rows}"
+            )
 
 
 def config_of(t: ModuleType, checkpoint: Path, words: list[str]) -> Any:
@@ -204,6 +210,8 @@ def measure(t: ModuleType, checkpoint: Path, configs: dict[str, Any], progress: 
 def command(args: argparse.Namespace) -> int:
     """Print the table, and write it as JSON with --json."""
     t = load_script(args.script, MODULE, NEEDS, "encode")
+    if args.json:
+        check_output("--json", args.json)
     checkpoint = Path(args.words[0])
     words = args.words[1:]
     with known_errors_of(t):
@@ -230,7 +238,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="+", metavar="CHECKPOINT KNOB=VALUE", help="and knobs for all rows")
     parser.add_argument("--row", action="append", default=[], help="knobs of one row, in quotes")
     parser.add_argument("--script", type=Path, default=TRAINER, help="the script that wrote the checkpoint")
-    parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--json", type=named_path, help="write the table here as well")
     return parser
 
 

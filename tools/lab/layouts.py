@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ledger.files import read_text, write_atomic
+from ledger.files import check_output, named_path, read_text, write_atomic
 from ledger.run_verb import run_verb
 from script import TRAINER, BadInput
 
@@ -177,14 +177,18 @@ PUBLISHED_ORDER = Layout(
 LAYOUTS = (SEPARATE_PRODUCTS, SEPARATE_TENSORS, WHOLE_BANKS, PUBLISHED_ORDER)
 
 
-def with_layout(source: str, layout: Layout) -> str:
-    """Return the source of a trainer with another layout. Raises BadInput if it lacks a place to edit."""
+def with_layout(source: str, layout: Layout, path: Path = TRAINER) -> str:
+    """Return the source of a trainer with another layout. Raises BadInput if it lacks a place to edit.
+
+    path: of the trainer, for messages.
+    """
     for edit in layout.edits:
         if source.count(edit.old) != 1:
             line = edit.old.strip().splitlines()[0]
             raise BadInput(
-                f"{layout.name}: the script has {line!r} with what follows {source.count(edit.old)} times, "
-                "and once is needed; use the train_gpt.py that belongs to this tool"
+                f"{path}: {layout.name}: the script has {line!r} with what follows "
+                f"{source.count(edit.old)} times, and once is needed; use the train_gpt.py that belongs to "
+                "this tool"
             )
         source = source.replace(edit.old, edit.new)
     return source
@@ -192,15 +196,20 @@ def with_layout(source: str, layout: Layout) -> str:
 
 def command(args: argparse.Namespace) -> int:
     """Write every copy. Returns the exit status."""
-    source = read_text(args.script)
-    copies = {layout: with_layout(source, layout) for layout in LAYOUTS}
+    try:
+        source = read_text(args.script)
+    except BadInput as error:
+        raise BadInput(f"{error}; --script PATH names a train_gpt.py") from None
+    copies = {layout: with_layout(source, layout, args.script) for layout in LAYOUTS}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise BadInput(f"{args.out}: not a folder; name another with --out") from None
-    for layout, text in copies.items():
-        path = args.out / f"{layout.name}.py"
-        write_atomic(path, text)
+    paths = {layout: args.out / f"{layout.name}.py" for layout in LAYOUTS}
+    for path in paths.values():  # all copies or none
+        check_output("the copy", path)
+    for layout, path in paths.items():
+        write_atomic(path, copies[layout])
         print(f"{path}: {layout.about}")
     return 0
 
@@ -209,7 +218,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     text = "write copies of train_gpt.py whose optimizer keeps and sends the matrices in other ways"
     parser = argparse.ArgumentParser(prog="record layouts", description=text)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the copies")
+    parser.add_argument("--out", type=named_path, required=True, metavar="DIR", help="folder for the copies")
     parser.add_argument("--script", type=Path, default=TRAINER, metavar="PATH", help="another train_gpt.py")
     return parser
 

@@ -41,7 +41,7 @@ from children import child_environment
 from lab.shared.command_line import parse
 from lab.training import planning
 from lab.training.planning import Configuration, Plan, Queue
-from ledger.files import read_text
+from ledger.files import named_path, read_text
 from ledger.make import pictures, sweep_table
 from ledger.read.knobs import with_trait
 from ledger.read.runlog import Run
@@ -415,7 +415,12 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="start no configuration that would end later (default: no limit)",
     )
-    add("--out", metavar="DIR", help="folder of logs and tables (default: logs/sweeps/NAME, the plan's)")
+    add(
+        "--out",
+        type=named_path,
+        metavar="DIR",
+        help="folder of logs and tables (default: logs/sweeps/NAME, the plan's)",
+    )
     add("--sliding", action="store_true", help="also score with the preset's stride (slow)")
     return parser
 
@@ -434,7 +439,7 @@ def command(args: argparse.Namespace) -> int:
 
     trainer = load_script(TRAINER, "swept_trainer", planning.NEEDS, "sweep")
     plan = planning.read_plan(trainer, args)
-    folder = Path(args.out) if args.out else Path("logs", "sweeps", plan.name)
+    folder = args.out or Path("logs", "sweeps", plan.name)
     return Sweep(plan, folder, args.workers, args.budget).run()
 
 

@@ -65,7 +65,7 @@ from lab.shared.collectives import (
     totals,
 )
 from lab.shared.command_line import parse
-from ledger.files import write_atomic
+from ledger.files import check_output, named_path, write_atomic
 from ledger.make import markdown
 from ledger.run_verb import run_verb
 from progress import Progress
@@ -278,8 +278,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise BadInput(f"--ranks {args.ranks}: give 1 to {MAX_RANKS} processes of this machine")
     if args.nodes < 1 or args.ranks % args.nodes:
         raise BadInput(f"--nodes {args.nodes}: must divide --ranks {args.ranks}")
-    if args.out and not args.out.resolve().parent.is_dir():
-        raise BadInput(f"--out {args.out}: no such folder; make it first")
+    if args.out:
+        check_output("--out", args.out)
 
 
 def command(args: argparse.Namespace) -> int:
@@ -327,7 +327,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="another figure for the prediction; the output lists them",
     )
     add("--script", type=Path, metavar="PATH", help="default: the repository's train_gpt.py")
-    add("--out", type=Path, metavar="FILE.md", help="also write the tables there")
+    add("--out", type=named_path, metavar="FILE.md", help="also write the tables there")
     add("--root", type=Path, default=ROOT, help="repository (default: this one)")
     return parser
 

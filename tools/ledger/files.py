@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import gzip
 import hashlib
@@ -69,6 +70,27 @@ def read_json(path: Path) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON ({error})") from None
+
+
+def named_path(text: str) -> Path:
+    """Read the path of an option. Raises ArgumentTypeError for "", which would mean the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; leave the option out, or give a name")
+    return Path(text)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raise BadInput if `path` cannot be written as a file: before the work whose result it is to hold.
+
+    option: how the user named it.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise BadInput(f"{option} {path}: is a folder; name a file in it")
+    if not folder.is_dir():
+        raise BadInput(f"{option} {path}: no such folder; make it first")
+    if not os.access(path if path.exists() and not path.is_file() else folder, os.W_OK):
+        raise BadInput(f"{option} {path}: no permission to write there; name another file")
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ledger import races
-from ledger.files import read_text, write_atomic
+from ledger.files import named_path, read_text, write_atomic
 from ledger.folders import (
     find_folder,
     find_target,
@@ -220,7 +220,7 @@ def plot(args: argparse.Namespace) -> int:
     if args.out is None and len(targets) > 1:
         raise BadInput("several targets: name the picture with --out FILE.png")
 
-    out = default_picture(targets[0]) if args.out is None else Path(args.out)
+    out = default_picture(targets[0]) if args.out is None else args.out
     if out.suffix != ".png":
         raise BadInput(f"--out {args.out}: pictures are PNG; name it FILE.png")
     logs = [log for target in targets for log in logs_of(target)]
@@ -246,7 +246,7 @@ def show_diff(args: argparse.Namespace) -> int:
     sections = diff.section_diffs(a.source, b.source)
     if args.html:
         page = diff.html_diff(a.source, b.source, (args.a, args.b), [*settings, diff.diff_total(sections)])
-        write_atomic(Path(args.html), page)
+        write_atomic(args.html, page)
         print(args.html)
         return 0
 
@@ -333,7 +333,7 @@ def reproduce_record(args: argparse.Namespace) -> int:
 
 def track_logs(args: argparse.Namespace) -> int:
     """Send logs to a tracker."""
-    return track([Path(log) for log in args.logs], args.to, Path(args.dir), args.follow)
+    return track([Path(log) for log in args.logs], args.to, args.dir, args.follow)
 
 
 def site(args: argparse.Namespace) -> int:
@@ -345,7 +345,7 @@ def site(args: argparse.Namespace) -> int:
         return examine(folder, records)
 
     with Progress("site") as progress:
-        page = write_site(args.root, Path(args.out), None if args.no_verify else examine_folder, progress)
+        page = write_site(args.root, args.out, None if args.no_verify else examine_folder, progress)
     print(f"{shown(page)}: {page.stat().st_size:,} bytes in {time.monotonic() - started:.1f} s")
     return 0
 
@@ -389,13 +389,15 @@ def parser() -> argparse.ArgumentParser:
 
     added = verb("plot", plot, "draw loss curves of logs or folders, finished or not")
     added.add_argument("targets", nargs="+", metavar="TARGET")
-    added.add_argument("--out", metavar="FILE.png")
+    added.add_argument("--out", type=named_path, metavar="FILE.png")
 
     added = verb("diff", show_diff, "show what differs between two folders, logs or scripts")
     added.add_argument("a", metavar="A")
     added.add_argument("b", metavar="B")
     added.add_argument("--stat", action="store_true", help="only count the lines changed in each section")
-    added.add_argument("--html", metavar="FILE", help="write both sources side by side as a page")
+    added.add_argument(
+        "--html", type=named_path, metavar="FILE", help="write both sources side by side as a page"
+    )
 
     added = verb("compare", compare, "test whether the seeds of B are better than those of A")
     added.add_argument("a", metavar="A")
@@ -421,11 +423,15 @@ def parser() -> argparse.ArgumentParser:
     added = verb("track", track_logs, "send the figures of logs to a tracker")
     added.add_argument("logs", nargs="+", metavar="LOG")
     added.add_argument("--to", required=True, choices=list(TRACKERS))
-    added.add_argument("--dir", required=True, metavar="DIR", help="where the tracker keeps them")
+    added.add_argument(
+        "--dir", type=named_path, required=True, metavar="DIR", help="where the tracker keeps them"
+    )
     added.add_argument("--follow", action="store_true", help="until each run is over")
 
     added = verb("site", site, "write the whole ledger as one page that needs no network")
-    added.add_argument("--out", required=True, metavar="DIR", help="the page is DIR/index.html")
+    added.add_argument(
+        "--out", type=named_path, required=True, metavar="DIR", help="the page is DIR/index.html"
+    )
     added.add_argument(
         "--no-verify",
         action="store_true",

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from ledger.files import check_output, named_path
 from script import TRAINER, BadInput
 
 SUSTAIN = 8.0  # seconds of training's own loop on a GPU
@@ -28,13 +29,13 @@ def make_parser(description: str) -> Parser:
     add("knobs", nargs="*", metavar="key=value", help="knobs of Config: preset=h100x1 ...")
     add("--script", type=Path, default=TRAINER, metavar="PATH",
         help="the train_gpt.py to time; default: the repository's")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
+    add("--json", type=named_path, metavar="FILE", help="also write every figure to FILE")
     add("--candidates", type=Path, metavar="FILE.py", help="compare the replacements in its CANDIDATES")
     add("--only", metavar="NAME,NAME", help="compare only these candidates")
     add("--all", action="store_true", help="with --candidates: also measure what bench measures without")
     add("--sustain", type=float, metavar="S",
         help=f"seconds of training's own loop ({SUSTAIN:g} on a GPU, 0 on a CPU; 0: none)")  # fmt: skip
-    add("--timeline", type=Path, metavar="FILE.json",
+    add("--timeline", type=named_path, metavar="FILE.json",
         help="instead: trace whole steps: compute, communication, what is exposed (timeline.py)")  # fmt: skip
     add("--steps", type=int, default=5, metavar="N", help="steps of the timeline (5)")
     add("--attention", action="store_true",
@@ -55,8 +56,9 @@ def read_options(argv: list[str], description: str = "") -> argparse.Namespace:
         raise BadInput(f"--seconds {args.seconds:g}: give 0 or more")
     if not 1 <= args.steps <= MAX_STEPS:
         raise BadInput(f"--steps {args.steps}: give 1 to {MAX_STEPS}")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise BadInput(f"--json {args.json}: no such folder; make it first")
+    for option, path in (("--json", args.json), ("--timeline", args.timeline)):
+        if path:
+            check_output(option, path)
     if args.only and not args.candidates:
         raise BadInput("--only needs --candidates FILE.py")
     if args.all and not args.candidates:

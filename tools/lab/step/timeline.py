@@ -68,7 +68,7 @@ from lab.step.timeline_figures import (
     step_table,
 )
 from lab.step.traces import STEP, RankTrace, read_trace
-from ledger.files import write_atomic
+from ledger.files import check_output, write_atomic
 from progress import Progress
 from script import BadInput, machine_names
 
@@ -163,8 +163,7 @@ def check_options(args: argparse.Namespace) -> Path:
     image = trace.with_suffix(".png")
     if trace.suffix != ".json":
         raise BadInput(f"--timeline {trace}: give the name of a .json file; the picture is its .png")
-    if not trace.resolve().parent.is_dir():
-        raise BadInput(f"--timeline {trace}: no such folder; make it first")
+    check_output("the picture", image)
     if args.json and args.json.resolve() in (trace.resolve(), image.resolve()):
         raise BadInput(f"--json {args.json}: --timeline writes that file; choose another")
     if args.candidates:
