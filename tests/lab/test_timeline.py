@@ -17,6 +17,7 @@ import pytest
 
 from helpers import TINY, refused_by
 from lab import bench
+from lab.shared import bench_options
 from lab.shared.collectives import Collective, Recorder
 from lab.step import timeline, timeline_drawing, timeline_figures, traces
 from lab.step.intervals import account, clipped, length, merged, minus
@@ -352,10 +353,15 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_half_written(tmp_path, capsys):
-    """A name that cannot be written is reported in one line, and no temporary file stays."""
+def test_nothing_half_written(tmp_path, capsys, monkeypatch):
+    """A name that can no longer be written is reported in one line, and no temporary file stays."""
     at = tmp_path / "t.json"
     at.mkdir()
+    assert bench.main(["--timeline", str(at), *KNOBS], {}) == 2
+    said = capsys.readouterr()
+    assert said.err == f"bench.py: --timeline {at}: is a folder; name a file in it\n" and not said.out
+
+    monkeypatch.setattr(bench_options, "check_output", lambda option, path: None)  # it became one later
     assert bench.main(["--timeline", str(at), "--steps", "1", *KNOBS], {}) == 2
     said = capsys.readouterr()
     assert said.err.endswith("cannot write: Is a directory\n")
