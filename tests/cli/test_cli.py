@@ -18,6 +18,7 @@ from commands import ask_trainer, datasets, machine, programs
 from commands.words import Takes
 from lab.shared.bench_options import make_parser
 from ledger import lab_verbs, record
+from ledger.files import named_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ def test_every_row_of_the_machine_table_can_be_trained(row):
 
 
 def test_the_help_of_bench_shows_the_options_of_its_parser():
-    kinds = {bool: Takes.NOTHING, Path: Takes.FILE}
+    kinds = {bool: Takes.NOTHING, Path: Takes.FILE, named_path: Takes.FILE}
     parsed = {}
     for action in make_parser("")._actions:
         for option in action.option_strings:

@@ -230,6 +230,14 @@ def test_the_trainers_docstring_names_commands_that_run():
     assert "preset=cpu" in lines[1] and "preset=cpu" in lines[2]
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/script.md"])
+def test_sections_are_counted_right(name):
+    numbers = re.findall(r"^# (\d+)\. ", (ROOT / "train_gpt.py").read_text(encoding="utf-8"), re.M)
+    assert numbers == [str(i) for i in range(len(numbers))]
+    said = re.findall(r"(\d+) sections", (ROOT / name).read_text(encoding="utf-8"))
+    assert said == [str(len(numbers))]
+
+
 def test_the_checks_see_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
     text = "[a](page.md#second-part) [b](page.md#third) [c](gone.md)\n## Second part\n"

@@ -107,10 +107,10 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
 def read_artifact(name: str, rest: list[str]) -> str:
     """Take the artifact's path off the front of `rest`."""
     if not rest or not rest[0] or "=" in rest[0]:
-        raise BadInput(f"{name} needs an artifact: ./run.sh {name} logs/RUN.int6.xz")
+        raise BadInput(f"{name} needs an artifact: ./run.sh {name} logs/RUN.int6.CODEC")
     path = rest.pop(0)
     if not os.path.isfile(path):
-        raise BadInput(f"no artifact at {path}: train writes them as logs/RUN.int6.xz")
+        raise BadInput(f"no artifact at {path}: train writes them as logs/RUN.int6.CODEC")
     return from_caller(path)
 
 
