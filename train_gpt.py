@@ -288,7 +288,7 @@ def sha256(data: bytes) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 2. Config: every knob once, with its default. The defaults are the eight-GPU attempt.
+# 2. Config: every knob once, with its default. Presets say what to train; record_sp1024 leaves all defaults.
 
 
 # What a knob may be, by its annotation.
