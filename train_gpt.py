@@ -3272,10 +3272,11 @@ def mlp_kernel(
     """Compute a product u and hidden = LeakyReLU(u)^2, or the gradient of u.
 
     Forward: out = hidden with u = a w', w (N, K). Backward: out = (a w) times the derivative of hidden by u,
-    w (K, N). u is not stored: the last bit of hidden is set if u < 0, so hidden alone gives its derivative, 2
-    sqrt(hidden) or -sqrt(hidden). SHIFT: how many bits hidden is shorter than float32. With hidden8_desc, a
-    and w are e4m3, u is their product times the number at u_ptr, and hidden divided by the number at step_ptr
-    is also stored, in e4m3.
+    w (K, N). u is not stored. The last bit of hidden is set where u < 0, which is enough for the derivative:
+    -sqrt(hidden) there, 2 sqrt(hidden) elsewhere. SHIFT: how many bits hidden is shorter than float32.
+
+    With hidden8_desc, a and w are e4m3. u is their product times the factor at u_ptr, and hidden divided by
+    the step at step_ptr is also stored, in e4m3.
     """
     m = tl.program_id(1) * BM
     n = tl.program_id(0) * BN

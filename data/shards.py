@@ -33,7 +33,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 1 << 16  # ids are uint16
 MAX_SHARD_TOKENS = (1 << 31) - 1  # the header counts in int32
-SHARD_TOKENS = 100_000_000  # a full shard of the challenge has
+SHARD_TOKENS = 100_000_000  # in a full shard of the challenge
 
 MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"

@@ -231,7 +231,7 @@ COMMANDS = {
             Form("[pytest arguments]", "Check format and style, then run the tests.", "test -k style"),
             Form("fast", "The same with the quick tests only: under 90 seconds on two cores.", "test fast"),
             Form("stress", "The same with soak, kill and fuzz tests only.", "test stress"),
-            Form("long", "The same with the few tests that take over 15 s each, or as a file.", "test long"),
+            Form("long", "The same with the few tests or files that take over 15 s.", "test long"),
         ),
         reads_knobs=False,
         runs_attention=False,

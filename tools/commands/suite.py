@@ -31,7 +31,7 @@ FAST = (
 )
 STRESS = ("tests/stress",)
 MOST = ("-m", "not long")  # without arguments; about ten minutes on two cores
-LONG = ("-m", "long")  # the few tests that take over 15 s each, or as a file
+LONG = ("-m", "long")  # the few tests, and files of tests, that take over 15 s
 
 
 def test(request: Request) -> int:

@@ -100,7 +100,9 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
 
     nproc = os.environ.get("NPROC") or "1"
     if not nproc.isdecimal() or nproc.startswith("0"):
-        raise BadInput(f"NPROC={nproc} is not a number of processes: give 1, 2, 4 or 8")
+        raise BadInput(
+            f"NPROC={nproc} is not a number of processes: give a whole number, such as 1, 2, 4 or 8"
+        )
     return Request(words, artifact, tuple(options), tuple(knobs))
 
 

@@ -23,8 +23,8 @@ from lab.shared.trainer import (
 )
 
 OUTPUT_LAYER = "output layer + softcap + cross-entropy"  # its output is one number
-ID_BYTES = 8  # a token id takes
-TABLE_BYTES = 4  # a number in an embedding table takes
+ID_BYTES = 8  # of a token id
+TABLE_BYTES = 4  # of a number in an embedding table
 ATTENTION_BACKWARD = 2.5  # products of attention's backward over those of its forward: five for two
 
 
