@@ -7165,9 +7165,10 @@ def fit_micro_batch(run: Run, optimizer: Optimizer) -> BatchShape:
         optimizer.clear_gradients()
         B = shape.sequences
         if B == 1:
+            remedies = "lower train_seq_len, set gptq_batches=0," if h.calibrates else "lower train_seq_len"
             raise Fault(
-                f"no memory to train on one sequence of train_seq_len={T} tokens; lower train_seq_len or "
-                "make the model smaller"
+                f"no memory to train on one sequence of train_seq_len={T} tokens; {remedies} or make the "
+                "model smaller"
             )
         shape = shape.split(min(parts for parts in range(2, B + 1) if B % parts == 0))
         run.log(f"no memory for micro_batch_tokens:{B * T}; going on with {shape.sequences * T}")

@@ -601,13 +601,13 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys):
-    """The table is printed all the same, the reason is one line, and no temporary file stays."""
+    """The reason is one line, before the work, and no temporary file stays."""
     at = tmp_path / "a.json"
     at.mkdir()
     assert bench.main(["--attention", "--paths", "math", "--json", str(at), *KNOBS], {}) == 2
     printed = capsys.readouterr()
-    assert printed.err.endswith("cannot write: Is a directory\n")
-    assert "the fastest path of each" in printed.out
+    assert printed.err.endswith("a.json: is a folder; name a file in it\n")
+    assert printed.out == ""
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -92,7 +92,7 @@ def test_fitting_fills_the_room_by_the_codec(tensors):
 def test_an_unknown_codec_and_a_model_beyond_a_codec_are_refused(capsys):
     said = stop_one_line(["train", "codec=zip"], capsys)
     assert "codec" in said and "'zip' is not one of xz, rans" in said
-    large = ["model_dim=1024", "num_layers=16"]
+    large = ["preset=record_sp1024", "model_dim=1024", "num_layers=16"]
     assert t.load_config(large, {}).codec == "xz"
     assert "codec=rans holds at most 6.71e+07" in stop_one_line(["train", "codec=rans", *large], capsys)
 

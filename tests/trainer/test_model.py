@@ -17,7 +17,8 @@ def test_parameter_count_of_the_default_model():
     def shapes_of(h):
         return {name: shape for name, (shape, _) in t.parameter_table(h).items()}
 
-    assert sum(map(math.prod, shapes_of(t.load_config([], {})).values())) == 26_928_176
+    assert sum(map(math.prod, shapes_of(t.load_config(["preset=record_sp1024"], {})).values())) == 26_928_176
+    assert sum(map(math.prod, shapes_of(t.load_config([], {})).values())) == 35_941_932
     sp8192 = shapes_of(t.load_config(["preset=sp8192"], {}))
     assert not {"bigram_emb", "ve_emb"} & sp8192.keys()
     assert sum(map(math.prod, sp8192.values())) == 35_943_980

@@ -82,7 +82,7 @@ def test_without_a_run_id_the_name_tells_what_it_was(tmp_path):
     assert t.main(english_args(iterations=1, warmup_steps=0, run_id="", out_dir=tmp_path, seed=4)) == 0
     names = sorted(os.listdir(tmp_path))
     assert len(names) == 2
-    assert all(re.match(r"^\d{8}_\d{6}_record_seed4\.(txt|int6\.xz)$", n) for n in names)
+    assert all(re.match(r"^\d{8}_\d{6}_record_sp1024_seed4\.(txt|int6\.xz)$", n) for n in names)
 
 
 # How the tensors of another script's artifact differ, and the one that the error names.
