@@ -284,11 +284,12 @@ def console_faults(case, status, out, err, everything):
 
 @cache
 def missing_program(under):
-    """Return why a program that runs commands cannot be used here, "" if it can."""
-    try:
-        done = subprocess.run([*under, "true"], capture_output=True, text=True, timeout=20)
-    except OSError as error:
-        return f"{under[0]}: {error.strerror}"
+    """Return why a program that runs commands cannot be used here, "" if it can. It may make folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run([*under, "true"], capture_output=True, text=True, timeout=20, cwd=folder)
+        except OSError as error:
+            return f"{under[0]}: {error.strerror}"
     return "" if done.returncode == 0 else f"{under[0]}: {done.stderr.strip()[:80] or done.returncode}"
 
 
