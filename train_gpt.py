@@ -653,7 +653,7 @@ PRESETS: dict[str, dict] = {
         train_batch_tokens=786_432,
         micro_batch_tokens=98_304,
     ),
-    "record_sp1024": {},
+    "record_sp1024": {},  # every knob at its default
     "h100x1": H100X1,
     "h100x1_sp1024": FEW_STEPS | ONE_GPU,
     "h100x2": H100X1 | dict(max_wallclock_seconds=600.0, train_batch_tokens=262_144),
@@ -7420,15 +7420,17 @@ def choose_weights(run: Run, loader: TokenLoader, ema: Ema) -> str:
     """
     model = copy(run.model)  # with the same parameters
     model.ops = Ops(run.model.ops.attend)  # nothing that would compile
-    score = ScoringPass(model.nats)  # without a compiler its logits take more memory than calibration
+    nats_fn = ScoringPass(model.nats)  # without a compiler its logits take more memory than calibration
     batch = loader.next()
+
+    def loss_of(sequences: Tensor) -> Tensor:
+        return nats_fn(sequences[:, :-1], sequences[:, 1:], run.h.train_seq_len).mean()
+
     live = [p.clone() for p in ema.params]
     losses = []
     for weights in (live, ema.average):
         torch._foreach_copy_(ema.params, weights)
-        losses.append(
-            torch.stack([score(s[:, :-1], s[:, 1:], s.size(1) - 1).mean() for s in batch]).mean().double()
-        )
+        losses.append(torch.stack([loss_of(sequences) for sequences in batch]).mean().double())
     torch._foreach_copy_(ema.params, live)
 
     both = torch.stack(losses)

@@ -56,9 +56,6 @@ def env_machine(h, per_node=0):
     return t.init_machine(h, env)
 
 
-COLLECTIVES = ((t, "reduce_scatter"), (t, "all_gather"), (t.dist, "all_reduce"))
-
-
 class Call(NamedTuple):
     """A collective that was called."""
 
@@ -69,8 +66,8 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def watch_collectives():
-    """Yield a list that gets a Call for each collective."""
+def watch_collectives(trainer=t):
+    """Yield a list that gets a Call for each collective that the trainer launches."""
     calls = []
 
     def watched(name, real):
@@ -86,6 +83,10 @@ def watch_collectives():
         return launch
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in COLLECTIVES:
+        for module, name in (
+            (trainer, "reduce_scatter"),
+            (trainer, "all_gather"),
+            (trainer.dist, "all_reduce"),
+        ):
             patch.setattr(module, name, watched(name, getattr(module, name)))
         yield calls

@@ -200,16 +200,15 @@ def command(args: argparse.Namespace) -> int:
         source = read_text(args.script)
     except BadInput as error:
         raise BadInput(f"{error}; --script PATH names a train_gpt.py") from None
-    copies = {layout: with_layout(source, layout, args.script) for layout in LAYOUTS}
+    copies = {args.out / f"{layout.name}.py": with_layout(source, layout, args.script) for layout in LAYOUTS}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise BadInput(f"{args.out}: not a folder; name another with --out") from None
-    paths = {layout: args.out / f"{layout.name}.py" for layout in LAYOUTS}
-    for path in paths.values():  # all copies or none
+    for path in copies:  # all copies or none
         check_output("the copy", path)
-    for layout, path in paths.items():
-        write_atomic(path, copies[layout])
+    for layout, (path, text) in zip(LAYOUTS, copies.items()):
+        write_atomic(path, text)
         print(f"{path}: {layout.about}")
     return 0
 
