@@ -311,6 +311,22 @@ def test_the_documents_count_the_configurations_of_the_plans():
     assert f"`optimizers.json` is without that row and has {count}." in optimizers
 
 
+def test_knobs_that_wait_for_a_sweep_have_a_row_of_a_plan():
+    """The table of knobs that are off names each row of unmeasured.json, in the row of a knob that it sets."""
+    rows = json.loads((ROOT / "records" / "plans" / "unmeasured.json").read_text(encoding="utf-8"))["rows"]
+    table = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").split("## Knobs that are off")[1]
+    waiting = {}
+    for line in table.splitlines():
+        named = re.search(r"\brows? ((?:`\w+`(?:, )?)+)", line)
+        if named:
+            knobs_of_line = re.findall(r"`(\w+)`", line.split("|")[1])
+            waiting |= dict.fromkeys(re.findall(r"`(\w+)`", named[1]), knobs_of_line)
+
+    assert waiting.keys() == rows.keys() - {"base"}
+    for name, knobs_of_line in waiting.items():
+        assert set(knobs_of_line) & rows[name].keys(), name
+
+
 def test_every_knob_of_the_model_is_one_that_compiles_or_one_that_no_row_may_set():
     known = {f.name for f in dataclasses.fields(t.Config)}
     fixed = set(sweep_table.fixed_knobs())
