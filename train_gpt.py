@@ -7173,9 +7173,11 @@ def score_nothing(run: Run) -> None:
     """Compile the pass that scores, on zeros. Logs it if the memory holds only part of its batch."""
     T = run.h.eval_seq_len
     B = run.h.eval_batch_tokens // T
-    x = torch.zeros(B, T, dtype=torch.long, device=run.m.device)
+    # Two tensors: a graph for one that is given twice would not serve any other batch.
+    tokens = torch.zeros(B, T, dtype=torch.long, device=run.m.device)
+    targets = torch.zeros_like(tokens)
     with torch.no_grad():
-        run.nats_fn(x, x, T)
+        run.nats_fn(tokens, targets, T)
     if run.nats_fn.most < B:
         run.log(f"no memory for eval_batch_tokens:{B * T}; scoring {run.nats_fn.most * T} at once")
 

@@ -312,7 +312,7 @@ def test_the_documents_count_the_configurations_of_the_plans():
 
 
 def test_knobs_that_wait_for_a_sweep_have_a_row_of_a_plan():
-    """The table of knobs that are off names each row of unmeasured.json, in the row of a knob that it sets."""
+    """The table of knobs that are off names each row of unmeasured.json beside a knob that it sets."""
     rows = json.loads((ROOT / "records" / "plans" / "unmeasured.json").read_text(encoding="utf-8"))["rows"]
     table = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8").split("## Knobs that are off")[1]
     waiting = {}

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,33 @@ def test_binding_counts_as_compiling_and_not_as_loading(monkeypatch, tmp_path):
     )
     assert hour <= compiling < 1.5 * hour
     assert -hour <= load < -hour / 2
+
+
+def test_nothing_is_traced_after_the_warm_up(monkeypatch, tmp_path):
+    """A run that loops, validates, calibrates and scores, traced as a GPU's compiler traces it."""
+    init_machine = t.init_machine
+    trace = partial(torch.compile, backend="eager", dynamic=False, fullgraph=True)
+
+    def tracing(*args, **kwargs):
+        return dataclasses.replace(init_machine(*args, **kwargs), compile=trace)
+
+    monkeypatch.setattr(t, "init_machine", tracing)
+    argv = english_args(
+        out_dir=str(tmp_path),
+        iterations=4,
+        val_loss_every=1,
+        num_layers=4,
+        xsa_last_n=1,
+        ve_last_n=0,
+        loop_layers="1",
+        loop_times=1,
+        gptq_batches=1,
+    )
+    before = t.compiled_graphs()
+    assert t.main(["train", *argv]) == 0
+    assert t.compiled_graphs() > before
+    run = read_run(tmp_path, 0)
+    assert starting(run, "loop_begins step:2 ") and not starting(run, "late compilation")
 
 
 def test_a_run_ends_well_and_the_loss_falls():
