@@ -3286,33 +3286,47 @@ def mlp_kernel(
     out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@operator("mlp", "(Tensor a, Tensor w, Tensor? hidden) -> Tensor")
-def mlp_op(a, w, hidden):
-    """Launch mlp_kernel.
-
-    a (M, K), w (N, K) -> hidden (M, N). Given hidden: a (M, K), w (K, N) -> du (M, N).
-    """
+def launch_mlp(a: Tensor, w: Tensor, hidden: Tensor, out: Tensor, backward: bool) -> None:
+    """Launch mlp_kernel for out (M, N) = a (M, K) times w (N, K)', or backward times w (K, N)."""
     bm = bn = 128
     bk = 64
     block = TensorDescriptor.from_tensor
-    backward = hidden is not None
 
-    out = a.new_empty(a.size(0), w.size(1 if backward else 0))
     mlp_kernel[(-(-out.size(1) // bn), -(-out.size(0) // bm))](
         a_desc=block(a, [bm, bk]),
         w_desc=block(w, [bk, bn] if backward else [bn, bk]),
-        hidden_desc=block(hidden if backward else out, [bm, bn]),
+        hidden_desc=block(hidden, [bm, bn]),
         out_desc=block(out, [bm, bn]),
         K=a.size(1),
         BACKWARD=backward, SHIFT=32 - 8 * a.element_size(), BM=bm, BN=bn, BK=bk,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out
+
+
+@operator("mlp", "(Tensor x, Tensor up) -> Tensor")
+def mlp_op(x, up):
+    """Compute the hidden layer (M, F) of x (M, D) and up (F, D)."""
+    hidden = x.new_empty(len(x), len(up))
+    launch_mlp(x, up, hidden, hidden, backward=False)
+    return hidden
 
 
 @mlp_op.register_fake
-def _(a, w, hidden):
-    return a.new_empty(a.size(0), w.size(0 if hidden is None else 1))
+def _(x, up):
+    return x.new_empty(len(x), len(up))
+
+
+@operator("mlp_backward", "(Tensor dy, Tensor down, Tensor hidden) -> Tensor")
+def mlp_backward_op(dy, down, hidden):
+    """Return the gradient of u (M, F), given that of the output (M, D), down (D, F) and hidden (M, F)."""
+    du = dy.new_empty(hidden.shape)
+    launch_mlp(dy, down, hidden, du, backward=True)
+    return du
+
+
+@mlp_backward_op.register_fake
+def _(dy, down, hidden):
+    return dy.new_empty(hidden.shape)
 
 
 class FusedMLP(torch.autograd.Function):
@@ -3320,7 +3334,7 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down):
-        hidden = mlp_op(x.flatten(0, -2), up, None)
+        hidden = mlp_op(x.flatten(0, -2), up)
         ctx.save_for_backward(x, up, down, hidden)
         return F.linear(hidden, down).view_as(x)
 
@@ -3328,7 +3342,7 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx, dy):
         x, up, down, hidden = ctx.saved_tensors
         dy = dy.flatten(0, -2).contiguous()
-        du = mlp_op(dy, down, hidden)
+        du = mlp_backward_op(dy, down, hidden)
         return (du @ up).view_as(x), du.T @ x.flatten(0, -2), dy.T @ hidden
 
 
@@ -3393,30 +3407,45 @@ class FusedMLP8(FusedMLP):
         return y.view_as(x)
 
 
-@operator("flash4", "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]")
-def flash4_op(qkv, bounds, T, window, back):
-    """Run FlashAttention-4 (package flash-attn-4, flash_attn/cute), forward or backward.
-
-    qkv: (B, T, H, Dh) each, or (B * T, H, Dh) with the bounds of documents -> [out, log-sum-exps].
-    back: [out, its gradient, log-sum-exps] -> the gradients of q, k and v.
-    """
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
+def flash4_options(bounds: Tensor | None, T: int, window: int) -> dict:
+    """Return what both passes of FlashAttention-4 (package flash-attn-4, flash_attn/cute) are told."""
     options = dict(causal=True, window_size_left=window - 1 if window else None)
     if bounds is not None:
         options |= dict(cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=T, max_seqlen_k=T)
-    if not back:
-        return [*_flash_attn_fwd(*qkv, return_lse=True, **options)[:2]]
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return [*_flash_attn_bwd(*qkv, *back, deterministic=deterministic, **options)]
+    return options
+
+
+@operator("flash4", "(Tensor[] qkv, Tensor? bounds, int T, int window) -> (Tensor, Tensor)")
+def flash4_op(qkv, bounds, T, window):
+    """Return the output and the log-sum-exps of FlashAttention-4.
+
+    qkv: (B, T, H, Dh) each, or (B * T, H, Dh) with the bounds of documents.
+    """
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(*qkv, return_lse=True, **flash4_options(bounds, T, window))
+    return out, lse
 
 
 @flash4_op.register_fake
-def _(qkv, bounds, T, window, back):
-    if back:
-        return [x.new_empty(x.shape) for x in qkv]
+def _(qkv, bounds, T, window):
     q = qkv[0]
-    return [q.new_empty(q.shape), q[..., 0].mT.contiguous().float()]
+    return q.new_empty(q.shape), q[..., 0].mT.contiguous().float()
+
+
+@operator("flash4_backward", "(Tensor[] qkv, Tensor? bounds, int T, int window, Tensor[] back) -> Tensor[]")
+def flash4_backward_op(qkv, bounds, T, window, back):
+    """Return the gradients of q, k and v. back: the output, its gradient and the log-sum-exps."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    options = flash4_options(bounds, T, window)
+    return [*_flash_attn_bwd(*qkv, *back, deterministic=deterministic, **options)]
+
+
+@flash4_backward_op.register_fake
+def _(qkv, bounds, T, window, back):
+    return [x.new_empty(x.shape) for x in qkv]
 
 
 class Flash4(torch.autograd.Function):
@@ -3424,7 +3453,7 @@ class Flash4(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bounds, form):
-        out, lse = flash4_op([q, k, v], bounds, *form, [])
+        out, lse = flash4_op([q, k, v], bounds, *form)
         ctx.save_for_backward(q, k, v, bounds, out, lse)
         ctx.form = form
         return out
@@ -3432,7 +3461,7 @@ class Flash4(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, bounds, out, lse = ctx.saved_tensors
-        grads = flash4_op([q, k, v], bounds, *ctx.form, [out, dout.contiguous(), lse])
+        grads = flash4_backward_op([q, k, v], bounds, *ctx.form, [out, dout.contiguous(), lse])
         return *grads, None, None
 
 

@@ -19,14 +19,17 @@ def hidden_with_sign(u, dtype):
     return ((hidden.view(integer) & -2) + (u < 0).to(integer)).view(dtype)
 
 
-def reference_mlp(a, w, hidden):
-    """Compute `mlp_op` in plain PyTorch: forward if `hidden` is None, else backward through those values."""
-    if hidden is None:
-        return hidden_with_sign(a.float() @ w.float().T, a.dtype)
+def reference_mlp(x, up):
+    """Compute `mlp_op` in plain PyTorch."""
+    return hidden_with_sign(x.float() @ up.float().T, x.dtype)
+
+
+def reference_mlp_backward(dy, down, hidden):
+    """Compute `mlp_backward_op` in plain PyTorch."""
     is_negative = hidden.view(integer_of(hidden.dtype)) & 1 == 1
     root = hidden.float().sqrt()
     slope = torch.where(is_negative, -root, 2 * root)
-    return (a.float() @ w.float() * slope).to(hidden.dtype)
+    return (dy.float() @ down.float() * slope).to(hidden.dtype)
 
 
 def reference_mlp8(x, up, down, steps, dtype):
@@ -42,6 +45,7 @@ def emulate_fp8(monkeypatch, machine=False):
     machine: also make init_machine bind the MLP on a CPU as it does on a GPU.
     """
     monkeypatch.setattr(t, "mlp_op", reference_mlp)
+    monkeypatch.setattr(t, "mlp_backward_op", reference_mlp_backward)
     monkeypatch.setattr(t, "mlp8_op", reference_mlp8)
     if not machine:
         return

@@ -180,7 +180,7 @@ def test_the_hidden_layer_carries_the_sign():
     """
     x, up, _ = mlp_inputs(1, 40, 32, 96, torch.float32)
     x[0, 3] = 0
-    h = t.mlp_op(x[0], up, None)
+    h = t.mlp_op(x[0], up)
     u = x[0].double() @ up.double().T
     bits = h.view(torch.int32)
     clear = u.abs() > 1e-5
@@ -189,7 +189,8 @@ def test_the_hidden_layer_carries_the_sign():
     torch.testing.assert_close(h.double(), torch.where(u > 0, u, 0.5 * u).square(), rtol=2e-6, atol=2e-6)
     assert not bits[3].any()
 
-    du = t.mlp_op(torch.ones(40, 8, device=DEVICE), torch.full((8, 96), 0.125, device=DEVICE), h)
+    dy = torch.ones(40, 8, device=DEVICE)
+    du = t.mlp_backward_op(dy, torch.full((8, 96), 0.125, device=DEVICE), h)
     expected = torch.where(u > 0, 2 * u, 0.5 * u)
     torch.testing.assert_close(du.double()[clear], expected[clear], rtol=1e-4, atol=1e-6)
 
@@ -243,9 +244,9 @@ def test_a_kernel_in_a_compiled_model_trains_like_the_reference(ops, knobs):
 def test_the_fake_mlp_is_the_operator():
     checks = ("test_schema", "test_faketensor")
     x, up, down = mlp_inputs(1, 16, 32, 64, torch.float32)
-    hidden = t.mlp_op(x[0], up, None)
-    torch.library.opcheck(t.mlp_op, (x[0], up, None), test_utils=checks)
-    torch.library.opcheck(t.mlp_op, (x[0], down, hidden), test_utils=checks)
+    hidden = t.mlp_op(x[0], up)
+    torch.library.opcheck(t.mlp_op, (x[0], up), test_utils=checks)
+    torch.library.opcheck(t.mlp_backward_op, (x[0], down, hidden), test_utils=checks)
 
 
 def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):

@@ -235,9 +235,11 @@ def test_the_fake_flash4_is_the_operator(flash4):
     dense = [x.detach() for x in heads(2, 9, 4, 2, 8, torch.bfloat16, "cpu")]
     ragged = [x.flatten(0, 1) for x in dense]
     for qkv, bounds in ((dense, None), (ragged, torch.tensor([0, 5, 5, 9, 18], dtype=torch.int32))):
-        out, lse = t.flash4_op(qkv, bounds, 9, 3, [])
-        for back in ([], [out, torch.randn_like(out), lse]):
-            torch.library.opcheck(t.flash4_op, (qkv, bounds, 9, 3, back), test_utils=checks)
+        arguments = (qkv, bounds, 9, 3)
+        out, lse = t.flash4_op(*arguments)
+        back = [out, torch.randn_like(out), lse]
+        torch.library.opcheck(t.flash4_op, arguments, test_utils=checks)
+        torch.library.opcheck(t.flash4_backward_op, (*arguments, back), test_utils=checks)
 
 
 def test_flash4_is_deterministic_on_request(flash4):
