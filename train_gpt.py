@@ -3493,7 +3493,7 @@ class Rejection(NamedTuple):
     """Why a faster function was not bound."""
 
     name: str  # of the faster function
-    reason: str
+    reason: str  # without blanks: a log's values end there
     missing: str = ""  # the module that it failed to import, if any
 
 
@@ -3507,14 +3507,9 @@ class Bound(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name to log, and the reason for each rejection. A Triton kernel's is `torch (reason)`."""
-        label = self.name
-        for rejection in self.rejected:
-            if rejection.name == "triton":
-                label += f" ({rejection.reason})"
-            else:
-                label += f",{rejection.name}:torch({rejection.reason})".replace(" ", "")
-        return label
+        """The name to log and, in brackets, the faster functions that were rejected, with their reasons."""
+        reasons = ",".join(f"{rejection.name}:{rejection.reason}" for rejection in self.rejected)
+        return f"{self.name}({reasons})" if reasons else self.name
 
 
 def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
@@ -3544,13 +3539,13 @@ def bind(
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # may be nan
     except ModuleNotFoundError as e:
-        rejection = Rejection(name, f"missing:{e.name}", missing=e.name or "")
+        rejection = Rejection(name, f"missing_{e.name}", missing=e.name or "")
     except Exception as e:  # whatever it is, see Machine
         rejection = Rejection(name, type(e).__name__)
     else:
         if error < limit:
             return Bound(fast, name)
-        rejection = Rejection(name, f"error {error:.3f}")
+        rejection = Rejection(name, f"error_{error:.3f}")
     return Bound(reference, "torch", (rejection,))
 
 
@@ -3730,7 +3725,7 @@ def bind_mlp(h: Config, device: torch.device, judge: Judge = Judge()) -> Bound:
         function = fp8.function if torch.is_grad_enabled() else fused.function
         return function(*args)
 
-    return Bound(fp8_with_gradients, f"{fused.label}+fp8", times=times)
+    return Bound(fp8_with_gradients, f"{fused.name}+fp8", fused.rejected, times)
 
 
 SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's, fastest first
@@ -5151,7 +5146,7 @@ def bind_trellis(device: torch.device) -> Bound:
     else:
         if can_be_read and errors[0] <= 1.001 * errors[1]:
             return Bound(trellis_multiples_fused, "triton")
-        rejection = Rejection("triton", f"error {errors[0]:.4f} for {errors[1]:.4f}")
+        rejection = Rejection("triton", f"error_{errors[0]:.4f}_for_{errors[1]:.4f}")
     return Bound(trellis_multiples, "torch", (rejection,))
 
 

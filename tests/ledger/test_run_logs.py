@@ -27,6 +27,19 @@ def test_parse_is_not_fooled_by_the_source(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "label",
+    ["torch(triton:error_0.031,fp8:missing_cutlass)", "torch (error 0.031)", "triton,fp8:torch(error0.300)"],
+)
+def test_a_function_that_was_not_bound_is_one_value(label, tmp_path):
+    """Read the reasons that the trainer writes, and the forms that older records have."""
+    path = Path(write_logs(tmp_path, (42,))[0])
+    edit_log(path, r" attention:\S+ compile:", f" mlp:{label} attention:flash(flash4:slower) compile:")
+    machine = runlog.parse_log(path).facts["machine"]
+    assert (machine["mlp"], machine["attention"]) == (label, "flash(flash4:slower)")
+    assert "triton" not in machine and machine["compile"] == "inductor"
+
+
+@pytest.mark.parametrize(
     "text, says",
     [
         ("", "not a training log"),

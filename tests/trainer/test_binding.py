@@ -92,7 +92,7 @@ def test_a_kernel_is_bound_if_it_is_right_and_not_slow(slow, judge):
     assert (first, second) == ("triton", "torch")
     assert (kernel_ms > reference_ms + 3) == (slow == "kernel")
     if slow == "kernel":
-        assert (found.function, found.label) == (reference, "torch (slower)")
+        assert (found.function, found.label) == (reference, "torch(triton:slower)")
     else:
         assert (found.function, found.label) == (kernel, "triton")
     # Where times do not count, being right is enough.
@@ -102,7 +102,7 @@ def test_a_kernel_is_bound_if_it_is_right_and_not_slow(slow, judge):
 def test_a_wrong_kernel_is_not_timed(judge, monkeypatch):
     asked = with_times(monkeypatch)
     found = judge.faster(t.bind(lambda x: 3 * x, double, small()), double, small)
-    assert (found.function, found.label, found.times) == (double, "torch (error 0.500)", ())
+    assert (found.function, found.label, found.times) == (double, "torch(triton:error_0.500)", ())
     assert asked == []
 
 
@@ -113,7 +113,7 @@ def test_a_kernel_that_fails_at_the_size_of_training_is_not_bound(judge):
         return 2 * x
 
     found = judge.faster(t.bind(kernel, double, small()), double, lambda: [torch.ones(8, requires_grad=True)])
-    assert found.function is double and found.label == "torch (slower)"
+    assert found.function is double and found.label == "torch(triton:slower)"
     (first, kernel_ms), (second, reference_ms) = found.times
     assert (first, kernel_ms, second) == ("triton", math.inf, "torch") and reference_ms < math.inf
 
@@ -158,9 +158,9 @@ def bind_right(fast, reference, inputs, name="triton", limit=0.01):
     "times,label",
     [
         (dict(fp8=1, triton=2, torch=3), "triton+fp8"),
-        (dict(fp8=2.2, triton=2, torch=3), "triton,fp8:torch(slower)"),
-        (dict(fp8=4, triton=3, torch=2), "torch (slower),fp8:torch(slower)"),
-        (dict(fp8=1, triton=3, torch=2), "torch (slower)+fp8"),
+        (dict(fp8=2.2, triton=2, torch=3), "triton(fp8:slower)"),
+        (dict(fp8=4, triton=3, torch=2), "torch(triton:slower,fp8:slower)"),
+        (dict(fp8=1, triton=3, torch=2), "torch+fp8(triton:slower)"),
     ],
     ids=str,
 )
@@ -187,8 +187,8 @@ def test_the_mlp_by_its_times(times, label, judge, monkeypatch):
     [
         (dict(flash4=10, flash=10, mem_efficient=10), "flash4"),
         (dict(flash4=10.4, flash=10, mem_efficient=20), "flash4"),
-        (dict(flash4=11, flash=10, mem_efficient=20), "flash,flash4:torch(slower)"),
-        (dict(flash4=11, flash=20, mem_efficient=10), "mem_efficient,flash4:torch(slower)"),
+        (dict(flash4=11, flash=10, mem_efficient=20), "flash(flash4:slower)"),
+        (dict(flash4=11, flash=20, mem_efficient=10), "mem_efficient(flash4:slower)"),
     ],
     ids=str,
 )
@@ -198,13 +198,13 @@ def test_attention_by_its_times(times, label, knobs, judge, monkeypatch):
     monkeypatch.setattr(t, "sdpa_kernels_that_run", lambda qkv, judge: ["flash", "mem_efficient"])
     with_times(monkeypatch, **times)
     bound = t.bind_attention(tiny(**knobs), torch.device("cpu"), judge)
-    if knobs and label.startswith("flash,"):
-        label = "flash+mem_efficient,flash4:torch(slower)"
+    if knobs and label.startswith("flash("):
+        label = "flash+mem_efficient(flash4:slower)"
     assert bound.label == label
     assert bound.function is (t.attend_flash4 if label == "flash4" else t.attend_sdpa)
     assert bound.times[0] == ("flash4", times["flash4"])
     on = [name for name in t.SDPA_KERNELS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
-    kept = label.partition(",")[0].split("+")
+    kept = label.partition("(")[0].split("+")
     assert on == (list(t.SDPA_KERNELS) if label == "flash4" else kept)
     # The compiler keeps graphs on disk and would take one in which another kernel was chosen.
     assert torch.compiler.config.cache_key_tag == "+".join(on)
@@ -249,7 +249,7 @@ def test_where_times_count(knobs, trains, counts, monkeypatch):
     m = t.with_kernels(machine(), tiny(**knobs), trains)
     assert [judge.times_count for judge in judges] == [counts] * 3
     assert m.ops == t.Ops(attend=max, qk=len, mlp=abs)
-    label = "torch,fp8:torch(slower)"
+    label = "torch(fp8:slower)"
     assert m.binding == machine().binding._replace(attention=label, qk="triton", mlp=label)
     assert m.device_name == "cpu"
     assert m.bind_times == ({"qk": (("triton", 1.0), ("torch", 2.0))} if counts else {})
@@ -281,9 +281,9 @@ def test_ranks_with_other_times_and_results_bind_the_same():
     cases = [([0.5, 0.9], [0, 0]), ([0.5, 1.5], [0, 0]), ([1.5, 0.5], [0, 0]), ([0.5, 0.5], [0, 1])]
     expected = [
         ("triton", (("triton", 0.9), ("torch", 1.0))),
-        ("torch (slower)", (("triton", 1.5), ("torch", 1.0))),
-        ("torch (slower)", (("triton", 1.5), ("torch", 1.0))),
-        ("torch (error 0.500)", ()),
+        ("torch(triton:slower)", (("triton", 1.5), ("torch", 1.0))),
+        ("torch(triton:slower)", (("triton", 1.5), ("torch", 1.0))),
+        ("torch(triton:error_0.500)", ()),
     ]
     assert run_ranks(rank_that_binds, 2, cases) == [expected] * 2
 

@@ -254,7 +254,8 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
     h = t.load_config(["model_dim=64", "num_heads=2", "num_kv_heads=1"], {})
     assert t.bind_qk(h, DEVICE) == t.Bound(t.FusedHeads.apply, "triton")
     found = t.bind_mlp(h, DEVICE)
-    assert (found.function is t.mlp) == found.label.startswith("torch (") == (DEVICE.type == "cpu")
+    on_cpu = DEVICE.type == "cpu"
+    assert (found.function is t.mlp) == found.label.startswith("torch(triton:error_") == on_cpu
     inputs = [x.requires_grad_() for x in mlp_inputs(2, 8, 32, 64, torch.float32)]
     assert t.bind(t.FusedMLP.apply, t.mlp, inputs) == t.Bound(t.FusedMLP.apply, "triton")
 
@@ -266,10 +267,10 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
 
     bound = t.bind(Skewed.apply, t.mlp, inputs)
     if DEVICE.type == "cpu":
-        assert (bound.function, bound.label) == (t.mlp, "torch (error 0.100)")
+        assert (bound.function, bound.label) == (t.mlp, "torch(triton:error_0.100)")
     else:  # a tenth, to TF32's rounding
         assert bound.function is t.mlp
-        error = float(re.fullmatch(r"torch \(error ([\d.]+)\)", bound.label)[1])
+        error = float(re.fullmatch(r"torch\(triton:error_([\d.]+)\)", bound.label)[1])
         assert error == pytest.approx(0.1, abs=0.005)
 
     def broken(*inputs):
@@ -283,7 +284,7 @@ def test_binding_takes_a_kernel_only_when_it_is_right(monkeypatch):
             dx, dup, ddown = t.FusedMLP.backward(ctx, dy)
             return dx, dup / 0, ddown * torch.nan
 
-    rejected = (t.Rejection("triton", "error nan"),)
+    rejected = (t.Rejection("triton", "error_nan"),)
     assert t.bind(Undefined.apply, t.mlp, inputs) == t.Bound(t.mlp, "torch", rejected)
 
 
@@ -303,7 +304,7 @@ def test_binding_looks_at_every_gradient_of_the_heads(part, factor):
     if factor == 1:
         assert bound.function == Skewed.apply and bound.label == "triton"
     else:
-        assert bound.function is t.qk_heads and bound.label.startswith("torch (error 0.")
+        assert bound.function is t.qk_heads and bound.label.startswith("torch(triton:error_0.")
 
 
 # ---------------------------------------------------------------- the products of a direction
