@@ -3525,6 +3525,21 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     return [t.detach().float() for t in (y, *gradients)]
 
 
+def bind_unless(fault: Callable[[], str], fast: Callable, reference: Callable, name: str = "triton") -> Bound:
+    """Bind `fast`, unless fault(), which tries it, raises or returns a reason; then bind the reference."""
+    missing = ""
+    try:
+        reason = fault()
+    except ModuleNotFoundError as e:
+        missing = e.name or ""
+        reason = f"missing_{missing}"
+    except Exception as e:  # whatever it is, see Machine
+        reason = type(e).__name__
+    if not reason:
+        return Bound(fast, name)
+    return Bound(reference, "torch", (Rejection(name, reason, missing),))
+
+
 def bind(
     fast: Callable, reference: Callable, inputs: list[Tensor], name: str = "triton", limit: float = 0.01
 ) -> Bound:
@@ -3533,20 +3548,15 @@ def bind(
     `fast` runs on `inputs` as given (bf16 or float32); the reference runs on float32 copies. `fast` is
     accepted if the relative error |a - b| / |b| of its output and of every gradient is below `limit`.
     """
-    try:
+
+    def fault() -> str:
         found = results_of(fast, inputs)
         exact = results_of(reference, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # may be nan
-    except ModuleNotFoundError as e:
-        rejection = Rejection(name, f"missing_{e.name}", missing=e.name or "")
-    except Exception as e:  # whatever it is, see Machine
-        rejection = Rejection(name, type(e).__name__)
-    else:
-        if error < limit:
-            return Bound(fast, name)
-        rejection = Rejection(name, f"error_{error:.3f}")
-    return Bound(reference, "torch", (rejection,))
+        return "" if error < limit else f"error_{error:.3f}"
+
+    return bind_unless(fault, fast, reference, name)
 
 
 def call_of(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
@@ -5128,26 +5138,26 @@ def trellis_multiples_fused(W: Tensor, scale: Tensor, limit: int) -> Tensor:
     return out
 
 
+def trellis_fault(device: torch.device) -> str:
+    """Return what is wrong with trellis_multiples_fused on this device, or ""."""
+    W = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0)).to(device)
+    scale = torch.full_like(W, 0.5)
+    found = trellis_multiples_fused(W, scale, 127)
+    codes = trellis_codes(found).to(torch.int8).cpu().numpy()
+    if not (found.cpu().numpy() == codes + trellis_shifts(codes)).all():
+        return "unreadable"
+
+    exact = trellis_multiples(W, scale, 127)
+    error, least = ((W - multiples * scale).square().sum().item() for multiples in (found, exact))
+    return "" if error <= 1.001 * least else f"error_{error:.4f}_for_{least:.4f}"
+
+
 @cache
 def bind_trellis(device: torch.device) -> Bound:
     """Bind the fused trellis_multiples if it is on a GPU and as good as the reference."""
     if device.type != "cuda":
         return Bound(trellis_multiples, "torch")
-    W = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0)).to(device)
-    scale = torch.full_like(W, 0.5)
-    try:
-        found = trellis_multiples_fused(W, scale, 127)
-        exact = trellis_multiples(W, scale, 127)
-        errors = [(W - multiples * scale).square().sum().item() for multiples in (found, exact)]
-        codes = trellis_codes(found).to(torch.int8).cpu().numpy()
-        can_be_read = (found.cpu().numpy() == codes + trellis_shifts(codes)).all()
-    except Exception as e:  # whatever it is, see Machine
-        rejection = Rejection("triton", type(e).__name__)
-    else:
-        if can_be_read and errors[0] <= 1.001 * errors[1]:
-            return Bound(trellis_multiples_fused, "triton")
-        rejection = Rejection("triton", f"error_{errors[0]:.4f}_for_{errors[1]:.4f}")
-    return Bound(trellis_multiples, "torch", (rejection,))
+    return bind_unless(partial(trellis_fault, device), trellis_multiples_fused, trellis_multiples)
 
 
 class Codes(NamedTuple):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -154,6 +155,35 @@ def fused_and_exact(device):
     x = (2 * normal(3, 70, 1)).to(device)
     scale = torch.full((70, 1), 0.5, device=device)
     return t.trellis_multiples_fused(x, scale, LIMIT), t.trellis_multiples(x, scale, LIMIT), x / scale
+
+
+def every_half_step(W, scale, limit):
+    """Round to the nearest half step, which no sequence of codes gives."""
+    return (2 * W / scale).round() / 2
+
+
+def codes_alone(W, scale, limit):
+    """Round to even multiples: with no odd code, no state shifts a weight."""
+    return 2 * (W / scale / 2).round()
+
+
+@pytest.mark.parametrize(
+    "fused,reason",
+    [
+        (t.trellis_multiples, ""),
+        (every_half_step, "unreadable"),
+        (codes_alone, r"error_[\d.]+_for_[\d.]+"),
+        (lambda *args: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_kernel_is_not_bound(fused, reason, monkeypatch):
+    """Reject codes that are read back as other weights, and a larger error than that of the reference."""
+    monkeypatch.setattr(t, "trellis_multiples_fused", fused)
+    fault = partial(t.trellis_fault, torch.device("cpu"))
+    bound = t.bind_unless(fault, t.trellis_multiples_fused, t.trellis_multiples)
+    rejected = rf"torch\(triton:{reason}\)"
+    assert re.fullmatch(rejected if reason else "triton", bound.label), bound.label
+    assert bound.function is (t.trellis_multiples if reason else fused)
 
 
 @pytest.mark.gpu
