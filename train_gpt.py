@@ -2715,10 +2715,11 @@ def take_skip(x: Tensor, kept: Tensor, weight: Tensor, gate: Tensor | None) -> T
 
 
 class Init(NamedTuple):
-    """How init_tensor fills a parameter: a row of INITS, with a number or a word of parameter_table."""
+    """How init_tensor fills a parameter."""
 
-    kind: str
-    value: float | str = 0.0
+    kind: str  # a row of INITS
+    value: float = 0.0  # for the row
+    knob: str = ""  # whose number is the value; residual_std reads proj_init_std
 
 
 class ParamSpec(NamedTuple):
@@ -2733,15 +2734,16 @@ class ParamSpec(NamedTuple):
     needs: str = ""  # a field of Config; where the field is 0, the model lacks the parameter
 
 
+# name, shape, init, buffer, lr, stored_as, needs
 PARAM_TABLE = (
     ParamSpec("mlp_up_bank", "L F D", Init("orthogonal"), "mlp", "matrix_lr", "int6"),
-    ParamSpec("mlp_down_bank", "L D F", Init("normal", "OUT"), "mlp", "matrix_lr", "int6"),
+    ParamSpec("mlp_down_bank", "L D F", Init("normal", knob="proj_init_std"), "mlp", "matrix_lr", "int6"),
     # Q of layer i is at i, O at L + i.
-    ParamSpec("qo_bank", "2L D D", Init("half_orthogonal", "OUT"), "qo", "matrix_lr", "int6"),
+    ParamSpec("qo_bank", "2L D D", Init("half_orthogonal", knob="proj_init_std"), "qo", "matrix_lr", "int6"),
     # K is at i, V at L + i.
     ParamSpec("kv_bank", "2L KV D", Init("orthogonal"), "kv", "matrix_lr", "int6"),
     # Also the output layer.
-    ParamSpec("tok_emb", "V D", Init("normal", "EMBED"), "flat", "embed_lr", "embed"),
+    ParamSpec("tok_emb", "V D", Init("normal", knob="tied_embed_init_std"), "flat", "embed_lr", "embed"),
     ParamSpec("bigram_emb", "BV BD", Init("constant", 0), "flat", "embed_lr", "embed", "bigram_vocab_size"),
     # Not zeros like bigram_emb: if both were zero, neither would ever move.
     ParamSpec("bigram_proj", "D BD", Init("orthogonal"), "flat", "scalar_lr", "int8", "bigram_vocab_size"),
@@ -2755,14 +2757,14 @@ PARAM_TABLE = (
     ParamSpec("skip_gate", "S D", Init("constant", 0), "flat", "scalar_lr", "f16", "skip_gates"),
     ParamSpec("attn_gate", "L H GD", Init("constant", 0), "flat", "scalar_lr", "f16", "attn_gate_dims"),
     ParamSpec("resid_mix", "L 2 D", Init("first_of_two"), "flat", "scalar_lr", "f16"),
-    ParamSpec("attn_scale", "L D", Init("constant", "SCALE"), "flat", "scalar_lr", "f16"),
-    ParamSpec("mlp_scale", "L D", Init("constant", "SCALE"), "flat", "scalar_lr", "f16"),
+    ParamSpec("attn_scale", "L D", Init("constant", knob="out_scale_init"), "flat", "scalar_lr", "f16"),
+    ParamSpec("mlp_scale", "L D", Init("constant", knob="out_scale_init"), "flat", "scalar_lr", "f16"),
     # Not zeros like the scales may be: the MLP squares what mlp_gain scales, so its gradient would stay zero.
     ParamSpec("attn_gain", "L D", Init("constant", 1), "flat", "norm_gain_lr", "f16", "norm_gains"),
     ParamSpec("mlp_gain", "L D", Init("constant", 1), "flat", "norm_gain_lr", "f16", "norm_gains"),
     ParamSpec("stream_keep", "TL 2", Init("constant", 1.1), "flat", "scalar_lr", "f32", "two_stream_layers"),
     ParamSpec("stream_add", "TL 2 2", Init("constant", 1), "flat", "scalar_lr", "f32", "two_stream_layers"),
-    ParamSpec("q_gain", "L H", Init("constant", "GAIN"), "flat", "scalar_lr", "f32"),
+    ParamSpec("q_gain", "L H", Init("constant", knob="qk_gain_init"), "flat", "scalar_lr", "f32"),
 )
 MATRICES = tuple(spec for spec in PARAM_TABLE if spec.buffer != "flat")
 SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
@@ -2810,23 +2812,22 @@ def residual_std(h: Config) -> float:
     return h.proj_init_std
 
 
+def init_value(init: Init, h: Config) -> float:
+    """Return the value of an initialization, from its knob if it has one."""
+    if init.knob == "proj_init_std":
+        return residual_std(h)
+    return getattr(h, init.knob) if init.knob else init.value
+
+
 def parameter_table(h: Config) -> dict[str, Parameter]:
     """Return the shape and the initialization of every parameter of a Config's model, by name."""
     sizes = sizes_of(h)
-    words = {
-        "OUT": residual_std(h),
-        "EMBED": h.tied_embed_init_std,
-        "GAIN": h.qk_gain_init,
-        "SCALE": h.out_scale_init,
-    }
-
     table = {}
     for spec in PARAM_TABLE:
         if spec.needs and not getattr(h, spec.needs):
             continue
         shape = tuple(sizes[letter] for letter in spec.shape.split())
-        value = words.get(spec.init.value, spec.init.value)
-        table[spec.name] = Parameter(shape, Init(spec.init.kind, value))
+        table[spec.name] = Parameter(shape, Init(spec.init.kind, init_value(spec.init, h)))
     return table
 
 
