@@ -32,7 +32,7 @@ Contents
  17. Codecs             xz, and rans for the codes of each row and column
  18. Score              windows that tile the split, one evaluator, test-time training
  19. Checkpoints        written by a thread, read by any number of ranks
- 20. Runs               what every command works with
+ 20. Runs               knobs resolved and checked; what every command works with
  21. Calibration        what training text says about rounding
  22. Training           warm-up, clock, loop
  23. Commands           train, eval, audit, bench, config
@@ -743,127 +743,6 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
     return values
 
 
-def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None = None) -> Config:
-    """Resolve every knob: defaults < preset < what its dials imply < an artifact's header < knobs given.
-
-    A given target_loss removes the time limit. Raises InputError for a value out of range, or for knobs that
-    contradict each other.
-    """
-    preset = PRESETS.get(knobs.get("preset", Config.preset), {})
-    race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
-    # A header leaves out these knobs where they have their defaults, whatever the preset says.
-    unchanged = {key: getattr(Config, key) for key in CHANGED_KNOBS} if header else {}
-    given = {**unchanged, **(header or {}), **knobs}
-    h = Config(**{**preset, **race, **given})
-    check_ranges(h)
-    h = follow_dials(h, given)
-    check_ranges(h)
-    check_relations(h)
-    return h
-
-
-# The dials assume that a preset's rates and decays were tuned at depth 12, as nanochat's were.
-DEPTHS = range(2, 27)
-TUNED_DEPTH = 12
-TUNED_WIDTH = 768
-TUNED_BATCH = 1 << 19  # tokens: nanochat's measured optimum at depth 12
-NO_CAP = 1 << 40  # bytes, more than any artifact has
-
-
-def follow_dials(h: Config, given: Mapping[str, object]) -> Config:
-    """Return h with every knob that follows from depth and tokens_per_param, except for the knobs given.
-
-    The rules are nanochat's: scripts/base_train.py and nanochat/gpt.py at 00255c1. Each rule sees the given
-    knobs and the results of earlier rules. Raises InputError for a dial out of range.
-    """
-    if h.depth and h.depth not in DEPTHS:
-        raise InputError(f"config key depth: {h.depth} must be 0 or from {DEPTHS[0]} to {DEPTHS[-1]}")
-    if h.tokens_per_param > 1e6:
-        raise InputError(f"config key tokens_per_param: {h.tokens_per_param:g} must be at most 1e6")
-    rules = (shape_by_depth, run_by_depth, rates_by_depth) if h.depth else ()
-    for rule in rules:
-        h = replace(h, **{**rule(h), **given})
-    if h.tokens_per_param:
-        h = replace(h, **{**length_by_tokens(h), **given})
-    return h
-
-
-def shape_by_depth(h: Config) -> dict[str, object]:
-    """Return the knobs of the model that follow from depth."""
-    width = -(-64 * h.depth // 128) * 128  # --aspect-ratio 64, up to whole heads of --head-dim 128
-    short = str(-(-h.train_seq_len // 4 // 128) * 128)  # a quarter of the sequence, up to blocks of 128
-    pattern = [short, short, short, "0"] * h.depth  # --window-pattern SSSL
-
-    def scaled_layers(layers: int) -> int:
-        return -(-layers * h.depth // h.num_layers)  # ours: the preset's fraction of the layers, rounded up
-
-    return dict(
-        num_layers=h.depth,
-        model_dim=width,
-        num_heads=width // 128,
-        num_kv_heads=width // 128,  # n_kv_head = n_head
-        mlp_mult=4.0,
-        attn_windows=" ".join([*pattern[: h.depth - 1], "0"]),  # the last layer always sees everything
-        xsa_last_n=scaled_layers(h.xsa_last_n),
-        ve_last_n=scaled_layers(h.ve_last_n),
-        parallel_last_n=scaled_layers(h.parallel_last_n),
-        loop_layers="",  # ours: depth counts all visits
-        loop_times=0,
-    )
-
-
-def size_by_depth(h: Config) -> float:
-    """Return h's scaling_params divided by those at depth 12; training tokens have the same ratio."""
-    tuned = replace(h, **shape_by_depth(replace(h, depth=TUNED_DEPTH)))
-    return scaling_params(h) / scaling_params(tuned)
-
-
-def run_by_depth(h: Config) -> dict[str, object]:
-    """Return the knobs of batch, length and score that follow from depth and the model's size."""
-    # The best batch grows as tokens^0.383 (arXiv:2505.13738); the nearest power of two.
-    batch = 1 << round(math.log2(TUNED_BATCH * size_by_depth(h) ** 0.383))
-    return dict(
-        train_batch_tokens=batch,
-        micro_batch_tokens=min(batch, 1 << h.micro_batch_tokens.bit_length() - 1),  # ours: divides the batch
-        start_batch_tokens=0,
-        tokens_per_param=12.0,  # --target-param-data-ratio
-        max_wallclock_seconds=0.0,
-        eval_stride=h.eval_seq_len,  # a sliding score costs 32 times as much
-        codec="xz",  # rans decodes at most MAX_RANS_CODES
-        size_cap=NO_CAP if h.size_cap else 0,
-    )
-
-
-def rates_by_depth(h: Config) -> dict[str, object]:
-    """Return the rates and decays that follow from batch, width, size and depth."""
-    batch = math.sqrt(h.train_batch_tokens / TUNED_BATCH)  # rates go as batch^0.5
-    width = math.sqrt(TUNED_WIDTH / h.model_dim)  # rates of AdamW's matrices go as width^-0.5, too
-    # For MuonH, whose rate falls with depth: as depth^-0.5 in HyperP (arXiv:2603.28743).
-    depth = (TUNED_DEPTH / h.depth) ** h.depth_lr_power
-    # Decay keeps T_epoch = batch / (rate * decay * tokens) constant (arXiv:2405.13698).
-    decay = batch / size_by_depth(h)
-    return dict(
-        matrix_lr=h.matrix_lr * batch * depth,
-        embed_lr=h.embed_lr * batch * width,
-        scalar_lr=h.scalar_lr * batch,
-        norm_gain_lr=h.norm_gain_lr * batch,
-        muon_wd=h.muon_wd * decay / depth,
-        embed_wd=h.embed_wd * decay,
-        scalar_wd=h.scalar_wd * decay,
-    )
-
-
-def length_by_tokens(h: Config) -> dict[str, object]:
-    """Return the knobs of a run's length that follow from tokens_per_param."""
-    steps = int(h.tokens_per_param * scaling_params(h)) // h.train_batch_tokens
-    return dict(iterations=max(1, steps), max_wallclock_seconds=0.0)
-
-
-def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
-    """Resolve every knob of a command line and an environment. Raises InputError."""
-    return make_config(read_knobs(argv, env))
-
-
 def check_ranges(h: Config) -> None:
     """Check each knob by itself. Raises InputError with the knob to change."""
     for key, kind in kinds_of_knobs().items():
@@ -879,20 +758,6 @@ def check_ranges(h: Config) -> None:
         if value > kind.most:
             raise InputError(f"config key {key}: {value:g} must be at most {kind.most}")
 
-    choices = {
-        "preset": PRESETS,
-        "ortho": ORTHO,
-        "step_rule": STEP_RULES,
-        "parallel_form": ("one_stream", "two_streams"),
-        "ttt_form": TTT_FORMS,
-        "artifact_weights": ("ema", "live"),
-        "wire_dtype": ("float32", "bfloat16"),
-        "codec": CODECS,
-    }
-    for key, allowed in choices.items():
-        if getattr(h, key) not in allowed:
-            raise InputError(f"config key {key}: {getattr(h, key)[:40]!r} is not one of {', '.join(allowed)}")
-
 
 class Relation(NamedTuple):
     """A relation between knobs."""
@@ -901,145 +766,20 @@ class Relation(NamedTuple):
     complaint: str  # what to say if the relation does not hold
 
 
-def check_relations(h: Config) -> None:
-    """Check the relations between knobs. Raises InputError with the first that does not hold."""
-    relations = chain(
-        relations_of_batches(h), relations_of_the_model(h), relations_of_training(h), relations_of_codes(h)
-    )
-    for relation in relations:
-        if not relation.holds:
-            raise InputError(f"config: {relation.complaint}")
-
-    parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
-    most = CODECS[h.codec].max_weights
-    if parameters > most:
-        sizes = " ".join(f"{key}={getattr(h, key)}" for key in knobs_with(SIZE))
-        raise InputError(
-            f"config: mlp_mult={h.mlp_mult:g} {sizes} make {parameters:.3g} parameters, "
-            f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of codec={h.codec} holds at "
-            f"most {most:.3g}; make the model smaller"
-        )
+def divides(part: str, whole: str, h: Config) -> Relation:
+    """Return the relation that one knob divides another."""
+    size = getattr(h, part)
+    total = getattr(h, whole)
+    return Relation(total % size == 0, f"{part}={size} must divide {whole}={total}")
 
 
-def relations_of_batches(h: Config) -> Iterator[Relation]:
-    """Yield the relations of sizes that must divide each other: batches, sequences, score windows, heads."""
-    divides = {
-        "micro_batch_tokens": "train_batch_tokens",
-        "train_seq_len": "micro_batch_tokens",
-        "eval_seq_len": "eval_batch_tokens",
-        "num_heads": "model_dim",
-        "num_kv_heads": "num_heads",
-    }
-    for part, whole in divides.items():
-        size = getattr(h, part)
-        total = getattr(h, whole)
-        yield Relation(total % size == 0, f"{part}={size} must divide {whole}={total}")
-    for key in ("train_batch_tokens", "eval_batch_tokens"):
-        tokens = getattr(h, key)
-        yield Relation(
-            tokens <= MAX_TOKENS,
-            f"{key}={tokens} must be at most {MAX_TOKENS}: its ids alone take {8 * tokens / 1e9:.3g} GB",
-        )
-    yield Relation(
-        h.start_batch_tokens <= h.train_batch_tokens, "start_batch_tokens must not exceed train_batch_tokens"
+def fits_memory(key: str, h: Config) -> Relation:
+    """Return the relation that a batch of so many tokens is not larger than any memory."""
+    tokens = getattr(h, key)
+    return Relation(
+        tokens <= MAX_TOKENS,
+        f"{key}={tokens} must be at most {MAX_TOKENS}: its ids alone take {8 * tokens / 1e9:.3g} GB",
     )
-    yield Relation(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
-    yield Relation(
-        h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
-    )
-    if h.ttt_lr > 0:
-        yield from TTT_FORMS[h.ttt_form].relations(h)
-
-
-def relations_of_the_model(h: Config) -> Iterator[Relation]:
-    """Yield the relations of the model's sizes and layers."""
-    yield Relation(
-        h.depth in (0, h.num_layers), f"depth={h.depth} and num_layers={h.num_layers} differ; leave one out"
-    )
-    yield Relation(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
-    yield Relation(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
-    yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
-    yield Relation(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
-    yield Relation(
-        h.out_scale_init > 0 or residual_std(h) > 0,
-        "out_scale_init=0 needs proj_init_std above 0: if scales and matrices are zero, neither ever moves",
-    )
-    yield Relation(
-        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"
-    )
-    yield Relation(h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim")
-    yield Relation(
-        h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"
-    )
-    yield Relation(
-        max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
-        "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
-    )
-    yield Relation(
-        all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split()),
-        f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
-    )
-
-    loop = h.loop_layers.split()
-    first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
-    neighbours = [str(first + i) for i in range(len(loop))]
-    yield Relation(
-        loop == neighbours and first + len(loop) <= h.num_layers,
-        f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
-    )
-    yield Relation(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
-
-
-def relations_of_training(h: Config) -> Iterator[Relation]:
-    """Yield the relations of the optimizer and the schedules."""
-    yield Relation(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
-    longest_step = (1 - min(h.muon_momentum, h.muon_momentum_start)) * h.momentum_spread
-    yield Relation(
-        h.momentum_spread >= 1 and longest_step <= 1,
-        f"momentum_spread={h.momentum_spread:g} must be at least 1 and at most the horizon of momentum, "
-        "1 / (1 - muon_momentum)",
-    )
-    yield Relation(
-        h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0"
-    )
-    yield Relation(
-        h.tokens_per_param == 0 or h.start_batch_tokens == 0,
-        "tokens_per_param needs start_batch_tokens=0: it assumes that every step has the same batch",
-    )
-    yield Relation(
-        not (h.deterministic and h.bind_by_time),
-        "deterministic=1 needs bind_by_time=0: what a clock chooses may differ from run to run",
-    )
-    yield Relation(
-        h.target_loss <= math.log(h.vocab_size),
-        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which a uniform guess reaches",
-    )
-    yield Relation(
-        h.target_loss == 0 or h.max_wallclock_seconds == 0,
-        "target_loss needs max_wallclock_seconds=0: a race takes all of its iterations",
-    )
-    yield Relation(
-        h.target_loss > 0 or h.size_cap > 0,
-        "size_cap=0, no artifact, needs target_loss: all other runs are scored by their artifact",
-    )
-    for rate, decay in DECAYS.items():
-        shrinks = getattr(h, rate) * getattr(h, decay)
-        yield Relation(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
-
-
-def relations_of_codes(h: Config) -> Iterator[Relation]:
-    """Yield the relations of the artifact's codes."""
-    yield Relation(6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8")
-    yield Relation(
-        h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"
-    )
-    largest = ENCODINGS[encoding_of("embed", h)].limit
-    yield Relation(
-        h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
-    )
-    for key in ("gptq_embed", "column_steps", "row_steps"):
-        yield Relation(h.gptq_batches > 0 or not getattr(h, key), f"{key} needs gptq_batches of at least 1")
-    yield Relation(h.column_steps or not h.trellis, "trellis needs column_steps=1")
 
 
 # -----------------------------------------------------------------------------
@@ -2166,6 +1906,21 @@ def cut_batch(h: Config, world_size: int) -> BatchShape:
     return BatchShape(accum, sequences // accum, first)
 
 
+def relations_of_batches(h: Config) -> Iterator[Relation]:
+    """Yield the relations of a batch: micro-batches, sequences and tokens."""
+    yield divides("micro_batch_tokens", "train_batch_tokens", h)
+    yield divides("train_seq_len", "micro_batch_tokens", h)
+    yield fits_memory("train_batch_tokens", h)
+    yield Relation(
+        h.start_batch_tokens <= h.train_batch_tokens, "start_batch_tokens must not exceed train_batch_tokens"
+    )
+    yield Relation(
+        h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
+    )
+    yield Relation(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
+    yield Relation(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
+
+
 class TokenLoader:
     """An endless stream of shuffled documents, cut into micro-batches.
 
@@ -2829,6 +2584,42 @@ def parameter_table(h: Config) -> dict[str, Parameter]:
         shape = tuple(sizes[letter] for letter in spec.shape.split())
         table[spec.name] = Parameter(shape, Init(spec.init.kind, init_value(spec.init, h)))
     return table
+
+
+def relations_of_the_model(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the model's sizes and layers."""
+    yield divides("num_heads", "model_dim", h)
+    yield divides("num_kv_heads", "num_heads", h)
+    yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
+    yield Relation(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
+    yield Relation(
+        h.out_scale_init > 0 or residual_std(h) > 0,
+        "out_scale_init=0 needs proj_init_std above 0: if scales and matrices are zero, neither ever moves",
+    )
+    yield Relation(
+        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"
+    )
+    yield Relation(h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim")
+    yield Relation(
+        h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"
+    )
+    yield Relation(
+        max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
+        "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
+    )
+    yield Relation(
+        all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split()),
+        f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
+    )
+
+    loop = h.loop_layers.split()
+    first = int(loop[0]) if loop and loop[0].isdecimal() and len(loop[0]) < 10 else 0
+    neighbours = [str(first + i) for i in range(len(loop))]
+    yield Relation(
+        loop == neighbours and first + len(loop) <= h.num_layers,
+        f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
+    )
+    yield Relation(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
 
 
 def product_weights(h: Config, visits: int) -> int:
@@ -4866,6 +4657,23 @@ class Ema:
         torch._foreach_copy_(self.average, self.params)
 
 
+def relations_of_training(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the optimizer and the schedules."""
+    yield Relation(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
+    longest_step = (1 - min(h.muon_momentum, h.muon_momentum_start)) * h.momentum_spread
+    yield Relation(
+        h.momentum_spread >= 1 and longest_step <= 1,
+        f"momentum_spread={h.momentum_spread:g} must be at least 1 and at most the horizon of momentum, "
+        "1 / (1 - muon_momentum)",
+    )
+    yield Relation(
+        h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0"
+    )
+    for rate, decay in DECAYS.items():
+        shrinks = getattr(h, rate) * getattr(h, decay)
+        yield Relation(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
+
+
 # -----------------------------------------------------------------------------
 # 15. Rounding: a whole number for every weight, guided by training text.
 
@@ -5337,6 +5145,21 @@ def encoding_of(stored_as: str, h: Config, has_column_steps: bool = False) -> st
     if has_column_steps:
         return "trellis" if h.trellis else "columns"
     return f"int{h.embed_bits}" if stored_as == "embed" else stored_as
+
+
+def relations_of_codes(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the artifact's codes."""
+    yield Relation(6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8")
+    yield Relation(
+        h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"
+    )
+    largest = ENCODINGS[encoding_of("embed", h)].limit
+    yield Relation(
+        h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
+    )
+    for key in ("gptq_embed", "column_steps", "row_steps"):
+        yield Relation(h.gptq_batches > 0 or not getattr(h, key), f"{key} needs gptq_batches of at least 1")
+    yield Relation(h.column_steps or not h.trellis, "trellis needs column_steps=1")
 
 
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide = UNGUIDED) -> bytes:
@@ -5960,6 +5783,19 @@ CODECS = {
 }
 
 
+def relations_of_the_codec(h: Config) -> Iterator[Relation]:
+    """Yield the relation of the model's size to what an artifact holds."""
+    parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
+    most = CODECS[h.codec].max_weights
+    sizes = " ".join(f"{key}={getattr(h, key)}" for key in knobs_with(SIZE))
+    yield Relation(
+        parameters <= most,
+        f"mlp_mult={h.mlp_mult:g} {sizes} make {parameters:.3g} parameters, "
+        f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of codec={h.codec} holds at "
+        f"most {most:.3g}; make the model smaller",
+    )
+
+
 def codec_of(blob: bytes) -> str:
     """Return the row of CODECS that wrote an artifact. Raises ValueError if none did."""
     for name, codec in CODECS.items():
@@ -6326,6 +6162,15 @@ TTT_FORMS = {
 }
 
 
+def relations_of_scores(h: Config) -> Iterator[Relation]:
+    """Yield the relations of score windows and of test-time training."""
+    yield divides("eval_seq_len", "eval_batch_tokens", h)
+    yield fits_memory("eval_batch_tokens", h)
+    yield Relation(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
+    if h.ttt_lr > 0:
+        yield from TTT_FORMS[h.ttt_form].relations(h)
+
+
 def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
     """Return a context that yields learn(tokens, windows, begins).
 
@@ -6683,7 +6528,196 @@ class Checkpoints:
 
 
 # -----------------------------------------------------------------------------
-# 20. Runs: what every command works with, built once.
+# 20. Runs: the knobs of a run, resolved and checked, and what every command works with, built once.
+
+
+# The knobs whose value is one of several words.
+CHOICES = {
+    "preset": PRESETS,
+    "ortho": ORTHO,
+    "step_rule": STEP_RULES,
+    "parallel_form": ("one_stream", "two_streams"),
+    "ttt_form": TTT_FORMS,
+    "artifact_weights": ("ema", "live"),
+    "wire_dtype": ("float32", "bfloat16"),
+    "codec": CODECS,
+}
+
+
+def check_choices(h: Config) -> None:
+    """Check each knob that is one of several words. Raises InputError with the words to choose from."""
+    for key, allowed in CHOICES.items():
+        if getattr(h, key) not in allowed:
+            raise InputError(f"config key {key}: {getattr(h, key)[:40]!r} is not one of {', '.join(allowed)}")
+
+
+# The dials assume that a preset's rates and decays were tuned at depth 12, as nanochat's were.
+DEPTHS = range(2, 27)
+TUNED_DEPTH = 12
+TUNED_WIDTH = 768
+TUNED_BATCH = 1 << 19  # tokens: nanochat's measured optimum at depth 12
+NO_CAP = 1 << 40  # bytes, more than any artifact has
+
+
+def shape_by_depth(h: Config) -> dict[str, object]:
+    """Return the knobs of the model that follow from depth."""
+    width = -(-64 * h.depth // 128) * 128  # --aspect-ratio 64, up to whole heads of --head-dim 128
+    short = str(-(-h.train_seq_len // 4 // 128) * 128)  # a quarter of the sequence, up to blocks of 128
+    pattern = [short, short, short, "0"] * h.depth  # --window-pattern SSSL
+
+    def scaled_layers(layers: int) -> int:
+        return -(-layers * h.depth // h.num_layers)  # ours: the preset's fraction of the layers, rounded up
+
+    return dict(
+        num_layers=h.depth,
+        model_dim=width,
+        num_heads=width // 128,
+        num_kv_heads=width // 128,  # n_kv_head = n_head
+        mlp_mult=4.0,
+        attn_windows=" ".join([*pattern[: h.depth - 1], "0"]),  # the last layer always sees everything
+        xsa_last_n=scaled_layers(h.xsa_last_n),
+        ve_last_n=scaled_layers(h.ve_last_n),
+        parallel_last_n=scaled_layers(h.parallel_last_n),
+        loop_layers="",  # ours: depth counts all visits
+        loop_times=0,
+    )
+
+
+def size_by_depth(h: Config) -> float:
+    """Return h's scaling_params divided by those at depth 12; training tokens have the same ratio."""
+    tuned = replace(h, **shape_by_depth(replace(h, depth=TUNED_DEPTH)))
+    return scaling_params(h) / scaling_params(tuned)
+
+
+def run_by_depth(h: Config) -> dict[str, object]:
+    """Return the knobs of batch, length and score that follow from depth and the model's size."""
+    # The best batch grows as tokens^0.383 (arXiv:2505.13738); the nearest power of two.
+    batch = 1 << round(math.log2(TUNED_BATCH * size_by_depth(h) ** 0.383))
+    return dict(
+        train_batch_tokens=batch,
+        micro_batch_tokens=min(batch, 1 << h.micro_batch_tokens.bit_length() - 1),  # ours: divides the batch
+        start_batch_tokens=0,
+        tokens_per_param=12.0,  # --target-param-data-ratio
+        max_wallclock_seconds=0.0,
+        eval_stride=h.eval_seq_len,  # a sliding score costs 32 times as much
+        codec="xz",  # rans decodes at most MAX_RANS_CODES
+        size_cap=NO_CAP if h.size_cap else 0,
+    )
+
+
+def rates_by_depth(h: Config) -> dict[str, object]:
+    """Return the rates and decays that follow from batch, width, size and depth."""
+    batch = math.sqrt(h.train_batch_tokens / TUNED_BATCH)  # rates go as batch^0.5
+    width = math.sqrt(TUNED_WIDTH / h.model_dim)  # rates of AdamW's matrices go as width^-0.5, too
+    # For MuonH, whose rate falls with depth: as depth^-0.5 in HyperP (arXiv:2603.28743).
+    depth = (TUNED_DEPTH / h.depth) ** h.depth_lr_power
+    # Decay keeps T_epoch = batch / (rate * decay * tokens) constant (arXiv:2405.13698).
+    decay = batch / size_by_depth(h)
+    return dict(
+        matrix_lr=h.matrix_lr * batch * depth,
+        embed_lr=h.embed_lr * batch * width,
+        scalar_lr=h.scalar_lr * batch,
+        norm_gain_lr=h.norm_gain_lr * batch,
+        muon_wd=h.muon_wd * decay / depth,
+        embed_wd=h.embed_wd * decay,
+        scalar_wd=h.scalar_wd * decay,
+    )
+
+
+def length_by_tokens(h: Config) -> dict[str, object]:
+    """Return the knobs of a run's length that follow from tokens_per_param."""
+    steps = int(h.tokens_per_param * scaling_params(h)) // h.train_batch_tokens
+    return dict(iterations=max(1, steps), max_wallclock_seconds=0.0)
+
+
+def follow_dials(h: Config, given: Mapping[str, object]) -> Config:
+    """Return h with every knob that follows from depth and tokens_per_param, except for the knobs given.
+
+    The rules are nanochat's: scripts/base_train.py and nanochat/gpt.py at 00255c1. Each rule sees the given
+    knobs and the results of earlier rules. Raises InputError for a dial out of range.
+    """
+    if h.depth and h.depth not in DEPTHS:
+        raise InputError(f"config key depth: {h.depth} must be 0 or from {DEPTHS[0]} to {DEPTHS[-1]}")
+    if h.tokens_per_param > 1e6:
+        raise InputError(f"config key tokens_per_param: {h.tokens_per_param:g} must be at most 1e6")
+    rules = (shape_by_depth, run_by_depth, rates_by_depth) if h.depth else ()
+    for rule in rules:
+        h = replace(h, **{**rule(h), **given})
+    if h.tokens_per_param:
+        h = replace(h, **{**length_by_tokens(h), **given})
+    return h
+
+
+def relations_of_runs(h: Config) -> Iterator[Relation]:
+    """Yield the relations of the dials and of a race."""
+    yield Relation(
+        h.depth in (0, h.num_layers), f"depth={h.depth} and num_layers={h.num_layers} differ; leave one out"
+    )
+    yield Relation(
+        h.tokens_per_param == 0 or h.start_batch_tokens == 0,
+        "tokens_per_param needs start_batch_tokens=0: it assumes that every step has the same batch",
+    )
+    yield Relation(
+        not (h.deterministic and h.bind_by_time),
+        "deterministic=1 needs bind_by_time=0: what a clock chooses may differ from run to run",
+    )
+    yield Relation(
+        h.target_loss <= math.log(h.vocab_size),
+        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which a uniform guess reaches",
+    )
+    yield Relation(
+        h.target_loss == 0 or h.max_wallclock_seconds == 0,
+        "target_loss needs max_wallclock_seconds=0: a race takes all of its iterations",
+    )
+    yield Relation(
+        h.target_loss > 0 or h.size_cap > 0,
+        "size_cap=0, no artifact, needs target_loss: all other runs are scored by their artifact",
+    )
+
+
+# In this order: a dial explains what follows from it, and only a sound model has a size.
+RELATIONS = (
+    relations_of_runs,
+    relations_of_batches,
+    relations_of_the_model,
+    relations_of_training,
+    relations_of_codes,
+    relations_of_scores,
+    relations_of_the_codec,
+)
+
+
+def check_relations(h: Config) -> None:
+    """Check the relations between knobs. Raises InputError with the first that does not hold."""
+    for relations_of in RELATIONS:
+        for relation in relations_of(h):
+            if not relation.holds:
+                raise InputError(f"config: {relation.complaint}")
+
+
+def make_config(knobs: Mapping[str, object], header: Mapping[str, object] | None = None) -> Config:
+    """Resolve every knob: defaults < preset < what its dials imply < an artifact's header < knobs given.
+
+    A given target_loss removes the time limit. Raises InputError for a value out of range, or for knobs that
+    contradict each other.
+    """
+    preset = PRESETS.get(knobs.get("preset", Config.preset), {})
+    race = {"max_wallclock_seconds": 0.0} if knobs.get("target_loss") else {}
+    # A header leaves out these knobs where they have their defaults, whatever the preset says.
+    unchanged = {key: getattr(Config, key) for key in CHANGED_KNOBS} if header else {}
+    given = {**unchanged, **(header or {}), **knobs}
+    h = Config(**{**preset, **race, **given})
+    check_ranges(h)
+    check_choices(h)
+    h = follow_dials(h, given)
+    check_ranges(h)
+    check_relations(h)
+    return h
+
+
+def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
+    """Resolve every knob of a command line and an environment. Raises InputError."""
+    return make_config(read_knobs(argv, env))
 
 
 class ScoringPass:

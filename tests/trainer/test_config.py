@@ -82,8 +82,8 @@ CHANGED_WITH = {
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_every_field_is_settable_from_text(name, source, monkeypatch):
     """The value has the field's type; only CHANGED_WITH's change other fields, too."""
-    monkeypatch.setattr(t, "check_ranges", lambda h: None)
-    monkeypatch.setattr(t, "check_relations", lambda h: None)
+    for check in ("check_ranges", "check_choices", "check_relations"):
+        monkeypatch.setattr(t, check, lambda h: None)
     default = FIELDS[name].default
     text, value = VALUES_BY_NAME.get(name) or VALUES_BY_TYPE[type(default)]
     if source == "argument":

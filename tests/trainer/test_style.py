@@ -29,7 +29,8 @@ MAX_FUNCTION = 60  # lines; Triton kernels have no limit
 # Functions that may return three or more values without names, since the field knows them: q, k, v; the
 # coefficients a, b, c; a shape.
 THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape"}
-NOT_USE = {"load_config", "check_ranges", "check_relations"}  # reading a knob to check it is not using it
+# Reading a knob to check it is not using it.
+NOT_USE = re.compile("load_config|check_(ranges|choices|relations)|relations_of_.*")
 RANK_NAMES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_\w+")
 BANNER_RULE = re.compile(r"# -{20,}")
 BANNER = re.compile(r"# (\d+)\. ([^:.]+)[:.]")
@@ -407,7 +408,7 @@ def unread_fields(tree) -> list[str]:
     fields = [target.id for target in assigned if isinstance(target, ast.Name)]
     properties = {n.name: attributes(n) for n in config.body if isinstance(n, FUNCTIONS)}
 
-    no_use = [config, *(f for f in functions(tree) if f.name in NOT_USE)]
+    no_use = [config, *(f for f in functions(tree) if NOT_USE.fullmatch(f.name))]
     inside = {id(node) for part in no_use for node in ast.walk(part)}
     read = names_in_tables(tree)
     for node in ast.walk(tree):
@@ -433,15 +434,17 @@ class Config:
     table: float = 3
     dead: int = 4
     checked: int = 5
+    related: int = 6
     @property
     def size(self): return self.through + self.dead_too
     @property
     def unused_size(self): return self.dead
 PARAM_TABLE = {"bank": "table"}
 def check_ranges(h): return h.checked
+def relations_of_sizes(h): yield h.related
 def f(h): return h.used + h.size, "dead"
 """
-    assert unread_fields(ast.parse(text)) == ["dead", "checked"]
+    assert unread_fields(ast.parse(text)) == ["dead", "checked", "related"]
 
 
 # ---------------------------------------------------------------- every file of the tree
