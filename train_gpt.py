@@ -60,6 +60,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ast
+import difflib
 import errno
 import glob
 import hashlib
@@ -724,7 +725,8 @@ def read_knobs(argv: list[str], env: Mapping[str, str]) -> dict[str, object]:
         if not equals:
             raise InputError(f"argument {argument[:40]!r}: knobs are given as key=value")
         if key not in kinds:
-            close = [known for known in kinds if key and (key.lower() in known or known in key.lower())]
+            close = difflib.get_close_matches(key.lower(), kinds)
+            close = close or [known for known in kinds if key and key.lower() in known][:5]
             hint = f"did you mean {', '.join(close)}?" if close else "`train_gpt.py config` lists them"
             raise InputError(f"unknown config key {key[:40]!r}; {hint}")
         given[key] = value
@@ -771,6 +773,19 @@ def divides(part: str, whole: str, h: Config) -> Relation:
     size = getattr(h, part)
     total = getattr(h, whole)
     return Relation(total % size == 0, f"{part}={size} must divide {whole}={total}")
+
+
+def at_most(key: str, limit: str, h: Config) -> Relation:
+    """Return the relation that one knob does not exceed another."""
+    value = getattr(h, key)
+    most = getattr(h, limit)
+    return Relation(value <= most, f"{key}={value} must not exceed {limit}={most}")
+
+
+def above_zero(key: str, h: Config) -> Relation:
+    """Return the relation that a knob is not 0, which other knobs of its kind may be."""
+    value = getattr(h, key)
+    return Relation(value > 0, f"{key}={value:g} must be above 0")
 
 
 def fits_memory(key: str, h: Config) -> Relation:
@@ -1911,13 +1926,13 @@ def relations_of_batches(h: Config) -> Iterator[Relation]:
     yield divides("micro_batch_tokens", "train_batch_tokens", h)
     yield divides("train_seq_len", "micro_batch_tokens", h)
     yield fits_memory("train_batch_tokens", h)
+    yield at_most("start_batch_tokens", "train_batch_tokens", h)
     yield Relation(
-        h.start_batch_tokens <= h.train_batch_tokens, "start_batch_tokens must not exceed train_batch_tokens"
+        h.batch_growth_frac > 0, "batch_growth_frac=0 must be above 0; start_batch_tokens=0 has no growth"
     )
     yield Relation(
-        h.batch_growth_frac > 0, "batch_growth_frac must be above 0; start_batch_tokens=0 has no growth"
+        h.vocab_size <= 65_536, f"vocab_size={h.vocab_size} must be at most 65536: shards hold uint16"
     )
-    yield Relation(h.vocab_size <= 65_536, "vocab_size must fit uint16 shards (65,536)")
     yield Relation(h.bos_id < h.vocab_size, f"bos_id={h.bos_id} must be below vocab_size={h.vocab_size}")
 
 
@@ -2590,23 +2605,24 @@ def relations_of_the_model(h: Config) -> Iterator[Relation]:
     """Yield the relations of the model's sizes and layers."""
     yield divides("num_heads", "model_dim", h)
     yield divides("num_kv_heads", "num_heads", h)
-    yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size must be 0 or at least 2")
-    yield Relation(h.mlp_dim >= 1, "mlp_mult * model_dim must be at least 1")
+    yield Relation(h.bigram_vocab_size != 1, "bigram_vocab_size=1 must be 0 or at least 2")
+    yield Relation(
+        h.mlp_dim >= 1,
+        f"mlp_mult={h.mlp_mult:g} * model_dim={h.model_dim} must be at least 1",
+    )
     yield Relation(
         h.out_scale_init > 0 or residual_std(h) > 0,
         "out_scale_init=0 needs proj_init_std above 0: if scales and matrices are zero, neither ever moves",
     )
     yield Relation(
-        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim, "rope_dims must be even and at most head_dim"
+        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
+        f"rope_dims={h.rope_dims} must be even and at most {h.head_dim}, model_dim / num_heads",
     )
-    yield Relation(h.attn_gate_dims <= h.model_dim, "attn_gate_dims must not exceed model_dim")
-    yield Relation(
-        h.logit_softcap > 0 and h.rope_base >= 1, "logit_softcap must be positive, rope_base at least 1"
-    )
-    yield Relation(
-        max(h.xsa_last_n, h.ve_last_n, h.parallel_last_n) <= h.num_layers,
-        "xsa_last_n, ve_last_n, parallel_last_n must not exceed num_layers",
-    )
+    yield Relation(h.rope_base >= 1, f"rope_base={h.rope_base:g} must be at least 1")
+    yield above_zero("logit_softcap", h)
+    yield at_most("attn_gate_dims", "model_dim", h)
+    for key in ("xsa_last_n", "ve_last_n", "parallel_last_n"):
+        yield at_most(key, "num_layers", h)
     yield Relation(
         all(w.isdecimal() and len(w) < 10 for w in h.attn_windows.split()),
         f"attn_windows={h.attn_windows[:40]!r} must be whole numbers from 0 to 999999999, as in '512 512 0'",
@@ -2619,7 +2635,9 @@ def relations_of_the_model(h: Config) -> Iterator[Relation]:
         loop == neighbours and first + len(loop) <= h.num_layers,
         f"loop_layers={h.loop_layers[:40]!r} must be neighbours of the {h.num_layers} layers, as in '4 5'",
     )
-    yield Relation(h.loop_times == 0 or len(loop) > 0, "loop_times needs loop_layers, as in '4 5'")
+    yield Relation(
+        h.loop_times == 0 or len(loop) > 0, f"loop_times={h.loop_times} needs loop_layers, as in '4 5'"
+    )
 
 
 def product_weights(h: Config, visits: int) -> int:
@@ -4659,19 +4677,25 @@ class Ema:
 
 def relations_of_training(h: Config) -> Iterator[Relation]:
     """Yield the relations of the optimizer and the schedules."""
-    yield Relation(h.ema_frac > 0 and h.warmdown_frac > 0, "ema_frac and warmdown_frac must be positive")
-    longest_step = (1 - min(h.muon_momentum, h.muon_momentum_start)) * h.momentum_spread
+    yield above_zero("ema_frac", h)
+    yield above_zero("warmdown_frac", h)
+    shorter = min(("muon_momentum", "muon_momentum_start"), key=partial(getattr, h))
+    momentum = getattr(h, shorter)
     yield Relation(
-        h.momentum_spread >= 1 and longest_step <= 1,
+        h.momentum_spread >= 1 and (1 - momentum) * h.momentum_spread <= 1,
         f"momentum_spread={h.momentum_spread:g} must be at least 1 and at most the horizon of momentum, "
-        "1 / (1 - muon_momentum)",
+        f"{1 / (1 - momentum):g} steps with {shorter}={momentum:g}",
     )
     yield Relation(
-        h.adam_eps >= 1e-37, "adam_eps must be at least 1e-37: below, a gradient of zero gives 0 / 0"
+        h.adam_eps >= 1e-37,
+        f"adam_eps={h.adam_eps:g} must be at least 1e-37: below, a gradient of zero gives 0 / 0",
     )
     for rate, decay in DECAYS.items():
-        shrinks = getattr(h, rate) * getattr(h, decay)
-        yield Relation(shrinks <= 1, f"{rate} * {decay}, decay of a step, must be at most 1")
+        lr = getattr(h, rate)
+        wd = getattr(h, decay)
+        yield Relation(
+            lr * wd <= 1, f"{rate}={lr:g} * {decay}={wd:g}, the decay of a step, must be at most 1"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -5151,15 +5175,19 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
     """Yield the relations of the artifact's codes."""
     yield Relation(6 <= h.embed_bits <= 8, f"embed_bits={h.embed_bits} must be 6, 7 or 8")
     yield Relation(
-        h.matrix_clip_sd <= 31, "matrix_clip_sd must not exceed 31, an int6 step of one root mean square"
+        h.matrix_clip_sd <= 31,
+        f"matrix_clip_sd={h.matrix_clip_sd:g} must be at most 31, a step of one root mean square",
     )
     largest = ENCODINGS[encoding_of("embed", h)].limit
     yield Relation(
-        h.embed_clip_sd <= largest, f"embed_clip_sd must not exceed {largest}, a step of one root mean square"
+        h.embed_clip_sd <= largest,
+        f"embed_clip_sd={h.embed_clip_sd:g} must be at most {largest}, a step of one root mean square",
     )
     for key in ("gptq_embed", "column_steps", "row_steps"):
-        yield Relation(h.gptq_batches > 0 or not getattr(h, key), f"{key} needs gptq_batches of at least 1")
-    yield Relation(h.column_steps or not h.trellis, "trellis needs column_steps=1")
+        yield Relation(
+            h.gptq_batches > 0 or not getattr(h, key), f"{key}=1 needs gptq_batches of at least 1, not 0"
+        )
+    yield Relation(h.column_steps or not h.trellis, "trellis=1 needs column_steps=1")
 
 
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide = UNGUIDED) -> bytes:
@@ -6135,16 +6163,17 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
 
 def relations_of_sgd(h: Config) -> Iterator[Relation]:
     """Yield the relations of the knobs of sgd_of_weights: a chunk is cut into sequences."""
-    yield Relation(h.ttt_chunk_tokens % h.eval_seq_len == 0, "eval_seq_len must divide ttt_chunk_tokens")
+    yield divides("eval_seq_len", "ttt_chunk_tokens", h)
 
 
 def relations_of_lora(h: Config) -> Iterator[Relation]:
     """Yield the relations of the knobs of lora_of_documents."""
     yield Relation(
         h.ttt_chunk_tokens <= h.eval_seq_len,
-        "ttt_form=lora: ttt_chunk_tokens must not exceed eval_seq_len: one window scores a chunk",
+        f"ttt_form=lora: ttt_chunk_tokens={h.ttt_chunk_tokens} must not exceed eval_seq_len="
+        f"{h.eval_seq_len}: one window scores a chunk",
     )
-    yield Relation(h.ttt_rank <= h.model_dim, "ttt_rank must not exceed model_dim")
+    yield at_most("ttt_rank", "model_dim", h)
 
 
 class TttForm(NamedTuple):
@@ -6166,7 +6195,7 @@ def relations_of_scores(h: Config) -> Iterator[Relation]:
     """Yield the relations of score windows and of test-time training."""
     yield divides("eval_seq_len", "eval_batch_tokens", h)
     yield fits_memory("eval_batch_tokens", h)
-    yield Relation(h.eval_stride <= h.eval_seq_len, "eval_stride must not exceed eval_seq_len")
+    yield at_most("eval_stride", "eval_seq_len", h)
     if h.ttt_lr > 0:
         yield from TTT_FORMS[h.ttt_form].relations(h)
 
@@ -6655,7 +6684,8 @@ def relations_of_runs(h: Config) -> Iterator[Relation]:
     )
     yield Relation(
         h.tokens_per_param == 0 or h.start_batch_tokens == 0,
-        "tokens_per_param needs start_batch_tokens=0: it assumes that every step has the same batch",
+        f"tokens_per_param={h.tokens_per_param:g} needs start_batch_tokens=0, not {h.start_batch_tokens}: "
+        "it assumes that every step has the same batch",
     )
     yield Relation(
         not (h.deterministic and h.bind_by_time),
@@ -6663,15 +6693,17 @@ def relations_of_runs(h: Config) -> Iterator[Relation]:
     )
     yield Relation(
         h.target_loss <= math.log(h.vocab_size),
-        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size), which a uniform guess reaches",
+        f"target_loss={h.target_loss:g} must not exceed ln(vocab_size={h.vocab_size}), which a uniform guess "
+        "reaches",
     )
     yield Relation(
         h.target_loss == 0 or h.max_wallclock_seconds == 0,
-        "target_loss needs max_wallclock_seconds=0: a race takes all of its iterations",
+        f"target_loss={h.target_loss:g} needs max_wallclock_seconds=0, not {h.max_wallclock_seconds:g}: "
+        "a race takes all of its iterations",
     )
     yield Relation(
         h.target_loss > 0 or h.size_cap > 0,
-        "size_cap=0, no artifact, needs target_loss: all other runs are scored by their artifact",
+        "size_cap=0, no artifact, needs target_loss above 0: all other runs are scored by their artifact",
     )
 
 

@@ -127,4 +127,4 @@ def test_a_start_that_is_no_number_of_micro_batches_is_one_line(start, tmp_path,
 
 def test_a_growth_of_no_time_is_one_line(capsys):
     err = stop_one_line(["config", "batch_growth_frac=0"], capsys)
-    assert re.search("batch_growth_frac must be above 0", err)
+    assert re.search("batch_growth_frac=0 must be above 0", err)

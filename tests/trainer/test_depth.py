@@ -130,7 +130,10 @@ def test_without_dials_a_preset_stays_as_it_is():
         (["depth=12", "num_layers=11"], "depth=12 and num_layers=11 differ; leave one out"),
         (["depth=12", "preset=warp"], "preset: 'warp'"),
         (["depth=12", "train_batch_tokens=0"], "train_batch_tokens: 0 must be at least 1"),
-        (["tokens_per_param=1", "start_batch_tokens=98304"], "tokens_per_param needs start_batch_tokens=0"),
+        (
+            ["tokens_per_param=1", "start_batch_tokens=98304"],
+            "tokens_per_param=1 needs start_batch_tokens=0, not 98304",
+        ),
     ],
 )
 def test_a_dial_that_cannot_be_is_one_line(arguments, words, capsys):

@@ -101,5 +101,6 @@ def test_a_run_with_two_momenta_resumes_bit_equal(tmp_path, monkeypatch):
 @pytest.mark.parametrize("spread", ["0.5", "13"])
 def test_a_spread_beyond_its_bounds_is_one_line(spread, capsys):
     """The shortest horizon, that of muon_momentum_start=0.92, has 12.5 steps."""
-    err = stop_one_line(["config", f"momentum_spread={spread}"], capsys)
+    err = stop_one_line(["config", "preset=record_sp1024", f"momentum_spread={spread}"], capsys)
     assert f"momentum_spread={spread} must be at least 1 and at most the horizon of momentum" in err
+    assert "12.5 steps with muon_momentum_start=0.92" in err

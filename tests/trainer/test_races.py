@@ -150,9 +150,12 @@ def test_a_target_takes_the_time_limit_away():
 @pytest.mark.parametrize(
     "knobs, words",
     [
-        ({"target_loss": 3, "max_wallclock_seconds": 60}, "max_wallclock_seconds=0: a race takes all"),
-        ({"size_cap": 0}, "size_cap=0, no artifact, needs target_loss"),
-        ({"target_loss": 7, "vocab_size": 1024}, r"target_loss=7 must not exceed ln\(vocab_size\)"),
+        (
+            {"target_loss": 3, "max_wallclock_seconds": 60},
+            "max_wallclock_seconds=0, not 60: a race takes",
+        ),
+        ({"size_cap": 0}, "size_cap=0, no artifact, needs target_loss above 0"),
+        ({"target_loss": 7, "vocab_size": 1024}, r"target_loss=7 must not exceed ln\(vocab_size=1024\)"),
     ],
 )
 def test_what_is_no_race_is_refused(knobs, words):

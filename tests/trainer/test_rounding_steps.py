@@ -206,5 +206,5 @@ def test_row_steps_fall_with_the_root_of_the_sensitivity():
 
 @pytest.mark.parametrize("key", ["column_steps", "row_steps", "gptq_embed"])
 def test_steps_need_calibration(key):
-    with pytest.raises(t.InputError, match=f"{key} needs gptq_batches of at least 1"):
+    with pytest.raises(t.InputError, match=f"{key}=1 needs gptq_batches of at least 1, not 0"):
         tiny(gptq_batches=0, **{key: 1})

@@ -116,7 +116,7 @@ def test_an_artifact_of_another_script_is_one_line(command, change, name, tmp_pa
     [
         (dict(num_layers=0), "config key num_layers: 0 must be at least 1"),
         (dict(num_heads=3), "config: num_heads=3 must divide model_dim="),
-        (dict(logit_softcap=0.0), "config: logit_softcap must be positive, rope_base at least 1"),
+        (dict(logit_softcap=0.0), "config: logit_softcap=0 must be above 0"),
         (dict(model_dim=1 << 40), "parameters"),
     ],
     ids=str,

@@ -127,7 +127,7 @@ def test_trellis_codes_come_back_from_an_artifact(codec):
 
 
 def test_a_trellis_needs_column_steps():
-    with pytest.raises(t.InputError, match="trellis needs column_steps=1"):
+    with pytest.raises(t.InputError, match="trellis=1 needs column_steps=1"):
         t.make_config(dict(trellis=True, column_steps=False, row_steps=False))
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 @pytest.mark.parametrize(
     "knobs, says",
     [
-        (["ttt_lr=0.1", "ttt_chunk_tokens=100"], "eval_seq_len must divide ttt_chunk_tokens"),
+        (["ttt_lr=0.1", "ttt_chunk_tokens=100"], "eval_seq_len=64 must divide ttt_chunk_tokens=100"),
         (["ttt_lr=0.1", "ttt_chunk_tokens=0"], "ttt_chunk_tokens: 0"),
         (["ttt_lr=-0.1"], "ttt_lr: -0.1"),
         (["ttt_lr=nan"], "ttt_lr: nan"),
@@ -45,12 +45,12 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
         (["ttt_form=adam"], "ttt_form: 'adam' is not one of sgd, lora"),
         (
             ["ttt_lr=0.1", "ttt_form=lora", "ttt_chunk_tokens=65"],
-            "ttt_chunk_tokens must not exceed eval_seq_len",
+            "ttt_form=lora: ttt_chunk_tokens=65 must not exceed eval_seq_len=64",
         ),
         (["ttt_rank=0"], "ttt_rank: 0"),
         (
             ["ttt_lr=1", "ttt_form=lora", "ttt_chunk_tokens=9", "ttt_rank=513"],
-            "ttt_rank must not exceed model_dim",
+            "ttt_rank=513 must not exceed model_dim=512",
         ),
     ],
 )
