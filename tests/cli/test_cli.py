@@ -122,7 +122,9 @@ def test_the_command_line_is_read_without_torch():
 def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
     """run.sh asks this with --check, from a Python that may have no torch."""
     assert cli.main(["--check", "train", "seed=3", "iteration=5"]) == 2
-    assert capsys.readouterr().err == "run.sh: unknown config key 'iteration': ./run.sh config lists them\n"
+    assert capsys.readouterr().err == "run.sh: unknown config key 'iteration': did you mean iterations?\n"
+    assert cli.main(["--check", "train", "seed=3", "zzz=5"]) == 2
+    assert capsys.readouterr().err == "run.sh: unknown config key 'zzz': ./run.sh config lists them\n"
     assert cli.main(["--check", "train", "seed=3", "iterations=5"]) == 0
     assert cli.main(["--check", "data", "verify"]) == 0
 

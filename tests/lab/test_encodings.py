@@ -77,7 +77,7 @@ def test_each_row_changes_what_it_names(trained, capsys):
         (["gone.ckpt"], "gone.ckpt: cannot read the checkpoint"),
         (["CHECKPOINT", "matrix_lr=1"], "matrix_lr=1: cannot change after training"),
         (["CHECKPOINT", "--row", "val_tokens=9"], "val_tokens=9: cannot change after training"),
-        (["CHECKPOINT", "val_token=9"], "'val_token' is no knob; ./run.sh config lists them"),
+        (["CHECKPOINT", "val_token=9"], "'val_token' is no knob; did you mean val_tokens, "),
         (["CHECKPOINT", "seed=9"], "all rows together also data_path, tokenizer_path, val_tokens"),
         (["CHECKPOINT", "--json", "gone/x.json"], "--json gone/x.json: no such folder; make it first"),
         (["CHECKPOINT", "--row", "codec=zip"], "config key codec: 'zip' is not one of"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple
 
-from ledger.read.knobs import known_knobs, with_trait
+from ledger.read.knobs import knobs_meant, known_knobs, with_trait
 from script import ROOT, BadInput
 
 
@@ -167,8 +167,8 @@ def check_knobs(command: Command, knobs: Iterable[str]) -> None:
     for word in knobs:
         key, _, value = word.partition("=")
         if key not in types:
-            listed = ", ".join(command.keys) or "./run.sh config lists them"
-            raise BadInput(f"unknown config key {key!r}: {listed}")
+            hint = ", ".join(command.keys) or knobs_meant(key)
+            raise BadInput(f"unknown config key {key!r}: {hint}")
         try:
             READERS[types[key]](value)
         except ValueError:

@@ -37,7 +37,7 @@ from torch import Tensor
 from lab.shared.command_line import parse
 from lab.shared.trainer import known_errors_of
 from ledger.files import check_output, named_path, write_atomic
-from ledger.read.knobs import known_knobs, with_trait
+from ledger.read.knobs import knobs_meant, known_knobs, with_trait
 from ledger.run_verb import run_verb
 from progress import Progress
 from script import TRAINER, BadInput, load_script
@@ -84,7 +84,7 @@ def check_knobs(words: list[str], *traits: str) -> None:
         key = word.partition("=")[0]
         if key not in allowed:
             if key not in known_knobs():
-                raise BadInput(f"{word[:80]}: {key[:40]!r} is no knob; ./run.sh config lists them")
+                raise BadInput(f"{word[:80]}: {key[:40]!r} is no knob; {knobs_meant(key)}")
             of_a_row = ", ".join(with_trait("CODES"))
             of_all_rows = ", ".join(with_trait("INPUT", "DATA"))
             raise BadInput(

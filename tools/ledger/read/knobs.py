@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 from functools import cache
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ def constants(tree: ast.Module) -> frozenset[str]:
 def known_knobs() -> dict[str, Knob]:
     """Return every knob of the trainer by name, in the order of Config."""
     return read_knobs().by_name
+
+
+def knobs_meant(key: str) -> str:
+    """Return which knobs an unknown key may stand for, as the last words of an error."""
+    close = difflib.get_close_matches(key.lower(), known_knobs())
+    return f"did you mean {', '.join(close)}?" if close else "./run.sh config lists them"
 
 
 def with_trait(*traits: str) -> tuple[str, ...]:
