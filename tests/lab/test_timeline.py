@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -367,18 +366,3 @@ def test_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert said.err.endswith("cannot write: Is a directory\n")
     assert "steps: median of the ranks" in said.out
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
-
-
-def test_the_documented_script_without_streams_and_graph_still_comes_out_of_the_trainer():
-    """Its two sed expressions each change one line, and what they leave is Python."""
-    text = (ROOT / "docs/ranks.md").read_text(encoding="utf-8")
-    lines = (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()
-    found = re.findall(r"^.*-e '(s/.*/)'.*$", text, re.M)
-    assert len(found) == 2
-    for expression in found:
-        _, old, new, _ = expression.split("/")
-        old = old.replace("\\[", "[").replace("\\]", "]")
-        hits = [i for i, line in enumerate(lines) if old in line]
-        assert len(hits) == 1, old
-        lines[hits[0]] = lines[hits[0]].replace(old, new)
-    compile("\n".join(lines), "one_stream.py", "exec")

@@ -4,10 +4,10 @@
     ./run.sh bench --script DIR/separate_products.py preset=h100x1
     NPROC=2 ./run.sh bench --timeline t.json --script DIR/whole_banks.py preset=h100x1
 
-train_gpt.py has one layout: banks, each cut into one share per rank. A copy is the script with a few exact
-substitutions, and trains the same weights; only `published_order` clips another norm. What a part of the
-layout is worth is the difference between the script and the copy that lacks it. The parts are those of
-parameter-golf #399.
+train_gpt.py has one layout: banks, each cut into one share per rank. A copy is the script with a module of
+lab/layout at its end, which puts functions and classes of its own in the place of a few of the script's. It
+trains the same weights; only `published_order` clips another norm. What a part of the layout is worth is the
+difference between the script and the copy that lacks it.
 
 The exit status is 0 when done and 2 for bad input, which one line names.
 """
@@ -20,195 +20,105 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds: Ctrl-C shows no traceback
 
 import argparse
+import ast
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from ledger.files import check_output, named_path, read_text, write_atomic
 from ledger.run_verb import run_verb
-from script import TRAINER, BadInput
+from script import TRAINER, BadInput, load_script, missing_names
 
-
-class Edit(NamedTuple):
-    """A substitution. `old` stands in the script exactly once."""
-
-    old: str
-    new: str
+FOLDER = Path(__file__).parent / "layout"
+LAYOUTS = ("separate_products", "separate_tensors", "whole_banks", "published_order", "one_stream")
 
 
 class Layout(NamedTuple):
-    """A copy of the script: its name, what differs, and the substitutions that make it."""
+    """A module of lab/layout, read from its text."""
 
     name: str
-    about: str
-    edits: tuple[Edit, ...]
+    about: str  # what differs: the first paragraph of its docstring
+    needs: tuple[str, ...]  # what it takes from the trainer or overrides; CLASS.NAME is a method
+    definitions: str  # the module without its docstring and without what it takes from the trainer
 
 
-SEPARATE_PRODUCTS = Layout(
-    "separate_products",
-    "each matrix is orthogonalized by products of its own, not with its bank",
-    (
-        Edit(
-            "                    for matrices in self.owned[buffer]:\n",
-            "                    owned = self.owned[buffer]\n"
-            "                    singles = [one for matrices in owned for one in single_matrices(matrices)]\n"
-            "                    for matrices in singles:\n",
-        ),
-        Edit(
-            "class FlatBuffers(NamedTuple):\n",
-            '''def single_matrices(matrices: OwnedMatrices) -> list[OwnedMatrices]:
-    """Split the matrices of a parameter into groups of one."""
-    parts = [[None] * len(matrices.weights) if part is None else part.split(1) for part in matrices]
-    return [OwnedMatrices(*one) for one in zip(*parts)]
+def overridden(node: ast.stmt, needs: list[str]) -> list[str]:
+    """Return the methods of the trainer that a class overrides: all that it defines."""
+    if not isinstance(node, ast.ClassDef):
+        return []
+    bases = [base.id for base in node.bases if base.id in needs]
+    methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+    return [f"{base}.{method}" for base in bases for method in methods]
 
 
-class FlatBuffers(NamedTuple):
-''',
-        ),
-    ),
-)
-SEPARATE_TENSORS = Layout(
-    "separate_tensors",
-    "weights and gradients of matrices lie outside the banks and are copied in and out, matrix by matrix",
-    (
-        Edit(
-            "            self.move(p, bank[first:end].view_as(p), grad[first:end].view_as(p))\n"
-            "            self.own(buffer, name, p, first)\n",
-            "            self.join(p, bank[first:end].view_as(p), grad[first:end].view_as(p))\n"
-            "            self.own(buffer, name, p, first)\n",
-        ),
-        Edit(
-            "    def own(self, buffer: str, name: str, p: nn.Parameter, first: int) -> None:\n",
-            '''    def join(self, p: nn.Parameter, value: Tensor, grad: Tensor) -> None:
-        """Leave p where it is. Remember which part of its bank follows it, matrix by matrix."""
-        value.copy_(p.data)
-        p.grad = torch.zeros_like(p)
-        if not hasattr(self, "joined"):
-            self.joined = ([], [], [], [])
-        for tensors, whole in zip(self.joined, (p.data, p.grad, value, grad)):
-            tensors.extend(whole.unbind())
+def read_layout(name: str) -> Layout:
+    """Read a module of lab/layout."""
+    source = read_text(FOLDER / f"{name}.py")
+    tree = ast.parse(source)
+    docstring, *body = tree.body
+    needs = []
+    left_out = [docstring]
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and node.module in ("__future__", "train_gpt"):
+            left_out.append(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "train_gpt":
+            needs += [alias.name for alias in node.names]
+    for node in body:
+        needs += overridden(node, needs)
 
-    def own(self, buffer: str, name: str, p: nn.Parameter, first: int) -> None:
-''',
-        ),
-        Edit(
-            "        arrivals = []\n        for buffer, grad in self.bank_grad.items():\n",
-            "        torch._foreach_copy_(self.joined[3], self.joined[1])\n"
-            "        torch._foreach_zero_(self.joined[1])\n"
-            "        arrivals = []\n        for buffer, grad in self.bank_grad.items():\n",
-        ),
-        Edit(
-            "\n    def squared_norms(self) -> Tensor:\n",
-            "        torch._foreach_copy_(self.joined[0], self.joined[2])  # the end of `schedule`\n"
-            "\n    def squared_norms(self) -> Tensor:\n",
-        ),
-        Edit(
-            "        torch._foreach_copy_(self.state(), saved.state)\n",
-            "        torch._foreach_copy_(self.state(), saved.state)\n"
-            "        torch._foreach_copy_(self.joined[0], self.joined[2])\n",
-        ),
-        Edit(
-            "        torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad])\n",
-            "        torch._foreach_zero_([*self.bank_grad.values(), self.flat_grad, *self.joined[1]])\n",
-        ),
-    ),
-)
-LAUNCH = """                arrivals.append(
-                    reduce_scatter(
-                        wire[level.kept],
-                        wire[level.whole],
-                        op=dist.ReduceOp.AVG,
-                        group=level.group,
-                        async_op=True,
-                    )
-                )
-"""
-WHOLE_BANKS = Layout(
-    "whole_banks",
-    "gradients of whole banks are averaged on every rank, as DDP would; each rank uses its share",
-    (
-        Edit(
-            LAUNCH,
-            """                arrivals.append(
-                    dist.all_reduce(
-                        wire[level.whole], op=dist.ReduceOp.AVG, group=level.group, async_op=True
-                    )
-                )
-""",
-        ),
-    ),
-)
-PUBLISHED_ORDER = Layout(
-    "published_order",
-    "each rank clips by the norm of its own gradients before they are averaged; small parameters are updated "
-    "while banks are in flight, and each bank is waited for just before its update",
-    (
-        Edit(
-            "        arrivals = []\n        for buffer, grad in self.bank_grad.items():\n",
-            "        grads = [*self.bank_grad.values(), self.flat_grad]\n"
-            "        squares = torch.stack(torch._foreach_norm(grads, 2, torch.float64)).square()\n"
-            "        torch._foreach_mul_(grads, self.gradient_factor(squares))\n"
-            "        flights = {}\n"
-            "        for buffer, grad in self.bank_grad.items():\n"
-            "            arrivals = flights[buffer] = []\n",
-        ),
-        Edit(
-            """        arrivals.append(dist.all_reduce(flat_wire, op=dist.ReduceOp.AVG, async_op=True))
-        for work in arrivals:
-            work.wait()
-
-        # 2. Take one norm over all gradients. Every rank has a share of each bank, and the whole flat buffer.
-        squares = self.squared_norms()
-        bank_squares = squares[:-1]
-        dist.all_reduce(bank_squares)  # in place, within squares
-        factor = self.gradient_factor(squares)
-""",
-            """        dist.all_reduce(flat_wire, op=dist.ReduceOp.AVG, async_op=True).wait()
-        factor = torch.ones((), device=self.m.device)  # gradients are clipped already
-""",
-        ),
-        Edit(
-            "                    for matrices in self.owned[buffer]:\n",
-            "                    flights[buffer][-1].wait()\n"
-            "                    for matrices in self.owned[buffer]:\n",
-        ),
-    ),
-)
-LAYOUTS = (SEPARATE_PRODUCTS, SEPARATE_TENSORS, WHOLE_BANKS, PUBLISHED_ORDER)
+    lines = source.splitlines(keepends=True)
+    for node in left_out:
+        for number in range(node.lineno, node.end_lineno + 1):
+            lines[number - 1] = ""
+    definitions = re.sub(r"\n{4,}", "\n\n\n", "".join(lines).strip("\n"))
+    about = " ".join(ast.get_docstring(tree).split("\n\n")[0].split())
+    return Layout(name, about, tuple(needs), definitions)
 
 
 def with_layout(source: str, layout: Layout, path: Path = TRAINER) -> str:
-    """Return the source of a trainer with another layout. Raises BadInput if it lacks a place to edit.
+    """Return the source of a trainer that has the layout. Raises BadInput if it does not end by calling main.
 
     path: of the trainer, for messages.
     """
-    for edit in layout.edits:
-        if source.count(edit.old) != 1:
-            line = edit.old.strip().splitlines()[0]
+    last = ast.parse(source).body[-1]
+    if not isinstance(last, ast.If):
+        raise BadInput(
+            f'{path}: the script does not end with `if __name__ == "__main__":`; use a train_gpt.py'
+        )
+    lines = source.splitlines(keepends=True)
+    call_of_main = "".join(lines[last.lineno - 1 :])
+    trainer = "".join(lines[: last.lineno - 1])
+    banner = f"# {'-' * 77}\n# The layout {layout.name}, put here by `./run.sh record layouts`."
+    return f"{trainer}{banner}\n\n{layout.definitions}\nglobals().update(REPLACES)\n\n\n{call_of_main}"
+
+
+def make_copies(path: Path) -> dict[Layout, str]:
+    """Return the trainer at `path` with each layout. Raises BadInput if it lacks what a layout needs."""
+    layouts = [read_layout(name) for name in LAYOUTS]
+    script = load_script(path, "script_of_layouts", (), "copy")
+    for layout in layouts:
+        if lacking := missing_names(script, layout.needs):
             raise BadInput(
-                f"{path}: {layout.name}: the script has {line!r} with what follows "
-                f"{source.count(edit.old)} times, and once is needed; use the train_gpt.py that belongs to "
-                "this tool"
+                f"{path}: this script has no {', '.join(lacking)}, which the layout {layout.name} needs; use "
+                "the train_gpt.py that belongs to this tool"
             )
-        source = source.replace(edit.old, edit.new)
-    return source
+    source = read_text(path)
+    return {layout: with_layout(source, layout, path) for layout in layouts}
 
 
 def command(args: argparse.Namespace) -> int:
     """Write every copy. Returns the exit status."""
-    try:
-        source = read_text(args.script)
-    except BadInput as error:
-        raise BadInput(f"{error}; --script PATH names a train_gpt.py") from None
-    copies = {args.out / f"{layout.name}.py": with_layout(source, layout, args.script) for layout in LAYOUTS}
+    copies = make_copies(args.script)
+    paths = {layout: args.out / f"{layout.name}.py" for layout in copies}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise BadInput(f"{args.out}: not a folder; name another with --out") from None
-    for path in copies:  # all copies or none
+    for path in paths.values():  # all copies or none
         check_output("the copy", path)
-    for layout, (path, text) in zip(LAYOUTS, copies.items()):
-        write_atomic(path, text)
+    for layout, path in paths.items():
+        write_atomic(path, copies[layout])
         print(f"{path}: {layout.about}")
     return 0
 
