@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -302,6 +303,17 @@ def test_the_ledger_lists_verifies_and_tabulates_sweeps(folder, capsys):
     assert record.main(["--root", str(root), "verify"]) == 1
     assert sweep.main([str(folder)]) == 0  # from the logs alone
     assert record.main(["--root", str(root), "verify", "--quiet"]) == 0
+
+
+def test_the_spreads_of_a_row_are_found_by_name(monkeypatch):
+    """Whatever the order of the fields of what a configuration scored and cost."""
+    logs = sorted((ROOT / "records/sweeps/2026-11-22_Attention/logs").glob("dense_0.05_*"))
+    runs = [runlog.parse_log(log) for log in logs]
+    scores = sweep_table.scores_of(runs, 0)
+    fields = sweep_table.Figures._fields
+    assert len({getattr(scores, name).mean for name in fields}) == len(fields)
+    monkeypatch.setattr(sweep_table, "Figures", namedtuple("Reversed", reversed(fields)))
+    assert sweep_table.scores_of(runs, 0) == scores
 
 
 def test_bpb_is_interpolated_between_validations(done):

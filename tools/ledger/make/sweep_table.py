@@ -190,7 +190,10 @@ class Spread(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The figures of a row at its best rate, over seeds. at_step: live bpb; None: a seed has none there."""
+    """The figures of a row at its best rate, over seeds: a Spread for each field of Figures, by its name.
+
+    at_step: live bpb; None: a seed has none there.
+    """
 
     val_bpb_by_seed: dict[str, float]
     val_bpb: Spread
@@ -245,12 +248,15 @@ def scores_of(runs: list[Run], step: int) -> Scores | None:
     scored = sorted(runs_at_best_rate(runs), key=seed_of)
     if not scored:
         return None
-    columns = [figures(run) for run in scored]
+    by_seed = {str(seed_of(run)): figures(run) for run in scored}
     at_step = [bpb_at(run, step) for run in scored]
+    spreads = {
+        name: Spread.of([getattr(found, name) for found in by_seed.values()]) for name in Figures._fields
+    }
     return Scores(
-        {str(seed_of(run)): column.val_bpb for run, column in zip(scored, columns)},
-        *map(Spread.of, zip(*columns)),
+        val_bpb_by_seed={seed: found.val_bpb for seed, found in by_seed.items()},
         at_step=None if None in at_step else Spread.of(at_step),
+        **spreads,
     )
 
 
