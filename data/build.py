@@ -343,42 +343,100 @@ def reusable_manifest(out: str | Path, head: dict[str, Any], replace: bool) -> s
 # ---- building a dataset --------------------------------------------------------------------------
 
 
-class HeldOut(NamedTuple):
-    """Where a held-out document comes from. start: its first characters."""
+class Place(NamedTuple):
+    """Where a document is. number: from 0 in its file. start: its first characters."""
 
     split: str
+    path: str | Path
     number: int
     start: str
-    path: str | Path
 
 
 class LeakCheck:
     """Remember the held-out documents and refuse a train document that is one of them."""
 
     def __init__(self) -> None:
-        self.held_out: dict[bytes, HeldOut] = {}  # documents by fingerprint
+        self.held_out: dict[bytes, Place] = {}  # by fingerprint; of several equal ones, the first
 
-    def add(self, fingerprint: bytes, document: HeldOut) -> None:
-        """Remember a held-out document. Of several equal ones, the first is kept."""
-        self.held_out.setdefault(fingerprint, document)
-
-    def refuse(self, fingerprint: bytes, path: str | Path, index: int) -> None:
-        """Raise BadInput if the train document `index` of `path` is held out too."""
-        if fingerprint in self.held_out:
-            split, number, start, held_out_path = self.held_out[fingerprint]
+    def check(self, fingerprint: bytes, place: Place) -> None:
+        """Remember a held-out document. Raises BadInput if a train document is held out too."""
+        if place.split != "train":
+            self.held_out.setdefault(fingerprint, place)
+        elif fingerprint in self.held_out:
+            held_out = self.held_out[fingerprint]
             raise BadInput(
-                f"{held_out_path}: {split} document {number} ({start!r}) also occurs in train: {path} "
-                f"document {index}; remove it from one of the two"
+                f"{held_out.path}: {held_out.split} document {held_out.number} ({held_out.start!r}) also "
+                f"occurs in train: {place.path} document {place.number}; remove it from one of the two"
             )
 
 
-def refuse_unknown(count: int, document: HeldOut) -> None:
-    """Raise BadInput if a HeldOut document has unknown pieces: their bytes are not known."""
+def refuse_unknown(count: int, place: Place) -> None:
+    """Raise BadInput if a held-out document has `count` unknown pieces: their bytes are not known."""
     if count:
         raise BadInput(
-            f"{document.path}: {document.split} document {document.number} ({document.start!r}): {count} "
+            f"{place.path}: {place.split} document {place.number} ({place.start!r}): {count} "
             f"tokens are the unknown piece: {UNKNOWN_TEXT}, or leave the document out"
         )
+
+
+@dataclass
+class Totals:
+    """Sums over the documents of a split that have tokens. unknown: tokens that are the unknown piece."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    decoded_bytes: int = 0
+    unknown: int = 0
+
+    def add(self, document: Encoded) -> None:
+        """Add one document."""
+        self.documents += 1
+        self.tokens += len(document.ids)
+        self.text_bytes += document.text_bytes
+        self.decoded_bytes += document.decoded_bytes
+        self.unknown += document.unknown
+
+    def summary(self) -> str:
+        """Return the closing words of the split's progress line."""
+        text_tokens = self.tokens - self.documents  # without BOS
+        return (
+            f"{self.documents} documents, {megabytes(self.text_bytes)}, "
+            f"{short(self.tokens)} tokens, {self.text_bytes / max(text_tokens, 1):.4f} bytes/token"
+        )
+
+    def entry(self, shard_entries: list[shards.ShardEntry]) -> shards.SplitEntry:
+        """Return the manifest's entry for a split with these shards."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "decoded_bytes": self.decoded_bytes,
+            "shards": shard_entries,
+        }
+
+
+def encoded_documents(
+    split: str, files: list[str | Path], key: str, workers: Workers, progress: Progress
+) -> Iterator[tuple[Place, Encoded]]:
+    """Yield the documents of the files of a split, in order, and show on `progress` the bytes read.
+
+    Raises BadInput on a file without documents.
+    """
+    finished_bytes = 0
+    for path in files:
+        documents = 0
+        for batch, encoded in workers.run(encode_batch, read_batches(path, key)):
+            for number, (text, document) in enumerate(zip(batch.documents, encoded), batch.first):
+                yield Place(split, path, number, text[:60]), document
+            documents += len(encoded)
+            progress.update(finished_bytes + batch.position)
+
+        if not documents:
+            raise BadInput(f"{path}: no documents; leave it out or fill it")
+        if documents == 1 and ".txt" in str(path):
+            say(f"{path}: no NUL byte, so the whole file is one document")
+        finished_bytes += os.stat(path).st_size
 
 
 def write_split(
@@ -392,58 +450,30 @@ def write_split(
     """Tokenize the files of one split into a ShardWriter and return the manifest's entry for the split.
 
     workers: processes that have run `start_coder`. key: the text field of .jsonl. leaks: it can refuse only
-    what it has seen, so train must be the last split. Documents are numbered from 0 in each file.
+    what it has seen, so train must be the last split.
     """
-    totals = {"documents": 0, "tokens": 0, "text_bytes": 0, "decoded_bytes": 0}
-    unknown = 0
+    totals = Totals()
     progress = Progress(f"tokenize {split}", sum(os.stat(path).st_size for path in files))
-    finished_bytes = 0
     try:
-        for path in files:
-            index = 0
-            for batch, encoded in workers.run(encode_batch, read_batches(path, key)):
-                for text, document in zip(batch.documents, encoded):
-                    if split == "train":
-                        leaks.refuse(document.fingerprint, path, index)
-                    else:
-                        leaks.add(document.fingerprint, HeldOut(split, index, text[:60], path))
-                        refuse_unknown(document.unknown, HeldOut(split, index, text[:60], path))
-                    unknown += document.unknown
-                    index += 1
-                    if not len(document.ids):
-                        continue
-                    writer.add(document.ids)
-                    add_to_totals(totals, document)
-                progress.update(finished_bytes + batch.position)
-
-            if not index:
-                raise BadInput(f"{path}: no documents; leave it out or fill it")
-            if index == 1 and ".txt" in str(path):
-                say(f"{path}: no NUL byte, so the whole file is one document")
-            finished_bytes += os.stat(path).st_size
+        for place, document in encoded_documents(split, files, key, workers, progress):
+            leaks.check(document.fingerprint, place)
+            if split != "train":
+                refuse_unknown(document.unknown, place)
+            if len(document.ids):
+                writer.add(document.ids)
+                totals.add(document)
         writer.close()
     except BaseException:
         writer.abandon()
         raise
 
-    if not totals["tokens"]:
+    if not totals.documents:
         raise BadInput(f"{files[0]}: no document of split {split} has any text; add some")
-    if unknown:
-        say(f"{split}: {unknown} tokens are the unknown piece, for text that the tokenizer cannot spell")
-    text_tokens = totals["tokens"] - totals["documents"]  # without BOS
-    progress.close(
-        f"{totals['documents']} documents, {megabytes(totals['text_bytes'])}, "
-        f"{short(totals['tokens'])} tokens, {totals['text_bytes'] / max(text_tokens, 1):.4f} bytes/token"
-    )
-    return {**totals, "shards": writer.shards}
-
-
-def add_to_totals(totals: dict[str, int], document: Encoded) -> None:
-    """Add one document to the totals of its split."""
-    totals["documents"] += 1
-    totals["tokens"] += len(document.ids)
-    totals["text_bytes"] += document.text_bytes
-    totals["decoded_bytes"] += document.decoded_bytes
+    if totals.unknown:
+        unknown = f"{totals.unknown} tokens are the unknown piece"
+        say(f"{split}: {unknown}, for text that the tokenizer cannot spell")
+    progress.close(totals.summary())
+    return totals.entry(writer.shards)
 
 
 class Built(NamedTuple):

@@ -407,6 +407,38 @@ def present_train_shards(variant: Variant, out: Path) -> int:
     return max(numbers, default=variant.first_train - 1) - variant.first_train + 1
 
 
+def choose_more_files(name: str, listing: dict[str, HubFile], train_shards: int, out: Path) -> Selection:
+    """Return the Selection of `choose_files`, with more train shards if `out` holds more already."""
+    selection = choose_files(name, listing, train_shards)
+    present = present_train_shards(VARIANTS[name], out)
+    if present <= train_shards:
+        return selection
+    say(f"{out} already has {present} train shards; keeping them")
+    return choose_files(name, listing, present)
+
+
+def describe_dataset(
+    name: str, selection: Selection, fetched: dict[str, Path], tokenizer: Tokenizer
+) -> shards.Manifest:
+    """Return the manifest of the fetched files of a variant. Raises BadInput on one that is not as published.
+
+    fetched: {path in the repository: local path}.
+    """
+    variant = VARIANTS[name]
+    val = [fetched[path] for path in selection.val]
+    train = [fetched[path] for path in selection.train]
+    check_full_shards(train, Path(selection.last_train).name)
+    say("checking every token")
+    return {
+        "format": shards.MANIFEST_FORMAT,
+        "name": "fineweb",
+        "tokenizer": tokenizer.entry(),
+        "bos_id": tokenizer.bos_id,
+        "splits": {"val": describe_val(val, tokenizer, variant), "train": describe_split(train, tokenizer)},
+        "source": {"kind": "download", "repo": variant.repo, "variant": name},
+    }
+
+
 def download_dataset(name: str, train_shards: int, out: Path) -> None:
     """Make `out` hold the first `train_shards` train shards of a variant, its val split and its tokenizer.
 
@@ -419,42 +451,19 @@ def download_dataset(name: str, train_shards: int, out: Path) -> None:
     quiet_hub_client()
     probe_hub()
     listing = list_hub(variant)
-    choose_files(name, listing, train_shards)  # refuses a number out of range, before more are kept
-    present = present_train_shards(variant, out)
-    if present > train_shards:
-        train_shards = present
-        say(f"{out} already has {train_shards} train shards; keeping them")
-    selection = choose_files(name, listing, train_shards)
+    selection = choose_more_files(name, listing, train_shards, out)
 
     with shards.Staging(out) as staging:
-        finished = []
         tokenizer_name = variant.tokenizer
         if has_model(variant):
             model = fetch(variant, variant.tokenizer, out, listing[variant.tokenizer])
+            staging.adopt(model)
             tokenizer_name = str(model)
-            finished.append(model)
         tokenizer = open_tokenizer(tokenizer_name)
-        fetched = fetch_all(variant, [*selection.val, *selection.train], listing, out)
-        val = [fetched[path] for path in selection.val]
-        train = [fetched[path] for path in selection.train]
-        finished += [*train, *val]
 
-        check_full_shards(train, Path(selection.last_train).name)
-        say("checking every token")
-        splits = {
-            "val": describe_val(val, tokenizer, variant),
-            "train": describe_split(train, tokenizer),
-        }
-        for path in finished:
+        fetched = fetch_all(variant, [*selection.val, *selection.train], listing, out)
+        manifest = describe_dataset(name, selection, fetched, tokenizer)
+        for path in fetched.values():
             staging.adopt(path)
-        staging.commit(
-            {
-                "format": shards.MANIFEST_FORMAT,
-                "name": "fineweb",
-                "tokenizer": tokenizer.entry(),
-                "bos_id": tokenizer.bos_id,
-                "splits": splits,
-                "source": {"kind": "download", "repo": variant.repo, "variant": name},
-            }
-        )
+        staging.commit(manifest)
     shutil.rmtree(out / SCRATCH, ignore_errors=True)

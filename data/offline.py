@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import build
 import shards
 from messages import BadInput, Progress, megabytes, require
-from tokenizing import open_tokenizer
+from tokenizing import Tokenizer, open_tokenizer
 from workers import Workers
 
 RECIPE = 1  # raise it with every change here that changes the corpus
@@ -329,6 +329,39 @@ def write_documents(path: Path, documents: list[str]) -> None:
     path.write_bytes("\0".join(documents).encode())
 
 
+def unchanged_corpus(out: Path, source: dict[str, Any]) -> shards.Manifest | None:
+    """Return the manifest of `out` if it holds the corpus of `source`, else None."""
+    try:
+        manifest = shards.load_manifest(out)
+    except BadInput:  # no dataset to reuse; build_dataset refuses a folder that is not ours
+        return None
+    if manifest["source"] != source or shards.check_dataset(out, deep=False):
+        return None
+    return manifest
+
+
+def extract_splits(files: list[Path], workers: int) -> dict[str, list[str]]:
+    """Return {"train": documents, "val": documents} of the files, without duplicates."""
+    documents = extract(files, workers)
+    progress = Progress("drop duplicates", 0)
+    train, val = split_documents(deduplicate(documents))
+    progress.close(
+        f"{len(train)} + {len(val)} documents kept, {megabytes(sum(map(len, train)))} train, "
+        f"{megabytes(sum(map(len, val)))} val"
+    )
+    return {"train": train, "val": val}
+
+
+def write_model(path: Path, texts: list[str], vocab: int) -> Tokenizer:
+    """Train a tokenizer of `vocab` pieces on the texts, write its model to `path` and return it."""
+    progress = Progress("train tokenizer", 0)
+    with progress.waiting():
+        path.write_bytes(train_tokenizer(texts, vocab))
+    tokenizer = open_tokenizer(path)
+    progress.close(f"{tokenizer.vocab_size} pieces")
+    return tokenizer
+
+
 def build_corpus(
     out: Path,
     workers: int,
@@ -337,37 +370,22 @@ def build_corpus(
 ) -> build.Built:
     """Build the corpus into `out`.
 
-    sources: instead of `installed()`. Returns at once if `out` was built from the same
-    versions.
+    sources: instead of `installed()`. Returns at once if `out` was built from the same versions.
     """
     versions, files = sources or installed()
     source = identity(versions, vocab)
-    try:
-        manifest = shards.load_manifest(out)
-        if manifest["source"] == source and not shards.check_dataset(out, deep=False):
-            return build.Built(manifest, is_new=False)
-    except BadInput:
-        pass  # no dataset to reuse; build_dataset refuses a folder that is not ours
+    if manifest := unchanged_corpus(out, source):
+        return build.Built(manifest, is_new=False)
 
-    documents = extract(files, workers)
-    progress = Progress("drop duplicates", 0)
-    train, val = split_documents(deduplicate(documents))
-    progress.close(
-        f"{len(train)} + {len(val)} documents kept, {megabytes(sum(map(len, train)))} train, "
-        f"{megabytes(sum(map(len, val)))} val"
-    )
-
+    documents = extract_splits(files, workers)
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / shards.MODEL
-        progress = Progress("train tokenizer", 0)
-        with progress.waiting():
-            model.write_bytes(train_tokenizer(train, vocab))
-        tokenizer = open_tokenizer(model)
-        progress.close(f"{tokenizer.vocab_size} pieces")
+        tokenizer = write_model(Path(scratch) / shards.MODEL, documents["train"], vocab)
+        splits = {}
+        for split, texts in documents.items():
+            path = Path(scratch) / f"{split}.txt"
+            write_documents(path, texts)
+            splits[split] = [path]
 
-        splits = {"train": [model.with_name("train.txt")], "val": [model.with_name("val.txt")]}
-        write_documents(splits["train"][0], train)
-        write_documents(splits["val"][0], val)
         is_older_corpus = all(name.startswith("offline_") for name in shards.shard_files(out))
         return build.build_dataset(
             out,

@@ -455,8 +455,6 @@ def check_split(folder: Path, manifest: Manifest, split: str, progress: Progress
     """Return what is wrong with the shards of one split; see `check_dataset`. progress: None if not deep."""
     deep = progress is not None
     about = manifest["splits"][split]
-    bos = manifest["bos_id"]
-    vocab_size = manifest["tokenizer"]["vocab_size"]
     full_shard = (manifest["source"].get("options") or {}).get("shard_tokens", SHARD_TOKENS)
 
     problems = []
@@ -465,33 +463,42 @@ def check_split(folder: Path, manifest: Manifest, split: str, progress: Progress
             f"{folder / MANIFEST}: split {split}: tokens is not the sum over its shards; {REMEDY}"
         )
 
-    previous_tokens = None
     bos_count = 0
+    tokens_before = None  # in the shard before
     for shard in about["shards"]:
         path = folder / shard["file"]
-        follows_full_shard = previous_tokens == full_shard
-        previous_tokens = shard["tokens"]
         try:
-            tokens = load_listed_shard(path, shard, deep)
+            ids = load_listed_shard(path, shard, deep)
         except BadInput as error:
             problems.append(str(error))
-            continue
-        finally:
-            if progress:
-                progress.advance(shard["tokens"])
-
-        if deep and int(tokens.max()) >= vocab_size:
-            problems.append(f"{path}: token id {int(tokens.max())}, vocab_size is {vocab_size}; {REMEDY}")
-        if int(tokens[0]) != bos and not follows_full_shard:
-            problems.append(f"{path}: begins with token {int(tokens[0])}, not BOS ({bos}); {REMEDY}")
-        if deep:
-            bos_count += int(np.count_nonzero(tokens == bos))
+        else:
+            problems += check_ids(path, ids, manifest, may_continue=tokens_before == full_shard)
+            bos_count += int(np.count_nonzero(ids == manifest["bos_id"]))
+        tokens_before = shard["tokens"]
+        if progress:
+            progress.advance(shard["tokens"])
 
     if deep and not problems and about["documents"] not in (None, bos_count):
         problems.append(
             f"{folder / MANIFEST}: split {split}: {about['documents']} documents, "
             f"but {bos_count} BOS tokens; {REMEDY}"
         )
+    return problems
+
+
+def check_ids(path: Path, ids: np.ndarray, manifest: Manifest, may_continue: bool) -> list[str]:
+    """Return what is wrong with the ids of a shard, of which those that were read are given.
+
+    may_continue: whether it may begin inside a document.
+    """
+    bos = manifest["bos_id"]
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    first, highest = int(ids[0]), int(ids.max())
+    problems = []
+    if highest >= vocab_size:
+        problems.append(f"{path}: token id {highest}, vocab_size is {vocab_size}; {REMEDY}")
+    if first != bos and not may_continue:
+        problems.append(f"{path}: begins with token {first}, not BOS ({bos}); {REMEDY}")
     return problems
 
 
