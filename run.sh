@@ -33,7 +33,7 @@ find_python() {    # prints the first supported interpreter
         version=$(version_of "$PYTHON") || die "PYTHON=$PYTHON is not a Python interpreter: give the path of one"
         supported "$version" || die "PYTHON=$PYTHON is Python $version: give one of 3.10 to 3.14"
         printf '%s\n' "$PYTHON"
-        return
+        return 0
     fi
     for candidate in python3 python3.12 python3.11 python3.10 python3.13 python3.14; do
         command -v "$candidate" >/dev/null 2>&1 || continue
@@ -112,7 +112,9 @@ use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it 
     local stamp=$venv/.requirements.sha256 want='' base='' began
     needs requirements.txt
     if py=$(venv_python); then want=$(stamp_of "$py" requirements.txt) || want=; fi
-    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && has_packages $packages; then return; fi
+    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && has_packages $packages; then
+        return 0
+    fi
 
     if [ -z "$want" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
         base=$(find_python)
@@ -136,11 +138,11 @@ use_flash4() {    # use_flash4 WORDS...: FlashAttention-4 into .venv if a GPU ca
     local stamp=$venv/.flash4.sha256 want major
     command -v nvidia-smi >/dev/null 2>&1 || return 0
     major=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/\..*//p') || return 0
-    case $major in '' | *[!0-9]*) return ;; esac
-    if [ "$major" -lt 9 ]; then return; fi    # 9: Hopper
+    case $major in '' | *[!0-9]*) return 0 ;; esac
+    if [ "$major" -lt 9 ]; then return 0; fi    # 9: Hopper
     needs requirements-flash4.txt
     want=$(stamp_of "$py" requirements-flash4.txt)
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return; fi
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return 0; fi
     "$py" "$cli" --runs-attention "$@" 2>/dev/null || return 0
     say "installing requirements-flash4.txt into .venv: once"
     pip_install requirements-flash4.txt ||

@@ -82,7 +82,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1568,7 +1568,7 @@ SHARD_VERSION = 1
 OPEN_SHARDS = 64  # how many files a loader keeps open at most; macOS allows 256
 
 
-def reading_shard(path: str):
+def reading_shard(path: str) -> AbstractContextManager[None]:
     """Return a context manager that turns an OSError into an InputError which names the shard."""
     return explained(f"{path}: cannot read the shard", "prepare the data again")
 
@@ -4260,6 +4260,7 @@ STEP_RULES = {
         step_hyperball, keeps_norms=True, prepare=normalize_neurons, state_shape=neuron_shape
     ),
 }
+
 
 # -----------------------------------------------------------------------------
 # 13. Optimizer: sharded state, and the schedule that launches every collective of a step.
