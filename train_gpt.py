@@ -88,7 +88,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from enum import IntEnum
 from functools import cache, lru_cache, partial
-from itertools import chain, cycle
+from itertools import chain, cycle, pairwise
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
@@ -5831,12 +5831,36 @@ def codec_of(blob: bytes) -> str:
 # -----------------------------------------------------------------------------
 # 18. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
-# The columns of score windows, which are rows of three numbers: a window shows the model the tokens of
-# [start, end) and scores the targets of [score_from, end). Target i is token i + 1. A row of zeros is an
-# empty window: it scores nothing and only fills a shape.
-START = 0
-END = 1
-SCORE_FROM = 2
+
+class Windows(NamedTuple):
+    """Score windows: arrays (n,) of whole numbers.
+
+    A window shows the model the tokens of [start, end) and scores the targets of [score_from, end). Target i
+    is token i + 1. An empty window, all zeros, scores nothing and only fills a shape.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    score_from: np.ndarray
+
+    @classmethod
+    def empty(cls, *shape: int) -> Windows:
+        """Return empty windows."""
+        return cls(*np.zeros((3, *shape), np.int64))
+
+    @property
+    def n(self) -> int:
+        """How many windows these are."""
+        return len(self.start)
+
+    def part(self, which: int | slice) -> Windows:
+        """Return the windows at these places."""
+        return Windows(*(numbers[which] for numbers in self))
+
+    def put(self, which: slice | tuple, windows: Windows) -> None:
+        """Replace the windows at these places."""
+        for numbers, new in zip(self, windows):
+            numbers[which] = new
 
 
 class Score(NamedTuple):
@@ -5878,24 +5902,19 @@ class WindowGroup(NamedTuple):
     """Score windows that share one compiled shape and one state of the weights."""
 
     last: int  # the model returns nats for the last `last` positions of each window
-    windows: np.ndarray  # (n, 3)
-    lesson: np.ndarray  # (k, 3): windows whose targets, already scored, are learned from first
+    windows: Windows
+    lesson: Windows  # those whose targets, already scored, are learned from first
     begins: np.ndarray | None = None  # (n,) bool: whether the window begins a document; None in a stream
 
 
-def as_windows(start: np.ndarray, end: np.ndarray, score_from: np.ndarray) -> np.ndarray:
-    """Return the score windows (n, 3) with these columns, (n,) each."""
-    return np.stack([start, end, score_from], 1)
-
-
-def score_windows(total: int, seq_len: int, stride: int) -> np.ndarray:
-    """Return the score windows (n, 3) of a split: their targets, [score_from, end), tile [0, total).
+def score_windows(total: int, seq_len: int, stride: int) -> Windows:
+    """Return the score windows of a split: their targets, [score_from, end), tile [0, total).
 
     The first window scores all its targets. Each later one scores the next `stride`, or the rest, with at
     least seq_len - stride tokens of context.
     """
     end = np.append(np.arange(min(seq_len, total), total, stride), total)
-    return as_windows(start=np.maximum(end - seq_len, 0), end=end, score_from=np.append(0, end[:-1]))
+    return Windows(start=np.maximum(end - seq_len, 0), end=end, score_from=np.append(0, end[:-1]))
 
 
 def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
@@ -5906,7 +5925,7 @@ def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
     """
     seq_len = scoring.seq_len
     windows = score_windows(total, seq_len, scoring.stride)
-    start, end, score_from = windows.T
+    start, end, score_from = windows
     # The first window scores more than `stride` targets, and a short one is padded: both need every position.
     regular = (score_from - start >= seq_len - scoring.stride) & (end - start == seq_len)
     last = np.where(regular, scoring.stride, seq_len)  # of each window, as WindowGroup.last
@@ -5914,15 +5933,15 @@ def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
     chunk = score_from // chunk_tokens  # of each window
 
     changes = (np.diff(chunk) != 0) | (np.diff(last) != 0)
-    firsts = np.append(0, np.flatnonzero(changes) + 1)  # the first window of each group
+    bounds = [0, *np.flatnonzero(changes) + 1, windows.n]  # between groups
     groups = []
     learned = 0  # targets before this one have been learned from
-    for first, members in zip(firsts, np.split(windows, firsts[1:])):
+    for first, stop in pairwise(bounds):
         chunk_start = chunk[first] * chunk_tokens
         begin = np.arange(learned, chunk_start, seq_len)  # of the sequences to learn from
-        lesson = as_windows(start=begin, end=begin + seq_len, score_from=begin)
+        lesson = Windows(start=begin, end=begin + seq_len, score_from=begin)
         learned = chunk_start
-        groups.append(WindowGroup(int(last[first]), members, lesson))
+        groups.append(WindowGroup(int(last[first]), windows.part(slice(first, stop)), lesson))
     return groups
 
 
@@ -5931,7 +5950,7 @@ class PlacedDocument(NamedTuple):
 
     slot: int
     groups: slice  # one for each of its windows
-    windows: np.ndarray  # (n, 3), a chunk each
+    windows: Windows  # a chunk each
 
 
 def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> list[WindowGroup]:
@@ -5952,18 +5971,23 @@ def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> l
         start = np.maximum(chunk_end - scoring.seq_len, begin)
         slot = free.argmin()
         span = slice(free[slot], free[slot] + len(start))
-        windows = as_windows(start=start, end=np.minimum(chunk_end, end), score_from=score_from)
+        windows = Windows(start=start, end=np.minimum(chunk_end, end), score_from=score_from)
         placed.append(PlacedDocument(slot, span, windows))
         free[slot] = span.stop
 
-    all_windows = np.zeros((free.max(), slots, 3), np.int64)
-    all_lessons = np.zeros_like(all_windows)
-    all_begins = np.zeros((free.max(), slots), bool)
+    count = free.max()
+    all_windows = Windows.empty(count, slots)
+    all_lessons = Windows.empty(count, slots)
+    all_begins = np.zeros((count, slots), bool)
     for slot, span, windows in placed:
-        all_windows[span, slot] = windows
-        all_lessons[span, slot][1:] = windows[:-1]
+        all_windows.put((span, slot), windows)
+        later = slice(span.start + 1, span.stop)
+        all_lessons.put((later, slot), windows.part(slice(0, -1)))
         all_begins[span.start, slot] = True
-    return [WindowGroup(scoring.seq_len, *parts) for parts in zip(all_windows, all_lessons, all_begins)]
+    return [
+        WindowGroup(scoring.seq_len, all_windows.part(i), all_lessons.part(i), all_begins[i])
+        for i in range(count)
+    ]
 
 
 class WindowBatch(NamedTuple):
@@ -5975,12 +5999,11 @@ class WindowBatch(NamedTuple):
     scored: Tensor  # whether the window scores the target
 
 
-def read_windows(tokens: Tensor, windows: Tensor, seq_len: int) -> WindowBatch:
-    """Read the tokens of windows (B, 3). No token is later than the last target that its window scores."""
-    windows = windows.to(tokens.device)[..., None]
-    end = windows[:, END]  # (B, 1)
-    position = windows[:, START] + torch.arange(seq_len, device=tokens.device)
-    scored = (position >= windows[:, SCORE_FROM]) & (position < end)
+def read_windows(tokens: Tensor, windows: Windows, seq_len: int) -> WindowBatch:
+    """Read the tokens of B windows. No token is later than the last target that its window scores."""
+    start, end, score_from = torch.from_numpy(np.stack(windows)[..., None]).to(tokens.device)  # (B, 1)
+    position = start + torch.arange(seq_len, device=tokens.device)
+    scored = (position >= score_from) & (position < end)
     index = position.minimum(end - 1).clamp_min(0)  # 0 in an empty window
     return WindowBatch(tokens[index].long(), tokens[index + 1].long(), index, scored)
 
@@ -5993,13 +6016,15 @@ class Scored(NamedTuple):
 
 
 def score_batch(
-    nats_fn: Callable, tokens: Tensor, windows: Tensor, last: int, scoring: ScoreSettings, scores: Scored
+    nats_fn: Callable, tokens: Tensor, windows: Windows, last: int, scoring: ScoreSettings, scores: Scored
 ) -> None:
-    """Add the scores of at most B = scoring.batch windows (n, 3) to `scores`.
+    """Add the scores of at most B = scoring.batch windows to `scores`.
 
     Empty windows fill the compiled shape. A target that its window does not score adds zeros.
     """
-    batch = read_windows(tokens, F.pad(windows, (0, 0, 0, scoring.batch - len(windows))), scoring.seq_len)
+    filled = Windows.empty(scoring.batch)
+    filled.put(slice(windows.n), windows)
+    batch = read_windows(tokens, filled, scoring.seq_len)
     nats = nats_fn(batch.x, batch.y, last).double()
     scored = batch.scored[:, -last:]
     index = batch.index[:, -last:].flatten()
@@ -6008,14 +6033,14 @@ def score_batch(
 
 
 def report_progress(
-    scoring: ScoreSettings, m: Machine, earlier: int, done: int, total: int, started: float
+    scoring: ScoreSettings, m: Machine, batches_before: int, done: int, total: int, started: float
 ) -> None:
-    """Report how many windows are scored.
+    """Report how many windows all ranks have scored.
 
-    A report waits for the device. On a GPU that costs time, so only every 16th batch reports. earlier:
-    batches that this rank has scored before. started: as in Log.progress.
+    Each report waits for the device. On a GPU that costs time, so only every 16th batch of this rank reports.
+    started: as in Log.progress.
     """
-    if earlier % 16 == 0 or not m.is_gpu:
+    if batches_before % 16 == 0 or not m.is_gpu:
         m.sync()
         scoring.log.progress(f"scoring {scoring.label}, windows", done, total, started)
 
@@ -6033,24 +6058,24 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
         groups = document_groups(tokens, scoring, scoring.batch * m.world_size)
     else:
         groups = window_groups(total, scoring)
-    tokens = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
-    window_count = sum(len(group.windows) for group in groups)
+    ends = np.cumsum([group.windows.n for group in groups])  # of the groups, in windows
+    on_device = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     scores = Scored(*torch.zeros(2, total, dtype=torch.float64, device=m.device))
-    earlier = 0  # windows in earlier groups
-    batch = 0  # batches that this rank has scored
+    learned_nats_fn = nats_fn
+    batches = 0  # that this rank has scored
     with scoring.learner() as learn:
-        for group in groups:
-            if len(group.lesson):
-                begins = None if group.begins is None else torch.from_numpy(group.begins)
-                nats_fn = learn(tokens, torch.from_numpy(group.lesson), begins)
+        for group, end in zip(groups, ends.tolist()):
+            if group.lesson.n:
+                learned_nats_fn = learn(on_device, group.lesson, group.begins)
 
-            mine = torch.from_numpy(group.windows[m.rank :: m.world_size])
-            for i, windows in enumerate(mine.split(scoring.batch), 1):
-                score_batch(nats_fn, tokens, windows, group.last, scoring, scores=scores)
-                done = earlier + min(i * scoring.batch * m.world_size, len(group.windows))
-                report_progress(scoring, m, earlier=batch, done=done, total=window_count, started=started)
-                batch += 1
-            earlier += len(group.windows)
+            mine = group.windows.part(slice(m.rank, None, m.world_size))
+            for first in range(0, max(1, mine.n), scoring.batch):  # with no windows, compile the shape
+                stop = first + scoring.batch
+                windows = mine.part(slice(first, stop))
+                score_batch(learned_nats_fn, on_device, windows, group.last, scoring, scores=scores)
+                done = min(end, end - group.windows.n + stop * m.world_size)
+                report_progress(scoring, m, batches, done=done, total=int(ends[-1]), started=started)
+                batches += 1
     return scores
 
 
@@ -6074,13 +6099,13 @@ def evaluate(
 
 
 def lesson_gradient(
-    params: list[Tensor], nats_fn: Callable, tokens: Tensor, windows: Tensor, h: Config
+    params: list[Tensor], nats_fn: Callable, tokens: Tensor, windows: Windows, h: Config
 ) -> Tensor:
-    """Return the gradient of the summed nats of the targets that windows (n, 3) score, flat over params."""
+    """Return the gradient of the summed nats of the targets that the windows score, flat over params."""
     gradient = torch.zeros(sum(p.numel() for p in params), device=tokens.device)
     batch = h.eval_batch_tokens // h.eval_seq_len
-    for first in range(0, len(windows), batch):
-        b = read_windows(tokens, windows[first : first + batch], h.eval_seq_len)
+    for first in range(0, windows.n, batch):
+        b = read_windows(tokens, windows.part(slice(first, first + batch)), h.eval_seq_len)
         with torch.enable_grad():
             nats = torch.where(b.scored, nats_fn(b.x, b.y, h.eval_seq_len), 0.0).sum()
         parts = torch.autograd.grad(nats, params, materialize_grads=True)
@@ -6103,12 +6128,13 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     momentum = torch.zeros(sum(sizes), device=m.device)
     moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
 
-    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> Callable:
-        targets = (windows[:, END] - windows[:, SCORE_FROM]).sum().item()
-        progress = windows[0, START].item() / (len(tokens) - 1)
+    def learn(tokens: Tensor, windows: Windows, begins: np.ndarray | None = None) -> Callable:
+        targets = int((windows.end - windows.score_from).sum())
+        progress = windows.start[0] / (len(tokens) - 1)
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
+        mine = windows.part(slice(m.rank, None, m.world_size))
         for _ in range(h.ttt_passes):
-            gradient = lesson_gradient(params, nats_fn, tokens, windows[m.rank :: m.world_size], h) / targets
+            gradient = lesson_gradient(params, nats_fn, tokens, mine, h) / targets
             m.check_ranks()
             dist.all_reduce(gradient)
             momentum.mul_(0.9).add_(gradient / gradient.norm(dtype=torch.float64).clamp_min(1.0))
@@ -6139,8 +6165,10 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
     leaf = factors.detach().requires_grad_(True)  # the same memory
     changed_nats_fn = partial(nats_fn, factors=leaf)
 
-    def learn(tokens: Tensor, windows: Tensor, begins: Tensor | None = None) -> Callable:
-        mine = windows[m.rank :: m.world_size]
+    own = slice(m.rank, None, m.world_size)
+
+    def learn(tokens: Tensor, windows: Windows, begins: np.ndarray | None = None) -> Callable:
+        mine = windows.part(own)
         for _ in range(h.ttt_passes):
             gradient = lesson_gradient([leaf], changed_nats_fn, tokens, mine, h).view_as(factors)
             steps.add_(1)
@@ -6148,7 +6176,7 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
             spread = (second_moment / (1 - LORA_BETA2**steps)).sqrt()
             factors.sub_(h.ttt_lr * gradient / spread.clamp_min(1e-10))
         if begins is not None:
-            reset = begins[m.rank :: m.world_size, None].to(m.device)
+            reset = torch.from_numpy(begins[own, None]).to(m.device)
             factors.copy_(torch.where(reset, fresh, factors))
             second_moment.masked_fill_(reset, 0)
             steps.masked_fill_(reset, 0)
@@ -6199,10 +6227,10 @@ def relations_of_scores(h: Config) -> Iterator[Relation]:
 def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
     """Return a context that yields learn(tokens, windows, begins).
 
-    learn trains, in ttt_passes steps, on the targets that windows (n, 3) of tokens (N,) score. begins (n,)
-    bool: the slots in which a document begins and the weights are reset; None: no slot is reset. learn
-    returns the nats_fn that scores with what has been learned. When the block ends without an error, the
-    weights are put back.
+    learn trains, in ttt_passes steps, on the targets that n Windows of tokens (N,) score. begins (n,) bool:
+    the slots in which a document begins and the weights are reset; None: no slot is reset. learn returns the
+    nats_fn that scores with what has been learned. When the block ends without an error, the weights are put
+    back.
     """
     return TTT_FORMS[h.ttt_form].learner(model, nats_fn, h, m)
 

@@ -215,20 +215,20 @@ def rescored_tail(total, seq_len, stride):
 
 def dropped_tail(total, seq_len, stride):
     """Leave out a last window that scores fewer targets than the others."""
-    for start, end, score_from in real_windows(total, seq_len, stride):
+    for start, end, score_from in zip(*real_windows(total, seq_len, stride)):
         if end - score_from in (seq_len, stride):
             yield start, end, score_from
 
 
 def skipped_context(total, seq_len, stride):
     """Leave out the first target of every window after the first."""
-    for start, end, score_from in real_windows(total, seq_len, stride):
+    for start, end, score_from in zip(*real_windows(total, seq_len, stride)):
         yield start, end, score_from if start == 0 else score_from + 1
 
 
 def half_the_split(total, seq_len, stride):
     """Leave out the second half of the split."""
-    return real_windows(total // 2, seq_len, stride)
+    return zip(*real_windows(total // 2, seq_len, stride))
 
 
 real_windows = t.score_windows
@@ -247,7 +247,7 @@ def test_windows_that_do_not_tile_fail(name, honest, group, monkeypatch):
     assert (len(tokens) - 1 - honest.h.eval_seq_len) % honest.h.eval_stride, "the split has no tail to drop"
 
     def score_windows(*sizes):
-        return np.array(list(WINDOWS[name](*sizes)))
+        return t.Windows(*np.array(list(WINDOWS[name](*sizes))).T)
 
     monkeypatch.setattr(t, "score_windows", score_windows)
     fails, verdicts = audited(fresh(honest.run), honest.blob)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 AUDITED = ["ttt_lr=0.2", "ttt_chunk_tokens=64", "ttt_passes=1"]
-LESSON = "lesson = as_windows(start=begin, end=begin + seq_len, score_from=begin)"
+LESSON = "lesson = Windows(start=begin, end=begin + seq_len, score_from=begin)"
 
 
 class Cheat(NamedTuple):
@@ -26,20 +26,22 @@ CHEATS = {
     "learned before it is scored": Cheat(
         {"T1", "T3"},
         LESSON,
-        f"{LESSON} + min(chunk_tokens * (len(begin) > 0), total - chunk_start)",
+        f"begin = begin + min(chunk_tokens * (len(begin) > 0), total - chunk_start); {LESSON}",
     ),
-    "one token too many": Cheat({"T3"}, LESSON, f"{LESSON} + (len(begin) > 0)"),
+    "one token too many": Cheat({"T3"}, LESSON, f"begin = begin + (len(begin) > 0); {LESSON}"),
     "weights are not put back": Cheat({"T1", "T3", "T7"}, "torch._foreach_copy_(weights, saved)", "pass"),
     "nothing is learned": Cheat({"T3"}, "alpha=-rate)", "alpha=-0.0)"),
-    "a chunk is left out": Cheat(
-        {"T4"}, "np.split(windows, firsts[1:])", "np.split(windows, firsts[1:])[:2]"
-    ),
+    "a chunk is left out": Cheat({"T4"}, "pairwise(bounds)", "[*pairwise(bounds)][:2]"),
 }
 AUDITED_LORA = ["ttt_form=lora", "ttt_lr=0.05", "ttt_chunk_tokens=16", "ttt_passes=1"]
-LORA_LESSON = "all_lessons[span, slot][1:] = windows[:-1]"
+LORA_LESSON = "all_lessons.put((later, slot), windows.part(slice(0, -1)))"
 LORA_CHEATS = {
-    "learned before it is scored": Cheat({"T1", "T3"}, LORA_LESSON, "all_lessons[span, slot] = windows"),
-    "one token too many": Cheat({"T3"}, LORA_LESSON, f"{LORA_LESSON} + [0, 1, 1]"),
+    "learned before it is scored": Cheat({"T1", "T3"}, LORA_LESSON, "all_lessons.put((span, slot), windows)"),
+    "one token too many": Cheat(
+        {"T3"},
+        LORA_LESSON,
+        "all_lessons.put((later, slot), [part[:-1] + (part is not windows.start) for part in windows])",
+    ),
     "nothing is learned": Cheat({"T3"}, "factors.sub_(h.ttt_lr", "factors.sub_(0.0"),
     "the weights change and are not put back": Cheat(
         {"T1", "T3", "T7"},
@@ -48,8 +50,8 @@ LORA_CHEATS = {
     ),
     "a chunk is left out": Cheat(
         {"T4"},
-        "all_windows[span, slot] = windows",
-        "all_windows[span, slot][:2] = windows[:2]",
+        "all_windows.put((span, slot), windows)",
+        "all_windows.put((slice(*span.indices(span.start + 2)), slot), windows.part(slice(0, 2)))",
     ),
     "a document's end decides where its windows begin": Cheat(
         {"T1"},

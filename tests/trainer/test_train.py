@@ -253,7 +253,7 @@ def score_by_hand(blob, stride):
     total = len(tokens) - 1
     nats = 0.0
     with torch.no_grad():
-        for start, end, score_from in t.score_windows(total, h.eval_seq_len, stride):
+        for start, end, score_from in zip(*t.score_windows(total, h.eval_seq_len, stride)):
             logits = model.logits(tokens[None, start:end])[0].double()
             targets = tokens[start + 1 : end + 1, None]
             each = torch.logsumexp(logits, -1) - logits.gather(1, targets)[:, 0]

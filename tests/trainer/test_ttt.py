@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def sequences(first, end, seq_len):
-    """Return the windows (n, 3) of disjoint sequences from `first` to `end`, all of whose targets count."""
-    starts = torch.arange(first, end, seq_len)
-    return torch.stack([starts, starts + seq_len, starts], 1)
+    """Return the windows of disjoint sequences from `first` to `end`, all of whose targets count."""
+    starts = np.arange(first, end, seq_len)
+    return t.Windows(starts, starts + seq_len, starts)
 
 
 # ---------------------------------------------------------------- the learner
@@ -111,7 +111,7 @@ def naive_scores(model, tokens, h):
     total = len(tokens) - 1
     learned = 0  # tokens
     out = []
-    for start, end, score_from in t.score_windows(total, h.eval_seq_len, h.eval_stride):
+    for start, end, score_from in zip(*t.score_windows(total, h.eval_seq_len, h.eval_stride)):
         while score_from >= learned + chunk:
             naive.learn(torch.from_numpy(tokens[learned : learned + chunk + 1]), learned / total)
             learned += chunk
@@ -166,7 +166,7 @@ class Witness:
         first = self.learned * self.chunk
         end = first + self.chunk
         assert tokens.tolist() == list(range(self.total + 1))
-        learned = [target for _, end, first in windows.tolist() for target in range(first, end)]
+        learned = [target for _, end, first in zip(*windows) for target in range(first, end)]
         assert learned == list(range(first, end))
         assert set(range(1, end + 1)) <= self.scored
         self.learned += 1
@@ -186,7 +186,7 @@ def test_what_is_learned_has_been_scored_and_nothing_is_learned_from_the_last_ch
             run = t.ScoreSettings(seq_len, stride, 3, "x", SILENT, chunk=chunk, learner=witness.learner)
             _, times_scored = t.score_targets(witness.nats, np.arange(total + 1), run, m)
             assert (times_scored == 1).all()
-            starts = t.score_windows(total, seq_len, stride)[:, t.SCORE_FROM]
+            starts = t.score_windows(total, seq_len, stride).score_from
             learned = witness.learned
             assert learned == starts[-1] // chunk <= (total - 1) // chunk, (total, seq_len, stride, chunk)
             assert learned == (total - 1) // chunk or total - learned * chunk - chunk <= stride

@@ -164,7 +164,7 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
         owner = [-1] * slots  # document that the slot has learned from since it was last reset
         begins = np.maximum.accumulate(np.where(tokens == 1, np.arange(len(tokens)), 0))
         for group in t.document_groups(tokens, run, slots):
-            for slot, (_, end, first) in enumerate(group.lesson):
+            for slot, (_, end, first) in enumerate(zip(*group.lesson)):
                 if group.begins[slot]:
                     owner[slot] = -1
                 if end == 0:
@@ -172,7 +172,7 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
                 assert owner[slot] in (-1, begins[first]) and (scored[first:end] == 1).all()
                 owner[slot] = begins[first]
                 learned[first:end] += 1
-            for slot, (start, end, first) in enumerate(group.windows):
+            for slot, (start, end, first) in enumerate(zip(*group.windows)):
                 if end == 0:
                     continue
                 assert start == max(begins[first], first + chunk - seq_len) and end - first <= chunk

@@ -215,7 +215,7 @@ def test_the_pass_is_compiled_before_the_clock_and_on_no_token_of_the_split(tmp_
 
             def watched_learn(tokens, windows, begins):
                 blank = bool((tokens == tokens[0]).all())
-                events.append((int((windows[:, t.END] - windows[:, t.SCORE_FROM]).sum()), blank))
+                events.append((int((windows.end - windows.score_from).sum()), blank))
                 return learn(tokens, windows, begins)
 
             yield watched_learn

@@ -1,5 +1,6 @@
 """Score windows tile the split, and the evaluator counts every target exactly once."""
 
+import dataclasses
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ EDGES = [
 def test_windows_tile_with_the_promised_context(seed):
     for total, seq_len, stride in [*EDGES, *sizes(150, seed)]:
         case = (total, seq_len, stride)
-        windows = list(t.score_windows(total, seq_len, stride))
+        windows = list(zip(*t.score_windows(total, seq_len, stride)))
         scored = [i for start, end, score_from in windows for i in range(score_from, end)]
         assert scored == list(range(total)), case
         for i, (start, end, score_from) in enumerate(windows):
@@ -158,15 +159,32 @@ def test_progress_counts_the_windows_that_are_scored(settings, is_gpu, monkeypat
     done = 0
     expected = []
     for group in groups:
-        for windows in np.array_split(group.windows, range(run.batch, len(group.windows), run.batch)):
-            done += len(windows)
-            expected.append((done, sum(len(group.windows) for group in groups)))
+        for starts in np.array_split(group.windows.start, range(run.batch, group.windows.n, run.batch)):
+            done += len(starts)
+            expected.append((done, sum(group.windows.n for group in groups)))
 
     run = run._replace(learner=lambda: nullcontext(lambda *lesson: nats_fn))
     with group_of_one() as m:
         t.score_targets(nats_fn, tokens, run, m)
     assert len(batches) == len(expected) > 32
     assert log.reports == expected[:: 16 if is_gpu else 1]
+
+
+def test_a_rank_without_windows_compiles_what_the_others_do():
+    """The first window and the second have groups of their own, so rank 1 has no window at all."""
+    shapes = []
+
+    def nats_fn(x, y, last):
+        shapes.append((*x.shape, last))
+        return torch.ones(len(x), last)
+
+    run = t.ScoreSettings(16, 4, 3, "x", SILENT)
+    with group_of_one() as m:
+        for rank in range(2):
+            of_two = dataclasses.replace(m, rank=rank, world_size=2)
+            scores = t.score_targets(nats_fn, np.arange(21), run, of_two)
+            assert scores.counts.sum() == (20 if rank == 0 else 0)
+    assert shapes == [(3, 16, 16), (3, 16, 4)] * 2
 
 
 def test_the_score_does_not_depend_on_the_world_size():
@@ -183,7 +201,7 @@ def brute_force(model, tokens, seq_len, stride):
     """Return the mean nats of all targets, from one forward pass a score window."""
     total = len(tokens) - 1
     nats = []
-    for start, end, score_from in t.score_windows(total, seq_len, stride):
+    for start, end, score_from in zip(*t.score_windows(total, seq_len, stride)):
         x = torch.from_numpy(tokens[start:end])[None]
         y = torch.from_numpy(tokens[start + 1 : end + 1])
         logits = model.logits(x)[0].double()

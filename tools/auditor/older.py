@@ -12,14 +12,16 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from auditor.protocols import Config, Log, Machine, Model, Run, Scoring
+from auditor.protocols import Config, Lesson, Log, Machine, Model, Run, Scoring
 from script import missing_names
 
 SCORING_NEEDS = ("Run.scoring",)  # a script has it if it gives its learners windows
 METRIC_NEEDS = ("metrics_of",)  # a script has it if it says by which metrics it scores
+WINDOW_NEEDS = ("Windows",)  # a script has it if its windows are three arrays, not rows of three numbers
 CODEC_NEEDS = ("CODECS", "codec_of")  # a script has them if its artifacts name their compressor
 
 
@@ -64,11 +66,22 @@ def plan_older_scores(script: ModuleType, run: Run, chunk: int, log: Log) -> Sco
     return scoring
 
 
-def targets_of(tokens: Tensor, lesson: Tensor | float) -> Tensor:
-    """Return the targets that a learner is given: those of windows (n, 3), or of an older one's tokens."""
+def lesson_of(script: ModuleType, start: np.ndarray, end: np.ndarray) -> Lesson:
+    """Return windows (n,) that score all their targets, as the script's learners take them.
+
+    Those of older scripts take rows of three numbers: start, end, and the first target scored.
+    """
+    if missing_names(script, WINDOW_NEEDS):
+        return torch.from_numpy(np.stack([start, end, start], 1))
+    return script.Windows(start=start, end=end, score_from=start)
+
+
+def targets_of(tokens: Tensor, lesson: Lesson | float) -> Tensor:
+    """Return the targets that a learner is given: those of windows, or of an older script's tokens."""
     if isinstance(lesson, float):
         return tokens[1:]
-    return torch.cat([tokens[first + 1 : end + 1] for _, end, first in lesson.tolist()])
+    windows = lesson.tolist() if isinstance(lesson, Tensor) else zip(*lesson)
+    return torch.cat([tokens[first + 1 : end + 1] for _, end, first in windows])
 
 
 def compressor(script: ModuleType, blob: bytes) -> Callable[[bytes], bytes]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from auditor.older import targets_of
-from auditor.protocols import Nats
+from auditor.protocols import Lesson, Nats
 from auditor.subject import Audit, Verdict
 
 
@@ -183,7 +183,7 @@ def tokens_learned_early(audit: Audit) -> int:
         scored[y[:, -last:]] = 1
         return torch.zeros(len(x), last, device=m.device)
 
-    def learn(tokens: Tensor, lesson: Tensor | float, *_: object) -> Nats:
+    def learn(tokens: Tensor, lesson: Lesson | float, *_: object) -> Nats:
         nonlocal early
         dist.all_reduce(scored)
         early += int((scored[targets_of(tokens, lesson).long()] == 0).sum())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Nats = Callable[[Tensor, Tensor, int], Tensor]  # (B, T) inputs, (B, T) targets, last -> (B, last) nats
+Lesson = tuple[np.ndarray, np.ndarray, np.ndarray] | Tensor  # windows: three arrays (n,), or once rows (n, 3)
 
 
 class Log(Protocol):

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auditor.older import chunk_of, counted_stride, gives_windows, learns_apart, plan_older_scores
-from auditor.protocols import Config, Nats, Run, Scoring
+from auditor.older import chunk_of, counted_stride, gives_windows, learns_apart, lesson_of, plan_older_scores
+from auditor.protocols import Config, Lesson, Nats, Run, Scoring
 from progress import Progress
 
 
@@ -62,13 +62,14 @@ class Audit:
                 changed = learn(tokens[: self.chunk + 1], 0.0)
             yield changed or self.run.nats_fn
 
-    def first_lesson(self) -> Tensor:
+    def first_lesson(self) -> Lesson:
         """Return the windows of the first chunk: its sequences, or itself for every sequence of a batch."""
         if learns_apart(self.scoring):
             slots = self.scoring.batch * self.run.m.world_size
-            return torch.tensor([[0, self.chunk, 0]]).expand(slots, 3)
-        starts = torch.arange(0, self.chunk, self.scoring.seq_len)
-        return torch.stack([starts, starts + self.scoring.seq_len, starts], 1)
+            starts = np.zeros(slots, np.int64)
+            return lesson_of(self.script, starts, starts + self.chunk)
+        starts = np.arange(0, self.chunk, self.scoring.seq_len)
+        return lesson_of(self.script, starts, starts + self.scoring.seq_len)
 
 
 def make_audit(script: ModuleType, run: Run, blob: bytes) -> Audit:
