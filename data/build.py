@@ -446,7 +446,7 @@ def write_split(
     key: str,
     workers: Workers,
     leaks: LeakCheck,
-) -> shards.SplitEntry:
+) -> shards.ManifestSplit:
     """Tokenize the files of one split into a ShardWriter and return the manifest's entry for the split.
 
     workers: processes that have run `start_coder`. key: the text field of .jsonl. leaks: it can refuse only

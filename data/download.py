@@ -270,7 +270,7 @@ def choose_files(name: str, listing: dict[str, HubFile], train_shards: int) -> S
 OTHER_VARIANT = "the hub's copy has changed: use another --variant"
 
 
-def describe_split(paths: list[Path], tokenizer: Tokenizer) -> shards.SplitEntry:
+def describe_split(paths: list[Path], tokenizer: Tokenizer) -> shards.ManifestSplit:
     """Return the manifest's entry for a downloaded split: token counts and checksums.
 
     Raises BadInput on a file that is not a shard and on an id outside the vocabulary.
@@ -294,7 +294,7 @@ def describe_split(paths: list[Path], tokenizer: Tokenizer) -> shards.SplitEntry
     }
 
 
-def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> shards.SplitEntry:
+def describe_val(paths: list[Path], tokenizer: Tokenizer, variant: Variant) -> shards.ManifestSplit:
     """Return the entry of `describe_split` with documents and decoded bytes.
 
     Raises BadInput if this is not the official validation split.

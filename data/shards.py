@@ -41,7 +41,7 @@ MODEL = "tokenizer.model"
 TEMP = ".tmp."
 
 
-class ShardEntry(TypedDict):
+class ManifestShard(TypedDict):
     """A shard in the manifest."""
 
     file: str
@@ -49,17 +49,17 @@ class ShardEntry(TypedDict):
     sha256: str
 
 
-class SplitEntry(TypedDict):
+class ManifestSplit(TypedDict):
     """A split in the manifest. None: a download does not know it."""
 
     documents: int | None
     tokens: int
     text_bytes: int | None  # UTF-8, of the source documents
     decoded_bytes: int | None  # UTF-8, of the documents decoded from their tokens
-    shards: list[ShardEntry]
+    shards: list[ManifestShard]
 
 
-class TokenizerEntry(TypedDict):
+class ManifestTokenizer(TypedDict):
     """The tokenizer in the manifest. file: of SentencePiece; encoding: of tiktoken."""
 
     kind: str
@@ -75,8 +75,8 @@ class Manifest(TypedDict):
     format: int
     name: str
     bos_id: int
-    tokenizer: TokenizerEntry
-    splits: dict[str, SplitEntry]
+    tokenizer: ManifestTokenizer
+    splits: dict[str, ManifestSplit]
     source: dict[str, Any]
 
 
@@ -177,7 +177,7 @@ class ShardWriter:
         self.limit = limit
         self.file: BinaryIO | None = None
         self.tokens = 0
-        self.shards: list[ShardEntry] = []
+        self.shards: list[ManifestShard] = []
 
     def add(self, ids: np.ndarray) -> None:
         """Append one document. ids: uint16 (n,), beginning with BOS."""
@@ -502,7 +502,7 @@ def check_ids(path: Path, ids: np.ndarray, manifest: Manifest, may_continue: boo
     return problems
 
 
-def load_listed_shard(path: Path, entry: ShardEntry, deep: bool) -> np.ndarray:
+def load_listed_shard(path: Path, entry: ManifestShard, deep: bool) -> np.ndarray:
     """Read the ids of a shard that must match its manifest entry; deep=False: the first id.
 
     Raises BadInput if it does not match.

@@ -41,7 +41,7 @@ class Tokenizer:
     bos_id: int
     blob: bytes = field(default=b"", repr=False)
 
-    def entry(self) -> shards.TokenizerEntry:
+    def entry(self) -> shards.ManifestTokenizer:
         """Return the manifest's `tokenizer` object."""
         return {
             "kind": self.kind,

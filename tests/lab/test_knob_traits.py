@@ -16,7 +16,7 @@ from ledger.make.submission import common_config
 from ledger.prove import sweep_claims
 from ledger.prove.claims import Wrong
 from ledger.read import knobs, probe
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from script import TRAINER, BadInput
 
 LAST_KNOB = "\n    @property\n    def head_dim"  # what stands behind the last knob
@@ -39,10 +39,10 @@ def give(monkeypatch, tmp_path):
     knobs.read_knobs.cache_clear()
 
 
-def run_with(value: str) -> Run:
+def run_with(value: str) -> RunLog:
     """Return a run in whose log the knob has a value."""
     config = {"preset": "cpu", "seed": value[-1], "depth": "4", "extra": value}
-    return Run(path=ROOT / "logs" / "x.txt", source="", config=config)
+    return RunLog(path=ROOT / "logs" / "x.txt", source="", config=config)
 
 
 def is_path() -> bool:

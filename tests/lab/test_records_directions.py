@@ -52,7 +52,7 @@ def draw(*shape, seed=0):
 def test_the_exact_factor_has_no_error(shape):
     u = draw(*shape)
     f = quality.factor_of(u)
-    got = quality.figures_of(f.U @ f.Vh, f)
+    got = quality.quality_of(f.U @ f.Vh, f)
     assert got.polar < 1e-12 and got.orth < 1e-12
     assert math.isclose(got.cosine, 1, abs_tol=1e-12)
     assert math.isclose(got.efficiency, 1, abs_tol=1e-12)
@@ -64,7 +64,7 @@ def test_a_factor_with_known_singular_values(shape):
     u = draw(*shape)
     s = torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
     f = quality.factor_of(u)
-    got = quality.figures_of(f.U @ s.diag() @ f.Vh, f)
+    got = quality.quality_of(f.U @ s.diag() @ f.Vh, f)
     torch.testing.assert_close(got.band, s)
     by_hand = dict(
         polar=((s - 1).square().sum() / 20).sqrt(), orth=((s.square() - 1).square().sum() / 20).sqrt(),
@@ -77,7 +77,7 @@ def test_a_factor_with_known_singular_values(shape):
 def test_the_factor_of_another_matrix_is_seen():
     f = quality.factor_of(draw(30, 30))
     other = quality.factor_of(draw(30, 30, seed=1))
-    got = quality.figures_of(other.U @ other.Vh, f)
+    got = quality.quality_of(other.U @ other.Vh, f)
     assert got.orth < 1e-12
     assert abs(got.cosine) < 0.2
     assert got.polar > 1.2
@@ -85,13 +85,13 @@ def test_the_factor_of_another_matrix_is_seen():
 
 def test_a_line_pools_matrices_and_refuses_nan():
     f = quality.factor_of(draw(8, 8))
-    line = quality.quality_line([quality.figures_of(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)])
+    line = quality.quality_line([quality.quality_of(scale * f.U @ f.Vh, f) for scale in (0.5, 2.0)])
     pairs = dict(direction_log.PAIR.findall(line))
     assert pairs["smin"] == "0.500000"
     assert pairs["smax"] == "2.000000"
     assert pairs["s50"] == "1.250000"
     assert pairs["polar"] == "0.750000" and pairs["matrices"] == "2"
-    figures = quality.figures_of(f.U @ f.Vh, f)._replace(polar=math.nan)
+    figures = quality.quality_of(f.U @ f.Vh, f)._replace(polar=math.nan)
     with pytest.raises(ArithmeticError):
         quality.quality_line([figures])
 

@@ -198,7 +198,7 @@ def test_clocks_are_read_by_the_half(planted_smi, tmp_path):
     assert not alive()
     assert not sampler.reader.is_alive()
 
-    figures = sampler.figures(half)
+    figures = sampler.summary(half)
     assert 2 <= figures["samples"] <= len(sampler.samples) - 2
     assert figures == dict(
         samples=figures["samples"],
@@ -207,7 +207,7 @@ def test_clocks_are_read_by_the_half(planted_smi, tmp_path):
         power_w=697.5,
         reasons={"SW power cap": figures["samples"]},
     )
-    assert sampler.figures(time.perf_counter()) == dict(why="nvidia-smi gave no reading in time")
+    assert sampler.summary(time.perf_counter()) == dict(why="nvidia-smi gave no reading in time")
     asked = Path(tmp_path / "bin" / "nvidia-smi.args").read_text().split()
     assert sorted(asked) == [
         "--format=csv,noheader,nounits", "--id=GPU-a",
@@ -223,15 +223,15 @@ def test_figures_of_clocks_by_hand():
         "1700, [N/A], 0x0000000000000024",
     ]
     sampler.samples = [smi.parse_reading(line)._replace(at=i) for i, line in enumerate(lines)]
-    assert sampler.figures(0) == dict(
+    assert sampler.summary(0) == dict(
         samples=3,
         sm_mhz=1700,
         sm_mhz_range=[1515, 1830],
         power_w=704.0,
         reasons={"SW power cap": 2, "SW thermal slowdown": 1},
     )
-    assert sampler.figures(2)["power_w"] is None
-    assert sampler.figures(1)["sm_mhz_range"] == [1700, 1830]
+    assert sampler.summary(2)["power_w"] is None
+    assert sampler.summary(1)["sm_mhz_range"] == [1700, 1830]
     for line in ("", "No devices were found", "1, 2", "[N/A], 1, 0x0"):
         with pytest.raises(ValueError):
             smi.parse_reading(line)
@@ -250,7 +250,7 @@ def test_a_failing_nvidia_smi(planted_smi, body, why):
     alive = planted_smi(body)
     with smi.Sampler("GPU-a") as sampler:
         assert until(lambda: sampler.process.poll() is not None)
-    assert sampler.figures(0.0) == dict(why=why)
+    assert sampler.summary(0.0) == dict(why=why)
     assert not alive()
 
 
@@ -263,7 +263,7 @@ def test_an_nvidia_smi_that_never_ends_is_ended(planted_smi, monkeypatch, how):
         assert until(lambda: sampler.samples)
         1 / (how == "its block ends")
     assert not alive()
-    assert sampler.figures(0.0)["samples"] >= 1
+    assert sampler.summary(0.0)["samples"] >= 1
 
 
 def test_nvidia_smi_ends_with_a_killed_bench(planted_smi):
@@ -283,7 +283,7 @@ def test_no_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with smi.Sampler("GPU-a") as sampler:
         assert sampler.process is None
-    assert sampler.figures(0.0) == dict(why="nvidia-smi: No such file or directory")
+    assert sampler.summary(0.0) == dict(why="nvidia-smi: No such file or directory")
 
 
 def test_the_gpu_is_named_by_what_no_variable_renumbers(monkeypatch):

@@ -310,9 +310,9 @@ def test_the_spreads_of_a_row_are_found_by_name(monkeypatch):
     logs = sorted((ROOT / "records/sweeps/2026-11-22_Attention/logs").glob("dense_0.05_*"))
     runs = [runlog.parse_log(log) for log in logs]
     scores = sweep_table.scores_of(runs, 0)
-    fields = sweep_table.Figures._fields
+    fields = sweep_table.RunFigures._fields
     assert len({getattr(scores, name).mean for name in fields}) == len(fields)
-    monkeypatch.setattr(sweep_table, "Figures", namedtuple("Reversed", reversed(fields)))
+    monkeypatch.setattr(sweep_table, "RunFigures", namedtuple("Reversed", reversed(fields)))
     assert sweep_table.scores_of(runs, 0) == scores
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from commands.words import knob_value
 
 
-class Machine(NamedTuple):
+class MachineDefaults(NamedTuple):
     """Preset and processes of a machine with at least `gpus` NVIDIA GPUs, unless told otherwise."""
 
     gpus: int
@@ -20,11 +20,11 @@ class Machine(NamedTuple):
 
 # A preset fixes tokens a step and seconds; fewer processes accumulate more micro-batches for the same step.
 MACHINES = (
-    Machine(8, "record", 8),
-    Machine(4, "record", 4),
-    Machine(2, "h100x2", 2),
-    Machine(1, "h100x1", 1),
-    Machine(0, "cpu", 1),
+    MachineDefaults(8, "record", 8),
+    MachineDefaults(4, "record", 4),
+    MachineDefaults(2, "h100x2", 2),
+    MachineDefaults(1, "h100x1", 1),
+    MachineDefaults(0, "cpu", 1),
 )
 PROCESS_COUNTS = (8, 4, 2, 1)
 

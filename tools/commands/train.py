@@ -7,16 +7,16 @@ import signal
 import time
 from typing import NamedTuple
 
+from commands import programs
 from commands.ask_trainer import Resolved, resolve
 from commands.datasets import find_training_data
 from commands.machine import choose_processes, count_gpus, machine_preset
-from commands.programs import launch, say
 from commands.run_report import count_scores, next_commands, read_reason, report, report_failure
 from commands.words import Request, enter_repository, knob_value
 from script import ROOT, BadInput, console_may_be_gone
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """A training run as it will be started."""
 
     gpus: int
@@ -35,13 +35,13 @@ class Plan(NamedTuple):
         return os.path.join(self.resolved.out_dir, f"{self.run_id}.int6.{self.resolved.codec}")
 
 
-def make_plan(knobs: tuple[str, ...]) -> Plan:
+def make_launch(knobs: tuple[str, ...]) -> Launch:
     """Choose preset, processes and name of a run with these knobs."""
     gpus = count_gpus()
     preset = knob_value("preset", knobs) or machine_preset(gpus)
     resolved = resolve([f"preset={preset}", *knobs])
     stamp = time.strftime("%Y%m%d_%H%M%S", time.gmtime())
-    return Plan(
+    return Launch(
         gpus=gpus,
         processes=choose_processes(0 if resolved.is_for_a_laptop else gpus, resolved.process_counts),
         preset=preset,
@@ -51,19 +51,19 @@ def make_plan(knobs: tuple[str, ...]) -> Plan:
     )
 
 
-def refuse_taken_name(plan: Plan) -> None:
+def refuse_taken_name(launch: Launch) -> None:
     """Raise BadInput if files of another run have this run's name, unless it resumes."""
-    has_log = os.path.exists(plan.log)
-    if plan.resolved.resume or not (has_log or os.path.exists(plan.artifact)):
+    has_log = os.path.exists(launch.log)
+    if launch.resolved.resume or not (has_log or os.path.exists(launch.artifact)):
         return
-    state = ", a run that did not finish" if has_log and not count_scores(plan.log) else ""
+    state = ", a run that did not finish" if has_log and not count_scores(launch.log) else ""
     raise BadInput(
-        f"run_id={plan.run_id} is taken ({plan.resolved.out_dir}/{plan.run_id}.* exists{state}): choose "
-        "another run_id, go on with resume=auto, or move those files"
+        f"run_id={launch.run_id} is taken ({launch.resolved.out_dir}/{launch.run_id}.* exists{state}): "
+        "choose another run_id, go on with resume=auto, or move those files"
     )
 
 
-def show_result(plan: Plan, data_path: str, caller: str, is_whole: bool) -> None:
+def show_result(launch: Launch, data_path: str, caller: str, is_whole: bool) -> None:
     """Show what a run with a score has made and, if it ended well, what to try next.
 
     caller: the folder in which the next commands must work.
@@ -72,42 +72,42 @@ def show_result(plan: Plan, data_path: str, caller: str, is_whole: bool) -> None
     nexts = []
     if is_whole:
         nexts = next_commands(
-            [f"preset={plan.preset}", f"data_path={os.path.join(folder, data_path)}", *plan.others],
-            plan.resolved,
-            artifact=os.path.join(folder, plan.artifact),
+            [f"preset={launch.preset}", f"data_path={os.path.join(folder, data_path)}", *launch.others],
+            launch.resolved,
+            artifact=os.path.join(folder, launch.artifact),
             run_sh=os.path.join(folder or ".", "run.sh"),
         )
-    report(plan.log, plan.artifact, [f"data_path={data_path}", *plan.others], nexts)
+    report(launch.log, launch.artifact, [f"data_path={data_path}", *launch.others], nexts)
 
 
 def train(request: Request) -> int:
     """Train what this machine can, then show the plot, the board's best and what to try next."""
     caller = os.getcwd()
     enter_repository()
-    plan = make_plan(request.knobs)
-    refuse_taken_name(plan)
+    launch = make_launch(request.knobs)
+    refuse_taken_name(launch)
     data_path = knob_value("data_path", request.knobs)
     if not data_path:
-        data_path = find_training_data(plan.resolved, plan.processes)
+        data_path = find_training_data(launch.resolved, launch.processes)
 
-    log = plan.log
+    log = launch.log
     earlier_scores = count_scores(log)  # a run that resumes may find the score of another there
     earlier_bytes = os.path.getsize(log) if os.path.exists(log) else 0
-    say(f"{plan.gpus} NVIDIA GPU(s), preset {plan.preset}, log {log}")
-    chosen = [f"preset={plan.preset}", f"data_path={data_path}", f"run_id={plan.run_id}"]
-    status = launch(plan.processes, ["train_gpt.py", "train", *chosen, *plan.others])
+    programs.say(f"{launch.gpus} NVIDIA GPU(s), preset {launch.preset}, log {log}")
+    chosen = [f"preset={launch.preset}", f"data_path={data_path}", f"run_id={launch.run_id}"]
+    status = programs.launch(launch.processes, ["train_gpt.py", "train", *chosen, *launch.others])
     if not os.path.exists(log):
         ended = "was interrupted" if status == 128 + signal.SIGINT else f"ended with status {status}"
-        say(f"the trainer {ended} and left no log at {log}")
+        programs.say(f"the trainer {ended} and left no log at {log}")
         return status or 1
 
     scored = count_scores(log) != earlier_scores
     with console_may_be_gone():
         if scored:
-            show_result(plan, data_path, caller, is_whole=status == 0)
+            show_result(launch, data_path, caller, is_whole=status == 0)
         else:
-            report_failure(log, plan.artifact)
+            report_failure(log, launch.artifact)
     reason = read_reason(log, earlier_bytes) if status else ""
     if status or not scored:
-        say(f"the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
+        programs.say(f"the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
     return status

@@ -44,7 +44,7 @@ from lab.training.planning import Configuration, Plan, Queue
 from ledger.files import named_path, read_text
 from ledger.make import pictures, sweep_table
 from ledger.read.knobs import with_trait
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from ledger.run_verb import run_verb
 from progress import Progress
 from script import TRAINER, BadInput, load_script
@@ -137,7 +137,7 @@ class Sweep:
             outcomes[configuration.name] = bpb
         return outcomes
 
-    def configuration_of(self, run: Run) -> Configuration | None:
+    def configuration_of(self, run: RunLog) -> Configuration | None:
         """Return the configuration of the plan that wrote a log, if any."""
         row = run.text("sweep", "row")
         rate = run.text("sweep", "rate")
@@ -305,7 +305,7 @@ class Sweep:
                 bpb = None
                 result = "diverged"
             else:
-                figures = sweep_table.figures(run)
+                figures = sweep_table.run_figures(run)
                 bpb = figures.val_bpb
                 result = f"val_bpb {bpb:.4f}, {figures.steps} steps of {figures.step_ms:.1f} ms"
             self.queue.finish(configuration, bpb)

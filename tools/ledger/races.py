@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ledger import stats
 from ledger.files import sha256
 from ledger.make.submission import by_distinct_seed, common, common_config
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from script import BadInput
 
 LEVEL = 0.01  # the p that a t-test must stay below
@@ -68,17 +68,17 @@ RULE_TEXTS = {
 }
 
 
-def is_race(run: Run) -> bool:
+def is_race(run: RunLog) -> bool:
     """Return whether a finished run was one of a race."""
     return run.has("final_score", "target")
 
 
-def last_validation(run: Run) -> float:
+def last_validation(run: RunLog) -> float:
     """Return the loss of a run's last validation, that of its training weights at its end."""
     return run.number("final_live", "val_loss")
 
 
-def race_steps(run: Run) -> int:
+def race_steps(run: RunLog) -> int:
     """Return the steps of a run that took all of them. Raises BadInput for one that stopped before."""
     steps = run.count("final_score", "steps")
     total = run.steps[-1].total if run.steps else 0
@@ -87,7 +87,7 @@ def race_steps(run: Run) -> int:
     return steps
 
 
-def check_race(runs: list[Run]) -> None:
+def check_race(runs: list[RunLog]) -> None:
     """Check that the runs are those of one race: all of them, seeds 1, 2, 3, ..., alike but for the seed.
 
     Raises BadInput for another source, other settings, another last step, and a run that is missing or there
@@ -105,7 +105,7 @@ def check_race(runs: list[Run]) -> None:
         )
 
 
-def outcome_of(runs: list[Run], target: float) -> Outcome:
+def outcome_of(runs: list[RunLog], target: float) -> Outcome:
     """Return the outcome of a race against a target."""
     return Outcome([last_validation(run) for run in runs], target)
 
@@ -126,7 +126,7 @@ def verdict_text(outcome: Outcome, rule: str) -> str:
     return f"{met} by {RULE_TEXTS[rule]}"
 
 
-def describe_race(runs: list[Run], target: float, with_time: bool) -> list[str]:
+def describe_race(runs: list[RunLog], target: float, with_time: bool) -> list[str]:
     """Return lines about a race against a target, with the training time if asked.
 
     Raises BadInput if the runs are not those of one race, or their times do not compare.
@@ -147,7 +147,7 @@ def describe_race(runs: list[Run], target: float, with_time: bool) -> list[str]:
     return lines
 
 
-def check_times(runs: list[Run]) -> None:
+def check_times(runs: list[RunLog]) -> None:
     """Check that the training times of runs compare. Raises BadInput for other hardware, or a resumed run."""
     common(runs, "hardware", lambda run: run.hardware)
     for run in runs:

@@ -82,7 +82,7 @@ def model_on_device(t: ModuleType, stored: Stored, env: Mapping[str, str]) -> It
         dist.destroy_process_group()
 
 
-def log_of(artifact: str) -> runlog.Run | None:
+def log_of(artifact: str) -> runlog.RunLog | None:
     """Return the log beside an artifact, None if there is none."""
     try:
         return runlog.parse_log(Path(re.sub(r"\.int6\.\w+$", ".txt", artifact)))

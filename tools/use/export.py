@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from ledger.read.knobs import with_trait
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from progress import Progress
 from script import TRAINER, BadInput
 from use.artifact import Stored, log_of, read_artifact, run_tool
@@ -93,7 +93,7 @@ def tokenizer_config(tokenizer_file: str, h: Any) -> dict[str, Any]:
     }
 
 
-def figures(log: Run | None, stored: Stored) -> list[str]:
+def card_rows(log: RunLog | None, stored: Stored) -> list[str]:
     """Return the rows of the card's table: what the log beside the artifact says of its score."""
     parameters = sum(tensor.numel() for tensor in stored.tensors.values())
     rows = [("parameters", f"{parameters:,}"), ("sha256 of the artifact", stored.sha256)]
@@ -108,9 +108,9 @@ def figures(log: Run | None, stored: Stored) -> list[str]:
     return [f"| {name} | {value} |" for name, value in rows]
 
 
-def model_card(log: Run | None, stored: Stored, tokenizer: Tokenizer, has_tokenizer: bool) -> str:
+def model_card(log: RunLog | None, stored: Stored, tokenizer: Tokenizer, has_tokenizer: bool) -> str:
     """Return README.md."""
-    table = figures(log, stored)
+    table = card_rows(log, stored)
     source = (
         "from the log of its run" if len(table) > 2 else "its log was not beside it, so no score is known"
     )
@@ -151,7 +151,9 @@ def model_card(log: Run | None, stored: Stored, tokenizer: Tokenizer, has_tokeni
     return "\n".join(lines)
 
 
-def write_folder(t: ModuleType, folder: Path, stored: Stored, tokenizer: Tokenizer, log: Run | None) -> None:
+def write_folder(
+    t: ModuleType, folder: Path, stored: Stored, tokenizer: Tokenizer, log: RunLog | None
+) -> None:
     """Write all files of an export into a folder. Raises BadInput if safetensors is not installed."""
     try:
         from safetensors import SafetensorError

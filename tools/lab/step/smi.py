@@ -111,7 +111,7 @@ class Sampler:
                 break
         self.reader.join(GRACE)
 
-    def figures(self, since: float) -> dict:
+    def summary(self, since: float) -> dict:
         """Return a summary of the readings since this perf_counter(), or {why} there are none.
 
         The summary has {samples, sm_mhz and power_w: medians, sm_mhz_range, reasons: {name: number of

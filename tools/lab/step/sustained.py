@@ -169,7 +169,7 @@ def say_steps(s: Session, what: str, times: list[float], seconds: float, steps: 
 
 
 def say_clocks(s: Session, gpu: dict) -> None:
-    """Print the line of the GPU's clocks, from Sampler.figures."""
+    """Print the line of the GPU's clocks, from Sampler.summary."""
     if "why" in gpu:
         s.say(f"bench sustained clocks: not available ({gpu['why']})")
         return
@@ -216,4 +216,4 @@ def measure_sustained(s: Session, run: TrainingParts, loader: Any, seconds: floa
     with quiet_run(s) as logged, Sampler(gpu) as sampler:
         loop = TrainingLoop(s, run, loader, logged)
         blocks = run_blocks(s, loop.kinds, seconds)
-    summarize(s, blocks.rows, time.perf_counter() - begun, sampler.figures(blocks.half))
+    summarize(s, blocks.rows, time.perf_counter() - begun, sampler.summary(blocks.half))

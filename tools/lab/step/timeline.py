@@ -173,7 +173,7 @@ def check_options(args: argparse.Namespace) -> Path:
 
 def reported_step(step: StepFigures) -> dict:
     """Return a step as the JSON report has it."""
-    return dict(**step.figures, collectives=[collective._asdict() for collective in step.collectives])
+    return dict(**step.named_times, collectives=[collective._asdict() for collective in step.collectives])
 
 
 def result_of(s: Session, ranks: list[RankFigures], rows: list[CollectiveMedians]) -> dict:

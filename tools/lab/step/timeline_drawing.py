@@ -41,7 +41,7 @@ class ChromeProcess:
         """Add the lines of steps and of exposed communication."""
         trace = self.rank.trace
         for i, step in enumerate(self.rank.steps):
-            self.add(STEPS_LINE, f"step {i}", trace.window(i), **step.figures)
+            self.add(STEPS_LINE, f"step {i}", trace.window(i), **step.named_times)
             for part in step.exposed_parts:
                 self.add(EXPOSED_LINE, "exposed", part)
 

@@ -31,7 +31,7 @@ class StepFigures(NamedTuple):
     exposed_parts: list[Interval]
 
     @property
-    def figures(self) -> dict[str, float]:
+    def named_times(self) -> dict[str, float]:
         """The times under the names of FIGURES."""
         return dict(zip(FIGURES, self.times))
 

@@ -116,7 +116,7 @@ def train_momentum(s: Setup, steps: int) -> list[Inputs]:
     return inputs
 
 
-# ---- figures -------------------------------------------------------------------------------------
+# ---- quality -------------------------------------------------------------------------------------
 
 
 class Factor(NamedTuple):
@@ -127,7 +127,7 @@ class Factor(NamedTuple):
     Vh: Tensor  # (n, N)
 
 
-class Figures(NamedTuple):
+class DirectionQuality(NamedTuple):
     """The quality of a direction X (M, N) of an input u whose polar factor is P = UV'.
 
     polar |X - P| / sqrt(n); orth |XX' - I| / sqrt(n) on the short side; cosine <X, P> / (|X| |P|); efficiency
@@ -146,7 +146,7 @@ def factor_of(u: Tensor) -> Factor:
     return Factor(*torch.linalg.svd(u.double(), full_matrices=False))
 
 
-def figures_of(direction: Tensor, f: Factor) -> Figures:
+def quality_of(direction: Tensor, f: Factor) -> DirectionQuality:
     """Compare a direction with the polar factor of its input, in float64."""
     X = direction.double()
     P = f.U @ f.Vh
@@ -154,7 +154,7 @@ def figures_of(direction: Tensor, f: Factor) -> Figures:
     gram = X @ X.T if X.size(0) <= X.size(1) else X.T @ X
     band = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     along = ((f.U.T @ X) * f.Vh).sum(1)  # u_i' X v_i
-    return Figures(
+    return DirectionQuality(
         polar=((X - P).norm() / n**0.5).item(),
         orth=((gram - torch.eye(n, dtype=gram.dtype)).norm() / n**0.5).item(),
         cosine=(along.sum() / (X.norm() * n**0.5)).item(),
@@ -163,15 +163,15 @@ def figures_of(direction: Tensor, f: Factor) -> Figures:
     )
 
 
-def quality_line(found: list[Figures]) -> str:
+def quality_line(found: list[DirectionQuality]) -> str:
     """Return a log line's pairs of several matrices: means, and the band of all their singular values.
 
     Raises ArithmeticError if one is not finite.
     """
-    band = torch.cat([figures.band for figures in found])
+    band = torch.cat([one.band for one in found])
     pairs = {}
     for key in ("polar", "orth", "cosine", "efficiency"):
-        pairs[key] = sum(getattr(figures, key) for figures in found) / len(found)
+        pairs[key] = sum(getattr(one, key) for one in found) / len(found)
     quantiles = torch.quantile(band, torch.tensor([*QUANTILES.values()], dtype=band.dtype)).tolist()
     pairs |= zip(QUANTILES, quantiles)
     if not all(math.isfinite(value) for value in pairs.values()):
@@ -197,11 +197,11 @@ def curve_line(direction: Tensor, f: Factor) -> str:
 
 
 class Pending(NamedTuple):
-    """A `quality` line whose figures are being computed."""
+    """A `quality` line that is being computed."""
 
     where: str
     row: str
-    figures: list[Future]
+    qualities: list[Future]
     curve: Future | None
 
 
@@ -223,7 +223,7 @@ def log_quality(s: Setup, momentum: list[Inputs]) -> None:
             where = f"row:{row} family:{family} shape:{u.size(1)}x{u.size(2)}"
             with skipping(s.log, where):
                 directions = s.t.orthogonalize(u.to(s.m.device), row).float().cpu()
-                found = [pool.submit(figures_of, *pair) for pair in zip(directions, factors[i])]
+                found = [pool.submit(quality_of, *pair) for pair in zip(directions, factors[i])]
                 curve = pool.submit(curve_line, directions[0], factors[i][0]) if i == curved else None
                 pending.append(Pending(where, row, found, curve))
         for where, row, found, curve in s.progress.each(pending, "lines"):

@@ -16,7 +16,7 @@ from ledger.files import read_json, sha256
 from ledger.folders import log_files, record_folders, sweep_folders
 from ledger.make import markdown, pictures, sweep_table
 from ledger.read.knobs import run_knobs, with_trait
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 from ledger.read.scores import CHUNKED
 
 BLOCK = markdown.block("ladder")
@@ -94,7 +94,7 @@ class Idea(NamedTuple):
 # ---- effects from logs ---------------------------------------------------------------------------
 
 
-def settings_of(run: Run) -> dict[str, str]:
+def settings_of(run: RunLog) -> dict[str, str]:
     """Return the settings that decide which weights a run ends with, its seed and its budget aside.
 
     Scores that settings change are not compared.
@@ -103,13 +103,13 @@ def settings_of(run: Run) -> dict[str, str]:
     return {knob: value for knob, value in run.config.items() if knob not in beside}
 
 
-def machine_of(run: Run, but: tuple[str, ...] = ()) -> str:
+def machine_of(run: RunLog, but: tuple[str, ...] = ()) -> str:
     """Return device and bindings of a run, without the facts named in `but`."""
     facts = sorted(run.facts.get("machine", {}).items())
     return " ".join(f"{key}:{value}" for key, value in facts if key not in but)
 
 
-def conditions_of(run: Run) -> Conditions:
+def conditions_of(run: RunLog) -> Conditions:
     """Return what a run shares with those it may be compared with. Raises BadInput for what the log lacks."""
     return Conditions(
         source=sha256(run.source),
@@ -121,7 +121,7 @@ def conditions_of(run: Run) -> Conditions:
     )
 
 
-def side_of(name: str, runs: list[Run]) -> Side:
+def side_of(name: str, runs: list[RunLog]) -> Side:
     """Return the configuration that these runs, one a seed, have trained."""
     scores = {run.seed: CHUNKED.bpb(run) for run in runs}
     return Side(
@@ -152,7 +152,7 @@ class Pair(NamedTuple):
 
 def sweep_pairs(folder: Path) -> list[Pair]:
     """Return every row of a sweep, at its best rate, beside the baseline."""
-    by_row: dict[str, list[Run]] = {}
+    by_row: dict[str, list[RunLog]] = {}
     runs = sweep_table.read_runs(folder)
     for run in runs:
         by_row.setdefault(sweep_table.row_of(run), []).append(run)
@@ -186,7 +186,7 @@ def record_pairs(records: Path) -> list[Pair]:
     return pairs
 
 
-def timed_runs(folder: Path) -> list[Run]:
+def timed_runs(folder: Path) -> list[RunLog]:
     """Return the runs of a record whose length a clock sets, and that scored their artifact."""
     runs = [parse_log(log) for log in log_files(folder / "logs")]
     return [

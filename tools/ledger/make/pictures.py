@@ -9,7 +9,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from ledger.files import write_atomic
-from ledger.read.runlog import Run, Step, parse_log
+from ledger.read.runlog import RunLog, Step, parse_log
 from script import BadInput
 
 MAX_TICKS = 8  # on a time axis; with fewer days, each has a tick
@@ -60,7 +60,7 @@ def label_of(log: Path) -> str:
     return f"{folder} {log.stem}" if in_record else log.stem
 
 
-def validations(run: Run) -> list[Step]:
+def validations(run: RunLog) -> list[Step]:
     """Return the validations of a run, without that of the untrained model if others show the curve."""
     val = [s for s in run.steps if s.kind == "val" and s.bpb is not None]
     return val[1:] if len(val) > 2 else val
@@ -103,13 +103,13 @@ def plot_runs(logs: list[Path], out: Path) -> None:
     save(plt, figure, out)
 
 
-def label_with_bpb(run: Run) -> str:
+def label_with_bpb(run: RunLog) -> str:
     """Return a run's name in the legend with the bpb of its only validation, if it has one."""
     last = "".join(f", val bpb {s.bpb:.4f} at step {s.step}" for s in validations(run))
     return label_of(run.path) + last
 
 
-def plot_run(run: Run, axes, color: str, label: str) -> None:
+def plot_run(run: RunLog, axes, color: str, label: str) -> None:
     """Draw one run into the panels of plot_runs. Markers: a curve may have a single point."""
     style = {"color": color, "linewidth": 1.2, "marker": ".", "label": label}
     train = [s for s in run.steps if s.kind == "train"]

@@ -7,11 +7,11 @@ from ledger.files import read_text, sha256
 from ledger.make.seed_table import Column
 from ledger.make.submission import META_KEYS, SCHEMA_VERSION, by_distinct_seed, common, provenance
 from ledger.races import METRIC, RULE_TEXTS, Outcome, check_race, check_times, last_validation, race_steps
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from ledger.tracks import TRACKS
 
 
-def race_result(run: Run) -> dict[str, object]:
+def race_result(run: RunLog) -> dict[str, object]:
     """Return the entry of one run: its last validation, its steps and times in ms, the hash of its log."""
     steps = run.count("final_score", "steps")
     train_ms = run.count("final_score", "train_time")
@@ -28,7 +28,7 @@ def race_result(run: Run) -> dict[str, object]:
     }
 
 
-def race_submission(runs: list[Run], meta: dict[str, object]) -> dict[str, object]:
+def race_submission(runs: list[RunLog], meta: dict[str, object]) -> dict[str, object]:
     """Return submission.json from the logs of a race and a given `meta` (META_KEYS).
 
     Raises BadInput if the runs are not those of one race.
@@ -66,7 +66,7 @@ def race_submission(runs: list[Run], meta: dict[str, object]) -> dict[str, objec
     }
 
 
-def race_headline(runs: list[Run], sub: dict) -> str:
+def race_headline(runs: list[RunLog], sub: dict) -> str:
     """Return the line below the title: loss, spread, target, significance, steps and time."""
     spread = "" if sub["val_loss_std"] is None else f" (std {sub['val_loss_std']:.5f})"
     p = "" if sub["p_value"] is None else f"p {sub['p_value']:.2g}, "
@@ -79,7 +79,7 @@ def race_headline(runs: list[Run], sub: dict) -> str:
     )
 
 
-def race_columns(runs: list[Run], sub: dict) -> list[Column]:
+def race_columns(runs: list[RunLog], sub: dict) -> list[Column]:
     """Return the columns of the table of seeds."""
     return [
         Column("val_loss", 5, lambda run, entry: entry["val_loss"]),
@@ -93,7 +93,7 @@ def race_columns(runs: list[Run], sub: dict) -> list[Column]:
     ]
 
 
-def race_legend(runs: list[Run]) -> list[str]:
+def race_legend(runs: list[RunLog]) -> list[str]:
     """Return the sentences that explain the table of seeds."""
     return [
         "val_loss is that of the training weights at the last step, in nats per token; ema is their average,",

@@ -15,7 +15,7 @@ from ledger.make.seed_table import Column, seed_table
 from ledger.make.submission import common, common_config, submission
 from ledger.races import is_race
 from ledger.read.probe import probe_script, training_command
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from ledger.read.scores import Score, computed_scores
 from ledger.tracks import CAP_BYTES, TRACKS, target_of
 from script import BadInput
@@ -47,7 +47,7 @@ def report_column(split: str) -> Column:
     return Column(split, 4, lambda run, entry: entry["report"].get(split))
 
 
-def seed_columns(runs: list[Run], sub: dict) -> list[Column]:
+def seed_columns(runs: list[RunLog], sub: dict) -> list[Column]:
     """Return the columns of the table; some scores, and reports, only where a run has them."""
     reports = sorted({split for run in runs for split in run.reports})
     return [
@@ -68,7 +68,7 @@ def seed_columns(runs: list[Run], sub: dict) -> list[Column]:
 # ---- README.md -----------------------------------------------------------------------------------
 
 
-def headline(runs: list[Run], sub: dict) -> str:
+def headline(runs: list[RunLog], sub: dict) -> str:
     """Return the line below the title: score, spread, seeds, metric and size."""
     spread = "" if sub["val_bpb_std"] is None else f" (std {sub['val_bpb_std']:.5f})"
     stride = "" if sub["eval_stride"] is None else f", stride {sub['eval_stride']}"
@@ -97,7 +97,7 @@ def fact_table(sub: dict) -> list[str]:
     ]
 
 
-def legend(runs: list[Run]) -> list[str]:
+def legend(runs: list[RunLog]) -> list[str]:
     """Return the sentences that explain the table of seeds."""
     lines = [
         "live, ema, int6 chunked and int6 sliding are bpb of the training weights, of their average, and of",
@@ -106,7 +106,7 @@ def legend(runs: list[Run]) -> list[str]:
     return lines + [score.note for score in computed_scores(runs) if score.note]
 
 
-def reproduction(runs: list[Run], sub: dict, answer: dict) -> list[str]:
+def reproduction(runs: list[RunLog], sub: dict, answer: dict) -> list[str]:
     """Return the commands that train again, from a copy of the folder and in the repository."""
     again = " ".join(training_command(runs[0], answer, "train_gpt.py", runs[0].seed))
     compared = f"./run.sh record reproduce {sub['track']}/{sub['date']}_{sub['name']}"
@@ -135,10 +135,10 @@ class Layout(NamedTuple):
     """What the folders of a track hold, and the parts of their page that depend on it."""
 
     files: tuple[str, ...]
-    submission: Callable[[list[Run], dict], dict]  # takes the runs and the keys that no log gives
-    headline: Callable[[list[Run], dict], str]
-    columns: Callable[[list[Run], dict], list[Column]]
-    legend: Callable[[list[Run]], list[str]]
+    submission: Callable[[list[RunLog], dict], dict]  # takes the runs and the keys that no log gives
+    headline: Callable[[list[RunLog], dict], str]
+    columns: Callable[[list[RunLog], dict], list[Column]]
+    legend: Callable[[list[RunLog]], list[str]]
 
 
 ARTIFACTS = Layout(FILES, submission, headline, seed_columns, legend)
@@ -156,7 +156,7 @@ def layout_of(track: str) -> Layout:
     return RACES if target_of(track) else ARTIFACTS
 
 
-def readme(runs: list[Run], sub: dict, answer: dict) -> str:
+def readme(runs: list[RunLog], sub: dict, answer: dict) -> str:
     """Return the generated part of the page, up to and including the notes marker."""
     layout = layout_of(sub["track"])
     blurb = [sub["blurb"], ""] if sub["blurb"] else []
@@ -184,12 +184,12 @@ def readme(runs: list[Run], sub: dict, answer: dict) -> str:
 # ---- requirements.txt ----------------------------------------------------------------------------
 
 
-def uses_flash4(run: Run) -> bool:
+def uses_flash4(run: RunLog) -> bool:
     """Return whether the log names FlashAttention-4, a package that torch does not bring."""
     return run.text("machine", "attention").startswith("flash4")
 
 
-def requirements(run: Run, pins: list[str]) -> str:
+def requirements(run: RunLog, pins: list[str]) -> str:
     """Return the versions of the log. A local label such as +cu130 is a comment: no index serves it."""
     torch, _, build = run.versions["torch"].partition("+")
     comment = f"  # the build was +{build}" if build else ""
@@ -202,7 +202,7 @@ def requirements(run: Run, pins: list[str]) -> str:
     return "\n".join(lines + pins) + "\n"
 
 
-def repository_pins(root: Path, run: Run) -> list[str]:
+def repository_pins(root: Path, run: RunLog) -> list[str]:
     """Return numpy and sentencepiece as the repository pins them, and FlashAttention-4 if the run used it."""
     names = ["requirements.txt"]
     if uses_flash4(run):
@@ -219,7 +219,7 @@ def repository_pins(root: Path, run: Run) -> list[str]:
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def contents(runs: list[Run], meta: dict, answer: dict) -> dict[str, str]:
+def contents(runs: list[RunLog], meta: dict, answer: dict) -> dict[str, str]:
     """Return the text of every generated file but requirements.txt and the picture.
 
     Raises BadInput if the logs disagree.
@@ -241,7 +241,7 @@ def contents(runs: list[Run], meta: dict, answer: dict) -> dict[str, str]:
     return texts
 
 
-def check_kind(runs: list[Run], track: str) -> None:
+def check_kind(runs: list[RunLog], track: str) -> None:
     """Check that runs are races where the track has a target, and only there. Raises BadInput."""
     races = target_of(track) is not None
     for run in runs:
@@ -250,7 +250,7 @@ def check_kind(runs: list[Run], track: str) -> None:
             raise BadInput(f"{run.path}: {track} compares {scored}; choose another --track")
 
 
-def build(folder: Path, runs: list[Run], meta: dict, notes: str, root: Path) -> None:
+def build(folder: Path, runs: list[RunLog], meta: dict, notes: str, root: Path) -> None:
     """Write every file of a record into `folder`, which is new.
 
     notes: text below the notes marker; root: the repository, for its pinned versions.

@@ -19,7 +19,7 @@ from ledger.folders import log_files, record_folders, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.ladder import machine_of, settings_of
 from ledger.read.knobs import with_trait
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 
 BLOCK = markdown.block("scaling")
 MIN_POINTS = 3  # as many as a fit has numbers
@@ -83,13 +83,13 @@ def knobs_by_depth() -> tuple[str, ...]:
     return (*with_trait("BY_DEPTH"), "copy_lr")
 
 
-def counts(run: Run) -> bool:
+def counts(run: RunLog) -> bool:
     """Return whether a run was sized by depth and has all that a point needs."""
     has_figures = run.has("compute", "flops") and run.has("final_ema", "val_bpb")
     return run.config.get("depth", "0") != "0" and has_figures
 
 
-def key_of(run: Run) -> Key:
+def key_of(run: RunLog) -> Key:
     """Return what a run has in common with those of its curve. Raises BadInput for what the log lacks."""
     settings = settings_of(run)
     for knob in knobs_by_depth():
@@ -104,7 +104,7 @@ def key_of(run: Run) -> Key:
     )
 
 
-def point_of(runs: list[Run]) -> Point:
+def point_of(runs: list[RunLog]) -> Point:
     """Return the point of runs that differ in their seeds only."""
 
     def mean_of(key: str) -> float:
@@ -119,10 +119,10 @@ def point_of(runs: list[Run]) -> Point:
     )
 
 
-def points_of(runs: list[Run]) -> list[Point]:
+def points_of(runs: list[RunLog]) -> list[Point]:
     """Return a point for each depth: of the rates that were tried there, those with the lowest mean loss."""
     by_depth = knobs_by_depth()
-    variants: dict[tuple, list[Run]] = {}
+    variants: dict[tuple, list[RunLog]] = {}
     for run in runs:
         variants.setdefault(tuple(run.config.get(knob) for knob in by_depth), []).append(run)
     best: dict[int, Point] = {}
@@ -135,7 +135,7 @@ def points_of(runs: list[Run]) -> list[Point]:
 
 def find_curves(records: Path) -> list[Curve]:
     """Return the configurations that were trained at two depths or more, by preset and name."""
-    found: dict[Key, list[Run]] = {}
+    found: dict[Key, list[RunLog]] = {}
     for folder in record_folders(records) + sweep_folders(records):
         for run in map(parse_log, log_files(folder / "logs")):
             if counts(run):

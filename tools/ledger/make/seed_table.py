@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ledger import stats
 from ledger.make import markdown
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 
 
 class Column(NamedTuple):
@@ -15,7 +15,7 @@ class Column(NamedTuple):
 
     name: str
     digits: int
-    value: Callable[[Run, dict], float | None]
+    value: Callable[[RunLog, dict], float | None]
 
 
 def figure_text(value: float | None, digits: int) -> str:
@@ -23,7 +23,7 @@ def figure_text(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def seed_table(columns: list[Column], runs: list[Run], sub: dict) -> list[str]:
+def seed_table(columns: list[Column], runs: list[RunLog], sub: dict) -> list[str]:
     """Return Markdown lines: a row per seed, then mean and sample std of each column."""
     rows: list[list[str]] = [[str(run.seed)] for run in runs]
     mean_row = ["**mean**"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ledger import stats
 from ledger.files import read_text, sha256
 from ledger.read.knobs import run_knobs, with_trait
-from ledger.read.runlog import Run, config_value
+from ledger.read.runlog import RunLog, config_value
 from ledger.read.scores import SCORES
 from script import BadInput
 
@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 META_KEYS = ("name", "author", "github_id", "date", "track", "record", "parent", "blurb")
 
 
-def common(runs: list[Run], what: str, value: Callable[[Run], object]) -> object:
+def common(runs: list[RunLog], what: str, value: Callable[[RunLog], object]) -> object:
     """Return value(run), which must be equal for all runs. Raises BadInput naming two logs that disagree."""
     first = value(runs[0])
     for run in runs[1:]:
@@ -28,7 +28,7 @@ def common(runs: list[Run], what: str, value: Callable[[Run], object]) -> object
     return first
 
 
-def common_config(runs: list[Run]) -> dict[str, object]:
+def common_config(runs: list[RunLog]) -> dict[str, object]:
     """Return the resolved config without seed and paths.
 
     Of knobs that keep a run from being lost, whose values may differ, it has the first run's. Raises BadInput
@@ -51,13 +51,13 @@ def common_config(runs: list[Run]) -> dict[str, object]:
     return {key: config_value(value) for key, value in sorted(first.config.items()) if key not in left_out}
 
 
-def keyed_scores(run: Run) -> dict[str, float | None]:
+def keyed_scores(run: RunLog) -> dict[str, float | None]:
     """Return the bpb of the scores that have a key; one with a note only if the run computed it."""
     found = {score: score.bpb(run) for score in SCORES if score.key}
     return {score.key: bpb for score, bpb in found.items() if bpb is not None or score.note is None}
 
 
-def seed_result(run: Run) -> dict[str, object]:
+def seed_result(run: RunLog) -> dict[str, object]:
     """Return the entry of one seed: losses in nats per token, bpb, times in ms, sizes in bytes and MiB."""
     steps = run.count("final_score", "steps")
     train_ms = run.count("final_score", "train_time")
@@ -78,9 +78,9 @@ def seed_result(run: Run) -> dict[str, object]:
     }
 
 
-def by_distinct_seed(runs: list[Run]) -> dict[int, Run]:
+def by_distinct_seed(runs: list[RunLog]) -> dict[int, RunLog]:
     """Return the runs by seed, in order. Raises BadInput naming the logs that share a seed."""
-    found: dict[int, list[Run]] = {}
+    found: dict[int, list[RunLog]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         found.setdefault(run.seed, []).append(run)
 
@@ -90,14 +90,14 @@ def by_distinct_seed(runs: list[Run]) -> dict[int, Run]:
     return {seed: group[0] for seed, group in found.items()}
 
 
-def eval_stride(run: Run) -> int | None:
+def eval_stride(run: RunLog) -> int | None:
     """Return the stride that the sliding score used, or that the config names, or None."""
     printed = [facts["stride"] for facts in run.facts.values() if "stride" in facts]
     stride = printed[0] if printed else run.config.get("eval_stride")
     return int(stride) if stride else None
 
 
-def submission(runs: list[Run], meta: dict[str, object]) -> dict[str, object]:
+def submission(runs: list[RunLog], meta: dict[str, object]) -> dict[str, object]:
     """Return submission.json from finished logs of distinct seeds and a given `meta` (META_KEYS).
 
     Raises BadInput naming the log that lacks a figure or disagrees with the first.
@@ -132,7 +132,7 @@ def submission(runs: list[Run], meta: dict[str, object]) -> dict[str, object]:
     }
 
 
-def provenance(runs: list[Run]) -> dict[str, object]:
+def provenance(runs: list[RunLog]) -> dict[str, object]:
     """Return what ran and on what: hardware, versions, script and data, which the runs share.
 
     Raises BadInput naming two logs that disagree.

@@ -18,7 +18,7 @@ from ledger.folders import log_files, sweep_folders
 from ledger.make import markdown, pictures
 from ledger.make.submission import common
 from ledger.read.knobs import stored_knobs, with_trait
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 from script import BadInput
 
 FILES = ("README.md", "table.json", "train_gpt.py", "curves.png")
@@ -58,12 +58,12 @@ def model_knobs() -> tuple[str, ...]:
 # ---- the logs ------------------------------------------------------------------------------------
 
 
-def diverged(run: Run) -> bool:
+def diverged(run: RunLog) -> bool:
     """Return whether training ended in weights that are not numbers."""
     return "sweep_diverged" in run.facts
 
 
-def finished(path: Path) -> Run:
+def finished(path: Path) -> RunLog:
     """Return the run of a sweep's log that is complete: scored, or diverged.
 
     Raises BadInput naming what is missing.
@@ -72,16 +72,16 @@ def finished(path: Path) -> Run:
     for key in SWEEP_KEYS:
         run.text("sweep", key)
     if not diverged(run):
-        figures(run)
+        run_figures(run)
     return run
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(folder: Path) -> list[RunLog]:
     """Return every run of a sweep folder, by name. Raises BadInput naming a log that is not finished."""
     return [finished(path) for path in log_files(folder / "logs")]
 
 
-class Figures(NamedTuple):
+class RunFigures(NamedTuple):
     """What a configuration scored and cost. entropy: bits per int6 weight; the first three are bpb."""
 
     val_bpb: float
@@ -93,10 +93,10 @@ class Figures(NamedTuple):
     entropy: float
 
 
-def figures(run: Run) -> Figures:
+def run_figures(run: RunLog) -> RunFigures:
     """Return the figures of a configuration. Raises BadInput if one is missing."""
     steps = run.count("final_score", "steps")
-    return Figures(
+    return RunFigures(
         val_bpb=run.number("final_score", "val_bpb"),
         live=run.number("final_live", "val_bpb"),
         ema=run.number("final_ema", "val_bpb"),
@@ -107,22 +107,22 @@ def figures(run: Run) -> Figures:
     )
 
 
-def seed_of(run: Run) -> int:
+def seed_of(run: RunLog) -> int:
     """Return the seed of a run, which may have diverged and so have no final_score."""
     return run.count("sweep", "seed")
 
 
-def rate_of(run: Run) -> str:
+def rate_of(run: RunLog) -> str:
     """Return the rate of a run, as the config prints it."""
     return run.text("sweep", "rate")
 
 
-def row_of(run: Run) -> str:
+def row_of(run: RunLog) -> str:
     """Return the name of the row that a run belongs to."""
     return run.text("sweep", "row")
 
 
-def device_of(run: Run) -> str:
+def device_of(run: RunLog) -> str:
     """Return device, processes and versions of a run: equal in all logs of a table."""
     versions = " ".join(f"{name} {run.versions[name]}" for name in ("torch", "cuda", "triton"))
     return f"{run.text('machine', 'world_size')} x {run.text('sweep', 'kind')}, {versions}"
@@ -136,14 +136,14 @@ class Point(NamedTuple):
     bpb: float
 
 
-def curve(run: Run) -> list[Point]:
+def curve(run: RunLog) -> list[Point]:
     """Return every validation of a run, in order."""
     return [
         Point(s.step, s.time_ms / 1000, s.bpb) for s in run.steps if s.kind == "val" and s.bpb is not None
     ]
 
 
-def bpb_at(run: Run, step: int) -> float | None:
+def bpb_at(run: RunLog, step: int) -> float | None:
     """Return the live bpb at a step, interpolated between the validations around it; None outside of them."""
     points = curve(run)
     for a, b in zip(points, points[1:]):
@@ -155,12 +155,12 @@ def bpb_at(run: Run, step: int) -> float | None:
 # ---- table.json ----------------------------------------------------------------------------------
 
 
-def is_first_stage(run: Run) -> bool:
+def is_first_stage(run: RunLog) -> bool:
     """Return whether a run is one of those that choose its row's rate."""
     return run.text("sweep", "stage") == "1"
 
 
-def best_rate(runs: list[Run]) -> str | None:
+def best_rate(runs: list[RunLog]) -> str | None:
     """Return the rate, as text, with the lowest val bpb among one row's first-stage runs.
 
     None when all of them diverged.
@@ -172,7 +172,7 @@ def best_rate(runs: list[Run]) -> str | None:
     return rate_of(best)
 
 
-def runs_at_best_rate(runs: list[Run]) -> list[Run]:
+def runs_at_best_rate(runs: list[RunLog]) -> list[RunLog]:
     """Return the scored runs of one row at its best rate."""
     best = best_rate(runs)
     return [run for run in runs if rate_of(run) == best and not diverged(run)]
@@ -190,7 +190,7 @@ class Spread(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The figures of a row at its best rate, over seeds: a Spread for each field of Figures, by its name.
+    """The figures of a row at its best rate, over seeds: a Spread for each field of RunFigures, by its name.
 
     at_step: live bpb; None: a seed has none there.
     """
@@ -234,7 +234,7 @@ class RowResult(NamedTuple):
         return (math.inf if self.scores is None else self.scores.val_bpb.mean, self.name)
 
 
-def rates_tried(runs: list[Run]) -> dict[str, float | None]:
+def rates_tried(runs: list[RunLog]) -> dict[str, float | None]:
     """Return the val bpb of every first-stage rate of a row, lowest rate first; None where it diverged."""
     first_stage = [run for run in runs if is_first_stage(run)]
     return {
@@ -243,15 +243,15 @@ def rates_tried(runs: list[Run]) -> dict[str, float | None]:
     }
 
 
-def scores_of(runs: list[Run], step: int) -> Scores | None:
+def scores_of(runs: list[RunLog], step: int) -> Scores | None:
     """Return the scores of a row from all of its runs, with curves compared at `step`."""
     scored = sorted(runs_at_best_rate(runs), key=seed_of)
     if not scored:
         return None
-    by_seed = {str(seed_of(run)): figures(run) for run in scored}
+    by_seed = {str(seed_of(run)): run_figures(run) for run in scored}
     at_step = [bpb_at(run, step) for run in scored]
     spreads = {
-        name: Spread.of([getattr(found, name) for found in by_seed.values()]) for name in Figures._fields
+        name: Spread.of([getattr(found, name) for found in by_seed.values()]) for name in RunFigures._fields
     }
     return Scores(
         val_bpb_by_seed={seed: found.val_bpb for seed, found in by_seed.items()},
@@ -277,19 +277,19 @@ def difference(row: Scores | None, base: Scores | None) -> Difference | None:
     )
 
 
-def initial_weights(runs: list[Run]) -> dict[int, str]:
+def initial_weights(runs: list[RunLog]) -> dict[int, str]:
     """Return the hash of the initial weights by seed."""
     return {seed_of(run): run.text("sweep", "init_sha256") for run in runs}
 
 
-def own_init(runs: list[Run], base_runs: list[Run]) -> bool:
+def own_init(runs: list[RunLog], base_runs: list[RunLog]) -> bool:
     """Return whether a row starts from other weights than the baseline at a seed that both have."""
     a = initial_weights(runs)
     b = initial_weights(base_runs)
     return any(a[seed] != b[seed] for seed in a.keys() & b.keys())
 
 
-def changed_settings(runs: list[Run], base_runs: list[Run]) -> dict[str, str]:
+def changed_settings(runs: list[RunLog], base_runs: list[RunLog]) -> dict[str, str]:
     """Return the settings of a row that differ from the baseline's, its rate and its names aside."""
     config = runs[0].config
     base = base_runs[0].config
@@ -297,7 +297,7 @@ def changed_settings(runs: list[Run], base_runs: list[Run]) -> dict[str, str]:
     return {key: value for key, value in sorted(config.items()) if key not in free and base.get(key) != value}
 
 
-def shared_config(runs: list[Run]) -> dict[str, object]:
+def shared_config(runs: list[RunLog]) -> dict[str, object]:
     """Return the settings that all rows have in common. Raises BadInput where a fixed one differs."""
     model = [key for key in model_knobs() if len({run.config.get(key) for run in runs}) == 1]
     paths = with_trait("PATH")
@@ -311,7 +311,7 @@ def shared_config(runs: list[Run]) -> dict[str, object]:
 
 
 def row_result(
-    name: str, by_row: dict[str, list[Run]], scores: dict[str, Scores | None], baseline: str
+    name: str, by_row: dict[str, list[RunLog]], scores: dict[str, Scores | None], baseline: str
 ) -> RowResult:
     """Return a row of the table from all runs and the scores of all rows, by row.
 
@@ -336,7 +336,7 @@ def row_result(
     )
 
 
-def rows_of(by_row: dict[str, list[Run]], baseline: str, step: int) -> list[RowResult]:
+def rows_of(by_row: dict[str, list[RunLog]], baseline: str, step: int) -> list[RowResult]:
     """Return the rows of the table, best first; curves are compared at `step`."""
     scores = {name: scores_of(runs, step) for name, runs in by_row.items()}
     rows = [row_result(name, by_row, scores, baseline) for name in by_row]
@@ -351,7 +351,7 @@ def row_json(row: RowResult) -> dict[str, Any]:
     return fields
 
 
-def build_table(runs: list[Run]) -> dict[str, object]:
+def build_table(runs: list[RunLog]) -> dict[str, object]:
     """Return table.json of finished runs, rows by val bpb, best first.
 
     Raises BadInput if there are none or when they are not of one kind.
@@ -359,7 +359,7 @@ def build_table(runs: list[Run]) -> dict[str, object]:
     if not runs:
         raise BadInput("no finished configuration yet: nothing to tabulate")
 
-    by_row: dict[str, list[Run]] = {}
+    by_row: dict[str, list[RunLog]] = {}
     for run in runs:
         by_row.setdefault(row_of(run), []).append(run)
     baseline = common(runs, "baseline", lambda run: run.text("sweep", "baseline"))
@@ -513,7 +513,7 @@ def page(table: dict, name: str) -> str:
 # ---- curves.png ----------------------------------------------------------------------------------
 
 
-def mean_curve(runs: list[Run]) -> list[Point]:
+def mean_curve(runs: list[RunLog]) -> list[Point]:
     """Return the mean over seeds of the validations that all runs have, and of their ends."""
     curves = [curve(run) for run in runs]
     if not curves or not all(curves):
@@ -526,7 +526,7 @@ def mean_curve(runs: list[Run]) -> list[Point]:
     return [Point(*(stats.mean(column) for column in zip(*group))) for group in groups]
 
 
-def plot(runs: list[Run], table: dict, out: Path) -> None:
+def plot(runs: list[RunLog], table: dict, out: Path) -> None:
     """Draw live bpb against steps and seconds, a curve per row: the mean over seeds at its best rate."""
     plt = pictures.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")

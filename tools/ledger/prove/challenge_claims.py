@@ -25,7 +25,7 @@ from ledger.folders import is_date
 from ledger.prove.claims import LogFolder, NotCheckable, demand, demand_files
 from ledger.prove.record_claims import seconds
 from ledger.read.dialects import SEED_IN_NAME, parse_published_log
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from ledger.read.schema import is_type
 from ledger.tracks import CAP_BYTES, RECORD_SEEDS, TRACKS
 from script import BadInput
@@ -80,7 +80,7 @@ class ChallengeCase(LogFolder):
     def log_paths(self) -> list[Path]:
         return [*top_logs(self.folder), *sorted((self.folder / "logs").glob("*"))]
 
-    def read_log(self, path: Path) -> Run:
+    def read_log(self, path: Path) -> RunLog:
         return parse_published_log(path)
 
     @cached_property
@@ -118,7 +118,7 @@ class ChallengeCase(LogFolder):
         return stats.mean([run.number("final_score", key) for run in self.readable_runs])
 
 
-def fact(run: Run, head: str, key: str) -> float:
+def fact(run: RunLog, head: str, key: str) -> float:
     """Return a figure of a log. Raises NotCheckable if the log does not say."""
     if not run.has(head, key):
         raise NotCheckable(f"{run.path.name} does not say {key}")
@@ -144,7 +144,7 @@ def short(value: object) -> str:
     return repr(value)[:40]
 
 
-def seed_count(runs: list[Run]) -> str:
+def seed_count(runs: list[RunLog]) -> str:
     """Return the number of seeds with its noun."""
     return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
@@ -263,7 +263,7 @@ def figures_on_both_sides(case: ChallengeCase) -> list[Figure]:
     return [row for row in rows if row.stored is not None and row.logged is not None]
 
 
-def seed_figures(run: Run, entry: dict) -> list[Figure]:
+def seed_figures(run: RunLog, entry: dict) -> list[Figure]:
     """Return the figures of one seed; those that the log lacks are None."""
 
     def logged(key: str) -> float | None:
@@ -384,14 +384,14 @@ def claim_readme(case: ChallengeCase) -> str:
 # ---- the script ----------------------------------------------------------------------------------
 
 
-def counted_code(run: Run) -> int | None:
+def counted_code(run: RunLog) -> int | None:
     """Return the bytes of code in the total of a log."""
     if run.has("final_score", "bytes_wrapped"):
         return run.count("final_score", "bytes_wrapped")
     return run.sizes.get("code")
 
 
-def source_size(run: Run) -> int | None:
+def source_size(run: RunLog) -> int | None:
     """Return the bytes of the raw source that a log states."""
     if run.has("final_score", "bytes_raw"):
         return run.count("final_score", "bytes_raw")
@@ -519,12 +519,12 @@ def claim_clock(case: ChallengeCase) -> str:
     return evidence
 
 
-def calibrates_untimed(run: Run) -> bool:
+def calibrates_untimed(run: RunLog) -> bool:
     """Return whether the log shows a calibration without its time."""
     return run.has("phase_times", "untimed") and not run.has("phase_times", "calibrate_s")
 
 
-def clock_evidence(run: Run, limited: bool) -> str:
+def clock_evidence(run: RunLog, limited: bool) -> str:
     """Return the times of one log. Raises Wrong if the limits apply and are exceeded."""
     train = fact(run, "final_score", "train_time")
     steps = fact(run, "final_score", "steps")

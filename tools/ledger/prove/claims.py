@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ledger.files import read_text
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from ledger.read.schema import is_type
 from script import BadInput
 
@@ -100,16 +100,16 @@ class LogFolder:
         """Return the logs of this layout."""
         raise NotImplementedError
 
-    def read_log(self, path: Path) -> Run:
+    def read_log(self, path: Path) -> RunLog:
         """Return the run of a finished log. Raises BadInput for any other."""
         raise NotImplementedError
 
-    def order(self, run: Run) -> object:
+    def order(self, run: RunLog) -> object:
         """Return the key by which runs are sorted."""
         return run.seed
 
     @cached_property
-    def readable_runs(self) -> list[Run]:
+    def readable_runs(self) -> list[RunLog]:
         """The runs of the logs that can be read and are finished; errors of the others go to log_errors."""
         runs = []
         for path in self.log_paths():
@@ -120,14 +120,14 @@ class LogFolder:
         return sorted(runs, key=self.order)
 
     @property
-    def complete_runs(self) -> list[Run]:
+    def complete_runs(self) -> list[RunLog]:
         """The runs of all logs, when all of them are finished."""
         if not self.readable_runs or self.log_errors:
             raise NotCheckable("a log is missing or cannot be read")
         return self.readable_runs
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunLog]:
         """The runs that claims are about."""
         return self.complete_runs
 

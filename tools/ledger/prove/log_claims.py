@@ -6,11 +6,11 @@ import math
 
 from ledger.make.submission import bits_per_byte
 from ledger.prove.claims import Wrong, demand
-from ledger.read.runlog import Run, Step
+from ledger.read.runlog import RunLog, Step
 from ledger.read.scores import counted_score
 
 
-def steps_fault(run: Run) -> str | None:
+def steps_fault(run: RunLog) -> str | None:
     """Return the first contradiction in the step lines of one log, or None."""
     if run.malformed:
         return f"cannot be read: {run.malformed[0][:60]!r}"
@@ -45,7 +45,7 @@ def average_fault(steps: list[Step]) -> str | None:
     return None
 
 
-def end_fault(run: Run) -> str | None:
+def end_fault(run: RunLog) -> str | None:
     """Return how the end of the steps contradicts final_score, stopping_early or phase_times."""
     steps = run.count("final_score", "steps")
     train_ms = run.count("final_score", "train_time")
@@ -66,7 +66,7 @@ def end_fault(run: Run) -> str | None:
     return None
 
 
-def prove_score(runs: list[Run], whole_split: bool) -> str:
+def prove_score(runs: list[RunLog], whole_split: bool) -> str:
     """Prove that final_score repeats the score of the artifact as read back.
 
     whole_split: whether the score must cover all of the validation split.
@@ -88,7 +88,7 @@ def prove_score(runs: list[Run], whole_split: bool) -> str:
     return f"final_score repeats the {metric} score of the artifact that was read back"
 
 
-def prove_ratio(runs: list[Run]) -> str:
+def prove_ratio(runs: list[RunLog]) -> str:
     """Prove that bits per byte follow from nats per token, tokens and bytes, to one part in a million."""
     worst = 0.0
     for run in runs:

@@ -30,13 +30,13 @@ from ledger.prove.claims import (
 )
 from ledger.races import is_race
 from ledger.read.probe import probe_script
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 from ledger.read.schema import schema_errors, schema_name, submission_schema
 from ledger.tracks import CAP_BYTES, RECORD_SEEDS, TRACKS, Track
 from script import BadInput
 
 
-def finished_run(path: Path) -> Run:
+def finished_run(path: Path) -> RunLog:
     """Return the run of a log with every figure a record needs. Raises BadInput naming the first missing."""
     run = parse_log(path)
     if is_race(run):
@@ -60,7 +60,7 @@ class RecordCase(LogFolder):
     def log_paths(self) -> list[Path]:
         return sorted((self.folder / "logs").glob("*"))
 
-    def read_log(self, path: Path) -> Run:
+    def read_log(self, path: Path) -> RunLog:
         return finished_run(path)
 
     @cached_property
@@ -332,7 +332,7 @@ def claim_clock(case: RecordCase) -> str:
     return f"{intro}{'; '.join(evidence)}; off the clock: compile {compiled} s"
 
 
-def train_evidence(run: Run, limit_s: float | None) -> str:
+def train_evidence(run: RunLog, limit_s: float | None) -> str:
     """Return the time of training and calibration. Raises Wrong if it exceeds the limit by over a step."""
     train = run.number("phase_times", "train")
     calibrate = run.number("phase_times", "calibrate")
@@ -352,7 +352,7 @@ def train_evidence(run: Run, limit_s: float | None) -> str:
     return evidence
 
 
-def eval_evidence(run: Run, limit_s: float | None) -> str:
+def eval_evidence(run: RunLog, limit_s: float | None) -> str:
     """Return the time of evaluation and decompression. Raises Wrong if it exceeds the limit."""
     evaluate = max(run.number("phase_times", "eval"), run.number("final_score", "eval_time"))
     total = evaluate + run.number("phase_times", "decompress")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ledger.files import read_json, sha256
 from ledger.folders import log_files
-from ledger.make.sweep_table import FILES, build_table, diverged, figures, finished, page
+from ledger.make.sweep_table import FILES, build_table, diverged, finished, page, run_figures
 from ledger.prove import log_claims
 from ledger.prove.claims import (
     Finding,
@@ -21,7 +21,7 @@ from ledger.prove.claims import (
     prove,
 )
 from ledger.read.knobs import with_trait
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 
 
 @dataclass
@@ -31,14 +31,14 @@ class SweepCase(LogFolder):
     def log_paths(self) -> list[Path]:
         return log_files(self.folder / "logs")
 
-    def read_log(self, path: Path) -> Run:
+    def read_log(self, path: Path) -> RunLog:
         return finished(path)
 
-    def order(self, run: Run) -> object:
+    def order(self, run: RunLog) -> object:
         return run.path.name
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunLog]:
         return [run for run in self.complete_runs if not diverged(run)]
 
     @cached_property
@@ -95,7 +95,7 @@ def claim_unique(case: SweepCase) -> str:
     return f"{len(seen)} different configurations"
 
 
-def demand_own_name(run: Run) -> None:
+def demand_own_name(run: RunLog) -> None:
     """Raise Wrong unless file name, sweep line and config of a log name the same row, rate and seed."""
     config = run.config
     name = run.path.name.split(".txt")[0]
@@ -130,7 +130,7 @@ def claim_clock(case: SweepCase) -> str:
         limit = 1000 * float(run.config["max_wallclock_seconds"])
         trained = run.number("phase_times", "train") + run.number("phase_times", "calibrate")
         over = trained - limit if limit else 0.0
-        demand(over <= figures(run).step_ms, f"{run.path.name}: {over:.0f} ms over its limit")
+        demand(over <= run_figures(run).step_ms, f"{run.path.name}: {over:.0f} ms over its limit")
         worst = max(worst, over)
     return f"largest overshoot {worst:.0f} ms"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ledger.files import read_text
-from ledger.read.runlog import SEPARATOR, VERSIONS, Run, Step, read_run_line
+from ledger.read.runlog import SEPARATOR, VERSIONS, RunLog, Step, read_run_line
 from script import BadInput
 
 MAX_LINE = 1000  # no figure lies beyond this many characters
@@ -49,14 +49,14 @@ class Score(NamedTuple):
     eval_ms: str | None
 
 
-def parse_published_log(path: Path) -> Run:
+def parse_published_log(path: Path) -> RunLog:
     """Return the content of a log of any dialect, as the facts of this ledger's logs.
 
     final_score: metric, val_loss, val_bpb, seed, steps, train_time, bytes_raw, bytes_wrapped; phase_times:
     calibrate_s, untimed (the last line of a calibration without its time), eval_s. Some may be missing.
     Raises BadInput if the run is not finished.
     """
-    run = Run(path)
+    run = RunLog(path)
     scores: list[Score] = []
     try:
         for line in run_lines(read_text(path), run):
@@ -67,7 +67,7 @@ def parse_published_log(path: Path) -> Run:
     return run
 
 
-def run_lines(text: str, run: Run) -> list[str]:
+def run_lines(text: str, run: RunLog) -> list[str]:
     """Return the lines of the run itself. Settings and a dumped source go to `run`.
 
     The source is full of format strings, which must not be read as results.
@@ -84,7 +84,7 @@ def run_lines(text: str, run: Run) -> list[str]:
     return [line[:MAX_LINE] for line in lines]
 
 
-def without_settings(section: str, run: Run) -> list[str]:
+def without_settings(section: str, run: RunLog) -> list[str]:
     """Return the lines of a section. Those of a block of settings go to the config of `run` instead."""
     rest = []
     in_settings = False
@@ -98,7 +98,7 @@ def without_settings(section: str, run: Run) -> list[str]:
     return rest
 
 
-def read_line(run: Run, line: str, scores: list[Score]) -> None:
+def read_line(run: RunLog, line: str, scores: list[Score]) -> None:
     """Add the content of one run line to `run`, and a score line to `scores`."""
     if match := STEP.match(line):
         read_step(run, match)
@@ -122,7 +122,7 @@ def read_line(run: Run, line: str, scores: list[Score]) -> None:
             run.versions[name] = match[1]
 
 
-def read_step(run: Run, match: re.Match) -> None:
+def read_step(run: RunLog, match: re.Match) -> None:
     """Add a step line of the second dialect. Its clock is in tenths of minutes; a val line has no clock."""
     step, total, kind, loss, bpb, minutes, speed = match.groups()
     before_ms = run.steps[-1].time_ms if run.steps else 0
@@ -140,7 +140,7 @@ def read_step(run: Run, match: re.Match) -> None:
     )
 
 
-def finish(run: Run, scores: list[Score]) -> None:
+def finish(run: RunLog, scores: list[Score]) -> None:
     """Add seed, steps, time and score to a run whose lines are read.
 
     Raises BadInput naming what a finished log has and this one lacks.
@@ -168,7 +168,7 @@ def finish(run: Run, scores: list[Score]) -> None:
     run.number("final_score", "val_bpb")
 
 
-def add_steps(run: Run, final: dict[str, str]) -> None:
+def add_steps(run: RunLog, final: dict[str, str]) -> None:
     """Add steps and train_time to `final`, from stopping_early or else from the last step line."""
     if {"step", "train_time"} <= set(run.stopped):
         final["steps"] = run.stopped["step"].split("/")[0]
@@ -179,7 +179,7 @@ def add_steps(run: Run, final: dict[str, str]) -> None:
             final["train_time"] = str(run.steps[-1].time_ms)
 
 
-def add_score(run: Run, scores: list[Score]) -> None:
+def add_score(run: RunLog, scores: list[Score]) -> None:
     """Add the last score to final_score, under the label of the first line that has its figures.
 
     A label reprinted for an old grader repeats the figures of the line that earned them.

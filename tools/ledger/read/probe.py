@@ -14,7 +14,7 @@ from pathlib import Path
 
 from children import output_of
 from ledger.read.knobs import run_knobs
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 
 CHILD = Path(__file__).resolve().parent / "probe_child.py"
 PATIENCE = 180  # seconds that an import may take
@@ -45,7 +45,7 @@ def probe_script(source: str, preset: str) -> dict[str, object]:
             return {"error": f"its import ended the interpreter: {last}"}
 
 
-def overrides(run: Run, answer: dict) -> list[str]:
+def overrides(run: RunLog, answer: dict) -> list[str]:
     """Return the key=value arguments by which a run departs from its preset, apart from seed and output."""
     preset_config = answer["config"]
     free = run_knobs()
@@ -59,7 +59,7 @@ def overrides(run: Run, answer: dict) -> list[str]:
     return answer["preset"] + changed
 
 
-def training_command(run: Run, answer: dict, script: str, seed: int) -> list[str]:
+def training_command(run: RunLog, answer: dict, script: str, seed: int) -> list[str]:
     """Return the one command, to be run in the repository's root, that repeats this training."""
     ranks = int(run.text("machine", "world_size"))
     if ranks == 1:

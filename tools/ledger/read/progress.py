@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ledger.files import read_text
-from ledger.read.runlog import SEPARATOR, Run, parse_log
+from ledger.read.runlog import SEPARATOR, RunLog, parse_log
 from script import BadInput
 
 LOCKS = Path("/proc/locks")  # of Linux: reading it asks nothing of the programs that hold them
@@ -47,7 +47,7 @@ class Followed:
     """
 
     path: Path
-    run: Run | None = None
+    run: RunLog | None = None
     end: str = ""
     is_scored: bool = False
     failure: str = ""
@@ -102,7 +102,7 @@ class Followed:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def setting(run: Run, key: str) -> float:
+def setting(run: RunLog, key: str) -> float:
     """Return a setting as a number, 0 if the run has no such setting or it is none."""
     try:
         return float(run.config.get(key, "0"))
@@ -110,7 +110,7 @@ def setting(run: Run, key: str) -> float:
         return 0.0
 
 
-def fraction_done(run: Run) -> float:
+def fraction_done(run: RunLog) -> float:
     """Return how much of the training is done, by the clock or by steps, whichever ends first."""
     if run.stopped or run.final_scores:
         return 1.0
@@ -123,7 +123,7 @@ def fraction_done(run: Run) -> float:
     return min(1.0, max(by_steps, by_clock))
 
 
-def seconds_left(run: Run) -> float | None:
+def seconds_left(run: RunLog) -> float | None:
     """Return the seconds of training that are left at the pace so far, None before it can be told."""
     fraction = fraction_done(run)
     if not run.steps or not fraction:

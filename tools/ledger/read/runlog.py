@@ -53,7 +53,7 @@ class Step:
 
 
 @dataclass
-class Run:
+class RunLog:
     """The content of one log. Mappings hold its text; `number` reads a figure out of them."""
 
     path: Path
@@ -198,13 +198,13 @@ def named_source(path: Path, head: str) -> str:
     return source
 
 
-def parse_log(path: Path) -> Run:
+def parse_log(path: Path) -> RunLog:
     """Return the content of a log, finished or not. Unknown lines are ignored.
 
     Raises BadInput if the file is not a log.
     """
     parts = split_log(path)
-    run = Run(path, named_source(path, parts.source))
+    run = RunLog(path, named_source(path, parts.source))
     for name, pattern in VERSIONS.items():
         found = [match[1] for match in map(pattern.match, parts.environment) if match]
         run.versions[name] = found[0] if found else "none"
@@ -223,7 +223,7 @@ def parse_log(path: Path) -> Run:
     return run
 
 
-def read_run_line(run: Run, line: str) -> None:
+def read_run_line(run: RunLog, line: str) -> None:
     """Add the content of one line after the config to `run`."""
     head, _, rest = line.partition(" ")
     if line.startswith("step:"):
@@ -258,7 +258,7 @@ def holds_facts(head: str, rest: str) -> bool:
     return head in FACT_LINES or head.startswith("sweep")
 
 
-def read_step(run: Run, line: str) -> None:
+def read_step(run: RunLog, line: str) -> None:
     """Add a `step:` line to `run`. One of another form goes to `malformed`."""
     match = STEP.match(line)
     if match is None:
@@ -281,14 +281,14 @@ def read_step(run: Run, line: str) -> None:
     run.steps.append(parsed)
 
 
-def read_size(run: Run, line: str) -> None:
+def read_size(run: RunLog, line: str) -> None:
     """Add the figure of a size line to `run`; any other line adds nothing."""
     for name, pattern in SIZES.items():
         if match := pattern.match(line):
             run.sizes[name] = int(match[1])
 
 
-def undo_steps(run: Run, line: str) -> None:
+def undo_steps(run: RunLog, line: str) -> None:
     """Drop the steps, the stop and the scores that the run wrote after the checkpoint it resumes from."""
     match = RESUMED.match(line)
     if match is None:

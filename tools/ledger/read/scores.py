@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 
 
 class Score(NamedTuple):
@@ -26,11 +26,11 @@ class Score(NamedTuple):
     key: str | None = None
     note: str | None = None
 
-    def line_of(self, run: Run) -> str:
+    def line_of(self, run: RunLog) -> str:
         """Return the first word of the log line that holds this score to eight digits."""
         return self.line.format(weights=run.weights_format)
 
-    def bpb(self, run: Run) -> float | None:
+    def bpb(self, run: RunLog) -> float | None:
         """Return the bits per byte, or None when the run did not compute this score."""
         line = self.line_of(run)
         return run.number(line, "val_bpb") if run.has(line, "val_bpb") else None
@@ -51,7 +51,7 @@ SCORES = (  # as the columns stand
 )
 
 
-def computed_scores(runs: list[Run]) -> list[Score]:
+def computed_scores(runs: list[RunLog]) -> list[Score]:
     """Return the scores that a table of these runs has columns for."""
     return [
         score for score in SCORES if score.note is None or any(score.bpb(run) is not None for run in runs)

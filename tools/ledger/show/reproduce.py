@@ -15,7 +15,7 @@ from children import sigterm_reaches
 from ledger.files import read_text
 from ledger.folders import logs_of
 from ledger.read.probe import probe_script, training_command
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 from ledger.show.board import read_submission
 from script import BadInput
 
@@ -142,7 +142,7 @@ def print_outcome(bpb: float, sub: dict) -> bool:
     return reproduced
 
 
-def recorded_run(folder: Path) -> Run:
+def recorded_run(folder: Path) -> RunLog:
     """Return the run of the folder's first log."""
     return parse_log(logs_of(folder)[0])
 

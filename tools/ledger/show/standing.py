@@ -6,13 +6,13 @@ from pathlib import Path
 
 from ledger.folders import record_folders
 from ledger.races import is_race
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from ledger.show.board import best_first, read_submission
 from ledger.tracks import target_of, track_of
 from script import BadInput
 
 
-def compare_with_board(run: Run, records: Path) -> str:
+def compare_with_board(run: RunLog, records: Path) -> str:
     """Return how a finished run compares with its preset's track, "" if that has no record of its kind.
 
     Scores compare only on the same text: the same manifest, and as many of its tokens.
@@ -51,7 +51,7 @@ def compare_with_board(run: Run, records: Path) -> str:
     )
 
 
-def is_same_text(run: Run, sub: dict) -> bool:
+def is_same_text(run: RunLog, sub: dict) -> bool:
     """Return whether a run was scored on the text of a submission."""
     data = run.facts.get("data", {})
     recorded = (sub["data_manifest_sha256"], sub["val_tokens"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from ledger.read.runlog import Run
+from ledger.read.runlog import RunLog
 from script import BadInput
 
 MIN_FRACTION = 0.02  # a phase is named by itself if it takes this fraction of the time
 
 
-def summarize(run: Run) -> list[str]:
+def summarize(run: RunLog) -> list[str]:
     """Return the lines of a run's summary. What an old or foreign log does not tell is left out."""
     lines = []
     for part in (describe_reading, describe_compute, describe_time, describe_rounding):
@@ -19,7 +19,7 @@ def summarize(run: Run) -> list[str]:
     return lines
 
 
-def describe_reading(run: Run) -> str:
+def describe_reading(run: RunLog) -> str:
     """Return the steps of a run, their pace, and how much text they were. Raises BadInput without a score."""
     steps = run.count("final_score", "steps")
     pace = run.count("final_score", "train_time") / max(steps, 1)
@@ -31,14 +31,14 @@ def describe_reading(run: Run) -> str:
     return f"{told}; {tokens:,} tokens, {tokens / max(text, 1):.3g} times the training text"
 
 
-def describe_compute(run: Run) -> str:
+def describe_compute(run: RunLog) -> str:
     """Return the compute of a run, and the fraction of the devices' peak. Raises BadInput without it."""
     told = f"compute: {run.number('compute', 'flops'):.3g} FLOPs"
     told += f", {run.number('compute', 'tokens_per_param'):.3g} tokens for each parameter"
     return told + (f", MFU {run.number('compute', 'mfu'):.1%}" if run.has("compute", "mfu") else "")
 
 
-def describe_time(run: Run) -> str:
+def describe_time(run: RunLog) -> str:
     """Return the fractions of the time that the phases of a run took. Raises BadInput without them."""
     phases = {phase: run.number("phase_times", phase) for phase in run.facts.get("phase_times", {})}
     total = sum(phases.values())
@@ -50,7 +50,7 @@ def describe_time(run: Run) -> str:
     return f"where {total / 1000:.1f} s went: {', '.join(fractions)}"
 
 
-def describe_rounding(run: Run) -> str:
+def describe_rounding(run: RunLog) -> str:
     """Return what the artifact's codes cost, by scores in disjoint windows. Raises BadInput without them."""
     before = f"final_{run.text('artifact', 'weights')}"
     exact = f"final_{run.weights_format}_roundtrip_exact"

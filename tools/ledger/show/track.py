@@ -16,14 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from ledger.read.runlog import Run, config_value, parse_log
+from ledger.read.runlog import RunLog, config_value, parse_log
 from script import BadInput
 
 PROJECT = "bankshot"
 POLL_SECONDS = 1.0  # between two readings of a log that is followed
 
 
-class Figures(NamedTuple):
+class TrackerPoint(NamedTuple):
     """What a line of a log tells."""
 
     step: int
@@ -34,7 +34,7 @@ class Figures(NamedTuple):
 class Sink(NamedTuple):
     """One run in a tracker."""
 
-    log: Callable[[Figures], None]
+    log: Callable[[TrackerPoint], None]
     close: Callable[[], None]
 
 
@@ -48,9 +48,9 @@ def tensorboard_sink(package: ModuleType, folder: Path, name: str, config: dict[
     writer = package.Writer(str(folder / name))
     began = time.time()
 
-    def log(figures: Figures) -> None:
-        for tag, value in figures.values.items():
-            writer.add_scalar(tag, value, step=figures.step, wall_time=began + figures.seconds)
+    def log(point: TrackerPoint) -> None:
+        for tag, value in point.values.items():
+            writer.add_scalar(tag, value, step=point.step, wall_time=began + point.seconds)
         writer.flush()
 
     return Sink(log, writer.close)
@@ -62,8 +62,8 @@ def trackio_sink(package: ModuleType, folder: Path, name: str, config: dict[str,
         project=PROJECT, name=name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False
     )
 
-    def log(figures: Figures) -> None:
-        run.log(figures.values | {"seconds": figures.seconds}, figures.step)
+    def log(point: TrackerPoint) -> None:
+        run.log(point.values | {"seconds": point.seconds}, point.step)
 
     return Sink(log, run.finish)
 
@@ -79,8 +79,8 @@ def wandb_sink(package: ModuleType, folder: Path, name: str, config: dict[str, o
         reinit="create_new",
     )
 
-    def log(figures: Figures) -> None:
-        run.log(figures.values | {"seconds": figures.seconds}, step=figures.step)
+    def log(point: TrackerPoint) -> None:
+        run.log(point.values | {"seconds": point.seconds}, step=point.step)
 
     return Sink(log, run.finish)
 
@@ -126,7 +126,7 @@ class Tracked:
     is_over: bool = False  # no more is to come, and the sink is closed
 
 
-def figures_of(run: Run, sent: set[tuple[int, str]]) -> list[Figures]:
+def new_points(run: RunLog, sent: set[tuple[int, str]]) -> list[TrackerPoint]:
     """Return what a log tells beyond `sent`.
 
     sent: step and kind of the lines that are known; those returned are added.
@@ -139,15 +139,17 @@ def figures_of(run: Run, sent: set[tuple[int, str]]) -> list[Figures]:
         values = {f"{line.kind}_loss": line.loss, "step_avg_ms": line.step_avg_ms}
         if line.bpb is not None:
             values[f"{line.kind}_bpb"] = line.bpb
-        found.append(Figures(line.step, line.time_ms / 1000, values))
+        found.append(TrackerPoint(line.step, line.time_ms / 1000, values))
     return found
 
 
-def final_figures(run: Run) -> Figures:
+def final_point(run: RunLog) -> TrackerPoint:
     """Return the score and the size of a finished run."""
     keys = ("val_loss", "val_bpb", "bytes_total")
     values = {f"final_{key}": run.number("final_score", key) for key in keys if run.has("final_score", key)}
-    return Figures(run.count("final_score", "steps"), run.number("final_score", "train_time") / 1000, values)
+    return TrackerPoint(
+        run.count("final_score", "steps"), run.number("final_score", "train_time") / 1000, values
+    )
 
 
 def send(tracked: Tracked, open_sink: Callable[[str, dict[str, object]], Sink], follow: bool) -> int:
@@ -156,11 +158,11 @@ def send(tracked: Tracked, open_sink: Callable[[str, dict[str, object]], Sink], 
     if tracked.sink is None:
         config = {key: config_value(value) for key, value in run.config.items()}
         tracked.sink = open_sink(tracked.path.stem, config)
-    found = figures_of(run, tracked.sent)
+    found = new_points(run, tracked.sent)
     if run.final_scores:
-        found.append(final_figures(run))
-    for figures in found:
-        tracked.sink.log(figures)
+        found.append(final_point(run))
+    for point in found:
+        tracked.sink.log(point)
     if run.final_scores or not follow:
         tracked.sink.close()
         tracked.is_over = True

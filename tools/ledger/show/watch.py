@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from ledger.folders import logs_of, record_folders, shown
 from ledger.read.progress import Followed, fraction_done, seconds_left, setting
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 from ledger.run_verb import run_verb
 from ledger.show.board import best_first, read_submission
 from ledger.show.standing import compare_with_board, is_same_text
@@ -74,7 +74,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
-def facts_of(run: Run) -> list[tuple[str, str]]:
+def facts_of(run: RunLog) -> list[tuple[str, str]]:
     """Return figures of a run, each with its name, as far as the log has them."""
     facts = []
     limit = setting(run, "max_wallclock_seconds")
@@ -132,7 +132,7 @@ def run_view(followed: Followed) -> dict:
     }
 
 
-def best_run(run: Run) -> tuple[str, Run] | None:
+def best_run(run: RunLog) -> tuple[str, RunLog] | None:
     """Return name and first run of the best record of a run's track on the same text, None if none."""
     folders = [folder for folder in record_folders(RECORDS) if folder.parent.name == track_of(run.preset)]
     by_name = {folder.name: folder for folder in folders}
@@ -143,7 +143,7 @@ def best_run(run: Run) -> tuple[str, Run] | None:
     return best["name"], parse_log(logs_of(by_name[f"{best['date']}_{best['name']}"])[0])
 
 
-def best_curves(run: Run) -> dict | None:
+def best_curves(run: RunLog) -> dict | None:
     """Return the curves of the best record of a run's track, to be drawn behind; None if there is none."""
     with suppress(BadInput):  # a damaged record is the business of `record verify`
         if best := best_run(run):

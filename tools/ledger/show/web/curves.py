@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ledger.make.sweep_table import Point
-from ledger.read.runlog import Run, Step
+from ledger.read.runlog import RunLog, Step
 
 SIGNIFICANT = 6  # digits of a computed mean
 
@@ -25,7 +25,7 @@ def finite(steps: list[Step]) -> list[Step]:
     return [line for line in steps if abs(line.loss) < float("inf") and abs(line.bpb or 0) < float("inf")]
 
 
-def run_curves(run: Run) -> dict[str, dict[str, list]]:
+def run_curves(run: RunLog) -> dict[str, dict[str, list]]:
     """Return the training losses and the validations of a run, finished or not."""
     lines = finite(run.steps)
     return {

@@ -15,7 +15,7 @@ from ledger.make.ladder import Idea, find_ideas
 from ledger.make.record_folder import NOTES
 from ledger.make.sweep_table import read_runs
 from ledger.prove.claims import Finding, Verdict
-from ledger.read.runlog import Run, parse_log
+from ledger.read.runlog import RunLog, parse_log
 from ledger.show.board import read_submission, score_of
 from ledger.tracks import target_of
 from progress import Progress
@@ -45,7 +45,7 @@ class Entry:
 
     folder: Path
     sub: dict
-    runs: list[Run]  # by seed
+    runs: list[RunLog]  # by seed
     config: dict[str, object]
     notes: str  # Markdown, as it stands below the notes line
     findings: list[Finding]  # [] if nothing was proved
@@ -83,7 +83,7 @@ class Sweep:
 
     folder: Path
     table: dict
-    runs: list[Run]
+    runs: list[RunLog]
     findings: list[Finding]
 
 
