@@ -405,7 +405,7 @@ class Totals:
             f"{short(self.tokens)} tokens, {self.text_bytes / max(text_tokens, 1):.4f} bytes/token"
         )
 
-    def entry(self, shard_entries: list[shards.ShardEntry]) -> shards.SplitEntry:
+    def entry(self, shard_entries: list[shards.ManifestShard]) -> shards.ManifestSplit:
         """Return the manifest's entry for a split with these shards."""
         return {
             "documents": self.documents,
