@@ -359,7 +359,7 @@ class Config:
     mix_tokens: Count = 16_777_216  # stretch of text from which a batch draws its sequences; 0: in order
     eval_seq_len: int = knob(2048, STORED, RESCORED, SCORES)
     eval_stride: int = knob(64, STORED, RESCORED, SCORES, STRIDE)  # fresh targets in each sliding window
-    eval_batch_tokens: int = knob(131_072, SCORES, INPUT)  # per forward pass on one rank
+    eval_batch_tokens: int = knob(131_072, SCORES, INPUT)  # in a pass of a rank; 8,192 at most on a CPU
     ttt_lr: float = knob(0.0, STORED_IF_LEARNS, SCORES)  # initial rate of test-time training; 0: none
     ttt_form: str = knob("sgd", STORED_IF_SET, RESCORED, SCORES)  # a row of TTT_FORMS: how it learns
     ttt_chunk_tokens: int = knob(32_768, STORED_IF_LEARNS, SCORES)  # targets scored, then learned from
@@ -6892,6 +6892,20 @@ def machine_lines(h: Config, m: Machine) -> str:
     return "\n".join(lines)
 
 
+CPU_EVAL_TOKENS = 8192
+
+
+def for_device(h: Config, m: Machine) -> Config:
+    """Return the config with score batches that suit the device.
+
+    A CPU gains nothing from large ones: their logits take gigabytes, and a short split is padded to a batch.
+    """
+    if m.is_gpu:
+        return h
+    sequences = max(1, CPU_EVAL_TOKENS // h.eval_seq_len)
+    return replace(h, eval_batch_tokens=min(h.eval_batch_tokens, sequences * h.eval_seq_len))
+
+
 def start_run(
     h: Config, m: Machine, log: Log, dataset: Dataset, started: float, resumed: SavedState | None = None
 ) -> Run:
@@ -7977,6 +7991,7 @@ def command_train(h: Config, env: Mapping[str, str]) -> int:
     started = time.perf_counter()
     name = plain_name("run_id", h.run_id or f"{utc_stamp()}_{h.preset}_seed{h.seed}")
     m = init_machine(h, env)
+    h = for_device(h, m)
     started += m.bind_ms / 1000
     base = os.path.join(h.out_dir, m.of_rank_0(name))
 
@@ -8054,6 +8069,7 @@ def load_run(path: str, argv: list[str], env: Mapping[str, str]) -> LoadedRun:
     started = time.perf_counter()
     run_id = plain_name("run_id", h.run_id or f"{utc_stamp()}_eval_{os.getpid()}")
     m = init_machine(h, env, trains=False)
+    h = for_device(h, m)
     started += m.bind_ms / 1000
     log_path = os.path.join(h.out_dir, m.of_rank_0(run_id) + ".txt")
     with m.raising_together():

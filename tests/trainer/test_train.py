@@ -287,6 +287,15 @@ def eval_again(run, folder, name, *args):
     return (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()[-1]
 
 
+def test_a_cpu_scores_few_tokens_at_once(tmp_path):
+    """The default of a GPU would take gigabytes for logits, and a short split is padded to a batch."""
+    run = finished_with()
+    data = [f"data_path={english_dataset().path}", f"out_dir={tmp_path}"]
+    for name, knobs, tokens in (("default", [], 8192), ("less", ["eval_batch_tokens=512"], 512)):
+        assert t.main(["eval", str(run.folder / "run.int6.xz"), *data, f"run_id={name}", *knobs]) == 0
+        assert f"\n  eval_batch_tokens: {tokens}\n" in (tmp_path / f"{name}.txt").read_text(encoding="utf-8")
+
+
 def test_eval_gives_the_same_score(tmp_path):
     run = finished_with()
     line = eval_again(run, tmp_path, "again")

@@ -191,6 +191,7 @@ def measure(t: ModuleType, checkpoint: Path, configs: dict[str, Any], progress: 
     """Print the table, a line for each row's config, and return its lines."""
     h = configs["as trained"]
     m = t.init_machine(h, os.environ)
+    h = t.for_device(h, m)
     calibrates = any(row.gptq_batches > 0 for row in configs.values())
     dataset = t.load_dataset(h, trains=calibrates)
     run = t.start_run(h, m, t.Log("", None), dataset, time.perf_counter())
