@@ -5001,6 +5001,20 @@ class Codes(NamedTuple):
     exponents: Tensor | None = None  # int8 (..., 1, N)
 
 
+def choose_scales(W: Tensor, encoding: Encoding, clips: list[Tensor], least: Tensor) -> Tensor:
+    """Choose the scale of each row of W (..., M, N): float32 (..., M, 1), each of them an f16.
+
+    It is a clip divided by the clip's code, but at least `least` (..., M, 1). Of the clips, each (..., M, 1),
+    the one with the smallest squared error under rounding to nearest is taken.
+    """
+    clip_code = encoding.clip_code or encoding.limit
+    least = least.clamp_min(MIN_SCALE)
+    scales = [torch.maximum(clip / clip_code, least).half().float() for clip in clips]
+    errors = [(nearest_codes(W, s, encoding.limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
+    winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
+    return torch.stack(scales).gather(0, winner)[0]
+
+
 def quantize(
     W: Tensor,
     encoding: str,
@@ -5008,32 +5022,26 @@ def quantize(
     guide: ColumnGuide | None = None,
     clip_sd: float = 0.0,
 ) -> Codes:
-    """Quantize each row of W (..., M, N) symmetrically.
+    """Quantize each row of W (..., M, N) symmetrically. rms: the root mean square of a row.
 
-    The clip of a row is clip_sd times the row's root mean square or, if clip_sd is 0, the candidate of CLIPS
-    with the smallest squared error under rounding to nearest. The scale of a row is its step: the clip
-    divided by the clip's code, but at least least_step root mean squares. least_step: a number, or (..., M,
-    1). Codes are the nearest ones or, with a guide, those of gptq. If the guide has column steps, W is first
-    divided by them, so that all columns matter equally. Their geometric mean is 1, so the entropy stays as it
-    was.
+    - Column steps: if the guide has them, they first divide W, so that all columns matter equally. Their
+      geometric mean is 1, so the entropy stays as it was.
+    - Clip of a row: clip_sd rms or, if clip_sd is 0, the best of CLIPS times the largest magnitude.
+    - Scale, the step of a row: the clip divided by the clip's code, but at least least_step rms (a number, or
+      (..., M, 1)).
+    - Codes: the nearest ones or, with a guide, those of gptq.
     """
     W = W.float()
-    limit = ENCODINGS[encoding].limit
-    clip_code = ENCODINGS[encoding].clip_code or limit
-    deviation = W.square().mean(-1, keepdim=True).sqrt()
+    rms = W.square().mean(-1, keepdim=True).sqrt()
     exponents = None if guide is None else guide.exponents
     if exponents is not None:
         W = W / column_sizes(exponents)
 
     peak = W.abs().amax(-1, keepdim=True)
-    smallest = (deviation * least_step).clamp_min(MIN_SCALE)
+    clips = [clip_sd * rms] if clip_sd > 0 else [clip * peak for clip in CLIPS]
+    scale = choose_scales(W, ENCODINGS[encoding], clips, least_step * rms)
 
-    clips = [clip_sd * deviation] if clip_sd > 0 else [clip * peak for clip in CLIPS]
-    scales = [torch.maximum(clip / clip_code, smallest).half().float() for clip in clips]
-    errors = [(nearest_codes(W, s, limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
-    winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
-    scale = torch.stack(scales).gather(0, winner)[0]
-
+    limit = ENCODINGS[encoding].limit
     if guide is None:
         codes = nearest_codes(W, scale, limit)
     elif ENCODINGS[encoding].has_shifts:
