@@ -850,21 +850,28 @@ class Agreed(NamedTuple):
 class Binding(NamedTuple):
     """What each part of a step runs, by the names of the log. The defaults are those of a CPU.
 
-    pass_ and update say what is tried, a graph or eager launches; the log of a run says so if a capture fails
-    later.
+    The launches of a pass and of an update say what is tried, graph or eager; the log of a run says so if a
+    capture fails later.
     """
 
     attention: str = "cpu"
     qk: str = "torch"
     mlp: str = "torch"
     compile: str = "none"
-    pass_: str = "eager"
-    update: str = "eager"
+    pass_launch: str = "eager"
+    update_launch: str = "eager"
 
     @property
     def parts(self) -> dict[str, str]:
-        """Return part -> name, in the order of the log."""
-        return {part.rstrip("_"): name for part, name in self._asdict().items()}
+        """Return part -> name, in the words and the order of the log."""
+        return {
+            "attention": self.attention,
+            "qk": self.qk,
+            "mlp": self.mlp,
+            "compile": self.compile,
+            "pass": self.pass_launch,
+            "update": self.update_launch,
+        }
 
 
 @dataclass(frozen=True)
@@ -1215,7 +1222,7 @@ def with_gpu(m: Machine) -> Machine:
         dtype=torch.bfloat16,
         compile=partial(torch.compile, dynamic=False, fullgraph=True),
         device_name=torch.cuda.get_device_name(m.device),
-        binding=Binding(compile="inductor", pass_="graph", update="graph"),
+        binding=Binding(compile="inductor", pass_launch="graph", update_launch="graph"),
         streams=streams,
         graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
     )

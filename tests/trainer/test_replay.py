@@ -500,6 +500,12 @@ def test_lanes_fork_from_the_current_stream_and_join_it(monkeypatch):
     assert events[-5:-3] == ["a waits for b", "a waits for c"]
 
 
+def test_a_binding_says_each_part_in_the_words_of_the_log():
+    said = " ".join(f"{part}:{name}" for part, name in t.Binding(*"abcdef").parts.items())
+    assert said == "attention:a qk:b mlp:c compile:d pass:e update:f"
+    assert t.Binding(pass_launch="graph").parts["pass"] == "graph"
+
+
 def test_lanes_do_nothing_on_a_cpu():
     with machine().lanes() as lane:
         assert [type(x) for x in (lane(), lane())] == [contextlib.nullcontext] * 2
