@@ -891,7 +891,8 @@ class Machine:
     levels: tuple[Level, ...]
     device_name: str  # the GPU's, or the architecture of the processor
     binding: Binding = Binding()
-    streams: tuple = ()  # on a GPU: streams[0] captures graphs and copies to the host; any can be a lane
+    side_stream: torch.cuda.Stream | None = None  # on a GPU: captures graphs, and copies to the host
+    lane_streams: tuple = ()  # on a GPU: a lane takes the next of them; the side stream is one
     graph_capture: Callable | None = None  # fn -> a function that replays fn's device work
     bind_ms: float = 0.0  # that binding the model's functions took, which mostly compiles them
     bind_times: Mapping[str, tuple] = field(default_factory=dict)  # by part, Bound.times where times decided
@@ -921,7 +922,7 @@ class Machine:
         if not self.is_gpu:
             return lambda: copies
 
-        side = self.streams[0]
+        side = self.side_stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             host = [t.to("cpu", non_blocking=True) for t in copies]  # page-locked, from torch's cache
@@ -945,8 +946,8 @@ class Machine:
 
         Blocks start after all earlier work and end before any later work. On a CPU they run in order.
         """
-        current = torch.cuda.current_stream() if self.streams else None
-        free = [s for s in self.streams if s != current]
+        current = torch.cuda.current_stream() if self.lane_streams else None
+        free = [s for s in self.lane_streams if s != current]
         turns = cycle(free)
 
         def lane():
@@ -1216,15 +1217,16 @@ def limit_memory(h: Config, device: torch.device) -> None:
 def with_gpu(m: Machine) -> Machine:
     """Return the machine with compiler, streams and graphs bound for its GPU."""
     torch.set_float32_matmul_precision("high")
-    streams = tuple(torch.cuda.Stream() for _ in range(6))
+    side_stream = torch.cuda.Stream()
     return replace(
         m,
         dtype=torch.bfloat16,
         compile=partial(torch.compile, dynamic=False, fullgraph=True),
         device_name=torch.cuda.get_device_name(m.device),
         binding=Binding(compile="inductor", pass_launch="graph", update_launch="graph"),
-        streams=streams,
-        graph_capture=partial(capture_graph, streams[0], torch.cuda.graph_pool_handle()),
+        side_stream=side_stream,
+        lane_streams=(side_stream, *(torch.cuda.Stream() for _ in range(5))),
+        graph_capture=partial(capture_graph, side_stream, torch.cuda.graph_pool_handle()),
     )
 
 
@@ -3394,7 +3396,7 @@ def launch_of(m: Machine, call: Callable[[], None]) -> Callable[[], None] | None
     except Exception:  # whatever the compiler or driver raises, at a size that results were not compared at
         return None
     with suppress(Exception):
-        return capture_graph(m.streams[0], torch.cuda.graph_pool_handle(), call)
+        return capture_graph(m.side_stream, torch.cuda.graph_pool_handle(), call)
     return call
 
 

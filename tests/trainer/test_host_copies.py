@@ -54,7 +54,7 @@ def test_a_gpus_copies_run_on_a_side_stream_and_the_host_polls(monkeypatch, pass
     monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(torch.Tensor, "record_stream", hold)
     monkeypatch.setattr(t, "PATIENCE_S", 0.3)
-    fetched = dataclasses.replace(machine(), device=torch.device("cuda"), streams=(side,)).fetch(
+    fetched = dataclasses.replace(machine(), device=torch.device("cuda"), side_stream=side).fetch(
         torch.ones(2), torch.zeros(1)
     )
     assert events == ["waits for main", "on side True", "event", "held for side True", "held for side True"]
@@ -68,8 +68,7 @@ def test_a_gpus_copies_run_on_a_side_stream_and_the_host_polls(monkeypatch, pass
 @pytest.mark.gpu
 def test_on_a_gpu_host_copies_are_page_locked_and_cost_no_allocation():
     """They also keep the values of the call, whatever is queued after it."""
-    streams = tuple(torch.cuda.Stream() for _ in range(2))
-    m = dataclasses.replace(machine(), device=torch.device("cuda"), streams=streams)
+    m = dataclasses.replace(machine(), device=torch.device("cuda"), side_stream=torch.cuda.Stream())
     big = torch.zeros(1 << 26, device="cuda")
     numbers = torch.zeros(2, dtype=torch.float64, device="cuda")
 

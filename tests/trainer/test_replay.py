@@ -484,7 +484,7 @@ def test_lanes_fork_from_the_current_stream_and_join_it(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", entered)
-    m = dataclasses.replace(machine(), streams=tuple(streams))
+    m = dataclasses.replace(machine(), lane_streams=tuple(streams))
     with m.lanes() as lane:
         for work in range(4):
             with lane():
