@@ -864,14 +864,7 @@ class Binding(NamedTuple):
     @property
     def parts(self) -> dict[str, str]:
         """Return part -> name, in the words and the order of the log."""
-        return {
-            "attention": self.attention,
-            "qk": self.qk,
-            "mlp": self.mlp,
-            "compile": self.compile,
-            "pass": self.pass_launch,
-            "update": self.update_launch,
-        }
+        return dict(zip(("attention", "qk", "mlp", "compile", "pass", "update"), self))
 
 
 @dataclass(frozen=True)
