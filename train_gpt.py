@@ -326,6 +326,9 @@ def knob(default: object, *traits: str):
     return field(default=default, metadata=dict.fromkeys(traits, True))
 
 
+NO_CAP = 1 << 40  # bytes: the size_cap of a run whose artifact may have any size
+
+
 @dataclass(frozen=True)
 class Config:
     """Every knob of a run, its default and unit. make_config resolves them; nothing changes them later."""
@@ -444,7 +447,7 @@ class Config:
     embed_clip_sd: float = knob(0.0, CODES)  # like matrix_clip_sd, for the embeddings
     codec: str = knob("xz", CODES)  # a row of CODECS
     fit_cap: bool = knob(True, SHARED, CODES)  # over the cap: raise int6_step until the submission fits
-    size_cap: Count = knob(16_000_000, SHARED, CODES)  # bytes, packed code too; 0: a race makes no artifact
+    size_cap: Count = knob(16_000_000, SHARED, CODES)  # bytes, packed code too; 0: no artifact; or NO_CAP
 
     @property
     def head_dim(self) -> int:
@@ -469,7 +472,17 @@ class Config:
     @property
     def calibrates(self) -> bool:
         """Whether training text guides the rounding of an artifact."""
-        return self.gptq_batches > 0 and self.size_cap > 0
+        return self.gptq_batches > 0 and self.makes_artifact
+
+    @property
+    def makes_artifact(self) -> bool:
+        """Whether the run ends with an artifact; a race need not."""
+        return self.size_cap > 0
+
+    @property
+    def has_cap(self) -> bool:
+        """Whether the size of the artifact is limited."""
+        return self.size_cap < NO_CAP
 
     @property
     def kv_dim(self) -> int:
@@ -6619,7 +6632,6 @@ DEPTHS = range(2, 27)
 TUNED_DEPTH = 12
 TUNED_WIDTH = 768
 TUNED_BATCH = 1 << 19  # tokens: nanochat's measured optimum at depth 12
-NO_CAP = 1 << 40  # bytes, more than any artifact has
 
 
 def shape_by_depth(h: Config) -> dict[str, object]:
@@ -6664,7 +6676,7 @@ def run_by_depth(h: Config) -> dict[str, object]:
         max_wallclock_seconds=0.0,
         eval_stride=h.eval_seq_len,  # a sliding score costs 32 times as much
         codec="xz",  # rans decodes at most MAX_RANS_CODES
-        size_cap=NO_CAP if h.size_cap else 0,
+        size_cap=NO_CAP if h.makes_artifact else 0,
     )
 
 
@@ -6736,7 +6748,7 @@ def relations_of_runs(h: Config) -> Iterator[Relation]:
         "a race takes all of its iterations",
     )
     yield Relation(
-        h.target_loss > 0 or h.size_cap > 0,
+        h.target_loss > 0 or h.makes_artifact,
         "size_cap=0, no artifact, needs target_loss above 0: all other runs are scored by their artifact",
     )
 
@@ -7666,7 +7678,7 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
     check_calibration(calibration, step, train_ms)
     by_signal = ended.stop == Stop.SIGNAL
     artifact_weights = run.h.artifact_weights
-    if run.h.size_cap and artifact_weights == "ema" and (by_signal or ready.ema.is_young):
+    if run.h.makes_artifact and artifact_weights == "ema" and (by_signal or ready.ema.is_young):
         # Counted as calibration, because it too reads training text after the last step.
         artifact_weights = run.time_phase("calibrate", choose_weights, run, ready.loader, ready.ema)
     ready.loader.seek_sequence(position)  # where a resumed run would calibrate from
@@ -7845,12 +7857,13 @@ def score_artifact(run: Run) -> FinalScore:
     return final
 
 
-def describe_size(num_bytes: int, cap: int) -> str:
+def describe_size(num_bytes: int, h: Config) -> str:
     """Return a submission's size and its distance from the cap, if there is one."""
-    if cap >= NO_CAP:
+    if not h.has_cap:
         return f"{num_bytes:,} bytes with the packed code"
-    distance = f"{cap - num_bytes:,} left under" if num_bytes <= cap else f"{num_bytes - cap:,} over"
-    return f"{num_bytes:,} bytes with the packed code, {distance} the cap of {cap:,}"
+    left = h.size_cap - num_bytes
+    distance = f"{left:,} left under" if left >= 0 else f"{-left:,} over"
+    return f"{num_bytes:,} bytes with the packed code, {distance} the cap of {h.size_cap:,}"
 
 
 PHASES = ("load", "compile", "train", "calibrate", "quantize", "compress", "decompress", "eval")
@@ -7929,7 +7942,7 @@ def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submissio
         line.append(f"target:{h.target_loss}")
     if submission:
         line.append(f"bytes_total:{submission.bytes_total} bytes_code:{submission.bytes_code}")
-        shown.append(f"size: {describe_size(submission.bytes_total, h.size_cap)}")
+        shown.append(f"size: {describe_size(submission.bytes_total, h)}")
     eval_ms = run.phases.get("eval", scores.live.ms)
     line.append(f"steps:{trained.steps} train_time:{trained.train_ms:.0f}ms eval_time:{eval_ms:.0f}ms")
     line.append(f"seed:{h.seed}")
@@ -7942,8 +7955,8 @@ def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submissio
 def conclude(run: Run, trained: Trained, path: str) -> int:
     """Write the artifact to `path`, read it back, score it, and log the results. Returns the exit status.
 
-    With size_cap=0 there is no artifact. The status is 1 when the submission is over the cap, a graph was
-    compiled while the clock ran, or the artifact had to be written elsewhere; else 0.
+    A run may make no artifact. The status is 1 when the submission is over the cap, a graph was compiled
+    while the clock ran, or the artifact had to be written elsewhere; else 0.
     """
     h = run.h
     m = run.m
@@ -7954,15 +7967,15 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
             f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB"
         )
 
-    code_bytes = len(packed_code(own_source())) if h.size_cap else 0
+    code_bytes = len(packed_code(own_source())) if h.makes_artifact else 0
     written = path
-    if h.size_cap == 0:
+    if not h.makes_artifact:
         log("no artifact is made: size_cap=0")
     elif m.rank == 0:  # first, so that the artifact exists whatever fails later
         written = write_artifact(run, trained, path, h.size_cap - code_bytes)
 
     scores = score_trained(run, trained)
-    submission = score_submission(run, written, code_bytes) if h.size_cap else None
+    submission = score_submission(run, written, code_bytes) if h.makes_artifact else None
 
     log(
         "phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES),

@@ -499,8 +499,17 @@ def test_a_score_of_part_of_the_split_says_so(tmp_path, capsys):
 
 
 def test_a_submission_over_the_cap_says_by_how_much():
-    assert t.describe_size(101, 100) == "101 bytes with the packed code, 1 over the cap of 100"
-    assert t.describe_size(100, 100) == "100 bytes with the packed code, 0 left under the cap of 100"
+    h = t.Config(size_cap=100)
+    assert t.describe_size(101, h) == "101 bytes with the packed code, 1 over the cap of 100"
+    assert t.describe_size(100, h) == "100 bytes with the packed code, 0 left under the cap of 100"
+
+
+def test_a_cap_may_be_none_and_an_artifact_too():
+    limited, free, none = (t.Config(size_cap=cap) for cap in (100, t.NO_CAP, 0))
+    assert [h.makes_artifact for h in (limited, free, none)] == [True, True, False]
+    assert [h.calibrates for h in (limited, free, none)] == [True, True, False]
+    assert limited.has_cap and not free.has_cap
+    assert t.describe_size(101, free) == "101 bytes with the packed code"
 
 
 def test_bench_runs(quick_bench, capfd):
