@@ -43,12 +43,16 @@ Dimensions in docstrings
   W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
 
 Invariants (tests/ holds them)
-  Importing this file has no side effects. After Optimizer.step, all ranks hold bit-identical parameters. For
-  a fixed number of steps the result depends on the seed, which also fixes the order of the data; the number
-  of ranks changes only the order of sums, unless the batch grows (its stages are micro-batches) or row_steps
-  is on (each rank adds a sample). Score windows tile the split. The denominator of bpb is the UTF-8 length of
-  the text. The score is computed from the file on disk. Nothing compiles while the training clock runs. No
-  token's score depends on a later token.
+  Importing this file registers operators and has no other effect.
+  After Optimizer.step, all ranks hold bit-identical parameters.
+  For a fixed number of steps the result depends on the seed, which also fixes the order of the data.
+  The number of ranks changes only the order of sums, unless the batch grows (its stages are micro-batches)
+  or row_steps is on (each rank adds a sample).
+  Score windows tile the split.
+  No token's score depends on a later token.
+  The score is computed from the file on disk.
+  The denominator of bpb is the UTF-8 length of the text.
+  Nothing compiles while the training clock runs.
 """
 
 from __future__ import annotations
