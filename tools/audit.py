@@ -50,16 +50,15 @@ import torch.distributed as dist
 
 from auditor.effects import audit_files, audit_network, audit_repeat
 from auditor.leak import audit_leak
-from auditor.older import can_learn, guarded
 from auditor.probability import audit_causality, audit_normalization, audit_score_before_update
 from auditor.protocols import Run
 from auditor.subject import make_audit
 from auditor.sums import audit_bytes, audit_coverage
+from older_scripts import can_learn, guarded, known_fault
 from script import (
     TRAINER,
     BadInput,
     guard_console,
-    known_fault,
     leave_if_lost,
     load_script,
     print_help,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -18,7 +17,8 @@ from importlib.util import module_from_spec, spec_from_loader
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+
+from older_scripts import linger_seconds, lost_another_rank, missing_names, rename_older_names
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ROOT / "train_gpt.py"
@@ -139,50 +139,16 @@ def print_help(tool: str, text: str) -> int:
     return 0
 
 
-def known_fault(script: ModuleType, error: Exception) -> Exception | None:
-    """Return the one line that a trainer's script has for an error, None if it has none.
-
-    The scripts of the first records know only bad input.
-    """
-    of_script = getattr(script, "known_fault", None)
-    if of_script is not None:
-        return of_script(error)
-    return error if isinstance(error, script.InputError) else None
-
-
 def leave_if_lost(tool: str, script: ModuleType, error: Exception, when: str) -> None:
     """End the process if the error only says that another rank is gone, for which a shutdown would wait."""
-    lost_another_rank = getattr(script, "lost_another_rank", None)
-    if lost_another_rank is None or not lost_another_rank(error):
+    if not lost_another_rank(script, error):
         return
     print(f"{tool}: another rank is gone {when}", file=sys.stderr, flush=True)
-    time.sleep(getattr(script, "LINGER_S", 0))  # so that torchrun names that rank as the cause
+    time.sleep(linger_seconds(script))  # so that torchrun names that rank as the cause
     os._exit(1)
 
 
 # ---- scripts -------------------------------------------------------------------------------------
-
-# Names of older scripts: the present name -> the one that it had before.
-RENAMED = {"capture_pass": "bind_pass", "LINGER_S": "LINGER", "ScoreSettings": "ScoreRun"}
-
-
-def rename_older_names(module: ModuleType) -> None:
-    """Give what an older script defines the names that the trainer has for it now."""
-    for name, older in RENAMED.items():
-        if hasattr(module, older) and not hasattr(module, name):
-            setattr(module, name, getattr(module, older))
-
-
-def missing_names(module: ModuleType, needs: tuple[str, ...]) -> list[str]:
-    """Return the entries of `needs` that the module lacks. CLASS.NAME is a method or dataclass field."""
-
-    def has(name: str) -> bool:
-        owner, _, member = name.partition(".")
-        kind = getattr(module, owner, None)
-        fields = getattr(kind, "__dataclass_fields__", {})
-        return hasattr(module, owner) and (not member or hasattr(kind, member) or member in fields)
-
-    return [name for name in needs if not has(name)]
 
 
 def require_names(module: ModuleType, path: Path, needs: tuple[str, ...], tool: str) -> None:
@@ -224,20 +190,3 @@ def load_script(path: Path, name: str, needs: tuple[str, ...], tool: str) -> Mod
     rename_older_names(module)
     require_names(module, path, needs, tool)
     return module
-
-
-def machine_names(m: Any) -> dict[str, Any]:
-    """Return the name of a script's device and what is bound there, by part, with the times that decided it.
-
-    Older scripts keep all of it in `names`.
-    """
-    if hasattr(m, "names"):
-        return m.names
-    return {"device": m.device_name, **m.binding.parts, "times": m.bind_times}
-
-
-def one_layer(h: Any) -> Any:
-    """Return a script's Config with one layer, visited once, which has the parts that layers of `h` have."""
-    counts = {key: min(1, getattr(h, key, 0)) for key in ("ve_last_n", "parallel_last_n")}
-    smaller = dict(num_layers=1, xsa_last_n=1, loop_layers="", loop_times=0) | counts
-    return dataclasses.replace(h, **{key: value for key, value in smaller.items() if hasattr(h, key)})

@@ -13,6 +13,7 @@ import audit
 import script
 import train_gpt as t
 from lab.shared import trainer
+from older_scripts import known_fault
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = [sys.executable, str(ROOT / "tools/ranks.py"), "2"]
@@ -97,6 +98,6 @@ def test_a_script_that_knows_only_bad_input_knows_no_other_error():
         InputError = t.InputError
 
     refused = t.InputError("no")
-    assert script.known_fault(First, refused) is refused
-    assert script.known_fault(First, NO_MEMORY) is None
+    assert known_fault(First, refused) is refused
+    assert known_fault(First, NO_MEMORY) is None
     script.leave_if_lost("audit.py", First, RuntimeError("gloo"), "")

@@ -24,8 +24,8 @@ from lab import bench
 from lab.shared import timing, trainer
 from lab.step import parts
 from lab_helpers import SECTIONS, WHOLE, run_bench
+from older_scripts import machine_names
 from progress import Progress
-from script import machine_names
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tools" / "lab"

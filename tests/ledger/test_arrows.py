@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A package or module of the repository, and those that nothing in it may import.
 AUDITOR = {"audit", "auditor"}
+SHARED = {"script", "older_scripts"}
 FORBIDDEN = {
     "commands": {"torch", "cli", "train_gpt"} | AUDITOR,
     "ledger": {"torch", "lab", "use", "cli", "commands", "train_gpt"} | AUDITOR,
     "lab": {"cli", "commands", "use"} | AUDITOR,
     "use": {"cli", "commands", "lab"} | AUDITOR,
-    "script": {"ledger", "lab", "use", "cli", "commands", "train_gpt", "torch"} | AUDITOR,
+    **dict.fromkeys(SHARED, {"ledger", "lab", "use", "cli", "commands", "train_gpt", "torch"} | AUDITOR),
     **dict.fromkeys(AUDITOR, {"cli", "commands"}),
 }
 

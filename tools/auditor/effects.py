@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from auditor.older import compressor, passes_of, with_own_signals
 from auditor.protocols import Log
 from auditor.subject import Audit, Verdict
-from script import one_layer
+from older_scripts import compressor, one_layer, passes_of, with_own_signals
 
 
 def audit_repeat(audit: Audit) -> Verdict:

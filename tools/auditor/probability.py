@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from auditor.older import targets_of
 from auditor.protocols import Lesson, Nats
 from auditor.subject import Audit, Verdict
+from older_scripts import targets_of
 
 
 class Moved(NamedTuple):

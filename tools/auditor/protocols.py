@@ -1,7 +1,8 @@
 """What the auditor uses of a script: the types of its objects, as far as the tests read or call them.
 
 A script is loaded by path, so none of its types can be imported: these protocols stand for them. NEEDS of
-audit.py has the same names, which a script must have. What only some scripts have, older.py bridges.
+audit.py has the same names, which a script must have. What only some scripts have,
+older_scripts.py bridges.
 """
 
 from __future__ import annotations

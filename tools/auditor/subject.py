@@ -13,8 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auditor.older import chunk_of, counted_stride, gives_windows, learns_apart, lesson_of, plan_older_scores
 from auditor.protocols import Config, Lesson, Nats, Run, Scoring
+from older_scripts import (
+    chunk_of,
+    counted_stride,
+    gives_windows,
+    learns_apart,
+    lesson_of,
+    plan_older_scores,
+)
 from progress import Progress
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from auditor.older import learns_apart
 from auditor.probability import idle_learner
 from auditor.protocols import Run
 from auditor.subject import Audit, Verdict
+from older_scripts import learns_apart
 
 
 class Totals(NamedTuple):

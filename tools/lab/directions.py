@@ -59,8 +59,9 @@ from ledger.make import direction_tables
 from ledger.read import direction_log
 from ledger.read.runlog import SEPARATOR
 from ledger.run_verb import run_verb
+from older_scripts import machine_names
 from progress import Progress
-from script import ROOT, TRAINER, BadInput, load_script, machine_names
+from script import ROOT, TRAINER, BadInput, load_script
 
 MODULE = "measured_script"  # the script's name in sys.modules
 NEEDS = ("ORTHO", "STEP_RULES", "orthogonalize", "matrix_update", "StepScalars", "Optimizer")

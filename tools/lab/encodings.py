@@ -39,6 +39,7 @@ from lab.shared.trainer import known_errors_of
 from ledger.files import check_output, named_path, write_atomic
 from ledger.read.knobs import knobs_meant, known_knobs, with_trait
 from ledger.run_verb import run_verb
+from older_scripts import phase_timer, saved_parts
 from progress import Progress
 from script import TRAINER, BadInput, load_script
 
@@ -113,14 +114,14 @@ def read_weights(t: ModuleType, run: Any, checkpoint: Path) -> Weights:
     """Return the weights of the whole set that a checkpoint belongs to."""
     trained_with = config_of(t, checkpoint, [])
     trained_with = dataclasses.replace(trained_with, data_path=run.h.data_path)
-    state = t.read_state(trained_with, run.m, "", run.dataset)
+    saved = saved_parts(t.read_state(trained_with, run.m, "", run.dataset))
 
     def whole(name: str) -> Tensor:
-        parts = [tensors[name] for _, tensors in state.parts if name in tensors]
+        parts = [tensors[name] for _, tensors in saved if name in tensors]
         return torch.cat(parts).to(run.m.device)
 
     names = [name for name, _ in run.model.named_parameters()]
-    header, _ = state.parts[0]  # by place: older scripts have plain tuples
+    header, _ = saved[0]
     return Weights(
         live={name: whole(name) for name in names},
         average={name: whole(f"average.{name}") for name in names},
@@ -157,8 +158,7 @@ def measure_row(
     calibration = calibration_of(t, run, weights, h)
     progress.advance()
     started = time.perf_counter()
-    time_phase = getattr(run, "time_phase", None) or run.timed  # older scripts call it timed
-    fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, time_phase, calibration)
+    fitted = t.fit_artifact(chosen, h, h.size_cap - code_bytes, phase_timer(run), calibration)
     seconds = time.perf_counter() - started
     progress.advance()
 

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from ledger.files import check_output, named_path, read_text, write_atomic
 from ledger.run_verb import run_verb
-from script import TRAINER, BadInput, load_script, missing_names
+from older_scripts import missing_names
+from script import TRAINER, BadInput, load_script
 
 FOLDER = Path(__file__).parent / "layout"
 LAYOUTS = ("separate_products", "separate_tensors", "whole_banks", "published_order", "one_stream")

@@ -222,7 +222,7 @@ def write_export(t: ModuleType, arguments: Arguments, progress: Progress) -> int
     progress.advance()
     for file in sorted(arguments.out.iterdir()):
         progress.print(f"{file.stat().st_size:>12,}  {file}")
-    if getattr(stored.h, "ttt_lr", 0) > 0:
+    if stored.h.ttt_lr > 0:
         progress.print("export: the score with test-time training is eval's; these are the weights before it")
     return 0
 

@@ -21,6 +21,7 @@ from lab.shared.trainer import (
     one_layer_model,
     rope_of,
 )
+from older_scripts import is_reference_qk, is_serial, setting
 
 OUTPUT_LAYER = "output layer + softcap + cross-entropy"  # its output is one number
 ID_BYTES = 8  # of a token id
@@ -249,7 +250,7 @@ class Pieces:
             Work(3 * self.queries_keys + 2 * kv_bytes),
             uses=("qk_heads", "qk_norm_rope", "rms_norm"),
             # a fused one, compiled alone, would get v's gradient outside: v is a view of this section's input
-            compiled=ops.qk is getattr(self.t, "qk_heads", None),
+            compiled=is_reference_qk(self.t, ops.qk),
         )
 
     def attention(self, window: int) -> Section:
@@ -318,7 +319,7 @@ class Pieces:
             return [self.activations(), self.activations()]
 
         work = Work(4 * self.stream)
-        count = sum(getattr(spec, "form", "serial") == "serial" for spec in self.layers)
+        count = sum(map(is_serial, self.layers))
         return Section("residual add + norm", count, add_norm, inputs, work, work, ("rms_norm",))
 
     def mlp(self) -> Section:
@@ -333,7 +334,7 @@ class Pieces:
 
     def skip_adds(self) -> Section:
         t = self.t
-        vectors = 2 if getattr(self.h, "skip_gates", False) else 1
+        vectors = 2 if setting(self.h, "skip_gates") else 1
 
         def add(x: Tensor, kept: Tensor, w: Tensor, gate: Tensor | None = None) -> Tensor:
             if gate is None:
@@ -421,11 +422,11 @@ class Pieces:
             self.queries_and_keys(),
             *map(self.attention, windows),
             self.exclusion(),
-            *([self.head_gates()] if getattr(self.h, "attn_gate_dims", 0) else []),
+            *([self.head_gates()] if setting(self.h, "attn_gate_dims") else []),
             self.product("O product", D),
             self.residual_add(),
             self.mlp(),
-            *([self.stream_mix()] if getattr(self.h, "two_stream_layers", 0) else []),
+            *([self.stream_mix()] if setting(self.h, "two_stream_layers") else []),
             self.skip_adds(),
             self.output_layer(),
         ]

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lab.network.predict import Shapes, is_bank
 from lab.shared.collectives import Event, Recorder, batches_of
 from lab.update.cases import direction_flops
+from older_scripts import wait_for_no_rank
 from progress import Progress
 from script import BadInput, load_script, wrong_setting
 
@@ -152,18 +153,12 @@ def real_step(task: RankTask) -> RankResult:
     return RankResult(step.events, digest.hexdigest(), h.ortho, h.preset)
 
 
-def meet_nobody(ranks: Any, env: Mapping[str, str]) -> dict:
-    """Do as the script's `meet`, but wait for no other rank."""
-    return {}
-
-
 def dry_step(task: RankTask, recorder: Recorder, t: ModuleType, h: Any) -> Step:
     """Take the step of one rank with fake tensors, in a process group that exchanges nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     init_process_group = dist.init_process_group
-    if hasattr(t, "meet"):  # scripts before it ask only init_process_group
-        t.meet = meet_nobody
+    wait_for_no_rank(t)
 
     def init_fake_group(*args: Any, **kwargs: Any) -> None:
         init_process_group("fake", rank=task.rank, world_size=task.world, store=FakeStore())

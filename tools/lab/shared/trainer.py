@@ -14,7 +14,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,6 +22,15 @@ import torch
 from torch import Tensor
 
 import script
+from older_scripts import (
+    is_matrix,
+    known_fault,
+    machine_names,
+    one_layer,
+    run_layer,
+    shape_of,
+    silence_status,
+)
 from progress import Progress
 from script import BadInput
 
@@ -94,7 +102,7 @@ def known_errors_of(t: ModuleType) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if fault := script.known_fault(t, error):
+        if fault := known_fault(t, error):
             raise BadInput(str(fault)) from None
         script.leave_if_lost(TOOL, t, error, "while measuring")
         raise
@@ -105,7 +113,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str], progre
     h = t.load_config(knobs, env)
     m = t.init_machine(h, env)
     sequences = t.cut_batch(h, m.world_size).sequences
-    names = script.machine_names(m)
+    names = machine_names(m)
     report = dict(
         schema=1,
         device=names["device"],
@@ -138,14 +146,6 @@ def zero_model(s: Session, t: ModuleType, h: Any, ops: Any, dtype: torch.dtype) 
         t.init_tensor = own
 
 
-def is_matrix(t: ModuleType, spec: Any) -> bool:
-    """Return whether a parameter multiplies each token: in older scripts, whether it is stored as codes."""
-    if hasattr(t, "MULTIPLIED"):
-        return spec.name in t.MULTIPLIED
-    encoding = getattr(spec, "stored_as", None) or spec.kind
-    return encoding.startswith("int")
-
-
 @torch.no_grad()
 def fill_weights(t: ModuleType, model: Any, seed: int = 0) -> Any:
     """Fill in weights none of which is zero or one, so that no path is switched off. Returns the model.
@@ -167,7 +167,7 @@ def fill_weights(t: ModuleType, model: Any, seed: int = 0) -> Any:
 
 def one_layer_model(s: Session, t: ModuleType, ops: Any, dtype: torch.dtype) -> Any:
     """Build a model of one layer that computes in `dtype`, its tensors outside the layers at full size."""
-    h = script.one_layer(s.h)
+    h = one_layer(s.h)
     stored = torch.float64 if dtype == torch.float64 else torch.float32
     model = fill_weights(t, zero_model(s, t, h, ops, torch.float32)).to(stored)
     model.dtype = dtype
@@ -199,7 +199,7 @@ def rope_of(s: Session, t: ModuleType) -> Any:
 def bank_shapes(s: Session) -> list[tuple[int, int, int]]:
     """Return the shape of every matrix bank."""
     table = s.t.parameter_table(s.h)
-    return [table[spec.name][0] for spec in s.t.MATRICES]
+    return [shape_of(table, spec.name) for spec in s.t.MATRICES]
 
 
 def loss_from_trunk(t: ModuleType, model: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -247,13 +247,7 @@ def blocks_of(s: Session, t: ModuleType, ops: Any, model: Any) -> Blocks:
         return attention_of(x, named(weights))
 
     def layer(x: Tensor, x0: Tensor, *weights: Tensor) -> Tensor | tuple[Tensor, ...]:
-        w = named(weights)
-        if hasattr(t, "FORMS"):
-            feed = partial(t.feed_forward, w=w, ops=ops)
-            return t.FORMS[spec.form]((x,), x0, w, partial(attention_of, w=w), feed)
-        x = t.residual_mix(x, x0, w.resid_mix)
-        x = x + attention_of(t.rms_norm(x), w)
-        return x + ops.mlp(t.rms_norm(x), w.up, w.down)
+        return run_layer(t, spec, x, x0, named(weights), attention_of, ops)
 
     def weights() -> list[Tensor]:
         return [part.detach().clone().requires_grad_() for part in parts if part is not None]
@@ -330,7 +324,7 @@ def quiet_run(s: Session) -> Iterator[SimpleNamespace]:
     """Yield as much of a Run as log_step needs. Its log is a temporary file and prints nothing."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         log = s.t.Log(os.path.join(folder, "log.txt"), s.m)
-        log.on_terminal = log.live = False  # the second name is that of older scripts
+        silence_status(log)
         try:
             yield SimpleNamespace(h=s.h, log=log)
         finally:

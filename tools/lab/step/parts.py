@@ -9,7 +9,7 @@ import torch
 
 from lab.shared.timing import typical, wall_times
 from lab.shared.trainer import Session, TrainingParts, capture_backward, gradient_buffers, quiet_run
-from script import machine_names
+from older_scripts import machine_names
 
 
 def report_times(s: Session, name: str, times: list[float]) -> None:

@@ -69,8 +69,9 @@ from lab.step.timeline_figures import (
 )
 from lab.step.traces import STEP, RankTrace, read_trace
 from ledger.files import check_output, write_atomic
+from older_scripts import machine_names, missing_names
 from progress import Progress
-from script import BadInput, machine_names
+from script import BadInput
 
 WARM = 4  # steps before anything is timed: compilation, allocator, communicators
 
@@ -250,7 +251,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str], progress: Progress) ->
     recorder = Recorder()
     with recorder.installed():
         t = load_trainer(args.script)
-        if not hasattr(t.Optimizer, "schedule"):
+        if missing_names(t, ("Optimizer.schedule",)):
             raise BadInput(f"{args.script}: its Optimizer has no schedule(), which --timeline watches")
         with known_errors_of(t):
             s = open_session(t, args.knobs, env, progress)

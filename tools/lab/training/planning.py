@@ -209,7 +209,7 @@ def make_base(trainer: ModuleType, given: Mapping, where: str, sliding: bool) ->
     shortest = dict.fromkeys(strides, "1")  # the preset's stride may be longer than the windows of base
     length = resolve(trainer, f"{where}: base", base | shortest).eval_seq_len
     base |= dict.fromkeys(strides, str(length))
-    if getattr(resolve(trainer, f"{where}: base", base), "target_loss", 0):
+    if resolve(trainer, f"{where}: base", base).target_loss:
         raise BadInput(
             f"{where}: base sets target_loss, and a sweep ranks artifacts; train each run of a race by "
             "itself, then ./run.sh record target"

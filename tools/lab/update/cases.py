@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from older_scripts import OLDER_SCALARS, matrices_of_update, state_shape_of
 from progress import Progress
 from script import BadInput
 
@@ -26,16 +27,14 @@ SETS = 4  # sets of inputs, timed in turn; more where they fit into the L2 cache
 RANKS = 8  # the largest part of one of them is called an eighth
 # Any values do: the time of an update does not depend on them.
 SCALARS = dict(
-    gradient_factor=1.0,  # of older records, as is clip; later ones take the factor as an argument
-    clip=1.0,
     momentum=0.95,
     matrix_lr=0.025,
     adam_lr_mul=1.0,
-    decay_mul=1.0,  # of older records, for matrices and all others alike
     matrix_decay_mul=1.0,
     adam_decay_mul=1.0,
     correction1=0.1,
     correction2=0.05,
+    **OLDER_SCALARS,
 )
 
 
@@ -219,14 +218,6 @@ def uncompiled(fn: Callable) -> Callable:
     return fn
 
 
-def state_shape_of(t: ModuleType, rule: str) -> Callable | None:
-    """Return the function from (S, M, N) to the shape of a step rule's state, or None if it has no state.
-
-    Older scripts list the shapes in RULE_STATE, apart from the rules.
-    """
-    return getattr(t.STEP_RULES[rule], "state_shape", None) or getattr(t, "RULE_STATE", {}).get(rule)
-
-
 def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) -> list[list[Callable]]:
     """Return [set][bank] -> the call that is timed. wrap: the trainer's compiler, or uncompiled."""
     if case.part is Part.DIRECTION:
@@ -245,9 +236,7 @@ def calls_of(s: Setup, case: TimedCase, sets: list[list[dict]], wrap: Callable) 
             W = inputs["W"]
             state = torch.zeros(state_shape(*W.shape), device=W.device)
         values = {"gradient_factor": one, "s": scalars, "h": h}
-        values |= {**inputs, "second": state}  # older scripts take these one by one
-        if "matrices" in inspect.signature(s.t.matrix_update).parameters:
-            values["matrices"] = s.t.OwnedMatrices(inputs["W"], inputs["g"], inputs["momentum"], state)
+        values |= matrices_of_update(s.t, inputs, state)
         return partial(fn, *update_arguments(s, values))
 
     return [[update(inputs) for inputs in banks] for banks in sets]
