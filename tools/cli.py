@@ -30,7 +30,7 @@ from commands.machine import MACHINES, count_gpus, with_preset
 from commands.programs import add_tools_to_path, run
 from commands.suite import test
 from commands.train import train
-from commands.words import Command, Form, Request, check_knobs, enter_repository, read_request
+from commands.words import Command, Form, Option, Request, Takes, check_knobs, enter_repository, read_request
 from ledger.lab_verbs import MEASURED
 from script import ROOT, BadInput, describe, guard_console, leave_console, take_ctrl_c
 from use.settings import DATA_KEYS, SAMPLE_KEYS
@@ -97,14 +97,19 @@ def watch(request: Request) -> int:
     return ledger_watch.main(request.words)
 
 
+KNOBS = "[key=value...]"  # in the help of a command
+JSON = Option("--json", Takes.FILE, "FILE")
+SCRIPT = Option("--script", Takes.SCRIPT, "PATH")
+OUT = Option("--out", Takes.FILE, "DIR", is_needed=True)
 COMMANDS = {
     "train": Command(
         train,
         forms=(
             Form(
-                "[key=value...]",
+                "",
                 "Train, export the artifact, score it, draw the plot. The default command.",
                 "train seed=42 run_id=first",
+                last_words=KNOBS,
             ),
         ),
         files=("train_gpt.py", "tools/ledger/record.py"),
@@ -112,7 +117,12 @@ COMMANDS = {
     "eval": Command(
         evaluate,
         forms=(
-            Form("ARTIFACT [key=value...]", "Score an artifact from its file.", "eval logs/first.int6.xz"),
+            Form(
+                "ARTIFACT",
+                "Score an artifact from its file.",
+                "eval logs/first.int6.xz",
+                last_words=KNOBS,
+            ),
         ),
         files=("train_gpt.py",),
         needs_artifact=True,
@@ -121,9 +131,11 @@ COMMANDS = {
         audit,
         forms=(
             Form(
-                "ARTIFACT [--script PATH] [key=value...]",
+                "ARTIFACT",
                 "Is the score legal? Nine tests of an artifact and the script that scores it.",
                 "audit logs/first.int6.xz",
+                options=(SCRIPT,),
+                last_words=KNOBS,
             ),
         ),
         files=("train_gpt.py", "tools/audit.py"),
@@ -152,9 +164,11 @@ COMMANDS = {
         export,
         forms=(
             Form(
-                "ARTIFACT --out DIR [data_path=DIR]",
+                "ARTIFACT",
                 "Write the model as a folder that transformers loads.",
                 "export logs/first.int6.xz --out first",
+                options=(OUT,),
+                last_words="[data_path=DIR]",
             ),
         ),
         files=("train_gpt.py", "tools/use/export.py"),
@@ -164,7 +178,7 @@ COMMANDS = {
     ),
     "config": Command(
         config,
-        forms=(Form("[key=value...]", "Print the resolved configuration.", "config preset=record"),),
+        forms=(Form("", "Print the resolved configuration.", "config preset=record", last_words=KNOBS),),
         files=("train_gpt.py",),
         runs_attention=False,
     ),
@@ -172,24 +186,50 @@ COMMANDS = {
         bench,
         forms=(
             Form(
-                "[--json FILE] [--sustain SECONDS] [--seconds SECONDS] [--script PATH] [key=value...]",
+                "",
                 "Time the training step and its sections.",
                 "bench --json bench.json",
+                options=(
+                    JSON,
+                    Option("--sustain", Takes.VALUE, "SECONDS"),
+                    Option("--seconds", Takes.VALUE, "SECONDS"),
+                    SCRIPT,
+                ),
+                last_words=KNOBS,
             ),
             Form(
-                "--candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]",
+                "",
                 "Time replacements against the reference.",
                 "bench --candidates tools/lab/model/plain_paths.py",
+                options=(
+                    Option("--candidates", Takes.FILE, "FILE.py", is_needed=True),
+                    Option("--only", Takes.VALUE, "NAME,NAME"),
+                    Option("--all"),
+                    JSON,
+                ),
+                last_words=KNOBS,
             ),
             Form(
-                "--timeline FILE.json [--steps N] [--json FILE] [key=value...]",
+                "",
                 "Measure compute, communication, and how much of it is exposed.",
                 "bench --timeline t.json",
+                options=(
+                    Option("--timeline", Takes.FILE, "FILE.json", is_needed=True),
+                    Option("--steps", Takes.VALUE, "N"),
+                    JSON,
+                ),
+                last_words=KNOBS,
             ),
             Form(
-                "--attention [--paths NAME,NAME] [--json FILE] [key=value...]",
+                "",
                 "Time every attention kernel on several masks.",
                 "bench --attention --paths flex",
+                options=(
+                    Option("--attention", is_needed=True),
+                    Option("--paths", Takes.VALUE, "NAME,NAME"),
+                    JSON,
+                ),
+                last_words=KNOBS,
             ),
         ),
         files=("train_gpt.py", "tools/lab/bench.py"),
@@ -208,7 +248,7 @@ COMMANDS = {
         forms=(
             Form("VERB", "Make, check, compare and list records.", "record verify"),
             Form("sweep PLAN", "Train many configurations and compare them fairly.", "record sweep --help"),
-            Form("site --out DIR", "Show the whole ledger on one page.", "record site --out page"),
+            Form("site", "Show the whole ledger on one page.", "record site --out page", options=(OUT,)),
         ),
         files=("tools/ledger/record.py",),
         check=check_record,

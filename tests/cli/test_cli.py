@@ -15,7 +15,7 @@ import prepare
 import script
 import train_gpt as t
 from commands import ask_trainer, datasets, machine, programs
-from commands.words import Takes
+from commands.words import Command, Form, Option, Takes
 from lab.shared.bench_options import make_parser
 from ledger import lab_verbs, record
 from ledger.files import named_path
@@ -184,6 +184,56 @@ def test_a_misspelt_setting_of_sample_is_found_as_well(tmp_path, capsys):
     assert cli.main(["--check", "sample", str(artifact), "prompt=a", "top_p=0.9"]) == 2
     assert "'top_p=0.9' is not a setting of sample: prompt, tokens, temperature, " in capsys.readouterr().err
     assert cli.main(["--check", "sample", str(artifact), "prompt=a", "top_k=5"]) == 0
+
+
+USAGE = [
+    "train [key=value...]",
+    "eval ARTIFACT [key=value...]",
+    "audit ARTIFACT [--script PATH] [key=value...]",
+    "sample ARTIFACT [prompt=TEXT] [tokens=N] [temperature=T] [top_k=K] [seed=N]",
+    "sample ARTIFACT held_out=N [...]",
+    "export ARTIFACT --out DIR [data_path=DIR]",
+    "config [key=value...]",
+    "bench [--json FILE] [--sustain SECONDS] [--seconds SECONDS] [--script PATH] [key=value...]",
+    "bench --candidates FILE.py [--only NAME,NAME] [--all] [--json FILE] [key=value...]",
+    "bench --timeline FILE.json [--steps N] [--json FILE] [key=value...]",
+    "bench --attention [--paths NAME,NAME] [--json FILE] [key=value...]",
+    "data VERB",
+    "record VERB",
+    "record sweep PLAN",
+    "record site --out DIR",
+    "watch [LOG...]",
+    "test [pytest arguments]",
+    "test fast",
+    "test stress",
+    "test long",
+]
+
+
+def test_help_shows_each_form_of_a_command():
+    """Byte for byte: first words, options in their order, last words."""
+    lines = cli.help_text().splitlines()
+    summaries = {form.summary for command in cli.COMMANDS.values() for form in command.forms}
+    assert [before for before, line in zip(lines, lines[1:]) if line.strip() in summaries] == [
+        f"  {usage}" for usage in USAGE
+    ]
+
+
+def test_what_an_option_takes_does_not_depend_on_the_words_of_its_help():
+    text = Option("--json", Takes.FILE, "FILE", is_needed=True)
+    path = text._replace(value="PATH", is_needed=False)
+    form = Form("ARTIFACT", "", "", options=(text, Option("--all")), last_words="[key=value...]")
+    assert form.arguments == "ARTIFACT --json FILE [--all] [key=value...]"
+    other = form._replace(first_words="", options=(path,))
+    assert other.arguments == "[--json PATH] [key=value...]"
+    for one in (form, other):
+        assert Command(cli.config, forms=(one,)).options["--json"] is Takes.FILE
+
+
+def test_an_option_takes_the_same_in_every_form_of_its_command():
+    for name, command in cli.COMMANDS.items():
+        takes = {(option.name, option.takes) for form in command.forms for option in form.options}
+        assert len(takes) == len(command.options), name
 
 
 def test_help_has_the_machine_table():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple
@@ -21,30 +20,33 @@ class Takes(Enum):
     SCRIPT = "a train_gpt.py, which must exist"
 
 
-OPTION = re.compile(r"(--\w+)(?: ([A-Z][\w.,]*))?")  # in Form.arguments: its name, and what follows it
-TAKES = {
-    "FILE": Takes.FILE,
-    "FILE.py": Takes.FILE,
-    "FILE.json": Takes.FILE,
-    "DIR": Takes.FILE,
-    "PATH": Takes.SCRIPT,
-}
+class Option(NamedTuple):
+    """An option of a command, such as --json FILE."""
+
+    name: str
+    takes: Takes = Takes.NOTHING
+    value: str = ""  # what --help calls the word that follows
+    is_needed: bool = False  # else --help shows it in brackets
+
+    def __str__(self) -> str:
+        """Return the option as --help prints it."""
+        text = f"{self.name} {self.value}".rstrip()
+        return text if self.is_needed else f"[{text}]"
 
 
 class Form(NamedTuple):
-    """One way to use a command. arguments: as --help prints them; the options are read from them."""
+    """One way to use a command: some words, then options, then other words."""
 
-    arguments: str
+    first_words: str  # as --help prints them, "" for none
     summary: str
     example: str
+    options: tuple[Option, ...] = ()
+    last_words: str = ""  # as --help prints them
 
     @property
-    def options(self) -> dict[str, Takes]:
-        """What each option in the arguments takes: by the word after it, a plain value unless in TAKES."""
-        found = {}
-        for option, word in OPTION.findall(self.arguments):
-            found[option] = TAKES.get(word, Takes.VALUE) if word else Takes.NOTHING
-        return found
+    def arguments(self) -> str:
+        """What follows the command's name, as --help prints it."""
+        return " ".join(filter(None, [self.first_words, *map(str, self.options), self.last_words]))
 
 
 class Request(NamedTuple):
@@ -70,11 +72,8 @@ class Command(NamedTuple):
 
     @property
     def options(self) -> dict[str, Takes]:
-        """The options of all forms."""
-        found = {}
-        for form in self.forms:
-            found |= form.options
-        return found
+        """What each option of its forms takes."""
+        return {option.name: option.takes for form in self.forms for option in form.options}
 
 
 def from_caller(path: str) -> str:
