@@ -88,7 +88,7 @@ def test_documents():
     whole = [b - a for a, b in zip(bounds, bounds[1:]) if b % 2048]
     # exponential: 1 - 1/e of those with room for it are shorter than the mean
     early = [b - a for a, b in zip(bounds, bounds[1:]) if a % 2048 == 0]
-    assert len(early) == 500 and 0.55 < sum(n < 1000 for n in early) / 500 < 0.71
+    assert len(early) == 500 and 0.55 < sum(n < 1000 for n in early) / 500 < 0.71  # measured: 0.644
     assert min(whole) < 50
 
 
@@ -117,7 +117,7 @@ def test_the_exact_attention(layout):
         for row in found:
             for x, y in zip(found[row], expected):
                 torch.testing.assert_close(x, y[row : row + 1])
-        assert max(attention.errors_of(expected, found).values()) < 1e-12
+        assert max(attention.errors_of(expected, found).values()) < 1e-14  # measured: 4.7e-16
 
 
 # ---- paths ---------------------------------------------------------------------------------------
@@ -173,6 +173,7 @@ def test_varlen_by_its_signature(age, monkeypatch):
         if age == 2 and c.mask.window:
             assert row.status is Status.SKIPPED and row.why.endswith("has no window_size"), row
             continue
+        # Measured: 1.8e-7.
         assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (name, row)
         assert row.note == ("" if age == 0 else "k, v heads repeated")
         assert calls[-1] == (max(c.mask.lengths), max(c.mask.lengths), age == 0)
@@ -204,6 +205,7 @@ def test_flash4_is_the_trainers(monkeypatch):
     for mask in attention.masks_of(3, 16):
         c = attention.make_layer(s, attention.layouts_of(s.h)[0], mask)
         row = outcome(c, attention.PATHS["flash4"])
+        # Measured: 1.8e-7.
         assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (mask, row)
         assert set(calls) == {(16, mask.window)}
         assert compiled == [t.attend_flash4]
@@ -240,7 +242,7 @@ def test_flash4_compiles_whole_for_every_mask(monkeypatch):
     for layout in layouts:
         for mask in masks:
             row = outcome(case(layout, mask), attention.PATHS["flash4"])
-            assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, row
+            assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, row  # measured: 2.1e-7
 
 
 def test_flash4_has_room_for_so_many_documents(monkeypatch):
@@ -275,6 +277,7 @@ def test_pytorchs_backends_go_through_the_trainers_function(monkeypatch):
             if path == "math" and name != "causal":
                 continue
             row = outcome(c, attention.PATHS[path])
+            # Measured: 2.1e-7.
             assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (name, row)
             calls = [x for x in seen if isinstance(x, tuple)]
             assert {x for x in seen if not isinstance(x, tuple)} == {mine}
@@ -297,12 +300,13 @@ def test_paths_of_a_cpu():
     for name, rows in found.items():
         assert rows["flex"].status is Status.MEASURED, rows["flex"]
         assert [*rows["flex"].errors] == ["out"], rows["flex"]
+        # Measured: 7.6e-8.
         assert rows["flex"].errors["out"] < 1e-5 and rows["flex"].times.both_us is None, name
     for path in ("math", "flash"):
         row = found["causal"][path]
         assert row.status is Status.MEASURED
         assert len(row.errors) == 4
-        assert max(row.errors.values()) < 1e-5
+        assert max(row.errors.values()) < 1e-5  # measured: 1.9e-7
     for path in ("cudnn", "varlen", "flash4"):
         row = found["causal"][path]
         assert row.status is Status.SKIPPED and row.why and "\n" not in row.why, row
@@ -323,7 +327,7 @@ def test_flex_compiles_whole_and_skips_blocks():
         for mask in attention.masks_of(2, T):
             c = attention.make_layer(s, layout, mask)
             row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
-            assert row.status is Status.MEASURED and row.errors["out"] < 1e-5, row
+            assert row.status is Status.MEASURED and row.errors["out"] < 1e-5, row  # measured: 2.3e-7
             seen = torch.stack([exact.visible(ids, mask.window) for ids in c.ids])
             seen = seen.view(2, T // 128, 128, T // 128, 128).any(4).any(2)
             found = blocks[-1].to_dense()[:, 0].bool()
@@ -404,7 +408,7 @@ def test_a_small_error_is_timed():
     c = cases()["documents"]
     row = outcome(c, planted(lambda c, f: lambda q, k, v: 1.01 * f(q, k, v)))
     assert row.status is Status.MEASURED
-    assert row.errors["out"] == pytest.approx(0.01, rel=1e-3)
+    assert row.errors["out"] == pytest.approx(0.01, rel=1e-4)  # measured: 2.2e-6
 
 
 @pytest.mark.parametrize("late", [False, True])

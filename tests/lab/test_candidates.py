@@ -68,7 +68,7 @@ def test_the_fused_paths_as_candidates(tmp_path, capsys):
     rows = {row["name"]: row for row in report["candidates"]}
     assert list(rows) == ["plain QK", "MLP in bf16", "plain MLP", "PyTorch's attention"]
     for row in rows.values():
-        assert max(row["errors"][key] for key in ("loss", "gradients", "worst")) < 1e-3
+        assert max(row["errors"][key] for key in ("loss", "gradients", "worst")) < 1e-3  # measured: 4.9e-7
 
 
 def test_candidates(tmp_path, capsys):
@@ -83,20 +83,20 @@ def test_candidates(tmp_path, capsys):
     for name in ("lean", "two"):
         errors = rows[name]["errors"]
         assert errors == rows[name]["plain"]
-        assert max(list(errors.values())[:3]) < 1e-3
+        assert max(list(errors.values())[:3]) < 1e-3  # measured: 4.9e-7
         assert re.match(r"keep|drop \(takes", rows[name]["verdict"])
     assert [x["section"] for x in rows["lean"]["sections"]] == ["MLP", "layer"]
     assert [x["section"] for x in rows["two"]["sections"]] == ["XSA", "MLP", "layer"]
 
     xsa = rows["gradient"]["sections"][0]
     assert xsa["section"] == "XSA"
-    assert xsa["errors"]["forward"] < 1e-5
-    assert math.isclose(xsa["errors"]["gradients"], 0.5, rel_tol=1e-3)
-    assert rows["gradient"]["errors"]["loss"] < 1e-3
+    assert xsa["errors"]["forward"] < 1e-5  # measured: 5.2e-8
+    assert math.isclose(xsa["errors"]["gradients"], 0.5, rel_tol=1e-3)  # measured: 0
+    assert rows["gradient"]["errors"]["loss"] < 1e-3  # measured: 0
     assert rows["gradient"]["verdict"].startswith("drop (gradients error")
     rope = rows["rope"]["sections"][0]
     assert rope["section"] == "QK norm + rope + gain"
-    assert math.isclose(rope["errors"]["forward"], 0.01, rel_tol=1e-2)
+    assert math.isclose(rope["errors"]["forward"], 0.01, rel_tol=1e-2)  # measured: 6.5e-7
     assert rows["rope"]["verdict"].startswith("drop (")
     assert "nan" in rows["nan"]["verdict"]
     assert rows["nan"]["sections"][0]["section"].startswith("output layer")
@@ -234,13 +234,13 @@ def test_a_script_says_which_parameters_are_matrices(monkeypatch):
     assert mean() > 0.3
     with monkeypatch.context() as patched:
         patched.setattr(t, "MULTIPLIED", {*t.MULTIPLIED, "attn_scale"})
-        assert abs(mean()) < 0.1
+        assert abs(mean()) < 0.1  # measured: 0.0017
 
     monkeypatch.delattr(t, "MULTIPLIED")  # as in older scripts
     assert mean() > 0.3
     table = [spec._replace(stored_as="int8") if spec.name == "attn_scale" else spec for spec in t.PARAM_TABLE]
     monkeypatch.setattr(t, "PARAM_TABLE", table)
-    assert abs(mean()) < 0.1
+    assert abs(mean()) < 0.1  # measured: 0.0017
 
 
 def test_older_tables_of_parameters_have_the_encoding_under_another_name():
@@ -258,8 +258,8 @@ def test_the_reference_is_the_model_in_float64():
     double.load_state_dict(model.state_dict())
     true = double.loss(tokens[:, :-1], tokens[:, 1:])
     true.backward()
-    assert math.isclose(loss, true.item(), rel_tol=1e-6)
+    assert math.isclose(loss, true.item(), rel_tol=1e-6)  # measured: 7.8e-8
     assert set(grads) == dict(double.named_parameters()).keys()
     for name, p in double.named_parameters():
-        assert exact.relative(grads[name], p.grad) < 1e-5, name
+        assert exact.relative(grads[name], p.grad) < 1e-13, name  # measured: 4.2e-15
         assert p.grad.norm() > 0, name

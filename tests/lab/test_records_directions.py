@@ -53,9 +53,9 @@ def test_the_exact_factor_has_no_error(shape):
     u = draw(*shape)
     f = quality.factor_of(u)
     got = quality.quality_of(f.U @ f.Vh, f)
-    assert got.polar < 1e-12 and got.orth < 1e-12
-    assert math.isclose(got.cosine, 1, abs_tol=1e-12)
-    assert math.isclose(got.efficiency, 1, abs_tol=1e-12)
+    assert got.polar < 1e-13 and got.orth < 1e-13  # measured: 2.1e-15
+    assert math.isclose(got.cosine, 1, abs_tol=1e-12)  # measured: 0
+    assert math.isclose(got.efficiency, 1, abs_tol=1e-12)  # measured: 0
     torch.testing.assert_close(got.band, torch.ones(24, dtype=torch.float64))
 
 
@@ -71,15 +71,15 @@ def test_a_factor_with_known_singular_values(shape):
         cosine=s.sum() / (s.norm() * 20**0.5), efficiency=(f.S * s).sum() / (f.S.sum() * 1.5),
     )  # fmt: skip
     for key, value in by_hand.items():
-        assert math.isclose(getattr(got, key), value.item(), rel_tol=1e-9), key
+        assert math.isclose(getattr(got, key), value.item(), rel_tol=1e-9), key  # measured: 0
 
 
 def test_the_factor_of_another_matrix_is_seen():
     f = quality.factor_of(draw(30, 30))
     other = quality.factor_of(draw(30, 30, seed=1))
     got = quality.quality_of(other.U @ other.Vh, f)
-    assert got.orth < 1e-12
-    assert abs(got.cosine) < 0.2
+    assert got.orth < 1e-13  # measured: 1.7e-15
+    assert abs(got.cosine) < 0.2  # measured: 0.01
     assert got.polar > 1.2
 
 
@@ -313,12 +313,12 @@ def test_every_direction_has_its_quality_on_every_input(repo):
     ns5 = found["ns5", "gaussian", "32x96"]
     assert 0.65 < ns5["smin"] < ns5["smax"] < 1.22
     assert ns5["cosine"] > 0.98
-    assert found["polar_express", "gaussian", "32x96"]["polar"] < 0.15
+    assert found["polar_express", "gaussian", "32x96"]["polar"] < 0.15  # measured: 0.092
     assert found["mud", "log1e3", "32x32"]["polar"] > 0.15
 
     curve = next(curve for curve in log["curve"] if curve["row"] == "polar_express")
     assert curve["input"][0] == 1
-    assert math.isclose(curve["input"][-1], 1e-3, rel_tol=0.02)
+    assert math.isclose(curve["input"][-1], 1e-3, rel_tol=1e-9)  # measured: 0
     assert all(0.7 < value < 1.2 for value in curve["along"])
 
 
@@ -350,10 +350,12 @@ def test_derived_figures_by_hand(repo):
     row = next(x for x in log["time"] if (x["part"], x["row"]) == ("update", "ns5"))
     work = [w["gflop"] for w in log["work"] if (w["row"], w["share"]) == ("ns5", row["share"])]
     rates = [x["tflops"] for x in log["bmm"] if x["share"] == row["share"]]
-    assert math.isclose(row["gflop"], sum(work), abs_tol=1e-3)
-    assert math.isclose(row["tflops"], row["gflop"] / row["median_ms"], abs_tol=1e-4)
+    assert math.isclose(row["gflop"], sum(work), abs_tol=1e-3)  # measured: 7.3e-5
+    assert math.isclose(row["tflops"], row["gflop"] / row["median_ms"], abs_tol=1e-4)  # measured: 5.6e-6
+    # Measured: 4.8e-7.
     assert math.isclose(row["bmm_ms"], sum(w / r for w, r in zip(work, rates)), abs_tol=1e-5)
     numel = sum(x["matrices"] * x["rows"] * x["columns"] for x in log["bmm"] if x["share"] == row["share"])
+    # Measured: 2.1e-6.
     assert math.isclose(row["memory_ms"], 22 * numel / 1e6 / log["copy"][0]["gbps"], abs_tol=1e-4)
 
 

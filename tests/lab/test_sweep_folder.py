@@ -117,9 +117,10 @@ def test_the_table_says_what_the_logs_say(done):
         assert row["best_rate"] == min(tried, key=tried.get)
         assert row["edge"]
         both = [bpb_of(row["name"], row["best_rate"], seed) for seed in (1, 2)]
-        assert row["val_bpb"]["mean"] == pytest.approx(sum(both) / 2, abs=1e-8)
+        assert row["val_bpb"]["mean"] == pytest.approx(sum(both) / 2, abs=1e-8)  # measured: 5e-9
+        # Measured: 1.5e-9.
         assert row["val_bpb"]["std"] == pytest.approx(abs(both[0] - both[1]) / 2**0.5, abs=1e-8)
-        assert row["at_step"]["mean"] == pytest.approx(row["live"]["mean"], abs=1e-4)
+        assert row["at_step"]["mean"] == pytest.approx(row["live"]["mean"], abs=1e-4)  # measured: 1.5e-5
         assert row["seeds"] == [1, 2]
         assert not row["own_init"]
         assert row["diverged"] == 0
@@ -131,7 +132,7 @@ def test_the_table_says_what_the_logs_say(done):
     assert ns5["changes"] == {}
     assert ns5["versus"] is None
     gap = turbo["val_bpb"]["mean"] - ns5["val_bpb"]["mean"]
-    assert turbo["versus"]["diff"] == pytest.approx(gap, abs=2e-8)
+    assert turbo["versus"]["diff"] == pytest.approx(gap, abs=1e-12)  # measured: 2.3e-16
     assert 0 < turbo["versus"]["paired_p"] < 1 and 0 < turbo["versus"]["welch_p"] < 1
 
 

@@ -109,9 +109,8 @@ def test_the_entropy_is_that_of_the_artifacts_codes(worker, tmp_path, monkeypatc
         codes += payload[offset : offset + torch.Size(shape).numel()] if kind == "int6" else b""
     run = runlog.parse_log(folder / "logs" / f"{configuration.name}.txt")
     assert run.count("sweep_codes", "int6_weights") == len(codes)
-    assert run.number("sweep_codes", "entropy") == pytest.approx(
-        8 * entropy_bytes(codes) / len(codes), abs=1e-6
-    )
+    entropy = 8 * entropy_bytes(codes) / len(codes)
+    assert run.number("sweep_codes", "entropy") == pytest.approx(entropy, abs=1e-6)  # measured: 4e-7
 
 
 @pytest.mark.long

@@ -219,7 +219,7 @@ def test_the_fixtures_are_sound():
         sizes = [int(re.search(r"Total submission size \S+: (\d+)", log.read_text())[1]) for log in logs]
         assert max(sizes) == sub["bytes_total"] <= CAP_BYTES
         bits = sub["val_loss"] / math.log(2) * 62_021_632 / 151_080_169
-        assert bits == pytest.approx(sub["val_bpb"], rel=1e-6)
+        assert bits == pytest.approx(sub["val_bpb"], rel=2e-8)  # measured: 3.9e-9
         for log in logs:
             entry = sub["seed_results"][log.stem.removeprefix("train_seed")]
             assert f"val_bpb:{entry['val_bpb']:.8f}" in log.read_text()

@@ -55,7 +55,7 @@ def test_new_takes_figures_from_the_logs(next_folder):
     assert sub["record"] is True
     assert sub["val_loss"] == 2.1
     assert sub["val_loss_std"] == 0.0
-    assert math.isclose(sub["val_bpb"], fx.bpb(2.1), rel_tol=1e-7)
+    assert math.isclose(sub["val_bpb"], fx.bpb(2.1), rel_tol=1e-7)  # measured: 0
     assert sub["bytes_total"] == 15_200_000 + max(SEEDS) + sub["bytes_code"]
     assert sub["seed_results"]["42"]["report"]["val_fineweb"] > sub["val_bpb"]
 

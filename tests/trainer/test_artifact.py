@@ -86,8 +86,8 @@ def test_rows_of_zeros_and_tiny_rows():
         codes, scales, _ = t.quantize(W, encoding)
         back = codes * scales.float()
         assert torch.isfinite(scales).all() and (scales > 0).all()
-        assert codes[0].abs().max() == 0 and back[1].abs().max() < 1e-7
-        assert (back[2] - W[2]).abs().max() < 0.1
+        assert codes[0].abs().max() == 0 and back[1].abs().max() < 1e-7  # measured: 0
+        assert (back[2] - W[2]).abs().max() < 0.1  # measured: 0.03
 
 
 def test_more_dimensions_are_more_rows():
@@ -144,7 +144,8 @@ def test_round_trip_error_by_kind(tensors, blob):
             is_inside = W.abs() <= limit * scales.float()
             half_step = (peak / limit * 0.51).expand_as(W)
             assert (error[is_inside] <= half_step[is_inside] + 1e-7).all(), name
-            assert (error <= 0.41 * peak + 1e-7).all(), name  # the deepest clip is 0.6
+            # The deepest clip is 0.6; measured: 0.016 of the peak.
+            assert (error <= 0.41 * peak + 1e-7).all(), name
 
 
 def strided_parameter(tensor):
@@ -169,7 +170,7 @@ def test_packing_unpacked_tensors_again_changes_little(h, blob):
     first = t.unpack_artifact(blob)
     second = t.unpack_artifact(t.pack_artifact(first, h))
     for name, tensor in first.items():
-        assert (second[name] - tensor).abs().max() <= 0.02 * tensor.abs().max(), name
+        assert (second[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), name  # measured: 0
 
 
 class Parsed(NamedTuple):
@@ -531,7 +532,7 @@ def test_the_largest_weights_come_back(name, value):
     tensors = parameters_of(model)
     tensors[name].flatten()[-1] = value
     back = t.unpack_artifact(t.pack_artifact(tensors, model.h))
-    assert back[name].flatten()[-1].item() == pytest.approx(value, rel=0.02)
+    assert back[name].flatten()[-1].item() == pytest.approx(value, rel=0.001)  # measured: 1.6e-4
 
 
 @pytest.mark.parametrize("name", ["qo_bank", "tok_emb", "q_gain", "smear_gate"])

@@ -46,11 +46,11 @@ def test_the_average_is_the_weighted_mean_of_the_weights_that_training_made():
         else:
             density = np.exp((ends[: k + 1] - progress) / frac)
             shares = np.diff(density) / (1 - math.exp(-progress / frac))
-            assert shares.sum() == pytest.approx(1.0, abs=1e-12)
+            assert shares.sum() == pytest.approx(1.0, abs=1e-14)  # measured: 1.1e-16
             expected = (shares * values[1 : k + 1]).sum()
         for average in ema.average:
-            assert average.mean().item() == pytest.approx(expected, abs=1e-12)
-            assert average.std(correction=0).item() < 1e-12
+            assert average.mean().item() == pytest.approx(expected, abs=1e-14)  # measured: 2.2e-16
+            assert average.std(correction=0).item() < 1e-14  # measured: 2.2e-16
 
 
 def test_a_finished_record_run_changes_by_two_in_ten_billion():
@@ -67,7 +67,7 @@ def test_a_finished_record_run_changes_by_two_in_ten_billion():
         ema.update(progress)
         old *= math.exp((before - progress) / h.ema_frac)
         before = progress
-    assert old.item() == pytest.approx(math.exp(-1 / 0.045), rel=1e-9)
+    assert old.item() == pytest.approx(math.exp(-1 / 0.045), rel=1e-11, abs=0)  # measured: 1.5e-13
     assert 2e-10 < old.item() < 2.5e-10 and ema.average[0].item() == 0.0
 
 
@@ -93,8 +93,8 @@ def test_the_horizon_is_a_share_of_the_run(frac):
     x = (np.arange(200_000) + 0.5) / 200_000
     weight = np.exp((x - 1) / frac) / frac / 200_000
     limit = (weight * (1 + x + np.sin(3 * x))).sum() / weight.sum()
-    assert long == pytest.approx(limit, abs=0.005)
-    assert short == pytest.approx(limit, abs=0.05)
+    assert long == pytest.approx(limit, abs=0.005)  # measured: 9.2e-4
+    assert short == pytest.approx(limit, abs=0.05)  # measured: 0.0089
     assert abs(averaged(100, 2 * frac).mean().item() - short) > 0.01  # another horizon is another average
 
 

@@ -87,8 +87,8 @@ def test_a_step_has_the_mean_gradient_of_the_micro_batches_it_takes():
         optimizer.clear_gradients()
         loss = torch.stack([model.loss(x[:, :-1], x[:, 1:]) for x in batch]).mean()
         loss.backward()
-        assert sum(losses) == pytest.approx(loss.item(), rel=1e-5)
-        assert torch.allclose(found, model.tok_emb.grad, rtol=1e-4, atol=1e-7)
+        assert sum(losses) == pytest.approx(loss.item(), rel=1e-6)  # measured: 5.2e-8
+        assert torch.allclose(found, model.tok_emb.grad, rtol=1e-5, atol=1e-8)  # measured: 7 % of that
 
 
 def test_two_ranks_share_every_grown_batch(tmp_path):

@@ -384,8 +384,9 @@ def test_a_first_space_counts_if_decode_keeps_it(flagged, dummy, remove, has_pie
 
 
 def test_bpb_is_bits_over_bytes():
-    assert t.bpb(math.log(2) * 24, 8) == pytest.approx(3.0, abs=1e-15)
-    assert t.bpb(2.0726 * 1000, 2436) == pytest.approx(2.0726 / 0.69314718056 / 2.436, rel=1e-9)
+    assert t.bpb(math.log(2) * 24, 8) == pytest.approx(3.0, abs=1e-15)  # measured: 0
+    # Measured: 7.9e-14.
+    assert t.bpb(2.0726 * 1000, 2436) == pytest.approx(2.0726 / 0.69314718056 / 2.436, rel=1e-11)
 
 
 def test_bpb_of_a_uniform_model_by_hand():
@@ -396,6 +397,7 @@ def test_bpb_of_a_uniform_model_by_hand():
     num_bytes = int(counts.of(tokens).sum())
     assert num_bytes == data.val_bytes
     nats = (len(tokens) - 1) * math.log(256)
+    # Measured: 0.
     assert t.bpb(nats, num_bytes) == pytest.approx(8 * (len(tokens) - 1) / data.val_bytes, rel=1e-12)
 
 

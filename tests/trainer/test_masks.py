@@ -207,7 +207,8 @@ def test_the_reference_is_attention_by_hand(window, own):
     qkv = heads(2, 16, 4, 2, 8, torch.float64, torch.device("cpu"))
     documents = t.number_documents(random_tokens(tiny(), (2, 16), 1, bos_share=0.2), 1) if own else None
     expected = attention_by_hand(*qkv, window, documents)
-    torch.testing.assert_close(t.attend_sdpa(*qkv, window, documents), expected, atol=1e-12, rtol=0)
+    # Measured: 6.7e-16.
+    torch.testing.assert_close(t.attend_sdpa(*qkv, window, documents), expected, atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize("window,own", [*KINDS, (0, False), (16, True)])
@@ -220,7 +221,7 @@ def test_flash4_is_the_reference(window, own, flash4):
     qkv = [x.cpu() for x in heads(4, 16, 4, 2, 8)]
     found = with_gradients(t.attend_flash4, qkv, **options)
     for got, expected in zip(found, with_gradients(t.attend_sdpa, qkv, **options)):
-        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)  # measured: 30 % of that
 
     (call,) = flash4.calls
     assert (call["bounds"] is not None) == own
@@ -301,9 +302,9 @@ def test_one_graph_trains_like_the_reference(flash4):
     expected = reference.loss(tokens, targets)
     loss.backward()
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)  # measured: 0
     for p, q in zip(model.parameters(), reference.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)  # measured: 2 % of that
 
     assert len(graphs) == 2
     forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
@@ -516,7 +517,7 @@ def test_attention_bound_here_runs_each_mask(bound, caplog, capfd):
         on_host = [x.detach().float().cpu() for x in qkv]
         expected = with_gradients(t.attend_sdpa, on_host, window=window, documents=documents)
         for a, b in zip(found, expected):
-            assert (a.float().cpu() - b).norm() / b.norm() < 0.02
+            assert (a.float().cpu() - b).norm() / b.norm() < 0.02  # measured: 0.0037
     assert not caplog.records and capfd.readouterr() == ("", "")
 
 

@@ -222,9 +222,10 @@ def test_logits_match_the_second_implementation(knobs):
     got = model.logits(tokens).detach().numpy()
     expected = np.stack([reference_logits(arrays(model), h, sequence) for sequence in tokens])
     assert expected.std() > 0.1  # something to compare
-    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)  # unembed and the rope tables are float32
+    # The output layer and the rope tables are float32; measured: 8.6e-7.
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=0)
     single = noisy_model(h, seed=1, scale=0.3).logits(tokens).detach().numpy()
-    np.testing.assert_allclose(single, expected, atol=5e-4, rtol=0)
+    np.testing.assert_allclose(single, expected, atol=5e-4, rtol=0)  # measured: 5.8e-6
 
 
 def test_loss_logits_and_nats_agree():
@@ -237,11 +238,11 @@ def test_loss_logits_and_nats_agree():
     peak = logits.max(-1, keepdims=True)
     log_sum = (peak + np.log(np.exp(logits - peak).sum(-1, keepdims=True)))[..., 0]
     nats = log_sum - np.take_along_axis(logits, targets.numpy()[..., None], -1)[..., 0]
-    assert model.loss(tokens, targets).item() == pytest.approx(nats.mean(), abs=1e-6)
+    assert model.loss(tokens, targets).item() == pytest.approx(nats.mean(), abs=1e-6)  # measured: 2.9e-7
     for last in (1, 5, 16):
         got = model.nats(tokens, targets, last)
         assert got.shape == (3, last) and got.dtype == torch.float32
-        np.testing.assert_allclose(got.detach().numpy(), nats[:, -last:], atol=1e-5)
+        np.testing.assert_allclose(got.detach().numpy(), nats[:, -last:], atol=1e-5)  # measured: 5e-7
 
 
 CAUSAL = [
@@ -278,7 +279,8 @@ def test_sequences_of_a_batch_do_not_see_each_other():
     with torch.no_grad():
         batch = model.logits(tokens)
         for i in range(3):
-            torch.testing.assert_close(model.logits(tokens[i : i + 1])[0], batch[i], atol=2e-5, rtol=0)
+            # Measured: 0.
+            torch.testing.assert_close(model.logits(tokens[i : i + 1])[0], batch[i], atol=1e-6, rtol=0)
 
 
 def test_the_embedding_does_not_look_across_a_document_start():
@@ -396,7 +398,8 @@ def test_every_parameter_matters_and_learns(knobs, name):
             p.add_(sign * step * direction)
             losses.append(model.loss(tokens, targets).item())
             p.sub_(sign * step * direction)
-    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8)
+    # Measured: 1.7e-6.
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -427,10 +430,10 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
     v = torch.randn(2, 7, 2, 8, generator=generator, dtype=torch.float64)
     out = t.exclude_self(y, v)
     own = v.repeat_interleave(3, dim=2)
-    assert (out * own).sum(-1).abs().max() < 1e-12
+    assert (out * own).sum(-1).abs().max() < 1e-13  # measured: 2.1e-15
     removed = y - out  # parallel to v and nothing else
     along = (removed * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True) * own
-    torch.testing.assert_close(removed, along, atol=1e-12, rtol=0)
+    torch.testing.assert_close(removed, along, atol=1e-14, rtol=0)  # measured: 2.2e-16
     assert (y * own).sum(-1).abs().min() > 1e-6
     assert torch.isfinite(t.exclude_self(y, torch.zeros_like(v))).all()
 
@@ -440,13 +443,13 @@ def test_rope_keeps_norms_and_depends_on_distance_only():
     same = t.rms_norm(x).expand(1, 40, 2, 16)
     rope = [r.double() for r in t.rope_tables(40, 8, 100.0, torch.device("cpu"))]
     out = t.qk_norm_rope(x.expand(1, 40, 2, 16), torch.ones(2), *rope)
-    torch.testing.assert_close(out.norm(dim=-1), same.norm(dim=-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.norm(dim=-1), same.norm(dim=-1), rtol=2e-7, atol=0)  # measured: 1.1e-8
     assert torch.equal(out[..., 8:], same[..., 8:]) and torch.equal(out[:, 0], same[:, 0])
     q, k = out[0].unbind(1)
     products = q @ k.T  # (40, 40): constant along diagonals, and not constant across them
     for distance in range(-20, 21):
         diagonal = products.diagonal(distance)
-        assert (diagonal - diagonal[0]).abs().max() < 1e-5
+        assert (diagonal - diagonal[0]).abs().max() < 1e-5  # measured: 4.4e-7
     assert products[0].std() > 0.1
 
 
@@ -464,6 +467,7 @@ def test_qk_norm_makes_scores_independent_of_scale():
     rope = t.rope_tables(5, 4, 1e4, torch.device("cpu"))
     gain = torch.tensor([1.5, 0.25])
     out = t.qk_norm_rope(x, torch.ones(2), *rope)
+    # Measured: 4.6e-6.
     torch.testing.assert_close(t.qk_norm_rope(100 * x, torch.ones(2), *rope), out, atol=1e-4, rtol=0)
     torch.testing.assert_close(t.qk_norm_rope(x, gain, *rope), out * gain[:, None])
 
@@ -566,7 +570,7 @@ def test_at_the_start_only_the_embedding_counts():
     model = t.GPT(h)
     tokens = random_tokens(h, (2, 16), 13)
     x = t.rms_norm(model.embed(tokens))
-    torch.testing.assert_close(model.trunk(tokens), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.trunk(tokens), x, atol=1e-5, rtol=0)  # measured: 3.6e-6
     positions = t.Positions(*t.rope_tables(16, h.rope_dims, h.rope_base, torch.device("cpu")), None)
     for w, spec in zip(model.layer_weights(), model.layers):
         assert t.attention_block(x, w, spec, None, positions, t.Ops()).abs().max() == 0
@@ -574,7 +578,7 @@ def test_at_the_start_only_the_embedding_counts():
 
     h = t.load_config(["preset=cpu"], {})
     loss = t.GPT(h).loss(random_tokens(h, (2, 64), 1), random_tokens(h, (2, 64), 2)).item()
-    assert loss == pytest.approx(math.log(h.vocab_size), abs=0.05)
+    assert loss == pytest.approx(math.log(h.vocab_size), abs=0.05)  # measured: 0.019
 
 
 def test_orthogonal_inits_are_orthogonal():
@@ -585,10 +589,10 @@ def test_orthogonal_inits_are_orthogonal():
         for matrix in bank.detach().double():
             wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
             eye = torch.eye(len(wide), dtype=torch.float64)
-            torch.testing.assert_close(wide @ wide.T, eye, atol=1e-5, rtol=0)
+            torch.testing.assert_close(wide @ wide.T, eye, atol=1e-5, rtol=0)  # measured: 4.8e-7
     assert model.qo_bank[L:].abs().max() == 0 and model.mlp_down_bank.abs().max() == 0
     assert not torch.equal(model.kv_bank[0], model.kv_bank[1])
-    assert model.tok_emb.std().item() == pytest.approx(h.tied_embed_init_std, rel=0.1)
+    assert model.tok_emb.std().item() == pytest.approx(h.tied_embed_init_std, rel=0.1)  # measured: 0.0079
 
 
 @pytest.mark.parametrize("start", [1.0, 0.25])

@@ -40,7 +40,7 @@ def test_every_matrix_keeps_its_norm_and_turns():
     for spec in t.MATRICES:
         norms = [torch.linalg.matrix_norm(p[spec.name]) for p in (before, after)]
         assert norms[0].min() > 0.1
-        torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)  # measured: 5.3e-7
         turned = torch.linalg.matrix_norm(after[spec.name] - before[spec.name]) / norms[0]
         assert turned.min() > 0.01, spec.name
 
@@ -50,6 +50,7 @@ def test_output_scales_start_at_zero_and_everything_moves():
     h = tiny(**RECIPE)
     model = t.GPT(h)
     tokens = random_tokens(h, (2, 16))
+    # Measured: 3.8e-6.
     torch.testing.assert_close(model.trunk(tokens), t.rms_norm(model.embed(tokens)), atol=1e-5, rtol=0)
     with group_of_one() as m:
         before, after = trained(m, 4, data_path=data_folder(), **RECIPE)
@@ -98,7 +99,7 @@ def test_gains_have_a_rate_of_their_own():
             ends.append(trained(m, 6, data_path=data_folder(), **knobs)[1])
     frozen, slow, fast = ([(end[name] - 1).abs().max().item() for name in GAINS] for end in ends)
     assert frozen == [0.0, 0.0]
-    assert all(0 < a <= 0.007 and b > 10 * a for a, b in zip(slow, fast))
+    assert all(0 < a <= 0.007 and b > 10 * a for a, b in zip(slow, fast))  # measured: 0.0057
 
 
 def recipe_rank(rank, folder):
@@ -140,7 +141,7 @@ def test_without_the_dial_the_presets_rate_counts():
     assert (h.matrix_lr, h.num_layers, h.model_dim) == (0.02, 11, 512)
     assert {h.muon_wd, h.embed_wd, h.scalar_wd} == {0.0}
     middle = t.hyper_at(h, h.iterations // 2, 0.0)
-    assert (middle.matrix_lr_mul, middle.adam_lr_mul) == (pytest.approx(0.5, abs=1e-3), 1.0)
+    assert (middle.matrix_lr_mul, middle.adam_lr_mul) == (pytest.approx(0.5), 1.0)  # measured: 0
 
 
 def test_gains_are_counted():
@@ -169,7 +170,8 @@ def test_the_artifact_of_a_run_scores_what_its_log_says(tmp_path):
         assert torch.equal(tensors[name], tensors[name].half().float())
 
     loss, _ = score_by_hand(run.blob, 32)
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(loss, abs=2e-6)
+    # Measured: 4.7e-9.
+    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(loss, abs=5e-8)
 
     model = t.GPT(t.make_config({"eval_batch_tokens": 512}, header["config"]))
     tokens = random_tokens(model.h, (4, 33))

@@ -67,12 +67,14 @@ def frobenius(x):
 
 
 def test_published_polar_express_lists():
-    np.testing.assert_allclose(t.polar_express(1e-3, 5, 2e-2, 2e-2), FIVE, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(t.polar_express(1e-3, 4, 2e-2, 2e-2)[:3], FIVE[:3], rtol=0, atol=1e-9)
+    # Measured: 3.6e-15.
+    np.testing.assert_allclose(t.polar_express(1e-3, 5, 2e-2, 2e-2), FIVE, rtol=0, atol=1e-13)
+    # Measured: 3.6e-15.
+    np.testing.assert_allclose(t.polar_express(1e-3, 4, 2e-2, 2e-2)[:3], FIVE[:3], rtol=0, atol=1e-13)
     paper = t.polar_express(1e-3, 8, 0.0, 0.02407327424182761)
-    np.testing.assert_allclose(paper[:7], PAPER[:7], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(paper[:7], PAPER[:7], rtol=0, atol=1e-9)  # measured: 5.5e-11
     # The last row is printed as the limit; here u = 1 + 1e-9.
-    np.testing.assert_allclose(paper[7], PAPER[7], rtol=0, atol=5e-9)
+    np.testing.assert_allclose(paper[7], PAPER[7], rtol=0, atol=5e-9)  # measured: 3.9e-9
     assert t.PE5 == t.polar_express(1e-3, 5, 2e-2, 2e-2)
     assert t.polar_express(1e-3, 5, 2e-2, 2e-2) is t.polar_express(1e-3, 5, 2e-2, 2e-2)  # computed once
 
@@ -84,7 +86,8 @@ def test_the_quintic_is_minimax(low, high):
     error = poly(x, [t.minimax_quintic(low, high)]) - 1
     turns = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
     peaks = error[[0, turns[0], turns[-1], -1]]
-    np.testing.assert_allclose(np.abs(peaks), np.abs(error).max(), rtol=1e-5, atol=1e-11)
+    # Measured: 3 % of that.
+    np.testing.assert_allclose(np.abs(peaks), np.abs(error).max(), rtol=1e-8, atol=1e-11)
     assert np.sign(peaks).tolist() == [-1, 1, -1, 1]
 
 
@@ -98,17 +101,19 @@ def test_a_narrow_interval_is_newton_schulz():
     a, b, c = t.minimax_quintic(2.0 - 1e-6, 2.0)
     assert (a, b, c) == (15 / 16, -10 / 64, 3 / 256)
     near = t.minimax_quintic(2.0 * (1 - 1e-3), 2.0)  # the limit is continuous
-    np.testing.assert_allclose(near, (a, b, c), rtol=5e-3)
+    np.testing.assert_allclose(near, (a, b, c), rtol=5e-3)  # measured: 0.0025
 
 
 def test_images_of_the_designed_intervals():
     """Compare with known bands: each list reaches its own, and PE4 starts from 3e-3 for that reason."""
-    assert image(t.PE5, 1e-3) == pytest.approx((0.859, 1.141), abs=1e-3)
-    assert image(t.PE4, 3e-3) == pytest.approx((0.776, 1.224), abs=1e-3)
+    assert image(t.PE5, 1e-3) == pytest.approx((0.859, 1.141), abs=1e-3)  # measured: 1.3e-4
+    assert image(t.PE4, 3e-3) == pytest.approx((0.776, 1.224), abs=1e-3)  # measured: 2.3e-4
+    # Measured: 4.7e-4.
     assert image(t.polar_express(1e-3, 4, 0.02, 0.02), 1e-3) == pytest.approx((0.424, 1.576), abs=1e-3)
+    # Measured: 2.1e-4.
     assert image(t.polar_express(1e-2, 4, 0.02, 0.02), 1e-2) == pytest.approx((0.983, 1.017), abs=1e-3)
     slopes = [math.prod(a for a, _, _ in rows) for rows in (t.PE5, t.PE4, t.TURBO)]
-    assert slopes == pytest.approx([989, 283, 147], rel=5e-3)
+    assert slopes == pytest.approx([989, 283, 147], rel=5e-3)  # measured: 0.0011
 
 
 # ---------------------------------------------------------------- directions against float64
@@ -124,7 +129,7 @@ def test_a_direction_is_its_formula(method, shape):
     G = gaussian(*shape, seed=4) * torch.logspace(0, -2, shape[-2])[:, None]  # rows of unequal size
     out = t.orthogonalize(G, method).double().numpy()
     for g, u in zip(G.double().numpy(), out):
-        np.testing.assert_allclose(u, DIRECTIONS[method].formula(g), atol=5e-5)
+        np.testing.assert_allclose(u, DIRECTIONS[method].formula(g), atol=5e-5)  # measured: 1.5e-5
 
 
 SHAPES = dict(wide=(64, 192), square=(128, 128))
@@ -152,6 +157,7 @@ def test_distance_to_the_polar_factor(columns):
         distance = t.orthogonalize(G, method).double() - U @ Vh
         error[method] = (distance.norm() / math.sqrt(512)).item()
     for method, (square, wide) in DISTANCE.items():
+        # Measured: 0.0013.
         assert error[method] == pytest.approx(wide if columns > 512 else square, abs=0.004), method
     ranking = ["turbo", "polar_express", "polar_express4", "ns5", "mud"]
     distances = [error[method] for method in ranking]
@@ -191,9 +197,9 @@ def test_degenerate_inputs_give_finite_directions(method, case):
     assert out.reshape(-1, *G.shape[-2:])[dead].abs().sum() == 0  # zero stays zero
     if case.startswith("1e"):
         expected = t.orthogonalize(gaussian(2, 12, 20), method)
-        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)  # measured: 1.6e-6
     if case == "zero rows":
-        assert out[:, ::3].abs().max() < 1e-6
+        assert out[:, ::3].abs().max() < 1e-6  # measured: 0
 
 
 @pytest.mark.parametrize("method", t.ORTHO)
@@ -201,10 +207,10 @@ def test_a_batch_is_its_matrices_and_a_transpose_its_transpose(method):
     G = gaussian(3, 20, 12) * torch.tensor([1.0, 1e4, 1e-6])[:, None, None]
     out = t.orthogonalize(G, method)
     for i in range(3):
-        torch.testing.assert_close(out[i], t.orthogonalize(G[i], method), atol=2e-5, rtol=0)
+        torch.testing.assert_close(out[i], t.orthogonalize(G[i], method), atol=1e-6, rtol=0)  # measured: 0
     four = t.orthogonalize(G.reshape(3, 1, 20, 12), method)
-    torch.testing.assert_close(four[:, 0], out, atol=2e-5, rtol=0)
-    torch.testing.assert_close(t.orthogonalize(G.mT, method), out.mT, atol=2e-5, rtol=0)
+    torch.testing.assert_close(four[:, 0], out, atol=1e-6, rtol=0)  # measured: 0
+    torch.testing.assert_close(t.orthogonalize(G.mT, method), out.mT, atol=1e-6, rtol=0)  # measured: 0
     torch.testing.assert_close(t.orthogonalize(-G, method), -out)
     assert t.orthogonalize(G.double(), method).dtype == torch.float64
 
@@ -218,7 +224,7 @@ def test_bf16_moves_a_direction_little(method):
     exact = ortho(X)
     got = ortho(X.bfloat16())
     assert got.dtype == torch.bfloat16
-    assert (got.float() - exact).norm() < 0.03 * exact.norm()
+    assert (got.float() - exact).norm() < 0.03 * exact.norm()  # measured: 0.027
     for degenerate in DEGENERATE.values():
         G = degenerate()
         G = G.reshape(-1, *G.shape[-2:])
@@ -272,9 +278,10 @@ def test_matrix_update_is_a_float64_loop(rule, shape, flags):
                 even = direction / np.sqrt(v[i][:, None] if by_row else v[i][None])
                 direction = even * np.linalg.norm(direction) / np.linalg.norm(even)
             w[i] = step_by_hand(w[i], direction, lr, h)
-        np.testing.assert_allclose(W.double().numpy(), w, atol=3e-5)
+        np.testing.assert_allclose(W.double().numpy(), w, atol=3e-5)  # measured: 1.9e-6
     if second is not None:
-        np.testing.assert_allclose(second.flatten(1).double().numpy(), v, rtol=1e-3, atol=1e-6)
+        # Measured: 8 % of that.
+        np.testing.assert_allclose(second.flatten(1).double().numpy(), v, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
@@ -284,7 +291,8 @@ def test_equalized_rows_have_unit_norm_and_their_direction(scale):
     out = t.equalize_rows(U * scale).double().numpy()
     u = U.double().numpy()
     norms = np.linalg.norm(u, axis=-1, keepdims=True)
-    np.testing.assert_allclose(out, u / np.where(norms > 0, norms, 1), atol=1e-6)
+    np.testing.assert_allclose(out, u / np.where(norms > 0, norms, 1), atol=1e-6)  # measured: 5.8e-8
+    # Measured: 1.8e-8.
     assert np.linalg.norm(out[1, 3]) == 0 and np.linalg.norm(out[0, 3]) == pytest.approx(1, abs=1e-6)
 
 
@@ -313,7 +321,7 @@ def test_hyperball_keeps_every_norm(rule, method):
     for step in range(60):
         matrices = t.OwnedMatrices(W, gaussian(3, 24, 16, seed=step), momentum, second)
         t.matrix_update(matrices, ONE, scalars(matrix_lr=0.05), h)
-        torch.testing.assert_close(frobenius(W), norms, rtol=1e-5, atol=0)
+        torch.testing.assert_close(frobenius(W), norms, rtol=1e-5, atol=0)  # measured: 1.7e-6
         if step == 0:  # tan(angle) is at most the rate
             cosine = (W[:2] * start[:2]).sum((-2, -1)) / norms[:2].flatten() ** 2
             assert (cosine >= math.cos(math.atan(0.0501))).all() and (cosine < 0.9999).all()
@@ -336,12 +344,14 @@ def test_a_rule_that_keeps_norms_starts_from_no_zero_matrix(rule):
     matrices = [m for s in t.MATRICES for m in getattr(model, s.name)]
     assert all(m.norm() > 0 for m in matrices) == ("hyperball" in rule)
     if "hyperball" in rule:
+        # Measured: 0.0057.
         assert model.mlp_down_bank.std().item() == pytest.approx(0.8 / math.sqrt(h.model_dim), rel=0.05)
     given = t.GPT(tiny(step_rule=rule, proj_init_std=0.03))
-    assert given.mlp_down_bank.std().item() == pytest.approx(0.03, rel=0.05)
-    assert given.qo_bank[h.num_layers :].std().item() == pytest.approx(0.03, rel=0.05)
+    assert given.mlp_down_bank.std().item() == pytest.approx(0.03, rel=0.05)  # measured: 0.0057
+    assert given.qo_bank[h.num_layers :].std().item() == pytest.approx(0.03, rel=0.05)  # measured: 0.0077
     eye = torch.eye(h.model_dim).expand(h.num_layers, -1, -1)
-    torch.testing.assert_close(t.xxt(given.qo_bank[: h.num_layers])[0], eye, atol=1e-5, rtol=0)  # Q as before
+    # Q as before; measured: 4.2e-7.
+    torch.testing.assert_close(t.xxt(given.qo_bank[: h.num_layers])[0], eye, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- compilation
@@ -368,7 +378,7 @@ def test_matrix_update_compiles_into_one_graph(method, rule):
             ends.append([W, momentum] if second is None else [W, momentum, second])
     assert counter.frame_count == 1
     for eager, graph in zip(*ends):
-        torch.testing.assert_close(graph, eager, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(graph, eager, atol=1e-6, rtol=0)  # measured: 0
     torch._dynamo.reset()
 
 

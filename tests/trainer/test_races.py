@@ -38,9 +38,8 @@ def test_the_last_validation_decides():
     validations = matches(run, VAL_LINE)
     assert [int(m[1]) for m in validations] == [0, 8, 16, STEPS]
     assert final["steps"] == str(STEPS) and final["train_time"] == validations[-1][5]
-    assert float(re.search(r"val_loss:(\S+)", final["exact"])[1]) == pytest.approx(
-        float(validations[-1][3]), abs=5.1e-5
-    )
+    exact = float(re.search(r"val_loss:(\S+)", final["exact"])[1])
+    assert exact == pytest.approx(float(validations[-1][3]), abs=5.1e-5)  # measured: 1.2e-5
 
 
 def test_without_an_artifact_the_log_says_so_once():
@@ -179,7 +178,7 @@ def test_the_presets_of_races(preset):
         plain = t.load_config(["preset=h100x1_sp1024"], {})
         assert t.parameter_table(h) == t.parameter_table(plain)
     else:
-        assert parameters == pytest.approx(124e6, rel=0.005)
+        assert parameters == pytest.approx(124e6, rel=0.005)  # measured: 0.0031
         assert (h.vocab_size, h.bos_id, h.target_loss, h.val_tokens) == (50_304, 50_256, 3.28, 20 * 524_288)
 
 
@@ -187,6 +186,6 @@ def test_the_conditions_of_modded_nanogpts_track_3():
     """524,288 tokens in rows of 1,024, and one forward and backward pass a step on each of 8 ranks."""
     h = t.load_config(["preset=optimizer_race"], {})
     assert t.cut_batch(h, 8)[:2] == (1, 64) and h.train_seq_len == h.eval_seq_len == 1024
-    assert h.qk_gain_init / h.head_dim**0.5 == pytest.approx(0.12, rel=1e-3)
+    assert h.qk_gain_init / h.head_dim**0.5 == pytest.approx(0.12, rel=1e-3)  # measured: 2.6e-4
     parts = (h.attn_windows, h.xsa_last_n, h.ve_last_n, h.bigram_vocab_size, h.loop_times, h.grad_clip, h.fp8)
     assert not any(parts)

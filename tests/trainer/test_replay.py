@@ -258,10 +258,10 @@ def test_the_loss_is_the_mean_and_gradients_are_its_gradients(one, shards):
     whole = torch.cat(batch)
     mean = reference.loss(whole[:, :-1], whole[:, 1:])
     mean.backward()
-    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    assert loss == pytest.approx(mean.item(), rel=1e-6)  # measured: 7.5e-8
     for p, q in zip(model.parameters(), reference.parameters()):
         if p.requires_grad:
-            torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-7, rtol=1e-5)  # measured: 10 % of that
 
 
 # ---------------------------------------------------------------- in a whole run

@@ -49,7 +49,8 @@ def test_column_steps_follow_the_errors_that_remain():
     exponents = t.column_exponents(t.inverse_factor((sizes**2).diag() * 1000))
     octaves = sizes.log2().mean() - sizes.log2()
     assert exponents.shape == (1, 5) and exponents.dtype == torch.int8
-    assert (exponents[0] / 4 - octaves).abs().max() <= 0.25  # a rounded quarter, and the damping
+    # A rounded quarter, and the damping; measured: 0.15.
+    assert (exponents[0] / 4 - octaves).abs().max() <= 0.25
 
 
 def test_column_steps_have_limits_and_geometric_mean_one():
@@ -58,7 +59,7 @@ def test_column_steps_have_limits_and_geometric_mean_one():
     exponents = t.column_exponents(t.inverse_factor((sizes**2).diag()))
     assert (exponents[0, :10] == -t.EXPONENT_LIMIT).all() and (exponents[0, 10:] <= t.EXPONENT_LIMIT).all()
     x = uneven_inputs(48)
-    assert abs(float(t.column_exponents(t.inverse_factor(x.T @ x)).float().mean())) < 0.1
+    assert abs(float(t.column_exponents(t.inverse_factor(x.T @ x)).float().mean())) < 0.1  # measured: 0.062
 
 
 def test_the_outputs_change_less_at_the_same_entropy():
@@ -75,7 +76,7 @@ def test_the_outputs_change_less_at_the_same_entropy():
             steps = steps * t.column_sizes(found.exponents)
         errors[label] = output_error(W, found.codes.float(), steps, gram)
     assert entropy(columns.codes) <= entropy(plain.codes)
-    assert errors["columns"] < 0.8 * errors["plain"]
+    assert errors["columns"] < 0.8 * errors["plain"]  # measured: 0.48
 
 
 @pytest.mark.parametrize("codec", t.CODECS)
@@ -89,6 +90,7 @@ def test_column_steps_come_back_from_an_artifact(codec):
         guide = t.column_guide(calibration.grams[name], True)
         found = t.quantize(tensors[name], "columns", h.int6_step, guide)
         sizes = torch.exp2(found.exponents.float() / 4)
+        # Measured: 0.
         assert torch.allclose(back[name], found.codes * found.scales.float() * sizes, rtol=1e-6)
         assert found.exponents.unique().numel() > 1
 
@@ -164,7 +166,8 @@ def test_sensitivities_are_the_squared_gradients_of_the_outputs():
         expected = bank.grad.square().sum(-1)
         assert sensitivity.shape == (*bank.shape[:2], 1)
         assert expected.max() > 0
-        assert torch.allclose(sensitivity[..., 0] * inputs, expected, rtol=1e-3, atol=1e-9), name
+        # Measured: 4 % of that.
+        assert torch.allclose(sensitivity[..., 0] * inputs, expected, rtol=1e-5, atol=1e-9), name
     assert all(p.grad is None or name for name, p in parameters.items())
 
 
@@ -194,10 +197,10 @@ def test_row_steps_fall_with_the_root_of_the_sensitivity():
     factors = t.rounding_guide(tensors, h, calibration).row_factors["qo_bank"]
     rms = tensors["qo_bank"].square().mean(-1, keepdim=True).sqrt()
     steps = factors * rms
-    assert torch.allclose(steps[0, 0] * 3, steps[1, 0], rtol=1e-4)
+    assert torch.allclose(steps[0, 0] * 3, steps[1, 0], rtol=2e-6)  # measured: 1e-7
     assert factors[0, 1] == 1 / t.STEP_FACTOR_LIMIT and factors.max() <= t.STEP_FACTOR_LIMIT
     unlimited = factors[factors > 1 / t.STEP_FACTOR_LIMIT]
-    assert abs(float(unlimited.log().mean())) < 0.5
+    assert abs(float(unlimited.log().mean())) < 0.5  # measured: 0.042
 
     even = t.unpack_artifact(t.pack_artifact(tensors, h, t.Calibration(grams)))
     uneven = t.unpack_artifact(t.pack_artifact(tensors, h, calibration))

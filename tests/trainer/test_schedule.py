@@ -209,7 +209,8 @@ def test_the_world_size_changes_only_rounding(worlds):
             assert error <= TOLERANCE * size_of(name, expected, start[name]), (world, name, error, moved)
             # Training moved it, and far more than that.
             assert name == "skip_weights" or moved > 100 * error, name
-        assert worlds[world][0].trained.losses == pytest.approx(alone.trained.losses, rel=1e-5)
+        # Measured: 1.1e-7.
+        assert worlds[world][0].trained.losses == pytest.approx(alone.trained.losses, rel=2e-6)
 
 
 def test_padding_stays_zero(worlds):
@@ -236,7 +237,7 @@ def test_clipping_acts_on_the_global_norm_of_the_mean_gradient(worlds):
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
     assert norm > 0.6  # it does clip
     for ranks in worlds.values():
-        assert ranks[0].factors[0] == pytest.approx(0.3 / norm, rel=1e-4)
+        assert ranks[0].factors[0] == pytest.approx(0.3 / norm, rel=1e-5)  # measured: 1e-6
 
 
 # ---------------------------------------------------------------- work
@@ -278,7 +279,7 @@ def test_the_busiest_rank(world):
     busiest_apart = sum(flops(-(-shape[0] // world), *shape[1:]) for shape in shapes.values())
     assert sum(work) == total
     balance = (max(work) * world / total, busiest_apart * world / total)
-    assert balance == pytest.approx(BALANCE[world], abs=5e-4)
+    assert balance == pytest.approx(BALANCE[world], abs=5e-4)  # measured: 4.8e-4
 
 
 # ---------------------------------------------------------------- the wire
@@ -373,7 +374,7 @@ def test_bfloat16_halves_the_bytes_of_gradients_and_of_nothing_else(wires):
 
 WIRE_BOUND = 0.05  # seeds 1 to 3 come to 0.035; of seed 1337 ve_emb comes to 0.0501
 
-WIRE_LOSS = 5e-4
+WIRE_LOSS = 5e-4  # measured: 7.8e-5
 
 
 def test_bfloat16_gradients_train_the_same_model_to_their_precision(wires):
@@ -450,8 +451,8 @@ def test_nodes_train_the_model_of_one_rank(nodes):
     for name, p in first.trained.params.items():
         expected = alone.trained.params[name]
         assert (p - expected).norm() <= TOLERANCE * size_of(name, expected, start[name]), name
-    assert first.trained.losses == pytest.approx(alone.trained.losses, rel=1e-5)
-    assert first.factors == pytest.approx(alone.factors, rel=1e-5)
+    assert first.trained.losses == pytest.approx(alone.trained.losses, rel=2e-6)  # measured: 1e-7
+    assert first.factors == pytest.approx(alone.factors, rel=2e-6)  # measured: 1.2e-7
     matrices = {spec.name for spec in t.MATRICES}
     for name, p in alone.trained.params.items():  # each matrix has one owner in the whole world
         assert name not in matrices or sum(r.schedule.owned.get(name, 0) for r in ranks) == len(p)

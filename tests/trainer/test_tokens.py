@@ -597,7 +597,7 @@ def test_a_book_does_not_fill_a_batch(tmp_path):
     assert max(in_order) == 1.0
     assert sum(share > 0 for share in in_order) <= 9
     drawn = shares_of_the_book(10**9)
-    assert max(drawn) <= 0.8
+    assert max(drawn) <= 0.8  # measured: 0.625
     assert sum(share > 0 for share in drawn) >= 20
 
 

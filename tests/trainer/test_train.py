@@ -90,7 +90,7 @@ def test_a_run_ends_well_and_the_loss_falls():
     losses = [float(m[3]) for m in matches(run, TRAIN_LINE)]
     assert len(losses) == STEPS
     uniform = math.log(english_dataset().vocab_size)
-    assert losses[0] == pytest.approx(uniform, abs=0.3)
+    assert losses[0] == pytest.approx(uniform, abs=0.3)  # measured: 0.005
     assert np.mean(losses[-4:]) < losses[0] - 0.5
     assert run.final is not None
     assert float(run.final["val_loss"]) < uniform - 0.5
@@ -217,7 +217,7 @@ def test_log_lines_are_the_communitys():
     times = [int(m[4]) for m in steps]
     assert times == sorted(times)
     for m in steps:
-        assert float(m[5]) == pytest.approx(int(m[4]) / int(m[1]), abs=1.01)
+        assert float(m[5]) == pytest.approx(int(m[4]) / int(m[1]), abs=1.01)  # measured: 0.42
     assert [int(m[1]) for m in matches(run, VAL_LINE)] == [STEPS]
     assert all(len(pattern.findall("\n".join(run.lines))) == 1 for pattern in COMMUNITY)
     assert re.match(r"model_params:\d+$", starting(run, "model_params")[0])
@@ -265,11 +265,11 @@ def test_the_score_is_the_files():
     """Both the chunked and the sliding score are those of the bytes on disk, computed by hand."""
     run = finished_with()
     loss, bits = score_by_hand(run.blob, 8)
-    assert float(run.final["val_loss"]) == pytest.approx(loss, abs=2e-6)
-    assert float(run.final["val_bpb"]) == pytest.approx(bits, abs=2e-6)
+    assert float(run.final["val_loss"]) == pytest.approx(loss, abs=5e-8)  # measured: 8.4e-9
+    assert float(run.final["val_bpb"]) == pytest.approx(bits, abs=5e-8)  # measured: 1.4e-9
     chunked, _ = score_by_hand(run.blob, 32)
     logged = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
-    assert logged == pytest.approx(chunked, abs=2e-6)
+    assert logged == pytest.approx(chunked, abs=5e-8)  # measured: 2.7e-9
 
 
 def test_sliding_beats_chunked_after_training():
@@ -301,10 +301,12 @@ def test_eval_gives_the_same_score(tmp_path):
     line = eval_again(run, tmp_path, "again")
     assert line.startswith("eval_score metric:int6_lzma_sliding ")
     assert line.endswith(run.final["sha256"])
-    assert loss_in(line) == pytest.approx(float(run.final["val_loss"]), abs=2e-8)  # batches of another size
+    # Batches of another size; measured: 0.
+    assert loss_in(line) == pytest.approx(float(run.final["val_loss"]), abs=2e-8)
     assert re.search(r"val_bpb:([\d.]+)", line)[1][:8] == run.final["val_bpb"][:8]
     chunked = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
-    assert loss_in(eval_again(run, tmp_path, "chunked", "eval_stride=32")) == pytest.approx(chunked, abs=2e-6)
+    # Measured: 0.
+    assert loss_in(eval_again(run, tmp_path, "chunked", "eval_stride=32")) == pytest.approx(chunked, abs=2e-8)
 
 
 @pytest.mark.parametrize("knobs,preset", [({}, "cpu_sp8192"), (OTHER_PARTS, "cpu")], ids=["default", "extra"])
@@ -377,10 +379,11 @@ def test_two_ranks_train_and_score_like_one(tmp_path):
     status = run_ranks(main_rank, 2, english_args(iterations=STEPS, out_dir=tmp_path))
     assert status == [0, 0] and sorted(os.listdir(tmp_path)) == ["run.int6.xz", "run.txt"]
     two = read_run(tmp_path, 0)
-    assert float(two.final["val_loss"]) == pytest.approx(float(one.final["val_loss"]), abs=0.01)
+    # Measured: 0.
+    assert float(two.final["val_loss"]) == pytest.approx(float(one.final["val_loss"]), abs=2e-4)
     losses_of_two = [float(m[3]) for m in matches(two, TRAIN_LINE)]
     losses_of_one = [float(m[3]) for m in matches(one, TRAIN_LINE)]
-    assert losses_of_two == pytest.approx(losses_of_one, abs=0.005)
+    assert losses_of_two == pytest.approx(losses_of_one, abs=2e-4)  # measured: 0
     assert len(starting(two, "final_score")) == 1
     assert "world_size:2" in two.log
 

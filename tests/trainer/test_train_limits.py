@@ -129,7 +129,8 @@ def test_one_step_ships_trained_weights():
     live = float(value(run, r"final_live val_loss:([\d.]+)"))
     averaged = float(value(run, r"final_ema val_loss:([\d.]+)"))
     assert averaged == live
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.02)
+    shipped = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+    assert shipped == pytest.approx(live, abs=0.002)  # measured: 1.5e-4
     chosen, of_live, of_average = chosen_weights(run)
     assert chosen == "ema" and of_live == of_average  # equal weights: the knob's
 
@@ -139,7 +140,8 @@ def test_an_average_younger_than_its_horizon_ships_the_better_weights():
     chosen, of_live, of_average = chosen_weights(run)
     assert chosen == "live" and of_live < of_average - 0.1
     live = float(value(run, r"final_live val_loss:([\d.]+)"))
-    assert float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)")) == pytest.approx(live, abs=0.1)
+    shipped = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
+    assert shipped == pytest.approx(live, abs=0.005)  # measured: 3.8e-4
     assert not starting(finished_with(), "ended_early: ")  # a run that ends as planned does not choose
     named = finished_with(ema_frac=2.0, artifact_weights="live")
     assert not starting(named, "ended_early: ") and named.blob == run.blob
@@ -185,7 +187,7 @@ def test_ema_and_live_weights_are_different_artifacts():
     for run, name in ((ema, "ema"), (live, "live")):  # the artifact is near the weights that it names
         exact = float(value(run, r"final_int6_roundtrip_exact val_loss:([\d.]+)"))
         gaps = {n: abs(exact - float(value(run, rf"final_{n} val_loss:([\d.]+)"))) for n in ("live", "ema")}
-        assert gaps[name] == min(gaps.values()) and gaps[name] < 0.05, gaps
+        assert gaps[name] == min(gaps.values()) and gaps[name] < 0.05, gaps  # measured: 0.001
 
 
 def test_validation_during_training_changes_nothing():

@@ -42,7 +42,7 @@ def test_shifts_are_those_of_the_register():
     codes = (3 * normal(40, 5)).round().to(torch.int8).numpy()
     shifts = t.trellis_shifts(codes)
     assert np.array_equal(codes + shifts, multiples_of(codes))
-    assert 0.2 < (shifts[10:] != 0).mean() < 0.8
+    assert 0.2 < (shifts[10:] != 0).mean() < 0.8  # measured: 0.47
     stacked = np.stack([codes, codes[::-1].copy()])
     assert np.array_equal(t.trellis_shifts(stacked)[0], shifts)
 
@@ -54,7 +54,7 @@ def test_no_sequence_of_codes_has_a_smaller_error():
     sequences = np.array(list(product(*choices)), np.int8).T
     errors = ((multiples_of(sequences) - x.numpy()) ** 2).sum(0)
     found = t.trellis_multiples(x, torch.ones(6, 1), LIMIT)
-    assert float((found - x).square().sum()) == pytest.approx(errors.min(), abs=1e-5)
+    assert float((found - x).square().sum()) == pytest.approx(errors.min(), abs=1e-6)  # measured: 3.4e-8
 
 
 def test_multiples_are_read_back_from_their_codes():
@@ -100,7 +100,7 @@ def test_the_outputs_change_less_at_the_same_entropy():
         errors[encoding] = output_error(W, found.codes.float() + shifts, steps, gram)
         entropies[encoding] = entropy(found.codes.flatten()[:, None])
     assert entropies["trellis"] <= entropies["columns"]
-    assert errors["trellis"] < 0.88 * errors["columns"]
+    assert errors["trellis"] < 0.88 * errors["columns"]  # measured: 0.77
 
 
 @pytest.mark.parametrize("codec", t.CODECS)
@@ -120,7 +120,7 @@ def test_trellis_codes_come_back_from_an_artifact(codec):
         )
         multiples = found.codes + torch.from_numpy(t.trellis_shifts(found.codes.numpy()))
         sizes = t.column_sizes(found.exponents)
-        assert torch.allclose(back[name], multiples * found.scales.float() * sizes, rtol=1e-6)
+        assert torch.allclose(back[name], multiples * found.scales.float() * sizes, rtol=1e-6)  # measured: 0
 
     plain = t.unpack_artifact(t.pack_artifact(tensors, dataclasses.replace(h, trellis=False), calibration))
     assert differing(plain, back) == BANKS

@@ -59,7 +59,7 @@ def assert_close_to(naive, model):
     """Compare all parameters with the reference's."""
     for (name, p), expected in zip(model.named_parameters(), naive.model.parameters()):
         message = partial("{}: {}".format, name)
-        torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-6, msg=message)
+        torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-6, msg=message)  # measured: 5 % of that
 
 
 # All four sequences of a chunk at once, two batches of two, a batch of three and one of one.
@@ -134,6 +134,7 @@ def test_scores_are_those_of_score_then_learn(total, stride):
         still = run._replace(chunk=None, learner=nullcontext)
         without_learning, _ = t.score_targets(model.nats, tokens, still, m)
     assert (times_scored == 1).all()
+    # Measured: 1 % of that.
     torch.testing.assert_close(nats, naive_scores(model, tokens, h), rtol=1e-4, atol=1e-5)
     gaps = (nats - without_learning).abs()
     assert not gaps[:64].any() and (gaps > 1e-4)[64 + stride :].float().mean() > 0.9
@@ -242,5 +243,5 @@ def test_the_score_does_not_depend_on_the_world_size(chunk):
         assert all(rank == ranks[0] for rank in ranks)  # the same bits after every step
         loss_of_several, steps_of_several, restored = ranks[0]
         assert restored
-        assert loss_of_several == pytest.approx(loss, rel=1e-6)
+        assert loss_of_several == pytest.approx(loss, rel=5e-8)  # measured: 2e-9
         assert len(steps_of_several) == len(steps)

@@ -103,6 +103,7 @@ def test_every_target_is_scored_exactly_once():
     with group_of_one() as m:
         for i, (total, seq_len, stride) in enumerate(cases()):
             got = probe_sum(total, seq_len, stride, 1 + i % 4, m)
+            # Measured: 0.
             assert got == pytest.approx(expected_sum(total), rel=1e-12), (total, seq_len, stride)
 
 
@@ -192,9 +193,9 @@ def test_the_score_does_not_depend_on_the_world_size():
     for world in (2, 3):
         ranks = run_ranks(ranks_score, world, world)
         assert ranks[0] == ranks[1] == ranks[-1]  # every rank knows the score
-        assert ranks[0][0] == pytest.approx(one[0], rel=1e-12)
-        assert ranks[0][1:] == pytest.approx(one[1:], rel=1e-9)
-    assert one[0] == pytest.approx([expected_sum(total) for total, _, _ in cases()], rel=1e-12)
+        assert ranks[0][0] == pytest.approx(one[0], rel=1e-12)  # measured: 0
+        assert ranks[0][1:] == pytest.approx(one[1:], rel=1e-12)  # measured: 0
+    assert one[0] == pytest.approx([expected_sum(total) for total, _, _ in cases()], rel=1e-12)  # measured: 0
 
 
 def brute_force(model, tokens, seq_len, stride):
@@ -219,8 +220,9 @@ def test_evaluate_equals_single_forwards(total, stride):
     tokens = random_tokens(h, (total + 1,), 5).numpy()
     with group_of_one() as m, torch.no_grad():
         score = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreSettings(16, stride, 4, "x", SILENT), m)
-        assert score.loss == pytest.approx(brute_force(model, tokens, 16, stride), rel=1e-6)
-        assert score.bpb == pytest.approx(score.loss / np.log(2), rel=1e-12)  # one byte a token
+        assert score.loss == pytest.approx(brute_force(model, tokens, 16, stride), rel=1e-6)  # measured: 2e-8
+        # One byte a token; measured: 1.4e-16.
+        assert score.bpb == pytest.approx(score.loss / np.log(2), rel=1e-14, abs=0)
 
 
 def test_a_stride_of_seq_len_is_the_chunked_score():
@@ -232,6 +234,6 @@ def test_a_stride_of_seq_len_is_the_chunked_score():
     y = ids[1:].view(7, 16)
     with group_of_one() as m, torch.no_grad():
         chunked = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreSettings(16, 16, 4, "x", SILENT), m)
-        assert chunked.loss == pytest.approx(model.loss(x, y).item(), rel=1e-6)
+        assert chunked.loss == pytest.approx(model.loss(x, y).item(), rel=1e-6)  # measured: 6.2e-8
         sliding = t.evaluate(model.nats, tokens, ONE_BYTE, t.ScoreSettings(16, 4, 4, "x", SILENT), m)
         assert sliding.loss != chunked.loss

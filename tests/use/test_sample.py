@@ -48,7 +48,7 @@ def test_probabilities_by_hand(temperature, top_k):
     if 0 < top_k < 12:
         heated[np.argsort(logits)[:-top_k]] = 0
     found = sample.probabilities(torch.from_numpy(logits), temperature, top_k)
-    assert np.allclose(found.numpy(), heated / heated.sum(), rtol=1e-12, atol=0)
+    assert np.allclose(found.numpy(), heated / heated.sum(), rtol=1e-14, atol=0)  # measured: 2.4e-16
 
 
 def test_without_temperature_the_likeliest_token_is_certain():
@@ -75,7 +75,7 @@ def test_tokens_are_drawn_by_the_logits_of_the_last_tokens_in_reach(parts, monke
         seen = torch.tensor([(context + tokens[:i])[-h.eval_seq_len :]])
         logits = model.logits(seen)[0, -1].double() / 0.7
         want = torch.where(logits >= logits.sort().values[-5], logits.exp(), 0.0)
-        assert torch.allclose(drawn_from[i], want / want.sum(), rtol=1e-9, atol=0)
+        assert torch.allclose(drawn_from[i], want / want.sum(), rtol=1e-13, atol=0)  # measured: 4.3e-16
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -86,7 +86,7 @@ def test_a_window_that_is_filled_up_gives_the_same_logits(parts):
     model.logits = lambda tokens: lengths.append(tokens.size(1)) or logits(tokens)
     for tokens in ([BOS, 7, 9], [BOS, *range(5, 25)]):
         filled = sample.next_logits(model, tokens, whole_window=True)
-        assert torch.allclose(filled, sample.next_logits(model, tokens), atol=1e-5)
+        assert torch.allclose(filled, sample.next_logits(model, tokens), atol=1e-5)  # measured: 6.1e-7
     assert lengths == [16, 3, 16, 16]
 
 
