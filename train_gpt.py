@@ -36,24 +36,24 @@ Contents
  21. Calibration        what training text says about rounding
  22. Training           warm-up, clock, loop
  23. Commands           train, eval, audit, bench, config
-
-Dimensions in docstrings
-  B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
-  H num_heads   Hkv num_kv_heads         Dh head_dim   r rank of a change
-  W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
-
-Invariants (tests/ holds them)
-  Importing this file registers operators and has no other effect.
-  After Optimizer.step, all ranks hold bit-identical parameters.
-  For a fixed number of steps the result depends on the seed, which also fixes the order of the data.
-  The number of ranks changes only the order of sums, unless the batch grows (its stages are micro-batches)
-  or row_steps is on (each rank adds a sample).
-  Score windows tile the split.
-  No token's score depends on a later token.
-  The score is computed from the file on disk.
-  The denominator of bpb is the UTF-8 length of the text.
-  Nothing compiles while the training clock runs.
 """
+
+# Dimensions in docstrings
+#   B sequences   T tokens of a sequence   D model_dim   F mlp_dim       V vocab_size   L num_layers
+#   H num_heads   Hkv num_kv_heads         Dh head_dim   r rank of a change
+#   W (M, N) a matrix of M outputs and N inputs; b matrices are (b, M, N)
+#
+# Invariants (tests/ holds them)
+#   Importing this file registers operators and has no other effect.
+#   After Optimizer.step, all ranks hold bit-identical parameters.
+#   For a fixed number of steps the result depends on the seed, which also fixes the order of the data.
+#   The number of ranks changes only the order of sums, unless the batch grows (its stages are micro-batches)
+#   or row_steps is on (each rank adds a sample).
+#   Score windows tile the split.
+#   No token's score depends on a later token.
+#   The score is computed from the file on disk.
+#   The denominator of bpb is the UTF-8 length of the text.
+#   Nothing compiles while the training clock runs.
 
 from __future__ import annotations
 
