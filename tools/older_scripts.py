@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -166,6 +166,37 @@ def run_layer(script: ModuleType, spec: Any, x: Any, x0: Any, w: Any, attention:
 def is_reference_qk(script: ModuleType, qk: Callable) -> bool:
     """Return whether `qk` is the script's reference of QK norm, rope and gain; older scripts have none."""
     return qk is getattr(script, "qk_heads", None)
+
+
+# ---- a step --------------------------------------------------------------------------------------
+
+
+class MicroBatches(NamedTuple):
+    """The micro-batches of a step on one rank."""
+
+    accum: int
+    sequences: int  # of each
+
+
+def micro_batches_of(script: ModuleType, h: Any, world_size: int) -> MicroBatches:
+    """Cut the batch of a step as the script does. Older scripts return a plain tuple."""
+    accum, sequences, *_ = script.cut_batch(h, world_size)
+    return MicroBatches(accum, sequences)
+
+
+def capture_pass(script: ModuleType, loss_fn: Callable, optimizer: Any) -> tuple[Callable, str]:
+    """Capture a pass: (sequences (B, T + 1), micro-batches of the step) -> its part of the loss.
+
+    Older passes count the micro-batches themselves. Also returns the reason why it is no graph, or "".
+    """
+    backward, failure = script.capture_pass(loss_fn, optimizer)
+    if len(inspect.signature(backward).parameters) == 2:
+        return backward, failure
+
+    def backward_with_count(sequences: Any, count: int | None = None) -> Any:
+        return backward(sequences)
+
+    return backward_with_count, failure
 
 
 # ---- the optimizer -------------------------------------------------------------------------------

@@ -77,6 +77,26 @@ def test_the_reference_of_qk_is_known_where_a_script_has_one():
     assert not older_scripts.is_reference_qk(names(), t.qk_heads)
 
 
+def test_a_batch_is_cut_by_scripts_of_both_kinds():
+    h = tiny()
+    ours = older_scripts.micro_batches_of(t, h, 1)
+    cut = t.cut_batch(h, 1)
+    assert ours == (cut.accum, cut.sequences)
+    older = names(cut_batch=lambda h, world_size: (cut.accum, cut.sequences))
+    assert older_scripts.micro_batches_of(older, h, 1) == ours
+
+
+def test_a_pass_takes_the_number_of_micro_batches_and_hides_it_from_an_older_script():
+    ours = names(capture_pass=lambda loss_fn, optimizer: (lambda sequences, count: (sequences, count), ""))
+    backward, failure = older_scripts.capture_pass(ours, None, None)
+    assert (backward("tokens", 2), failure) == (("tokens", 2), "")
+
+    older = names(capture_pass=lambda loss_fn, optimizer: (lambda sequences: sequences, "why"))
+    backward, failure = older_scripts.capture_pass(older, None, None)
+    assert (backward("tokens", 2), failure) == ("tokens", "why")
+    assert backward("tokens") == "tokens"  # as its own train_step calls it
+
+
 def test_the_shape_of_a_rules_state_is_in_its_row_or_in_a_table_apart():
     with_state = next(rule for rule, row in t.STEP_RULES.items() if row.state_shape is not None)
     assert older_scripts.state_shape_of(t, with_state) is t.STEP_RULES[with_state].state_shape

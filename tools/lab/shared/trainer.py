@@ -23,9 +23,11 @@ from torch import Tensor
 
 import script
 from older_scripts import (
+    capture_pass,
     is_matrix,
     known_fault,
     machine_names,
+    micro_batches_of,
     one_layer,
     run_layer,
     shape_of,
@@ -67,7 +69,7 @@ class Session(NamedTuple):
     @property
     def accum(self) -> int:
         """Micro-batches of a step on this rank."""
-        return self.t.cut_batch(self.h, self.m.world_size).accum
+        return micro_batches_of(self.t, self.h, self.m.world_size).accum
 
     @property
     def late(self) -> bool:
@@ -112,7 +114,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str], progre
     """Resolve the config, bind the machine and begin a report that describes both."""
     h = t.load_config(knobs, env)
     m = t.init_machine(h, env)
-    sequences = t.cut_batch(h, m.world_size).sequences
+    sequences = micro_batches_of(t, h, m.world_size).sequences
     names = machine_names(m)
     report = dict(
         schema=1,
@@ -306,7 +308,7 @@ def capture_backward(s: Session, run: TrainingParts) -> tuple[Callable[[Tensor],
 
     It is a CUDA graph where the machine captures. Also returns the reason why a capture failed, or ''.
     """
-    return s.t.capture_pass(run.loss_fn, run.optimizer)
+    return capture_pass(s.t, run.loss_fn, run.optimizer)
 
 
 def gradient_buffers(optimizer: Any) -> list[Tensor]:
