@@ -301,8 +301,7 @@ def lesson_of(script: ModuleType, start: Any, end: Any) -> Any:
     Those of older scripts take rows of three numbers: start, end, and the first target scored.
     """
     if missing_names(script, WINDOW_NEEDS):
-        import torch  # here, because run.sh prints its help without it
-
+        torch = script.torch  # run.sh prints its help without importing it
         return torch.stack([torch.from_numpy(column) for column in (start, end, start)], 1)
     return script.Windows(start=start, end=end, score_from=start)
 
