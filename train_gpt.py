@@ -27,15 +27,16 @@ Contents
  12. Directions         ORTHO and STEP_RULES: how a momentum becomes a step
  13. Optimizer          sharded state, and every collective of a step
  14. Schedules          rates as functions of progress; the average of the weights
- 15. Rounding           a whole number for every weight: GPTQ, steps that follow the loss, trellis codes
- 16. Artifact           byte layout, the fit to the cap, reading, packed source
- 17. Codecs             xz, and rans for the codes of each row and column
- 18. Score              windows that tile the split, one evaluator, test-time training
- 19. Checkpoints        written by a thread, read by any number of ranks
- 20. Runs               knobs resolved and checked; what every command works with
- 21. Calibration        what training text says about rounding
- 22. Training           warm-up, clock, loop
- 23. Commands           train, eval, audit, bench, config
+ 15. Rounding           a whole number for every weight: GPTQ, steps that follow the loss
+ 16. Trellis codes      half steps that the codes above a weight decide
+ 17. Artifact           byte layout, the fit to the cap, reading, packed source
+ 18. Codecs             xz, and rans for the codes of each row and column
+ 19. Score              windows that tile the split, one evaluator, test-time training
+ 20. Checkpoints        written by a thread, read by any number of ranks
+ 21. Runs               knobs resolved and checked; what every command works with
+ 22. Calibration        what training text says about rounding
+ 23. Training           warm-up, clock, loop
+ 24. Commands           train, eval, audit, bench, config
 """
 
 # Dimensions in docstrings
@@ -4816,7 +4817,120 @@ def column_guide(gram: Tensor, has_column_steps: bool) -> ColumnGuide:
     return ColumnGuide(exponents, inverse_factor(gram * sizes * sizes.mT), widths / sizes)
 
 
-# Trellis codes: the weights of a column are read from top to bottom. A state, which the codes above a weight
+class Codes(NamedTuple):
+    """A quantized tensor (..., M, N): code * scale, times 2^(exponent / 4) if its columns have steps.
+
+    In the encoding trellis the code is shifted first, by trellis_shifts.
+    """
+
+    codes: Tensor  # int8 (..., M, N)
+    scales: Tensor  # f16 (..., M, 1)
+    exponents: Tensor | None = None  # int8 (..., 1, N)
+
+
+def choose_scales(W: Tensor, encoding: Encoding, clips: list[Tensor], least: Tensor) -> Tensor:
+    """Choose the scale of each row of W (..., M, N): float32 (..., M, 1), each of them an f16.
+
+    It is a clip divided by the clip's code, but at least `least` (..., M, 1). Of the clips, each (..., M, 1),
+    the one with the smallest squared error under rounding to nearest is taken.
+    """
+    clip_code = encoding.clip_code or encoding.limit
+    least = least.clamp_min(MIN_SCALE)
+    scales = [torch.maximum(clip / clip_code, least).half().float() for clip in clips]
+    errors = [(nearest_codes(W, s, encoding.limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
+    winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
+    return torch.stack(scales).gather(0, winner)[0]
+
+
+def quantize(
+    W: Tensor,
+    encoding: str,
+    least_step: float | Tensor = 0.0,
+    guide: ColumnGuide | None = None,
+    clip_sd: float = 0.0,
+    round_columns: Callable = gptq,
+) -> Codes:
+    """Quantize each row of W (..., M, N) symmetrically. rms: the root mean square of a row.
+
+    - Column steps: if the guide has them, they first divide W, so that all columns matter equally. Their
+      geometric mean is 1, so the entropy stays as it was.
+    - Clip of a row: clip_sd rms or, if clip_sd is 0, the best of CLIPS times the largest magnitude.
+    - Scale, the step of a row: the clip divided by the clip's code, but at least least_step rms (a number, or
+      (..., M, 1)).
+    - Codes: the nearest ones or, with a guide, those of round_columns: gptq, or trellis_gptq if the encoding
+      has shifts.
+    """
+    W = W.float()
+    rms = W.square().mean(-1, keepdim=True).sqrt()
+    exponents = None if guide is None else guide.exponents
+    if exponents is not None:
+        W = W / column_sizes(exponents)
+
+    peak = W.abs().amax(-1, keepdim=True)
+    clips = [clip_sd * rms] if clip_sd > 0 else [clip * peak for clip in CLIPS]
+    scale = choose_scales(W, ENCODINGS[encoding], clips, least_step * rms)
+
+    limit = ENCODINGS[encoding].limit
+    if guide is None:
+        codes = nearest_codes(W, scale, limit)
+    else:
+        codes = round_columns(W, scale, guide.U, limit)
+    return Codes(codes.to(torch.int8), scale.half(), exponents)
+
+
+class Calibration(NamedTuple):
+    """What training text tells about rounding, by parameter. Any parameter may be missing."""
+
+    grams: Mapping[str, Tensor] = {}  # the sum of x x' over a matrix's inputs x: float32 (matrices, N, N)
+    sensitivities: Mapping[str, Tensor] = {}  # of the loss to each row's output: float32 (matrices, M, 1)
+
+
+class RoundingGuide(NamedTuple):
+    """What a calibration says about rounding these tensors at any int6_step, by parameter."""
+
+    columns: Mapping[str, ColumnGuide] = {}
+    row_factors: Mapping[str, Tensor] = {}  # on int6_step: (matrices, M, 1)
+
+
+UNGUIDED = RoundingGuide()
+
+
+def row_step_factors(
+    tensors: Mapping[str, Tensor], columns: Mapping[str, ColumnGuide], sensitivities: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the factor on int6_step in each row, (matrices, M, 1) by parameter.
+
+    A step s in a row adds about s^2 / 12 * sensitivity * the sum of 1 / width^2 over its columns to the loss.
+    At a given entropy the total is smallest if every weight adds the same. Like int6_step, the factors are
+    relative to the row's root mean square. Their geometric mean over all weights is 1 before they are
+    limited.
+    """
+    importance = {}
+    for name, sensitivity in sensitivities.items():
+        W = tensors[name].float()
+        per_step = sensitivity * columns[name].widths.square().reciprocal().mean(-1, keepdim=True)
+        importance[name] = (per_step * W.square().mean(-1, keepdim=True)).clamp_min(1e-30).log()
+
+    weights = sum(tensors[name].numel() for name in importance)
+    total = sum(logs.sum() * tensors[name].size(-1) for name, logs in importance.items())
+    return {
+        name: (-0.5 * (logs - total / weights)).exp().clamp(1 / STEP_FACTOR_LIMIT, STEP_FACTOR_LIMIT)
+        for name, logs in importance.items()
+    }
+
+
+def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> RoundingGuide:
+    """Do once what no int6_step changes: every Gram matrix is factorized here."""
+    columns = {}
+    for name, gram in calibration.grams.items():
+        columns[name] = column_guide(gram, h.column_steps and STORED_AS[name] == "int6")
+    return RoundingGuide(columns, row_step_factors(tensors, columns, calibration.sensitivities))
+
+
+# -----------------------------------------------------------------------------
+# 16. Trellis codes: a weight may lie half a step off its code, as the codes above it decide.
+#
+# The weights of a column are read from top to bottom. A state, which the codes above a weight
 # decide, says whether the weight lies at its code or is shifted by half a step, up in even rows and down in
 # odd ones. All weights together can lie on a finer grid than their codes, and a search finds the sequence of
 # codes with the least squared error: Marcellin and Fischer, 1990. At equal entropy, the error of normal
@@ -5009,118 +5123,13 @@ def bind_trellis(device: torch.device) -> Bound:
     return bind_unless(partial(trellis_fault, device), trellis_multiples_fused, trellis_multiples)
 
 
-class Codes(NamedTuple):
-    """A quantized tensor (..., M, N): code * scale, times 2^(exponent / 4) if its columns have steps.
-
-    In the encoding trellis the code is shifted first, by trellis_shifts.
-    """
-
-    codes: Tensor  # int8 (..., M, N)
-    scales: Tensor  # f16 (..., M, 1)
-    exponents: Tensor | None = None  # int8 (..., 1, N)
-
-
-def choose_scales(W: Tensor, encoding: Encoding, clips: list[Tensor], least: Tensor) -> Tensor:
-    """Choose the scale of each row of W (..., M, N): float32 (..., M, 1), each of them an f16.
-
-    It is a clip divided by the clip's code, but at least `least` (..., M, 1). Of the clips, each (..., M, 1),
-    the one with the smallest squared error under rounding to nearest is taken.
-    """
-    clip_code = encoding.clip_code or encoding.limit
-    least = least.clamp_min(MIN_SCALE)
-    scales = [torch.maximum(clip / clip_code, least).half().float() for clip in clips]
-    errors = [(nearest_codes(W, s, encoding.limit) * s - W).square().sum(-1, keepdim=True) for s in scales]
-    winner = torch.stack(errors).argmin(0, keepdim=True)  # the first of equals
-    return torch.stack(scales).gather(0, winner)[0]
-
-
-def quantize(
-    W: Tensor,
-    encoding: str,
-    least_step: float | Tensor = 0.0,
-    guide: ColumnGuide | None = None,
-    clip_sd: float = 0.0,
-) -> Codes:
-    """Quantize each row of W (..., M, N) symmetrically. rms: the root mean square of a row.
-
-    - Column steps: if the guide has them, they first divide W, so that all columns matter equally. Their
-      geometric mean is 1, so the entropy stays as it was.
-    - Clip of a row: clip_sd rms or, if clip_sd is 0, the best of CLIPS times the largest magnitude.
-    - Scale, the step of a row: the clip divided by the clip's code, but at least least_step rms (a number, or
-      (..., M, 1)).
-    - Codes: the nearest ones or, with a guide, those of gptq.
-    """
-    W = W.float()
-    rms = W.square().mean(-1, keepdim=True).sqrt()
-    exponents = None if guide is None else guide.exponents
-    if exponents is not None:
-        W = W / column_sizes(exponents)
-
-    peak = W.abs().amax(-1, keepdim=True)
-    clips = [clip_sd * rms] if clip_sd > 0 else [clip * peak for clip in CLIPS]
-    scale = choose_scales(W, ENCODINGS[encoding], clips, least_step * rms)
-
-    limit = ENCODINGS[encoding].limit
-    if guide is None:
-        codes = nearest_codes(W, scale, limit)
-    elif ENCODINGS[encoding].has_shifts:
-        codes = trellis_codes(gptq(W, scale, guide.U, limit, bind_trellis(W.device).function))
-    else:
-        codes = gptq(W, scale, guide.U, limit)
-    return Codes(codes.to(torch.int8), scale.half(), exponents)
-
-
-class Calibration(NamedTuple):
-    """What training text tells about rounding, by parameter. Any parameter may be missing."""
-
-    grams: Mapping[str, Tensor] = {}  # the sum of x x' over a matrix's inputs x: float32 (matrices, N, N)
-    sensitivities: Mapping[str, Tensor] = {}  # of the loss to each row's output: float32 (matrices, M, 1)
-
-
-class RoundingGuide(NamedTuple):
-    """What a calibration says about rounding these tensors at any int6_step, by parameter."""
-
-    columns: Mapping[str, ColumnGuide] = {}
-    row_factors: Mapping[str, Tensor] = {}  # on int6_step: (matrices, M, 1)
-
-
-UNGUIDED = RoundingGuide()
-
-
-def row_step_factors(
-    tensors: Mapping[str, Tensor], columns: Mapping[str, ColumnGuide], sensitivities: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the factor on int6_step in each row, (matrices, M, 1) by parameter.
-
-    A step s in a row adds about s^2 / 12 * sensitivity * the sum of 1 / width^2 over its columns to the loss.
-    At a given entropy the total is smallest if every weight adds the same. Like int6_step, the factors are
-    relative to the row's root mean square. Their geometric mean over all weights is 1 before they are
-    limited.
-    """
-    importance = {}
-    for name, sensitivity in sensitivities.items():
-        W = tensors[name].float()
-        per_step = sensitivity * columns[name].widths.square().reciprocal().mean(-1, keepdim=True)
-        importance[name] = (per_step * W.square().mean(-1, keepdim=True)).clamp_min(1e-30).log()
-
-    weights = sum(tensors[name].numel() for name in importance)
-    total = sum(logs.sum() * tensors[name].size(-1) for name, logs in importance.items())
-    return {
-        name: (-0.5 * (logs - total / weights)).exp().clamp(1 / STEP_FACTOR_LIMIT, STEP_FACTOR_LIMIT)
-        for name, logs in importance.items()
-    }
-
-
-def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibration) -> RoundingGuide:
-    """Do once what no int6_step changes: every Gram matrix is factorized here."""
-    columns = {}
-    for name, gram in calibration.grams.items():
-        columns[name] = column_guide(gram, h.column_steps and STORED_AS[name] == "int6")
-    return RoundingGuide(columns, row_step_factors(tensors, columns, calibration.sensitivities))
+def trellis_gptq(W: Tensor, scale: Tensor, U: Tensor, limit: int) -> Tensor:
+    """Do gptq with trellis codes. Returns the codes, from which trellis_shifts gives the shifts."""
+    return trellis_codes(gptq(W, scale, U, limit, bind_trellis(W.device).function))
 
 
 # -----------------------------------------------------------------------------
-# 16. Artifact: byte layout, the fit to the cap, reading, packed source. No pickle anywhere.
+# 17. Artifact: byte layout, the fit to the cap, reading, packed source. No pickle anywhere.
 #
 #   artifact := raw, compressed by a row of CODECS; the first bytes tell which row
 #   raw      := MAGIC "GPT6" | u32 header_bytes | header | payload                little-endian throughout
@@ -5230,7 +5239,9 @@ def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide 
         entries.append(TensorEntry(name, encoding, list(W.shape), offset))
         if ENCODINGS[encoding].limit:
             least_step = h.int6_step * guide.row_factors.get(name, 1.0) if stored_as == "int6" else 0.0
-            quantized = quantize(W, encoding, least_step, columns, clips_sd.get(stored_as, 0.0))
+            clip_sd = clips_sd.get(stored_as, 0.0)
+            round_columns = trellis_gptq if ENCODINGS[encoding].has_shifts else gptq
+            quantized = quantize(W, encoding, least_step, columns, clip_sd, round_columns=round_columns)
             arrays = [quantized.codes.cpu().numpy(), quantized.scales.cpu().numpy().astype("<f2")]
             if quantized.exponents is not None:
                 arrays.append(quantized.exponents.cpu().numpy())
@@ -5486,7 +5497,7 @@ def own_source() -> str:
 
 
 # -----------------------------------------------------------------------------
-# 17. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
+# 18. Codecs: xz, and rans, an entropy coder that models how large the codes of each row and column are.
 
 # Codes hardly ever repeat, so the smallest dictionary saves 1.8 % of the bytes and 90 % of the time. No
 # other option gains 0.05 %.
@@ -5856,7 +5867,7 @@ def codec_of(blob: bytes) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 18. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
+# 19. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
 
 class Windows(NamedTuple):
@@ -6263,7 +6274,7 @@ def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
 
 
 # -----------------------------------------------------------------------------
-# 19. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
+# 20. Checkpoints: written by a thread, two sets kept, read by any number of ranks. No pickle.
 #
 #   OUT_DIR/RUN_ID.stepN.RofW.ckpt := u32 header_bytes | header JSON | float32 payload | sha256 of the rest
 #
@@ -6608,7 +6619,7 @@ class Checkpoints:
 
 
 # -----------------------------------------------------------------------------
-# 20. Runs: the knobs of a run, resolved and checked, and what every command works with, built once.
+# 21. Runs: the knobs of a run, resolved and checked, and what every command works with, built once.
 
 
 # The knobs whose value is one of several words.
@@ -6989,7 +7000,7 @@ def start_run(
 
 
 # -----------------------------------------------------------------------------
-# 21. Calibration: what training text says about rounding, measured on the live weights.
+# 22. Calibration: what training text says about rounding, measured on the live weights.
 
 
 def gram_of(x: Tensor) -> Tensor:
@@ -7160,7 +7171,7 @@ def check_calibration(calibration: Calibration, step: int, train_ms: float) -> N
 
 
 # -----------------------------------------------------------------------------
-# 22. Training: warm-up, clock, loop.
+# 23. Training: warm-up, clock, loop.
 
 DIVERGED = 1e6  # a loss or gradient norm from here on ends the run
 
@@ -7762,7 +7773,7 @@ def train(run: Run) -> Trained:
 
 
 # -----------------------------------------------------------------------------
-# 23. Commands: what the command line runs.
+# 24. Commands: what the command line runs.
 
 
 @memory_remedy("to make the artifact", "close other programs, or make the model smaller")
