@@ -238,6 +238,35 @@ def test_sections_are_counted_right(name):
     assert said == [str(len(numbers))]
 
 
+def sections() -> dict[str, str]:
+    """Return the text of each section of train_gpt.py, by its number."""
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^# (\d+)\. ", source, flags=re.M)
+    return dict(zip(parts[::2], parts[1::2]))
+
+
+def misplaced(text: str) -> list[str]:
+    """List the names that a document puts into another section than train_gpt.py defines them in."""
+    wrong = []
+    for name, number in re.findall(r"`(\w+)[\w.]*`,? (?:in )?section (\d+)", text):
+        if not re.search(rf"^(def |class )?{name}\b", sections()[number], re.M):
+            wrong.append(f"{name}, section {number}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/glossary.md", "docs/test_time_training.md"])
+def test_names_are_in_the_sections_that_documents_say(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not misplaced(text)
+    assert misplaced(text.replace("section 19", "section 18"))
+
+
+def test_the_walk_through_the_script_has_the_titles_of_its_sections():
+    text = (ROOT / "docs" / "script.md").read_text(encoding="utf-8")
+    titles = {number: re.match("[^:.]+", part)[0] for number, part in sections().items()}
+    assert dict(re.findall(r"^(\d+)\. \*\*([^*]+)\.\*\*", text, re.M)) == titles
+
+
 def test_the_checks_see_what_is_wrong(tmp_path):
     page = tmp_path / "page.md"
     text = "[a](page.md#second-part) [b](page.md#third) [c](gone.md)\n## Second part\n"
