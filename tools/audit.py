@@ -133,7 +133,8 @@ def run_audit(script: ModuleType, artifact: str, knobs: list[str]) -> int:
 
 def run_tests(script: ModuleType, run: Run, blob: bytes) -> int:
     """Run all tests on a run with the weights of the artifact `blob`. Returns the exit status."""
-    parts = sorted((Path(__file__).parent / "auditor").glob("*.py"))
+    tools = Path(__file__).parent
+    parts = [*sorted((tools / "auditor").glob("*.py")), tools / "older_scripts.py"]
     run.log(f"auditing {fingerprint(script.__file__)} with {fingerprint(__file__, parts)}")
     audit = make_audit(script, run, blob)
     passed = 0

@@ -146,7 +146,7 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     assert "audit T1 causality: FAIL" in capsys.readouterr().out
     tools = tmp_path / "tools"  # the repository's, above the folder
     tools.mkdir()
-    for name in ("audit.py", "progress.py", "script.py"):
+    for name in ("audit.py", "older_scripts.py", "progress.py", "script.py"):
         shutil.copy(ROOT / "tools" / name, tools / name)
     shutil.copytree(ROOT / "tools" / "auditor", tools / "auditor")
     command = [sys.executable, script, *audit_args(honest, tmp_path)]  # of an artifact that lies elsewhere
@@ -154,7 +154,8 @@ def test_a_record_folder_audits_its_own_script(honest, tmp_path, capsys):
     assert done.returncode == 1 and done.stderr == "", done
     assert "audit T1 causality: FAIL" in done.stdout and "of 9 tests passed" in done.stdout
     assert f"auditing {script} " in done.stdout
-    assert f" with {tools / 'audit.py'} " in done.stdout
+    deciding = [*sorted((tools / "auditor").glob("*.py")), tools / "older_scripts.py"]
+    assert f" with {audit.fingerprint(str(tools / 'audit.py'), deciding)}\n" in done.stdout
 
 
 def test_a_script_without_the_auditor_says_where_it_is(honest, tmp_path):
