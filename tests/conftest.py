@@ -44,8 +44,8 @@ def attention_switches():
 @pytest.fixture(scope="session", autouse=True)
 def every_program_is_packed_once():
     """Pack a program once for all runs of the session: a tiny run spends nearly half of its time on that."""
-    import helpers
     import train_gpt as t
+    from tests import helpers
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "packed_code", helpers.packed_once)

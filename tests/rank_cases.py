@@ -12,7 +12,7 @@ import traceback
 import torch
 
 import train_gpt as t
-from helpers import PACKED, ROOT, share_packed_code, temporary_folder, tiny
+from tests.helpers import PACKED, ROOT, share_packed_code, temporary_folder, tiny
 
 
 @contextlib.contextmanager

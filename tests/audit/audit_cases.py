@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import audit
 import train_gpt as t
 from auditor.subject import Verdict, make_audit
-from helpers import BOS, TINY, WORDS, as_arguments, joined, train_tokenizer, write_shard
-from rank_cases import group_of_one
+from tests.helpers import BOS, TINY, WORDS, as_arguments, joined, train_tokenizer, write_shard
+from tests.rank_cases import group_of_one
 
 KNOBS = TINY | dict(
     num_layers=2,

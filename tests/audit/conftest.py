@@ -1,3 +1,3 @@
 """For the tests of the auditor: an honest run, made once, and a process group of one rank."""
 
-from audit_cases import group, honest  # noqa: F401
+from tests.audit.audit_cases import group, honest  # noqa: F401

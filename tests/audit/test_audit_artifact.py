@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from audit_cases import Expected, audited, fresh, with_nats
+from tests.audit.audit_cases import Expected, audited, fresh, with_nats
 
 
 def container(text, payload, **xz):

@@ -13,11 +13,11 @@ import pytest
 
 import audit
 import train_gpt as t
-from audit_cases import audit_args, by_auditor, changed_script, fresh, write_dataset
 from auditor.subject import Verdict, make_audit
-from helpers import ROOT, stop_one_line
 from progress import Progress
-from rank_cases import run_ranks
+from tests.audit.audit_cases import audit_args, by_auditor, changed_script, fresh, write_dataset
+from tests.helpers import ROOT, stop_one_line
+from tests.rank_cases import run_ranks
 
 
 def test_the_command_passes_an_honest_artifact(honest, tmp_path, capfd):

@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 
 import train_gpt as t
-from audit_cases import SPACE, audited, config, fresh, on_data, prose, trained, write_dataset
 from auditor import sums
 from auditor.subject import make_audit
-from helpers import BOS, machine, train_tokenizer
+from tests.audit.audit_cases import SPACE, audited, config, fresh, on_data, prose, trained, write_dataset
+from tests.helpers import BOS, machine, train_tokenizer
 
 # ---------------------------------------------------------------- T5: bytes
 
@@ -69,7 +69,7 @@ def test_wrong_bytes_fail(name, honest, group):
 @pytest.mark.parametrize("has_piece", [True, False], ids=["piece", "no_piece"])
 def test_a_tokenizer_that_keeps_first_spaces_passes(has_piece, tmp_path, group):
     """With both flags of SentencePiece off, a document's first space is in its text, and so in the score."""
-    from test_bytes import edit_pieces, without_space_piece
+    from tests.trainer.test_bytes import edit_pieces, without_space_piece
 
     texts = ["  " + x for x in prose(60, 5)] + ["a"] * 9 + [" a"] * 9
     flags = dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
@@ -120,7 +120,7 @@ def test_unknown_pieces_fail_however_they_are_counted(tmp_path, group, monkeypat
 @pytest.fixture(scope="module")
 def spelled(tmp_path_factory):
     """Train on a vocabulary without a piece U+2581, where a lone space is three byte pieces."""
-    from test_bytes import edit_pieces
+    from tests.trainer.test_bytes import edit_pieces
 
     folder = tmp_path_factory.mktemp("spelled")
     texts = [x.replace(" ", "  ") for x in prose(60, 5)]

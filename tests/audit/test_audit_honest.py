@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 import train_gpt as t
-from audit_cases import audited, config, fresh, trained
-from helpers import OTHER_PARTS
-from rank_cases import group_of_one
+from tests.audit.audit_cases import audited, config, fresh, trained
+from tests.helpers import OTHER_PARTS
+from tests.rank_cases import group_of_one
 
 
 def test_the_run_has_learned(honest, group):

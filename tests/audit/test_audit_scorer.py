@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from audit_cases import Expected, audited, config, fresh, learning, on_data, trained, with_nats
-from helpers import joined, write_shard
-from rank_cases import group_of_one
+from tests.audit.audit_cases import Expected, audited, config, fresh, learning, on_data, trained, with_nats
+from tests.helpers import joined, write_shard
+from tests.rank_cases import group_of_one
 
 # ---------------------------------------------------------------- T1, T2, T3: the scorer
 

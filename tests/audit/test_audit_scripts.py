@@ -13,10 +13,10 @@ import pytest
 import audit
 import older_scripts
 import train_gpt as t
-from audit_cases import KNOBS, audit_args, by_auditor, changed_script
 from auditor.subject import plan_scores
-from helpers import ROOT, as_arguments
 from older_scripts import missing_names
+from tests.audit.audit_cases import KNOBS, audit_args, by_auditor, changed_script
+from tests.helpers import ROOT, as_arguments
 
 
 def refused(capsys, *args):

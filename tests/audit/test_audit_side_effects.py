@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import train_gpt as t
-from audit_cases import audited, fresh, on_data, with_nats
 from auditor import effects
 from auditor.subject import make_audit
-from helpers import write_shard
+from tests.audit.audit_cases import audited, fresh, on_data, with_nats
+from tests.helpers import write_shard
 
 # ---------------------------------------------------------------- T8: held-out files while training
 

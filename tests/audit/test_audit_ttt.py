@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from audit_cases import audit_args, by_auditor, changed_script
-from helpers import ROOT
+from tests.audit.audit_cases import audit_args, by_auditor, changed_script
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from run_sh_tree import Tree
+from tests.cli.run_sh_tree import Tree
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 import cli
 from commands import run_report, suite
-from run_sh_tree import CHECKS, COMMANDS, LOG_HEAD, ROOT, TESTS, refused
+from tests.cli.run_sh_tree import CHECKS, COMMANDS, LOG_HEAD, ROOT, TESTS, refused
 
 # ---------------------------------------------------------------- help, bad commands
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from run_sh_tree import CHECKS, ROOT, TESTS, refused
+from tests.cli.run_sh_tree import CHECKS, ROOT, TESTS, refused
 
 
 def test_too_old_python(tree):

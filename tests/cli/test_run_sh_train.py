@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 import cli
-from run_sh_tree import LOG_HEAD, refused
+from tests.cli.run_sh_tree import LOG_HEAD, refused
 
 
 @pytest.mark.parametrize(

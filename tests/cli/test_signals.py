@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import children
-from run_sh_tree import copy_tools
+from tests.cli.run_sh_tree import copy_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 2

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import offline
-from data_cases import make_documents, prose, text_args, write_docs
+from tests.data.data_cases import make_documents, prose, text_args, write_docs
 
 pytest.importorskip("sentencepiece")
 

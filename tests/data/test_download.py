@@ -14,7 +14,7 @@ import offline
 import prepare
 import shards
 import tokenizing
-from data_cases import content, make_documents, one_line, replaced
+from tests.data.data_cases import content, make_documents, one_line, replaced
 
 
 def token_stream(model, documents):

@@ -15,8 +15,8 @@ import build
 import messages
 import offline
 import prepare
-from data_cases import content, prose
 from messages import BadInput
+from tests.data.data_cases import content, prose
 
 
 def test_offline_is_deterministic_and_cached(tmp_path, sources, monkeypatch):

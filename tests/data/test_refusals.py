@@ -11,7 +11,7 @@ import pytest
 
 import prepare
 import shards
-from data_cases import content, make_documents, one_line, replaced, write_docs
+from tests.data.data_cases import content, make_documents, one_line, replaced, write_docs
 
 # Each bad_... spoils the arguments of a build and returns them with words that the error must hold.
 

@@ -9,7 +9,7 @@ import pytest
 
 import prepare
 import shards
-from data_cases import content, prose, write_docs
+from tests.data.data_cases import content, prose, write_docs
 
 
 def test_shard_bytes_are_the_official_layout(files):

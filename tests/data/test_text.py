@@ -14,7 +14,8 @@ import prepare
 import shards
 import tokenizing
 import train_gpt
-from data_cases import (
+from messages import BadInput
+from tests.data.data_cases import (
     content,
     documents_in,
     make_documents,
@@ -25,8 +26,7 @@ from data_cases import (
     text_args,
     write_docs,
 )
-from helpers import machine, tiny
-from messages import BadInput
+from tests.helpers import machine, tiny
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.zst", ".jsonl", ".jsonl.zst"])

@@ -12,7 +12,7 @@ import prepare
 import shards
 import tokenizing
 import train_gpt
-from data_cases import make_documents
+from tests.data.data_cases import make_documents
 
 SPACE = "\u2581"
 DOCUMENTS = [

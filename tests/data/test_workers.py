@@ -17,8 +17,8 @@ import offline
 import prepare
 import tokenizing
 import workers
-from data_cases import make_documents, one_line, read_split, replaced, write_docs
 from messages import BadInput
+from tests.data.data_cases import make_documents, one_line, read_split, replaced, write_docs
 
 
 def test_ctrl_c_that_another_thread_takes_waits_for_the_end_of_the_block():

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import torch
 
 import train_gpt as t
-from helpers import english_args, machine, tiny
 from lab import bench
 from lab.model import sections
 from lab.shared.trainer import Session
 from progress import Progress
+from tests.helpers import english_args, machine, tiny
 
 SECTIONS = [
     "embedding + bigram + smear", "value embedding", "residual mix + norm", "QKV product",

@@ -5,9 +5,9 @@ import re
 import pytest
 
 import train_gpt as t
-from helpers import english_args
 from lab import sweep
 from lab.training import planning
+from tests.helpers import english_args
 
 STEPS = 14
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import TINY, refused_by, tiny
 from lab import bench
 from lab.model import attention
 from lab.model.attention import AttentionPath, BoundPath, Layout, PathRow, PathTimes, Status
 from lab.shared import exact, timing
-from lab_helpers import a_session
+from tests.helpers import TINY, refused_by, tiny
+from tests.lab.lab_helpers import a_session
 
 KNOBS = [f"{k}={v}" for k, v in (TINY | dict(micro_batch_tokens=64)).items()]  # 4 rows of 16 tokens
 pytestmark = pytest.mark.usefixtures("quick_bench")

@@ -19,13 +19,13 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, machine, refused_by, stop_one_line
 from lab import bench
 from lab.shared import timing, trainer
 from lab.step import parts
-from lab_helpers import SECTIONS, WHOLE, run_bench
 from older_scripts import machine_names
 from progress import Progress
+from tests.helpers import english_args, machine, refused_by, stop_one_line
+from tests.lab.lab_helpers import SECTIONS, WHOLE, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tools" / "lab"

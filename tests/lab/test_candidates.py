@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args
 from lab import bench
 from lab.model import candidates, floors, sections
 from lab.model.candidates import CandidateRow, ModelErrors, SectionErrors, SectionRow
 from lab.shared import exact, trainer
-from lab_helpers import WHOLE, a_session, run_bench
+from tests.helpers import english_args
+from tests.lab.lab_helpers import WHOLE, a_session, run_bench
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("quick_bench")

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import train_gpt as t
-from helpers import english_args, temporary_folder
 from lab import encodings
-from rank_cases import run_ranks
+from tests.helpers import english_args, temporary_folder
+from tests.rank_cases import run_ranks
 
 
 def train_on_rank(rank, folder):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from commands import words
-from helpers import ROOT
 from lab import encodings
 from lab.training import planning
 from ledger.make import ladder, scaling, sweep_table
@@ -18,6 +17,7 @@ from ledger.prove.claims import Wrong
 from ledger.read import knobs, probe
 from ledger.read.runlog import RunLog
 from script import TRAINER, BadInput
+from tests.helpers import ROOT
 
 LAST_KNOB = "\n    @property\n    def head_dim"  # what stands behind the last knob
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import as_arguments, noisy_model, shard_folder, tiny
 from lab import layouts
 from lab.layout.one_stream import OneStream
 from lab.shared.collectives import Recorder
-from rank_cases import group_of_one, run_ranks
 from script import ROOT, TRAINER, BadInput, load_script
+from tests.helpers import as_arguments, noisy_model, shard_folder, tiny
+from tests.rank_cases import group_of_one, run_ranks
 
 STEPS = 4
 CLOSE = 3e-5  # of a parameter's norm, as in test_schedule.py; measured: 0

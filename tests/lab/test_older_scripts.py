@@ -9,7 +9,7 @@ import torch
 
 import older_scripts
 import train_gpt as t
-from helpers import ROOT, tiny
+from tests.helpers import ROOT, tiny
 
 TOOLS = ROOT / "tools"
 

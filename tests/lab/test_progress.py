@@ -15,7 +15,6 @@ import pytest
 
 import progress
 import train_gpt as t
-from helpers import machine, tiny
 from lab import bench, codecs, directions, encodings, sweep, wire
 from lab.update import cases, times
 from ledger import record
@@ -23,7 +22,8 @@ from ledger.make import sweep_table
 from ledger.show.web import facts
 from progress import ERASE, Progress
 from script import BadInput
-from sweep_cases import raw_plan
+from tests.helpers import machine, tiny
+from tests.lab.sweep_cases import raw_plan
 from use import export
 
 PIECE = 0.05  # seconds that a piece of work takes here

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import noisy_model, tiny
 from lab import codecs
+from tests.helpers import noisy_model, tiny
 
 UNEVEN = 4.0  # the ratio of the largest to the smallest diagonal element of a Gram matrix
 

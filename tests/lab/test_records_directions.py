@@ -17,7 +17,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as t
-from helpers import english_dataset, machine, tiny
 from lab import directions
 from lab.update import cases, quality, times
 from lab.update.cases import Part, Portion
@@ -27,6 +26,7 @@ from ledger.prove import direction_claims
 from ledger.read import direction_log
 from progress import Progress
 from script import TRAINER, BadInput
+from tests.helpers import english_dataset, machine, tiny
 
 MARKERS = """# R
 

@@ -9,11 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-from helpers import OTHER_PARTS
 from lab.model import floors, sections
 from lab.model.floors import Rates
 from lab.model.sections import Section, Work
-from lab_helpers import SECTIONS, a_session, sections_by_name
+from tests.helpers import OTHER_PARTS
+from tests.lab.lab_helpers import SECTIONS, a_session, sections_by_name
 
 pytestmark = pytest.mark.usefixtures("quick_bench")
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, tiny
 from lab import bench
 from lab.shared import trainer
 from lab.step import parts, smi, sustained
-from lab_helpers import a_session, run_bench, session_of
-from rank_cases import group_of_one
+from tests.helpers import english_args, tiny
+from tests.lab.lab_helpers import a_session, run_bench, session_of
+from tests.rank_cases import group_of_one
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("quick_bench")

@@ -25,7 +25,7 @@ from ledger.make import sweep_table
 from ledger.prove import sweep_claims
 from ledger.read import runlog
 from script import ROOT
-from sweep_cases import STEPS, base, final, no_sweep_starts, tiny_plan
+from tests.lab.sweep_cases import STEPS, base, final, no_sweep_starts, tiny_plan
 
 
 def kill_first_worker(running, folder, thread):

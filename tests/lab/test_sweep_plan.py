@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import pytest
 
 import train_gpt as t
-from helpers import english_dataset
 from lab import sweep
 from lab.training import planning
 from ledger import record
 from ledger.make import sweep_table
 from ledger.read import knobs, runlog
 from script import ROOT
-from sweep_cases import base, raw_plan, tiny_plan
+from tests.helpers import english_dataset
+from tests.lab.sweep_cases import base, raw_plan, tiny_plan
 
 # ---------------------------------------------------------------- who is next
 

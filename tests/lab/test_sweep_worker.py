@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args
 from lab.training import worker as sweep_worker
 from lab.training.worker import Worker, entropy_bytes, weights_sha256
 from ledger.make import sweep_table
 from ledger.prove import sweep_claims
 from ledger.read import runlog
 from script import TRAINER
-from sweep_cases import LINE, STEPS, base, final, step_lines, tiny_plan
+from tests.helpers import english_args
+from tests.lab.sweep_cases import LINE, STEPS, base, final, step_lines, tiny_plan
 
 
 @pytest.fixture(scope="module")

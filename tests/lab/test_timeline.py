@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import pytest
 
-from helpers import TINY, refused_by
 from lab import bench
 from lab.shared import bench_options
 from lab.shared.collectives import Collective, Recorder
 from lab.step import timeline, timeline_drawing, timeline_figures, traces
 from lab.step.intervals import account, clipped, length, merged, minus
 from lab.step.traces import RankTrace, Span, matched
-from rank_cases import run_ranks
+from tests.helpers import TINY, refused_by
+from tests.rank_cases import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = [f"{k}={v}" for k, v in TINY.items()]

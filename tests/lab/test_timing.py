@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from helpers import english_dataset, tiny
 from lab.shared import timing, trainer
 from lab.step import parts, sustained
-from lab_helpers import a_session, on_gpu
-from rank_cases import group_of_one
+from tests.helpers import english_dataset, tiny
+from tests.lab.lab_helpers import a_session, on_gpu
+from tests.rank_cases import group_of_one
 
 pytestmark = pytest.mark.usefixtures("quick_bench")
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 import train_gpt as t
-from helpers import TINY, machine, tiny
 from lab import wire
 from lab.network import one_step, predict
 from lab.network.predict import StepTimes
 from lab.shared import collectives
 from lab.shared.collectives import Collective, MatrixBatch, Scope, Wait
-from rank_cases import run_ranks
 from script import TRAINER, BadInput
+from tests.helpers import TINY, machine, tiny
+from tests.rank_cases import run_ranks
 
 KNOBS = tuple(f"{k}={v}" for k, v in TINY.items())
 # Optimizer.step on one node: one for each bank; all-reduce: the small tensors together, and the norm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from record_helpers import MARKERS, NAME, TRACK, make
+from tests.ledger.record_helpers import MARKERS, NAME, TRACK, make
 
 
 @pytest.fixture(scope="module")

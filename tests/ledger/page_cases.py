@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import fixtures_records as fx
-from chromium import NAMES, Chromium, find_chromium
 from ledger.show.web.library import PACKAGES
-from record_helpers import MARKERS, NAME, TRACK, make, run
+from tests.ledger import fixtures_records as fx
+from tests.ledger.chromium import NAMES, Chromium, find_chromium
+from tests.ledger.record_helpers import MARKERS, NAME, TRACK, make, run
 
 RECORDS = Path(__file__).resolve().parents[2] / "records"
 SWEEP = "2026-11-22_Attention"  # of this repository: five rows of three seeds

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import fixtures_records as fx
 from ledger import record
 from ledger.make import record_folder
 from ledger.prove import claim_table
 from ledger.read import runlog
+from tests.ledger import fixtures_records as fx
 
 TRACK = "track_h100x1_5min"
 SEEDS = (42, 1337, 2025)

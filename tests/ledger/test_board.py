@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ledger.show.board import BOARD, LOSS_NOTE, best_first
-from record_helpers import MARKERS, make, run
+from tests.ledger.record_helpers import MARKERS, make, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ import pytest
 from ledger import files
 from ledger.folders import is_date
 from ledger.make.markdown import one_line
-from record_helpers import make, run
 from script import BadInput
+from tests.ledger.record_helpers import make, run
 
 
 def test_a_pipe_is_read_to_the_end_of_its_writer(tmp_path):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
 from ledger import stats
 from ledger.make import ladder
-from record_helpers import make, run
+from tests.helpers import ROOT
+from tests.ledger.record_helpers import make, run
 
 PAGE = "# Ladder\n\n<!-- ladder:start -->\nold\n<!-- ladder:end -->\n\nlast line\n"
 SWEEP = "2026-11-27_EndOfRun"

@@ -7,8 +7,8 @@ from datetime import date, timedelta
 
 import pytest
 
-import fixtures_records as fx
 from ledger.make import pictures
+from tests.ledger import fixtures_records as fx
 
 
 @pytest.fixture

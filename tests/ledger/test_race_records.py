@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import fixtures_records as fx
 import train_gpt as t
 from ledger import races, stats
 from ledger.make import record_folder
@@ -19,7 +18,19 @@ from ledger.read.schema import submission_schema
 from ledger.show.board import LOSS_NOTE
 from ledger.show.standing import compare_with_board
 from ledger.tracks import TRACKS
-from record_helpers import MARKERS, META, TRACK, Fault, edit, edit_json, edit_log, refuse, run, write_logs
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import (
+    MARKERS,
+    META,
+    TRACK,
+    Fault,
+    edit,
+    edit_json,
+    edit_log,
+    refuse,
+    run,
+    write_logs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

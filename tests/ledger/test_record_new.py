@@ -13,12 +13,23 @@ from pathlib import Path
 
 import pytest
 
-import fixtures_records as fx
 from ledger.make import record_folder, submission
 from ledger.read import runlog, scores
 from ledger.read.schema import schema_errors, submission_schema
 from ledger.read.scores import Score
-from record_helpers import NAME, SEEDS, TRACK, edit, failed_claims, make, refuse, run, verdicts, write_logs
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import (
+    NAME,
+    SEEDS,
+    TRACK,
+    edit,
+    failed_claims,
+    make,
+    refuse,
+    run,
+    verdicts,
+    write_logs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
-import fixtures_records as fx
 from ledger.prove import claim_table, record_claims
 from ledger.read.schema import schema_errors, submission_schema
-from record_helpers import (
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import (
     NAME,
     TRACK,
     Fault,

@@ -12,12 +12,12 @@ import sys
 
 import pytest
 
-import fixtures_records as fx
 from ledger import stats
 from ledger.read import runlog
 from ledger.show import diff, reproduce, standing
-from record_helpers import NAME, TRACK, edit, edit_json, log42, make, run
 from script import ROOT, BadInput
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import NAME, TRACK, edit, edit_json, log42, make, run
 
 
 def test_plot(repo, folder, tmp_path, capsys):

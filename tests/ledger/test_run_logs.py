@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import fixtures_records as fx
 from ledger.read import runlog
-from record_helpers import NAME, TRACK, edit_log, run, write_logs
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import NAME, TRACK, edit_log, run, write_logs
 
 
 def test_parse_is_not_fooled_by_the_source(tmp_path):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import fixtures_records as fx
-from helpers import ROOT
 from ledger.make import scaling
-from record_helpers import run
+from tests.helpers import ROOT
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import run
 
 PAGE = "# Scaling\n\n<!-- scaling:start -->\nold\n<!-- scaling:end -->\n\nlast line\n"
 FLOPS = {2: 3e14, 4: 3e15, 8: 6e16, 12: 7e17, 16: 3e18}

@@ -17,10 +17,10 @@ from ledger import record, stats
 from ledger.folders import sweep_folders
 from ledger.show import site
 from ledger.show.web import facts, library
-from page_cases import HOSTILE, MISSING, RECORDS, SWEEP, add_rung, small_ledger, with_packages
 from progress import Progress
-from record_helpers import NAME, SEEDS, TRACK, edit_log, run
 from script import BadInput
+from tests.ledger.page_cases import HOSTILE, MISSING, RECORDS, SWEEP, add_rung, small_ledger, with_packages
+from tests.ledger.record_helpers import NAME, SEEDS, TRACK, edit_log, run
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "link", "input", "img", "br", "hr"}  # elements without an end

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from page_cases import add_rung, browser, small_ledger, with_packages  # noqa: F401 - browser is a fixture
-from record_helpers import NAME, TRACK, run
+from tests.ledger.page_cases import add_rung, browser, small_ledger, with_packages  # noqa: F401 - browser is a fixture
+from tests.ledger.record_helpers import NAME, TRACK, run
 
 pytestmark = [pytest.mark.slow, with_packages]
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-import fixtures_records as fx
 from ledger.read import progress
 from ledger.read.progress import Followed, failure_of, fraction_done
 from ledger.read.runlog import parse_log
 from ledger.show import watch
-from page_cases import browser, with_packages  # noqa: F401 - browser is a fixture
+from tests.ledger import fixtures_records as fx
+from tests.ledger.page_cases import browser, with_packages  # noqa: F401 - browser is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = fx.log_text(42, config={"max_wallclock_seconds": "300.0"})

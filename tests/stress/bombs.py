@@ -1,6 +1,6 @@
 """Read small artifacts that unpack to something huge, each in a process that measures memory and time.
 
-PYTHONPATH=.:tests python tests/stress/bombs.py [NAME] ...     prints a line of JSON for each; all by default
+PYTHONPATH=. python tests/stress/bombs.py [NAME] ...     prints a line of JSON for each; all by default
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 import train_gpt as t
-from mutations import small_artifact
-from rans_streams import put_together, with_checksum
-from reader import VIOLATION, Violation, clock, outcome, since
-from xz_streams import blocks, compress, with_dictionary
+from tests.stress.mutations import small_artifact
+from tests.stress.rans_streams import put_together, with_checksum
+from tests.stress.reader import VIOLATION, Violation, clock, outcome, since
+from tests.stress.xz_streams import blocks, compress, with_dictionary
 
 MEMORY = 1_600_000_000  # most bytes that the reader may need
 MEMORY_REFUSED = 6_000_000_000  # the operating system gives no more than these

@@ -1,6 +1,6 @@
 """Read damaged and hostile artifacts.
 
-    PYTHONPATH=.:tests python tests/stress/fuzz_artifact.py [CASES] [SEED]
+    PYTHONPATH=. python tests/stress/fuzz_artifact.py [CASES] [SEED]
 
 Reads CASES (10,000) mutations of a small artifact and every bomb, and checks the claim of reader.py; bombs
 must also need less memory than bombs.MEMORY. Prints tables of mutations and bombs by outcome, and the first
@@ -13,10 +13,10 @@ import sys
 import time
 from typing import NamedTuple
 
-from bombs import bomb_reports
-from mutations import MUTATIONS, small_artifact
-from rans_streams import RANS_MUTATIONS
-from reader import VIOLATION, Violation, outcome
+from tests.stress.bombs import bomb_reports
+from tests.stress.mutations import MUTATIONS, small_artifact
+from tests.stress.rans_streams import RANS_MUTATIONS
+from tests.stress.reader import VIOLATION, Violation, outcome
 
 ALL = MUTATIONS | RANS_MUTATIONS
 

@@ -1,6 +1,6 @@
 """Meet the programs with hostile input, environments, signals and disks.
 
-    PYTHONPATH=.:tests:tests/stress:tests/ledger:tools python tests/stress/hostile.py [WORKERS] [WORDS...]
+    PYTHONPATH=.:tools python tests/stress/hostile.py [WORKERS] [WORDS...]
 
 Runs every case of hostile_cases/ over WORKERS threads (one per core). A word that is the name of a group
 leaves its cases; any other leaves those whose group and name hold it. Each case starts a real program in a
@@ -18,8 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
-from helpers import ROOT, temporary_folder
-from hostile_cases import (
+from tests.helpers import ROOT, temporary_folder
+from tests.stress.hostile_cases import (
     artifacts,
     data,
     disks,
@@ -32,9 +32,9 @@ from hostile_cases import (
     signals,
     texts,
 )
-from hostile_cases.case import Case, Group
-from hostile_cases.judge import Verdict
-from hostile_cases.sound_files import SoundFiles
+from tests.stress.hostile_cases.case import Case, Group
+from tests.stress.hostile_cases.judge import Verdict
+from tests.stress.hostile_cases.sound_files import SoundFiles
 
 GROUPS = (
     paths.GROUP,

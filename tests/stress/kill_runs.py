@@ -1,6 +1,6 @@
 """Kill runs at random moments and resume them.
 
-    PYTHONPATH=.:tests python tests/stress/kill_runs.py [KILLS] [DEATHS] [SEED]
+    PYTHONPATH=. python tests/stress/kill_runs.py [KILLS] [DEATHS] [SEED]
 
 First, runs on one process: each is killed by SIGKILL, started again with resume=auto, and so on, until it may
 end; KILLS kills in all. Then runs on two ranks, without torchrun, of which one is killed; DEATHS kills in
@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 
 import train_gpt as t
-from helpers import PACKED, english_args, packed_once, share_packed_code, temporary_folder
-from rank_cases import LOOPBACK_INTERFACE, fork_server, group_environment
+from tests.helpers import PACKED, english_args, packed_once, share_packed_code, temporary_folder
+from tests.rank_cases import LOOPBACK_INTERFACE, fork_server, group_environment
 
 SECONDS = 60
 STEPS = 150

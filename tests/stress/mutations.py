@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 import train_gpt as t
-from xz_streams import blocks, compress, with_dictionary
+from tests.stress.xz_streams import blocks, compress, with_dictionary
 
 SMALL = dict(
     vocab_size=16,

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-import mutations
 import train_gpt as t
-from xz_streams import compress, crc32
+from tests.stress import mutations
+from tests.stress.xz_streams import compress, crc32
 
 
 class Parts(NamedTuple):

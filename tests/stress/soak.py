@@ -1,6 +1,6 @@
 """Measure whether training leaks memory.
 
-    PYTHONPATH=.:tests python tests/stress/soak.py [SECONDS] [MIB_PER_HOUR]
+    PYTHONPATH=. python tests/stress/soak.py [SECONDS] [MIB_PER_HOUR]
 
 Trains on the CPU for SECONDS (600), with checkpoints and validations, and samples the process's resident
 memory. Prints the slope of a least-squares line through all samples after the first third. Exit status 1 if
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from helpers import temporary_folder
-from kill_runs import began, ended, start, wait_until
+from tests.helpers import temporary_folder
+from tests.stress.kill_runs import began, ended, start, wait_until
 
 
 class Sample(NamedTuple):

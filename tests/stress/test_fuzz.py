@@ -11,15 +11,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import bombs
-import fuzz_artifact
-import mutations
-import reader
 import train_gpt as t
-from audit_helpers import main_here
-from helpers import english_dataset, stop_one_line
-from mutations import ENCODING, NAME, OFFSET, SHAPE
-from xz_streams import blocks, compress
+from tests.audit.audit_helpers import main_here
+from tests.helpers import english_dataset, stop_one_line
+from tests.stress import bombs, fuzz_artifact, mutations, reader
+from tests.stress.mutations import ENCODING, NAME, OFFSET, SHAPE
+from tests.stress.xz_streams import blocks, compress
 
 
 @pytest.fixture(scope="module")

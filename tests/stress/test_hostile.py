@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import pytest
 
-import hostile
 import train_gpt as t
-from helpers import temporary_folder
-from hostile_cases import judge
-from hostile_cases.case import Case, Group, Rank, Receiver, Signal, shell, written
-from hostile_cases.settings import FREE_TEXT, ILLEGAL, illegal_values
-from hostile_cases.sound_files import SoundFiles
+from tests.helpers import temporary_folder
+from tests.stress import hostile
+from tests.stress.hostile_cases import judge
+from tests.stress.hostile_cases.case import Case, Group, Rank, Receiver, Signal, shell, written
+from tests.stress.hostile_cases.settings import FREE_TEXT, ILLEGAL, illegal_values
+from tests.stress.hostile_cases.sound_files import SoundFiles
 
 NAMED = ("file", "remedy")
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import soak
 import train_gpt as t
+from tests.stress import soak
 
 
 def leak(rank):

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import fault_cases
-import kill_runs
 import train_gpt as t
+from tests.stress import kill_runs
+from tests.trainer import fault_cases
 
 
 @pytest.fixture(scope="session")

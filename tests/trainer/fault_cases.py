@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import kill_runs
 import train_gpt as t
-from helpers import english_args
+from tests.helpers import english_args
+from tests.stress import kill_runs
 
 STEPS = 12
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
+from tests.helpers import (
     noisy_model,
     shard_folder,
     temporary_folder,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import gaussian, noisy_model, stop_one_line, tiny
+from tests.helpers import gaussian, noisy_model, stop_one_line, tiny
 
 SMALL = dict(
     num_layers=2,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import all_equal, noisy_model, tiny
-from schedule_cases import parameters
+from tests.helpers import all_equal, noisy_model, tiny
+from tests.trainer.schedule_cases import parameters
 
 
 def averaged(steps, frac):

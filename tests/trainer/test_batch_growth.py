@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kill_runs
 import train_gpt as t
-from fault_cases import STEPS, args, ends_like, has_line, stop_after
-from helpers import english_args, stop_one_line, tiny
-from rank_cases import group_of_one, run_ranks
+from tests.helpers import english_args, stop_one_line, tiny
+from tests.rank_cases import group_of_one, run_ranks
+from tests.stress import kill_runs
+from tests.trainer.fault_cases import STEPS, args, ends_like, has_line, stop_after
 
 # Micro-batches of 8 sequences of 32 tokens: 1 in steps 0 to 2, 2 in steps 3 to 5, 3 from step 6 on.
 GROWTH = dict(train_batch_tokens=768, micro_batch_tokens=256, start_batch_tokens=256)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, machine, tiny
 from ledger.read.runlog import parse_log
-from rank_cases import run_ranks
+from tests.helpers import english_args, machine, tiny
+from tests.rank_cases import run_ranks
 
 
 def double(x):

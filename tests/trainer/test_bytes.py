@@ -12,7 +12,7 @@ import sentencepiece
 
 import train_gpt as t
 from auditor import sums
-from helpers import BOS, english, english_dataset, joined, tiny, train_tokenizer, write_shard
+from tests.helpers import BOS, english, english_dataset, joined, tiny, train_tokenizer, write_shard
 
 SPACE = "\u2581"
 ENGLISH = english(60, 7)

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import kill_runs
 import train_gpt as t
-from fault_cases import STEPS, args, checkpoint, ends_like, has_line, lines, sets, stop_after
-from helpers import ROOT, english_dataset, noisy_model, random_tokens, stop_one_line, tiny, write_shard
-from rank_cases import run_ranks
+from tests.helpers import ROOT, english_dataset, noisy_model, random_tokens, stop_one_line, tiny, write_shard
+from tests.rank_cases import run_ranks
+from tests.stress import kill_runs
+from tests.trainer.fault_cases import STEPS, args, checkpoint, ends_like, has_line, lines, sets, stop_after
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

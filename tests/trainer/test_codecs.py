@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, gaussian, noisy_model, stop_one_line, tiny
+from tests.helpers import english_args, gaussian, noisy_model, stop_one_line, tiny
 
 WIDE = dict(num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, mlp_mult=8.0, ve_dim=16, bigram_dim=16)
 EMBEDDINGS = {spec.name for spec in t.PARAM_TABLE if spec.stored_as == "embed"}

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 import train_gpt as t
-from fault_cases import STEPS, args, stop_after
-from helpers import english_args, tiny
-from test_batch_growth import COUNTS, GROWTH
-from train_cases import finished_with, starting
+from tests.helpers import english_args, tiny
+from tests.trainer.fault_cases import STEPS, args, stop_after
+from tests.trainer.test_batch_growth import COUNTS, GROWTH
+from tests.trainer.train_cases import finished_with, starting
 
 LINE = re.compile(
     r"compute scaling_params:(?P<params>\d+) flops_per_token:(?P<each>\d+) tokens:(?P<tokens>\d+) "

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import train_gpt as t
-from helpers import ROOT, TINY, as_arguments, english_args, english_dataset, stop_one_line
+from tests.helpers import ROOT, TINY, as_arguments, english_args, english_dataset, stop_one_line
 
 FIELDS = {f.name: f for f in dataclasses.fields(t.Config)}
 DEFAULTS = "preset=record_sp1024"  # the preset that leaves every knob at its default

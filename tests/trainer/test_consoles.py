@@ -8,10 +8,10 @@ import time
 import pytest
 
 import train_gpt as t
-from fault_cases import FULL, args, lines, needs_full
-from helpers import ROOT, stop_one_line
 from ledger.read import runlog
-from rank_cases import group_environment
+from tests.helpers import ROOT, stop_one_line
+from tests.rank_cases import group_environment
+from tests.trainer.fault_cases import FULL, args, lines, needs_full
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

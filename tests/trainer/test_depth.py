@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-from helpers import as_arguments, english_args, english_dataset, machine, stop_one_line, tiny
-from train_cases import read_run
+from tests.helpers import as_arguments, english_args, english_dataset, machine, stop_one_line, tiny
+from tests.trainer.train_cases import read_run
 
 DEPTHS = [*t.DEPTHS]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from direction_cases import DIRECTIONS, POLAR
-from helpers import gaussian, tiny
+from tests.helpers import gaussian, tiny
+from tests.trainer.direction_cases import DIRECTIONS, POLAR
 
 SHAPES = [(32, 48), (48, 32), (40, 40), (3, 24, 16), (2, 3, 16, 24), (1, 8), (8, 1), (2, 1, 1)]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import kill_runs
 import train_gpt as t
-from fault_cases import FULL, STEPS, args, has_line, lines, needs_full, sets, trained_steps
-from helpers import english_dataset, stop_one_line
 from ledger.read import runlog
+from tests.helpers import english_dataset, stop_one_line
+from tests.stress import kill_runs
+from tests.trainer.fault_cases import FULL, STEPS, args, has_line, lines, needs_full, sets, trained_steps
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from fault_cases import STEPS, after_step, args, checkpoint, lines, sets
+from tests.trainer.fault_cases import STEPS, after_step, args, checkpoint, lines, sets
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 
 import train_gpt as t
-from helpers import english_args, english_dataset, temporary_folder
-from rank_cases import run_ranks
+from tests.helpers import english_args, english_dataset, temporary_folder
+from tests.rank_cases import run_ranks
 
 STEPS = 10
 KNOBS = dict(

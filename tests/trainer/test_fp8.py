@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from fp8_cases import emulate_fp8
-from helpers import english_args, gaussian, noisy_model, random_tokens, tiny
 from lab.training import planning
 from lab.training.worker import Worker
 from ledger.make import sweep_table
 from ledger.read import runlog
 from script import TRAINER
+from tests.helpers import english_args, gaussian, noisy_model, random_tokens, tiny
+from tests.trainer.fp8_cases import emulate_fp8
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter multiplies bf16 wrongly.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as t
-from helpers import english_args, gaussian, noisy_model, random_tokens, tiny
-from rank_cases import group_of_one, run_ranks
+from tests.helpers import english_args, gaussian, noisy_model, random_tokens, tiny
+from tests.rank_cases import group_of_one, run_ranks
 
 LIMIT = t.ENCODINGS["int6"].limit
 BANKS = {spec.name for spec in t.MATRICES}

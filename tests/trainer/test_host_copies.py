@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import machine
+from tests.helpers import machine
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from direction_cases import DIRECTIONS
-from helpers import noisy_model
+from tests.helpers import noisy_model
+from tests.trainer.direction_cases import DIRECTIONS
 
 triton = pytest.importorskip("triton", reason="no Triton for this platform")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 
 import train_gpt as t
-from helpers import gaussian, noisy_model, random_tokens, tiny
+from tests.helpers import gaussian, noisy_model, random_tokens, tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # (window, whether tokens see their own document only), for sequences of 16 tokens.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from fault_cases import STEPS, args, has_line, stop_after
-from helpers import english_args, stop_one_line
-from rank_cases import run_ranks
+from tests.helpers import english_args, stop_one_line
+from tests.rank_cases import run_ranks
+from tests.trainer.fault_cases import STEPS, args, has_line, stop_after
 
 WHOLE = 256  # tokens of a micro-batch of english_args: 8 sequences of 32
 

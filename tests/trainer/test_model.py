@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
-from helpers import gaussian, noisy_model, random_tokens, tiny
+from tests.helpers import gaussian, noisy_model, random_tokens, tiny
 
 
 def test_parameter_count_of_the_default_model():

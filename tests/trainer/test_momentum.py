@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kill_runs
 import train_gpt as t
-from fault_cases import STEPS, args, ends_like, has_line, stop_after
-from helpers import gaussian, stop_one_line, tiny
-from rank_cases import group_of_one
+from tests.helpers import gaussian, stop_one_line, tiny
+from tests.rank_cases import group_of_one
+from tests.stress import kill_runs
+from tests.trainer.fault_cases import STEPS, args, ends_like, has_line, stop_after
 
 SPREAD = dict(momentum_spread=3.0)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import all_equal, random_tokens, tiny
-from rank_cases import group_of_one, run_ranks
-from schedule_cases import TOLERANCE, data_folder, env_machine, parameters
-from test_train import eval_again, score_by_hand
-from train_cases import finished_with, value
+from tests.helpers import all_equal, random_tokens, tiny
+from tests.rank_cases import group_of_one, run_ranks
+from tests.trainer.schedule_cases import TOLERANCE, data_folder, env_machine, parameters
+from tests.trainer.test_train import eval_again, score_by_hand
+from tests.trainer.train_cases import finished_with, value
 
 RECIPE = dict(preset="muonh")
 HYPERBALL = dict(step_rule="hyperball", matrix_lr=0.02)

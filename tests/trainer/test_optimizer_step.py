@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import all_equal, noisy_model, random_tokens, tiny
-from rank_cases import group_of_one
-from schedule_cases import data_folder, parameters, setup
+from tests.helpers import all_equal, noisy_model, random_tokens, tiny
+from tests.rank_cases import group_of_one
+from tests.trainer.schedule_cases import data_folder, parameters, setup
 
 # ---------------------------------------------------------------- one process
 

@@ -14,8 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as t
-from direction_cases import DIRECTIONS, FIVE, polar_by_hand, poly
-from helpers import (
+from tests.helpers import (
     TINY,
     english_args,
     gaussian,
@@ -25,7 +24,8 @@ from helpers import (
     temporary_folder,
     tiny,
 )
-from rank_cases import group_of_one, run_ranks
+from tests.rank_cases import group_of_one, run_ranks
+from tests.trainer.direction_cases import DIRECTIONS, FIVE, polar_by_hand, poly
 
 RULES = tuple(t.STEP_RULES)
 PAIRS = list(itertools.product(t.ORTHO, t.STEP_RULES))

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import train_gpt as t
-from helpers import ROOT, pack_anew
+from tests.helpers import ROOT, pack_anew
 
 
 @pytest.fixture(scope="module")

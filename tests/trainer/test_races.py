@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import train_gpt as t
-from helpers import as_arguments
 from ledger import record
-from train_cases import STEPS, TRAIN_LINE, VAL_LINE, finished_with, matches, starting, value
+from tests.helpers import as_arguments
+from tests.trainer.train_cases import STEPS, TRAIN_LINE, VAL_LINE, finished_with, matches, starting, value
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -13,10 +13,10 @@ import time
 import pytest
 
 import audit
-import kill_runs
 import train_gpt as t
-from fault_cases import has_line, lines
-from helpers import english_dataset, write_shard
+from tests.helpers import english_dataset, write_shard
+from tests.stress import kill_runs
+from tests.trainer.fault_cases import has_line, lines
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
+from tests.helpers import (
     all_equal,
     english_args,
     machine,
@@ -21,7 +21,7 @@ from helpers import (
     temporary_folder,
     tiny,
 )
-from rank_cases import group_of_one, run_ranks
+from tests.rank_cases import group_of_one, run_ranks
 
 
 class Graph:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import noisy_model, random_tokens, tiny
-from rank_cases import group_of_one
-from test_gptq import BANKS, Batches, differing, output_error, parameters_of, run_of
+from tests.helpers import noisy_model, random_tokens, tiny
+from tests.rank_cases import group_of_one
+from tests.trainer.test_gptq import BANKS, Batches, differing, output_error, parameters_of, run_of
 
 LIMIT = t.ENCODINGS["int6"].limit
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import all_equal, gaussian, machine, noisy_model, padding_of, tiny
-from rank_cases import group_of_one, run_ranks
-from schedule_cases import (
+from tests.helpers import all_equal, gaussian, machine, noisy_model, padding_of, tiny
+from tests.rank_cases import group_of_one, run_ranks
+from tests.trainer.schedule_cases import (
     STEPS,
     TOLERANCE,
     Call,

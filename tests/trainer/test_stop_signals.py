@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import kill_runs
 import train_gpt as t
-from fault_cases import (
+from ledger import tracks
+from ledger.prove import claims, log_claims, record_claims
+from ledger.read import runlog
+from tests.stress import kill_runs
+from tests.trainer.fault_cases import (
     STEPS,
     after_step,
     args,
@@ -25,9 +28,6 @@ from fault_cases import (
     stop_after,
     trained_steps,
 )
-from ledger import tracks
-from ledger.prove import claims, log_claims, record_claims
-from ledger.read import runlog
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import (
+from tests.helpers import (
     ROOT,
     english_args,
     english_dataset,
@@ -31,7 +31,7 @@ from helpers import (
     train_tokenizer,
     write_shard,
 )
-from rank_cases import run_ranks
+from tests.rank_cases import run_ranks
 
 # ---------------------------------------------------------------- shards
 
@@ -736,7 +736,7 @@ READS_300_SHARDS = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 import train_gpt as t
-from helpers import machine, tiny
+from tests.helpers import machine, tiny
 h = tiny(data_path=sys.argv[1], mix_tokens=10**9, val_tokens=0)
 data = t.TokenLoader(h, machine())
 before = data.read(0, 2 * data.total)
@@ -751,7 +751,7 @@ def test_300_shards_need_few_file_descriptors(tmp_path):
     """256 is macOS's limit. Every shard is visited, and visited again."""
     shard_folder(tmp_path, tiny(), [3] * 300, seed=1)
     shard_folder(tmp_path, tiny(), [1] * 300, seed=2, split="val")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", READS_300_SHARDS, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import OTHER_PARTS, ROOT, as_arguments, english_args, english_dataset, stop_one_line
 from lab.shared import timing
-from rank_cases import group_of_one, run_ranks
-from train_cases import (
+from tests.helpers import OTHER_PARTS, ROOT, as_arguments, english_args, english_dataset, stop_one_line
+from tests.rank_cases import group_of_one, run_ranks
+from tests.trainer.train_cases import (
     COMMUNITY,
     SCORE_LINES,
     STEPS,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_args, english_dataset, stop_one_line, tiny
-from rank_cases import run_ranks
-from train_cases import (
+from tests.helpers import english_args, english_dataset, stop_one_line, tiny
+from tests.rank_cases import run_ranks
+from tests.trainer.train_cases import (
     STEPS,
     TRAIN_LINE,
     VAL_LINE,

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import train_gpt as t
-from audit_helpers import main_here
-from helpers import (
+from tests.audit.audit_helpers import main_here
+from tests.helpers import (
     english_args,
     english_dataset,
     stop_one_line,
 )
-from train_cases import finished_with
+from tests.trainer.train_cases import finished_with
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import noisy_model, random_tokens, tiny
-from test_gptq import BANKS, differing, output_error, parameters_of, trained
-from test_rounding_steps import calibrated, entropy, uneven_inputs
+from tests.helpers import noisy_model, random_tokens, tiny
+from tests.trainer.test_gptq import BANKS, differing, output_error, parameters_of, trained
+from tests.trainer.test_rounding_steps import calibrated, entropy, uneven_inputs
 
 LIMIT = t.ENCODINGS["trellis"].limit
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import all_equal, noisy_model, random_tokens, tiny
-from rank_cases import group_of_one, run_ranks
-from test_windows import SILENT
-from ttt_cases import LEARNS, learning_run, ranks_score, weights_of
+from tests.helpers import all_equal, noisy_model, random_tokens, tiny
+from tests.rank_cases import group_of_one, run_ranks
+from tests.trainer.test_windows import SILENT
+from tests.trainer.ttt_cases import LEARNS, learning_run, ranks_score, weights_of
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from helpers import OTHER_PARTS, noisy_model, random_tokens, tiny
-from rank_cases import group_of_one, run_ranks
-from test_windows import SILENT
-from ttt_cases import LORA, learning_run, ranks_score
+from tests.helpers import OTHER_PARTS, noisy_model, random_tokens, tiny
+from tests.rank_cases import group_of_one, run_ranks
+from tests.trainer.test_windows import SILENT
+from tests.trainer.ttt_cases import LORA, learning_run, ranks_score
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import fixtures_records as fx
 import train_gpt as t
-from helpers import (
+from ledger import record, tracks
+from ledger.read import dialects, runlog, scores
+from tests.helpers import (
     ROOT,
     all_equal,
     as_arguments,
@@ -22,10 +23,9 @@ from helpers import (
     temporary_folder,
     tiny,
 )
-from ledger import record, tracks
-from ledger.read import dialects, runlog, scores
-from record_helpers import TRACK, edit, make, verdicts
-from ttt_cases import LEARNS, LORA
+from tests.ledger import fixtures_records as fx
+from tests.ledger.record_helpers import TRACK, edit, make, verdicts
+from tests.trainer.ttt_cases import LEARNS, LORA
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

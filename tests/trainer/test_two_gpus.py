@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from kill_runs import ended, final_state, log_lines, start
+from tests.stress.kill_runs import ended, final_state, log_lines, start
 
 pytestmark = pytest.mark.gpu
 two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two GPUs here")

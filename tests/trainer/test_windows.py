@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import noisy_model, random_tokens, tiny
-from rank_cases import group_of_one, run_ranks
+from tests.helpers import noisy_model, random_tokens, tiny
+from tests.rank_cases import group_of_one, run_ranks
 
 SILENT = t.Log("", None)
 

@@ -5,7 +5,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import train_gpt as t
-from helpers import (
+from tests.helpers import (
     english_args,
     temporary_folder,
 )

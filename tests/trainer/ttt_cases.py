@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import train_gpt as t
-from helpers import all_equal, noisy_model, random_tokens, tiny
-from test_windows import ONE_BYTE, SILENT
+from tests.helpers import all_equal, noisy_model, random_tokens, tiny
+from tests.trainer.test_windows import ONE_BYTE, SILENT
 
 LEARNS = dict(ttt_lr=0.3, ttt_chunk_tokens=64, ttt_passes=2)
 LORA = dict(ttt_form="lora", ttt_lr=0.02, ttt_chunk_tokens=6, ttt_passes=2, ttt_rank=3)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import english_dataset, noisy_model, random_tokens, temporary_folder, tiny
+from tests.helpers import english_dataset, noisy_model, random_tokens, temporary_folder, tiny
+from tests.use.use_cases import PARTS, refusal, write_artifact
 from use import export, sample
 from use.artifact import Stored, read_artifact
 from use.transformers_files import model_source
-from use_cases import PARTS, refusal, write_artifact
 
 LIMIT = 1e-4  # of a logit; measured: 0, for both run the same functions on the same float32 weights
 TRAINER_SOURCE = Path(t.__file__).read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ import torch
 
 import cli
 import train_gpt as t
-from helpers import BOS, english_dataset, noisy_model, random_tokens, tiny, train_tokenizer
+from tests.helpers import BOS, english_dataset, noisy_model, random_tokens, tiny, train_tokenizer
+from tests.use.use_cases import PARTS, refusal, write_artifact
 from use import sample
 from use.text import TextStream, sentencepiece_tokenizer, tiktoken_tokenizer
-from use_cases import PARTS, refusal, write_artifact
 
 ODD = "Grüße, 世界! 🐟 naïve café — ∑ x² ≤ 5\n"  # characters of one to four bytes
 

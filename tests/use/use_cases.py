@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import train_gpt as t
-from helpers import OTHER_PARTS, english_dataset, noisy_model, tiny
+from tests.helpers import OTHER_PARTS, english_dataset, noisy_model, tiny
 
 PARTS = {
     "defaults": {},

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train_gpt as t
-from bombs import BOMBS
-from hostile_cases.case import (
+from tests.stress.bombs import BOMBS
+from tests.stress.hostile_cases.case import (
     WITH_SAFETENSORS,
     Case,
     Group,
@@ -31,9 +31,9 @@ from hostile_cases.case import (
     with_huge,
     written,
 )
-from hostile_cases.paths import OUTPUT
-from mutations import container, small_artifact
-from xz_streams import compress, with_dictionary
+from tests.stress.hostile_cases.paths import OUTPUT
+from tests.stress.mutations import container, small_artifact
+from tests.stress.xz_streams import compress, with_dictionary
 
 GOOD = "run/run.int6.xz"
 BAD = "bad.int6.xz"

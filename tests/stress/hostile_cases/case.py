@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers import ROOT, english_args
+from tests.helpers import ROOT, english_args
 
 PYTHON = sys.executable
 TRAINER = str(ROOT / "train_gpt.py")

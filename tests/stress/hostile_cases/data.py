@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hostile_cases.case import (
+from tests.stress.hostile_cases.case import (
     Case,
     Group,
     copied,
@@ -23,7 +23,7 @@ from hostile_cases.case import (
     with_huge,
     written,
 )
-from hostile_cases.paths import OUTPUT
+from tests.stress.hostile_cases.paths import OUTPUT
 
 VAL = "data/tiny_val_000000.bin"
 TRAIN = "data/tiny_train_000001.bin"

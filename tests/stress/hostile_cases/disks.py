@@ -2,7 +2,7 @@
 
 import os
 
-from hostile_cases.case import (
+from tests.stress.hostile_cases.case import (
     TRAINER,
     WITH_SAFETENSORS,
     Case,
@@ -19,7 +19,7 @@ from hostile_cases.case import (
     train,
     written,
 )
-from hostile_cases.paths import OUTPUT, new
+from tests.stress.hostile_cases.paths import OUTPUT, new
 
 HEAD = os.path.getsize(TRAINER) // 1024  # KiB of a log's head, which is the script
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from helpers import ROOT
-from hostile_cases.case import (
+from tests.helpers import ROOT
+from tests.stress.hostile_cases.case import (
     PYTHON,
     TRAINER,
     Case,
@@ -21,7 +21,7 @@ from hostile_cases.case import (
     train,
     written,
 )
-from hostile_cases.paths import OUTPUT, new
+from tests.stress.hostile_cases.paths import OUTPUT, new
 
 ASCII = {
     "LANG": "C",

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_gpt as t
-from hostile_cases.case import PYTHON, TRAINER, Receiver
-from rank_cases import free_port
+from tests.rank_cases import free_port
+from tests.stress.hostile_cases.case import PYTHON, TRAINER, Receiver
 
 MARK = "HOSTILE_CASE"  # the environment variable by which the processes of a case are found
 GRACE = 8.0  # seconds in which all processes must be gone after the first

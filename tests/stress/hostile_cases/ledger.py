@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from hostile_cases.case import (
+from tests.stress.hostile_cases.case import (
     Case,
     Group,
     copied,
@@ -20,7 +20,7 @@ from hostile_cases.case import (
     with_huge,
     written,
 )
-from hostile_cases.paths import UNPRIVILEGED, UNREADABLE, new
+from tests.stress.hostile_cases.paths import UNPRIVILEGED, UNREADABLE, new
 
 TRACK = "repo/records/track_h100x1_5min"
 BASE = f"{TRACK}/2026-11-22_Base"

@@ -1,6 +1,6 @@
 """Paths: blanks and other scripts, links, files for folders, names that escape, empty and long names."""
 
-from hostile_cases.case import (
+from tests.stress.hostile_cases.case import (
     Case,
     Group,
     copied,

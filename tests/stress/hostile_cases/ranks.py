@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from hostile_cases.case import (
+from tests.stress.hostile_cases.case import (
     Case,
     Group,
     Rank,
@@ -25,7 +25,7 @@ from hostile_cases.case import (
     shell,
     train,
 )
-from hostile_cases.paths import OUTPUT
+from tests.stress.hostile_cases.paths import OUTPUT
 
 LOG = ("out", "out/run.txt")
 LONG = ("iterations=1000000", "train_log_every=1")

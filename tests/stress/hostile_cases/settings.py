@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import train_gpt as t
-from hostile_cases.case import Case, Group, config, lab, run_sh, shell, train
-from hostile_cases.paths import OUTPUT
+from tests.stress.hostile_cases.case import Case, Group, config, lab, run_sh, shell, train
+from tests.stress.hostile_cases.paths import OUTPUT
 
 
 class Setting(NamedTuple):

@@ -4,8 +4,8 @@ import json
 import signal
 from pathlib import Path
 
-from helpers import english
-from hostile_cases.case import (
+from tests.helpers import english
+from tests.stress.hostile_cases.case import (
     Case,
     Group,
     Receiver,
@@ -20,7 +20,7 @@ from hostile_cases.case import (
     train,
     written,
 )
-from hostile_cases.paths import OUTPUT
+from tests.stress.hostile_cases.paths import OUTPUT
 
 INT = signal.SIGINT
 TERM = signal.SIGTERM

@@ -8,9 +8,9 @@ import subprocess
 import threading
 from pathlib import Path
 
-from helpers import english, english_dataset
-from hostile_cases.case import text, train
-from record_helpers import MARKERS, make
+from tests.helpers import english, english_dataset
+from tests.ledger.record_helpers import MARKERS, make
+from tests.stress.hostile_cases.case import text, train
 
 
 def make_docs(here):

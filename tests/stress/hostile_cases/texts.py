@@ -2,7 +2,7 @@
 
 import json
 
-from hostile_cases.case import (
+from tests.stress.hostile_cases.case import (
     Case,
     Group,
     copied,

@@ -1,0 +1,1 @@
+"""Tests of downloads, shards, tokenizers and the offline corpus."""

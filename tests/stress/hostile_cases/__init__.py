@@ -1,0 +1,1 @@
+"""Cases of hostile input, environments, signals and disks, a module for each group."""
