@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,6 +193,8 @@ def print_reports(names):
         if pid == 0:
             try:
                 print(json.dumps(bomb_report(name)._asdict()), flush=True)
+            except BaseException:
+                traceback.print_exc()  # os._exit would say nothing of it
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)
