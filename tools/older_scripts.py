@@ -295,15 +295,9 @@ def plan_older_scores(script: ModuleType, run: Any, chunk: int, log: Any) -> Any
     return scoring
 
 
-def lesson_of(script: ModuleType, start: Any, end: Any) -> Any:
-    """Return windows (n,) that score all their targets, as the script's learners take them.
-
-    Those of older scripts take rows of three numbers: start, end, and the first target scored.
-    """
-    if missing_names(script, WINDOW_NEEDS):
-        torch = script.torch  # run.sh prints its help without importing it
-        return torch.stack([torch.from_numpy(column) for column in (start, end, start)], 1)
-    return script.Windows(start=start, end=end, score_from=start)
+def takes_rows(script: ModuleType) -> bool:
+    """Return whether the script's learners take windows as rows of start, end and the first target scored."""
+    return bool(missing_names(script, WINDOW_NEEDS))
 
 
 def targets_of(tokens: Any, lesson: Any) -> Any:

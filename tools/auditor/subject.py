@@ -19,8 +19,8 @@ from older_scripts import (
     counted_stride,
     gives_windows,
     learns_apart,
-    lesson_of,
     plan_older_scores,
+    takes_rows,
 )
 from progress import Progress
 
@@ -72,11 +72,14 @@ class Audit:
     def first_lesson(self) -> Lesson:
         """Return the windows of the first chunk: its sequences, or itself for every sequence of a batch."""
         if learns_apart(self.scoring):
-            slots = self.scoring.batch * self.run.m.world_size
-            starts = np.zeros(slots, np.int64)
-            return lesson_of(self.script, starts, starts + self.chunk)
-        starts = np.arange(0, self.chunk, self.scoring.seq_len)
-        return lesson_of(self.script, starts, starts + self.scoring.seq_len)
+            start = np.zeros(self.scoring.batch * self.run.m.world_size, np.int64)
+            end = start + self.chunk
+        else:
+            start = np.arange(0, self.chunk, self.scoring.seq_len)
+            end = start + self.scoring.seq_len
+        if takes_rows(self.script):
+            return torch.from_numpy(np.stack([start, end, start], 1))
+        return self.script.Windows(start=start, end=end, score_from=start)
 
 
 def make_audit(script: ModuleType, run: Run, blob: bytes) -> Audit:
