@@ -113,7 +113,7 @@ def test_one_stream_neither_captures_nor_asks_for_lanes(monkeypatch):
     called = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: asked.append(1) or "current")
     with group_of_one() as plain:
-        m = dataclasses.replace(plain, graph_capture=captured.append, streams=("current",))
+        m = dataclasses.replace(plain, graph_capture=captured.append, lane_streams=("current",))
         one_stream = OneStream(**vars(m))
         m.capture(lambda: called.append(1))
         with m.lanes():
