@@ -115,7 +115,7 @@ def test_a_fault_is_planted_once_or_refused(old, tmp_path):
 
 # Text of the trainer, and the same with a fault before it: an embedding that holds some of the next token's.
 LOOKS_AHEAD = (
-    "\n# 23. Commands",
+    "\n# 24. Commands",
     """
 real_embed = GPT.embed
 GPT.embed = lambda self, x: real_embed(self, x) + 0.1 * F.embedding(F.pad(x[:, 1:], (0, 1)), self.tok_emb)
