@@ -7459,14 +7459,19 @@ def check_weights_agree(run: Run, step: int) -> None:
                 )
 
 
-def validate(run: Run, step: int, train_ms: float) -> Score:
-    """Score val in disjoint windows and log it as a step. Raises Fault if ranks differ."""
+def validate(run: Run, step: int, train_ms: float, loops: bool = True) -> Score:
+    """Score val in disjoint windows and log it as a step. loops: whether training loops, as scoring does.
+
+    Raises Fault if ranks differ.
+    """
     check_weights_agree(run, step)
     score = run.score("validation", run.h.eval_seq_len)
+    early = run.h.has_loop and not loops
     run.log(
         f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
         f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms",
-        console=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}",
+        console=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}"
+        + early * " with a loop that training has not begun",
     )
     return score
 
@@ -7741,7 +7746,7 @@ def train(run: Run) -> Trained:
         if h.val_loss_every and step % h.val_loss_every == 0:
             m.sync()
             validation_began = time.perf_counter()
-            validate(run, step, clock())
+            validate(run, step, clock(), loops=pace.loops)
             clock_zero += time.perf_counter() - validation_began
 
         hp = hyper_at(h, step, clock_ms, limit_ms)

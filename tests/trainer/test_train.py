@@ -57,7 +57,7 @@ def test_binding_counts_as_compiling_and_not_as_loading(monkeypatch, tmp_path):
     assert -hour <= load < -hour / 2
 
 
-def test_nothing_is_traced_after_the_warm_up(monkeypatch, tmp_path):
+def test_nothing_is_traced_after_the_warm_up(monkeypatch, tmp_path, capsys):
     """A run that loops, validates, calibrates and scores, traced as a GPU's compiler traces it."""
     init_machine = t.init_machine
     trace = partial(torch.compile, backend="eager", dynamic=False, fullgraph=True)
@@ -82,6 +82,11 @@ def test_nothing_is_traced_after_the_warm_up(monkeypatch, tmp_path):
     assert t.compiled_graphs() > before
     run = read_run(tmp_path, 0)
     assert starting(run, "loop_begins step:2 ") and not starting(run, "late compilation")
+
+    # Scores loop from the start; the console says when training does not.
+    shown = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d: val_loss", line)]
+    early = [line.endswith(" with a loop that training has not begun") for line in shown]
+    assert early == [True, True, True, False, False]
 
 
 def test_a_run_ends_well_and_the_loss_falls():
