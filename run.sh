@@ -35,6 +35,7 @@ find_python() {    # prints the first supported interpreter
         printf '%s\n' "$PYTHON"
         return 0
     fi
+    # after the machine's own: 3.12, with which GPUs were measured, then its neighbours
     for candidate in python3 python3.12 python3.11 python3.10 python3.13 python3.14; do
         command -v "$candidate" >/dev/null 2>&1 || continue
         version=$(version_of "$candidate") || continue
@@ -44,7 +45,7 @@ find_python() {    # prints the first supported interpreter
     die "needs Python 3.10 to 3.14 (${seen:-no python3 found}): install one or set PYTHON=/path/to/python"
 }
 
-venv_python() {
+venv_python() {    # prints the interpreter in .venv
     local name
     for name in bin/python Scripts/python.exe; do
         if [ -x "$venv/$name" ]; then printf '%s\n' "$venv/$name"; return 0; fi
@@ -54,7 +55,7 @@ venv_python() {
 
 # ----------------------------------------------------------------------------- packages
 
-stamp_of() {    # stamp_of PYTHON FILE: the file's sha256, and the Python it is installed for
+requirements_stamp() {    # requirements_stamp PYTHON FILE: the file's sha256, and the Python it is installed for
     "$1" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), "python%d.%d" % sys.version_info[:2])' \
         "$root/$2" 2>/dev/null
@@ -109,46 +110,48 @@ make_venv() {    # make_venv PYTHON; sets $py
 }
 
 use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it where that is not done yet
-    local stamp=$venv/.requirements.sha256 want='' base='' began
+    local stamp_file=$venv/.requirements.sha256 wanted='' base='' began
     needs requirements.txt
-    if py=$(venv_python); then want=$(stamp_of "$py" requirements.txt) || want=; fi
-    if [ -n "$want" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && has_packages $packages; then
+    if py=$(venv_python); then wanted=$(requirements_stamp "$py" requirements.txt) || wanted=; fi
+    if [ -n "$wanted" ] && [ -f "$stamp_file" ] && [ "$(cat "$stamp_file")" = "$wanted" ] &&
+        has_packages $packages; then
         return 0
     fi
 
-    if [ -z "$want" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
+    if [ -z "$wanted" ] || ! "$py" -c 'import pip' >/dev/null 2>&1 || ! supported "$(version_of "$py")"; then
         base=$(find_python)
     fi
     "${base:-$py}" "$cli" --check "$@" || exit    # a misspelt command is refused before minutes of installing
     if [ -n "$base" ]; then
         make_venv "$base"
-        want=$(stamp_of "$py" requirements.txt) || die "$venv/bin/python does not run: delete $venv and run again"
+        wanted=$(requirements_stamp "$py" requirements.txt) ||
+            die "$venv/bin/python does not run: delete $venv and run again"
     fi
 
-    rm -f "$stamp"
+    rm -f "$stamp_file"
     began=$SECONDS
     say "installing requirements.txt into .venv: once, some minutes (torch for NVIDIA GPUs is several GB)"
     pip_install requirements.txt ||
         die "installing requirements.txt failed (pip's message is above): run the same command again to retry"
-    printf '%s\n' "$want" >"$stamp"    # last, so that an interrupted install is done again
+    printf '%s\n' "$wanted" >"$stamp_file"    # last, so that an interrupted install is done again
     say "installed in $((SECONDS - began)) s"
 }
 
 use_flash4() {    # use_flash4 WORDS...: FlashAttention-4 into .venv if a GPU can run it and the command would
-    local stamp=$venv/.flash4.sha256 want major
+    local stamp_file=$venv/.flash4.sha256 wanted major
     command -v nvidia-smi >/dev/null 2>&1 || return 0
     major=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/\..*//p') || return 0
     case $major in '' | *[!0-9]*) return 0 ;; esac
     if [ "$major" -lt 9 ]; then return 0; fi    # 9: Hopper
     needs requirements-flash4.txt
-    want=$(stamp_of "$py" requirements-flash4.txt)
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ]; then return 0; fi
+    wanted=$(requirements_stamp "$py" requirements-flash4.txt)
+    if [ -f "$stamp_file" ] && [ "$(cat "$stamp_file")" = "$wanted" ]; then return 0; fi
     "$py" "$cli" --runs-attention "$@" 2>/dev/null || return 0
     say "installing requirements-flash4.txt into .venv: once"
     pip_install requirements-flash4.txt ||
         say "no FlashAttention-4 (pip's message is above): layers with windows may be slow, attn_windows= trains" \
             "without them; .venv/bin/pip install -r requirements-flash4.txt tries again"
-    printf '%s\n' "$want" >"$stamp"    # even if that failed: attention works without it
+    printf '%s\n' "$wanted" >"$stamp_file"    # even if that failed: attention works without it
 }
 
 # ----------------------------------------------------------------------------- hand over

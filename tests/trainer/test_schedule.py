@@ -255,7 +255,7 @@ BALANCE = {1: (1.0, 1.0), 2: (1.0, 1.060), 4: (1.091, 1.091), 8: (1.091, 1.330),
 
 @pytest.mark.parametrize("world", BALANCE)
 def test_the_busiest_rank(world):
-    """Use 11 layers in the shape of the record preset.
+    """Use 11 layers in the shape of `record_sp1024`.
 
     Every matrix has one owner, and few owners have two MLP shapes.
     """

@@ -212,7 +212,7 @@ def test_the_log_holds_the_resolved_config():
     assert after[1 + len(block)] == "preset: record_sp1024"
 
 
-def test_log_lines_are_the_communitys():
+def test_community_parsers_read_the_log_lines():
     run = finished_with()
     for pattern in SCORE_LINES:
         assert len(matches(run, re.compile(pattern))) == 1, pattern
@@ -266,7 +266,7 @@ def score_by_hand(blob, stride):
     return nats / total, nats / math.log(2) / data.val_bytes
 
 
-def test_the_score_is_the_files():
+def test_the_score_is_that_of_the_file():
     """Both the chunked and the sliding score are those of the bytes on disk, computed by hand."""
     run = finished_with()
     loss, bits = score_by_hand(run.blob, 8)
@@ -315,7 +315,7 @@ def test_eval_gives_the_same_score(tmp_path):
 
 
 @pytest.mark.parametrize("knobs,preset", [({}, "cpu_sp8192"), (OTHER_PARTS, "cpu")], ids=["default", "extra"])
-def test_eval_builds_the_artifacts_model_whatever_the_preset(tmp_path, knobs, preset):
+def test_eval_builds_the_model_of_the_artifact_whatever_the_preset(tmp_path, knobs, preset):
     run = finished_with(**knobs)
     line = eval_again(run, tmp_path, "preset", f"preset={preset}", "eval_batch_tokens=512")
     assert f"val_loss:{run.final['val_loss']} val_bpb:{run.final['val_bpb']} " in line
