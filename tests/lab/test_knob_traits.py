@@ -80,7 +80,8 @@ def is_refused_in_a_row() -> bool:
 
 def is_refused_in_the_base() -> bool:
     """Whether no plan may set the knob."""
-    t = SimpleNamespace(InputError=BadInput, load_config=lambda argv, env: SimpleNamespace(eval_seq_len=64))
+    base = SimpleNamespace(eval_seq_len=64, target_loss=0.0)
+    t = SimpleNamespace(InputError=BadInput, load_config=lambda argv, env: base)
     try:
         planning.make_base(t, {"extra": 1}, "plan", sliding=False)
         return False

@@ -237,6 +237,7 @@ def test_record_encodings(screen, monkeypatch):
     monkeypatch.setattr(encodings, "read_weights", lambda *_: None)
     fake = SimpleNamespace(
         init_machine=lambda h, env: None,
+        for_device=lambda h, m: h,
         load_dataset=lambda h, trains: None,
         start_run=lambda *_: None,
         Log=lambda *_: None,

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ledger.read import runlog
+from older_scripts import known_fault
 from script import (
     TRAINER,
     BadInput,
     describe,
     guard_console,
-    known_fault,
     leave_console,
     load_script,
     print_help,
