@@ -2517,24 +2517,27 @@ class ParamSpec(NamedTuple):
     lr: str  # the knob with its rate
     stored_as: str  # how the artifact holds it: a row of ENCODINGS, or embed, for int{embed_bits}
     needs: str = ""  # a field of Config; where the field is 0, the model lacks the parameter
+    multiplies: bool = False  # whether its weights multiply each token; others are looked up, or scale
 
+
+Product = partial(ParamSpec, multiplies=True)
 
 # name, shape, init, buffer, lr, stored_as, needs
 PARAM_TABLE = (
-    ParamSpec("mlp_up_bank", "L F D", Init("orthogonal"), "mlp", "matrix_lr", "int6"),
-    ParamSpec("mlp_down_bank", "L D F", Init("normal", knob="proj_init_std"), "mlp", "matrix_lr", "int6"),
+    Product("mlp_up_bank", "L F D", Init("orthogonal"), "mlp", "matrix_lr", "int6"),
+    Product("mlp_down_bank", "L D F", Init("normal", knob="proj_init_std"), "mlp", "matrix_lr", "int6"),
     # Q of layer i is at i, O at L + i.
-    ParamSpec("qo_bank", "2L D D", Init("half_orthogonal", knob="proj_init_std"), "qo", "matrix_lr", "int6"),
+    Product("qo_bank", "2L D D", Init("half_orthogonal", knob="proj_init_std"), "qo", "matrix_lr", "int6"),
     # K is at i, V at L + i.
-    ParamSpec("kv_bank", "2L KV D", Init("orthogonal"), "kv", "matrix_lr", "int6"),
+    Product("kv_bank", "2L KV D", Init("orthogonal"), "kv", "matrix_lr", "int6"),
     # Also the output layer.
-    ParamSpec("tok_emb", "V D", Init("normal", knob="tied_embed_init_std"), "flat", "embed_lr", "embed"),
+    Product("tok_emb", "V D", Init("normal", knob="tied_embed_init_std"), "flat", "embed_lr", "embed"),
     ParamSpec("bigram_emb", "BV BD", Init("constant", 0), "flat", "embed_lr", "embed", "bigram_vocab_size"),
     # Not zeros like bigram_emb: if both were zero, neither would ever move.
-    ParamSpec("bigram_proj", "D BD", Init("orthogonal"), "flat", "scalar_lr", "int8", "bigram_vocab_size"),
+    Product("bigram_proj", "D BD", Init("orthogonal"), "flat", "scalar_lr", "int8", "bigram_vocab_size"),
     ParamSpec("bigram_scale", "1", Init("constant", 0.05), "flat", "scalar_lr", "f32", "bigram_vocab_size"),
     ParamSpec("ve_emb", "V VD", Init("normal", 0.01), "flat", "embed_lr", "embed", "ve_last_n"),
-    ParamSpec("ve_proj", "KV VD", Init("orthogonal"), "flat", "scalar_lr", "int8", "ve_last_n"),
+    Product("ve_proj", "KV VD", Init("orthogonal"), "flat", "scalar_lr", "int8", "ve_last_n"),
     ParamSpec("ve_scale", "1", Init("constant", 0.1), "flat", "scalar_lr", "f32", "ve_last_n"),
     ParamSpec("ve_layer_scale", "VL", Init("constant", 1), "flat", "scalar_lr", "f32", "ve_last_n"),
     ParamSpec("smear_gate", "D", Init("constant", 0), "flat", "scalar_lr", "f16"),
@@ -2553,8 +2556,6 @@ PARAM_TABLE = (
 )
 MATRICES = tuple(spec for spec in PARAM_TABLE if spec.buffer != "flat")
 SMALL = tuple(spec for spec in PARAM_TABLE if spec.buffer == "flat")
-# The parameters whose weights multiply each token; the other tables are looked up.
-MULTIPLIED = {*(spec.name for spec in MATRICES), "tok_emb", "bigram_proj", "ve_proj"}
 
 
 class Parameter(NamedTuple):
@@ -2664,7 +2665,7 @@ def product_weights(h: Config, visits: int) -> int:
     shapes = parameter_table(h)
     total = 0
     for spec in PARAM_TABLE:
-        if spec.name in shapes and spec.name in MULTIPLIED:
+        if spec.multiplies and spec.name in shapes:
             count = math.prod(shapes[spec.name].shape)
             total += count if spec.buffer == "flat" else count // h.num_layers * visits
     return total

@@ -130,10 +130,13 @@ def one_layer(h: Any) -> Any:
 
 
 def is_matrix(script: ModuleType, spec: Any) -> bool:
-    """Return whether a parameter multiplies each token: in older scripts, whether it is stored as codes.
+    """Return whether a parameter multiplies each token.
 
-    The first ones say how it is stored by its kind.
+    Older scripts list the names of those that do. Still older ones store these, and no others, as codes; the
+    first ones say how a parameter is stored by its kind.
     """
+    if hasattr(spec, "multiplies"):
+        return spec.multiplies
     if hasattr(script, "MULTIPLIED"):
         return spec.name in script.MULTIPLIED
     encoding = spec.stored_as if hasattr(spec, "stored_as") else spec.kind

@@ -232,13 +232,7 @@ def test_a_script_says_which_parameters_are_matrices(monkeypatch):
         return trainer.fill_weights(t, model).attn_scale.mean()
 
     assert mean() > 0.3
-    with monkeypatch.context() as patched:
-        patched.setattr(t, "MULTIPLIED", {*t.MULTIPLIED, "attn_scale"})
-        assert abs(mean()) < 0.1  # measured: 0.0017
-
-    monkeypatch.delattr(t, "MULTIPLIED")  # as in older scripts
-    assert mean() > 0.3
-    table = [spec._replace(stored_as="int8") if spec.name == "attn_scale" else spec for spec in t.PARAM_TABLE]
+    table = [spec._replace(multiplies=True) if spec.name == "attn_scale" else spec for spec in t.PARAM_TABLE]
     monkeypatch.setattr(t, "PARAM_TABLE", table)
     assert abs(mean()) < 0.1  # measured: 0.0017
 

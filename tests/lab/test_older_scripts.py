@@ -35,6 +35,8 @@ def test_a_matrix_is_known_by_its_codes_where_a_script_has_no_list(stored_as, is
     script = names(MULTIPLIED=("a",))
     found = [older_scripts.is_matrix(script, names(name=name, stored_as=stored_as)) for name in "ab"]
     assert found == [True, False]
+    specs = [names(stored_as=stored_as, multiplies=multiplies) for multiplies in (True, False)]
+    assert [older_scripts.is_matrix(names(), spec) for spec in specs] == [True, False]
 
 
 def test_a_shape_is_found_in_rows_of_both_kinds():

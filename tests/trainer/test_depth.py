@@ -8,7 +8,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-from tests.helpers import as_arguments, english_args, english_dataset, machine, stop_one_line, tiny
+from tests.helpers import (
+    OTHER_PARTS,
+    as_arguments,
+    english_args,
+    english_dataset,
+    machine,
+    stop_one_line,
+    tiny,
+)
 from tests.trainer.train_cases import read_run
 
 DEPTHS = [*t.DEPTHS]
@@ -181,9 +189,18 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(t, "init_tensor", lambda shape, init, generator: torch.empty(shape, device="meta"))
 
 
-@pytest.mark.parametrize("preset", ["record", "h100x1"])
-def test_flops_are_those_that_pytorch_counts(on_meta, preset):
-    h = config(preset=preset, depth=4, attn_windows="", train_seq_len=256)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(preset="record"),
+        dict(preset="h100x1"),
+        dict(preset="record_sp1024"),
+        OTHER_PARTS | dict(attn_gate_dims=0),  # its products are too small to count
+    ],
+    ids=lambda knobs: knobs.get("preset", "other parts"),
+)
+def test_flops_are_those_that_pytorch_counts(on_meta, knobs):
+    h = config(**knobs | dict(depth=4, attn_windows="", train_seq_len=256))
     model = t.GPT(h)
     tokens = torch.zeros(2, 256, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:

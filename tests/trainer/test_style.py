@@ -24,7 +24,7 @@ MAX_PACKED_BYTES = 64_000  # of the source as it counts in a submission
 MAX_COLUMNS = 110
 MAX_PARAMETERS = 6
 MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
-VARIADIC = ("_op", ".time_phase", ".save_for_backward", "ParamSpec")  # operators; rows of a table
+VARIADIC = ("_op", ".time_phase", ".save_for_backward", "ParamSpec", "Product")  # operators; rows of a table
 MAX_FUNCTION = 60  # lines; Triton kernels have no limit
 # Functions that may return three or more values without names, since the field knows them: q, k, v; the
 # coefficients a, b, c; a shape.
