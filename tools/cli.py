@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # during the imports, Ctrl-C shows no traceback
@@ -343,16 +344,23 @@ def check_folder() -> None:
         raise BadInput("the current folder is gone: change to one that exists") from None
 
 
-def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """Return the command, by default train, and the words after it. Raises BadInput if it is unknown."""
+class Called(NamedTuple):
+    """A command of COMMANDS, and the words after it."""
+
+    name: str
+    words: list[str]
+
+
+def split_command(argv: list[str]) -> Called:
+    """Return the command of a command line, by default train. Raises BadInput if it is unknown."""
     if not argv or "=" in argv[0]:
-        return "train", argv
+        return Called("train", argv)
     if argv[0].startswith("-"):
         raise BadInput(f"unknown option {argv[0]!r}: ./run.sh --help lists the commands")
     if argv[0] not in COMMANDS:
         *most, last = COMMANDS
         raise BadInput(f"unknown command {argv[0]!r}: {', '.join(most)} or {last} (./run.sh --help)")
-    return argv[0], argv[1:]
+    return Called(argv[0], argv[1:])
 
 
 QUESTIONS = {  # what run.sh or a parent process asks instead of a command; each returns the exit status

@@ -187,19 +187,27 @@ def micro_batches_of(script: ModuleType, h: Any, world_size: int) -> MicroBatche
     return MicroBatches(accum, sequences)
 
 
-def capture_pass(script: ModuleType, loss_fn: Callable, optimizer: Any) -> tuple[Callable, str]:
-    """Capture a pass: (sequences (B, T + 1), micro-batches of the step) -> its part of the loss.
+class Pass(NamedTuple):
+    """Forward and backward of a micro-batch.
 
-    Older passes count the micro-batches themselves. Also returns the reason why it is no graph, or "".
+    backward: (sequences (B, T + 1), micro-batches of the step) -> their part of the loss, (). failure: why
+    capture failed; "" for a CUDA graph, and on a device without graphs.
     """
+
+    backward: Callable[..., Any]
+    failure: str
+
+
+def capture_pass(script: ModuleType, loss_fn: Callable, optimizer: Any) -> Pass:
+    """Capture a pass as the script does. Older passes count the micro-batches themselves."""
     backward, failure = script.capture_pass(loss_fn, optimizer)
     if len(inspect.signature(backward).parameters) == 2:
-        return backward, failure
+        return Pass(backward, failure)
 
     def backward_with_count(sequences: Any, count: int | None = None) -> Any:
         return backward(sequences)
 
-    return backward_with_count, failure
+    return Pass(backward_with_count, failure)
 
 
 # ---- the optimizer -------------------------------------------------------------------------------

@@ -27,8 +27,13 @@ MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
 VARIADIC = ("_op", ".time_phase", ".save_for_backward", "ParamSpec", "Product")  # operators; rows of a table
 MAX_FUNCTION = 60  # lines; Triton kernels have no limit
 # Functions that may return three or more values without names, since the field knows them: q, k, v; the
-# coefficients a, b, c; a shape.
-THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape"}
+# coefficients a, b, c; a shape; a key to sort by.
+THREE_OR_MORE = {"qk_heads", "minimax_quintic", "neuron_shape", "repeated", "shape", "best_first", "key"}
+# Annotated pairs of unlike values that need no names: numbers and their scale; products and their sums; a
+# header with its end; a file with its main entry; the items of a dict; a key to sort by.
+UNLIKE_PAIRS = {"to_fp8", "xxt", "read_header", "read_manifest", "times", "order"}
+# Types that do not say what a value is, unlike a class of this repository or a type variable.
+SAYING_LITTLE = re.compile(r"[a-z].*|Any|Callable.*|Tensor.*|Path.*|ModuleType")
 # Reading a knob to check it is not using it.
 NOT_USE = re.compile("load_config|check_(ranges|choices|relations)|relations_of_.*")
 RANK_NAMES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_\w+")
@@ -363,6 +368,58 @@ def test_three_values_have_names(tree):
     assert anonymous_tuples(ast.parse("def f(): return 1, 2, 3")) == [("f", 1)]
 
 
+def annotations(tree) -> list:
+    """Return (name, annotation) of every result, parameter and variable that has one."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS):
+            found.append((node.name, node.returns))
+        elif isinstance(node, ast.arg):
+            found.append((node.arg, node.annotation))
+        elif isinstance(node, ast.AnnAssign):
+            found.append((ast.unparse(node.target), node.annotation))
+    return [(name, annotation) for name, annotation in found if annotation is not None]
+
+
+def subscripted(node, *names: str) -> bool:
+    """Return whether a node is NAME[...] with one of these names."""
+    return isinstance(node, ast.Subscript) and ast.unparse(node.value) in names
+
+
+def is_unlike_tuple(node) -> bool:
+    """Return whether a node is tuple[...] with unlike parts, some of which do not say what they are."""
+    if not subscripted(node, "tuple") or not isinstance(node.slice, ast.Tuple):
+        return False
+    parts = [ast.unparse(part) for part in node.slice.elts]
+    return len(set(parts)) > 1 and "..." not in parts and any(map(SAYING_LITTLE.fullmatch, parts))
+
+
+def keys_in(annotation) -> list:
+    """Return the nodes that are keys of a dict or members of a set, which are looked up whole."""
+    dicts = [n.slice.elts[0] for n in ast.walk(annotation) if subscripted(n, "dict")]
+    return dicts + [n.slice for n in ast.walk(annotation) if subscripted(n, "set")]
+
+
+def unlike_tuples(tree) -> list:
+    """Return (name, line) of every annotation with a tuple of unlike values without names."""
+    found = []
+    for name, annotation in annotations(tree):
+        keys = keys_in(annotation)
+        unlike = [node for node in ast.walk(annotation) if is_unlike_tuple(node) and node not in keys]
+        if unlike and name not in UNLIKE_PAIRS:
+            found.append((name, annotation.lineno))
+    return found
+
+
+def test_the_tuple_check_sees_unlike_values():
+    for annotation in ("tuple[str, int]", "list[tuple[str, list[str]]]", "tuple[Row, float] | None"):
+        assert unlike_tuples(ast.parse(f"def f() -> {annotation}: pass")) == [("f", 1)], annotation
+        assert unlike_tuples(ast.parse(f"def f(\n    x: {annotation}\n): pass")) == [("x", 2)], annotation
+        assert unlike_tuples(ast.parse(f"x: {annotation}")) == [("x", 1)], annotation
+    for annotation in ("tuple[str, ...]", "tuple[int, int]", "tuple[Item, Result]", "set[tuple[str, int]]"):
+        assert not unlike_tuples(ast.parse(f"x: {annotation}")), annotation
+
+
 def test_docstrings(tree):
     """Every public function and class says what it does, in a first line that is a sentence."""
     missing = []
@@ -476,6 +533,21 @@ def newer_fstrings(text: str) -> list[int]:
 
 def python_files() -> list[Path]:
     return [path for path in repo_files() if path.suffix == ".py"]
+
+
+def program_trees() -> dict[str, ast.Module]:
+    """Return the trees of the programs, by name: the trainer and the tools."""
+    tools = [path for path in python_files() if path.relative_to(ROOT).parts[0] == "tools"]
+    paths = [SCRIPT, *tools]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_unlike_values_have_names():
+    found = {}
+    for name, tree in program_trees().items():
+        if unlike := unlike_tuples(tree) + anonymous_tuples(tree):
+            found[name] = unlike
+    assert not found, f"(name, line) of tuples to make a NamedTuple: {found}"
 
 
 def test_python_310_grammar():

@@ -159,6 +159,13 @@ def masks_of(rows: int, T: int) -> list[Mask]:
     ]
 
 
+class MaskArguments(NamedTuple):
+    """A mask for the attend_ functions, given by place: older scripts call documents docs."""
+
+    window: int
+    documents: Tensor | None
+
+
 class MaskedLayer(NamedTuple):
     """A layer's tensors and a mask. ids (B, T) int32: the number of a token's document or sequence."""
 
@@ -171,10 +178,10 @@ class MaskedLayer(NamedTuple):
     ids: Tensor
 
     @property
-    def trainer_arguments(self) -> tuple[int, Tensor | None]:
-        """Window and documents, by place for the attend_ functions: older scripts call documents docs."""
+    def trainer_arguments(self) -> MaskArguments:
+        """What the attend_ functions take after q, k and v."""
         documents = self.ids - self.ids[:, :1] if self.mask.documents else None
-        return self.mask.window, documents
+        return MaskArguments(self.mask.window, documents)
 
 
 def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:

@@ -103,8 +103,15 @@ def chosen_names(path: Path, only: str | None, t: ModuleType) -> list[str]:
     return asked
 
 
-def install(t: ModuleType, ops: Any, replacements: list[Replacement]) -> tuple[Any, set[str]]:
-    """Put the functions into the copy `t`. Returns the machine's ops with them, and the paths replaced."""
+class Installed(NamedTuple):
+    """What a candidate replaced. ops: the machine's, with the candidate's functions in them."""
+
+    ops: Any
+    paths: set[str]
+
+
+def install(t: ModuleType, ops: Any, replacements: list[Replacement]) -> Installed:
+    """Put the functions into the copy `t` and into `ops`."""
     paths = set()
     for given, function in replacements:
         path = given.removeprefix("t.")
@@ -119,7 +126,7 @@ def install(t: ModuleType, ops: Any, replacements: list[Replacement]) -> tuple[A
             if default is before:  # the machine may have bound another function in its place
                 ops = ops._replace(**{field: function})
         paths.add(path)
-    return ops, paths
+    return Installed(ops, paths)
 
 
 # ---- errors --------------------------------------------------------------------------------------

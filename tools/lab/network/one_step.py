@@ -93,8 +93,15 @@ def torchrun_environment(task: RankTask) -> dict[str, str]:
     )
 
 
-def open_script(task: RankTask, recorder: Recorder) -> tuple[ModuleType, Any]:
-    """Return the script, its directions watched, and its config with a batch of one sequence a rank."""
+class OpenScript(NamedTuple):
+    """A script whose directions are watched, and its config with a batch of one sequence a rank."""
+
+    t: ModuleType
+    h: Any
+
+
+def open_script(task: RankTask, recorder: Recorder) -> OpenScript:
+    """Load the script and the config of a rank."""
     t = load_script(task.script, "wired_script", NEEDS, "wire")
     recorder.watch_directions(t)
     try:
@@ -103,7 +110,7 @@ def open_script(task: RankTask, recorder: Recorder) -> tuple[ModuleType, Any]:
         h = dataclasses.replace(h, train_batch_tokens=task.world * tokens, micro_batch_tokens=tokens)
     except t.InputError as error:
         raise BadInput(str(error)) from None
-    return t, h
+    return OpenScript(t, h)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import script
 from older_scripts import (
+    Pass,
     capture_pass,
     is_matrix,
     known_fault,
@@ -303,11 +304,8 @@ def build_trained(s: Session, steps: bool = True) -> TrainingParts:
     return TrainingParts(model, s.m.compile(model.loss), optimizer, s.t.Ema(model, s.h), batches)
 
 
-def capture_backward(s: Session, run: TrainingParts) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Capture training's forward+backward of a micro-batch, (B, T + 1) -> its part of the loss.
-
-    It is a CUDA graph where the machine captures. Also returns the reason why a capture failed, or ''.
-    """
+def capture_backward(s: Session, run: TrainingParts) -> Pass:
+    """Capture training's forward+backward of a micro-batch: a CUDA graph where the machine captures."""
     return capture_pass(s.t, run.loss_fn, run.optimizer)
 
 

@@ -46,7 +46,7 @@ class TrainingLoop:
         self.run = run
         self.loader = loader
         self.logged = logged
-        self.backward, _ = capture_backward(s, run)
+        self.backward = capture_backward(s, run).backward
         # text if there is any: random tokens draw other power
         self.batch = loader.next() if loader else [run.fresh()] * s.accum
         self.step = 0

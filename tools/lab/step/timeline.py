@@ -131,7 +131,7 @@ def measure_rank(s: Session, steps: int, recorder: Recorder) -> RankFigures:
     watch = StepWatch(s.t, recorder)
     run = build_trained(s)
     hp = s.t.hyper_at(s.h, 0, 0.0)
-    backward, _ = capture_backward(s, run)
+    backward = capture_backward(s, run).backward
 
     def step() -> None:
         s.t.train_step(backward, run.optimizer, [run.fresh()] * s.accum, hp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -140,14 +141,21 @@ def graph_times(calls: list[list[Callable]], fork: bool) -> list[float]:
         torch.cuda.synchronize()  # before the graphs and their memory go
 
 
-def modes_of(s: Setup, case: TimedCase, sets: list[list[dict]]) -> Iterator[tuple[str, Callable]]:
-    """Yield (mode, its measurement): eager; on a GPU also compiled, in a graph, on one stream and on four."""
-    yield "eager", partial(eager_times, s, case, sets)
+class Mode(NamedTuple):
+    """A way to run a case."""
+
+    name: str
+    measure: Callable
+
+
+def modes_of(s: Setup, case: TimedCase, sets: list[list[dict]]) -> Iterator[Mode]:
+    """Yield the modes of a case: eager; on a GPU also compiled, in a graph, on one stream and on four."""
+    yield Mode("eager", partial(eager_times, s, case, sets))
     if s.cuda:
         torch._dynamo.reset()  # a function compiles eight times at most, and this is another row
         calls = calls_of(s, case, sets, s.m.compile)
-        yield "graph", partial(graph_times, calls, fork=False)
-        yield "graph4", partial(graph_times, calls, fork=True)
+        yield Mode("graph", partial(graph_times, calls, fork=False))
+        yield Mode("graph4", partial(graph_times, calls, fork=True))
 
 
 @torch.no_grad()
@@ -165,9 +173,9 @@ def time_cases(s: Setup, cases: list[TimedCase], deadline: float) -> None:
             portion = case.portion
             sets = input_sets(s, portion)
         with skipping(s.log, str(case)):
-            for mode, timed in modes_of(s, case, sets):
-                with skipping(s.log, f"{case} mode:{mode}"):
-                    s.log(f"time {case} mode:{mode} {quartiles(timed())}")
+            for mode in modes_of(s, case, sets):
+                with skipping(s.log, f"{case} mode:{mode.name}"):
+                    s.log(f"time {case} mode:{mode.name} {quartiles(mode.measure())}")
 
 
 # ---- floors --------------------------------------------------------------------------------------

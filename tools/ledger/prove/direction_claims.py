@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ledger.files import read_text
 from ledger.folders import MEASUREMENT_NAME
@@ -43,13 +44,24 @@ def claim_files(case: MeasurementCase) -> str:
     return f"{len(FILES)} files, {machine['note']}, {machine['date']}"
 
 
-def due_times(log: dict) -> list[tuple[str, str, Update]]:
-    """Return every (part, share, update) that a measurement must have a time for, or a reason why not."""
+class Due(NamedTuple):
+    """What a measurement must have a time for, or a reason why not: a part of an update, on some matrices."""
+
+    part: str
+    share: str
+    update: Update
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.share} {' '.join(map(str, self.update))}"
+
+
+def due_times(log: dict) -> list[Due]:
+    """Return all that a measurement must have a time for."""
     rows = names(log, "row")
-    due = [(part, share, Update(row, "muon", 0)) for part, share in TITLES for row in rows]
+    due = [Due(part, share, Update(row, "muon", 0)) for part, share in TITLES for row in rows]
     direction = log["config"][0]["ortho"]
-    due += [("update", "all", Update(direction, rule, 0)) for rule in names(log, "rule")]
-    due.append(("update", "all", Update(direction, "muon", 1)))
+    due += [Due("update", "all", Update(direction, rule, 0)) for rule in names(log, "rule")]
+    due.append(Due("update", "all", Update(direction, "muon", 1)))
     return due
 
 
@@ -57,16 +69,13 @@ def claim_rows(case: MeasurementCase) -> str:
     """Every direction and rule has a figure, or a reason why not, wherever one is due."""
     log = case.log
     lines = [*log.get("time", []), *log.get("skip", [])]
-    given = {
-        (line.get("part"), line.get("share"), Update(line.get("row"), line.get("rule"), line.get("cautious")))
-        for line in lines
-    }
+    given = set()
+    for line in lines:
+        update = Update(line.get("row"), line.get("rule"), line.get("cautious"))
+        given.add(Due(line.get("part"), line.get("share"), update))
     due = due_times(log)
-    for part, share, update in due:
-        demand(
-            (part, share, update) in given,
-            f"neither a time nor a reason for {part} {share} {' '.join(map(str, update))}",
-        )
+    for each in due:
+        demand(each in given, f"neither a time nor a reason for {each}")
 
     qualities = log.get("quality", [])
     inputs = {(q["family"], q["shape"]) for q in qualities}

@@ -200,11 +200,19 @@ def source_diffs(entries: Iterable[Entry], ledger: Ledger) -> dict[str, list[lis
     return found
 
 
-def setting_changes(parent: Entry, entry: Entry) -> list[tuple[str, object, object]]:
-    """Return the settings that both entries have with another value: key, the parent's, this one's."""
+class ChangedSetting(NamedTuple):
+    """A knob with its value in a parent and in its child."""
+
+    knob: str
+    before: object
+    after: object
+
+
+def setting_changes(parent: Entry, entry: Entry) -> list[ChangedSetting]:
+    """Return the settings that both entries have with another value."""
     shared = sorted(set(parent.config) & set(entry.config))
     return [
-        (key, parent.config[key], entry.config[key])
+        ChangedSetting(key, parent.config[key], entry.config[key])
         for key in shared
         if parent.config[key] != entry.config[key]
     ]
@@ -219,9 +227,7 @@ def change_view(parent: Entry, entry: Entry) -> dict:
         "younger": sorted(set(entry.config) ^ set(parent.config)),
         "key": source_key(parent, entry),
         "total": diff.diff_total(sections),
-        "sections": [
-            (section.title, section.count("+"), section.count("-"), section) for section in sections
-        ],
+        "sections": sections,
     }
 
 

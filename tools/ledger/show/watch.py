@@ -132,23 +132,30 @@ def run_view(followed: Followed) -> dict:
     }
 
 
-def best_run(run: RunLog) -> tuple[str, RunLog] | None:
-    """Return name and first run of the best record of a run's track on the same text, None if none."""
+class BestRecord(NamedTuple):
+    """The best record of a track on the same text: its name, and its first run."""
+
+    name: str
+    run: RunLog
+
+
+def best_record(run: RunLog) -> BestRecord | None:
+    """Return the best record to set beside a run, or None if there is none."""
     folders = [folder for folder in record_folders(RECORDS) if folder.parent.name == track_of(run.preset)]
     by_name = {folder.name: folder for folder in folders}
     subs = [sub for sub in map(read_submission, folders) if sub["record"] and is_same_text(run, sub)]
     if not subs:
         return None
     best = best_first(subs)[0]
-    return best["name"], parse_log(logs_of(by_name[f"{best['date']}_{best['name']}"])[0])
+    first_log = logs_of(by_name[f"{best['date']}_{best['name']}"])[0]
+    return BestRecord(best["name"], parse_log(first_log))
 
 
 def best_curves(run: RunLog) -> dict | None:
     """Return the curves of the best record of a run's track, to be drawn behind; None if there is none."""
     with suppress(BadInput):  # a damaged record is the business of `record verify`
-        if best := best_run(run):
-            name, record = best
-            return {"name": f"{name}, the best record", "muted": True, **run_curves(record)}
+        if best := best_record(run):
+            return {"name": f"{best.name}, the best record", "muted": True, **run_curves(best.run)}
     return None
 
 
