@@ -4941,7 +4941,9 @@ def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibr
 # plus the bits in FLIP_TAPS. The shift is the parity of the bits in SHIFT_TAPS. Both are Ungerboeck's code of
 # 256 states (1987, part II, table I: h0 = 515, h1 = 362, octal).
 TRELLIS_STATES = 256
-MAX_TRELLIS_ROWS = 1 << 17  # of all tensors in trellis codes: rows are decoded one after another
+# Of all tensors in trellis codes, which are decoded row after row: within seconds.
+MAX_TRELLIS_ROWS = 1 << 14
+MAX_TRELLIS_CODES = 1 << 26
 SHIFT_TAPS = 0o362 >> 1
 FLIP_TAPS = 0o515 >> 1
 
@@ -5392,6 +5394,7 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
     out = {}
     expected = 0
     trellis_rows = 0
+    trellis_count = 0
     for row in header["tensors"]:
         entry = read_entry(row)
         name = entry.name
@@ -5412,8 +5415,10 @@ def read_tensors(header: dict, payload: bytes) -> dict[str, Tensor]:
             if ENCODINGS[entry.encoding].has_shifts:
                 matrices = values.reshape(-1, *entry.matrix)
                 trellis_rows += matrices.shape[1]
-                if trellis_rows > MAX_TRELLIS_ROWS:
-                    raise ValueError(f"artifact: more than {MAX_TRELLIS_ROWS} rows of trellis codes")
+                trellis_count += entry.count
+                if trellis_rows > MAX_TRELLIS_ROWS or trellis_count > MAX_TRELLIS_CODES:
+                    most = f"{MAX_TRELLIS_ROWS} rows or {MAX_TRELLIS_CODES}"
+                    raise ValueError(f"artifact: more than {most} trellis codes")
                 tensor += torch.from_numpy(trellis_shifts(matrices)).view(shape)
             scales = np.frombuffer(payload, "<f2", entry.scales, scales_at).astype(np.float32)
             tensor *= torch.from_numpy(scales).view(*shape[:-1], 1)
@@ -5849,12 +5854,13 @@ CODECS = {
 def relations_of_the_codec(h: Config) -> Iterator[Relation]:
     """Yield the relation of the model's size to what an artifact holds."""
     parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
-    most = CODECS[h.codec].max_weights
+    most = MAX_TRELLIS_CODES if h.trellis else CODECS[h.codec].max_weights
+    holder = "trellis=1" if h.trellis else f"codec={h.codec}"
     sizes = " ".join(f"{key}={getattr(h, key)}" for key in knobs_with(SIZE))
     yield Relation(
         parameters <= most,
         f"mlp_mult={h.mlp_mult:g} {sizes} make {parameters:.3g} parameters, "
-        f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of codec={h.codec} holds at "
+        f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of {holder} holds at "
         f"most {most:.3g}; make the model smaller",
     )
 

@@ -141,13 +141,23 @@ def test_a_run_takes_it(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_rows_have_a_limit(monkeypatch):
+@pytest.mark.parametrize("limit, most", [("MAX_TRELLIS_ROWS", 34), ("MAX_TRELLIS_CODES", 69)])
+def test_rows_and_codes_have_a_limit(limit, most, monkeypatch):
     entries = [["a", "trellis", [30, 2], 0], ["b", "trellis", [5, 2], 122]]
     payload = bytes(122 + 22)
     t.read_tensors({"tensors": entries}, payload)
-    monkeypatch.setattr(t, "MAX_TRELLIS_ROWS", 34)
-    with pytest.raises(ValueError, match="artifact: more than 34 rows of trellis codes"):
+    monkeypatch.setattr(t, limit, most + 1)
+    t.read_tensors({"tensors": entries}, payload)
+    monkeypatch.setattr(t, limit, most)
+    with pytest.raises(ValueError, match=f"artifact: more than .*{most}.* trellis codes"):
         t.read_tensors({"tensors": entries}, payload)
+
+
+def test_a_model_that_no_reader_would_decode_is_refused_before_it_trains():
+    t.load_config(["preset=h100x1", "trellis=1", "codec=xz", "num_layers=20"], {})
+    with pytest.raises(t.InputError, match="artifact of trellis=1 holds at most 6.71e[+]07"):
+        t.load_config(["preset=h100x1", "trellis=1", "codec=xz", "num_layers=22"], {})
+    t.load_config(["preset=h100x1", "codec=xz", "num_layers=22"], {})
 
 
 def fused_and_exact(device):
