@@ -97,7 +97,7 @@ from itertools import chain, cycle, pairwise
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 # -----------------------------------------------------------------------------
 # 0. Start-up: closed consoles before any file is opened, and imports that fail in one line.
@@ -5928,21 +5928,6 @@ class Score(NamedTuple):
         return f"val_bpb {self.bpb:.4f}, val_loss {self.loss:.4f} over {self.tokens:,} tokens"
 
 
-class ScoreSettings(NamedTuple):
-    """How to score a split."""
-
-    seq_len: int
-    stride: int
-    batch: int  # windows per forward pass on one rank
-    label: str  # for the terminal's status line
-    log: Log
-    # stream: the windows follow each other through the split | documents: each document is scored apart.
-    layout: Literal["stream", "documents"] = "stream"
-    bos_id: int | None = None  # first token of every document; the stream needs none
-    chunk: int | None = None  # targets to score between two lessons of test-time training; None: no lessons
-    learner: Callable = nullcontext  # context manager that yields `learn`, as `learning` does
-
-
 class WindowGroup(NamedTuple):
     """Score windows that share one compiled shape and one state of the weights."""
 
@@ -5962,12 +5947,14 @@ def score_windows(total: int, seq_len: int, stride: int) -> Windows:
     return Windows(start=np.maximum(end - seq_len, 0), end=end, score_from=np.append(0, end[:-1]))
 
 
-def window_groups(total: int, scoring: ScoreSettings) -> list[WindowGroup]:
-    """Cut the score windows of `total` targets into groups wherever the chunk or the shape changes.
+def stream_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> list[WindowGroup]:
+    """Cut the score windows of `tokens` into groups wherever the chunk or the shape changes.
 
+    The windows follow each other through the tokens, whatever the documents and the number of slots.
     The lesson before a chunk holds all earlier targets that have not been learned from: those of the previous
     chunk and of chunks in which no window begins. A lesson is cut into sequences.
     """
+    total = len(tokens) - 1
     seq_len = scoring.seq_len
     windows = score_windows(total, seq_len, scoring.stride)
     start, end, score_from = windows
@@ -6035,6 +6022,20 @@ def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> l
     ]
 
 
+class ScoreSettings(NamedTuple):
+    """How to score a split."""
+
+    seq_len: int
+    stride: int
+    batch: int  # windows per forward pass on one rank
+    label: str  # for the terminal's status line
+    log: Log
+    groups: Callable = stream_groups  # (tokens, scoring, slots) -> list of WindowGroup
+    bos_id: int | None = None  # first token of every document; stream_groups needs none
+    chunk: int | None = None  # targets to score between two lessons of test-time training; None: no lessons
+    learner: Callable = nullcontext  # context manager that yields `learn`, as `learning` does
+
+
 class WindowBatch(NamedTuple):
     """Windows as a batch for the model, (B, T) each. A short window is padded at its end."""
 
@@ -6099,10 +6100,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
     """
     started = time.perf_counter()
     total = len(tokens) - 1
-    if scoring.layout == "documents":
-        groups = document_groups(tokens, scoring, scoring.batch * m.world_size)
-    else:
-        groups = window_groups(total, scoring)
+    groups = scoring.groups(tokens, scoring, scoring.batch * m.world_size)
     ends = np.cumsum([group.windows.n for group in groups])  # of the groups, in windows
     on_device = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     scores = Scored(*torch.zeros(2, total, dtype=torch.float64, device=m.device))
@@ -6249,14 +6247,14 @@ class TttForm(NamedTuple):
     """A form of test-time training."""
 
     learner: Callable  # what `learning` returns, with the same arguments
-    layout: str  # as in ScoreSettings
+    groups: Callable  # as in ScoreSettings
     stride: Callable[[Config], int]  # fresh targets in each score window
     relations: Callable[[Config], Iterator[Relation]]  # between its knobs
 
 
 TTT_FORMS = {
-    "sgd": TttForm(sgd_of_weights, "stream", lambda h: h.eval_stride, relations_of_sgd),
-    "lora": TttForm(lora_of_documents, "documents", lambda h: h.ttt_chunk_tokens, relations_of_lora),
+    "sgd": TttForm(sgd_of_weights, stream_groups, lambda h: h.eval_stride, relations_of_sgd),
+    "lora": TttForm(lora_of_documents, document_groups, lambda h: h.ttt_chunk_tokens, relations_of_lora),
 }
 
 
@@ -6904,8 +6902,8 @@ class Run:
         if not learns:
             return scoring
         learner = partial(learning, self.model, self.nats_fn, h, self.m)
-        layout = TTT_FORMS[h.ttt_form].layout
-        return scoring._replace(layout=layout, bos_id=h.bos_id, chunk=h.ttt_chunk_tokens, learner=learner)
+        groups = TTT_FORMS[h.ttt_form].groups
+        return scoring._replace(groups=groups, bos_id=h.bos_id, chunk=h.ttt_chunk_tokens, learner=learner)
 
     @memory_remedy("to score", "lower eval_batch_tokens, or val_tokens if the split does not fit")
     def score(self, label: str, stride: int, split: str = "val", learns: bool = False) -> Score:

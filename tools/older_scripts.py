@@ -285,11 +285,14 @@ def counted_stride(script: ModuleType, h: Any) -> int:
     return h.eval_stride if missing_names(script, METRIC_NEEDS) else script.metrics_of(h)[-1].stride
 
 
-def learns_apart(scoring: Any) -> bool:
+def learns_apart(script: ModuleType, scoring: Any) -> bool:
     """Return whether a ScoreSettings scores every document apart, and forgets what it learned after each.
 
-    Older scripts have no layout: with windows one after the other, their bos_id is -1 or missing.
+    Older scripts name a layout, and the first ones have none: with windows one after the other, their bos_id
+    is -1 or missing.
     """
+    if hasattr(scoring, "groups"):
+        return scoring.groups is script.document_groups
     if hasattr(scoring, "layout"):
         return scoring.layout == "documents"
     return getattr(scoring, "bos_id", -1) >= 0

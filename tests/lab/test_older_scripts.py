@@ -138,6 +138,16 @@ def test_bridges_of_a_run_and_its_machine():
     assert isinstance(older_scripts.guarded(names(), None), contextlib.nullcontext)
 
 
+def test_a_score_of_documents_apart_is_known_by_its_groups_its_layout_or_its_bos_id():
+    def scoring(**settings):
+        return t.ScoreSettings(16, 4, 4, "x", None, **settings)
+
+    apart = [scoring(groups=t.document_groups), names(layout="documents"), names(bos_id=0)]
+    stream = [scoring(bos_id=0), names(layout="stream", bos_id=0), names(bos_id=-1), names()]
+    assert all(older_scripts.learns_apart(t, settings) for settings in apart)
+    assert not any(older_scripts.learns_apart(t, settings) for settings in stream)
+
+
 # What may be absent for another reason: FILE: the object that is asked.
 ELSEWHERE = {
     ("audit.py", "sys.flags"),

@@ -159,7 +159,7 @@ def test_a_document_learns_from_all_its_chunks_but_the_last_once_they_are_scored
         seq_len = int(rng.integers(1, 20))
         chunk = int(rng.integers(1, seq_len + 1))
         tokens = np.where(rng.random(int(rng.integers(2, 200))) < 0.1, 1, 2)
-        run = t.ScoreSettings(seq_len, 1, slots, "x", SILENT, layout="documents", bos_id=1, chunk=chunk)
+        run = t.ScoreSettings(seq_len, 1, slots, "x", SILENT, bos_id=1, chunk=chunk)
         scored = np.zeros(len(tokens) - 1, int)
         learned = np.zeros(len(tokens) - 1, int)
         owner = [-1] * slots  # document that the slot has learned from since it was last reset

@@ -135,7 +135,7 @@ class ProgressLog:
 # A stream whose chunks have 8 windows and whose batches have 5; documents of at most 3 chunks, 2 in a batch.
 LESSONS = [
     dict(seq_len=16, stride=2, batch=5, chunk=16),
-    dict(seq_len=8, stride=8, batch=2, layout="documents", bos_id=0, chunk=4),
+    dict(seq_len=8, stride=8, batch=2, groups=t.document_groups, bos_id=0, chunk=4),
 ]
 
 
@@ -153,10 +153,7 @@ def test_progress_counts_the_windows_that_are_scored(settings, is_gpu, monkeypat
 
     tokens = np.arange(321) % 9
     run = t.ScoreSettings(label="x", log=log, **settings)
-    if run.layout == "documents":
-        groups = t.document_groups(tokens, run, run.batch)
-    else:
-        groups = t.window_groups(len(tokens) - 1, run)
+    groups = run.groups(tokens, run, slots=run.batch)
     done = 0
     expected = []
     for group in groups:

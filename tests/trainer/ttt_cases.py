@@ -20,7 +20,7 @@ def learning_run(h, model, m, **changes):
         h.eval_seq_len, h.eval_stride, 4, "x", SILENT, chunk=h.ttt_chunk_tokens, learner=learner
     )
     if h.ttt_form == "lora":
-        run = run._replace(layout="documents", bos_id=h.bos_id)
+        run = run._replace(groups=t.document_groups, bos_id=h.bos_id)
     return run._replace(**changes)
 
 

@@ -71,7 +71,7 @@ class Audit:
 
     def first_lesson(self) -> Lesson:
         """Return the windows of the first chunk: its sequences, or itself for every sequence of a batch."""
-        if learns_apart(self.scoring):
+        if learns_apart(self.script, self.scoring):
             start = np.zeros(self.scoring.batch * self.run.m.world_size, np.int64)
             end = start + self.chunk
         else:
@@ -103,7 +103,7 @@ def make_audit(script: ModuleType, run: Run, blob: bytes) -> Audit:
         )
 
     scoring = plan_scores(script, run, chunk)
-    if learns_apart(scoring):
+    if learns_apart(script, scoring):
         piece = choose_document(script, tokens, h, chunk)
     else:
         piece = choose_piece(tokens, h, chunk)

@@ -45,7 +45,7 @@ def count_scores(audit: Audit, tokens: np.ndarray) -> Tensor:
     audit.progress.expect(-(-(len(tokens) - 1) // m.world_size), "targets")
 
     def one_nat_each(x: Tensor, y: Tensor, last: int) -> Tensor:
-        fresh = audit.chunk if learns_apart(scoring) else last  # targets of a full window
+        fresh = audit.chunk if learns_apart(audit.script, scoring) else last  # targets of a full window
         audit.progress.advance(x.size(0) * fresh)
         return torch.ones(x.size(0), last, device=x.device)
 
