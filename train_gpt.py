@@ -294,7 +294,7 @@ def sha256(data: bytes) -> str:
 
 
 # -----------------------------------------------------------------------------
-# 2. Config: every knob once, with its default. Presets say what to train; record_sp1024 leaves all defaults.
+# 2. Config: every knob once, with its default. The defaults are those of `record`; presets change some.
 
 
 # What a knob may be, by its annotation.
@@ -307,7 +307,7 @@ SIZE = "size"  # named if the model is too large
 FREE = "free"  # a run that resumes may change it
 STORED = "stored"  # the header of every artifact holds it
 STORED_IF_LEARNS = "stored if learns"  # only if the artifact's score uses test-time training
-STORED_IF_SET = "stored if set"  # only if it differs from its default, so older artifacts stay valid
+STORED_IF_SET = "stored if set"  # only if it differs from its default, as in artifacts older than the knob
 RESCORED = "rescored"  # `eval` may change it although the artifact holds it
 
 # Those that tools read, which keep no lists of knobs:
@@ -343,7 +343,7 @@ class Config:
     run_id: str = knob("", FREE, OWN)  # "": made of UTC time, preset and seed
     seed: Count = knob(1337, OWN)  # sets the initial weights and the order of the data
     out_dir: str = knob("logs", FREE, PATH, OWN)  # OUT_DIR/RUN_ID.txt, the log; OUT_DIR/RUN_ID.int6.CODEC
-    data_path: str = knob("data/datasets/fineweb10B_sp1024", FREE, PATH, DATA, SHARED)
+    data_path: str = knob("data/datasets/fineweb10B_sp8192", FREE, PATH, DATA, SHARED)
     tokenizer_path: str = knob("", FREE, PATH, DATA, SHARED)  # "": the one in DATA_PATH/manifest.json
     report_split: str = knob("", SHARED, REPORT)  # a second split to score and report, never used to choose
     bos_id: Count = knob(1, STORED, SHARED)  # first token of every document
@@ -377,12 +377,12 @@ class Config:
     depth: Count = knob(0, BY_DEPTH)  # layers; all else follows (follow_dials); 0: the preset's own model
     tokens_per_param: float = 0.0  # sets iterations: training tokens per parameter of scaling_params; 0: off
     # model
-    vocab_size: int = knob(1024, SIZE, STORED, SHARED)  # the tokenizer's, or that up to a multiple of 128
+    vocab_size: int = knob(8192, SIZE, STORED, SHARED)  # the tokenizer's, or that up to a multiple of 128
     num_layers: int = knob(11, SIZE, STORED, BY_DEPTH)
     model_dim: int = knob(512, SIZE, STORED, BY_DEPTH)
     num_heads: int = knob(4, SIZE, STORED, BY_DEPTH)
     num_kv_heads: int = knob(2, SIZE, STORED, BY_DEPTH)
-    mlp_mult: float = knob(3.0, STORED)
+    mlp_mult: float = knob(4.0, STORED)
     rope_dims: Count = knob(32, STORED)  # rotated dimensions of each head; the others carry no position
     rope_base: float = knob(10_000.0, STORED)
     # Keys a token sees, itself included; 0: all. The list repeats over the layers.
@@ -394,34 +394,34 @@ class Config:
     loop_layers: str = knob("", STORED_IF_SET)
     loop_times: Count = knob(0, SIZE, STORED_IF_SET)  # further visits; 0: none
     loop_frac: Fraction = 0.5  # training starts to loop at this fraction of the run; 1: scoring alone loops
-    xsa_last_n: Count = knob(4, STORED, BY_DEPTH)  # layers with exclusive self-attention
+    xsa_last_n: Count = knob(11, STORED, BY_DEPTH)  # layers with exclusive self-attention
     attn_gate_dims: Count = knob(0, SIZE, STORED_IF_SET)  # inputs that set the gate of a head; 0: no gates
     skip_gates: bool = knob(False, STORED_IF_SET)  # skips blend by a learned gate instead of adding
-    ve_last_n: Count = knob(2, STORED, BY_DEPTH)  # layers that add a token embedding to their values; 0: none
+    ve_last_n: Count = knob(0, STORED, BY_DEPTH)  # layers that add a token embedding to their values; 0: none
     ve_dim: int = knob(128, SIZE, STORED)
-    bigram_vocab_size: Count = knob(1536, SIZE, STORED)  # embeddings for hashed pairs of tokens; 0: none
+    bigram_vocab_size: Count = knob(0, SIZE, STORED)  # embeddings for hashed pairs of tokens; 0: none
     bigram_dim: int = knob(128, SIZE, STORED)
     logit_softcap: float = knob(30.0, STORED)
     norm_gains: bool = knob(False, STORED_IF_SET)  # learned gains after the norms of attention and MLP
-    qk_gain_init: float = 1.5
+    qk_gain_init: float = 4.0
     out_scale_init: float = 1.0  # start of the scales of what attention and MLP add
     tied_embed_init_std: float = 0.005
     # optimizer
     ortho: str = "ns5"  # a row of ORTHO
-    step_rule: str = "normuon"  # a row of STEP_RULES
-    matrix_lr: float = knob(0.05, BY_DEPTH)
-    embed_lr: float = knob(0.035, BY_DEPTH)
-    scalar_lr: float = knob(0.025, BY_DEPTH)
+    step_rule: str = "muon"  # a row of STEP_RULES
+    matrix_lr: float = knob(0.02, BY_DEPTH)
+    embed_lr: float = knob(0.03, BY_DEPTH)
+    scalar_lr: float = knob(0.02, BY_DEPTH)
     norm_gain_lr: float = knob(0.025, BY_DEPTH)
     depth_lr_power: Fraction = 0.0  # with depth=N, matrix_lr goes as N^-depth_lr_power
-    muon_wd: float = knob(0.04, BY_DEPTH)  # weight decay of the matrices
-    embed_wd: float = knob(0.04, BY_DEPTH)
-    scalar_wd: float = knob(0.04, BY_DEPTH)
-    muon_momentum: Decay = 0.99
-    muon_momentum_start: Decay = 0.92
-    muon_momentum_warmup_frac: Fraction = 0.2  # part of the run, at its start, in which momentum rises
+    muon_wd: float = knob(0.085, BY_DEPTH)  # weight decay of the matrices
+    embed_wd: float = knob(0.085, BY_DEPTH)
+    scalar_wd: float = knob(0.02, BY_DEPTH)
+    muon_momentum: Decay = 0.95
+    muon_momentum_start: Decay = 0.85
+    muon_momentum_warmup_frac: Fraction = 0.3  # part of the run, at its start, in which momentum rises
     momentum_spread: float = 1.0  # above 1: mean of two momenta, horizons shorter and longer by this factor
-    equalize_rows: bool = False  # scale rows to unit norm before the direction
+    equalize_rows: bool = True  # scale rows to unit norm before the direction
     cautious_wd: bool = False  # decay only the weights that the step also shrinks
     decay_follows_rate: bool = False  # weight decay falls with the rates
     normuon_beta2: Decay = 0.95  # decay of the second moment in the normuon rules
@@ -434,23 +434,23 @@ class Config:
     fp8: bool = knob(True, COMPILES)  # MLP forward products in e4m3 when gradients are on, where a GPU can
     deterministic: bool = False  # runs of a seed are bit-identical on a GPU, if iterations end them
     wire_dtype: str = "float32"  # how gradients travel between ranks: float32 | bfloat16
-    warmdown_frac: Fraction = 0.5  # part of the run, at its end, in which rates fall linearly
+    warmdown_frac: Fraction = 0.6  # part of the run, at its end, in which rates fall linearly
     matrix_warmdown_frac: Fraction = 0.0  # the same for matrix_lr; 0: warmdown_frac
     matrix_warmup_frac: Fraction = 0.0  # part of the run, at its start, in which matrix_lr rises from 0
-    min_lr_frac: Fraction = 0.0  # each rate ends at this fraction of its peak
+    min_lr_frac: Fraction = 0.1  # each rate ends at this fraction of its peak
     # averaging and artifact
-    ema_frac: float = 0.045  # horizon of the average, as a fraction of the run
+    ema_frac: float = 0.05  # horizon of the average, as a fraction of the run
     artifact_weights: str = knob("ema", CODES)  # ema | live; if training ended early, ema: the better of both
     gptq_batches: Count = knob(1, CODES)  # training batches that guide int6 rounding; 0: round to nearest
-    gptq_embed: bool = knob(False, CODES)  # the output layer's inputs guide the token embedding's rounding
-    column_steps: bool = knob(False, CODES)  # int6 steps are finer in columns that matter more; codes to 127
-    row_steps: bool = knob(False, CODES)  # int6 steps are finer in rows that the loss depends on more
+    gptq_embed: bool = knob(True, CODES)  # the output layer's inputs guide the token embedding's rounding
+    column_steps: bool = knob(True, CODES)  # int6 steps are finer in columns that matter more; codes to 127
+    row_steps: bool = knob(True, CODES)  # int6 steps are finer in rows that the loss depends on more
     trellis: bool = knob(False, CODES)  # earlier codes say which int6 weights lie half a step off their codes
     int6_step: Fraction = knob(0.0, SHARED, CODES)  # the smallest, in root mean squares of the row
     matrix_clip_sd: float = knob(0.0, CODES)  # clip of an int6 row, in the same unit; 0: least squared error
-    embed_bits: int = knob(8, CODES)  # bits of an embedding's codes: 6 | 7 | 8
+    embed_bits: int = knob(6, CODES)  # bits of an embedding's codes: 6 | 7 | 8
     embed_clip_sd: float = knob(0.0, CODES)  # like matrix_clip_sd, for the embeddings
-    codec: str = knob("xz", CODES)  # a row of CODECS
+    codec: str = knob("rans", CODES)  # a row of CODECS
     fit_cap: bool = knob(True, SHARED, CODES)  # over the cap: raise int6_step until the submission fits
     size_cap: Count = knob(16_000_000, SHARED, CODES)  # bytes, packed code too; 0: no artifact; or NO_CAP
 
@@ -510,7 +510,39 @@ class Config:
         return 1000 * self.max_wallclock_seconds if self.max_wallclock_seconds > 0 else math.inf
 
 
-FEW_STEPS = dict(muon_momentum=0.95, muon_momentum_start=0.85, warmdown_frac=0.6, ema_frac=0.02)
+# Off in Config, because the headers of artifacts older than these knobs leave them out.
+LOOPED = dict(skip_gates=True, loop_layers="4 5", loop_times=2)
+# Schedule and artifact of the presets that are older than Config's.
+EARLIER = dict(
+    min_lr_frac=0.0,
+    ema_frac=0.02,
+    gptq_embed=False,
+    column_steps=False,
+    row_steps=False,
+    embed_bits=8,
+    codec="xz",
+)
+# The model for 1,024 tokens and its rates.
+SP1024 = EARLIER | dict(
+    data_path="data/datasets/fineweb10B_sp1024",
+    vocab_size=1024,
+    mlp_mult=3.0,
+    xsa_last_n=4,
+    ve_last_n=2,
+    bigram_vocab_size=1536,
+    qk_gain_init=1.5,
+    step_rule="normuon",
+    equalize_rows=False,
+    matrix_lr=0.05,
+    embed_lr=0.035,
+    scalar_lr=0.025,
+    muon_wd=0.04,
+    embed_wd=0.04,
+    scalar_wd=0.04,
+    muon_momentum_warmup_frac=0.2,
+)
+MANY_STEPS = dict(muon_momentum=0.99, muon_momentum_start=0.92, warmdown_frac=0.5, ema_frac=0.045)
+RECORD_SP1024 = SP1024 | MANY_STEPS
 ONE_GPU = dict(
     max_wallclock_seconds=300.0,
     train_batch_tokens=262_144,
@@ -537,50 +569,10 @@ LAPTOP = dict(
     attn_windows="",
     gptq_batches=16,
 )
-# Where #1394's stack for 8,192 tokens and the best one here agree.
-STACK_8192 = dict(
-    data_path="data/datasets/fineweb10B_sp8192",
-    vocab_size=8192,
-    mlp_mult=4.0,
-    xsa_last_n=11,
-    ve_last_n=0,
-    bigram_vocab_size=0,
-    qk_gain_init=4.0,
-    skip_gates=True,
-    step_rule="muon",
-    equalize_rows=True,
-    matrix_lr=0.02,
-    embed_lr=0.03,
-    scalar_lr=0.02,
-    muon_wd=0.085,
-    embed_wd=0.085,
-    scalar_wd=0.02,
-    muon_momentum_warmup_frac=0.3,
-)
-# parameter-golf #1394, with heads of 128 dimensions and the attention windows of `record_sp1024`.
-SP8192 = STACK_8192 | dict(loop_layers="4 5", loop_times=2, warmdown_frac=0.667, ema_frac=0.067)
-# The best record on one H100. It has no loop: faster steps gain more in 300 s (2026-11-27_Sp8192NoLoop).
-H100X1 = STACK_8192 | dict(
-    max_wallclock_seconds=300.0,
-    val_loss_every=500,
-    train_batch_tokens=131_072,
-    micro_batch_tokens=131_072,
-    # schedule and averaging
-    muon_momentum=0.95,
-    muon_momentum_start=0.85,
-    warmdown_frac=0.6,
-    min_lr_frac=0.1,
-    ema_frac=0.05,
-    # artifact
-    gptq_embed=True,
-    embed_bits=6,
-    column_steps=True,
-    row_steps=True,
-    codec="rans",
-)
 RACE = dict(max_wallclock_seconds=0.0, size_cap=0, seed=1)  # the runs of a race are seeds 1, 2, 3, ...
 # 85 M parameters in 12 layers and 39 M in the embedding; split and target are modded-nanogpt's.
-GPT2_RACE = RACE | dict(
+GPT2_RACE = RECORD_SP1024 | dict(
+    **RACE,
     data_path="data/datasets/fineweb10B_gpt2",
     vocab_size=50_304,  # 50,257, padded
     bos_id=50_256,
@@ -627,7 +619,7 @@ OPTIMIZER_RACE = GPT2_RACE | dict(
     warmdown_frac=0.7,
 )
 # All of MuonH: what nanochat #498 adds to its rule, with a warm-up after modded-nanogpt #343.
-MUONH = dict(
+MUONH = SP1024 | dict(
     step_rule="hyperball",
     norm_gains=True,
     out_scale_init=0.0,
@@ -636,31 +628,29 @@ MUONH = dict(
     muon_wd=0.0,
     embed_wd=0.0,
     scalar_wd=0.0,
-    muon_momentum=0.95,
-    muon_momentum_start=0.85,
     warmdown_frac=0.3,
+    ema_frac=0.045,
     matrix_warmdown_frac=1.0,
     matrix_warmup_frac=0.03,
 )
-# In 600 s on two GPUs the loop gains 0.0069 (2026-11-28_TenMinutesLoop).
-TEN_MINUTES = H100X1 | dict(max_wallclock_seconds=600.0, loop_layers="4 5", loop_times=2)
 PRESETS: dict[str, dict] = {
-    "record": TEN_MINUTES | dict(val_loss_every=0, train_batch_tokens=786_432, micro_batch_tokens=98_304),
-    "record_sp1024": {},  # every knob at its default
-    "h100x1": H100X1,
-    "h100x1_sp1024": FEW_STEPS | ONE_GPU,
-    "h100x2": TEN_MINUTES | dict(train_batch_tokens=262_144),
-    "cpu": FEW_STEPS
-    | LAPTOP
-    | dict(xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
+    "record": LOOPED,  # all else at its default
+    "record_sp1024": RECORD_SP1024,
+    # No loop: faster steps gain more in 300 s (2026-11-27_Sp8192NoLoop).
+    "h100x1": ONE_GPU | dict(skip_gates=True, train_batch_tokens=131_072),
+    "h100x1_sp1024": SP1024 | ONE_GPU,
+    # In 600 s on two GPUs the loop gains 0.0069 (2026-11-28_TenMinutesLoop).
+    "h100x2": ONE_GPU | LOOPED | dict(max_wallclock_seconds=600.0),
+    "cpu": SP1024 | LAPTOP | dict(xsa_last_n=2, ve_last_n=1, ve_dim=64, bigram_vocab_size=512, bigram_dim=64),
     "muonh": MUONH,
-    "sp8192": SP8192,
-    "cpu_sp8192": SP8192 | FEW_STEPS | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
+    # parameter-golf #1394, with heads of 128 dimensions and the attention windows of `record`.
+    "sp8192": EARLIER | LOOPED | MANY_STEPS | dict(warmdown_frac=0.667, ema_frac=0.067),
+    "cpu_sp8192": EARLIER | LOOPED | LAPTOP | dict(xsa_last_n=4, loop_layers="1 2"),
     # Equal on purpose: times of eight cards and of one do not compare, and a record's preset names its track.
     "gpt2_124m": GPT2_124M,
     "gpt2_124m_h100x1": GPT2_124M,
     "optimizer_race": OPTIMIZER_RACE,
-    "optimizer_race_small": FEW_STEPS
+    "optimizer_race_small": SP1024
     | ONE_GPU
     | RACE
     | dict(

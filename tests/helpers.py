@@ -41,7 +41,7 @@ def share_packed_code(packed):
 BOS = 1
 
 TINY = dict(
-    preset="record_sp1024",  # knobs that are not given have the defaults of Config
+    preset="record_sp1024",  # knobs that are not given have its values
     vocab_size=96,
     num_layers=4,
     model_dim=32,
@@ -70,7 +70,7 @@ TINY = dict(
 # ---------------------------------------------------------------- tiny models
 
 
-# Every part of the model that is off by default, and none of the optional ones that are on.
+# Every part of the model that `record_sp1024` lacks, and none of the optional ones that it has.
 OTHER_PARTS = dict(
     bigram_vocab_size=0,
     ve_last_n=0,

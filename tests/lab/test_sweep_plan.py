@@ -213,8 +213,8 @@ def test_rates_are_values_or_multiples_of_a_rows_own():
     raw = raw_plan(rows=rows, multipliers=[0.5, 2])
     del raw["rates"]
     plan = planning.make_plan(t, raw, "plan")
-    default = t.Config().matrix_lr
-    assert plan.rows["ns5"].rates == (f"{default / 2:g}", f"{default * 2:g}")
+    own = t.load_config(list(plan.configuration("own", "0.3", 1).argv), {}).matrix_lr
+    assert plan.rows["ns5"].rates == (f"{own / 2:g}", f"{own * 2:g}")
     assert plan.rows["slow"].rates == ("0.05", "0.2")
     assert (plan.rows["own"].rate_key, plan.rows["own"].rates) == ("embed_lr", ("0.3",))
     h = t.load_config(list(plan.configuration("slow", "0.2", 2).argv), {})

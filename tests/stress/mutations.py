@@ -22,7 +22,7 @@ import train_gpt as t
 from tests.stress.xz_streams import blocks, compress, with_dictionary
 
 SMALL = dict(
-    preset="record_sp1024",  # knobs that are not given have the defaults of Config
+    preset="record_sp1024",  # knobs that are not given have its values
     vocab_size=16,
     num_layers=2,
     model_dim=8,

@@ -259,6 +259,14 @@ def test_an_extra_knob_of_another_type_or_name_is_refused(key, value):
         t.check_header(header)
 
 
+@pytest.mark.parametrize("key", t.STORED_KNOBS)
+def test_a_header_holds_every_stored_knob(key):
+    """So an artifact means the same model whatever the defaults become."""
+    config = {other: getattr(t.Config, other) for other in t.STORED_KNOBS if other != key}
+    with pytest.raises(ValueError, match=f"config key '{key}' is missing, .*; use the script that wrote it"):
+        t.check_header({"config": config, "tensors": []})
+
+
 # ---------------------------------------------------------------- damage
 
 

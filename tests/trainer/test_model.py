@@ -360,7 +360,7 @@ def test_a_knob_changes_the_output(knob):
     assert (default - other).abs().max() > 1e-3
 
 
-# Parts that are off by default.
+# Parts that `record_sp1024` lacks.
 OPTIONAL = dict(
     loop_layers="1 2",
     loop_times=1,
