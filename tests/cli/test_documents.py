@@ -311,6 +311,42 @@ def test_an_unknown_preset_is_found():
     assert unknown_presets("`h100x1`, `h100x1_sp4` and preset=cpux") == ["h100x1_sp4", "cpux"]
 
 
+def presets_with(setting):
+    """Return the presets with a value, `knob=value`, or with another value than the default of a `knob`."""
+    knob, equals, text = setting.partition("=")
+    default = getattr(t.Config, knob)
+    value = t.kinds_of_knobs()[knob].parse(text) if equals else default
+    found = {name: values.get(knob, default) for name, values in t.PRESETS.items()}
+    return {name for name, of_preset in found.items() if (of_preset == value) == bool(equals)}
+
+
+def presets_of_row(settings):
+    """Return the presets with any of the settings that a cell of a table quotes."""
+    quoted = re.findall(r"`([^`]+)`", settings)
+    assert quoted
+    return set().union(*map(presets_with, quoted))
+
+
+def test_the_tables_of_knobs_name_the_presets_where_each_is_on():
+    page = (ROOT / "docs/optimizers.md").read_text(encoding="utf-8")
+    _, *tables = page.split("| knob, or one of its values | on in | ")
+    assert len(tables) == 2
+    for table in tables:
+        rows = re.findall(r"^\| (`[^|]*) \| ([^|]*) \| ", table, re.M)
+        assert len(rows) > 5
+        for settings, named in rows:
+            assert set(re.findall(r"`(\w+)`", named)) == presets_of_row(settings), settings
+            assert (named == "none") == (not presets_of_row(settings)), settings
+
+
+def test_the_table_of_the_model_says_where_a_part_is_on():
+    page = (ROOT / "docs/model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w ]+) \((off|on in [^)]*)\) \| [^|]* \| ([^|]*) \|$", page, re.M)
+    assert len(rows) == 7
+    for part, where, settings in rows:
+        assert set(re.findall(r"`(\w+)`", where)) == presets_of_row(settings), part
+
+
 def test_the_page_of_the_artifact_lists_the_encodings():
     page = (ROOT / "docs/artifact.md").read_text(encoding="utf-8")
     _, _, after_head = page.partition("| encoding | codes | what takes it |\n| --- | --- | --- |\n")

@@ -319,7 +319,7 @@ def test_knobs_that_wait_for_a_sweep_have_a_row_of_a_plan():
     for line in table.splitlines():
         named = re.search(r"\brows? ((?:`\w+`(?:, )?)+)", line)
         if named:
-            knobs_of_line = re.findall(r"`(\w+)`", line.split("|")[1])
+            knobs_of_line = re.findall(r"`(\w+)", line.split("|")[1])
             waiting |= dict.fromkeys(re.findall(r"`(\w+)`", named[1]), knobs_of_line)
 
     assert waiting.keys() == rows.keys() - {"base"}
