@@ -7710,6 +7710,16 @@ def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained
     )
 
 
+def first_pace(h: Config, ready: Ready) -> Pace:
+    """Return the pace of the first step.
+
+    A resumed run counts the steps before its checkpoint into the mean time if all steps cost the same.
+    """
+    hp = hyper_at(h, *ready.start, ready.limit_ms)
+    timed_from = ready.start if h.steps_differ else BEGINNING
+    return Pace(hp.loops, ready.loader.shape.count(hp.growth), *timed_from)
+
+
 def train(run: Run) -> Trained:
     """Train until the iterations or the time are spent or a signal arrives. Raises Diverged.
 
@@ -7731,10 +7741,7 @@ def train(run: Run) -> Trained:
     def clock() -> float:
         return 1000 * (time.perf_counter() - clock_zero)
 
-    hp = hyper_at(h, step, clock_ms, limit_ms)
-    # The mean time of the steps before the checkpoint counts only if all steps cost the same.
-    timed_from = ready.start if h.steps_differ else BEGINNING
-    pace = Pace(hp.loops, shape.count(hp.growth), timed_from.step, timed_from.clock_ms)
+    pace = first_pace(h, ready)
     shown_loss = math.nan
     stop = Stop.NO  # agreed by all ranks
     while step < h.iterations and stop == Stop.NO and pace.leaves_time(step, clock_ms, limit_ms):
