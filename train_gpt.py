@@ -5867,6 +5867,10 @@ def codec_of(blob: bytes) -> str:
 # 19. Score: windows that tile the split, one evaluator of every score, test-time training between chunks.
 
 
+# Inputs and targets (B, T) and `last` -> the nats of the last targets of each sequence, (B, last): GPT.nats.
+Nats = Callable[[Tensor, Tensor, int], Tensor]
+
+
 class Windows(NamedTuple):
     """Score windows: arrays (n,) of whole numbers.
 
@@ -6012,6 +6016,10 @@ def document_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> l
     ]
 
 
+# Tokens (N,), n Windows and begins (n,) -> the Nats that score with what has been learned; see `learning`.
+Learn = Callable[[Tensor, Windows, np.ndarray | None], Nats]
+
+
 class ScoreSettings(NamedTuple):
     """How to score a split."""
 
@@ -6023,7 +6031,7 @@ class ScoreSettings(NamedTuple):
     groups: Callable = stream_groups  # (tokens, scoring, slots) -> list of WindowGroup
     bos_id: int | None = None  # first token of every document; stream_groups needs none
     chunk: int | None = None  # targets to score between two lessons of test-time training; None: no lessons
-    learner: Callable = nullcontext  # context manager that yields `learn`, as `learning` does
+    learner: Callable = nullcontext  # () -> context manager that yields a Learn, as `learning` does
 
 
 class WindowBatch(NamedTuple):
@@ -6052,7 +6060,7 @@ class Scored(NamedTuple):
 
 
 def score_batch(
-    nats_fn: Callable, tokens: Tensor, windows: Windows, last: int, scoring: ScoreSettings, scores: Scored
+    nats_fn: Nats, tokens: Tensor, windows: Windows, last: int, scoring: ScoreSettings, scores: Scored
 ) -> None:
     """Add the scores of at most B = scoring.batch windows to `scores`.
 
@@ -6082,11 +6090,11 @@ def report_progress(
 
 
 @torch.no_grad()
-def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings, m: Machine) -> Scored:
+def score_targets(nats_fn: Nats, tokens: np.ndarray, scoring: ScoreSettings, m: Machine) -> Scored:
     """Score the targets of `tokens` (N,). Rank r scores windows r, r + world_size, ... of each group.
 
     If a group has a lesson, all ranks first learn from the lesson together; then each rank scores its windows
-    in batches. nats_fn(x, y, last): two (B, T) -> (B, last), as GPT.nats.
+    in batches.
     """
     started = time.perf_counter()
     total = len(tokens) - 1
@@ -6113,7 +6121,7 @@ def score_targets(nats_fn: Callable, tokens: np.ndarray, scoring: ScoreSettings,
 
 
 def evaluate(
-    nats_fn: Callable, tokens: np.ndarray, counts: ByteCounts, scoring: ScoreSettings, m: Machine
+    nats_fn: Nats, tokens: np.ndarray, counts: ByteCounts, scoring: ScoreSettings, m: Machine
 ) -> Score:
     """Score every target of `tokens` (N,) once, with the work split over all ranks. Sums are float64."""
     started = time.perf_counter()
@@ -6132,7 +6140,7 @@ def evaluate(
 
 
 def lesson_gradient(
-    params: list[Tensor], nats_fn: Callable, tokens: Tensor, windows: Windows, h: Config
+    params: list[Tensor], nats_fn: Nats, tokens: Tensor, windows: Windows, h: Config
 ) -> Tensor:
     """Return the gradient of the summed nats of the targets that the windows score, flat over params."""
     gradient = torch.zeros(sum(p.numel() for p in params), device=tokens.device)
@@ -6147,7 +6155,7 @@ def lesson_gradient(
 
 
 @contextmanager
-def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
+def sgd_of_weights(model: GPT, nats_fn: Nats, h: Config, m: Machine) -> Iterator[Learn]:
     """Learn with all weights, one chunk of the split after the other. See `learning`.
 
     Each step follows the mean gradient over the lesson and all ranks, clipped to norm 1, with momentum 0.9.
@@ -6161,7 +6169,7 @@ def sgd_of_weights(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iter
     momentum = torch.zeros(sum(sizes), device=m.device)
     moves = [v.view_as(w) for v, w in zip(momentum.split(sizes), weights)]
 
-    def learn(tokens: Tensor, windows: Windows, begins: np.ndarray | None = None) -> Callable:
+    def learn(tokens: Tensor, windows: Windows, begins: np.ndarray | None = None) -> Nats:
         targets = int((windows.end - windows.score_from).sum())
         progress = windows.start[0] / (len(tokens) - 1)
         rate = h.ttt_lr * (1 + math.cos(math.pi * progress)) / 2
@@ -6182,7 +6190,7 @@ LORA_BETA2 = 0.99  # decay of the second moment; no first moment, as in the sour
 
 
 @contextmanager
-def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> Iterator[Callable]:
+def lora_of_documents(model: GPT, nats_fn: Nats, h: Config, m: Machine) -> Iterator[Learn]:
     """Learn a change of rank ttt_rank to every qkv and the output layer for each document. See `learning`.
 
     Each slot of a batch has its own factors, which are reset at the start of every document: `up` is then
@@ -6200,7 +6208,7 @@ def lora_of_documents(model: GPT, nats_fn: Callable, h: Config, m: Machine) -> I
 
     own = slice(m.rank, None, m.world_size)
 
-    def learn(tokens: Tensor, windows: Windows, begins: np.ndarray | None = None) -> Callable:
+    def learn(tokens: Tensor, windows: Windows, begins: np.ndarray | None = None) -> Nats:
         mine = windows.part(own)
         for _ in range(h.ttt_passes):
             gradient = lesson_gradient([leaf], changed_nats_fn, tokens, mine, h).view_as(factors)
@@ -6257,7 +6265,7 @@ def relations_of_scores(h: Config) -> Iterator[Relation]:
         yield from TTT_FORMS[h.ttt_form].relations(h)
 
 
-def learning(model: GPT, nats_fn: Callable, h: Config, m: Machine):
+def learning(model: GPT, nats_fn: Nats, h: Config, m: Machine) -> AbstractContextManager[Learn]:
     """Return a context that yields learn(tokens, windows, begins).
 
     learn trains, in ttt_passes steps, on the targets that n Windows of tokens (N,) score. begins (n,) bool:
@@ -6808,6 +6816,9 @@ def load_config(argv: list[str], env: Mapping[str, str]) -> Config:
     return make_config(read_knobs(argv, env))
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # inputs and targets (B, T) -> mean nats, (): GPT.loss
+
+
 class ScoringPass:
     """GPT.nats on a whole batch, or on as many of its sequences at once as fit the memory of this rank.
 
@@ -6815,7 +6826,7 @@ class ScoringPass:
     its parts would have to be kept at once.
     """
 
-    def __init__(self, nats_fn: Callable) -> None:
+    def __init__(self, nats_fn: Nats) -> None:
         self.nats_fn = nats_fn
         self.most = sys.maxsize  # sequences at once
 
@@ -6852,8 +6863,8 @@ class Run:
     log: Log
     dataset: Dataset
     model: GPT
-    loss_fn: Callable
-    plain_loss_fn: Callable  # of the model without its loop; loss_fn itself if it has none
+    loss_fn: Loss
+    plain_loss_fn: Loss  # of the model without its loop; loss_fn itself if it has none
     nats_fn: ScoringPass
     phases: dict[str, float]  # name -> ms
     splits: dict[str, np.ndarray]  # held-out tokens of the splits that have been scored
@@ -7205,6 +7216,9 @@ def fits(run: Run, trial: Callable[[], None]) -> bool:
     return not run.m.largest(short)
 
 
+Backward = Callable[[Tensor, int], Tensor]  # described in CapturedPass
+
+
 class CapturedPass(NamedTuple):
     """Forward and backward of a micro-batch.
 
@@ -7213,11 +7227,11 @@ class CapturedPass(NamedTuple):
     the passes, before the next call.
     """
 
-    backward: Callable[[Tensor, int], Tensor]
+    backward: Backward
     failure: str  # as in Captured
 
 
-def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:
+def capture_pass(loss_fn: Loss, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:
     """Capture forward and backward of a micro-batch of `sequences`; None: of as many as configured."""
     h = optimizer.h
     m = optimizer.m
@@ -7243,7 +7257,7 @@ def capture_pass(loss_fn: Callable, optimizer: Optimizer, sequences: int | None 
     return CapturedPass(backward, failure)
 
 
-def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
+def train_step(backward: Backward, optimizer: Optimizer, batch: list[Tensor], hp: Hyper) -> Tensor:
     """Accumulate the gradients of all micro-batches, then update. Returns this rank's mean loss, ()."""
     loss = 0.0
     for sequences in batch:
@@ -7255,10 +7269,10 @@ def train_step(backward: Callable, optimizer: Optimizer, batch: list[Tensor], hp
 class Passes(NamedTuple):
     """The passes of a run, each a CapturedPass.backward. None: no step of the run takes this pass."""
 
-    looped: Callable[[Tensor, int], Tensor] | None
-    plain: Callable[[Tensor, int], Tensor] | None  # visits every layer once
+    looped: Backward | None
+    plain: Backward | None  # visits every layer once
 
-    def of(self, hp: Hyper) -> Callable[[Tensor, int], Tensor]:
+    def of(self, hp: Hyper) -> Backward:
         """Return the pass of a step."""
         return self.looped if hp.loops else self.plain
 
@@ -7267,7 +7281,7 @@ def capture_passes(run: Run, optimizer: Optimizer, sequences: int) -> Passes:
     """Capture the passes that the steps of a run take, of `sequences` each. Logs failures."""
     h = run.h
 
-    def capture(loss_fn: Callable) -> Callable:
+    def capture(loss_fn: Loss) -> Backward:
         captured = capture_pass(loss_fn, optimizer, sequences)
         if captured.failure:
             run.log(f"pass:eager, no graph ({captured.failure})")
