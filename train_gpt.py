@@ -1959,7 +1959,7 @@ class TokenLoader:
     """
 
     def __init__(self, h: Config, m: Machine, shape: BatchShape | None = None) -> None:
-        """Start at the beginning. shape: of the batches; None: as configured.
+        """Start at the beginning. shape: the shape of the batches; None: the configured one.
 
         Raises InputError when the train split is missing or too short.
         """
@@ -2843,7 +2843,7 @@ class GPT(nn.Module):
         """Embed the tokens and run all layers, for every caller. (B, T) -> (B, T, D), normalized.
 
         weights: what layer_weights returned, if the caller must know the matrices; None: make them here.
-        changes: to the qkv of every visit, in order; None: no change.
+        changes: the factors for the qkv of every visit, in order; None: no change.
         """
         h = self.h
         cos, sin = rope_tables(tokens.size(1), h.rope_dims, h.rope_base, tokens.device)
@@ -2873,7 +2873,7 @@ class GPT(nn.Module):
     def unembed(self, x: Tensor, change: Factors | None = None) -> Tensor:
         """Apply the tied output layer and the softcap. (..., D) -> logits (..., V) float32.
 
-        change: to the output layer; None: no change.
+        change: the factors for the output layer; None: no change.
         """
         logits = F.linear(x, self.tok_emb.to(self.dtype))
         if change is not None:
@@ -2895,7 +2895,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the nats of the last `last` targets of each sequence. Two (B, T) -> (B, last) float32.
 
-        weights: as in trunk. factors: of every sequence, (B, n), as cut_factors takes them; None: no change.
+        weights: as in trunk. factors: the factors of every sequence, (B, n), as cut_factors takes them; None:
+        no change.
         """
         *changes, output_change = [None] if factors is None else cut_factors(factors, self.h)
         x = self.trunk(tokens, weights, changes)
@@ -3473,8 +3474,8 @@ class Judge:
     ) -> Bound:
         """Return `bound`, unless a rank rejected it or the reference is faster on the slowest rank.
 
-        Then return the reference. name: of the reference, in the log. draw: returns inputs of the size that
-        training has. Collective.
+        Then return the reference. name: the reference's name in the log. draw: returns inputs of the size
+        that training has. Collective.
         """
         bound = self.agree_on(bound, reference)
         if bound.rejected or not self.times_count:
@@ -3608,7 +3609,7 @@ def draw_heads(h: Config, device: torch.device, B: int, T: int) -> list[Tensor]:
 def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection, ...]:
     """Compare FlashAttention-4 with attend_sdpa under every kind of mask that a layer uses. Collective.
 
-    qkv: of 2 x 256 tokens. Returns why it is wrong; () if it is right.
+    qkv: q, k and v of 2 x 256 tokens. Returns why it is wrong; () if it is right.
     """
     enable_only(*SDPA_KERNELS)
     documents = number_documents(torch.arange(512, device=qkv[0].device).view(2, 256) % 90, 0)
@@ -5190,7 +5191,7 @@ class TensorEntry(NamedTuple):
 
 
 def encoding_of(stored_as: str, h: Config, has_column_steps: bool = False) -> str:
-    """Return the row of ENCODINGS that holds a parameter. stored_as: of its ParamSpec."""
+    """Return the row of ENCODINGS that holds a parameter. stored_as: as its ParamSpec has it."""
     if has_column_steps:
         return "trellis" if h.trellis else "columns"
     return f"int{h.embed_bits}" if stored_as == "embed" else stored_as
@@ -5216,7 +5217,7 @@ def relations_of_codes(h: Config) -> Iterator[Relation]:
 
 
 def raw_artifact(tensors: Mapping[str, Tensor], h: Config, guide: RoundingGuide = UNGUIDED) -> bytes:
-    """Return the artifact before compression. tensors: by parameter name.
+    """Return the artifact before compression. tensors: the weights by parameter name.
 
     Raises Fault for a tensor with values that are not finite or too large for its encoding.
     """
@@ -6954,8 +6955,8 @@ def start_run(
 ) -> Run:
     """Write the first part of the log and build the model.
 
-    started: perf_counter() when loading began, later by what binding took since then: binding is compiling.
-    resumed: as in Run.
+    started: perf_counter() when loading began, plus the time that binding has taken, which counts as
+    compiling. resumed: as in Run.
     """
     machine = machine_lines(h, m)
     if log.goes_on:
@@ -7386,11 +7387,11 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
 
     score_nothing(run)
     optimizer.restore(saved)
-    del saved  # calibration on the clock has no copy of the state beside it either
+    del saved  # the rehearsal gets the memory that calibration will have on the clock: no copy of the state
     ema.reset()
 
     calibrate_ms = 0.0
-    if h.calibrates:  # for the second time, so it takes as long as calibration will on the clock
+    if h.calibrates:  # the second run, after fit_micro_batch's, takes as long as the one on the clock
         run.m.sync()
         started = time.perf_counter()
         calibrate(run, loader)
@@ -7413,7 +7414,7 @@ class Pace(NamedTuple):
     def step_ms(self, step: int, clock_ms: float) -> float:
         """Return the mean time of this pace's steps up to `step`, which ended at clock_ms.
 
-        Before the pace's first step it is that of all steps of the run so far; 0 for no step.
+        If no step of this pace has ended yet, return the mean of all steps so far, or 0 if there are none.
         """
         if step == self.step:
             return clock_ms / max(step, 1)
@@ -7549,7 +7550,10 @@ PEAKS = {
 
 
 def training_flops(h: Config, pace: Pace | None, step: int, micro_batch: int) -> int:
-    """Return the FLOPs of the first `step` steps. pace: of the last; micro_batch: tokens over all ranks."""
+    """Return the FLOPs of the first `step` steps.
+
+    pace: the last step's, which leads to the earlier ones. micro_batch: its tokens over all ranks.
+    """
     total = 0
     while pace:
         tokens = (step - pace.step) * pace.count * micro_batch
@@ -7687,7 +7691,7 @@ class Ended(NamedTuple):
 def finish_training(run: Run, ready: Ready, ended: Ended, pace: Pace) -> Trained:
     """Calibrate, choose the weights for the artifact, write the last checkpoint, and log an early end.
 
-    pace: of the last step. Raises Diverged if the last step or the calibration of any rank has diverged.
+    pace: that of the last step. Raises Diverged if the last step or the calibration of any rank has diverged.
     """
     step = ended.step
     train_ms = ended.train_ms
