@@ -2093,8 +2093,8 @@ class TokenLoader:
     def next(self, count: int | None = None) -> list[Tensor]:
         """Return this rank's next `count` micro-batches, on the device, and start building as many again.
 
-        count: as in `seek`. Raises Fault when the batch takes longer than PATIENCE_S, or the error that
-        building the batch raised.
+        count: None for as many as a fully grown batch has. Raises Fault when the batch takes longer than
+        PATIENCE_S, or the error that building the batch raised.
         """
         count = count or self.shape.accum
         if count != self.count:
@@ -6083,7 +6083,7 @@ def report_progress(
     """Report how many windows all ranks have scored.
 
     Each report waits for the device. On a GPU that costs time, so only every 16th batch of this rank reports.
-    started: as in Log.progress.
+    started: perf_counter() when the work began.
     """
     if batches_before % 16 == 0 or not m.is_gpu:
         m.sync()
@@ -6956,7 +6956,7 @@ def start_run(
     """Write the first part of the log and build the model.
 
     started: perf_counter() when loading began, plus the time that binding has taken, which counts as
-    compiling. resumed: as in Run.
+    compiling. resumed: the state to continue from if resume= is set.
     """
     machine = machine_lines(h, m)
     if log.goes_on:
@@ -7229,7 +7229,7 @@ class CapturedPass(NamedTuple):
     """
 
     backward: Backward
-    failure: str  # as in Captured
+    failure: str  # why capture failed; "" for a graph
 
 
 def capture_pass(loss_fn: Loss, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:
@@ -7489,7 +7489,7 @@ def validate(run: Run, step: int, train_ms: float, loops: bool = True) -> Score:
 def describe_progress(h: Config, step: int, clock_ms: float, limit_ms: float | None = None) -> str:
     """Return the ETA and how much is used of the budget, time or iterations, that will end the run.
 
-    limit_ms: as in hyper_at.
+    limit_ms: the time for steps; None: as configured.
     """
     progress = hyper_at(h, step, clock_ms, limit_ms).progress
     seconds = clock_ms / 1000
@@ -7501,7 +7501,10 @@ def describe_progress(h: Config, step: int, clock_ms: float, limit_ms: float | N
 
 
 def log_step(run: Run, step: int, loss: Tensor, clock_ms: float, limit_ms: float | None = None) -> float:
-    """Average a step's loss over the ranks, in place. Log and return the mean. limit_ms: as in hyper_at."""
+    """Average a step's loss over the ranks, in place. Log and return the mean.
+
+    limit_ms: the time for steps; None: as configured.
+    """
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     run.log(
         f"step:{step}/{run.h.iterations} train_loss:{loss.item():.4f} train_time:{clock_ms:.0f}ms "
@@ -7910,7 +7913,7 @@ PHASES = ("load", "compile", "train", "calibrate", "quantize", "compress", "deco
 
 
 def describe_phases(phases: Mapping[str, float]) -> str:
-    """Return the seconds of all phases that took noticeable time. phases: name -> ms, as in Run."""
+    """Return the seconds of all phases that took noticeable time. phases: milliseconds by name."""
     took = {phase: phases.get(phase, 0.0) / 1000 for phase in PHASES}
     return ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in took.items() if seconds >= 0.05)
 
