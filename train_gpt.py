@@ -3453,7 +3453,7 @@ class Judge:
     """Judges which of several functions is bound, on all ranks of a machine alike.
 
     Without a machine, on this process alone. times_count: a function must not only be right but also fast.
-    The choice then depends on the device's clock; runs that must repeat bit for bit do without.
+    The choice then depends on the device's clock; a run that must repeat bit for bit leaves times_count off.
     """
 
     m: Machine | None = None
