@@ -7839,10 +7839,11 @@ def unigram_nats(h: Config, targets: np.ndarray) -> float:
 
 
 class Metric(NamedTuple):
-    """A way to score an artifact."""
+    """A way to score an artifact.
 
-    # The community's parsers look for `final_int6_*` and `int6_lzma_*` (the label of codec xz is lzma). These
-    # names stay, whatever the bits of the codes are.
+    Labels keep the words that the community's parsers look for, `final_int6_*` and `int6_lzma_*` (codec xz),
+    whatever the bits of the codes.
+    """
 
     name: str  # chunked | sliding | ttt
     label: str  # names its lines in the log, final_int6_LABEL
