@@ -4258,8 +4258,7 @@ class StepRule(NamedTuple):
 
     step: Callable[[Tensor, Tensor, Tensor, float | Tensor], None]  # (W, U, lr, wd): changes W in place
     keeps_norms: bool = False  # whether W keeps its Frobenius norm, so no matrix may start at zero
-    # (U, state, beta2) -> the U for `step`; changes the state in place. None: `step` takes the direction
-    # itself.
+    # (U, state, beta2) -> the U for `step`; changes the state in place. None: `step` takes the direction.
     prepare: Callable[[Tensor, Tensor, float], Tensor] | None = None
     state_shape: Callable[[int, int, int], tuple] | None = None  # (S, M, N) -> the shape of prepare's state
 
@@ -4922,11 +4921,11 @@ def rounding_guide(tensors: Mapping[str, Tensor], h: Config, calibration: Calibr
 # -----------------------------------------------------------------------------
 # 16. Trellis codes: a weight may lie half a step off its code, as the codes above it decide.
 #
-# The weights of a column are read from top to bottom. A state, which the codes above a weight
-# decide, says whether the weight lies at its code or is shifted by half a step, up in even rows and down in
-# odd ones. All weights together can lie on a finer grid than their codes, and a search finds the sequence of
-# codes with the least squared error: Marcellin and Fischer, 1990. At equal entropy, the error of normal
-# weights is 1.2 dB smaller with 256 states (measured; 1.0 dB with 8), and no code gains more than 1.53 dB.
+# The weights of a column are read from top to bottom. A state, which the codes above a weight decide, says
+# whether the weight lies at its code or is shifted by half a step, up in even rows and down in odd ones. All
+# weights together can lie on a finer grid than their codes, and a search finds the sequence of codes with the
+# least squared error: Marcellin and Fischer, 1990. At equal entropy, the error of normal weights is 1.2 dB
+# smaller with 256 states (measured; 1.0 dB with 8), and no code gains more than 1.53 dB.
 #
 # A state holds the last 8 bits of a shift register, the newest lowest. The next bit is the parity of the code
 # plus the bits in FLIP_TAPS. The shift is the parity of the bits in SHIFT_TAPS. Both are Ungerboeck's code of
@@ -5945,8 +5944,8 @@ def score_windows(total: int, seq_len: int, stride: int) -> Windows:
 def stream_groups(tokens: np.ndarray, scoring: ScoreSettings, slots: int) -> list[WindowGroup]:
     """Cut the score windows of `tokens` into groups wherever the chunk or the shape changes.
 
-    The windows follow each other through the tokens, whatever the documents and the number of slots.
-    The lesson before a chunk holds all earlier targets that have not been learned from: those of the previous
+    The windows follow each other through the tokens, whatever the documents and the number of slots. The
+    lesson before a chunk holds all earlier targets that have not been learned from: those of the previous
     chunk and of chunks in which no window begins. A lesson is cut into sequences.
     """
     total = len(tokens) - 1
