@@ -5917,7 +5917,7 @@ class Score(NamedTuple):
         return f"val_loss:{self.loss:.8f} val_bpb:{self.bpb:.8f}"
 
     @property
-    def words(self) -> str:
+    def sentence(self) -> str:
         """The score for a person, with the number of tokens."""
         return f"val_bpb {self.bpb:.4f}, val_loss {self.loss:.4f} over {self.tokens:,} tokens"
 
@@ -7888,7 +7888,7 @@ def score_artifact(run: Run) -> FinalScore:
         run.log(
             f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {shown_stride}"
             f"eval_time:{score.ms:.0f}ms",
-            console=f"artifact, {metric.name}: {score.words}",
+            console=f"artifact, {metric.name}: {score.sentence}",
         )
         run.log(f"{label}_exact {score.exact}", console=NOTHING)
         run.phases["eval"] += score.ms
@@ -7934,7 +7934,7 @@ def score_trained(run: Run, trained: Trained) -> TrainedScores:
     run.log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", console=NOTHING)
     run.log(
         f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms",
-        console=f"averaged weights: {averaged.words}",
+        console=f"averaged weights: {averaged.sentence}",
     )
     nats = unigram_nats(h, run.held_out("val")[1:])
     unigram = bpb(nats, live.bytes)
@@ -7969,10 +7969,10 @@ def describe_outcome(run: Run, final: FinalScore, unigram: float) -> str:
     """Return the outcome of a run in words: its score, or the distance to the target of its race."""
     h = run.h
     if h.target_loss == 0:
-        return f"score: {final.score.words}; token frequencies alone (unigram) give {unigram:.4f}"
+        return f"score: {final.score.sentence}; token frequencies alone (unigram) give {unigram:.4f}"
     left = h.target_loss - final.score.loss
     side = "below" if left >= 0 else "above"
-    return f"race: {final.score.words}, {abs(left):.4f} {side} the target of {h.target_loss}"
+    return f"race: {final.score.sentence}, {abs(left):.4f} {side} the target of {h.target_loss}"
 
 
 def log_final_score(run: Run, trained: Trained, scores: TrainedScores, submission: Submission | None) -> None:
@@ -8153,7 +8153,8 @@ def command_eval(path: str, argv: list[str], env: Mapping[str, str]) -> int:
         final = score_artifact(run)
         run.log(
             f"eval_score {final.exact} eval_time:{run.phases['eval']:.0f}ms sha256:{sha256(blob)}",
-            console=f"\nscore: {final.score.words}\ntime: {describe_phases(run.phases)}\nlog: {run.log.path}",
+            console=f"\nscore: {final.score.sentence}\n"
+            f"time: {describe_phases(run.phases)}\nlog: {run.log.path}",
         )
     return 0
 
