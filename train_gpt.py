@@ -906,7 +906,7 @@ class Machine:
 
     @property
     def own_share(self) -> int:
-        """Return the index of the share of every bank that this rank updates."""
+        """The index of the share of every bank that this rank updates."""
         return self.levels[-1].kept.start
 
     def sync(self) -> None:
@@ -6472,7 +6472,10 @@ class WriteOutcome(NamedTuple):
 
 
 class Checkpoints:
-    """A run's checkpoints. Call restore before the first step, save after each, last_good on divergence."""
+    """A run's checkpoints.
+
+    Call `restore` before the first step, `save` after each step, and `last_good` on divergence.
+    """
 
     def __init__(self, run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> None:
         self.run = run
