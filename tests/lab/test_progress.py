@@ -227,10 +227,10 @@ def test_record_encodings(screen, monkeypatch):
     """Each row has PARTS parts."""
     shown = screen()
 
-    def slow_row(t, run, weights, row, h, code_bytes, telling):
+    def slow_row(t, run, weights, row, h, code_bytes, progress):
         for _ in range(encodings.PARTS):
             time.sleep(PIECE)
-            telling.advance()
+            progress.advance()
         return encodings.Line(row, 1.0, 0.5, 1000, 1.1, 0.1)
 
     monkeypatch.setattr(encodings, "measure_row", slow_row)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt as t
 from lab.model import floors, sections
 from lab.model.floors import Rates
-from lab.model.sections import Section, Work
+from lab.model.sections import BothWork, Section, Work
 from tests.helpers import OTHER_PARTS
 from tests.lab.lab_helpers import SECTIONS, a_session, sections_by_name
 
@@ -40,8 +40,8 @@ def test_the_sections_make_the_models_products(knobs):
         loss.backward()
 
     rows = [section for section in sections_by_name(s).values() if section.name != "attention"]
-    assert sum(row.count * row.forward.flops for row in rows) == forward.get_total_flops()
-    assert sum(row.count * row.backward.flops for row in rows) == backward.get_total_flops()
+    assert sum(row.count * row.work.forward.flops for row in rows) == forward.get_total_flops()
+    assert sum(row.count * row.work.backward.flops for row in rows) == backward.get_total_flops()
 
 
 def test_work_by_hand():
@@ -57,25 +57,27 @@ def test_work_by_hand():
     F = h.mlp_dim
     products = (N, D, F), (N, F, D)
     mlp = found["MLP"]
-    assert mlp.forward == Work(4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products))
-    assert mlp.backward.moved == 4 * (3 * N * (D + F) + 4 * D * F)
-    assert found["O product"].backward.moved == 4 * (3 * N * D + 2 * D * D)
+    assert mlp.work.forward == Work(
+        4 * 2 * (N * D + D * F + N * F), tuple((2 * N * D * F, p) for p in products)
+    )
+    assert mlp.work.backward.moved == 4 * (3 * N * (D + F) + 4 * D * F)
+    assert found["O product"].work.backward.moved == 4 * (3 * N * D + 2 * D * D)
 
     qk = found["QK norm + rope + gain"]
     both = N * (D + kv)
-    assert qk.forward.moved == 4 * 2 * both
-    assert qk.backward.moved == 4 * (3 * both + 2 * N * kv)  # v is a view, its gradient is copied
-    assert found["XSA"].forward.moved == 4 * (2 * N * D + N * kv)
+    assert qk.work.forward.moved == 4 * 2 * both
+    assert qk.work.backward.moved == 4 * (3 * both + 2 * N * kv)  # v is a view, its gradient is copied
+    assert found["XSA"].work.forward.moved == 4 * (2 * N * D + N * kv)
     assert found["XSA"].count == h.xsa_last_n
 
     pairs = h.train_seq_len**2 / 2  # of a query and a key that it sees
     attention = found["attention"]
-    assert attention.forward.flops == 2 * (2 * 2 * h.num_heads * pairs * h.head_dim)
-    assert attention.backward.flops == 2.5 * attention.forward.flops
+    assert attention.work.forward.flops == 2 * (2 * 2 * h.num_heads * pairs * h.head_dim)
+    assert attention.work.backward.flops == 2.5 * attention.work.forward.flops
     parts = ("QKV product", "attention", "O product", "MLP")
-    assert found["layer"].forward.flops == sum(found[part].forward.flops for part in parts)
+    assert found["layer"].work.forward.flops == sum(found[part].work.forward.flops for part in parts)
     assert found["skip adds"].count == h.num_layers // 2
-    assert found["bank casts"].forward.moved == 0  # float32 to float32
+    assert found["bank casts"].work.forward.moved == 0  # float32 to float32
 
 
 def test_a_layer_is_counted_as_often_as_it_is_visited():
@@ -86,7 +88,10 @@ def test_a_layer_is_counted_as_often_as_it_is_visited():
     assert found["skip adds"].count == visits // 2
     # Of layers 0 1 2 1 2 1 2 3 the last two are parallel: their streams are mixed at each of four visits.
     assert found["stream mix"].count == found["residual add + norm"].count == 4
-    assert found["bank casts"].backward.moved == sections_by_name(a_session())["bank casts"].backward.moved
+    assert (
+        found["bank casts"].work.backward.moved
+        == sections_by_name(a_session())["bank casts"].work.backward.moved
+    )
     assert not {"value embedding", "embedding + bigram + smear"} & found.keys()
 
 
@@ -95,7 +100,7 @@ def test_masked_attention_is_counted_by_window():
 
     def pairs(**knobs):
         return {
-            name.removeprefix("attention"): (section.count, section.forward.flops / (4 * 2 * 32))
+            name.removeprefix("attention"): (section.count, section.work.forward.flops / (4 * 2 * 32))
             for name, section in sections_by_name(a_session(**knobs)).items()
             if name.startswith("attention") and section.count
         }
@@ -139,7 +144,7 @@ def test_a_floor_is_the_larger_of_copy_and_products():
     assert bound == "product"
     assert math.isclose(ms, 1e10 / 5e12 * 1e3 + 2e10 / 10e12 * 1e3)
 
-    section = Section("s", 4, None, None, work, Work(1e9))
+    section = Section("s", 4, None, None, work=BothWork(work, Work(1e9)))
     row = floors.section_row(section, "forward", 8.0, rates)
     assert (row["percent_of_floor"], row["total_ms"], row["floor_total_ms"]) == (50, 32, 16)
     assert (row["gbps"], row["tflops"], row["mb"], row["gflop"]) == (125, 3.75, 1000, 30)

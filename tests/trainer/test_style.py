@@ -24,7 +24,8 @@ MAX_PACKED_BYTES = 64_000  # of the source as it counts in a submission
 MAX_COLUMNS = 110
 MAX_PARAMETERS = 6
 MAX_POSITIONAL = 5  # arguments of a call that are not given by keyword
-VARIADIC = ("_op", ".time_phase", ".save_for_backward", "ParamSpec", "Product")  # operators; rows of a table
+# Operators; rows of a table; a function that passes arguments on.
+VARIADIC = ("_op", ".time_phase", ".save_for_backward", "ParamSpec", "Product", "attempt")
 MAX_FUNCTION = 60  # lines; Triton kernels have no limit
 # Functions that may return three or more values without names, since the field knows them: q, k, v; the
 # coefficients a, b, c; a shape; a key to sort by.
@@ -540,6 +541,16 @@ def program_trees() -> dict[str, ast.Module]:
     tools = [path for path in python_files() if path.relative_to(ROOT).parts[0] == "tools"]
     paths = [SCRIPT, *tools]
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_long_calls_have_keywords():
+    found = {}
+    for name, tree in program_trees().items():
+        kernels = {id(node) for f in functions(tree) if is_kernel(f) for node in ast.walk(f)}
+        calls = [node for node in ast.walk(tree) if has_many_positional(node) and id(node) not in kernels]
+        if calls:
+            found[name] = [call.lineno for call in calls]
+    assert not found, f"lines of calls with more than {MAX_POSITIONAL} arguments by position: {found}"
 
 
 def test_unlike_values_have_names():

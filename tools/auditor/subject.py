@@ -107,7 +107,15 @@ def make_audit(script: ModuleType, run: Run, blob: bytes) -> Audit:
         piece = choose_document(script, tokens, h, chunk)
     else:
         piece = choose_piece(tokens, h, chunk)
-    return Audit(script, run, blob, piece, scoring, chunk, Progress("auditing", run.log.status, run.log))
+    return Audit(
+        script=script,
+        run=run,
+        blob=blob,
+        piece=piece,
+        scoring=scoring,
+        chunk=chunk,
+        progress=Progress("auditing", run.log.status, run.log),
+    )
 
 
 def plan_scores(script: ModuleType, run: Run, chunk: int) -> Scoring:

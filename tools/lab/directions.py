@@ -106,7 +106,7 @@ def open_setup(args: argparse.Namespace, log: Callable[[str], None], progress: P
         knobs += TINY_KNOBS
     try:
         h = t.load_config(knobs + args.words, {})
-        return Setup(t, h, t.init_machine(h, {}), log, args.tiny, progress)
+        return Setup(t, h, t.init_machine(h, {}), log=log, tiny=args.tiny, progress=progress)
     except t.InputError as error:
         raise BadInput(str(error)) from None
 

@@ -203,8 +203,9 @@ def measure(t: ModuleType, checkpoint: Path, configs: dict[str, Any], progress: 
     progress.expect(PARTS * len(configs), "parts")
     lines = []
     for row, row_config in configs.items():
-        lines.append(measure_row(t, run, weights, row, row_config, code_bytes, progress))
-        progress.print(show(lines[-1]))
+        line = measure_row(t, run, weights, row=row, h=row_config, code_bytes=code_bytes, progress=progress)
+        lines.append(line)
+        progress.print(show(line))
     return lines
 
 

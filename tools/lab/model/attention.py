@@ -198,7 +198,8 @@ def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
     numbers = torch.arange(len(mask.lengths), dtype=torch.int32)
     ids = numbers.repeat_interleave(torch.tensor(mask.lengths)).view(B, T).to(device)
     bounds = torch.tensor(mask.bounds, dtype=torch.int32, device=device)
-    return MaskedLayer(s, layout, mask, tensors, draw(layout.heads), bounds, ids)
+    dout = draw(layout.heads)
+    return MaskedLayer(s, layout, mask, tensors=tensors, dout=dout, bounds=bounds, ids=ids)
 
 
 # ---- paths ---------------------------------------------------------------------------------------

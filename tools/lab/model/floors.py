@@ -92,7 +92,7 @@ def floor_of(work: Work, rates: Rates) -> Floor:
 
 def section_row(section: Section, which: str, ms: float, rates: Rates) -> dict:
     """Return the figures of a section's pass, `which`: forward or backward."""
-    work = section.forward if which == "forward" else section.backward
+    work = section.work.forward if which == "forward" else section.work.backward
     floor = floor_of(work, rates)
     return dict(
         section=section.name,
@@ -148,7 +148,7 @@ def measure_section(s: Session, section: Section, rates: Rates) -> None:
 def measure_sections(s: Session) -> None:
     """Measure, print and report the table of sections and its sums."""
     sections = [section for section in sections_of(s, s.t, s.m.ops, s.m.dtype) if section.count]
-    shapes = [shape for section in sections for _, shape in section.forward.products if shape]
+    shapes = [shape for section in sections for _, shape in section.work.forward.products if shape]
     rates = measure_rates(s, shapes)
 
     s.say("\nsections, each alone\n" + table_line(list(COLUMNS)))

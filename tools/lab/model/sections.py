@@ -47,6 +47,13 @@ class Work(NamedTuple):
         return sum(flops for flops, _ in self.products)
 
 
+class BothWork(NamedTuple):
+    """The work of a forward and of its backward."""
+
+    forward: Work
+    backward: Work
+
+
 class OwnBackward(NamedTuple):
     """A backward to time in place of autograd's."""
 
@@ -58,17 +65,16 @@ class Section(NamedTuple):
     """A piece of the model.
 
     count: calls in a pass; 0: a composite, built for candidates only. inputs: makes the arguments of fn; the
-    section's gradients are those of params and of the inputs that require them. uses: the functions of the
-    script that it calls and that a candidate may replace. back: for a section whose backward in the model is
-    not autograd's backward of `fn`.
+    section's gradients are those of params and of the inputs that require them. work: the least that a call
+    takes. uses: the functions of the script that it calls and that a candidate may replace. back: for a
+    section whose backward in the model is not autograd's backward of `fn`.
     """
 
     name: str
     count: int
     fn: Callable
     inputs: Callable[[], list[Tensor]]
-    forward: Work
-    backward: Work
+    work: BothWork
     uses: tuple[str, ...] = ()
     params: tuple[Tensor, ...] = ()
     compiled: bool = True
@@ -83,33 +89,40 @@ def matmul(m: int, k: int, n: int, times: int = 1) -> Product:
     return Product(times * 2.0 * m * k * n, (m, k, n))
 
 
-def linear_work(m: int, k: int, n: int, size: int) -> tuple[Work, Work]:
-    """Return forward and backward of F.linear on (m, k) and (n, k), `size` bytes a number."""
+def linear_work(m: int, k: int, n: int, size: int) -> BothWork:
+    """Return the work of F.linear on (m, k) and (n, k), `size` bytes a number."""
     moved = size * (m * k + k * n + m * n)
     more = size * (m * k + k * n)
-    return Work(moved, (matmul(m, k, n),)), Work(moved + more, (matmul(m, k, n, times=2),))
+    return BothWork(
+        forward=Work(moved, (matmul(m, k, n),)),
+        backward=Work(moved + more, (matmul(m, k, n, times=2),)),
+    )
 
 
-def mlp_work(rows: int, D: int, hidden: int, size: int) -> tuple[Work, Work]:
-    """Return forward and backward of the MLP: its hidden layer is written and read once, its gradient too."""
+def mlp_work(rows: int, D: int, hidden: int, size: int) -> BothWork:
+    """Return the work of the MLP: its hidden layer is written and read once, its gradient too."""
 
     def work(streams: int, matrices: int, times: int) -> Work:
         moved = size * (streams * rows * (D + hidden) + matrices * D * hidden)
         return Work(moved, (matmul(rows, D, hidden, times), matmul(rows, hidden, D, times)))
 
-    return work(2, 2, 1), work(3, 4, 2)
+    return BothWork(
+        forward=work(streams=2, matrices=2, times=1),
+        backward=work(streams=3, matrices=4, times=2),
+    )
 
 
-def lookup_work(rows: int, table_numbers: int, out_bytes: int, k: int, n: int) -> tuple[Work, Work]:
-    """Return forward and backward of looking up `rows` ids in tables and projecting from k to n.
+def lookup_work(rows: int, table_numbers: int, out_bytes: int, k: int, n: int) -> BothWork:
+    """Return the work of looking up `rows` ids in tables and projecting from k to n.
 
     With k = 0 there is no projection.
     """
     ids = ID_BYTES * rows
     tables = TABLE_BYTES * table_numbers
-    forward = Work(ids + tables + out_bytes, (matmul(rows, k, n),))
-    backward = Work(ids + 2 * tables + out_bytes, (matmul(rows, k, n, times=2),))
-    return forward, backward
+    return BothWork(
+        forward=Work(ids + tables + out_bytes, (matmul(rows, k, n),)),
+        backward=Work(ids + 2 * tables + out_bytes, (matmul(rows, k, n, times=2),)),
+    )
 
 
 # ---- sections ------------------------------------------------------------------------------------
@@ -180,11 +193,15 @@ class Pieces:
             numbers += h.bigram_vocab_size * h.bigram_dim
             projected = h.bigram_dim
             params += [m.bigram_emb, m.bigram_proj, m.bigram_scale]
-        work = lookup_work(self.tokens, numbers, self.stream, projected, h.model_dim)
-        name = "embedding + bigram + smear" if h.bigram_vocab_size else "embedding + smear"
         return Section(
-            name, 1, m.embed, lambda: [self.ids()], *work, uses=("GPT.embed", "rms_norm"), params=(*params,)
-        )  # fmt: skip
+            "embedding + bigram + smear" if h.bigram_vocab_size else "embedding + smear",
+            1,
+            m.embed,
+            lambda: [self.ids()],
+            work=lookup_work(self.tokens, numbers, self.stream, projected, h.model_dim),
+            uses=("GPT.embed", "rms_norm"),
+            params=(*params,),
+        )
 
     def value_embedding(self) -> Section:
         h = self.h
@@ -196,9 +213,14 @@ class Pieces:
             return F.linear(values, (m.ve_scale * m.ve_proj).to(dtype))
 
         out = self.size * self.tokens * h.kv_dim
-        work = lookup_work(self.tokens, h.vocab_size * h.ve_dim, out, h.ve_dim, h.kv_dim)
-        params = (m.ve_emb, m.ve_proj, m.ve_scale)
-        return Section("value embedding", 1, embed, lambda: [self.ids()], *work, params=params)
+        return Section(
+            "value embedding",
+            1,
+            embed,
+            lambda: [self.ids()],
+            work=lookup_work(self.tokens, h.vocab_size * h.ve_dim, out, h.ve_dim, h.kv_dim),
+            params=(m.ve_emb, m.ve_proj, m.ve_scale),
+        )
 
     def residual_mix(self) -> Section:
         t = self.t
@@ -210,16 +232,13 @@ class Pieces:
         def inputs() -> list[Tensor]:
             return [*(self.activations() for _ in range(3)), self.vector(2, self.h.model_dim)]
 
-        forward = Work(5 * self.stream)
-        backward = Work(7 * self.stream)
         return Section(
             "residual mix + norm",
             len(self.layers),
             mix_norm,
             inputs,
-            forward,
-            backward,
-            ("residual_mix", "rms_norm"),
+            work=BothWork(forward=Work(5 * self.stream), backward=Work(7 * self.stream)),
+            uses=("residual_mix", "rms_norm"),
         )
 
     def product(self, name: str, n: int) -> Section:
@@ -230,7 +249,7 @@ class Pieces:
             return [self.draw(self.B, self.T, D), self.draw(n, D)]
 
         work = linear_work(self.tokens, D, n, self.size)
-        return Section(name, len(self.layers), F.linear, inputs, *work, compiled=False)
+        return Section(name, len(self.layers), F.linear, inputs, work=work, compiled=False)
 
     def queries_and_keys(self) -> Section:
         h = self.h
@@ -246,8 +265,10 @@ class Pieces:
             len(self.layers),
             lambda qkv, gain: ops.qk(qkv, gain, *rope),
             inputs,
-            Work(2 * self.queries_keys),
-            Work(3 * self.queries_keys + 2 * kv_bytes),
+            work=BothWork(
+                forward=Work(2 * self.queries_keys),
+                backward=Work(3 * self.queries_keys + 2 * kv_bytes),
+            ),
             uses=("qk_heads", "qk_norm_rope", "rms_norm"),
             # a fused one, compiled alone, would get v's gradient outside: v is a view of this section's input
             compiled=is_reference_qk(self.t, ops.qk),
@@ -270,8 +291,10 @@ class Pieces:
             sum(spec.window == window for spec in self.layers),
             lambda q, k, v: ops.attend(q, k, v, window, documents),
             inputs,
-            Work(2 * self.queries_keys, (Product(flops, None),)),
-            Work(4 * self.queries_keys, (Product(ATTENTION_BACKWARD * flops, None),)),
+            work=BothWork(
+                forward=Work(2 * self.queries_keys, (Product(flops, None),)),
+                backward=Work(4 * self.queries_keys, (Product(ATTENTION_BACKWARD * flops, None),)),
+            ),
             uses=("attend_sdpa", "attend_flash4"),
             compiled=h.doc_mask or window > 0,
         )
@@ -285,8 +308,10 @@ class Pieces:
             sum(spec.xsa for spec in self.layers),
             self.t.exclude_self,
             inputs,
-            Work(self.stream + self.queries_keys),
-            Work(self.stream + 2 * self.queries_keys),
+            work=BothWork(
+                forward=Work(self.stream + self.queries_keys),
+                backward=Work(self.stream + 2 * self.queries_keys),
+            ),
             uses=("exclude_self",),
         )
 
@@ -298,13 +323,14 @@ class Pieces:
             return [self.heads(h.num_heads), self.activations(), self.vector(h.num_heads, dims)]
 
         first = self.size * self.tokens * dims  # bytes of the first dimensions of the layer's input
+        forward = Work(2 * self.stream + first, (matmul(self.tokens, dims, h.num_heads),))
+        backward = Work(3 * self.stream + 2 * first, (matmul(self.tokens, dims, h.num_heads, times=2),))
         return Section(
             "head gates",
             len(self.layers),
             self.t.gate_heads,
             inputs,
-            Work(2 * self.stream + first, (matmul(self.tokens, dims, h.num_heads),)),
-            Work(3 * self.stream + 2 * first, (matmul(self.tokens, dims, h.num_heads, times=2),)),
+            work=BothWork(forward, backward),
             uses=("gate_heads",),
         )
 
@@ -318,9 +344,14 @@ class Pieces:
         def inputs() -> list[Tensor]:
             return [self.activations(), self.activations()]
 
-        work = Work(4 * self.stream)
-        count = sum(map(is_serial, self.layers))
-        return Section("residual add + norm", count, add_norm, inputs, work, work, ("rms_norm",))
+        return Section(
+            "residual add + norm",
+            sum(map(is_serial, self.layers)),
+            add_norm,
+            inputs,
+            work=BothWork(forward=Work(4 * self.stream), backward=Work(4 * self.stream)),
+            uses=("rms_norm",),
+        )
 
     def mlp(self) -> Section:
         D = self.h.model_dim
@@ -330,7 +361,7 @@ class Pieces:
             return [self.activations(), self.draw(hidden, D), self.draw(D, hidden)]
 
         work = mlp_work(self.tokens, D, hidden, self.size)
-        return Section("MLP", len(self.layers), self.ops.mlp, inputs, *work, uses=("mlp",))
+        return Section("MLP", len(self.layers), self.ops.mlp, inputs, work=work, uses=("mlp",))
 
     def skip_adds(self) -> Section:
         t = self.t
@@ -345,9 +376,12 @@ class Pieces:
             given = [self.vector(self.h.model_dim) for _ in range(vectors)]
             return [self.activations(), self.activations(), *given]
 
-        count = sum(spec.skip >= 0 for spec in self.layers)
         return Section(
-            "skip adds", count, add, inputs, Work(3 * self.stream), Work((2 + vectors) * self.stream)
+            "skip adds",
+            sum(spec.skip >= 0 for spec in self.layers),
+            add,
+            inputs,
+            work=BothWork(forward=Work(3 * self.stream), backward=Work((2 + vectors) * self.stream)),
         )
 
     def stream_mix(self) -> Section:
@@ -356,9 +390,12 @@ class Pieces:
         def inputs() -> list[Tensor]:
             return [*(self.activations() for _ in range(4)), self.vector(2), self.vector(2, 2)]
 
-        count = sum(spec.form == "two_streams" for spec in self.layers)
         return Section(
-            "stream mix", count, self.t.mix_streams, inputs, Work(6 * self.stream), Work(10 * self.stream)
+            "stream mix",
+            sum(spec.form == "two_streams" for spec in self.layers),
+            self.t.mix_streams,
+            inputs,
+            work=BothWork(forward=Work(6 * self.stream), backward=Work(10 * self.stream)),
         )
 
     def output_layer(self) -> Section:
@@ -366,13 +403,14 @@ class Pieces:
         V = self.h.vocab_size
         ids = ID_BYTES * self.tokens
         weights = TABLE_BYTES * V * D
+        forward = Work(ids + weights + self.stream, (matmul(self.tokens, D, V),))
+        backward = Work(ids + 2 * weights + 2 * self.stream, (matmul(self.tokens, D, V, times=2),))
         return Section(
             OUTPUT_LAYER,
             1,
             loss_from_trunk(self.t, self.model),
             lambda: [self.activations(), self.ids()],
-            Work(ids + weights + self.stream, (matmul(self.tokens, D, V),)),
-            Work(ids + 2 * weights + 2 * self.stream, (matmul(self.tokens, D, V, times=2),)),
+            work=BothWork(forward, backward),
             uses=("GPT.nats", "GPT.unembed", "GPT.loss", "rms_norm"),
             params=(self.model.tok_emb,),
         )
@@ -404,10 +442,12 @@ class Pieces:
             return banks() + [make(shape[1:], dtype) for shape in shapes for _ in range(shape[0])]
 
         read_and_written = numbers * (TABLE_BYTES + self.size)
-        forward = Work(0 if dtype == torch.float32 else read_and_written)
-        backward = Work(read_and_written + numbers * TABLE_BYTES)
+        work = BothWork(
+            forward=Work(0 if dtype == torch.float32 else read_and_written),
+            backward=Work(read_and_written + numbers * TABLE_BYTES),
+        )
         own = OwnBackward(accumulate, banks_and_gradients)
-        return Section("bank casts", 1, cast, banks, forward, backward, back=own)
+        return Section("bank casts", 1, cast, banks, work=work, back=own)
 
     def forward_sections(self) -> list[Section]:
         """Make the sections of a forward pass in its order."""
@@ -449,17 +489,27 @@ class Pieces:
             return Work(streams * self.stream + self.size * matrix_numbers, tuple(products))
 
         attention = Section(
-            "attention block", 0, blocks.attention, lambda: [self.activations(), *blocks.weights()],
-            work(2, attention_numbers, [part.forward for part in attention_parts]),
-            work(3, 2 * attention_numbers, [part.backward for part in attention_parts]),
+            "attention block",
+            0,
+            blocks.attention,
+            lambda: [self.activations(), *blocks.weights()],
+            work=BothWork(
+                forward=work(2, attention_numbers, [part.work.forward for part in attention_parts]),
+                backward=work(3, 2 * attention_numbers, [part.work.backward for part in attention_parts]),
+            ),
             uses=("attention_block",),
-        )  # fmt: skip
+        )
         layer = Section(
-            "layer", 0, blocks.layer, lambda: [self.activations(), self.activations(), *blocks.weights()],
-            work(3, layer_numbers, [part.forward for part in layer_parts]),
-            work(5, 2 * layer_numbers, [part.backward for part in layer_parts]),
+            "layer",
+            0,
+            blocks.layer,
+            lambda: [self.activations(), self.activations(), *blocks.weights()],
+            work=BothWork(
+                forward=work(3, layer_numbers, [part.work.forward for part in layer_parts]),
+                backward=work(5, 2 * layer_numbers, [part.work.backward for part in layer_parts]),
+            ),
             uses=("residual_mix", "attention_block", "mlp"),
-        )  # fmt: skip
+        )
         return [attention, layer]
 
 

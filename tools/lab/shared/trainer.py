@@ -129,7 +129,7 @@ def open_session(t: ModuleType, knobs: list[str], env: Mapping[str, str], progre
         skipped=[],
         noisy=[],
     )
-    return Session(t, h, m, sequences, report, progress)
+    return Session(t, h, m, sequences=sequences, report=report, progress=progress)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def blocks_of(s: Session, t: ModuleType, ops: Any, model: Any) -> Blocks:
         return attention_of(x, named(weights))
 
     def layer(x: Tensor, x0: Tensor, *weights: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return run_layer(t, spec, x, x0, named(weights), attention_of, ops)
+        return run_layer(t, spec, x, x0, named(weights), attention=attention_of, ops=ops)
 
     def weights() -> list[Tensor]:
         return [part.detach().clone().requires_grad_() for part in parts if part is not None]

@@ -12,15 +12,15 @@ from lab.step.traces import RankTrace, Span, matched
 
 
 class CollectiveFigures(NamedTuple):
-    """One collective of a step. start_ms: from the start of the step; bytes and wire: None if unknown."""
+    """One collective of a step. start_ms: from the start of the step; bytes, wire, ranks: None if unknown."""
 
     start_ms: float
     ms: float
     exposed_ms: float
     kind: str
-    bytes: int | None
-    wire: int | float | None
-    ranks: int | None
+    bytes: int | None = None
+    wire: int | float | None = None
+    ranks: int | None = None
 
 
 class StepFigures(NamedTuple):
@@ -52,11 +52,10 @@ def collective_figures(
     """Return the figures of one collective. step_start, exposed: in microseconds, as the span."""
     start_ms = (span.start - step_start) / 1000
     ms = (span.end - span.start) / 1000
+    figures = CollectiveFigures(start_ms, ms, exposed / 1000, span.kind)
     if call is None:
-        return CollectiveFigures(start_ms, ms, exposed / 1000, span.kind, None, None, None)
-    return CollectiveFigures(
-        start_ms, ms, exposed / 1000, call.kind, call.payload, call.wire, len(call.ranks)
-    )
+        return figures
+    return figures._replace(kind=call.kind, bytes=call.payload, wire=call.wire, ranks=len(call.ranks))
 
 
 def step_figures(trace: RankTrace, step: int, calls: list[Collective], by_kind: bool) -> StepFigures:
