@@ -44,8 +44,22 @@ Splits = dict[str, list[str | Path]]  # {split: its input files}
 # ---- reading documents ---------------------------------------------------------------------------
 
 
-def read_blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """Yield (block of bytes, bytes of the file read so far) of a plain or .zst file.
+class Block(NamedTuple):
+    """Bytes of a file, unpacked. position: how many bytes of the file have been read so far."""
+
+    content: bytes
+    position: int
+
+
+class Document(NamedTuple):
+    """A document of a file. position: how many bytes of the file have been read so far."""
+
+    text: str
+    position: int
+
+
+def read_blocks(path: str | Path) -> Iterator[Block]:
+    """Yield a plain or .zst file in blocks.
 
     Raises BadInput if the file is damaged.
     """
@@ -54,11 +68,11 @@ def read_blocks(path: str | Path) -> Iterator[tuple[bytes, int]]:
             yield from decompress_blocks(raw, path)
         else:
             while block := raw.read(1 << 20):
-                yield block, raw.tell()
+                yield Block(block, raw.tell())
 
 
-def decompress_blocks(raw: BinaryIO, path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """Yield (unpacked block, bytes of the file read so far) of an open .zst file of one or more frames."""
+def decompress_blocks(raw: BinaryIO, path: str | Path) -> Iterator[Block]:
+    """Yield an open .zst file of one or more frames in unpacked blocks."""
     zstandard = require("zstandard")
     # `zstd --long` writes windows that the library refuses unless told otherwise.
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
@@ -67,7 +81,7 @@ def decompress_blocks(raw: BinaryIO, path: str | Path) -> Iterator[tuple[bytes, 
         while block := raw.read(1 << 18):
             while block:
                 frame = frame or context.decompressobj()
-                yield frame.decompress(block), raw.tell()
+                yield Block(frame.decompress(block), raw.tell())
                 if frame.eof:
                     block = frame.unused_data
                     frame = None
@@ -79,17 +93,17 @@ def decompress_blocks(raw: BinaryIO, path: str | Path) -> Iterator[tuple[bytes, 
         raise BadInput(f"{path}: zstd file cut short; copy it again")
 
 
-def split_blocks(blocks: Iterable[tuple[bytes, int]], separator: bytes) -> Iterator[tuple[bytes, int]]:
-    """Yield (bytes between two separators, position) from the output of `read_blocks`."""
+def split_blocks(blocks: Iterable[Block], separator: bytes) -> Iterator[Block]:
+    """Yield the blocks of `read_blocks` cut anew, one between every two separators."""
     unfinished = []
     position = 0
-    for block, position in blocks:
-        first, *others = block.split(separator)
+    for content, position in blocks:
+        first, *others = content.split(separator)
         unfinished.append(first)
         for piece in others:
-            yield b"".join(unfinished), position
+            yield Block(b"".join(unfinished), position)
             unfinished = [piece]
-    yield b"".join(unfinished), position
+    yield Block(b"".join(unfinished), position)
 
 
 def json_text(path: str | Path, number: int, line: bytes, key: str) -> str:
@@ -108,8 +122,8 @@ def json_text(path: str | Path, number: int, line: bytes, key: str) -> str:
     return row[key]
 
 
-def read_documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, int]]:
-    """Yield (document, bytes of the file read so far) in file order, without blank documents.
+def read_documents(path: str | Path, key: str = "text") -> Iterator[Document]:
+    """Yield the documents of a file in order, without blank ones.
 
     key: the text field of .jsonl. Raises BadInput on bytes that are not UTF-8 and on malformed lines.
     """
@@ -127,7 +141,7 @@ def read_documents(path: str | Path, key: str = "text") -> Iterator[tuple[str, i
                 f"{path}: {unit} {number}: not valid UTF-8; convert the file, for example with iconv"
             ) from None
         if text.strip():
-            yield text, position
+            yield Document(text, position)
 
 
 def fingerprint(text: str) -> bytes:
@@ -518,7 +532,9 @@ def build_dataset(
         held_out_splits = [split for split in splits if split != "train"]
         for split in [*held_out_splits, "train"]:  # train last, to compare it with the others
             writer = shards.ShardWriter(staging, name, split, options.shard_tokens)
-            entries[split] = write_split(writer, split, splits[split], options.key, workers, leaks)
+            entries[split] = write_split(
+                writer, split, splits[split], key=options.key, workers=workers, leaks=leaks
+            )
         manifest = {**head, "splits": entries}
         staging.commit(manifest)
     return Built(manifest, is_new=True)

@@ -217,17 +217,25 @@ def extract(files: list[Path], workers: int) -> list[str]:
 # ---- duplicates and the split --------------------------------------------------------------------
 
 
-def sentences(text: str) -> Iterator[tuple[bytes, int]]:
-    """Yield (hash, length) of each sentence or line of at least SENTENCE_CHARS characters, ignoring case."""
+class Sentence(NamedTuple):
+    """What is kept of a sentence: a hash that ignores case, and its length in characters."""
+
+    mark: bytes
+    size: int
+
+
+def sentences(text: str) -> Iterator[Sentence]:
+    """Yield each sentence or line of at least SENTENCE_CHARS characters."""
     for piece in re.split(r"(?<=[.!?])\s+|\n", text):
         sentence = " ".join(piece.lower().split())
         if len(sentence) >= SENTENCE_CHARS:
-            yield hashlib.blake2b(sentence.encode(), digest_size=8).digest(), len(sentence)
+            mark = hashlib.blake2b(sentence.encode(), digest_size=8).digest()
+            yield Sentence(mark, len(sentence))
 
 
-def sentence_chars(found: list[tuple[bytes, int]], seen: set[bytes] | None = None) -> int:
-    """Return the total length of some `sentences`, or of those of them whose hash is in `seen`."""
-    return sum(size for mark, size in found if seen is None or mark in seen)
+def sentence_chars(found: list[Sentence], seen: set[bytes] | None = None) -> int:
+    """Return the total length of some sentences, or of those of them whose hash is in `seen`."""
+    return sum(each.size for each in found if seen is None or each.mark in seen)
 
 
 def deduplicate(documents: list[str]) -> list[str]:
@@ -243,7 +251,7 @@ def deduplicate(documents: list[str]) -> list[str]:
         if fingerprint in exact or 2 * sentence_chars(found, seen) > sentence_chars(found):
             continue
         exact.add(fingerprint)
-        seen.update(mark for mark, _ in found)
+        seen.update(each.mark for each in found)
         kept.append(text)
     progress.erase()
     return kept
@@ -264,7 +272,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
         else:
             train.append(text)
 
-    seen = {mark for text in train for mark, _ in sentences(text)}
+    seen = {each.mark for text in train for each in sentences(text)}
     val = []
     for text in candidates:
         found = list(sentences(text))

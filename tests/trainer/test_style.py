@@ -537,9 +537,9 @@ def python_files() -> list[Path]:
 
 
 def program_trees() -> dict[str, ast.Module]:
-    """Return the trees of the programs, by name: the trainer and the tools."""
-    tools = [path for path in python_files() if path.relative_to(ROOT).parts[0] == "tools"]
-    paths = [SCRIPT, *tools]
+    """Return the trees of the programs, by name: the trainer, the tools, and what makes data."""
+    others = [path for path in python_files() if path.relative_to(ROOT).parts[0] in ("tools", "data")]
+    paths = [SCRIPT, *others]
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
