@@ -5,8 +5,8 @@ import re
 import pytest
 
 import train_gpt as t
-from lab import sweep
 from lab.training import planning
+from lab.training.worker_process import WorkerProcess
 from tests.helpers import english_args
 
 STEPS = 14
@@ -55,4 +55,4 @@ def step_lines(log):
 
 def no_sweep_starts(monkeypatch):
     """Fail the test if a sweep starts a worker."""
-    monkeypatch.setattr(sweep.Sweep, "start", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(WorkerProcess, "start", lambda *_: pytest.fail("a worker was started"))

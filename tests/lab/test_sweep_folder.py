@@ -20,6 +20,7 @@ import pytest
 import train_gpt as t
 from lab import sweep
 from lab.training.worker import weights_sha256
+from lab.training.worker_process import Answer, WorkerProcess
 from ledger import record
 from ledger.make import sweep_table
 from ledger.prove import sweep_claims
@@ -33,7 +34,7 @@ def kill_first_worker(running, folder, thread):
     deadline = time.monotonic() + 60
     while thread.is_alive() and time.monotonic() < deadline:
         if list((folder / ".work").glob("*.part")):
-            victim = running.processes[0]
+            victim = running.workers[0].process
             os.kill(victim.pid, signal.SIGKILL)
             return victim
         time.sleep(0.002)
@@ -173,7 +174,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
     first = sweep.Sweep(tiny_plan(), tmp_path / "s")
     with pytest.raises(runlog.BadInput, match="another sweep"):
         sweep.Sweep(tiny_plan(), tmp_path / "s")
-    first.guard.close()
+    first.folder_lock.close()
 
 
 def test_devices_are_not_mixed(folder, capsys):
@@ -186,26 +187,25 @@ def test_devices_are_not_mixed(folder, capsys):
 @pytest.mark.parametrize(
     "line, answer",
     [
-        ('{"kind": "H100"}\n', sweep.Answer(kind="H100")),
-        ('{"done": true}\n', sweep.Answer()),
-        ('{"refused": "no data"}\n', sweep.Answer(refused="no data")),
+        ('{"kind": "H100"}\n', Answer(kind="H100")),
+        ('{"done": true}\n', Answer()),
+        ('{"refused": "no data"}\n', Answer(refused="no data")),
         ("", None),  # it died
         ('{"refu', None),  # while it wrote
     ],
 )
-def test_a_worker_is_asked_in_lines_of_json(line, answer):
-    process = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO(line))
-    assert sweep.Sweep.ask(None, process, {"argv": ["seed=1"]}) == answer
-    assert process.stdin.getvalue() == '{"argv": ["seed=1"]}\n'
+def test_a_worker_is_asked_in_lines_of_json(line, answer, tmp_path):
+    worker = WorkerProcess(tmp_path, 0, 1)
+    worker.process = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO(line))
+    assert worker.ask({"argv": ["seed=1"]}) == answer
+    assert worker.process.stdin.getvalue() == '{"argv": ["seed=1"]}\n'
 
 
 def test_a_worker_of_another_kind_stops_the_sweep(folder, monkeypatch):
     (folder / "logs" / "turbo_0.02_seed1.txt").unlink()
     running = sweep.Sweep(tiny_plan(), folder)
-    process = SimpleNamespace(poll=lambda: None, kill=lambda: None, stdin=SimpleNamespace(close=lambda: None),
-                              wait=lambda: 0)  # fmt: skip
-    monkeypatch.setattr(running, "start", lambda index: running.processes.setdefault(index, process))
-    monkeypatch.setattr(running, "ask", lambda *_: sweep.Answer(kind="Other GPU"))
+    monkeypatch.setattr(WorkerProcess, "start", lambda worker: None)
+    monkeypatch.setattr(WorkerProcess, "ask", lambda *_: Answer(kind="Other GPU"))
     with pytest.raises(runlog.BadInput, match="one kind of device"):
         running.run()
 

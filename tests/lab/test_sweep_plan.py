@@ -117,14 +117,14 @@ def test_the_budget_begins_nothing_that_would_end_late(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_workers_at_once(number):
-    def serve(index):
+    def serve(worker):
         os.kill(os.getpid(), number)
         time.sleep(30)
 
     reasons = []
     before = signal.getsignal(signal.SIGTERM)
     began = time.monotonic()
-    sweep.Sweep.train(SimpleNamespace(serve=serve, workers=1, stop=reasons.append))
+    sweep.Sweep.train(SimpleNamespace(serve=serve, workers=["worker"], stop=reasons.append))
     assert reasons == ["interrupted; the same command continues with what is missing"]
     assert time.monotonic() - began < 5 and signal.getsignal(signal.SIGTERM) is before
 
@@ -266,7 +266,7 @@ def test_the_folder_has_the_name_of_the_plan(change, name, tmp_path, monkeypatch
     file = tmp_path / "the file.json"
     file.write_text(json.dumps(raw))
     folders = []
-    monkeypatch.setattr(sweep.Sweep, "claim_folder", lambda self: folders.append(self.folder))
+    monkeypatch.setattr(sweep, "claim_folder", folders.append)
     monkeypatch.setattr(sweep.Sweep, "run", lambda self: 0)
     monkeypatch.chdir(tmp_path)
     assert sweep.main([str(file)]) == 0

@@ -26,37 +26,25 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-from children import child_environment
 from lab.shared.command_line import parse
 from lab.training import planning
 from lab.training.planning import Configuration, Plan, Queue
-from ledger.files import named_path, read_text
+from lab.training.worker_process import WorkerProcess
+from ledger.files import named_path
 from ledger.make import pictures, sweep_table
 from ledger.read.knobs import with_trait
 from ledger.read.runlog import RunLog
 from ledger.run_verb import run_verb
 from progress import Progress
 from script import TRAINER, BadInput, load_script
-
-CONSOLE_WIDTH = 160  # characters of a dead worker's last line that are shown
-
-
-class Answer(NamedTuple):
-    """A worker's answer to a request. kind: of the device that it opened; refused: why it did not do it."""
-
-    kind: str = ""
-    refused: str = ""
 
 
 class End(Enum):
@@ -81,6 +69,80 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def claim_folder(folder: Path) -> TextIO:
+    """Make the folder and lock it until the returned file is closed.
+
+    Raises BadInput if another script or a running sweep owns the folder.
+    """
+    for part in ("logs", ".work"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".work" / "lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows: nothing keeps two sweeps apart
+    except OSError:
+        raise BadInput(f"{folder}: another sweep is writing here; choose another --out") from None
+
+    script = folder / "train_gpt.py"
+    if not script.exists():
+        shutil.copyfile(TRAINER, script)
+    elif script.read_bytes() != TRAINER.read_bytes():
+        raise BadInput(f"{script}: train_gpt.py has changed since this sweep began; choose another --out")
+    return lock
+
+
+def configuration_of(plan: Plan, run: RunLog) -> Configuration | None:
+    """Return the configuration of the plan that wrote a log, if any."""
+    row = run.text("sweep", "row")
+    rate = run.text("sweep", "rate")
+    seeds = {str(seed): seed for seed in plan.seeds}
+    seed = seeds.get(run.text("sweep", "seed"))
+    if seed is None or row not in plan.rows or rate not in plan.rows[row].rates:
+        return None
+
+    configuration = plan.configuration(row, rate, seed)
+    h = plan.trainer.load_config(list(configuration.argv), {})
+    paths = with_trait("PATH")  # a sweep that goes on elsewhere is the same sweep
+    for key, value in dataclasses.asdict(h).items():
+        if key not in paths and run.config.get(key) != str(value):
+            return None
+    return configuration
+
+
+class Earlier(NamedTuple):
+    """What a sweep's folder holds already.
+
+    outcomes: the bpb of each log, by the name of its configuration, None for one that diverged. kind: what
+    kind of device wrote the logs, "" without any.
+    """
+
+    outcomes: dict[str, float | None]
+    kind: str
+
+
+def read_earlier(plan: Plan, folder: Path) -> Earlier:
+    """Read the logs of the folder. Raises BadInput if one is not of this plan."""
+    outcomes = {}
+    kind = ""
+    for run in sweep_table.read_runs(folder):
+        configuration = configuration_of(plan, run)
+        if configuration is None or run.text("sweep", "baseline") != plan.baseline:
+            raise BadInput(f"{run.path}: not of this plan; choose another --out")
+        kind = kind or run.text("sweep", "kind")
+        bpb = None if sweep_table.diverged(run) else run.number("final_score", "val_bpb")
+        outcomes[configuration.name] = bpb
+    return Earlier(outcomes, kind)
+
+
+# ---- the sweep -----------------------------------------------------------------------------------
+
+
 class Sweep:
     """A plan, its folder and its workers. A thread serves each worker process, and restarts one that died."""
 
@@ -88,121 +150,37 @@ class Sweep:
         """Claim the folder and read the logs that are there. budget: in seconds, 0 for none."""
         self.plan = plan
         self.folder = folder
-        self.workers = workers
         self.budget = budget
         self.lock = threading.Condition()
-        self.processes: dict[int, subprocess.Popen] = {}
+        self.workers = [WorkerProcess(folder, index, workers) for index in range(workers)]
         self.cold_seconds: list[float] = []  # the first configuration of each process, its start included
         self.warm_seconds: list[float] = []  # all others
         self.error = ""
         self.out_of_time = False
-        self.kind = ""  # what kind of device the workers have
         self.began = time.monotonic()
         self.progress = Progress(f"sweep {plan.name}")
-        self.claim_folder()
-        self.queue = Queue(plan, self.earlier_outcomes())
+        self.folder_lock = claim_folder(folder)
+        earlier = read_earlier(plan, folder)
+        self.queue = Queue(plan, earlier.outcomes)
+        self.kind = earlier.kind  # what kind of device the workers have
 
-    def claim_folder(self) -> None:
-        """Make and lock the folder. Raises BadInput if another script or a running sweep owns it."""
-        for part in ("logs", ".work"):
-            (self.folder / part).mkdir(parents=True, exist_ok=True)
-        self.guard = open(self.folder / ".work" / "lock", "w")
-        try:
-            import fcntl
+    # ---- a configuration -------------------------------------------------------------------------
 
-            fcntl.flock(self.guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows: nothing keeps two sweeps apart
-        except OSError:
-            raise BadInput(f"{self.folder}: another sweep is writing here; choose another --out") from None
-
-        script = self.folder / "train_gpt.py"
-        if not script.exists():
-            shutil.copyfile(TRAINER, script)
-        elif script.read_bytes() != TRAINER.read_bytes():
-            raise BadInput(f"{script}: train_gpt.py has changed since this sweep began; choose another --out")
-
-    def earlier_outcomes(self) -> dict[str, float | None]:
-        """Return the bpb of each log in the folder, by name, None for one that diverged.
-
-        Raises BadInput if a log is not of this plan.
-        """
-        outcomes = {}
-        for run in sweep_table.read_runs(self.folder):
-            configuration = self.configuration_of(run)
-            if configuration is None or run.text("sweep", "baseline") != self.plan.baseline:
-                raise BadInput(f"{run.path}: not of this plan; choose another --out")
-            self.kind = self.kind or run.text("sweep", "kind")
-            bpb = None if sweep_table.diverged(run) else run.number("final_score", "val_bpb")
-            outcomes[configuration.name] = bpb
-        return outcomes
-
-    def configuration_of(self, run: RunLog) -> Configuration | None:
-        """Return the configuration of the plan that wrote a log, if any."""
-        row = run.text("sweep", "row")
-        rate = run.text("sweep", "rate")
-        seeds = {str(seed): seed for seed in self.plan.seeds}
-        seed = seeds.get(run.text("sweep", "seed"))
-        if seed is None or row not in self.plan.rows or rate not in self.plan.rows[row].rates:
-            return None
-
-        configuration = self.plan.configuration(row, rate, seed)
-        h = self.plan.trainer.load_config(list(configuration.argv), {})
-        paths = with_trait("PATH")  # a sweep that goes on elsewhere is the same sweep
-        for key, value in dataclasses.asdict(h).items():
-            if key not in paths and run.config.get(key) != str(value):
-                return None
-        return configuration
-
-    # ---- a worker process ------------------------------------------------------------------------
-
-    def start(self, index: int) -> subprocess.Popen:
-        """Start a worker on device `index` of those this process may use."""
-        allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        device = allowed[index % len(allowed)] if allowed else str(index)
-        env = child_environment(CUDA_VISIBLE_DEVICES=device)
-        if self.workers > 1:
-            threads = max(1, (os.cpu_count() or 1) // self.workers)
-            env.setdefault("OMP_NUM_THREADS", str(threads))
-        with open(self.console_file(index), "a") as console:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lab.training.worker", str(self.folder)],
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=console,
-                text=True,
-                bufsize=1,
-            )
-        self.processes[index] = process
-        return process
-
-    def ask(self, process: subprocess.Popen, request: dict) -> Answer | None:
-        """Return the worker's answer to a request of worker.py; None: it died instead."""
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-        except (OSError, ValueError):
-            return None
-        return Answer(answer.get("kind", ""), answer.get("refused", ""))
-
-    def attempt(self, index: int, configuration: Configuration) -> Attempt:
-        """Have worker `index` train a configuration, starting the worker if there is none."""
+    def attempt(self, worker: WorkerProcess, configuration: Configuration) -> Attempt:
+        """Have a worker train a configuration, starting its process if there is none."""
         began = time.monotonic()
-        process = self.processes.get(index)
-        fresh = process is None or process.poll() is not None
+        fresh = not worker.is_alive
         if fresh:
-            process = self.start(index)
-            opened = self.ask(process, {"argv": configuration.argv})
+            worker.start()
+            opened = worker.ask({"argv": configuration.argv})
             if opened is None:
                 return Attempt(End.DIED)
             if opened.refused:
                 return Attempt(End.REFUSED, opened.refused)
-            if fault := self.other_kind(index, opened.kind):
+            if fault := self.other_kind(worker, opened.kind):
                 return Attempt(End.REFUSED, fault)
 
-        answer = self.ask(process, {"argv": configuration.argv, "line": self.sweep_line(configuration)})
+        answer = worker.ask({"argv": configuration.argv, "line": self.sweep_line(configuration)})
         if answer is None:
             return Attempt(End.DIED)
         if answer.refused:
@@ -221,49 +199,35 @@ class Sweep:
             "rate": configuration.rate,
             "seed": configuration.seed,
             "stage": configuration.stage,
-            "workers": self.workers,
+            "workers": len(self.workers),
         }
 
-    def other_kind(self, index: int, kind: str) -> str:
+    def other_kind(self, worker: WorkerProcess, kind: str) -> str:
         """Return why a worker's device does not fit into the table, "" if it does."""
         with self.lock:
             self.kind = self.kind or kind
             if kind == self.kind:
                 return ""
             return (
-                f"worker {index} runs on {kind}, other rows of this table on {self.kind}; a table covers one "
-                "kind of device: choose another --out or fewer --workers"
+                f"worker {worker.index} runs on {kind}, other rows of this table on {self.kind}; a table "
+                "covers one kind of device: choose another --out or fewer --workers"
             )
-
-    def console_file(self, index: int) -> Path:
-        """Return the file that holds what a worker prints."""
-        return self.folder / ".work" / f"worker{index}.txt"
-
-    def last_words(self, index: int) -> str:
-        """Return the last line that a worker printed."""
-        for line in reversed(read_text(self.console_file(index)).split("\n")):
-            if line.strip():
-                return line.strip()[:CONSOLE_WIDTH]
-        return "it printed nothing"
 
     # ---- a thread for each worker ----------------------------------------------------------------
 
-    def serve(self, index: int) -> None:
-        """Give one worker configurations until there are none, time is up or the sweep stops."""
+    def serve(self, worker: WorkerProcess) -> None:
+        """Give a worker configurations until there are none, time is up or the sweep stops."""
         try:
             row = ""  # its model is compiled in this worker
             while (configuration := self.next_configuration(row)) is not None:
                 row = configuration.row
-                attempt = self.attempt(index, configuration)
+                attempt = self.attempt(worker, configuration)
                 with self.lock:
-                    self.record_end(index, configuration, attempt)
+                    self.record_end(worker, configuration, attempt)
                     self.lock.notify_all()
         except Exception as error:  # not lost in a thread: the sweep ends with it
             self.stop(f"{type(error).__name__}: {error}")
-        process = self.processes.get(index)
-        if process is not None:
-            process.stdin.close()
-            process.wait()
+        worker.finish()
 
     def next_configuration(self, row: str = "") -> Configuration | None:
         """Return the next configuration, of this row if possible; None: there are no more.
@@ -287,15 +251,15 @@ class Sweep:
             return False
         return time.monotonic() - self.began + self.estimate() > self.budget
 
-    def record_end(self, index: int, configuration: Configuration, attempt: Attempt) -> None:
+    def record_end(self, worker: WorkerProcess, configuration: Configuration, attempt: Attempt) -> None:
         """Record how an attempt ended, and tell the user."""
         if self.error:
             return
         name = configuration.name
         if attempt.end is End.DIED:
-            status = self.processes[index].wait()
+            died = f"worker {worker.index} died (status {worker.wait()}, {worker.last_words()})"
             outlook = "another try" if self.queue.died(configuration) else "failed"
-            self.say(f"{name}: worker {index} died (status {status}, {self.last_words(index)}): {outlook}")
+            self.say(f"{name}: {died}: {outlook}")
         elif attempt.end is End.REFUSED:
             self.queue.fail(configuration)
             self.stop(attempt.reason)
@@ -319,9 +283,8 @@ class Sweep:
     def stop(self, error: str) -> None:
         """End the sweep: kill the workers and hand out nothing more. The first error is the one reported."""
         self.error = self.error or error
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.kill()
+        for worker in self.workers:
+            worker.kill()
 
     def estimate(self) -> float:
         """Return the seconds that a configuration takes: the longest so far, in a warm worker if possible."""
@@ -330,19 +293,20 @@ class Sweep:
     def seconds_left(self) -> float:
         """Return the time until the plan is done, with all workers side by side."""
         times = self.warm_seconds or self.cold_seconds
-        return self.queue.left * sum(times) / max(len(times), 1) / self.workers
+        return self.queue.left * sum(times) / max(len(times), 1) / len(self.workers)
 
     # ---- all of it -------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Train what is missing and write the tables. Exit status 1: a configuration failed."""
+        workers = len(self.workers)
         print(
             f"sweep {self.plan.name}: {len(self.plan.rows)} rows, {self.plan.size} configurations, "
-            f"{len(self.queue.outcomes)} of them there already; {self.workers} "
-            f"worker{'s' if self.workers > 1 else ''}; {self.folder}",
+            f"{len(self.queue.outcomes)} of them there already; {workers} "
+            f"worker{'s' if workers > 1 else ''}; {self.folder}",
             flush=True,
         )
-        guess = self.queue.left * self.plan.limit_seconds / self.workers
+        guess = self.queue.left * self.plan.limit_seconds / workers
         self.progress.expect(self.queue.left, "configurations", guess)
         with self.progress:
             self.train()
@@ -363,14 +327,14 @@ class Sweep:
             print(f"failed: {name} (its output is in {self.folder / '.work'})", flush=True)
         if self.queue.failed:
             return 1
-        self.guard.close()
+        self.folder_lock.close()
         shutil.rmtree(self.folder / ".work", ignore_errors=True)
         return 0
 
     def train(self) -> None:
         """Serve all workers until they are done; Ctrl-C and SIGTERM stop them."""
         threads = [
-            threading.Thread(target=self.serve, args=(index,), daemon=True) for index in range(self.workers)
+            threading.Thread(target=self.serve, args=(worker,), daemon=True) for worker in self.workers
         ]
         before = signal.getsignal(signal.SIGTERM)
         takes_signals = threading.current_thread() is threading.main_thread()

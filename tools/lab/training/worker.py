@@ -2,10 +2,10 @@
 
     PYTHONPATH=tools python -m lab.training.worker FOLDER
 
-sweep.py starts one on each device. Requests arrive on stdin and answers leave on stdout, a JSON object a
-line; what the trainer prints goes to stderr. The first request, {"argv"}, opens the device and is answered
-with its {"kind"}. The others, {"argv", "line"}, train a configuration and are answered with {"done": true}.
-Either may be answered with {"refused": reason}.
+worker_process.py starts one on each device. Requests arrive on stdin and answers leave on stdout, a JSON
+object a line; what the trainer prints goes to stderr. The first request, {"argv"}, opens the device and is
+answered with its {"kind"}. The others, {"argv", "line"}, train a configuration and are answered with
+{"done": true}. Either may be answered with {"refused": reason}.
 """
 
 from __future__ import annotations
