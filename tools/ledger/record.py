@@ -1,17 +1,6 @@
 """The ledger: makes record folders from logs, proves, lists, compares and reproduces them.
 
-    ./run.sh record new NAME --logs LOG... --track TRACK      make records/TRACK/DATE_NAME/ from finished logs
-    ./run.sh record verify [FOLDER...]                        prove every claim of the folders (default: all)
-    ./run.sh record board                                     rewrite the tables of both README.md
-    ./run.sh record plot TARGET... [--out FILE]               loss curves of logs or folders
-    ./run.sh record diff A B [--stat | --html FILE]           config first, then source by section
-    ./run.sh record compare A B                               t-tests between two sets of seeds
-    ./run.sh record ladder                                    effects at little compute beside those at more
-    ./run.sh record scaling                                   loss against compute over depths, and its law
-    ./run.sh record target TARGET... --loss L [--time]        hold the runs of a race against a target loss
-    ./run.sh record reproduce FOLDER [--seed S] [--data DIR]  run it again, compare with the recorded figures
-    ./run.sh record track LOG... --to TRACKER --dir DIR       send logs to TensorBoard, Trackio or wandb
-    ./run.sh record site --out DIR                            the whole ledger as one page, DIR/index.html
+`./run.sh record --help` lists the verbs, from VERBS.
 
 Exit status: 0 done, or all claims hold; 1 a claim failed, or not reproduced; 2 bad input (one line says it).
 Without run.sh: PYTHONPATH=tools python -m ledger.record VERB.
@@ -30,6 +19,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from ledger import races
 from ledger.files import named_path, read_text, write_atomic
@@ -353,6 +343,115 @@ def site(args: argparse.Namespace) -> int:
 # ---- command line --------------------------------------------------------------------------------
 
 
+class Argument(NamedTuple):
+    """An argument of a verb, with the options of argparse's add_argument."""
+
+    name: str
+    options: dict[str, Any]
+
+
+class Verb(NamedTuple):
+    """A row of VERBS. help: what it does, as a clause."""
+
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    arguments: tuple[Argument, ...] = ()
+
+
+def argument(name: str, **options: Any) -> Argument:
+    """Return an argument, written as add_argument takes it."""
+    return Argument(name, options)
+
+
+ARGUMENTS_OF_NEW = (
+    argument("name"),
+    argument("--logs", nargs="+", required=True, metavar="LOG"),
+    argument("--track", required=True, choices=list(TRACKS)),
+    argument("--parent", metavar="FOLDER", help="the record this one starts from"),
+    argument("--author", default="anonymous"),
+    argument("--github-id", default=""),
+    argument("--blurb", default="", help="the idea, in one sentence"),
+    argument("--non-record", action="store_true", help="kept for what it shows; only the cap holds"),
+    argument("--date", default=date.today().isoformat(), help="YYYY-MM-DD (default: today)"),
+    argument("--notes", metavar="FILE.md", help="text to append to the README"),
+)
+
+ARGUMENTS_OF_DIFF = (
+    argument("a", metavar="A"),
+    argument("b", metavar="B"),
+    argument("--stat", action="store_true", help="only count the lines changed in each section"),
+    argument("--html", type=named_path, metavar="FILE", help="write both sources side by side as a page"),
+)
+
+ARGUMENTS_OF_REPRODUCE = (
+    argument("folder", metavar="FOLDER"),
+    argument("--seed", type=int, help="default: the first of the record"),
+    argument("--data", metavar="DIR", help="data folder (default: the script's)"),
+    argument("--dry-run", action="store_true", help="only compare the machine and print the command"),
+)
+
+ARGUMENTS_OF_TRACK = (
+    argument("logs", nargs="+", metavar="LOG"),
+    argument("--to", required=True, choices=list(TRACKERS)),
+    argument("--dir", type=named_path, required=True, metavar="DIR", help="where the tracker keeps them"),
+    argument("--follow", action="store_true", help="until each run is over"),
+)
+
+VERBS = {
+    "new": Verb(new, "make a record folder from finished logs, one per seed", ARGUMENTS_OF_NEW),
+    "verify": Verb(
+        verify,
+        "prove every claim of the folders",
+        (
+            argument("folders", nargs="*", metavar="FOLDER", help="default: all"),
+            argument("--quiet", action="store_true", help="print only failed claims and a summary"),
+        ),
+    ),
+    "board": Verb(board, "rewrite the tables of README.md and records/README.md"),
+    "plot": Verb(
+        plot,
+        "draw loss curves of logs or folders, finished or not",
+        (
+            argument("targets", nargs="+", metavar="TARGET"),
+            argument("--out", type=named_path, metavar="FILE.png"),
+        ),
+    ),
+    "diff": Verb(show_diff, "show what differs between two folders, logs or scripts", ARGUMENTS_OF_DIFF),
+    "compare": Verb(
+        compare,
+        "test whether the seeds of B are better than those of A",
+        (argument("a", metavar="A"), argument("b", metavar="B")),
+    ),
+    "ladder": Verb(show_ladder, "show what effects at little compute tell about more, in docs/ladder.md"),
+    "scaling": Verb(show_scaling, "show loss against compute over depths, and its law, in docs/scaling.md"),
+    "target": Verb(
+        target,
+        "hold the runs of a race against a target loss",
+        (
+            argument("targets", nargs="+", metavar="TARGET", help="a folder of logs, or logs"),
+            argument("--loss", required=True, type=loss, metavar="L", help="nats per token"),
+            argument("--time", action="store_true", help="also mean and spread of the training time"),
+        ),
+    ),
+    "reproduce": Verb(reproduce_record, "run a record again and compare the scores", ARGUMENTS_OF_REPRODUCE),
+    "track": Verb(track_logs, "send the figures of logs to a tracker", ARGUMENTS_OF_TRACK),
+    "site": Verb(
+        site,
+        "write the whole ledger as one page that needs no network",
+        (
+            argument(
+                "--out", type=named_path, required=True, metavar="DIR", help="the page is DIR/index.html"
+            ),
+            argument(
+                "--no-verify",
+                action="store_true",
+                help="prove no claim, which takes most of the time; none is marked",
+            ),
+        ),
+    ),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(
@@ -363,80 +462,12 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        added.set_defaults(run=run)
-        return added
-
-    added = verb("new", new, "make a record folder from finished logs, one per seed")
-    added.add_argument("name")
-    added.add_argument("--logs", nargs="+", required=True, metavar="LOG")
-    added.add_argument("--track", required=True, choices=list(TRACKS))
-    added.add_argument("--parent", metavar="FOLDER", help="the record this one starts from")
-    added.add_argument("--author", default="anonymous")
-    added.add_argument("--github-id", default="")
-    added.add_argument("--blurb", default="", help="the idea, in one sentence")
-    added.add_argument("--non-record", action="store_true", help="kept for what it shows; only the cap holds")
-    added.add_argument("--date", default=date.today().isoformat(), help="YYYY-MM-DD (default: today)")
-    added.add_argument("--notes", metavar="FILE.md", help="text to append to the README")
-
-    added = verb("verify", verify, "prove every claim of the folders")
-    added.add_argument("folders", nargs="*", metavar="FOLDER", help="default: all")
-    added.add_argument("--quiet", action="store_true", help="print only failed claims and a summary")
-
-    verb("board", board, "rewrite the tables of README.md and records/README.md")
-
-    added = verb("plot", plot, "draw loss curves of logs or folders, finished or not")
-    added.add_argument("targets", nargs="+", metavar="TARGET")
-    added.add_argument("--out", type=named_path, metavar="FILE.png")
-
-    added = verb("diff", show_diff, "show what differs between two folders, logs or scripts")
-    added.add_argument("a", metavar="A")
-    added.add_argument("b", metavar="B")
-    added.add_argument("--stat", action="store_true", help="only count the lines changed in each section")
-    added.add_argument(
-        "--html", type=named_path, metavar="FILE", help="write both sources side by side as a page"
-    )
-
-    added = verb("compare", compare, "test whether the seeds of B are better than those of A")
-    added.add_argument("a", metavar="A")
-    added.add_argument("b", metavar="B")
-
-    verb("ladder", show_ladder, "show what effects at little compute tell about more, in docs/ladder.md")
-
-    verb("scaling", show_scaling, "show loss against compute over depths, and its law, in docs/scaling.md")
-
-    added = verb("target", target, "hold the runs of a race against a target loss")
-    added.add_argument("targets", nargs="+", metavar="TARGET", help="a folder of logs, or logs")
-    added.add_argument("--loss", required=True, type=loss, metavar="L", help="nats per token")
-    added.add_argument("--time", action="store_true", help="also mean and spread of the training time")
-
-    added = verb("reproduce", reproduce_record, "run a record again and compare the scores")
-    added.add_argument("folder", metavar="FOLDER")
-    added.add_argument("--seed", type=int, help="default: the first of the record")
-    added.add_argument("--data", metavar="DIR", help="data folder (default: the script's)")
-    added.add_argument(
-        "--dry-run", action="store_true", help="only compare the machine and print the command"
-    )
-
-    added = verb("track", track_logs, "send the figures of logs to a tracker")
-    added.add_argument("logs", nargs="+", metavar="LOG")
-    added.add_argument("--to", required=True, choices=list(TRACKERS))
-    added.add_argument(
-        "--dir", type=named_path, required=True, metavar="DIR", help="where the tracker keeps them"
-    )
-    added.add_argument("--follow", action="store_true", help="until each run is over")
-
-    added = verb("site", site, "write the whole ledger as one page that needs no network")
-    added.add_argument(
-        "--out", type=named_path, required=True, metavar="DIR", help="the page is DIR/index.html"
-    )
-    added.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="prove no claim, which takes most of the time; none is marked",
-    )
+    for name, verb in VERBS.items():
+        description = f"{verb.help[0].upper()}{verb.help[1:]}."
+        added = verbs.add_parser(name, help=verb.help, description=description)
+        added.set_defaults(run=verb.run)
+        for each in verb.arguments:
+            added.add_argument(each.name, **each.options)
     return top
 
 
