@@ -50,7 +50,6 @@ if __name__ == "__main__":
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -80,7 +79,7 @@ from lab.shared.trainer import (
 from lab.step import timeline
 from lab.step.parts import time_loader, time_step
 from lab.step.sustained import measure_sustained
-from ledger.files import write_atomic
+from ledger.files import sha256_file, write_atomic
 from progress import Progress
 from script import BadInput, guard_console, refuse
 
@@ -120,7 +119,7 @@ def run_bench(args: argparse.Namespace, env: Mapping[str, str], progress: Progre
         s = open_session(t, args.knobs, env, progress)._replace(deadline=started + args.seconds)
         s.report.update(
             torch=torch.__version__,
-            script_sha256=hashlib.sha256(args.script.read_bytes()).hexdigest(),
+            script_sha256=sha256_file(args.script),
             accum=s.accum,
             whole=[],
             sections=[],

@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import os
 import shutil
@@ -54,7 +53,7 @@ from lab.update.cases import (
 )
 from lab.update.quality import Inputs, log_quality, train_momentum
 from lab.update.times import log_floors, log_work, time_cases
-from ledger.files import named_path, read_text
+from ledger.files import named_path, read_text, sha256_file
 from ledger.make import direction_tables
 from ledger.read import direction_log
 from ledger.read.runlog import SEPARATOR
@@ -78,11 +77,6 @@ TINY_KNOBS = [
     "eval_seq_len=32", "eval_stride=8", "eval_batch_tokens=512", "train_batch_tokens=512",
     "micro_batch_tokens=256",
 ]  # fmt: skip
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- the script and its machine ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Reads and writes whole files and hashes text, for the ledger and the lab."""
+"""Reads, writes and hashes whole files, for the ledger and the lab."""
 
 from __future__ import annotations
 
@@ -116,6 +116,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def sha256(text: str) -> str:
     """Return the hex sha256 of the text as UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file. Raises OSError if it cannot be read."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def as_json(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lab.update.cases import Setup, skipping, uncompiled
+from ledger.files import sha256_file
 
 LAYERS = 4  # matrices of each bank whose momentum is looked at
 POINTS = 96  # singular values in the picture
@@ -103,7 +103,7 @@ def train_momentum(s: Setup, steps: int) -> list[Inputs]:
         loss = t.train_step(backward, optimizer, loader.next(), t.hyper_at(h, step, 0.0))
 
     manifest = Path(h.data_path) / "manifest.json"
-    data = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.is_file() else "none"
+    data = sha256_file(manifest)[:16] if manifest.is_file() else "none"
     s.log(
         f"real steps:{steps} batch:{h.train_batch_tokens} loss:{loss.item():.4f} data_manifest_sha256:{data}"
     )

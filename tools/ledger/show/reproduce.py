@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from children import sigterm_reaches
-from ledger.files import read_text
+from ledger.files import read_text, sha256_file
 from ledger.folders import logs_of
 from ledger.read.probe import probe_script, training_command
 from ledger.read.runlog import RunLog, parse_log
@@ -56,7 +55,7 @@ def installed_version(package: str) -> str:
 def manifest_sha256(data: Path) -> str:
     """Return the hash of the manifest of a data folder, `none` if it has no manifest."""
     manifest = data / "manifest.json"
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "none"
+    return sha256_file(manifest) if manifest.is_file() else "none"
 
 
 def environment(sub: dict) -> list[Condition]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ledger import stats
-from ledger.files import read_json, read_text
+from ledger.files import read_json, read_text, sha256_file
 from ledger.folders import log_files, logs_of, measurement_folders, record_folders, sweep_folders
 from ledger.make.ladder import Idea, find_ideas
 from ledger.make.record_folder import NOTES
@@ -132,8 +132,7 @@ def ledger_hash(records: Path) -> str:
     """Return the sha256 of what `sha256sum` prints for the files of records/, in the order of their paths."""
     total = hashlib.sha256()
     for path in ledger_files(records):
-        one = hashlib.sha256(path.read_bytes()).hexdigest()
-        total.update(f"{one}  {path.relative_to(records).as_posix()}\n".encode())
+        total.update(f"{sha256_file(path)}  {path.relative_to(records).as_posix()}\n".encode())
     return total.hexdigest()
 
 
