@@ -169,6 +169,8 @@ def test_programs_are_called_where_they_are(name):
 
 FOLDER = r"(?:docs|records|tests|tools|data)"
 NAMED_IN_CODE = re.compile(rf"{FOLDER}/[\w/-]+\.(?:md|py|json|png)\b(?:#([\w-]+))?")
+# A tool may leave out the folder tools/.
+TOOL_NAMED_IN_CODE = re.compile(r"(?<![\w/])(?:auditor|commands|lab|ledger|use)/[\w/]+\.py\b")
 FOREIGN = {"data/cached_fineweb10B.py", "data/download_hf_docs_and_tokenize.py"}  # of other repositories
 
 
@@ -182,7 +184,8 @@ def missing_in_code(text):
         exists = path.exists() and (not found[1] or found[1] in anchors(path.read_text(encoding="utf-8")))
         if not exists and found[0] not in FOREIGN:
             missing.append(found[0])
-    return missing
+    tools = TOOL_NAMED_IN_CODE.findall("\n".join(prose))
+    return missing + [name for name in tools if not (ROOT / "tools" / name).exists()]
 
 
 def is_docstring(token):
@@ -279,6 +282,7 @@ def test_the_checks_see_what_is_wrong(tmp_path):
 
     code = '"""See docs/gone.md."""\nx = "docs/also_gone.md"  # why: docs/results.md, tools/gone.py\n'
     assert missing_in_code(code) == ["docs/gone.md", "tools/gone.py"]
+    assert missing_in_code("# ledger/files.py, ledger/gone.py, tools/lab/sweep.py\n") == ["ledger/gone.py"]
 
     block = "```bash\nNPROC=2 ./run.sh a=1 \\\n  b=2   # note\n./run.sh test && ./run.sh --help\npip x\n```\n"
     assert list(commands(block)) == [["a=1", "b=2"], ["test"], ["--help"]]

@@ -4,9 +4,10 @@
     ./run.sh record directions preset=h100x1 data_path=DIR        and the momentum of 100 steps of training
     ./run.sh record directions --tiny                             a trial in seconds
 
-Writes records/directions/DATE_DEVICE/: log.txt and, made from it by ledger/direction_log.py, result.json,
-tables.md and spectrum.png. Whatever fails is logged with its reason, and the rest goes on. On a GPU, children
-compile each row into the on-disk cache while this process trains; they end before anything is timed.
+Writes records/directions/DATE_DEVICE/: log.txt and, made from it by ledger/make/direction_tables.py,
+result.json, tables.md and spectrum.png. Whatever fails is logged with its reason, and the rest goes on. On a
+GPU, children compile each row into the on-disk cache while this process trains; they end before anything is
+timed.
 """
 
 from __future__ import annotations
