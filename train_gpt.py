@@ -93,7 +93,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from enum import IntEnum
 from functools import cache, lru_cache, partial
-from itertools import chain, cycle, pairwise
+from itertools import accumulate, chain, cycle, pairwise
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
@@ -5434,10 +5434,33 @@ def unpack_artifact(blob: bytes) -> dict[str, Tensor]:
     return read_tensors(opened.header, opened.payload)
 
 
-def bare_code(source: str) -> str:
-    """Return the source without comments, docstrings and blank lines; only a module keeps its docstring.
+def without_annotations(source: str) -> str:
+    """Return the source without the annotations of its functions, except constexpr, which Triton reads."""
+    text = source.encode()  # syntax nodes count columns in bytes
+    line_starts = [0, *accumulate(map(len, text.splitlines(keepends=True)))]
 
-    What remains is the source's own text, so every Python version gives the same bytes.
+    def place(row: int, column: int) -> int:
+        return line_starts[row - 1] + column
+
+    spans = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg) and node.annotation:
+            start = place(node.lineno, node.col_offset) + len(node.arg.encode())
+            spans.append((start, place(node.annotation.end_lineno, node.annotation.end_col_offset)))
+        elif isinstance(node, ast.FunctionDef) and node.returns:
+            start = text.rindex(b" ->", 0, place(node.returns.lineno, node.returns.col_offset))
+            spans.append((start, place(node.returns.end_lineno, node.returns.end_col_offset)))
+    for start, end in sorted(spans, reverse=True):
+        if b"constexpr" not in text[start:end]:
+            text = text[:start] + text[end:]
+    return text.decode()
+
+
+def bare_code(source: str) -> str:
+    """Return the source without comments, blank lines, and the docstrings and annotations of functions.
+
+    Classes lose their docstrings too; a module keeps its own. What remains is the source's own text, so every
+    Python version gives the same bytes.
     """
     lines = source.split("\n")
     inside_strings = set()  # lines whose blanks and ends belong to a string
@@ -5462,7 +5485,7 @@ def bare_code(source: str) -> str:
                 lines[row - 1] = ""
             inside_strings.difference_update(range(text.lineno, text.end_lineno + 1))
     kept = [line for row, line in enumerate(lines, 1) if line.strip() or row in inside_strings]
-    return "\n".join(kept) + "\n"
+    return without_annotations("\n".join(kept) + "\n")
 
 
 ESCAPED = str.maketrans({"\0": r"\x00", "\n": r"\n", "\r": r"\r", '"': r"\"", "\\": r"\\"})
@@ -5471,11 +5494,11 @@ ESCAPED = str.maketrans({"\0": r"\x00", "\n": r"\n", "\r": r"\r", '"': r"\"", "\
 def packed_code(source: str) -> bytes:
     """Return the source as a program that unpacks and runs itself: the bytes counted as code.
 
-    Comments and docstrings are left out. The program is a file in Latin-1, where a literal takes one byte for
-    a byte; base 85 takes 1.25. Triton compiles kernels from their text, so the program puts the text where
-    inspect looks for source. The same source gives the same bytes.
+    What bare_code leaves out does not count. The program is a file in Latin-1, where a literal takes one byte
+    for a byte; base 85 takes 1.25. Triton compiles kernels from their text, so the program puts the text
+    where inspect looks for source. The same source gives the same bytes.
     """
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "pb": 0}]  # pb: text is not aligned
     raw = lzma.compress(bare_code(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
     program = (
         "# coding: latin-1\nimport lzma as L,linecache as C\n"
