@@ -5488,7 +5488,17 @@ def bare_code(source: str) -> str:
     return without_annotations("\n".join(kept) + "\n")
 
 
-ESCAPED = str.maketrans({"\0": r"\x00", "\n": r"\n", "\r": r"\r", '"': r"\"", "\\": r"\\"})
+ESCAPED = str.maketrans({"\0": r"\0", "\r": r"\r", "\\": r"\\"})
+
+
+def long_literal(data: bytes) -> str:
+    """Return bytes as the inside of a Python literal in three double quotes. They must not end with a quote.
+
+    LZMA2 ends with a zero.
+    """
+    text = data.decode("latin-1")
+    text = re.sub("\0(?=[0-7])", "\0" + "00", text)  # \0 before a digit would be another octal number
+    return text.translate(ESCAPED).replace('"""', r'""\"')
 
 
 def packed_code(source: str) -> bytes:
@@ -5498,11 +5508,11 @@ def packed_code(source: str) -> bytes:
     for a byte; base 85 takes 1.25. Triton compiles kernels from their text, so the program puts the text
     where inspect looks for source. The same source gives the same bytes.
     """
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "pb": 0}]  # pb: text is not aligned
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "pb": 0}]  # bytes of text have no alignment
     raw = lzma.compress(bare_code(source).encode(), format=lzma.FORMAT_RAW, filters=filters)
     program = (
         "# coding: latin-1\nimport lzma as L,linecache as C\n"
-        f's=L.decompress("{raw.decode("latin-1").translate(ESCAPED)}".encode("latin-1"),'
+        f's=L.decompress("""{long_literal(raw)}""".encode("latin-1"),'
         "format=L.FORMAT_RAW,filters=[{'id':L.FILTER_LZMA2,'preset':9}]).decode()\n"
         "C.cache['<packed>']=len(s),None,s.splitlines(True),'<packed>'\n"
         "exec(compile(s,'<packed>','exec'))\n"

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import itertools
 import lzma
 import os
 import subprocess
@@ -125,6 +126,14 @@ PROGRAMS = {
     "module scope": "import sys\ndef f():\n    return g()\ndef g():\n    return __name__\nprint(f())",
     "text that quotes would break": "print('é \\' \"\"\" \\\\ {x}')",
 }
+
+
+def test_any_bytes_can_stand_in_the_literal():
+    """All short runs of what a literal could read otherwise: zeros, digits, quotes, ends of lines, ..."""
+    for run in itertools.product(b'\0"\\\r\n0789x\xff', repeat=4):
+        data = bytes(run) + b"\0"
+        program = f'# coding: latin-1\n"""{t.long_literal(data)}"""'
+        assert ast.literal_eval(program).encode("latin-1") == data
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
