@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import train_gpt as t
 from lab import bench
 from lab.model import attention
-from lab.model.attention import AttentionPath, BoundPath, Layout, PathRow, PathTimes, Status
+from lab.model.attention import AttentionPath, BoundPath, HeadShape, PathRow, PathTimes, Status
 from lab.shared import exact, timing
 from tests.helpers import TINY, refused_by, tiny
 from tests.lab.lab_helpers import a_session
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.usefixtures("quick_bench")
 NAMES = ["causal", "documents", "window 8", "window 4", "documents, window 8"]
 
 
-def cases(rows=3, layout=None):
+def cases(rows=3, head_shape=None):
     """Return {mask: attention layer} of a tiny model."""
     s = a_session(rows)
-    layout = layout or attention.layouts_of(s.h)[0]
+    head_shape = head_shape or attention.head_shapes_of(s.h)[0]
     masks = attention.masks_of(rows, s.h.train_seq_len)
-    return {mask.name: attention.make_layer(s, layout, mask) for mask in masks}
+    return {mask.name: attention.make_layer(s, head_shape, mask) for mask in masks}
 
 
 def outcome(c, path):
@@ -92,21 +92,21 @@ def test_documents():
     assert min(whole) < 50
 
 
-def test_layouts():
+def test_head_shapes():
     def h(**knobs):
-        return attention.layouts_of(tiny(**knobs))
+        return attention.head_shapes_of(tiny(**knobs))
 
-    assert h() == [Layout(4, 2, 8), Layout(2, 1, 16)]
-    assert h(num_heads=2, num_kv_heads=1) == [Layout(2, 1, 16), Layout(1, 1, 32)]
-    assert h(num_heads=6, num_kv_heads=3, model_dim=48) == [Layout(6, 3, 8), Layout(3, 1, 16)]
-    assert h(num_heads=1, num_kv_heads=1) == [Layout(1, 1, 32)]
-    assert str(Layout(8, 4, 64)) == "8 head(s) of 64, 4 KV"
+    assert h() == [HeadShape(4, 2, 8), HeadShape(2, 1, 16)]
+    assert h(num_heads=2, num_kv_heads=1) == [HeadShape(2, 1, 16), HeadShape(1, 1, 32)]
+    assert h(num_heads=6, num_kv_heads=3, model_dim=48) == [HeadShape(6, 3, 8), HeadShape(3, 1, 16)]
+    assert h(num_heads=1, num_kv_heads=1) == [HeadShape(1, 1, 32)]
+    assert str(HeadShape(8, 4, 64)) == "8 head(s) of 64, 4 KV"
 
 
-@pytest.mark.parametrize("layout", [Layout(4, 2, 8), Layout(3, 3, 4)])
-def test_the_exact_attention(layout):
+@pytest.mark.parametrize("head_shape", [HeadShape(4, 2, 8), HeadShape(3, 3, 4)])
+def test_the_exact_attention(head_shape):
     """It agrees with torch's own attention, in float64 with the mask written out."""
-    for c in cases(layout=layout).values():
+    for c in cases(head_shape=head_shape).values():
         leaves = [x.detach().double().requires_grad_() for x in c.tensors]
         q, k, v = (x.transpose(1, 2) for x in leaves)
         seen = torch.stack([exact.visible(ids, c.mask.window) for ids in c.ids])[:, None]
@@ -203,7 +203,7 @@ def test_flash4_is_the_trainers(monkeypatch):
     s = a_session(rows=3)
     s = s._replace(m=dataclasses.replace(s.m, compile=lambda f: (compiled.append(f), f)[1]))
     for mask in attention.masks_of(3, 16):
-        c = attention.make_layer(s, attention.layouts_of(s.h)[0], mask)
+        c = attention.make_layer(s, attention.head_shapes_of(s.h)[0], mask)
         row = outcome(c, attention.PATHS["flash4"])
         # Measured: 1.8e-7.
         assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, (mask, row)
@@ -227,21 +227,21 @@ def test_flash4_compiles_whole_for_every_mask(monkeypatch):
         compiled.append(f)
         return torch.compile(f, backend="eager", dynamic=False, fullgraph=True)
 
-    def case(layout, mask):
-        return attention.make_layer(s, layout, mask)
+    def case(head_shape, mask):
+        return attention.make_layer(s, head_shape, mask)
 
     monkeypatch.setattr(t, "attend_flash4", stand_in)
     s = a_session(rows=2)
     s = s._replace(m=dataclasses.replace(s.m, compile=compiler))
-    layouts = attention.layouts_of(s.h)
+    head_shapes = attention.head_shapes_of(s.h)
     masks = attention.masks_of(2, 16)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    row = outcome(case(layouts[0], masks[0]), attention.PATHS["flash4"])
+    row = outcome(case(head_shapes[0], masks[0]), attention.PATHS["flash4"])
     assert row.status is Status.SKIPPED and "flash_attn" in row.why and not compiled, row
     plant_flash4(monkeypatch, [])
-    for layout in layouts:
+    for head_shape in head_shapes:
         for mask in masks:
-            row = outcome(case(layout, mask), attention.PATHS["flash4"])
+            row = outcome(case(head_shape, mask), attention.PATHS["flash4"])
             assert row.status is Status.MEASURED and max(row.errors.values()) < 1e-5, row  # measured: 2.1e-7
 
 
@@ -323,9 +323,9 @@ def test_flex_compiles_whole_and_skips_blocks():
 
     s = a_session(rows=2, train_seq_len=T, micro_batch_tokens=2 * T, train_batch_tokens=2 * T)
     s = s._replace(m=dataclasses.replace(s.m, compile=compiler))
-    for layout in attention.layouts_of(s.h):
+    for head_shape in attention.head_shapes_of(s.h):
         for mask in attention.masks_of(2, T):
-            c = attention.make_layer(s, layout, mask)
+            c = attention.make_layer(s, head_shape, mask)
             row = attention.attempt_path(c, "flex", attention.exact_rows(c), lambda: None)
             assert row.status is Status.MEASURED and row.errors["out"] < 1e-5, row  # measured: 2.3e-7
             seen = torch.stack([exact.visible(ids, mask.window) for ids in c.ids])
@@ -482,22 +482,22 @@ def test_a_noisy_path_is_named(monkeypatch):
     monkeypatch.setattr(timing, "host_times", lambda calls: [1.0, 4.0, 4.0])
     c = cases(rows=2)["window 4"]
     attention.attempt_path(c, "math", attention.exact_rows(c), lambda: None)
-    path = f"math on window 4, {c.layout}"
+    path = f"math on window 4, {c.head_shape}"
     assert c.s.report["noisy"] == [f"{path}, forward", f"{path}, forward + backward"]
 
 
-def a_row(layout, mask, path, forward=None, both=None):
+def a_row(head_shape, mask, path, forward=None, both=None):
     """Return a measured row without a rate, or without `forward` a skipped one."""
     if forward is None:
-        return PathRow(layout, mask, path, Status.SKIPPED, why="")
+        return PathRow(head_shape, mask, path, Status.SKIPPED, why="")
     backward = None if both is None else both - forward
     times = PathTimes(forward, forward_tflops=1.0, backward_us=backward, both_us=both)
-    return PathRow(layout, mask, path, Status.MEASURED, times=times)
+    return PathRow(head_shape, mask, path, Status.MEASURED, times=times)
 
 
 def test_the_fastest():
-    one = Layout(8, 4, 64)
-    two = Layout(4, 2, 128)
+    one = HeadShape(8, 4, 64)
+    two = HeadShape(4, 2, 128)
     rows = [
         a_row(one, "causal", "cudnn", 300.0, 1000.0),
         a_row(one, "causal", "flash", 250.0, 1200.0),
@@ -520,7 +520,7 @@ def test_keys_of_the_report():
     """Earlier reports have these keys: what a row does not have is not in it."""
     both = {"both_us", "backward_us", "backward_tflops"}
     forward = {
-        "layout",
+        "head_shape",
         "mask",
         "path",
         "status",
@@ -538,12 +538,12 @@ def test_keys_of_the_report():
 
     assert keys(planted(lambda c, f: f)) == (Status.MEASURED, forward | both)
     assert keys(attention.PATHS["flex"]) == (Status.MEASURED, forward)
-    wrong = {"layout", "mask", "path", "status", "note", "errors", "seconds", "why"}
+    wrong = {"head_shape", "mask", "path", "status", "note", "errors", "seconds", "why"}
     assert keys(planted(lambda c, f: lambda q, k, v: 1.03 * f(q, k, v))) == (Status.WRONG, wrong)
-    skipped = {"layout", "mask", "path", "status", "seconds", "why"}
+    skipped = {"head_shape", "mask", "path", "status", "seconds", "why"}
     assert keys(AttentionPath(lambda c: 1 / 0)) == (Status.SKIPPED, skipped)
     found = attention.row_json(outcome(c, planted(lambda c, f: f)))
-    assert (found["layout"], found["status"]) == (c.layout._asdict(), "measured")
+    assert (found["head_shape"], found["status"]) == (c.head_shape._asdict(), "measured")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -561,10 +561,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     report = json.loads(at.read_text())
     assert (report["sequences"], report["seq_len"], report["dtype"]) == (4, 16, "float32")
     assert report["versions"]["torch"] == torch.__version__ and report["device"]
-    assert report["layouts"] == [Layout(4, 2, 8)._asdict(), Layout(2, 1, 16)._asdict()]
+    assert report["head_shapes"] == [HeadShape(4, 2, 8)._asdict(), HeadShape(2, 1, 16)._asdict()]
     assert [m["name"] for m in report["masks"]] == NAMES
     assert report["masks"][0]["pairs"] == 4 * 136
-    got = [(row["layout"]["heads"], row["mask"], row["path"]) for row in report["table"]]
+    got = [(row["head_shape"]["heads"], row["mask"], row["path"]) for row in report["table"]]
     assert got == [(n, mask, path) for n in (4, 2) for mask in NAMES for path in ("math", "flex", "varlen")
                    if mask == "causal" or path != "math"]  # fmt: skip
     assert {row["status"] for row in report["table"] if row["path"] != "varlen"} == {"measured"}
@@ -579,12 +579,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_an_odd_number_of_heads(capsys):
-    """There is one layout then, and a line that says so. Without --paths, a CPU tries all paths."""
+    """There is one head shape then, and a line that says so. Without --paths, a CPU tries all paths."""
     knobs = [*KNOBS, "num_heads=1", "num_kv_heads=1", "rope_dims=4"]
     knobs += ["micro_batch_tokens=16", "train_batch_tokens=16"]
     assert bench.main(["--attention", *knobs], {}) == 0
     out = capsys.readouterr().out
-    assert "skipped the second layout: num_heads=1 is odd" in out
+    assert "skipped the second head shape: num_heads=1 is odd" in out
     first = [line.split()[0] for line in out.splitlines() if line]
     masked = ["efficient", "varlen", "flex", "flash4"]
     assert [word for word in first if word in attention.PATHS] == [*attention.PATHS] + 4 * masked
@@ -617,7 +617,7 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys):
 
 @pytest.mark.gpu
 def test_a_gpu(tmp_path):
-    """Whatever this GPU has is right on every mask and layout, and something runs everywhere."""
+    """Whatever this GPU has is right on every mask and head shape, and something runs everywhere."""
     at = tmp_path / "a.json"
     knobs = [
         "preset=h100x1_sp1024",
@@ -628,7 +628,11 @@ def test_a_gpu(tmp_path):
     assert bench.main(["--attention", "--json", str(at), *knobs], {}) == 0
     report = json.loads(at.read_text())
     assert not [row for row in report["table"] if row["status"] == "wrong"]
-    for layout in report["layouts"]:
+    for head_shape in report["head_shapes"]:
         for mask in report["masks"]:
-            rows = [row for row in report["table"] if (row["layout"], row["mask"]) == (layout, mask["name"])]
-            assert any("both_us" in row for row in rows), (layout, mask)
+            rows = [
+                row
+                for row in report["table"]
+                if (row["head_shape"], row["mask"]) == (head_shape, mask["name"])
+            ]
+            assert any("both_us" in row for row in rows), (head_shape, mask)

@@ -4,7 +4,7 @@
     ./run.sh bench --attention preset=h100x1_sp1024 train_batch_tokens=98304 micro_batch_tokens=98304
 
 Tensors are those of one layer and one micro-batch: q (B, T, H, Dh), k and v (B, T, Hkv, Dh), contiguous and
-random. There are two layouts: the config's heads, and half as many heads of twice the size.
+random. There are two head shapes: the config's heads, and half as many heads of twice the size.
 
 Masks, all of them causal:
 
@@ -86,7 +86,7 @@ class Unfit(Exception):
 # ---- shapes and masks ----------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
+class HeadShape(NamedTuple):
     """The heads of a layer."""
 
     heads: int
@@ -122,13 +122,13 @@ class Mask(NamedTuple):
         return total
 
 
-def layouts_of(h: Any) -> list[Layout]:
+def head_shapes_of(h: Any) -> list[HeadShape]:
     """Return the config's heads and, if their number is even, half as many of twice the size."""
-    layouts = [Layout(h.num_heads, h.num_kv_heads, h.head_dim)]
+    head_shapes = [HeadShape(h.num_heads, h.num_kv_heads, h.head_dim)]
     if h.num_heads % 2 == 0:
         kv_heads = 1 if h.num_kv_heads % 2 else h.num_kv_heads // 2
-        layouts.append(Layout(h.num_heads // 2, kv_heads, 2 * h.head_dim))
-    return layouts
+        head_shapes.append(HeadShape(h.num_heads // 2, kv_heads, 2 * h.head_dim))
+    return head_shapes
 
 
 def document_bounds(rows: int, T: int, seed: int = 0) -> list[int]:
@@ -170,7 +170,7 @@ class MaskedLayer(NamedTuple):
     """A layer's tensors and a mask. ids (B, T) int32: the number of a token's document or sequence."""
 
     s: Session
-    layout: Layout
+    head_shape: HeadShape
     mask: Mask
     tensors: tuple[Tensor, Tensor, Tensor]
     dout: Tensor
@@ -184,7 +184,7 @@ class MaskedLayer(NamedTuple):
         return MaskArguments(self.mask.window, documents)
 
 
-def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
+def make_layer(s: Session, head_shape: HeadShape, mask: Mask) -> MaskedLayer:
     """Draw the tensors of a layer."""
     B = s.sequences
     T = s.h.train_seq_len
@@ -192,14 +192,16 @@ def make_layer(s: Session, layout: Layout, mask: Mask) -> MaskedLayer:
     torch.manual_seed(0)
 
     def draw(heads: int) -> Tensor:
-        return torch.randn(B, T, heads, layout.head_dim, device=device, dtype=s.m.dtype)
+        return torch.randn(B, T, heads, head_shape.head_dim, device=device, dtype=s.m.dtype)
 
-    tensors = tuple(draw(n).requires_grad_() for n in (layout.heads, layout.kv_heads, layout.kv_heads))
+    tensors = tuple(
+        draw(n).requires_grad_() for n in (head_shape.heads, head_shape.kv_heads, head_shape.kv_heads)
+    )
     numbers = torch.arange(len(mask.lengths), dtype=torch.int32)
     ids = numbers.repeat_interleave(torch.tensor(mask.lengths)).view(B, T).to(device)
     bounds = torch.tensor(mask.bounds, dtype=torch.int32, device=device)
-    dout = draw(layout.heads)
-    return MaskedLayer(s, layout, mask, tensors=tensors, dout=dout, bounds=bounds, ids=ids)
+    dout = draw(head_shape.heads)
+    return MaskedLayer(s, head_shape, mask, tensors=tensors, dout=dout, bounds=bounds, ids=ids)
 
 
 # ---- paths ---------------------------------------------------------------------------------------
@@ -410,7 +412,7 @@ class PathTimes(NamedTuple):
 class PathRow(NamedTuple):
     """A path on a layer. None: a path that raised has no note and no errors, a measured one no reason."""
 
-    layout: Layout
+    head_shape: HeadShape
     mask: str
     path: str
     status: Status
@@ -424,7 +426,9 @@ class PathRow(NamedTuple):
 def row_json(row: PathRow) -> dict[str, Any]:
     """Return a row as the JSON report has it: times beside the other fields, and no field that is None."""
     times = row.times._asdict() if row.times is not None else {}
-    fields = row._asdict() | times | dict(layout=row.layout._asdict(), status=row.status.value, times=None)
+    fields = (
+        row._asdict() | times | dict(head_shape=row.head_shape._asdict(), status=row.status.value, times=None)
+    )
     return {key: value for key, value in fields.items() if value is not None}
 
 
@@ -456,8 +460,8 @@ def time_path(
     c: MaskedLayer, name: str, forward: Callable, both: Callable | None, fill: Callable
 ) -> PathTimes:
     """Time a path's forward and its forward + backward. both: None if it has no backward."""
-    flops = 4.0 * c.layout.head_dim * c.layout.heads * c.mask.pairs
-    what = f"{name} on {c.mask.name}, {c.layout}"
+    flops = 4.0 * c.head_shape.head_dim * c.head_shape.heads * c.mask.pairs
+    what = f"{name} on {c.mask.name}, {c.head_shape}"
     forward_us = micros(c.s, f"{what}, forward", forward, fill)
     times = PathTimes(forward_us, flops / forward_us / 1e6)
     if both is None:
@@ -483,7 +487,7 @@ def measure_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> Path
 
     errors = errors_of(both() if bound.backward else [forward()], exact)
     finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
-    row = PathRow(c.layout, c.mask.name, name, Status.MEASURED, note=bound.note, errors=finite)
+    row = PathRow(c.head_shape, c.mask.name, name, Status.MEASURED, note=bound.note, errors=finite)
     wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= WRONG]  # nan is wrong
     if wrong:
         return row._replace(status=Status.WRONG, why="error of " + ", ".join(wrong))
@@ -500,7 +504,7 @@ def attempt_path(c: MaskedLayer, name: str, exact: dict, fill: Callable) -> Path
         why = first_line(error)
     except Exception as error:  # whatever a kernel, a compiler or an import raises
         why = f"{type(error).__name__}: {first_line(error)}"
-    return PathRow(c.layout, c.mask.name, name, Status.SKIPPED, why)
+    return PathRow(c.head_shape, c.mask.name, name, Status.SKIPPED, why)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -548,7 +552,7 @@ def time_paths(c: MaskedLayer, names: list[str], fill: Callable) -> list[PathRow
     count = len(c.mask.lengths)
     tokens = sum(c.mask.lengths)
     about = f", {count:,} of {tokens / count:,.0f} tokens on average" if c.mask.documents else ""
-    say(f"\n{c.layout}; {c.mask.name}{about}: {c.mask.pairs / tokens:,.0f} visible keys a query")
+    say(f"\n{c.head_shape}; {c.mask.name}{about}: {c.mask.pairs / tokens:,.0f} visible keys a query")
     say(path_line(list(COLUMNS)))
 
     exact = exact_rows(c)
@@ -567,8 +571,8 @@ def time_paths(c: MaskedLayer, names: list[str], fill: Callable) -> list[PathRow
 
 
 def fastest_line(rows: list[PathRow], causal: list[PathRow]) -> str:
-    """Format the fastest path of one layout and mask. causal: the rows of the layout's causal mask."""
-    start = f"{rows[0].layout!s:<26}{rows[0].mask:<26}"
+    """Format the fastest path of one head shape and mask. causal: the rows of its causal mask."""
+    start = f"{rows[0].head_shape!s:<26}{rows[0].mask:<26}"
     best = fastest(rows)
     field = "forward_us" if best.both is None else "both_us"
     row = best.forward if best.both is None else best.both
@@ -583,14 +587,14 @@ def fastest_line(rows: list[PathRow], causal: list[PathRow]) -> str:
 
 
 def fastest_table(rows: list[PathRow]) -> str:
-    """Format the fastest path of every layout and mask, by forward + backward or, without one, by forward."""
-    groups: dict[tuple[Layout, str], list[PathRow]] = {}
+    """Format the fastest path of each head shape and mask, by forward + backward, else by forward."""
+    groups: dict[tuple[HeadShape, str], list[PathRow]] = {}
     for row in rows:
-        groups.setdefault((row.layout, row.mask), []).append(row)
+        groups.setdefault((row.head_shape, row.mask), []).append(row)
 
     lines = [f"{'heads':<26}{'mask':<26}{'fastest':<10}{'us a layer':>12}{'of causal':>11}"]
-    for (layout, _), group in groups.items():
-        lines.append(fastest_line(group, groups[layout, "causal"]))
+    for (head_shape, _), group in groups.items():
+        lines.append(fastest_line(group, groups[head_shape, "causal"]))
     return "\n".join(lines)
 
 
@@ -626,10 +630,10 @@ def versions() -> dict[str, str]:
 
 def describe(s: Session, masks: list[Mask]) -> None:
     """Add to the report what is about to be measured, and print it."""
-    layouts = layouts_of(s.h)
+    head_shapes = head_shapes_of(s.h)
     s.report.update(
         versions=versions(),
-        layouts=[layout._asdict() for layout in layouts],
+        head_shapes=[head_shape._asdict() for head_shape in head_shapes],
         masks=[
             dict(
                 name=mask.name,
@@ -644,8 +648,8 @@ def describe(s: Session, masks: list[Mask]) -> None:
     software = ", ".join([s.report["device"], *(f"{k} {v}" for k, v in s.report["versions"].items())])
     size = f"{s.sequences} x {s.h.train_seq_len} tokens"
     s.say(f"attention of a layer: {size}, {s.report['dtype']}, device {software}")
-    if len(layouts) == 1:
-        s.skip("the second layout", f"num_heads={s.h.num_heads} is odd: it cannot be halved")
+    if len(head_shapes) == 1:
+        s.skip("the second head shape", f"num_heads={s.h.num_heads} is odd: it cannot be halved")
 
 
 def write_report(s: Session, path: Path) -> None:
@@ -669,8 +673,8 @@ def run(args: argparse.Namespace, env: Mapping[str, str], progress: Progress) ->
     fill = filler(s)
     rows = []
     progress.begin("bench: attention")
-    for layout, mask in progress.each(product(layouts_of(s.h), masks), "masks"):
-        rows += time_paths(make_layer(s, layout, mask), names, fill)
+    for head_shape, mask in progress.each(product(head_shapes_of(s.h), masks), "masks"):
+        rows += time_paths(make_layer(s, head_shape, mask), names, fill)
 
     s.say("\nforward + backward, the fastest path of each\n" + fastest_table(rows))
     s.report["table"] = [row_json(row) for row in rows]

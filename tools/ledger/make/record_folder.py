@@ -131,7 +131,7 @@ def reproduction(runs: list[RunLog], sub: dict, answer: dict) -> list[str]:
     ]
 
 
-class Layout(NamedTuple):
+class FolderForm(NamedTuple):
     """What the folders of a track hold, and the parts of their page that depend on it."""
 
     files: tuple[str, ...]
@@ -141,8 +141,8 @@ class Layout(NamedTuple):
     legend: Callable[[list[RunLog]], list[str]]
 
 
-ARTIFACTS = Layout(FILES, submission, headline, seed_columns, legend)
-RACES = Layout(
+ARTIFACTS = FolderForm(FILES, submission, headline, seed_columns, legend)
+RACES = FolderForm(
     files=tuple(name for name in FILES if name != "artifact.sha256"),
     submission=race_submission,
     headline=race_headline,
@@ -151,26 +151,26 @@ RACES = Layout(
 )
 
 
-def layout_of(track: str) -> Layout:
-    """Return the layout of the folders of a track."""
+def form_of(track: str) -> FolderForm:
+    """Return the form of the folders of a track."""
     return RACES if target_of(track) else ARTIFACTS
 
 
 def readme(runs: list[RunLog], sub: dict, answer: dict) -> str:
     """Return the generated part of the page, up to and including the notes marker."""
-    layout = layout_of(sub["track"])
+    form = form_of(sub["track"])
     blurb = [sub["blurb"], ""] if sub["blurb"] else []
     lines = [
         f"# {sub['name']}",
         "",
-        layout.headline(runs, sub),
+        form.headline(runs, sub),
         "",
         *blurb,
         *fact_table(sub),
         "",
-        *seed_table(layout.columns(runs, sub), runs, sub),
+        *seed_table(form.columns(runs, sub), runs, sub),
         "",
-        *layout.legend(runs),
+        *form.legend(runs),
         "",
         *reproduction(runs, sub, answer),
         "",
@@ -226,8 +226,8 @@ def contents(runs: list[RunLog], meta: dict, answer: dict) -> dict[str, str]:
     """
     runs = sorted(runs, key=lambda run: run.seed)
     check_kind(runs, meta["track"])
-    layout = layout_of(meta["track"])
-    sub = layout.submission(runs, meta)
+    form = form_of(meta["track"])
+    sub = form.submission(runs, meta)
     texts = {
         "submission.json": json.dumps(sub, indent=2) + "\n",
         "README.md": readme(runs, sub, answer) if "error" not in answer else "",
@@ -235,7 +235,7 @@ def contents(runs: list[RunLog], meta: dict, answer: dict) -> dict[str, str]:
         "train_gpt.py": runs[0].source,
         **{f"logs/seed{run.seed}.txt": read_text(run.path) for run in runs},
     }
-    if "artifact.sha256" in layout.files:
+    if "artifact.sha256" in form.files:
         hashes = [f"{run.text('final_score', 'sha256')}  seed{run.seed}\n" for run in runs]
         texts["artifact.sha256"] = "".join(hashes)
     return texts

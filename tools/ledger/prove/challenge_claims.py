@@ -1,4 +1,4 @@
-"""Proves folders in the layout of the published parameter-golf submissions, without running their code.
+"""Proves folders in the form of the published parameter-golf submissions, without running their code.
 
 They hold train_seed<seed>.log (or train.log) beside a submission.json of no fixed schema. The claims are
 those of record_claims.py, as far as they can be made here. A figure that the logs do not give is not
@@ -56,7 +56,7 @@ def stored_submission(folder: Path) -> dict | None:
 
 
 def is_challenge_folder(folder: Path) -> bool:
-    """Return whether the folder has the published layout and not this ledger's."""
+    """Return whether the folder has the published form and not this ledger's."""
     sub = stored_submission(folder)
     without_schema = sub is not None and "schema" not in sub
     if top_logs(folder):
@@ -75,7 +75,7 @@ def holds_non_records(track: str) -> bool:
 
 @dataclass
 class ChallengeCase(LogFolder):
-    """A folder of the published layout under examination."""
+    """A folder of the published form under examination."""
 
     def log_paths(self) -> list[Path]:
         return [*top_logs(self.folder), *sorted((self.folder / "logs").glob("*"))]
@@ -623,7 +623,7 @@ def claim_requirements(case: ChallengeCase) -> str:
 
 
 def never_checkable(reason: str) -> Callable[[ChallengeCase], str]:
-    """Return a claim that cannot be decided in this layout."""
+    """Return a claim that cannot be decided in this form."""
 
     def claim(case: ChallengeCase) -> str:
         raise NotCheckable(reason)

@@ -25,9 +25,9 @@ class Row(NamedTuple):
 
 
 # A race makes no artifact and has no time limit, so claims about these are not among its own.
-NO_HASHES = never_checkable("this layout has no hashes of the artifacts")
+NO_HASHES = never_checkable("this form has no hashes of the artifacts")
 NOT_IMPORTED = never_checkable("a foreign script is not imported or run")
-NO_PARENT = never_checkable("parents of this layout are pull requests, not folders")
+NO_PARENT = never_checkable("parents of this form are pull requests, not folders")
 CLAIMS = (
     Row("schema", record.claim_schema, record.claim_schema, challenge.claim_schema),
     Row("name", record.claim_name, record.claim_name, challenge.claim_name),
@@ -71,6 +71,6 @@ def examine_race(folder: Path, records: Path) -> list[Finding]:
 
 
 def examine_challenge_folder(folder: Path) -> list[Finding]:
-    """Return a finding for every claim about a folder of the published layout."""
+    """Return a finding for every claim about a folder of the published form."""
     findings = prove(challenge.ChallengeCase(folder), CHALLENGE_CLAIMS)
     return [finding._replace(evidence=challenge.printable(finding.evidence)) for finding in findings]

@@ -88,7 +88,7 @@ def inside(folder: Path, error: BadInput) -> str:
 
 @dataclass
 class LogFolder:
-    """A folder with logs and a script under examination, whatever its layout.
+    """A folder with logs and a script under examination, whatever its form.
 
     Properties raise NotCheckable where an earlier claim has already failed.
     """
@@ -97,7 +97,7 @@ class LogFolder:
     log_errors: list[str] = field(default_factory=list, init=False)  # why logs could not be read
 
     def log_paths(self) -> list[Path]:
-        """Return the logs of this layout."""
+        """Return the logs of this form."""
         raise NotImplementedError
 
     def read_log(self, path: Path) -> RunLog:

@@ -15,7 +15,7 @@ from ledger import stats
 from ledger.files import read_json, read_text, sha256
 from ledger.folders import is_date
 from ledger.make.race_page import race_result
-from ledger.make.record_folder import FOLDER_NAME, NOTES, contents, layout_of, requirements, uses_flash4
+from ledger.make.record_folder import FOLDER_NAME, NOTES, contents, form_of, requirements, uses_flash4
 from ledger.make.submission import common_config, seed_result
 from ledger.prove import log_claims
 from ledger.prove.claims import (
@@ -138,7 +138,7 @@ def claim_name(case: RecordCase) -> str:
 
 def claim_files(case: RecordCase) -> str:
     """Every file is there, one log per seed, and no code besides train_gpt.py."""
-    files = layout_of(case.folder.parent.name).files
+    files = form_of(case.folder.parent.name).files
     demand_files(case.folder, files)
     logs = sorted(path.name for path in (case.folder / "logs").glob("*"))
     wanted = sorted(f"seed{seed}.txt" for seed in case.stored["seeds"])

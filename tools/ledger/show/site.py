@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ledger import stats
 from ledger.files import write_atomic
 from ledger.make import ladder
-from ledger.make.record_folder import fact_table, layout_of
+from ledger.make.record_folder import fact_table, form_of
 from ledger.make.seed_table import seed_table
 from ledger.make.sweep_table import mean_curve, row_of, runs_at_best_rate, summary, table_lines
 from ledger.show import board, diff
@@ -250,17 +250,17 @@ def mark_of(entry: Entry) -> Mark:
 def entry_view(entry: Entry, ledger: Ledger) -> dict:
     """Return what the page says of an entry."""
     sub = entry.sub
-    layout = layout_of(sub["track"])
+    form = form_of(sub["track"])
     parent = parent_of(entry, ledger)
     return {
         "entry": entry,
         "figure": f"{sub['val_loss']:.4f}" if entry.is_race else f"{sub['val_bpb']:.4f}",
         "unit": "nats per token" if entry.is_race else "bits per byte",
         "mark": mark_of(entry),
-        "headline": layout.headline(entry.runs, sub),
+        "headline": form.headline(entry.runs, sub),
         "facts": "\n".join(fact_table(sub)),
-        "seeds": "\n".join(seed_table(layout.columns(entry.runs, sub), entry.runs, sub)),
-        "legend": " ".join(layout.legend(entry.runs)),
+        "seeds": "\n".join(seed_table(form.columns(entry.runs, sub), entry.runs, sub)),
+        "legend": " ".join(form.legend(entry.runs)),
         "change": None if parent is None else change_view(parent, entry),
     }
 

@@ -1,4 +1,4 @@
-"""Submissions in the challenge's layout, sound and with the failures that published ones have had.
+"""Submissions in the challenge's form, sound and with the failures that published ones have had.
 
 `record verify` owes any folder a line per claim, no traceback, and no ok for what it has not read. It names
 the failures that published submissions have had, and it runs none of their code.
@@ -387,7 +387,7 @@ def test_other_verbs_refuse_in_one_line(verb, name, published, capsys):
     assert printed.err.count("\n") == 1
 
 
-# ---------------------------------------------------------------- what verify says of this layout
+# ---------------------------------------------------------------- what verify says of this form
 
 
 class Named(NamedTuple):
