@@ -89,6 +89,26 @@ def test_every_fence_stands_alone(path):
     assert not wrong and len(lines) % 2 == 0
 
 
+def long_lines(text):
+    """Return the lines of prose over 110 columns that a break would shorten: no tables, blocks or pictures."""
+    prose = re.sub(r"^ *```.*?^ *```|^<!-- \w+:start -->.*?^<!-- \w+:end -->", "", text, flags=re.M | re.S)
+    return [
+        line
+        for line in prose.splitlines()
+        if len(line) > 110 and " " in line[:110].strip() and not re.match(r" *(\||!\[|#|\[!)|    ", line)
+    ]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_prose_is_wrapped(path):
+    assert not long_lines(path.read_text(encoding="utf-8"))
+
+
+def test_prose_that_is_not_wrapped_is_found():
+    words = "word " * 23
+    assert long_lines(f"- {words}\n| {words}\n```\n{words}\n```\n    {words}\n") == [f"- {words}"]
+
+
 def test_the_page_of_the_ledger_lists_every_verb_once():
     text = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
     (verbs,) = [action.choices for action in record.parser()._actions if action.dest == "verb"]
