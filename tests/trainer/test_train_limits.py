@@ -223,9 +223,9 @@ def test_the_wall_clock_stops_a_run():
 def slow(fn, seconds):
     """Return fn with a pause before each call."""
 
-    def slowed(*args):
+    def slowed(*args, **kwargs):
         time.sleep(seconds)
-        return fn(*args)
+        return fn(*args, **kwargs)
 
     return slowed
 
