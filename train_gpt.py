@@ -97,7 +97,7 @@ from itertools import accumulate, chain, cycle, pairwise
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # -----------------------------------------------------------------------------
 # 0. Start-up: closed consoles before any file is opened, and imports that fail in one line.
@@ -112,17 +112,17 @@ if __name__ == "__main__":
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def wrong_setting(error: BaseException) -> str:
+def wrong_setting(error: BaseException) -> str | None:
     """Return one line about an import of PyTorch that failed: it is missing, or a variable is wrong.
 
-    "" for any other error. PyTorch itself says only what int() says of a wrong value.
+    None for any other error. PyTorch itself says only what int() says of a wrong value.
     """
     if isinstance(error, ModuleNotFoundError) and error.name in ("numpy", "torch"):
         return f"{error.name} is not installed; run pip install -r requirements.txt, or use ./run.sh"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     loading = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
     if not any(name.partition(".")[0] in ("torch", "triton") for name in loading):
-        return ""
+        return None
     keys = [key for key in sorted(os.environ) if re.match("TORCH(?!ELASTIC)|PYTORCH|TRITON", key)]
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     if not keys:
@@ -154,6 +154,9 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 # -----------------------------------------------------------------------------
 # 1. Errors and files: errors of one line, and files that are written whole or not at all.
+
+
+Value = TypeVar("Value")
 
 
 class OneLineError(Exception):
@@ -283,9 +286,9 @@ def plain_name(key: str, name: str) -> str:
     return name
 
 
-def first_reason(reasons: Iterable[str]) -> str:
-    """Return the first reason of a failure, where "" stands for none; "" if nothing failed."""
-    return next(filter(None, reasons), "")
+def first_failure(failures: Iterable[Value | None]) -> Value | None:
+    """Return the first failure, or None if nothing failed."""
+    return next((failure for failure in failures if failure is not None), None)
 
 
 def sha256(data: bytes) -> str:
@@ -829,7 +832,7 @@ class Captured(NamedTuple):
     """Device work with a single entry point: a CUDA graph, or the plain function if capture failed."""
 
     launch: Callable[[], None]
-    failure: str  # why capture failed; "" for a graph, and on a device without graphs
+    failure: str | None  # why capture failed; None for a graph, and on a device without graphs
 
 
 @dataclass
@@ -967,20 +970,19 @@ class Machine:
         effects. Either all ranks get a graph or none does. Without graph_capture, fn does not run here.
         """
         if self.graph_capture is None:
-            return Captured(fn, "")
+            return Captured(fn, None)
         for _ in range(3):
             with self.lanes() as lane, lane():
                 fn()
 
         launch = fn
-        failure = ""
+        failure = None
         try:
             launch = self.graph_capture(fn)
         except Exception as e:  # whatever it is, see Machine
             failure = f"rank {self.rank}: {type(e).__name__}: {e}".partition("\n")[0]
-        if failure := first_reason(self.of_every_rank(failure)):
-            return Captured(fn, failure)
-        return Captured(launch, "")
+        failure = first_failure(self.of_every_rank(failure))
+        return Captured(launch if failure is None else fn, failure)
 
     def largest_of_each(self, *numbers: float) -> list[float]:
         """Return, on every rank, the maximum over all ranks of each number.
@@ -1008,13 +1010,13 @@ class Machine:
         """Fail at once if another rank has exited, before a device collective would hang on it."""
         self.largest(0.0)
 
-    def of_rank_0(self, value):
+    def of_rank_0(self, value: Value) -> Value:
         """Return rank 0's value, any object that can be pickled, on every rank. Collective over gloo."""
         box = [value]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
-    def of_every_rank(self, value) -> list:
+    def of_every_rank(self, value: Value) -> list[Value]:
         """Return the ranks' values, any objects that can be pickled, in their order. Collective over gloo."""
         values = [value] * self.world_size
         dist.all_gather_object(values, value)
@@ -1032,7 +1034,7 @@ class Machine:
             yield
         except OneLineError as e:
             fault = e
-        if first := next(filter(None, self.of_every_rank(fault)), None):
+        if first := first_failure(self.of_every_rank(fault)):
             raise first
 
 
@@ -3342,7 +3344,9 @@ def results_of(fn: Callable, inputs: list[Tensor]) -> list[Tensor]:
     return [t.detach().float() for t in (y, *gradients)]
 
 
-def bind_unless(fault: Callable[[], str], fast: Callable, reference: Callable, name: str = "triton") -> Bound:
+def bind_unless(
+    fault: Callable[[], str | None], fast: Callable, reference: Callable, name: str = "triton"
+) -> Bound:
     """Bind `fast`, unless fault(), which tries it, raises or returns a reason; then bind the reference."""
     missing = ""
     try:
@@ -3352,7 +3356,7 @@ def bind_unless(fault: Callable[[], str], fast: Callable, reference: Callable, n
         reason = f"missing_{missing}"
     except Exception as e:  # whatever it is, see Machine
         reason = type(e).__name__
-    if not reason:
+    if reason is None:
         return Bound(fast, name)
     return Bound(reference, "torch", (Rejection(name, reason, missing),))
 
@@ -3366,12 +3370,12 @@ def bind(
     accepted if the relative error |a - b| / |b| of its output and of every gradient is below `limit`.
     """
 
-    def fault() -> str:
+    def fault() -> str | None:
         found = results_of(fast, inputs)
         exact = results_of(reference, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
         errors = [(a - b).norm() / b.norm() for a, b in zip(found, exact)]
         error = torch.stack(errors).max().item()  # may be nan
-        return "" if error < limit else f"error_{error:.3f}"
+        return None if error < limit else f"error_{error:.3f}"
 
     return bind_unless(fault, fast, reference, name)
 
@@ -3459,7 +3463,7 @@ class Judge:
     m: Machine | None = None
     times_count: bool = False
 
-    def of_every_rank(self, value) -> list:
+    def of_every_rank(self, value: Value) -> list[Value]:
         """Return every rank's value, in order. Collective."""
         return self.m.of_every_rank(value) if self.m else [value]
 
@@ -5094,8 +5098,8 @@ def trellis_multiples_fused(W: Tensor, scale: Tensor, limit: int) -> Tensor:
     return out
 
 
-def trellis_fault(device: torch.device) -> str:
-    """Return what is wrong with trellis_multiples_fused on this device, or ""."""
+def trellis_fault(device: torch.device) -> str | None:
+    """Return what is wrong with trellis_multiples_fused on this device, or None."""
     W = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0)).to(device)
     scale = torch.full_like(W, 0.5)
     found = trellis_multiples_fused(W, scale, 127)
@@ -5105,7 +5109,7 @@ def trellis_fault(device: torch.device) -> str:
 
     exact = trellis_multiples(W, scale, 127)
     error, least = ((W - multiples * scale).square().sum().item() for multiples in (found, exact))
-    return "" if error <= 1.001 * least else f"error_{error:.4f}_for_{least:.4f}"
+    return None if error <= 1.001 * least else f"error_{error:.4f}_for_{least:.4f}"
 
 
 @cache
@@ -6470,13 +6474,13 @@ def read_state(h: Config, m: Machine, base: str, dataset: Dataset) -> SavedState
     for found in sorted(set(map(set_of, files)), reverse=True):  # newest first
         step = found.step
         parts = []
-        reason = ""
+        damage = None
         try:
             parts = read_set(found)
         except (OSError, ValueError, RecursionError) as e:
-            reason = str(e)
-        damage = first_reason(m.of_every_rank(reason))
-        if not damage:
+            damage = str(e)
+        damage = first_failure(m.of_every_rank(damage))
+        if damage is None:
             state = SavedState(step, f"{found.base}.step{step}.*", parts, skipped)
             with m.raising_together():
                 check_origin(state, origin(h, dataset))
@@ -6501,7 +6505,7 @@ class WriteOutcome(NamedTuple):
     """How far a rank is with writing its file of a set."""
 
     is_done: bool
-    failure: str  # as first_reason takes it
+    failure: str | None
 
 
 class Checkpoints:
@@ -6593,14 +6597,15 @@ class Checkpoints:
             return True
         step, future = self.pending
         is_done = wait or future.done()
-        failure = str(future.exception() or "") if is_done else ""
+        error = future.exception() if is_done else None
+        failure = None if error is None else str(error) or type(error).__name__
         outcomes = self.m.of_every_rank(WriteOutcome(is_done, failure))
         if not all(outcome.is_done for outcome in outcomes):
             return False
 
         self.pending = None
-        failure = first_reason(outcome.failure for outcome in outcomes)
-        if failure:
+        failure = first_failure(outcome.failure for outcome in outcomes)
+        if failure is not None:
             stays = f"step:{self.good} stays" if self.good else "there is none before it"
             self.run.log(f"checkpoint step:{step} failed: {failure}; {stays}")
             return True
@@ -7264,7 +7269,7 @@ class CapturedPass(NamedTuple):
     """
 
     backward: Backward
-    failure: str  # why capture failed; "" for a graph
+    failure: str | None  # why capture failed; None for a graph
 
 
 def capture_pass(loss_fn: Loss, optimizer: Optimizer, sequences: int | None = None) -> CapturedPass:

@@ -191,11 +191,11 @@ class Pass(NamedTuple):
     """Forward and backward of a micro-batch.
 
     backward: (sequences (B, T + 1), micro-batches of the step) -> their part of the loss, (). failure: why
-    capture failed; "" for a CUDA graph, and on a device without graphs.
+    capture failed; None, "" of older scripts, for a CUDA graph, and on a device without graphs.
     """
 
     backward: Callable[..., Any]
-    failure: str
+    failure: str | None
 
 
 def capture_pass(script: ModuleType, loss_fn: Callable, optimizer: Any) -> Pass:

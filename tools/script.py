@@ -85,17 +85,17 @@ def describe(error: OSError) -> str:
 # ---- errors of importing PyTorch -----------------------------------------------------------------
 
 
-def wrong_setting(error: BaseException) -> str:
+def wrong_setting(error: BaseException) -> str | None:
     """Return one line about an import of PyTorch that failed: it is missing, or a variable is wrong.
 
-    "" for any other error. PyTorch itself says only what int() says of a wrong value.
+    None for any other error. PyTorch itself says only what int() says of a wrong value.
     """
     if isinstance(error, ModuleNotFoundError) and error.name in ("numpy", "torch"):
         return f"{error.name} is not installed; run pip install -r requirements.txt, or use ./run.sh"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     loading = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
     if not any(name.partition(".")[0] in ("torch", "triton") for name in loading):
-        return ""
+        return None
     keys = [key for key in sorted(os.environ) if re.match("TORCH(?!ELASTIC)|PYTORCH|TRITON", key)]
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     if not keys:

@@ -124,7 +124,7 @@ def test_one_stream_neither_captures_nor_asks_for_lanes(monkeypatch):
     launch, failure = one_stream.capture(called.clear)
     with one_stream.lanes() as lane, lane():
         pass
-    assert launch == called.clear and failure == ""
+    assert launch == called.clear and failure is None
     assert len(captured) == 1 and len(called) == 3 and len(asked) == 4
 
 

@@ -21,20 +21,28 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 # ---------------------------------------------------------------- disks
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error,reason",
+    [
+        (t.InputError("x.ckpt: cannot write it (No space left on device); free space"), ".*No space left.*"),
+        (MemoryError(), "MemoryError"),  # has no text
+    ],
+    ids=["full disk", "no memory"],
+)
+def test_a_failed_write_leaves_the_checkpoint_before(error, reason, tmp_path, monkeypatch):
     write_atomic = t.write_atomic
 
-    def full_after_step_4(path, *chunks):
+    def failing_after_step_4(path, *chunks):
         step = re.search(r"step(\d+)", path)  # none in the artifact's path
         if step and int(step[1]) > 4:
-            raise t.InputError(f"{path}: cannot write it (No space left on device); free space")
+            raise error
         write_atomic(path, *chunks)
 
-    monkeypatch.setattr(t, "write_atomic", full_after_step_4)
+    monkeypatch.setattr(t, "write_atomic", failing_after_step_4)
     assert t.main(args(tmp_path)) == 0
     good = sets(tmp_path)[-1]
     assert good <= 4
-    assert has_line(tmp_path, rf"checkpoint step:12 failed: .*No space left.*; step:{good} stays$")
+    assert has_line(tmp_path, rf"checkpoint step:12 failed: {reason}; step:{good} stays$")
     assert lines(tmp_path)[-1].startswith("final_score")
     assert (tmp_path / "run.int6.xz").exists()
     assert kill_runs.final_state(tmp_path, step=good)

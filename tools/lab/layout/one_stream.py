@@ -17,7 +17,7 @@ class OneStream(Machine):
 
     def capture(self, fn: Callable[[], None]) -> Captured:
         """Return fn as it is."""
-        return Captured(fn, "")
+        return Captured(fn, None)
 
 
 REPLACES = {"Machine": OneStream}
