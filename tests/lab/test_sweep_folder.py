@@ -108,6 +108,9 @@ def test_the_table_says_what_the_logs_say(done):
     assert table == sweep_table.build_table(sweep_table.read_runs(done.folder))
     assert (table["workers"], table["baseline"], table["configurations"]) == ([2], "ns5", 6)
     assert table["equal_step"] == STEPS and table["metric"] == "int6_lzma_chunked"
+    vocabulary = int(table["config"]["vocab_size"])
+    page = (done.folder / "README.md").read_text()
+    assert f"preset {table['config']['preset']} of its script, vocabulary {vocabulary:,}; 6 conf" in page
 
     def bpb_of(row, rate, seed):
         return float(final(done.folder / "logs" / f"{row}_{rate}_seed{seed}.txt")["val_bpb"])

@@ -182,7 +182,7 @@ def intro(log: dict) -> str:
     precisions = ", ".join(f"{dtype} ({', '.join(rows)})" for dtype, rows in by_dtype.items())
     return (
         f"PyTorch {machine['torch']}, Triton {machine['triton']}, train_gpt.py sha256 "
-        f"{machine['source_sha256'][:16]}, preset {log['config'][0]['preset']}, "
+        f"{machine['source_sha256'][:16]}, preset {log['config'][0]['preset']} of that script, "
         f"{log['done'][0]['seconds']:.0f} s in all. Directions run in {precisions}."
     )
 

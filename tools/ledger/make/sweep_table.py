@@ -441,15 +441,19 @@ def rate_cells(row: dict) -> str:
 
 
 def summary(table: dict) -> str:
-    """Return the sentence above the tables: device, time, preset, configurations, workers."""
+    """Return the sentence above the tables: device, time, preset, vocabulary, configurations, workers.
+
+    A preset is that of the sweep's own script: today's of the same name may train another model.
+    """
     limit = float(table["config"]["max_wallclock_seconds"])
     time = "no time limit" if limit == 0 else f"{limit:g} s of training each"
     diverged_count = f", {table['diverged']} of them diverged" if table["diverged"] else ""
     workers = table["workers"]
     beside = "one at a time" if workers == [1] else f"{' or '.join(map(str, workers))} side by side"
+    config = table["config"]
     return (
-        f"{table['device']}; {time}, preset {table['config']['preset']}; {table['configurations']} "
-        f"configurations{diverged_count}, {beside}."
+        f"{table['device']}; {time}, preset {config['preset']} of its script, vocabulary "
+        f"{int(config['vocab_size']):,}; {table['configurations']} configurations{diverged_count}, {beside}."
     )
 
 

@@ -19,8 +19,8 @@ RACE_HEAD = ["#", "steps", "time s", "std", "val_loss", "std", "runs", "p", "mar
 RACE_ALIGN = "rrrrrrrrrlll"
 BEST = 10  # records of a track on the front page
 LOSS_NOTE = (  # below the tables of scores
-    "val_loss is in nats per token, so it compares runs of one vocabulary only: a token of a larger "
-    "vocabulary stands for more text."
+    "val_loss is in nats per token, so it compares runs of one vocabulary only: "
+    "a token of a larger vocabulary\nstands for more text."
 )
 
 
