@@ -27,7 +27,7 @@ if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):  # PYTHONS
 from commands.artifacts import audit, check_export, check_sample, evaluate, export, sample
 from commands.ask_trainer import print_resolved, print_vocabulary
 from commands.bench import bench, check_bench
-from commands.machine import MACHINES, count_gpus, with_preset
+from commands.machine import MACHINES, MachineDefaults, count_gpus, with_preset
 from commands.programs import add_tools_to_path, run
 from commands.suite import test
 from commands.train import train
@@ -308,6 +308,15 @@ A .venv that run.sh did not make is never deleted.
 """
 
 
+def gpus_of(machine: MachineDefaults, above: MachineDefaults | None) -> str:
+    """Return for how many GPUs a row of MACHINES stands. above: the row for more GPUs, if there is one."""
+    if above is None:
+        return f"{machine.gpus} or more"
+    if above.gpus - 1 > machine.gpus:
+        return f"{machine.gpus} to {above.gpus - 1}"
+    return f"{machine.gpus}"
+
+
 def help_text() -> str:
     """Return --help, made from COMMANDS and MACHINES."""
     commands = []
@@ -318,15 +327,9 @@ def help_text() -> str:
             )
 
     machines = []
-    upper = None  # GPUs of the row before, less one
-    for machine in MACHINES:
-        gpus = f"{machine.gpus}"
-        if upper is None:
-            gpus += " or more"
-        elif upper > machine.gpus:
-            gpus += f" to {upper}"
+    for machine, above in zip(MACHINES, [None, *MACHINES]):
+        gpus = gpus_of(machine, above)
         machines.append(f"  {gpus:<11}  {machine.preset:<8}  {machine.processes}")
-        upper = machine.gpus - 1
     return HELP.format(commands="".join(commands), machines="\n".join(reversed(machines)))
 
 
