@@ -90,7 +90,7 @@ def test_every_fence_stands_alone(path):
 
 
 def long_lines(text):
-    """Return the lines of prose over 110 columns that a break would shorten: no tables, blocks or pictures."""
+    """Return the lines of prose over 110 columns that a break would shorten: no table, block or picture."""
     prose = re.sub(r"^ *```.*?^ *```|^<!-- \w+:start -->.*?^<!-- \w+:end -->", "", text, flags=re.M | re.S)
     return [
         line
