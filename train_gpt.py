@@ -2418,20 +2418,20 @@ def join(streams: tuple[Tensor, ...]) -> Tensor:
     return (streams[0] + streams[1]) / 2
 
 
-def serial(
-    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Callable, mlp_of: Callable
-) -> tuple[Tensor, ...]:
-    """Add attention to the residual stream, then the MLP of the sum. streams, x0, the results: (B, T, D).
+Branch = Callable[[Tensor], Tensor]  # a normalized input -> the term to add, both (B, T, D)
 
-    attention_of and mlp_of map a normalized input to the term to add.
-    """
+
+def serial(
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Branch, mlp_of: Branch
+) -> tuple[Tensor, ...]:
+    """Add attention to the residual stream, then the MLP of the sum. streams, x0, the results: (B, T, D)."""
     x = residual_mix(join(streams), x0, w.resid_mix)
     x = x + attention_of(rms_norm(x))
     return (x + mlp_of(rms_norm(x)),)
 
 
 def one_stream(
-    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Callable, mlp_of: Callable
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Branch, mlp_of: Branch
 ) -> tuple[Tensor, ...]:
     """Add attention and MLP of the same input; arguments as in `serial`. From GPT-J; parameter-golf #1412."""
     x = residual_mix(join(streams), x0, w.resid_mix)
@@ -2440,7 +2440,7 @@ def one_stream(
 
 
 def two_streams(
-    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Callable, mlp_of: Callable
+    streams: tuple[Tensor, ...], x0: Tensor, w: LayerWeights, attention_of: Branch, mlp_of: Branch
 ) -> tuple[Tensor, ...]:
     """Let attention read one stream and the MLP the other; each writes to both streams with learned weights.
 
