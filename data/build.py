@@ -358,7 +358,7 @@ def reusable_manifest(out: str | Path, head: dict[str, Any], replace: bool) -> s
 
 
 class Place(NamedTuple):
-    """Where a document is. number: from 0 in its file. start: its first characters."""
+    """Where a document is. number: its place in the file, from 0. start: its first characters."""
 
     split: str
     path: str | Path

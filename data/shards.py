@@ -60,7 +60,7 @@ class ManifestSplit(TypedDict):
 
 
 class ManifestTokenizer(TypedDict):
-    """The tokenizer in the manifest. file: of SentencePiece; encoding: of tiktoken."""
+    """The tokenizer in the manifest. file: that of SentencePiece; encoding: the name in tiktoken."""
 
     kind: str
     file: str | None

@@ -318,7 +318,7 @@ def free_name(out: Path, name: str) -> Path:
 def publish(text: str, out: Path, path: Path) -> Path:
     """Make the folder of a log in `out` and return it. It gets its name when it is complete.
 
-    path: of the log, for messages.
+    path: where the log lies, for messages.
     Without matplotlib it has no picture: `--log FOLDER/log.txt` makes a complete folder elsewhere.
     """
     log = direction_log.parse(text, path)

@@ -80,7 +80,7 @@ def read_layout(name: str) -> Layout:
 def with_layout(source: str, layout: Layout, path: Path = TRAINER) -> str:
     """Return the source of a trainer that has the layout. Raises BadInput if it does not end by calling main.
 
-    path: of the trainer, for messages.
+    path: where the trainer lies, for messages.
     """
     last = ast.parse(source).body[-1]
     if not isinstance(last, ast.If):

@@ -57,7 +57,7 @@ WINS = 0.8  # a winner is faster in at least this fraction of the pairs
 
 
 class Replacement(NamedTuple):
-    """path: the name in the script, such as mlp or GPT.nats. function: of the same signature."""
+    """path: the name in the script, such as mlp or GPT.nats. function: one of the same signature."""
 
     path: str
     function: Callable
@@ -296,7 +296,7 @@ class SectionRow(NamedTuple):
 class CandidateRow(NamedTuple):
     """The whole model with a candidate beside the plain one, and the sections that use the candidate.
 
-    ms of forward+backward; wins: of so many pairs the candidate is faster.
+    ms of forward+backward; wins: in how many pairs the candidate is faster.
     """
 
     name: str

@@ -64,7 +64,7 @@ class Step(NamedTuple):
 
 
 class RankResult(NamedTuple):
-    """The report of a process on its rank's step. digest: of all parameters after it."""
+    """The report of a process on its rank's step. digest: a hash of all parameters after it."""
 
     events: list[Event]
     digest: str

@@ -199,7 +199,8 @@ def walk(
 ) -> StepTimes:
     """Return the times of a step whose events take the given milliseconds.
 
-    costs, scopes: of each collective by its index; directions: milliseconds of each batch by its index.
+    costs, scopes: the milliseconds and the scope of each collective, by its index; directions: the
+    milliseconds of each batch, by its index.
     """
     now = 0.0
     before = None

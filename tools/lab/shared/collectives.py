@@ -45,7 +45,7 @@ RING_PASSES = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1, "all-to-al
 
 
 class Collective(NamedTuple):
-    """A collective as one rank launches it. Sizes in bytes; payload: of the whole buffer."""
+    """A collective as one rank launches it. Sizes in bytes; payload: the size of the whole buffer."""
 
     kind: str
     payload: int

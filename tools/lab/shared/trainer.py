@@ -220,7 +220,7 @@ def loss_from_trunk(t: ModuleType, model: Any) -> Callable[[Tensor, Tensor], Ten
 class Blocks(NamedTuple):
     """The script's attention block and whole layer as functions of activations and a LayerWeights tuple.
 
-    attention: (x, *weights) -> (B, T, D); layer: (x, x0, *weights) -> (B, T, D). window: of their attention.
+    attention: (x, *weights) -> (B, T, D); layer: (x, x0, *weights) -> (B, T, D). window: that of both.
     """
 
     attention: Callable
@@ -230,7 +230,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(s: Session, t: ModuleType, ops: Any, model: Any) -> Blocks:
-    """Bind the last layer's blocks, without value embeddings. model: of one layer; its weights are copied."""
+    """Bind the last layer's blocks, without value embeddings. model: its one layer is copied."""
     fields = t.LayerWeights._fields
     if fields[:4] != ("qkv", "o", "up", "down"):
         raise ValueError("LayerWeights: the bench expects qkv, o, up, down first")

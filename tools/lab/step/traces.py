@@ -29,7 +29,7 @@ GLOO = "gloo:"
 class Span(NamedTuple):
     """An event of the trace, in microseconds.
 
-    lane: the stream, or the thread of a CPU; kind: of a collective, else empty.
+    lane: the stream, or the thread of a CPU; kind: what collective it is, "" for others.
     """
 
     name: str
@@ -66,7 +66,7 @@ def span_of(event: dict, kind: str, lane: int) -> Span:
 
 
 def device_trace(events: list[dict], starts: list[float]) -> RankTrace:
-    """Return the trace of a rank with a GPU. starts: of the host's ranges.
+    """Return the trace of a rank with a GPU. starts: when the host's ranges begin.
 
     Raises BadInput if a step shows no device work.
     """
