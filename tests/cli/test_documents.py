@@ -109,6 +109,12 @@ def test_prose_that_is_not_wrapped_is_found():
     assert long_lines(f"- {words}\n| {words}\n```\n{words}\n```\n    {words}\n") == [f"- {words}"]
 
 
+def test_the_glossary_is_sorted():
+    rows = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").split("| --- |")[-1].splitlines()
+    words = [row.split("|")[1].strip().lower().replace("`", "") for row in rows if row.startswith("| ")]
+    assert len(words) > 80 and words == sorted(words)
+
+
 def test_the_page_of_the_ledger_lists_every_verb_once():
     text = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
     (verbs,) = [action.choices for action in record.parser()._actions if action.dest == "verb"]
