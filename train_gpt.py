@@ -7516,12 +7516,11 @@ def validate(run: Run, step: int, train_ms: float, loops: bool = True) -> Score:
     """
     check_weights_agree(run, step)
     score = run.score("validation", run.h.eval_seq_len)
-    early = run.h.has_loop and not loops
+    note = " with a loop that training has not begun" if run.h.has_loop and not loops else ""
     run.log(
         f"step:{step}/{run.h.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
         f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms",
-        console=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}"
-        + early * " with a loop that training has not begun",
+        console=f"step {step:,}: val_loss {score.loss:.4f}, val_bpb {score.bpb:.4f}{note}",
     )
     return score
 

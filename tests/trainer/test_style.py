@@ -285,14 +285,20 @@ def test_main_is_the_last_statement(tree):
 
 
 def is_product_with_flag(node) -> bool:
-    """Return whether a node is x * bool(y), or a list times a comparison."""
+    """Return whether a node is x * bool(y), a name times words, or a list times a comparison.
+
+    One character times a name is a width, not a flag.
+    """
     if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
         return False
     sides = (node.left, node.right)
     a_list = any(isinstance(side, (ast.List, ast.Tuple)) for side in sides)
     a_test = any(isinstance(side, (ast.Compare, ast.BoolOp)) for side in sides)
     a_bool = any(isinstance(side, ast.Call) and getattr(side.func, "id", "") == "bool" for side in sides)
-    return a_bool or (a_list and a_test)
+    texts = [side.value for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, str)]
+    has_words = any(len(text) > 1 for text in texts)
+    a_name = any(isinstance(side, (ast.Name, ast.Attribute)) for side in sides)
+    return a_bool or (has_words and a_name) or (a_list and a_test)
 
 
 def has_many_positional(node) -> bool:
@@ -344,8 +350,10 @@ def test_the_sentence_check_sees_each():
     }
     for rule, text in texts.items():
         assert [r for _, r in golfed(ast.parse(text))] == [rule]
-    assert golfed(ast.parse("x = [1] * (y > 2)"))
+    for text in ("x = [1] * (y > 2)", "x = y * ' more'", "x = 'more ' * y.z"):
+        assert golfed(ast.parse(text))
     assert not golfed(ast.parse("a, b = f(x)\nw = wd * (U >= 0)\nx = 1 if a else 2\nf(1, 2, 3, 4, 5, k=6)"))
+    assert not golfed(ast.parse("x = ' ' * width"))
 
 
 def anonymous_tuples(tree) -> list:
