@@ -875,7 +875,14 @@ class Binding(NamedTuple):
     @property
     def parts(self) -> dict[str, str]:
         """Return part -> name, in the words and the order of the log."""
-        return dict(zip(("attention", "qk", "mlp", "compile", "pass", "update"), self))
+        return {
+            "attention": self.attention,
+            "qk": self.qk,
+            "mlp": self.mlp,
+            "compile": self.compile,
+            "pass": self.pass_launch,
+            "update": self.update_launch,
+        }
 
 
 @dataclass(frozen=True)
@@ -3706,7 +3713,7 @@ def with_kernels(m: Machine, h: Config, trains: bool = True) -> Machine:
         torch.cuda.reset_peak_memory_stats()  # the log's peak is that of training
     return replace(
         m,
-        ops=Ops(bound["attention"].function, bound["qk"].function, bound["mlp"].function),
+        ops=Ops(attend=bound["attention"].function, qk=bound["qk"].function, mlp=bound["mlp"].function),
         binding=m.binding._replace(**{part: found.label for part, found in bound.items()}),
         bind_times={part: found.times for part, found in bound.items() if found.times},
         bind_ms=1000 * (time.perf_counter() - began),
@@ -7775,9 +7782,10 @@ def first_pace(h: Config, ready: Ready) -> Pace:
 
     A resumed run counts the steps before its checkpoint into the mean time if all steps cost the same.
     """
-    hp = hyper_at(h, *ready.start, ready.limit_ms)
+    hp = hyper_at(h, ready.start.step, ready.start.clock_ms, ready.limit_ms)
     timed_from = ready.start if h.steps_differ else BEGINNING
-    return Pace(hp.loops, ready.loader.shape.count(hp.growth), *timed_from)
+    count = ready.loader.shape.count(hp.growth)
+    return Pace(hp.loops, count, step=timed_from.step, clock_ms=timed_from.clock_ms)
 
 
 def train(run: Run) -> Trained:
@@ -7814,7 +7822,7 @@ def train(run: Run) -> Trained:
         hp = hyper_at(h, step, clock_ms, limit_ms)
         count = shape.count(hp.growth)
         if (hp.loops, count) != (pace.loops, pace.count):
-            pace = Pace(hp.loops, count, step, clock_ms, before=pace)
+            pace = Pace(hp.loops, count, step=step, clock_ms=clock_ms, before=pace)
             log_changes(run, pace, hp.progress, shape.accum)
         batch = ready.loader.next(pace.count)
         loss = train_step(ready.passes.of(hp), ready.optimizer, batch, hp)
