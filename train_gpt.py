@@ -6143,24 +6143,28 @@ def score_targets(nats_fn: Nats, tokens: np.ndarray, scoring: ScoreSettings, m: 
     started = time.perf_counter()
     total = len(tokens) - 1
     groups = scoring.groups(tokens, scoring, scoring.batch * m.world_size)
-    ends = np.cumsum([group.windows.n for group in groups])  # of the groups, in windows
+    total_windows = sum(group.windows.n for group in groups)
     on_device = torch.from_numpy(tokens.astype(np.int32)).to(m.device)
     scores = Scored(*torch.zeros(2, total, dtype=torch.float64, device=m.device))
     learned_nats_fn = nats_fn
     batches = 0  # that this rank has scored
+    before = 0  # windows of earlier groups
     with scoring.learner() as learn:
-        for group, end in zip(groups, ends.tolist()):
+        for group in groups:
             if group.lesson.n:
                 learned_nats_fn = learn(on_device, group.lesson, group.begins)
 
             mine = group.windows.part(slice(m.rank, None, m.world_size))
-            for first in range(0, max(1, mine.n), scoring.batch):  # with no windows, compile the shape
+            # A rank without windows still runs one empty batch, to compile the shape: `Run.score` compiles on
+            # a text that may have fewer windows than there are ranks.
+            for first in range(0, max(1, mine.n), scoring.batch):
                 stop = first + scoring.batch
                 windows = mine.part(slice(first, stop))
                 score_batch(learned_nats_fn, on_device, windows, group.last, scoring, scores=scores)
-                done = min(end, end - group.windows.n + stop * m.world_size)
-                report_progress(scoring, m, batches, done=done, total=int(ends[-1]), started=started)
+                done = before + min(group.windows.n, stop * m.world_size)
+                report_progress(scoring, m, batches, done=done, total=total_windows, started=started)
                 batches += 1
+            before += group.windows.n
     return scores
 
 
