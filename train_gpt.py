@@ -2862,8 +2862,11 @@ class GPT(nn.Module):
         x0 = self.embed(tokens)
         streams = (x0,)
         kept = []
-        weights = weights or self.layer_weights()
-        for spec, change in zip(self.layers, changes or [None] * len(self.layers)):
+        if weights is None:
+            weights = self.layer_weights()
+        if changes is None:
+            changes = [None] * len(self.layers)
+        for spec, change in zip(self.layers, changes):
             w = weights[spec.layer]._replace(factors=change)
             if spec.skip >= 0:
                 gate = self.skip_gate[spec.skip] if h.skip_gates else None
@@ -2907,7 +2910,10 @@ class GPT(nn.Module):
         weights: as in trunk. factors: the factors of every sequence, (B, n), as cut_factors takes them; None:
         no change.
         """
-        *changes, output_change = [None] if factors is None else cut_factors(factors, self.h)
+        changes = None
+        output_change = None
+        if factors is not None:
+            *changes, output_change = cut_factors(factors, self.h)
         x = self.trunk(tokens, weights, changes)
         logits = self.unembed(x[:, -last:], output_change)
         nats = F.cross_entropy(logits.flatten(0, 1), targets[:, -last:].flatten(), reduction="none")
