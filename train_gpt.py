@@ -473,6 +473,11 @@ class Config:
         return self.num_visits > self.num_layers
 
     @property
+    def trains_loop(self) -> bool:
+        """Whether training loops, from the start or later; otherwise scoring alone does, or nothing."""
+        return self.has_loop and self.loop_frac < 1
+
+    @property
     def two_stream_layers(self) -> int:
         """How many of the last layers have two residual streams."""
         return self.parallel_last_n if self.parallel_form == "two_streams" else 0
@@ -4557,8 +4562,8 @@ class Optimizer:
 
         # 2. Take one norm over all gradients. Every rank has a share of each bank, and the whole flat buffer.
         squares = self.squared_norms()
-        bank_squares = squares[:-1]
-        dist.all_reduce(bank_squares)  # in place, within squares
+        bank_squares = squares[:-1]  # a view, so the sums over all ranks land in `squares`
+        dist.all_reduce(bank_squares)  # without the last one: the flat buffer is equal on every rank
         factor = self.gradient_factor(squares)
 
         scalars = StepScalars(*self.scalars.unbind())
@@ -4646,7 +4651,7 @@ def hyper_at(h: Config, step: int, elapsed_ms: float, limit_ms: float | None = N
     adam_lr_mul = fall(h.warmdown_frac)
     ramp = rise(h.muon_momentum_warmup_frac)
     momentum = h.muon_momentum_start + ramp * (h.muon_momentum - h.muon_momentum_start)
-    loops = h.has_loop and h.loop_frac < 1 and progress >= h.loop_frac
+    loops = h.trains_loop and progress >= h.loop_frac
     growth = min(1.0, progress / h.batch_growth_frac)
     return Hyper(
         progress=progress,
@@ -7345,10 +7350,9 @@ def capture_passes(run: Run, optimizer: Optimizer, sequences: int) -> Passes:
             run.log(f"pass:eager, no graph ({captured.failure})")
         return captured.backward
 
-    # Once the loop has begun, every step loops. So the last step tells whether any step loops, and the first
-    # step whether any step does not.
-    looped = capture(run.loss_fn) if hyper_at(h, h.iterations, 0.0).loops else None
-    plain = None if hyper_at(h, 0, 0.0).loops else capture(run.plain_loss_fn)
+    looped = capture(run.loss_fn) if h.trains_loop else None
+    every_step_loops = h.trains_loop and h.loop_frac == 0
+    plain = None if every_step_loops else capture(run.plain_loss_fn)
     return Passes(looped, plain)
 
 
