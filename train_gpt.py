@@ -306,7 +306,7 @@ Fraction = float  # in [0, 1]
 Decay = float  # in [0, 1)
 
 # The traits of a knob say what it is for. Those that this file reads:
-SIZE = "size"  # named if the model is too large
+SIZE = "size"  # one of the sizes that the error about too large a model lists
 FREE = "free"  # a run that resumes may change it
 STORED = "stored"  # the header of every artifact holds it
 STORED_IF_LEARNS = "stored if learns"  # only if the artifact's score uses test-time training
@@ -319,13 +319,13 @@ DATA = "data"  # says where the text lies
 OWN = "own"  # each run of a sweep or record has its own
 BACKUP = "backup"  # keeps a run from being lost; the runs of a record may differ in it, a sweep takes none
 SHARED = "shared"  # equal in all rows of a sweep, which would not compare otherwise
-SCORES = "scores"  # only scoring reads it; equal in all rows as well
+SCORES = "scores"  # only scoring reads it; like a SHARED knob, equal in all rows of a sweep
 STRIDE = "stride"  # the stride of a sliding score
-COMPILES = "compiles"  # training is compiled for each of its values, as for those of what scoring reads
-CODES = "codes"  # acts after training: in `record encodings` each row may change it
-INPUT = "input"  # in `record encodings` all rows together may change it, or DATA
+COMPILES = "compiles"  # for another value, a sweep compiles training anew, as it does for a STORED knob
+CODES = "codes"  # acts after training; each row of `record encodings` may change it
+INPUT = "input"  # `record encodings` takes one value for all its rows, as it does for a DATA knob
 BUDGET = "budget"  # ends a run
-REPORT = "report"  # changes what a log says, and no weight
+REPORT = "report"  # changes what the log says, never the weights
 BY_DEPTH = "by depth"  # may differ along a curve of `record scaling`
 
 
