@@ -1656,8 +1656,8 @@ def split_files(data_path: str, split: str) -> list[str]:
     """Return the shards of a split. Raises InputError when there are none."""
     if not os.path.isdir(data_path):
         raise InputError(
-            f"data_path={data_path}: no such data folder; `./run.sh data auto` makes one, data_path=DIR "
-            "names one"
+            f"data_path={data_path}: no such data folder; `./run.sh data download --variant NAME` makes "
+            "data/datasets/fineweb10B_NAME, data_path=DIR names another"
         )
     with explained(f"{data_path}: cannot list its files", "check its permissions"):
         os.scandir(data_path).close()  # glob would hide the error and find nothing

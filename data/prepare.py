@@ -34,6 +34,7 @@ from tokenizing import check_held_out, open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = ROOT / "data" / "datasets"
+DEFAULT_VARIANT = "sp8192"  # of FineWeb; the trainer's default data_path names its folder
 
 Verbs = argparse._SubParsersAction  # argparse has no public name for it
 
@@ -144,7 +145,8 @@ def use_offline(args: argparse.Namespace, reasons: list[str], fineweb_is_damaged
     if built.is_new or not is_known:
         report(folder, *built)
     else:
-        say(f"{shown(folder)}: the offline corpus again; FineWeb: ./run.sh data download")
+        command = f"./run.sh data download --variant {args.variant}"
+        say(f"{shown(folder)}: the offline corpus again; FineWeb: {command}")
     return folder
 
 
@@ -214,7 +216,7 @@ def add_download(verbs: Verbs) -> None:
         verbs,
         run_download,
         "fetch published FineWeb shards from the Hugging Face hub",
-        "--variant sp1024 --train-shards 10",
+        "--variant sp8192 --train-shards 10",
     )
     add_variant(parser)
     parser.add_argument(
@@ -260,7 +262,7 @@ def add_offline(verbs: Verbs) -> None:
     parser = add_verb(
         verbs, run_offline, "build a corpus without a network, from installed documentation", ""
     )
-    add_variant(parser, offline.VOCABULARIES)
+    add_variant(parser, offline.VOCABULARIES, default="sp1024")  # its text is small
     parser.add_argument(
         "--out", type=folder_name, metavar="DIR", help="dataset folder (data/datasets/offline_VARIANT)"
     )
@@ -288,15 +290,17 @@ def add_verify(verbs: Verbs) -> None:
         verbs,
         run_verify,
         "check every byte of a dataset folder; one line per problem",
-        "data/datasets/fineweb10B_sp1024",
+        "data/datasets/fineweb10B_sp8192",
     )
     parser.add_argument("folder", type=folder_name, metavar="DIR", help="dataset folder")
 
 
-def add_variant(parser: Parser, variants: Iterable[str] = download.VARIANTS) -> None:
+def add_variant(
+    parser: Parser, variants: Iterable[str] = download.VARIANTS, default: str = DEFAULT_VARIANT
+) -> None:
     """Add the option --variant."""
     parser.add_argument(
-        "--variant", choices=sorted(variants), default="sp1024", help="tokenizer family (sp1024)"
+        "--variant", choices=sorted(variants), default=default, help=f"tokenizer family ({default})"
     )
 
 

@@ -59,7 +59,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("preset", t.PRESETS)
 def test_data_has_the_vocabulary_of_the_run(preset, asked):
-    options = {1024: [], 8192: ["--variant", "sp8192"], 50_304: ["--variant", "gpt2"]}
+    options = {1024: ["--variant", "sp1024"], 8192: ["--variant", "sp8192"], 50_304: ["--variant", "gpt2"]}
     run = resolved(f"preset={preset}")
     datasets.find_training_data(run, 1)
     shards = [] if run.is_for_a_laptop else ["--train-shards", str(datasets.shards_wanted(run, 1))]

@@ -183,7 +183,11 @@ def test_an_artifact_is_scored_on_the_data_of_its_log(tree):
 
 @pytest.mark.parametrize(
     "vocab_size, call",
-    [("1024", "data/prepare.py auto"), ("8192", "data/prepare.py auto --variant sp8192"), ("320", None)],
+    [
+        ("1024", "data/prepare.py auto --variant sp1024"),
+        ("8192", "data/prepare.py auto --variant sp8192"),
+        ("320", None),
+    ],
 )
 @pytest.mark.parametrize("command", ["eval", "audit"])
 def test_an_artifact_without_a_log_is_scored_on_data_in_its_vocabulary(tree, command, vocab_size, call):

@@ -32,9 +32,9 @@ def test_preset_by_machine(tree, gpus, preset, launcher):
     pattern = rf"{re.escape(launcher)} train {settings}"
     assert re.fullmatch(pattern, tree.train_call()), tree.train_call()
     processes = re.findall(r"ranks.py (\d)", launcher)
-    variant = " --variant sp8192" if preset == "h100x1" else ""
+    variant = "sp8192" if preset == "h100x1" else "sp1024"
     shards = f" --train-shards {10 * int(processes[0])}" if processes else ""
-    assert tree.calls()[0] == "data/prepare.py auto" + variant + shards
+    assert tree.calls()[0] == f"data/prepare.py auto --variant {variant}{shards}"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_sample_takes_the_tokenizer_of_the_data(tree, tmp_path):
     (tree.root / "x.int6.xz").write_text("1024")
     assert tree.run("sample", "x.int6.xz", "prompt=a river").returncode == 0
     assert tree.calls() == [
-        "data/prepare.py auto",
+        "data/prepare.py auto --variant sp1024",
         "-m use.sample x.int6.xz data_path=made/here prompt=a river",
     ]
     assert tree.run("sample", "x.int6.xz", TOKENIZER_PATH="t.model").returncode == 0

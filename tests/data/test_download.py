@@ -1,6 +1,7 @@
 """The verbs `download` and `auto`, with a hub in a folder."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import offline
 import prepare
 import shards
 import tokenizing
+import train_gpt
 from tests.data.data_cases import content, make_documents, one_line, replaced
 
 
@@ -85,7 +87,7 @@ def hub(tmp_path, model, monkeypatch):
         first_train=0,
         val_scored=scored,
     )
-    monkeypatch.setitem(download.VARIANTS, "sp1024", variant)
+    monkeypatch.setitem(download.VARIANTS, prepare.DEFAULT_VARIANT, variant)
     return SimpleNamespace(remote=remote, folder=folder, calls=calls, val=val, api=huggingface_hub)
 
 
@@ -209,11 +211,11 @@ def test_a_tokenizer_cut_on_its_way_is_refused(tmp_path, hub, monkeypatch, capsy
 
 def test_two_variants_do_not_share_a_folder(tmp_path, hub, monkeypatch, capsys):
     out = tmp_path / "got"
-    monkeypatch.setitem(download.VARIANTS, "sp8192", download.VARIANTS["sp1024"])
+    monkeypatch.setitem(download.VARIANTS, "sp1024", download.VARIANTS["sp8192"])
     assert prepare.main(["download", "--out", str(out)]) == 0
     before = content(out)
-    assert prepare.main(["download", "--variant", "sp8192", "--out", str(out)]) == 2
-    assert "holds another dataset (sp1024, not sp8192); choose another --out" in one_line(capsys)
+    assert prepare.main(["download", "--variant", "sp1024", "--out", str(out)]) == 2
+    assert "holds another dataset (sp8192, not sp1024); choose another --out" in one_line(capsys)
     assert content(out) == before
 
 
@@ -226,7 +228,7 @@ def test_download_leaves_other_datasets_alone(hub, files, capsys):
 
     assert prepare.main([*replaced(files.args, name="fineweb"), "--replace"]) == 0
     assert prepare.main(["download", "--out", str(files.out)]) == 2
-    assert "holds another dataset (text, not sp1024)" in one_line(capsys)
+    assert "holds another dataset (text, not sp8192)" in one_line(capsys)
 
 
 def test_download_repairs_a_damaged_manifest(tmp_path, hub):
@@ -283,6 +285,25 @@ def test_download_refuses_a_validation_split_that_begins_inside_a_document(tmp_p
     assert "not BOS (1); the hub's copy has changed" in one_line(capsys)
 
 
+@pytest.mark.parametrize("verb", ["download", "auto"])
+def test_the_default_dataset_is_the_one_that_the_trainer_reads_by_default(verb):
+    variant = prepare.make_parser().parse_args([verb]).variant
+    assert prepare.variant_folder(variant) == prepare.ROOT / train_gpt.Config().data_path
+
+
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_the_remedy_for_missing_data_makes_what_a_preset_reads(preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data_path = train_gpt.load_config([f"preset={preset}"], {}).data_path
+    with pytest.raises(train_gpt.InputError) as e:
+        train_gpt.split_files(data_path, "train")
+    remedy = str(e.value).partition("; ")[2]
+    command, made = re.match(r"`./run.sh data (.+)` makes (\S+),", remedy).groups()
+    variant = re.fullmatch(made.replace("NAME", "(.+)"), data_path)[1]
+    args = prepare.make_parser().parse_args(command.replace("NAME", variant).split())
+    assert prepare.variant_folder(args.variant) == prepare.ROOT / data_path
+
+
 def test_official_constants():
     assert download.VARIANTS["sp1024"].val_scored == 62_021_632
     assert download.SEQUENCE == 2048
@@ -322,22 +343,23 @@ def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(download, "probe_hub", gone)
-        corpus = tmp_path / "datasets" / "offline_sp1024"
+        corpus = tmp_path / "datasets" / "offline_sp8192"
         assert run() == f"data_path={corpus}\n"
         assert said[:3] == [
-            f"{tmp_path / 'datasets' / 'fineweb10B_sp1024'}: not there yet",
+            f"{tmp_path / 'datasets' / 'fineweb10B_sp8192'}: not there yet",
             "the Hugging Face hub is not reachable (unplugged)",
             f"using the offline corpus in {corpus} instead",
         ]
         assert run() == f"data_path={corpus}\n"  # which is no news the second time
-        assert said == [f"{corpus}: the offline corpus again; FineWeb: ./run.sh data download"]
-        assert run("--variant", "sp8192") == f"data_path={tmp_path / 'datasets' / 'offline_sp8192'}\n"
+        command = "./run.sh data download --variant sp8192"
+        assert said == [f"{corpus}: the offline corpus again; FineWeb: {command}"]
+        assert run("--variant", "sp1024") == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
         assert run("--variant", "gpt2") == f"data_path={tmp_path / 'datasets' / 'offline_sp1024'}\n"
     for variant, pieces in offline.VOCABULARIES.items():
         manifest = shards.load_manifest(tmp_path / "datasets" / f"offline_{variant}")
         assert manifest["tokenizer"]["vocab_size"] == pieces
 
-    fineweb = tmp_path / "datasets" / "fineweb10B_sp1024"
+    fineweb = tmp_path / "datasets" / "fineweb10B_sp8192"
     assert run("--train-shards", "2") == f"data_path={fineweb}\n"
     monkeypatch.setattr(download, "probe_hub", gone)
     assert run() == f"data_path={fineweb}\n" and said == []
@@ -345,7 +367,7 @@ def test_auto(tmp_path, hub, sources, monkeypatch, capsys):
     assert said == [f"{fineweb}: 2 of 3 train shards, the Hugging Face hub is not reachable (unplugged)"]
 
     (fineweb / "fineweb_val_000000.bin").unlink()
-    assert "offline_sp1024" in run()
+    assert "offline_sp8192" in run()
     assert "fineweb_val_000000.bin: no such file" in said[0] and "unplugged" in said[1]
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
-    assert run() == "data_path=datasets/offline_sp1024\n"
+    assert run() == "data_path=datasets/offline_sp8192\n"

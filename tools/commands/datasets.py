@@ -20,7 +20,7 @@ from script import ROOT, BadInput
 DATASETS = ROOT / "data/datasets"  # where data/prepare.py puts data, unless told otherwise
 GPT2 = ["--variant", "gpt2"]
 # Options of data/prepare.py by vocabulary size
-VARIANTS = {1024: [], 8192: ["--variant", "sp8192"], 50_257: GPT2, 50_304: GPT2}
+VARIANTS = {1024: ["--variant", "sp1024"], 8192: ["--variant", "sp8192"], 50_257: GPT2, 50_304: GPT2}
 SHARD_TOKENS = 100_000_000  # of FineWeb, 200 MB
 SHARDS_PER_PROCESS = 10  # about what an H100 trains on in ten minutes
 
