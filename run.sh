@@ -156,9 +156,13 @@ use_flash4() {    # use_flash4 WORDS...: FlashAttention-4 into .venv if a GPU ca
 
 # ----------------------------------------------------------------------------- hand over
 
-wants_help() {    # help needs no packages; data, record and test have options of their own, -h among them
+wants_help() {    # help needs no packages; test and the verbs of data and record have options of their own
     local word
-    case ${1:-} in help) return 0 ;; data | record | test) return 1 ;; esac
+    case ${1:-} in
+        help) return 0 ;;
+        test) return 1 ;;
+        data | record) case ${2:-} in -h | --help) return 0 ;; *) return 1 ;; esac ;;
+    esac
     for word in "$@"; do
         case $word in -h | --help) return 0 ;; esac
     done

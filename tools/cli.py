@@ -43,7 +43,20 @@ def config(request: Request) -> int:
     return run(["train_gpt.py", "config", *with_preset(request.knobs, count_gpus())])
 
 
-DATA_VERBS = ("auto", "download", "offline", "text", "verify")
+DATA_VERBS = {  # with the line of help that data/prepare.py has for each
+    "download": "fetch published FineWeb shards from the Hugging Face hub",
+    "text": "turn documents into shards: .txt (separated by NUL), .jsonl, both also .zst",
+    "offline": "build a corpus without a network, from installed documentation",
+    "auto": "get FineWeb if it is reachable, else build the offline corpus; prints data_path=DIR",
+    "verify": "check every byte of a dataset folder; one line per problem",
+}
+DATA_HELP = """\
+usage: ./run.sh data VERB ...
+
+{verbs}
+
+./run.sh data VERB --help lists the options of a verb. It needs the packages of requirements.txt.
+"""
 
 
 def check_data(request: Request) -> None:
@@ -54,7 +67,11 @@ def check_data(request: Request) -> None:
 
 
 def data(request: Request) -> int:
-    """Run a verb of data/prepare.py, in the caller's folder."""
+    """Run a verb of data/prepare.py, in the caller's folder, or list the verbs, which needs no packages."""
+    if request.words[:1] in (["-h"], ["--help"]):
+        verbs = "\n".join(f"  {verb:<10}{summary}" for verb, summary in DATA_VERBS.items())
+        print(DATA_HELP.format(verbs=verbs), end="", flush=True)
+        return 0
     return run([str(ROOT / "data/prepare.py"), *request.words])
 
 

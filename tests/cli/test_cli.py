@@ -131,7 +131,16 @@ def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
 
 def test_the_verbs_of_data_are_those_of_its_program():
     verbs = next(action for action in prepare.make_parser()._actions if action.dest == "verb")
-    assert sorted(cli.DATA_VERBS) == sorted(verbs.choices)
+    assert cli.DATA_VERBS == {verb.dest: verb.help for verb in verbs._choices_actions}
+
+
+@pytest.mark.parametrize("command", ["data", "record"])
+def test_the_help_of_a_command_with_verbs_lists_them_without_packages(command):
+    program = [sys.executable, "-S", "tools/cli.py", command, "--help"]  # -S: without site-packages
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    verbs = cli.DATA_VERBS if command == "data" else [*lab_verbs.MEASURED, "verify"]
+    assert all(re.search(rf"^ +{verb} ", done.stdout, re.M) for verb in verbs), done.stdout
 
 
 def test_run_sh_asks_which_commands_run_attention():

@@ -34,9 +34,14 @@ def test_help_needs_no_packages(tree):
     for args in (["--help"], ["train", "--help"], ["bench", "--json", "x.json", "-h"]):
         done = tree.run(*args, BANKSHOT_PYTHON="")
         assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh"), done
+    done = tree.run("data", "--help", BANKSHOT_PYTHON="")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh data VERB"), done
     refused(tree.run("fly", BANKSHOT_PYTHON=""), "'fly'")
     refused(tree.run("eval", "gone.int6.xz", BANKSHOT_PYTHON=""), "gone.int6.xz")
-    assert tree.calls() == [] and not (tree.root / ".venv").exists()
+    assert tree.calls() == []
+
+    assert tree.run("record", "-h", BANKSHOT_PYTHON="").returncode == 0
+    assert tree.calls() == [f"ledger.record -h in {tree.root}"] and not (tree.root / ".venv").exists()
 
 
 def test_bad_input_is_one_line(tree):
