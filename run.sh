@@ -175,9 +175,13 @@ if [ -n "${BANKSHOT_PYTHON:-}" ]; then
     command -v "$py" >/dev/null 2>&1 ||
         die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program: give the path of a Python interpreter"
     case ${1:-train} in data | record) packages=numpy ;; esac
-    wants_help "$@" || has_packages $packages ||
+    if ! wants_help "$@" && ! has_packages $packages; then
+        if supported "$(version_of "$py")"; then
+            "$py" "$cli" --check "$@" || exit    # a misspelt command is refused before packages are asked for
+        fi
         die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON lacks one of ${packages// /, };" \
             "run $py -m pip install -r requirements.txt"
+    fi
 elif wants_help "$@"; then
     py=$(venv_python) || py=$(find_python)
 else

@@ -104,6 +104,10 @@ def test_a_prepared_interpreter_without_packages_is_refused(tree):
     tree.tool("bare", BARE_PYTHON.replace("@FAKE@", str(tree.bin / "python3")))
     lacks = "BANKSHOT_PYTHON=bare lacks one of numpy, torch, sentencepiece; "
     refused(tree.run("config", BANKSHOT_PYTHON="bare"), f"{lacks}run bare -m pip install -r requirements.txt")
+    refused(tree.run("trian", BANKSHOT_PYTHON="bare"), "unknown command 'trian'")  # which no package mends
+    refused(tree.run("data", "fly", BANKSHOT_PYTHON="bare"), "unknown verb 'fly' of data")
+    tree.tool("old", "#!/bin/sh\ncase $2 in *version_info*) echo 3.9 ;; *) exit 1 ;; esac\n")
+    refused(tree.run("trian", BANKSHOT_PYTHON="old"), "BANKSHOT_PYTHON=old lacks")  # it cannot read cli.py
     assert tree.calls() == []
 
 
