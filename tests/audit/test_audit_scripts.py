@@ -101,6 +101,7 @@ def test_needs_are_what_the_auditor_reaches():
         *older_scripts.CODEC_NEEDS,
         *older_scripts.METRIC_NEEDS,
         *older_scripts.WINDOW_NEEDS,
+        "document_groups",  # asked for only if a score has groups
     }
     assert reached == {*audit.NEEDS, *audit.TTT_NEEDS, *optional}
 
