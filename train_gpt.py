@@ -199,15 +199,15 @@ def explained(problem: str, remedy: str, *errors: type[Exception]) -> Iterator[N
         raise InputError(f"{problem} ({reason}); {remedy}") from None
 
 
-def read_file(path: str, most: int = 1 << 28) -> bytes:
-    """Return the first `most` bytes of a regular file; -1: all, however much memory they take.
+def read_file(path: str, limit: int = 1 << 28) -> bytes:
+    """Return the first `limit` bytes of a regular file; limit=-1 reads everything, whatever its size.
 
     Raises OSError for anything else: a pipe may never end.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a file", path)
     with open(path, "rb") as f:
-        return f.read(most)
+        return f.read(limit)
 
 
 def write_atomic(path: str, *chunks: bytes | np.ndarray) -> None:
@@ -794,13 +794,13 @@ def at_most(key: str, limit: str, h: Config) -> Relation:
 
 
 def above_zero(key: str, h: Config) -> Relation:
-    """Return the relation that a knob is not 0, which other knobs of its kind may be."""
+    """Return the relation that a knob is above 0; its kind alone would allow 0."""
     value = getattr(h, key)
     return Relation(value > 0, f"{key}={value:g} must be above 0")
 
 
 def fits_memory(key: str, h: Config) -> Relation:
-    """Return the relation that a batch of so many tokens is not larger than any memory."""
+    """Return the relation that a batch has at most MAX_TOKENS tokens; no machine has room for more."""
     tokens = getattr(h, key)
     return Relation(
         tokens <= MAX_TOKENS,
@@ -1381,7 +1381,7 @@ class Log:
 
 
 def lost_another_rank(error: Exception) -> bool:
-    """Return whether an error only says that another process of the group is gone."""
+    """Return whether an error is merely the consequence of another rank's death."""
     said = ("gloo", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in said)
@@ -1424,7 +1424,10 @@ def memory_remedy(doing: str, remedy: str) -> Iterator[None]:
 
 
 def known_fault(error: Exception) -> OneLineError | None:
-    """Return the one line for an error that is one, or that memory or a variable explains, else None."""
+    """Return a one-line error for `error`: itself, or one that names the lack of memory or a wrong variable.
+
+    None: no known fault explains it.
+    """
     if isinstance(error, OneLineError):
         return error
     if is_out_of_memory(error):
@@ -1604,7 +1607,7 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     InputError when header and size disagree, or a token is not below vocab_size.
     """
     with reading_shard(path):
-        raw_header = read_file(path, SHARD_HEADER_BYTES)
+        raw_header = read_file(path, limit=SHARD_HEADER_BYTES)
         size = os.path.getsize(path)
     header = np.frombuffer(raw_header.ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -1616,7 +1619,7 @@ def load_shard(path: str, vocab_size: int = 65_536) -> np.ndarray:
     raw = b""
     if size == expected:  # a file that is no shard may be larger than the memory
         with reading_shard(path):
-            raw = read_file(path, -1)
+            raw = read_file(path, limit=-1)
     if len(raw) != expected or header[2] < 0:
         raise InputError(
             f"{path}: {size} bytes but its header says {expected}; download it or prepare it again"
@@ -1758,7 +1761,7 @@ def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None
             fault = "length"
         elif by_content and entry.sha256:
             with explained(f"{files[name]}: cannot read the shard", "check its permissions"):
-                fault = "sha256" if sha256(read_file(files[name], -1)) != entry.sha256 else ""
+                fault = "sha256" if sha256(read_file(files[name], limit=-1)) != entry.sha256 else ""
         if fault:
             raise InputError(
                 f"{files[name]}: its {fault} disagrees with manifest.json; download it or prepare it again"
@@ -3412,7 +3415,10 @@ def call_of(function: Callable, inputs: list[Tensor]) -> Callable[[], None]:
 
 
 def launch_of(m: Machine, call: Callable[[], None]) -> Callable[[], None] | None:
-    """Return what launches a call as training does, as a graph if it can be captured; None if it fails."""
+    """Return a function that launches `call` as training would: a CUDA graph, or `call` if capture fails.
+
+    None: `call` itself fails.
+    """
     try:
         for _ in range(3):
             with m.lanes() as lane, lane():
@@ -6432,7 +6438,7 @@ def checkpoint_files(base: str) -> list[str]:
 
 def read_checkpoint(path: str) -> SavedPart:
     """Read one file. Raises OSError if it is missing, ValueError if damaged."""
-    blob = read_file(path, -1)
+    blob = read_file(path, limit=-1)
     if hashlib.sha256(blob[:-DIGEST_BYTES]).digest() != blob[-DIGEST_BYTES:]:
         raise ValueError(f"{path}: checksum mismatch")
     end = 4 + int.from_bytes(blob[:4], "little")
@@ -7417,8 +7423,8 @@ class WarmUp(NamedTuple):
     calibrate_ms: float  # how long the rehearsal of calibration took on this rank; 0: there was none
 
 
-def score_nothing(run: Run) -> None:
-    """Compile the pass that scores, on zeros. Logs it if the memory holds only part of its batch."""
+def compile_scoring(run: Run) -> None:
+    """Compile the scoring pass by scoring zeros. Logs it if only part of the batch fits in memory."""
     T = run.h.eval_seq_len
     B = run.h.eval_batch_tokens // T
     # Two tensors: a graph for one that is given twice would not serve any other batch.
@@ -7446,7 +7452,7 @@ def warmup(run: Run, optimizer: Optimizer, ema: Ema, loader: TokenLoader) -> War
             run.m.sync()
             run.log(f"warmup_step:{i + 1}/{h.warmup_steps}")
 
-    score_nothing(run)
+    compile_scoring(run)
     optimizer.restore(saved)
     del saved  # the rehearsal gets the memory that calibration will have on the clock: no copy of the state
     ema.reset()
@@ -8162,7 +8168,7 @@ def read_model(path: str, argv: list[str], env: Mapping[str, str]) -> StoredMode
     knobs = read_knobs(argv, {k: v for k, v in env.items() if k.lower() not in fixed})
 
     with explained(f"{path}: cannot read the artifact", "name a file that train wrote"):
-        blob = read_file(path, MAX_WEIGHTS)
+        blob = read_file(path, limit=MAX_WEIGHTS)
 
     try:
         header, payload = open_artifact(blob)
