@@ -1260,8 +1260,6 @@ LINGER_S = 1  # how long a rank waits before it exits after another failed: torc
 HANGUP = getattr(signal, "SIGHUP", None)  # sent when a terminal is closed, not on Windows
 STOP_SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 ECHO_S = 3  # signals this close together count as one: torchrun repeats the terminal's Ctrl-C
-SAME = None  # for Log: print the line that the file gets
-NOTHING = ""  # for Log: print nothing
 
 
 class Log:
@@ -1329,11 +1327,20 @@ class Log:
             os.remove(self.path)
         self.close()
 
-    def __call__(self, line: str, console: str | None = SAME) -> None:
-        """Append a line to the file, and print the same line, another text or nothing.
+    def __call__(self, line: str, console: str | None = None) -> None:
+        """Append a line to the file, and print the text for the console; None: the same line.
 
         The file keeps the formats that tools parse; the console is for people. Raises InputError on failure.
         """
+        if self.file is None:
+            return
+        self.to_file(line)
+        with suppress(OSError, InputError):  # a run goes on without a console: the log has everything
+            self.status("")
+            show(line if console is None else console)
+
+    def to_file(self, line: str) -> None:
+        """Append a line to the file and print nothing. Raises InputError on failure."""
         if self.file is None:
             return
         try:
@@ -1344,11 +1351,6 @@ class Log:
                 self.close()
                 raise
             self.move(line, str(e))
-        text = line if console is SAME else console
-        if text != NOTHING:
-            with suppress(OSError, InputError):  # a run goes on without a console: the log has everything
-                self.status("")
-                show(text)
 
     def move(self, line: str, reason: str) -> None:
         """Go on with `line` in a copy of the log elsewhere, and say where on stderr. Raises InputError."""
@@ -1377,7 +1379,10 @@ class Log:
         self.status(text)
         if now - max(self.told_at, started) > PROGRESS_S:
             self.told_at = now
-            self(text, console=NOTHING if self.on_terminal else SAME)
+            if self.on_terminal:
+                self.to_file(text)
+            else:
+                self(text)
 
 
 def lost_another_rank(error: Exception) -> bool:
@@ -7030,7 +7035,7 @@ def start_run(
     if log.goes_on:
         log(f"\n{machine}")  # after a line that may have been cut
     elif log.file:
-        log(own_source(), console=NOTHING)
+        log.to_file(own_source())
         rule = "=" * 100
         lines = [
             rule,
@@ -7042,7 +7047,7 @@ def start_run(
             "config:",
             *(f"  {key}: {value}" for key, value in sorted(asdict(h).items())),
         ]
-        log("\n".join(lines), console=NOTHING)
+        log.to_file("\n".join(lines))
         log(f"preset: {h.preset}\n{machine}")
 
     if not m.is_gpu and torch.backends.mps.is_available():
@@ -7958,7 +7963,7 @@ def score_artifact(run: Run) -> FinalScore:
             f"eval_time:{score.ms:.0f}ms",
             console=f"artifact, {metric.name}: {score.sentence}",
         )
-        run.log(f"{label}_exact {score.exact}", console=NOTHING)
+        run.log.to_file(f"{label}_exact {score.exact}")
         run.phases["eval"] += score.ms
         final = FinalScore(f"int6_{coder}_{metric.name}", score)
 
@@ -7999,14 +8004,14 @@ def score_trained(run: Run, trained: Trained) -> TrainedScores:
     live = validate(run, trained.steps, trained.train_ms)
     torch._foreach_copy_(trained.ema.params, trained.ema.average)
     averaged = run.score("ema", h.eval_seq_len)
-    run.log(f"final_live {live.exact} eval_time:{live.ms:.0f}ms", console=NOTHING)
+    run.log.to_file(f"final_live {live.exact} eval_time:{live.ms:.0f}ms")
     run.log(
         f"final_ema {averaged.exact} eval_time:{averaged.ms:.0f}ms",
         console=f"averaged weights: {averaged.sentence}",
     )
     nats = unigram_nats(h, run.held_out("val")[1:])
     unigram = bpb(nats, live.bytes)
-    run.log(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}", console=NOTHING)
+    run.log.to_file(f"unigram val_loss:{nats / live.tokens:.4f} val_bpb:{unigram:.4f}")
     return TrainedScores(live, unigram)
 
 
@@ -8024,10 +8029,9 @@ def score_submission(run: Run, written: str, bytes_code: int) -> Submission:
     blob = run.m.of_rank_0(Path(written).read_bytes() if run.m.rank == 0 else b"")
     bytes_total = len(blob) + bytes_code
     coder = CODECS[run.h.codec].label
-    run.log(
+    run.log.to_file(
         f"Serialized model int6+{coder}: {len(blob)} bytes\nCode size: {bytes_code} bytes\n"
-        f"Total submission size int6+{coder}: {bytes_total} bytes",
-        console=NOTHING,
+        f"Total submission size int6+{coder}: {bytes_total} bytes"
     )
     run.model.load_state_dict(run.time_phase("decompress", unpack_artifact, blob))
     return Submission(score_artifact(run), bytes_total, bytes_code, sha256(blob))
@@ -8088,10 +8092,7 @@ def conclude(run: Run, trained: Trained, path: str) -> int:
     scores = score_trained(run, trained)
     submission = score_submission(run, written, code_bytes) if h.makes_artifact else None
 
-    log(
-        "phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES),
-        console=NOTHING,
-    )
+    log.to_file("phase_times " + " ".join(f"{phase}:{run.phases.get(phase, 0):.0f}ms" for phase in PHASES))
     over = submission.bytes_total - h.size_cap if submission else 0
     if over > 0:
         log(
