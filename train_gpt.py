@@ -1761,13 +1761,14 @@ def check_files(h: Config, manifest: dict, split: str, by_content: bool) -> None
         )
 
     for name, entry in listed.items():
-        fault = ""
+        fault = None
         if os.path.getsize(files[name]) != SHARD_HEADER_BYTES + 2 * entry.tokens:
             fault = "length"
         elif by_content and entry.sha256:
             with explained(f"{files[name]}: cannot read the shard", "check its permissions"):
-                fault = "sha256" if sha256(read_file(files[name], limit=-1)) != entry.sha256 else ""
-        if fault:
+                if sha256(read_file(files[name], limit=-1)) != entry.sha256:
+                    fault = "sha256"
+        if fault is not None:
             raise InputError(
                 f"{files[name]}: its {fault} disagrees with manifest.json; download it or prepare it again"
             )
