@@ -3648,8 +3648,9 @@ def flash4_trial(h: Config, qkv: list[Tensor], judge: Judge) -> tuple[Rejection,
     enable_only(*SDPA_KERNELS)
     documents = number_documents(torch.arange(512, device=qkv[0].device).view(2, 256) % 90, 0)
     rejected = ()
-    for windowed, doc_mask in sorted({(window > 0, doc_mask) for window, doc_mask in masks_of(h)}):
-        options = dict(window=50 if windowed else 0, documents=documents if doc_mask else None)
+    kinds = {mask._replace(window=50 if mask.window else 0) for mask in masks_of(h)}
+    for mask in sorted(kinds):
+        options = dict(window=mask.window, documents=documents if mask.doc_mask else None)
         reference = partial(attend_sdpa, **options)
         bound = bind(partial(attend_flash4, **options), reference, qkv, "flash4")
         rejected += judge.agree_on(bound, reference).rejected
@@ -3679,11 +3680,11 @@ def attention_times(
     documents = number_documents(torch.arange(B * T, device=device).view(B, T) % 1000, 0)
     masks = masks_of(h)
     means = dict.fromkeys(candidates, 0.0)
-    for window, doc_mask in sorted(set(masks)):
-        options = dict(window=window, documents=documents if doc_mask else None)
+    for mask in sorted(set(masks)):
+        options = dict(window=mask.window, documents=documents if mask.doc_mask else None)
         functions = {name: partial(one.attend, **options) for name, one in candidates.items()}
         for name, ms in judge.measure(functions, partial(draw_heads, h, device, B, T)).items():
-            means[name] += ms * masks.count((window, doc_mask)) / len(masks)
+            means[name] += ms * masks.count(mask) / len(masks)
     return means
 
 
