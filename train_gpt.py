@@ -1246,10 +1246,12 @@ def with_gpu(m: Machine) -> Machine:
 
 
 def machine_report(m: Machine) -> str:
-    """Return nvidia-smi's report, or the processor's name where there is none, and the number of cores."""
+    """Return nvidia-smi's report, else the processor's name, else the device's, and the number of cores."""
     ask = "nvidia-smi || grep -m1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string"
-    ask += f" || echo {m.device_name}"
-    return subprocess.getoutput(f"({ask}) 2>/dev/null") + f" cores:{os.cpu_count()}"
+    status, report = subprocess.getstatusoutput(f"({ask}) 2>/dev/null")
+    if status != 0:
+        report = m.device_name
+    return f"{report} cores:{os.cpu_count()}"
 
 
 # -----------------------------------------------------------------------------

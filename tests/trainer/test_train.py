@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,13 @@ def test_the_log_begins_with_the_source():
     assert versions[0].startswith(f"Running Python {sys.version.split()[0]}")
     assert versions[1] == f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"
     assert versions[2].startswith("Running Triton version ") and len(versions) >= 4
+
+
+def test_the_name_of_a_device_is_never_run_as_a_command(tmp_path, monkeypatch):
+    """Where no program tells what the machine is, the report is the device's name as it stands."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    name = "GPU (it's $HOME; no command)"
+    assert t.machine_report(SimpleNamespace(device_name=name)) == f"{name} cores:{os.cpu_count()}"
 
 
 def test_the_log_holds_the_resolved_config():
