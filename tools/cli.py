@@ -44,10 +44,10 @@ def config(request: Request) -> int:
 
 
 DATA_VERBS = {  # with the line of help that data/prepare.py has for each
-    "download": "fetch published FineWeb shards from the Hugging Face hub",
-    "text": "turn documents into shards: .txt (separated by NUL), .jsonl, both also .zst",
-    "offline": "build a corpus without a network, from installed documentation",
     "auto": "get FineWeb if it is reachable, else build the offline corpus; prints data_path=DIR",
+    "download": "fetch published FineWeb shards from the Hugging Face hub",
+    "offline": "build a corpus without a network, from installed documentation",
+    "text": "turn documents into shards: .txt (separated by NUL), .jsonl, both also .zst",
     "verify": "check every byte of a dataset folder; one line per problem",
 }
 DATA_HELP = """\
