@@ -114,7 +114,7 @@ def run_auto(args: argparse.Namespace) -> None:
     if not problems:
         present_shards = len(shards.load_manifest(folder)["splits"]["train"]["shards"])
 
-    unreachable = ""
+    unreachable = None  # why the hub is
     if problems or (args.train_shards or 0) > present_shards:
         try:
             download.download_dataset(args.variant, args.train_shards or 1, folder)
@@ -124,7 +124,7 @@ def run_auto(args: argparse.Namespace) -> None:
     if problems:
         fineweb_is_damaged = (folder / shards.MANIFEST).exists()
         folder = use_offline(args, [problems[0], unreachable], fineweb_is_damaged)
-    elif unreachable:
+    elif unreachable is not None:
         say(f"{shown(folder)}: {present_shards} of {args.train_shards} train shards, {unreachable}")
     answer(f"data_path={shown(folder)}")
 

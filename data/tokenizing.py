@@ -279,12 +279,12 @@ UNKNOWN_TEXT = (
 )
 
 
-def find_unknown(paths: list[Path], unknown: int) -> str:
-    """Return what is wrong with the first held-out shard that has unknown pieces, "" if none has."""
+def find_unknown(paths: list[Path], unknown: int) -> str | None:
+    """Return what is wrong with the first held-out shard that has unknown pieces, None if none has."""
     for path in paths:
         if count := np.count_nonzero(shards.load_tokens(path) == unknown):
             return f"{path}: {count} tokens are the unknown piece: {UNKNOWN_TEXT}"
-    return ""
+    return None
 
 
 def check_held_out(folder: str | Path, manifest: shards.Manifest) -> list[str]:
@@ -298,7 +298,7 @@ def check_held_out(folder: str | Path, manifest: shards.Manifest) -> list[str]:
         find_unknown([Path(folder) / shard["file"] for shard in about["shards"]], unknown)
         for about in splits.values()
     ]
-    return [problem for problem in found if problem]
+    return [problem for problem in found if problem is not None]
 
 
 def count_bytes(paths: list[Path], tokenizer: Tokenizer, limit: int) -> ByteCount:
@@ -308,7 +308,8 @@ def count_bytes(paths: list[Path], tokenizer: Tokenizer, limit: int) -> ByteCoun
     """
     coder = tokenizer.load()
     total = scored = position = 0
-    if problem := find_unknown(paths, coder.unknown):
+    problem = find_unknown(paths, coder.unknown)
+    if problem is not None:
         raise BadInput(problem)
     for batch in document_batches(paths, tokenizer.bos_id):
         documents = [without_bos(document, tokenizer.bos_id) for document in batch]

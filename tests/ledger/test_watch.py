@@ -49,7 +49,7 @@ def append(path: Path, text: str) -> None:
 
 def test_a_log_is_followed_to_its_score(log):
     followed = Followed(log)
-    assert followed.refresh() and followed.end == ""
+    assert followed.refresh() and followed.end is None
     assert watch.phase_of(followed) == "training"
     assert fraction_done(followed.run) == pytest.approx(followed.run.steps[-1].time_ms / 300_000)
     assert not followed.refresh()
@@ -69,7 +69,7 @@ def test_a_lock_that_is_let_go_without_a_score_ends_a_run(log):
     with log.open("a") as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
         os.utime(log, (time.time() - 9999, time.time() - 9999))  # a long phase without a line
-        assert followed.refresh() and followed.end == ""
+        assert followed.refresh() and followed.end is None
         with log.open() as reader, pytest.raises(BlockingIOError):  # the watcher has not taken the lock away
             fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
     assert followed.refresh() and followed.end == "stopped without a score"
@@ -85,7 +85,7 @@ def test_a_log_that_is_just_beginning_is_no_error(tmp_path):
         writer.flush()
         followed = Followed(path)
         followed.refresh()
-        assert followed.end == "" and watch.phase_of(followed) == "starting"
+        assert followed.end is None and watch.phase_of(followed) == "starting"
         assert watch.run_view(followed)["facts"] == []
         writer.write("".join(LINES[1 : FIRST_STEP - 1]))
         writer.flush()
@@ -109,12 +109,12 @@ def test_a_silent_log_that_nobody_locks_ends(log):
         ("rank 1: out of memory; lower micro_batch_tokens\n", "out of memory; lower micro_batch_tokens"),
         ("rank 0: another rank is gone; its reason\nrank 1: no disk\n", "no disk"),
         ("rank 0: Traceback (most recent call last):\n  File x\n    y\nValueError: z\n", "ValueError: z"),
-        ("rank 0: no disk\nresumed step:50 of x\nstep:51/9 train_loss:1\n", ""),
-        ("a line\n", ""),
+        ("rank 0: no disk\nresumed step:50 of x\nstep:51/9 train_loss:1\n", None),
+        ("a line\n", None),
     ],
 )
 def test_the_reason_of_a_failure_is_read_from_the_log(log, lines, reason):
-    assert failure_of(log.read_text()) == ""  # whatever the source at its head says
+    assert failure_of(log.read_text()) is None  # whatever the source at its head says
     append(log, lines)
     assert failure_of(log.read_text()) == reason
 

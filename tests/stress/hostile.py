@@ -61,7 +61,7 @@ class Row(NamedTuple):
     def text(self):
         """A line of the table."""
         name = f"{self.group.name:<12} {self.case.name[:56]:<56} {self.case.expectation[:52]:<52}"
-        if self.verdict.skipped:
+        if self.verdict.skipped is not None:
             return f"{name} skipped: {self.verdict.skipped}"
         faults = "; ".join(self.verdict.faults)
         return f"{name} {faults or 'behaved'} {self.verdict.seconds:.1f} s"
@@ -133,7 +133,7 @@ def print_table(rows):
 
 def summary(rows):
     """Return how many of the rows behaved, and how many were skipped."""
-    run = [row for row in rows if not row.verdict.skipped]
+    run = [row for row in rows if row.verdict.skipped is None]
     skipped = len(rows) - len(run)
     behaved = sum(row.verdict.behaved for row in run)
     seconds = sum(row.verdict.seconds for row in run)

@@ -121,14 +121,14 @@ def next_commands(knobs: Sequence[str], resolved: Resolved, artifact: str, run_s
     ]
 
 
-def read_reason(log: str, start: int) -> str:
-    """Return why the first rank failed, from the log after its first `start` bytes; "" if it does not say."""
+def read_reason(log: str, start: int) -> str | None:
+    """Return why the first rank failed, from the log after its first `start` bytes; None: it does not say."""
     with open(log, "rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
     first = next((i for i, line in enumerate(lines) if re.match(r"rank \d+: ", line)), None)
     if first is None:
-        return ""
+        return None
     rank, _, reason = lines[first].partition(": ")
     if reason.startswith("Traceback"):
         ends = (line for line in lines[first + 1 :] if line and not line.startswith(" "))

@@ -107,7 +107,7 @@ def train(request: Request) -> int:
             show_result(launch, data_path, caller, is_whole=status == 0)
         else:
             report_failure(log, launch.artifact)
-    reason = read_reason(log, earlier_bytes) if status else ""
+    reason = read_reason(log, earlier_bytes) if status else None
     if status or not scored:
-        programs.say(f"the trainer's exit status is {status}" + (f": {reason}" if reason else ""))
+        programs.say(f"the trainer's exit status is {status}" + ("" if reason is None else f": {reason}"))
     return status

@@ -59,7 +59,7 @@ class Attempt(NamedTuple):
     """The outcome of a worker's attempt at a configuration."""
 
     end: End
-    reason: str = ""  # why the configuration was refused
+    reason: str | None = None  # why the configuration was refused
 
 
 def clock(seconds: float) -> str:
@@ -155,7 +155,7 @@ class Sweep:
         self.workers = [WorkerProcess(folder, index, workers) for index in range(workers)]
         self.cold_seconds: list[float] = []  # the first configuration of each process, its start included
         self.warm_seconds: list[float] = []  # all others
-        self.error = ""
+        self.error: str | None = None  # why the sweep ends early
         self.out_of_time = False
         self.began = time.monotonic()
         self.progress = Progress(f"sweep {plan.name}")
@@ -175,15 +175,16 @@ class Sweep:
             opened = worker.ask({"argv": configuration.argv})
             if opened is None:
                 return Attempt(End.DIED)
-            if opened.refused:
+            if opened.refused is not None:
                 return Attempt(End.REFUSED, opened.refused)
-            if fault := self.other_kind(worker, opened.kind):
+            fault = self.other_kind(worker, opened.kind)
+            if fault is not None:
                 return Attempt(End.REFUSED, fault)
 
         answer = worker.ask({"argv": configuration.argv, "line": self.sweep_line(configuration)})
         if answer is None:
             return Attempt(End.DIED)
-        if answer.refused:
+        if answer.refused is not None:
             return Attempt(End.REFUSED, answer.refused)
         seconds = self.cold_seconds if fresh else self.warm_seconds
         seconds.append(time.monotonic() - began)
@@ -202,12 +203,12 @@ class Sweep:
             "workers": len(self.workers),
         }
 
-    def other_kind(self, worker: WorkerProcess, kind: str) -> str:
-        """Return why a worker's device does not fit into the table, "" if it does."""
+    def other_kind(self, worker: WorkerProcess, kind: str) -> str | None:
+        """Return why a worker's device does not fit into the table, None if it does."""
         with self.lock:
             self.kind = self.kind or kind
             if kind == self.kind:
-                return ""
+                return None
             return (
                 f"worker {worker.index} runs on {kind}, other rows of this table on {self.kind}; a table "
                 "covers one kind of device: choose another --out or fewer --workers"
@@ -235,7 +236,7 @@ class Sweep:
         Waits while none is open but a running one may open more.
         """
         with self.lock:
-            while not self.error and not self.queue.over:
+            while self.error is None and not self.queue.over:
                 if self.too_late() and self.queue.open():
                     self.out_of_time = True
                     return None
@@ -253,7 +254,7 @@ class Sweep:
 
     def record_end(self, worker: WorkerProcess, configuration: Configuration, attempt: Attempt) -> None:
         """Record how an attempt ended, and tell the user."""
-        if self.error:
+        if self.error is not None:
             return
         name = configuration.name
         if attempt.end is End.DIED:
@@ -282,7 +283,8 @@ class Sweep:
 
     def stop(self, error: str) -> None:
         """End the sweep: kill the workers and hand out nothing more. The first error is the one reported."""
-        self.error = self.error or error
+        if self.error is None:
+            self.error = error
         for worker in self.workers:
             worker.kill()
 
@@ -310,7 +312,7 @@ class Sweep:
         self.progress.expect(self.queue.left, "configurations", guess)
         with self.progress:
             self.train()
-        if self.error:
+        if self.error is not None:
             raise BadInput(self.error)
         if self.out_of_time:
             print(

@@ -50,7 +50,7 @@ class Case(NamedTuple):
     leaves: tuple[str, ...] = ()  # patterns of paths that may be new or changed
     lines: int = 1  # most lines of a refusal, notes of run.sh aside; 0: any number
     seconds: float = 90.0
-    holds: Callable[[Path], str] | None = None  # returns what else is wrong, "" for nothing
+    holds: Callable[[Path], str | None] | None = None  # returns what else is wrong
     fresh: bool = False  # whether an interpreter of its own must start, because that is the subject
 
     @property

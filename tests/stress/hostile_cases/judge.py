@@ -40,12 +40,12 @@ class Verdict(NamedTuple):
 
     faults: tuple[str, ...]
     seconds: float
-    skipped: str = ""
+    skipped: str | None = None
     console: str = ""
 
     @property
     def behaved(self):
-        return not self.faults and not self.skipped
+        return not self.faults and self.skipped is None
 
 
 # ---------------------------------------------------------------- the processes of a case
@@ -284,20 +284,21 @@ def console_faults(case, status, out, err, everything):
 
 @cache
 def missing_program(under):
-    """Return why a program that runs commands cannot be used here, "" if it can. It may make folders."""
+    """Return why a program that runs commands cannot be used here, None if it can. It may make folders."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run([*under, "true"], capture_output=True, text=True, timeout=20, cwd=folder)
         except OSError as error:
             return f"{under[0]}: {error.strerror}"
-    return "" if done.returncode == 0 else f"{under[0]}: {done.stderr.strip()[:80] or done.returncode}"
+    return None if done.returncode == 0 else f"{under[0]}: {done.stderr.strip()[:80] or done.returncode}"
 
 
 def judge(case, parts, sound_files):
     """Run a case and return its Verdict."""
     started = time.monotonic()
-    if case.under and (reason := missing_program(case.under)):
-        return Verdict((), 0.0, skipped=reason)
+    missing = missing_program(case.under) if case.under else None
+    if missing is not None:
+        return Verdict((), 0.0, skipped=missing)
 
     with tempfile.TemporaryDirectory(prefix="hostile-", ignore_cleanup_errors=True) as folder:
         place = Path(folder)
@@ -335,6 +336,7 @@ def run_case(case, place, here):
         for path in (place / "tmp").iterdir()
         if not path.name.startswith("torch")  # torchinductor_USER, torchelastic_ID: torch's own
     ]
-    if case.holds and (wrong := case.holds(here)):
+    wrong = None if case.holds is None else case.holds(here)
+    if wrong is not None:
         faults.append(wrong)
     return faults, f"{out[-1500:]}\n{err[-2500:]}"

@@ -86,12 +86,12 @@ LOGS = (
 LAST_DAY = "9999-12-31"  # after which a picture has no room
 
 
-def author_is(wanted: str) -> Callable[[Path], str]:
+def author_is(wanted: str) -> Callable[[Path], str | None]:
     """Return a check that the record X has this author."""
 
-    def check(here: Path) -> str:
+    def check(here: Path) -> str | None:
         found = json.loads((here / TRACK / "2026-11-23_X/submission.json").read_text())["author"]
-        return "" if found == wanted else f"the author is {found!r}"
+        return None if found == wanted else f"the author is {found!r}"
 
     return check
 

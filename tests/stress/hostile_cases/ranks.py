@@ -64,10 +64,10 @@ def run_of_two(*given: str) -> tuple[str, ...]:
     return run_sh("train", *knobs(), *given)
 
 
-def log_names_the_loss(here: Path) -> str:
+def log_names_the_loss(here: Path) -> str | None:
     """Return what is wrong with the log of a run that lost a rank: it must say so."""
     text = (here / "out/run.txt").read_text()
-    return "" if "another rank is gone" in text else "the log does not say that a rank is gone"
+    return None if "another rank is gone" in text else "the log does not say that a rank is gone"
 
 
 VARIABLES = (

@@ -32,9 +32,9 @@ VERY_SLOW_CALIBRATION = (*SLOW_CALIBRATION, "gptq_batches=1200")
 SLOW_SCORING = ("eval_stride=1", "eval_batch_tokens=32", "eval_seq_len=32", "val_tokens=1500")
 
 
-def resumes(here: Path) -> str:
+def resumes(here: Path) -> str | None:
     """Return what is wrong with what a stopped run left: it must hold a checkpoint to go on from."""
-    return "" if list(here.glob("out/run.step*.ckpt")) else "left no checkpoint"
+    return None if list(here.glob("out/run.step*.ckpt")) else "left no checkpoint"
 
 
 def cases_of(number: int, name: str, at_once: int) -> tuple[Case, ...]:

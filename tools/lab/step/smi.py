@@ -58,7 +58,7 @@ class Sampler:
     def __init__(self, gpu: str | None) -> None:
         self.samples: list[Reading] = []
         self.process: subprocess.Popen | None = None
-        self.why = "" if gpu else "no NVIDIA GPU"
+        self.why = None if gpu else "no NVIDIA GPU"  # there are no readings
         self.command = [
             "nvidia-smi",
             f"--id={gpu}",
@@ -69,7 +69,7 @@ class Sampler:
         ]
 
     def __enter__(self) -> Sampler:
-        if self.why:
+        if self.why is not None:
             return self
         try:
             self.process = subprocess.Popen(
@@ -100,7 +100,7 @@ class Sampler:
         if self.process is None:
             return
         status = self.process.poll()
-        if status and not self.why:
+        if status and self.why is None:
             self.why = f"nvidia-smi: status {status}"
 
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -16,10 +16,10 @@ CONSOLE_WIDTH = 160  # characters of a dead worker's last line that are shown
 
 
 class Answer(NamedTuple):
-    """A worker's answer to a request. kind: what device it opened; refused: why it did not do it."""
+    """A worker's answer to a request."""
 
-    kind: str = ""
-    refused: str = ""
+    kind: str = ""  # what device it opened
+    refused: str | None = None  # why it did not do what was asked
 
 
 class WorkerProcess:
@@ -71,7 +71,7 @@ class WorkerProcess:
             answer = json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
             return None
-        return Answer(answer.get("kind", ""), answer.get("refused", ""))
+        return Answer(answer.get("kind", ""), answer.get("refused"))
 
     def last_words(self) -> str:
         """Return the last line that the worker printed."""

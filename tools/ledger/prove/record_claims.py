@@ -55,7 +55,7 @@ class RecordCase(LogFolder):
     """A record folder under examination."""
 
     records: Path  # the ledger's records/, where parents live
-    disagreement: str = field(default="", init=False)  # why the logs are not those of one record
+    disagreement: str | None = field(default=None, init=False)  # why the logs are not those of one record
 
     def log_paths(self) -> list[Path]:
         return sorted((self.folder / "logs").glob("*"))
@@ -188,7 +188,7 @@ def claim_numbers(case: RecordCase) -> str:
     try:
         want = json.loads(case.expected["submission.json"])
     except NotCheckable:
-        demand(not case.disagreement, case.disagreement)
+        demand(case.disagreement is None, case.disagreement)
         raise
     if not has_log_hashes(case.stored):
         for result in want["seed_results"].values():

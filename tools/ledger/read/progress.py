@@ -26,12 +26,12 @@ def locked_files() -> set[int]:
     return {int(place.rpartition(":")[2]) for place in places}
 
 
-def failure_of(text: str) -> str:
-    """Return the reason for which the run of a log failed, "" if it has told none since it last resumed."""
+def failure_of(text: str) -> str | None:
+    """Return the reason for which the run of a log failed, None if it has told none since it last resumed."""
     lines = text.rpartition(f"\n{SEPARATOR}\n")[2].rpartition("\nresumed step:")[2]
     found = FAILURE.findall(lines)
     if not found:
-        return ""
+        return None
     reason = found[0]
     if reason.startswith("Traceback"):
         after = lines.partition(reason)[2].splitlines()[1:]
@@ -41,22 +41,19 @@ def failure_of(text: str) -> str:
 
 @dataclass
 class Followed:
-    """A log that may still grow. `refresh` reads it; nothing of it is ever written or locked.
-
-    run is None before the log has its config. end says why no more is to come, "" while more may.
-    """
+    """A log that may still grow. `refresh` reads it; nothing of it is ever written or locked."""
 
     path: Path
-    run: RunLog | None = None
-    end: str = ""
+    run: RunLog | None = None  # None: the log has no config yet
+    end: str | None = None  # why no more is to come; None: more may
     is_scored: bool = False
-    failure: str = ""
+    failure: str | None = None
     stamp: tuple[int, int] = (0, 0)  # time and size of what was read
     was_locked: bool = False
 
     def refresh(self) -> bool:
         """Read the log if it has changed, decide whether it has ended. Returns whether anything changed."""
-        if self.end:
+        if self.end is not None:
             return False
         try:
             is_locked = self.path.stat().st_ino in locked_files()  # first: what is written last is read after
@@ -73,7 +70,7 @@ class Followed:
         self.was_locked = self.was_locked or is_locked
         if self.is_scored or not is_locked:
             self.end = self.reason_to_end(time.time() - found.st_mtime)
-        return changed or bool(self.end)
+        return changed or self.end is not None
 
     def read(self, is_locked: bool) -> None:
         """Read the log. Raises BadInput if it is no log, unless it is just beginning."""
@@ -86,17 +83,17 @@ class Followed:
         self.is_scored = self.run.final_scores > 0
         self.failure = failure_of(read_text(self.path))
 
-    def reason_to_end(self, seconds: float) -> str:
-        """Return why no more is to come, "" if more may. seconds: since the log last grew."""
+    def reason_to_end(self, seconds: float) -> str | None:
+        """Return why no more is to come, None if more may. seconds: since the log last grew."""
         if self.is_scored:
             return "scored"
-        if self.failure:
+        if self.failure is not None:
             return f"failed: {self.failure}"
         if self.was_locked:
             return "stopped without a score"
         if seconds > QUIET_SECONDS:
             return f"stopped without a score: no line for {seconds / 60:.0f} minutes"
-        return ""
+        return None
 
 
 # ---- figures -------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def follow(paths: list[Path]) -> list[Followed]:
         followed = Followed(path)
         followed.refresh()
         all_followed.append(followed)
-    if all(followed.end for followed in all_followed):
+    if all(followed.end is not None for followed in all_followed):
         raise BadInput(
             f"{shown(paths[0])}: this run has ended ({all_followed[0].end}); ./run.sh record plot draws its "
             "curves, ./run.sh watch LOG watches another"
@@ -103,7 +103,7 @@ def facts_of(run: RunLog) -> list[tuple[str, str]]:
 def phase_of(followed: Followed) -> str:
     """Return what a run is doing, or why it has ended."""
     run = followed.run
-    if followed.end:
+    if followed.end is not None:
         return followed.end
     if run is None or not run.config:
         return "starting"
@@ -123,7 +123,7 @@ def run_view(followed: Followed) -> dict:
         "name": followed.path.stem,
         "path": shown(followed.path),
         "phase": phase_of(followed),
-        "ended": bool(followed.end),
+        "ended": followed.end is not None,
         "fraction": fraction_done(run) if known else 0.0,
         "about": f"preset {run.preset}, {run.hardware}" if known and run.has("machine", "device") else "",
         "standing": standing,
@@ -180,7 +180,7 @@ class State:
     def tell(self) -> None:
         """Make the next version from what is known of the logs."""
         version = self.told.version + 1
-        is_over = all(followed.end for followed in self.all_followed)
+        is_over = all(followed.end is not None for followed in self.all_followed)
         view = {
             "version": version,
             "over": is_over,
@@ -298,7 +298,7 @@ def wait_for_end(state: State) -> None:
     told: set[Path] = set()
     while True:
         for followed in state.all_followed:
-            if followed.end and followed.path not in told:
+            if followed.end is not None and followed.path not in told:
                 told.add(followed.path)
                 print(f"watch: {shown(followed.path)}: {last_words(followed)}", flush=True)
         if state.told.is_over:
