@@ -205,18 +205,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class Answer(NamedTuple):
+    """What a process sends when it is done."""
+
+    result: Any = None  # of its function, if nothing failed
+    failure: str | None = None  # one line
+
+
 def child_entry(pipe: connection.Connection, fn: Callable, task: Any) -> None:
-    """Send (True, fn(task)) from a process of its own, or (False, one line that says why there is none)."""
+    """Send the Answer of fn(task) from a process of its own."""
     interface = "lo0" if sys.platform == "darwin" else "lo"
     os.environ.update(CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME=interface)
     torch.set_num_threads(1)
     try:
-        pipe.send((True, fn(task)))
+        pipe.send(Answer(result=fn(task)))
     except BadInput as error:
-        pipe.send((False, str(error)))
+        pipe.send(Answer(failure=str(error)))
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        pipe.send((False, wrong_setting(error) or f"the step does not run ({text})"))
+        pipe.send(Answer(failure=wrong_setting(error) or f"the step does not run ({text})"))
     finally:  # after the reason is sent, since leaving the group makes the other ranks fail
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -256,12 +263,12 @@ def in_processes(fn: Callable, tasks: list, progress: Progress | None = None) ->
             for reader in connection.wait(list(waiting)):
                 i = waiting.pop(reader)
                 try:
-                    done, results[i] = reader.recv()
+                    answer = reader.recv()
                 except EOFError:
-                    done = False
-                    results[i] = "it ended without an answer"
-                if not done:
-                    raise BadInput(first_failure(processes, i, results[i]))
+                    answer = Answer(failure="it ended without an answer")
+                if answer.failure is not None:
+                    raise BadInput(first_failure(processes, i, answer.failure))
+                results[i] = answer.result
                 if progress:
                     progress.advance()
     finally:
