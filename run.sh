@@ -20,7 +20,7 @@ packages='numpy torch sentencepiece'
 
 say() { printf '[run.sh %ds] %s\n' "$SECONDS" "$*" >&2; }
 die() { printf 'run.sh: %s\n' "$*" >&2; exit 2; }
-needs() { [ -f "$root/$1" ] || die "$1 is missing from $root: get a complete copy of the repository"; }
+needs() { [ -f "$root/$1" ] || die "$1 is missing from $root; get a complete copy of the repository"; }
 
 # ----------------------------------------------------------------------------- interpreters
 
@@ -30,8 +30,8 @@ supported() { case $1 in 3.10 | 3.11 | 3.12 | 3.13 | 3.14) return 0 ;; *) return
 find_python() {    # prints the first supported interpreter
     local candidate version seen=''
     if [ -n "${PYTHON:-}" ]; then
-        version=$(version_of "$PYTHON") || die "PYTHON=$PYTHON is not a Python interpreter: give the path of one"
-        supported "$version" || die "PYTHON=$PYTHON is Python $version: give one of 3.10 to 3.14"
+        version=$(version_of "$PYTHON") || die "PYTHON=$PYTHON is not a Python interpreter; give the path of one"
+        supported "$version" || die "PYTHON=$PYTHON is Python $version; give one of 3.10 to 3.14"
         printf '%s\n' "$PYTHON"
         return 0
     fi
@@ -42,7 +42,7 @@ find_python() {    # prints the first supported interpreter
         if supported "$version"; then printf '%s\n' "$candidate"; return 0; fi
         seen="$seen${seen:+, }$candidate is $version"
     done
-    die "needs Python 3.10 to 3.14 (${seen:-no python3 found}): install one or set PYTHON=/path/to/python"
+    die "needs Python 3.10 to 3.14 (${seen:-no python3 found}); install one or set PYTHON=/path/to/python"
 }
 
 venv_python() {    # prints the interpreter in .venv
@@ -96,17 +96,17 @@ print(all(map(importlib.util.find_spec, sys.argv[1:])))' "$@" 2>/dev/null)" = Tr
 
 make_venv() {    # make_venv PYTHON; sets $py
     "$1" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
-        die "$1 has no venv module: get it (Debian, Ubuntu: apt install python3-venv) or set PYTHON"
+        die "$1 has no venv module; get it (Debian, Ubuntu: apt install python3-venv) or set PYTHON"
     say "making .venv with $1 (Python $(version_of "$1"))"
     if [ -e "$venv" ] || [ -L "$venv" ]; then
         [ -e "$venv/$made" ] || [ -e "$venv/.requirements.sha256" ] ||
-            die "$venv does not work, and run.sh did not make it: move it away, or set BANKSHOT_PYTHON to an" \
+            die "$venv does not work, and run.sh did not make it; move it away, or set BANKSHOT_PYTHON to an" \
                 "interpreter that has the packages"
         rm -rf "$venv"    # of a symlink, only the link
     fi
     { mkdir "$venv" && : >"$venv/$made" && ends_with_us "$1" -m venv "$venv"; } >&2 ||
-        die "making $venv failed (message above): it needs free disk and write permission there"
-    py=$(venv_python) || die "$venv holds no interpreter: delete that folder and run again"
+        die "making $venv failed (message above); see that there is free disk and write permission"
+    py=$(venv_python) || die "$venv holds no interpreter; delete that folder and run again"
 }
 
 use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it where that is not done yet
@@ -125,14 +125,14 @@ use_venv() {    # use_venv WORDS...: sets $py; makes .venv and installs into it 
     if [ -n "$base" ]; then
         make_venv "$base"
         wanted=$(requirements_stamp "$py" requirements.txt) ||
-            die "$venv/bin/python does not run: delete $venv and run again"
+            die "$venv/bin/python does not run; delete $venv and run again"
     fi
 
     rm -f "$stamp_file"
     began=$SECONDS
     say "installing requirements.txt into .venv: once, some minutes (torch for NVIDIA GPUs is several GB)"
     pip_install requirements.txt ||
-        die "installing requirements.txt failed (pip's message is above): run the same command again to retry"
+        die "installing requirements.txt failed (pip's message is above); run the same command again to retry"
     printf '%s\n' "$wanted" >"$stamp_file"    # last, so that an interrupted install is done again
     say "installed in $((SECONDS - began)) s"
 }
@@ -173,7 +173,7 @@ needs tools/cli.py
 if [ -n "${BANKSHOT_PYTHON:-}" ]; then
     py=$BANKSHOT_PYTHON
     command -v "$py" >/dev/null 2>&1 ||
-        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program: give the path of a Python interpreter"
+        die "BANKSHOT_PYTHON=$BANKSHOT_PYTHON is not a program; give the path of a Python interpreter"
     case ${1:-train} in data | record) packages=numpy ;; esac
     if ! wants_help "$@" && ! has_packages $packages; then
         if supported "$(version_of "$py")"; then

@@ -63,7 +63,9 @@ def check_data(request: Request) -> None:
     """Raise BadInput for an unknown verb: its program needs packages, which may not be installed yet."""
     verb = request.words[:1]
     if verb and not verb[0].startswith("-") and verb[0] not in DATA_VERBS:
-        raise BadInput(f"unknown verb {verb[0]!r} of data: {', '.join(DATA_VERBS)} (./run.sh data --help)")
+        raise BadInput(
+            f"unknown verb {verb[0]!r} of data; choose one of {', '.join(DATA_VERBS)} (./run.sh data --help)"
+        )
 
 
 def data(request: Request) -> int:
@@ -361,7 +363,7 @@ def check_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise BadInput("the current folder is gone: change to one that exists") from None
+        raise BadInput("the current folder is gone; change to one that exists") from None
 
 
 class Called(NamedTuple):
@@ -376,10 +378,10 @@ def split_command(argv: list[str]) -> Called:
     if not argv or "=" in argv[0]:
         return Called("train", argv)
     if argv[0].startswith("-"):
-        raise BadInput(f"unknown option {argv[0]!r}: ./run.sh --help lists the commands")
+        raise BadInput(f"unknown option {argv[0]!r}; ./run.sh --help lists the commands")
     if argv[0] not in COMMANDS:
         *most, last = COMMANDS
-        raise BadInput(f"unknown command {argv[0]!r}: {', '.join(most)} or {last} (./run.sh --help)")
+        raise BadInput(f"unknown command {argv[0]!r}; choose {', '.join(most)} or {last} (./run.sh --help)")
     return Called(argv[0], argv[1:])
 
 

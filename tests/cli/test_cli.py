@@ -122,9 +122,9 @@ def test_the_command_line_is_read_without_torch():
 def test_a_misspelt_knob_is_found_before_packages_are_installed(capsys):
     """run.sh asks this with --check, from a Python that may have no torch."""
     assert cli.main(["--check", "train", "seed=3", "iteration=5"]) == 2
-    assert capsys.readouterr().err == "run.sh: unknown config key 'iteration': did you mean iterations?\n"
+    assert capsys.readouterr().err == "run.sh: unknown config key 'iteration'; did you mean iterations?\n"
     assert cli.main(["--check", "train", "seed=3", "zzz=5"]) == 2
-    assert capsys.readouterr().err == "run.sh: unknown config key 'zzz': ./run.sh config lists them\n"
+    assert capsys.readouterr().err == "run.sh: unknown config key 'zzz'; ./run.sh config lists them\n"
     assert cli.main(["--check", "train", "seed=3", "iterations=5"]) == 0
     assert cli.main(["--check", "data", "verify"]) == 0
 
@@ -299,7 +299,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path):
     command = ["sh", "-c", script, "-", *CLI, "config", "data_path=x"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("run.sh: the current folder is gone: change to one")
+    assert done.stderr.splitlines()[-1].startswith("run.sh: the current folder is gone; change to one")
     assert "Traceback" not in done.stderr
 
 

@@ -85,7 +85,7 @@ REFUSED_BEFORE_DATA = {
     "sample x.int6.xz top_p=1": "'top_p=1' is not a setting of sample",
     "export x.int6.xz data_path=": "usage: export.py ARTIFACT --out DIR",
     "export x.int6.xz --out data": "data: exists",
-    "data fly": "unknown verb 'fly' of data: auto,",
+    "data fly": "unknown verb 'fly' of data; choose one of auto,",
 }
 
 

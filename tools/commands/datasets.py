@@ -37,11 +37,11 @@ def find_data(*options: str) -> str:
             print(last, file=sys.stderr, flush=True)
 
     if auto.returncode != 0:
-        raise BadInput("data/prepare.py auto found no data (message above): give data_path=DIR")
+        raise BadInput("data/prepare.py auto found no data (message above); give data_path=DIR")
     key, _, folder = last.partition("=")
     if key != "data_path" or not folder:
         raise BadInput(
-            f"data/prepare.py auto did not end with data_path=DIR but with {last!r}: give data_path=DIR"
+            f"data/prepare.py auto did not end with data_path=DIR but with {last!r}; give data_path=DIR"
         )
     return folder
 
@@ -97,7 +97,7 @@ def data_in_vocabulary(vocab_size: int) -> str:
             say(f"data_path={folder}, which has the vocabulary of the artifact")
             return folder
     raise BadInput(
-        f"no data in {DATASETS.relative_to(ROOT)} has the artifact's vocabulary of {vocab_size} tokens: give "
+        f"no data in {DATASETS.relative_to(ROOT)} has the artifact's vocabulary of {vocab_size} tokens; give "
         "data_path=DIR, or make such data with ./run.sh data text --tokenizer FILE"
     )
 

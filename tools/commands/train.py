@@ -58,7 +58,7 @@ def refuse_taken_name(launch: Launch) -> None:
         return
     state = ", a run that did not finish" if has_log and not count_scores(launch.log) else ""
     raise BadInput(
-        f"run_id={launch.run_id} is taken ({launch.resolved.out_dir}/{launch.run_id}.* exists{state}): "
+        f"run_id={launch.run_id} is taken ({launch.resolved.out_dir}/{launch.run_id}.* exists{state}); "
         "choose another run_id, go on with resume=auto, or move those files"
     )
 

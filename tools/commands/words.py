@@ -86,7 +86,7 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
     """Check the words after a command: [ARTIFACT] [options] [key=value...]. Raises BadInput."""
     for file in command.files:
         if not (ROOT / file).is_file():
-            raise BadInput(f"{file} is missing from {ROOT}: get a complete copy of the repository")
+            raise BadInput(f"{file} is missing from {ROOT}; get a complete copy of the repository")
     if not command.reads_knobs:
         return Request(words)
 
@@ -100,7 +100,7 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
     nproc = os.environ.get("NPROC") or "1"
     if not nproc.isdecimal() or nproc.startswith("0"):
         raise BadInput(
-            f"NPROC={nproc} is not a number of processes: give a whole number, such as 1, 2, 4 or 8"
+            f"NPROC={nproc} is not a number of processes; give a whole number, such as 1, 2, 4 or 8"
         )
     return Request(words, artifact, tuple(options), tuple(knobs))
 
@@ -108,10 +108,10 @@ def read_request(name: str, command: Command, words: list[str]) -> Request:
 def read_artifact(name: str, rest: list[str]) -> str:
     """Take the artifact's path off the front of `rest`."""
     if not rest or not rest[0] or "=" in rest[0]:
-        raise BadInput(f"{name} needs an artifact: ./run.sh {name} logs/RUN.int6.CODEC")
+        raise BadInput(f"{name} needs an artifact; write ./run.sh {name} logs/RUN.int6.CODEC")
     path = rest.pop(0)
     if not os.path.isfile(path):
-        raise BadInput(f"no artifact at {path}: train writes them as logs/RUN.int6.CODEC")
+        raise BadInput(f"no artifact at {path}; train writes them as logs/RUN.int6.CODEC")
     return from_caller(path)
 
 
@@ -127,9 +127,9 @@ def read_options(name: str, known: dict[str, Takes], rest: list[str]) -> list[st
 
         value = rest.pop(0) if rest else ""
         if takes is Takes.SCRIPT and not os.path.isfile(value):
-            raise BadInput(f"no script at {value!r}: {option} takes the path of the train_gpt.py to {name}")
+            raise BadInput(f"no script at {value!r}; {option} takes the path of the train_gpt.py to {name}")
         if not value:
-            raise BadInput(f"{name}: {option} needs a value: ./run.sh --help shows how")
+            raise BadInput(f"{name}: {option} needs a value; ./run.sh --help shows how")
         options.append(value if takes is Takes.VALUE else from_caller(value))
     return options
 
@@ -138,7 +138,7 @@ def read_knob(word: str) -> str:
     """Check that a word is a key=value, and return it, a path in it as seen from the repository."""
     key, equals, value = word.partition("=")
     if not equals or not key[:1].islower():
-        raise BadInput(f"{word!r} is not a knob: knobs are given as key=value, ./run.sh config lists them")
+        raise BadInput(f"{word!r} is not a knob; write key=value (./run.sh config lists the keys)")
     if key in with_trait("PATH") and value and (key, value) != ("resume", "auto"):
         value = from_caller(value)
     return f"{key}={value}"
@@ -167,7 +167,7 @@ def check_knobs(command: Command, knobs: Iterable[str]) -> None:
         key, _, value = word.partition("=")
         if key not in types:
             hint = ", ".join(command.keys) or knobs_meant(key)
-            raise BadInput(f"unknown config key {key!r}: {hint}")
+            raise BadInput(f"unknown config key {key!r}; {hint}")
         try:
             READERS[types[key]](value)
         except ValueError:

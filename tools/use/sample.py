@@ -117,7 +117,7 @@ class HeldOut(NamedTuple):
 def held_out_texts(t: ModuleType, h: Any, settings: Settings) -> list[HeldOut]:
     """Return this many documents of the first shard of val, evenly spread over those that are long enough."""
     if not settings.data_path:
-        raise BadInput("held_out needs the held-out text: give data_path=DIR")
+        raise BadInput("held_out needs the held-out text; give data_path=DIR")
     shard = t.load_shard(t.split_files(settings.data_path, "val")[0], h.vocab_size)
     starts = (shard == h.bos_id).nonzero()[0].tolist()
     length = 1 + PROMPT_TOKENS + settings.tokens
