@@ -448,6 +448,44 @@ def test_docstrings(tree):
     assert not unfinished, unfinished
 
 
+def documented_methods(trees) -> dict[str, set[str]]:
+    """Return each class's documented methods, by its name: an override of one needs no docstring."""
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        node.name: {f.name for f in node.body if isinstance(f, FUNCTIONS) and ast.get_docstring(f)}
+        for node in classes
+    }
+
+
+def undocumented(tree, documented) -> list[str]:
+    """Return the public classes, functions and methods without a docstring; properties may have none."""
+    missing = []
+    for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
+        bases = [ast.unparse(base) for base in getattr(owner, "bases", [])]
+        inherited = set().union(*(documented.get(base, set()) for base in bases))
+        for node in owner.body:
+            if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            is_property = any("property" in ast.unparse(d) for d in node.decorator_list)
+            if ast.get_docstring(node) is None and not is_property and node.name not in inherited:
+                missing.append(node.name)
+    return missing
+
+
+def test_docstrings_of_tools_and_data():
+    trees = program_trees()
+    del trees["train_gpt.py"]  # test_docstrings is stricter
+    documented = documented_methods(trees.values())
+    found = {name: missing for name, tree in trees.items() if (missing := undocumented(tree, documented))}
+    assert not found, found
+
+    plain = (
+        "class A:\n    'A.'\n    def f(self):\n        'F.'\n\nclass B(A):\n    'B.'\n    def f(self): 1\n"
+    )
+    tree = ast.parse(plain + "    def g(self): 1\n\ndef h(): 1\n")
+    assert undocumented(tree, documented_methods([tree])) == ["h", "g"]
+
+
 # ---------------------------------------------------------------- knobs
 
 

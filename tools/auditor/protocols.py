@@ -24,7 +24,8 @@ class Log(Protocol):
 
     def __call__(self, line: str, *_: object, **__: object) -> None: ...
 
-    def status(self, line: str) -> None: ...
+    def status(self, line: str) -> None:
+        """Show a live line."""
 
 
 class Config(Protocol):
@@ -58,7 +59,8 @@ class ByteCounts(Protocol):
     base: np.ndarray  # (V,) bytes without the leading space
     space: np.ndarray  # (V,) whether a space leads
 
-    def of(self, tokens: np.ndarray) -> np.ndarray: ...  # (N,) -> (N - 1,), of every target
+    def of(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the bytes of every target. tokens: (N,), the bytes: (N - 1,)."""
 
 
 class Dataset(Protocol):
@@ -74,7 +76,8 @@ class Model(Protocol):
     loss: Callable[[Tensor, Tensor], Tensor]
     nats: Nats
 
-    def embed(self, tokens: Tensor) -> Tensor: ...
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of tokens."""
 
 
 class Scoring(Protocol):
@@ -98,4 +101,5 @@ class Run(Protocol):
     model: Model
     nats_fn: Nats
 
-    def held_out(self, split: str) -> np.ndarray: ...
+    def held_out(self, split: str) -> np.ndarray:
+        """Return the tokens of a held-out split, (N,)."""

@@ -184,6 +184,7 @@ class Pieces:
     # ---- pieces, in the order of a forward
 
     def embedding(self) -> Section:
+        """Make the section of the token embedding with bigrams, if there are any, and SmearGate."""
         h = self.h
         m = self.model
         numbers = h.vocab_size * h.model_dim
@@ -204,6 +205,7 @@ class Pieces:
         )
 
     def value_embedding(self) -> Section:
+        """Make the section of the token embedding that the last layers add to their values."""
         h = self.h
         m = self.model
         dtype = self.dtype
@@ -223,6 +225,7 @@ class Pieces:
         )
 
     def residual_mix(self) -> Section:
+        """Make the section that mixes the embedding into the residual stream and normalizes it."""
         t = self.t
 
         def mix_norm(x: Tensor, y: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,6 +255,7 @@ class Pieces:
         return Section(name, len(self.layers), F.linear, inputs, work=work, compiled=False)
 
     def queries_and_keys(self) -> Section:
+        """Make the section between the product and attention: norm, rope and gain."""
         h = self.h
         ops = self.ops
         rope = rope_of(self.s, self.t)
@@ -275,6 +279,7 @@ class Pieces:
         )
 
     def attention(self, window: int) -> Section:
+        """Make the section of attention in the layers of one window; 0: those without."""
         h = self.h
         ops = self.ops
         documents = documents_of(self.s)
@@ -300,6 +305,8 @@ class Pieces:
         )
 
     def exclusion(self) -> Section:
+        """Make the section that takes a token's own value out of its attention: XSA."""
+
         def inputs() -> list[Tensor]:
             return [self.heads(self.h.num_heads), self.values()]
 
@@ -316,6 +323,7 @@ class Pieces:
         )
 
     def head_gates(self) -> Section:
+        """Make the section of the gates on the outputs of the heads."""
         h = self.h
         dims = h.attn_gate_dims
 
@@ -335,6 +343,7 @@ class Pieces:
         )
 
     def residual_add(self) -> Section:
+        """Make the section that adds to the residual stream and normalizes it."""
         t = self.t
 
         def add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,6 +363,7 @@ class Pieces:
         )
 
     def mlp(self) -> Section:
+        """Make the section of an MLP, activation included."""
         D = self.h.model_dim
         hidden = self.h.mlp_dim
 
@@ -364,6 +374,7 @@ class Pieces:
         return Section("MLP", len(self.layers), self.ops.mlp, inputs, work=work, uses=("mlp",))
 
     def skip_adds(self) -> Section:
+        """Make the section in which a layer adds what an earlier one kept."""
         t = self.t
         vectors = 2 if setting(self.h, "skip_gates") else 1
 
@@ -399,6 +410,7 @@ class Pieces:
         )
 
     def output_layer(self) -> Section:
+        """Make the section from the last layer's stream to the loss."""
         D = self.h.model_dim
         V = self.h.vocab_size
         ids = ID_BYTES * self.tokens

@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises BadInput."""
 
     def error(self, message: str) -> None:
+        """Raise BadInput in place of ending the process."""
         raise BadInput(f"{message}; --help lists the options of bench")
 
 

@@ -112,6 +112,7 @@ class Waited:
         self._notify = notify
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `notify`, then wait."""
         self._notify()
         return self._work.wait(*args, **kwargs)
 

@@ -62,6 +62,7 @@ class TrainingLoop:
         return dict(fixed=self.fixed, training=self.training)
 
     def hyper(self) -> Any:
+        """Return the hyperparameters of the next step."""
         return self.s.t.hyper_at(self.s.h, self.step, self.clock_ms)
 
     def update(self, batch: list, hp: Any) -> Any:

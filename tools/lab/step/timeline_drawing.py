@@ -30,11 +30,13 @@ class ChromeProcess:
         self.events: list[dict] = []
 
     def add(self, line: int, name: str, when: Interval, **args: Any) -> None:
+        """Add a bar to a line. args: what the viewer shows when it is selected."""
         start, end = when
         event = dict(ph="X", pid=self.rank.rank, tid=line, name=name)
         self.events.append(event | dict(ts=start - self.zero, dur=end - start, args=args))
 
     def describe(self, what: str, line: int, **args: Any) -> None:
+        """Add a fact about a line, such as its name."""
         self.events.append(dict(ph="M", pid=self.rank.rank, tid=line, name=what, args=args))
 
     def add_steps(self) -> None:

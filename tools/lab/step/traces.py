@@ -51,6 +51,7 @@ class RankTrace(NamedTuple):
     collectives: list[Span]
 
     def window(self, step: int) -> Interval:
+        """Return the interval of a step."""
         return (self.bounds[step], self.bounds[step + 1])
 
 

@@ -186,6 +186,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of some values."""
         return cls(stats.mean(values), stats.std(values))
 
 
