@@ -45,17 +45,17 @@ Splits = dict[str, list[str | Path]]  # {split: its input files}
 
 
 class Block(NamedTuple):
-    """Bytes of a file, unpacked. position: how many bytes of the file have been read so far."""
+    """A piece of a file."""
 
-    content: bytes
-    position: int
+    content: bytes  # unpacked
+    position: int  # bytes of the file read so far
 
 
 class Document(NamedTuple):
-    """A document of a file. position: how many bytes of the file have been read so far."""
+    """A document of a file."""
 
     text: str
-    position: int
+    position: int  # bytes of the file read so far
 
 
 def read_blocks(path: str | Path) -> Iterator[Block]:
@@ -153,29 +153,21 @@ def fingerprint(text: str) -> bytes:
 
 
 class Batch(NamedTuple):
-    """The documents that a process tokenizes at a time.
+    """The documents that a process tokenizes at a time."""
 
-    path: their file. first: the number of the first of them in it, from 0. position: bytes of it read so far.
-    """
-
-    path: str | Path
-    first: int
+    path: str | Path  # their file
+    first: int  # number of the first of them in the file, from 0
     documents: list[str]
-    position: int
+    position: int  # bytes of the file read so far
 
 
 class Encoded(NamedTuple):
-    """One tokenized document.
+    """One tokenized document."""
 
-    ids: uint16 (n,) with BOS; empty if the text normalizes to nothing, such as control characters only.
-    text_bytes: its UTF-8 length. decoded_bytes: the UTF-8 length of the document decoded from its ids.
-    unknown: how many of the ids are the unknown piece.
-    """
-
-    ids: np.ndarray
-    text_bytes: int
-    decoded_bytes: int
-    unknown: int
+    ids: np.ndarray  # uint16 (n,) with BOS; empty: normalizing leaves nothing, as of control characters
+    text_bytes: int  # UTF-8 length of the text
+    decoded_bytes: int  # UTF-8 length of the document decoded from its ids
+    unknown: int  # how many of the ids are the unknown piece
     fingerprint: bytes
 
 

@@ -29,18 +29,13 @@ VAL_BYTES = (151_070_000, 151_081_000)  # decoded bytes of that split, least and
 
 @dataclass(frozen=True)
 class Variant:
-    """A published export of FineWeb in a dataset repository of the hub.
-
-    folder: where the shards are; "" is the top. tokenizer: path of the model, or the name of a tiktoken
-    encoding. first_train: number of the first train shard. val_scored: validation targets, cut to a multiple
-    of SEQUENCE.
-    """
+    """A published export of FineWeb in a dataset repository of the hub."""
 
     repo: str
-    folder: str
-    tokenizer: str
-    first_train: int
-    val_scored: int | None
+    folder: str  # of the shards; "" is the top
+    tokenizer: str  # path of the model, or the name of a tiktoken encoding
+    first_train: int  # number of the first train shard
+    val_scored: int | None  # validation targets, cut to a multiple of SEQUENCE
 
 
 VARIANTS = {
@@ -81,15 +76,11 @@ class HubUnreachable(BadInput):
 
 
 class HubFile(NamedTuple):
-    """Size and hash of a file, as the hub lists them.
-
-    sha256: of large files, which the hub keeps apart from git; None for others. git_id: the name of a small
-    file in git, which is a SHA-1.
-    """
+    """Size and hash of a file, as the hub lists them."""
 
     size: int
-    sha256: str | None
-    git_id: str
+    sha256: str | None  # of a large file, which the hub keeps apart from git; None for others
+    git_id: str  # name of a small file in git, which is a SHA-1
 
 
 # ---- the hub -------------------------------------------------------------------------------------

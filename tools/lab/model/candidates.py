@@ -57,10 +57,10 @@ WINS = 0.8  # a winner is faster in at least this fraction of the pairs
 
 
 class Replacement(NamedTuple):
-    """path: the name in the script, such as mlp or GPT.nats. function: one of the same signature."""
+    """A function to put in the place of one of the script's."""
 
-    path: str
-    function: Callable
+    path: str  # its name in the script, such as mlp or GPT.nats
+    function: Callable  # of the same signature
 
 
 def read_candidates(path: Path, t: ModuleType) -> dict[str, list[Replacement]]:

@@ -62,23 +62,17 @@ class OwnBackward(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A piece of the model.
-
-    count: calls in a pass; 0: a composite, built for candidates only. inputs: makes the arguments of fn; the
-    section's gradients are those of params and of the inputs that require them. work: the least that a call
-    takes. uses: the functions of the script that it calls and that a candidate may replace. back: for a
-    section whose backward in the model is not autograd's backward of `fn`.
-    """
+    """A piece of the model. Its gradients are those of `params` and of the inputs that require them."""
 
     name: str
-    count: int
+    count: int  # calls in a pass; 0: a composite, built for candidates only
     fn: Callable
-    inputs: Callable[[], list[Tensor]]
-    work: BothWork
-    uses: tuple[str, ...] = ()
+    inputs: Callable[[], list[Tensor]]  # makes the arguments of fn
+    work: BothWork  # the least that a call takes
+    uses: tuple[str, ...] = ()  # functions of the script that it calls and that a candidate may replace
     params: tuple[Tensor, ...] = ()
     compiled: bool = True
-    back: OwnBackward | None = None
+    back: OwnBackward | None = None  # if its backward in the model is not autograd's backward of fn
 
 
 # ---- work ----------------------------------------------------------------------------------------

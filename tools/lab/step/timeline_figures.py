@@ -12,9 +12,9 @@ from lab.step.traces import RankTrace, Span, matched
 
 
 class CollectiveFigures(NamedTuple):
-    """One collective of a step. start_ms: from the start of the step; bytes, wire, ranks: None if unknown."""
+    """One collective of a step. bytes, wire and ranks are None if they are unknown."""
 
-    start_ms: float
+    start_ms: float  # from the start of the step
     ms: float
     exposed_ms: float
     kind: str
@@ -24,11 +24,11 @@ class CollectiveFigures(NamedTuple):
 
 
 class StepFigures(NamedTuple):
-    """One step of one rank. times: in ms; exposed_parts: intervals of the trace, in microseconds."""
+    """One step of one rank."""
 
-    times: Times
+    times: Times  # in ms
     collectives: list[CollectiveFigures]
-    exposed_parts: list[Interval]
+    exposed_parts: list[Interval]  # of the trace, in microseconds
 
     @property
     def named_times(self) -> dict[str, float]:
@@ -37,12 +37,12 @@ class StepFigures(NamedTuple):
 
 
 class RankFigures(NamedTuple):
-    """What one rank measured. plain_ms: a step without the profiler; calls: the collectives of one step."""
+    """What one rank measured."""
 
     rank: int
-    plain_ms: float
+    plain_ms: float  # of a step without the profiler
     trace: RankTrace
-    calls: list[Collective]
+    calls: list[Collective]  # of one step
     steps: list[StepFigures]
 
 
