@@ -249,5 +249,5 @@ def test_a_case_of_each_group_behaves(group, name, parts, sound_files):
 
 def test_a_program_that_is_tried_leaves_nothing_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert judge.missing_program(("bash", "-c", 'mkdir here && exec "$@"', "-")) == ""
+    assert judge.missing_program(("bash", "-c", 'mkdir here && exec "$@"', "-")) is None
     assert list(tmp_path.iterdir()) == []
