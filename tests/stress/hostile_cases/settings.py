@@ -119,8 +119,8 @@ HUGE = (
         ("train split has",),
     ),
     (("eval_seq_len=1073741824", "eval_batch_tokens=1073741824"), ("eval_seq_len",)),
-    (("matrix_lr=1e15",), ("matrix_lr * muon_wd", "at most 1")),
-    (("embed_lr=1e15",), ("embed_lr * embed_wd", "at most 1")),
+    (("matrix_lr=1e15",), ("matrix_lr=1e+15 * muon_wd=", "at most 1")),
+    (("embed_lr=1e15",), ("embed_lr=1e+15 * embed_wd=", "at most 1")),
 )
 
 # Values within their bounds with which training cannot go well: status 1 and one line.
