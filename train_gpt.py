@@ -5912,8 +5912,9 @@ CODECS = {
 
 
 def relations_of_the_codec(h: Config) -> Iterator[Relation]:
-    """Yield the relation of the model's size to what an artifact holds."""
-    parameters = sum(math.prod(parameter.shape) for parameter in parameter_table(h).values())
+    """Yield the relations of the model's size to what an artifact holds."""
+    table = parameter_table(h)
+    parameters = sum(math.prod(parameter.shape) for parameter in table.values())
     most = MAX_TRELLIS_CODES if h.trellis else CODECS[h.codec].max_weights
     holder = "trellis=1" if h.trellis else f"codec={h.codec}"
     sizes = " ".join(f"{key}={getattr(h, key)}" for key in knobs_with(SIZE))
@@ -5922,6 +5923,12 @@ def relations_of_the_codec(h: Config) -> Iterator[Relation]:
         f"mlp_mult={h.mlp_mult:g} {sizes} make {parameters:.3g} parameters, "
         f"{TRAINING_BYTES * parameters / 1e9:.3g} GB to train; an artifact of {holder} holds at "
         f"most {most:.3g}; make the model smaller",
+    )
+    rows = sum(parameter.shape[-2] for name, parameter in table.items() if STORED_AS[name] == "int6")
+    yield Relation(
+        not h.trellis or rows <= MAX_TRELLIS_ROWS,
+        f"trellis=1 holds at most {MAX_TRELLIS_ROWS} rows of a layer's matrices; model_dim={h.model_dim} and "
+        f"mlp_mult={h.mlp_mult:g} make {rows}",
     )
 
 

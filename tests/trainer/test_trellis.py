@@ -159,6 +159,13 @@ def test_a_model_that_no_reader_would_decode_is_refused_before_it_trains():
         t.load_config(["preset=h100x1", "trellis=1", "codec=xz", "num_layers=22"], {})
     t.load_config(["preset=h100x1", "codec=xz", "num_layers=22"], {})
 
+    # The matrices of a layer have F + D + D + D / 2 rows here.
+    wide = ["preset=h100x1", "num_layers=1", "xsa_last_n=1", "model_dim=512"]
+    t.load_config([*wide, "trellis=1", "mlp_mult=29"], {})
+    with pytest.raises(t.InputError, match="at most 16384 rows .* mlp_mult=30 make 16640"):
+        t.load_config([*wide, "trellis=1", "mlp_mult=30"], {})
+    t.load_config([*wide, "mlp_mult=30"], {})
+
 
 def fused_and_exact(device):
     """Return what the kernel and its reference make of the same columns, and the columns."""
